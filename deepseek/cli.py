@@ -1,0 +1,57 @@
+"""What every command of ours shares: errors as one sentence, exit codes, progress with an ETA.
+
+Exit codes: 0 success, 1 the answer is no (a plan that does not fit, a gate that fails),
+2 the user's mistake, with one sentence that names it and says what to change.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from deepseek.errors import IntServeError
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run a typer application; an IntServeError becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except IntServeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    sys.exit(0)
+
+
+def make_app(help_text: str) -> typer.Typer:
+    """A typer application with our defaults: plain tracebacks for bugs, --help on no arguments."""
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
+def make_progress() -> Progress:
+    """A progress line on stderr with elapsed time and ETA, so that stdout stays machine-readable."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

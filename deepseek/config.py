@@ -1,0 +1,287 @@
+"""DeepSeek-V3's config.json, read strictly: every key is understood, fixed, or known to be inert.
+
+A key that changes the forward pass must be implemented or refused by name. Keys are therefore
+sorted in three tables: fields of `ModelConfig`, `_FIXED` (one value implemented), and `_INERT`
+(no effect on the forward pass). Anything else is an error.
+
+YaRN (arXiv 2309.00071) applies whenever the config carries it, whatever the serving limit is, as
+transformers does. DeepSeek's own inference code applies it only when its `max_seq_len` exceeds the
+original context, so the serving limit would change the model's answers; we never do that.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from deepseek.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """YaRN rope scaling (arXiv 2309.00071), names as in the release."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shapes and constants of one DeepSeek-V3-architecture model; names as in the release.
+
+    `weight_block_size` is the source's FP8 block (rows, columns), None for a BF16 source.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    n_shared_experts: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    first_k_dense_replace: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    yarn: YarnScaling | None
+    num_nextn_predict_layers: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    weight_block_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_routed_experts % self.n_group:
+            raise ConfigError(
+                f"config.json: n_routed_experts {self.n_routed_experts} is not a multiple of "
+                f"n_group {self.n_group}"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"config.json: qk_rope_head_dim {self.qk_rope_head_dim} is odd")
+        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+            raise ConfigError(
+                f"config.json: first_k_dense_replace {self.first_k_dense_replace} lies outside "
+                f"0..num_hidden_layers {self.num_hidden_layers}"
+            )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query head: the part without position plus the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Values cached per token and layer under absorbed MLA: compressed latent plus rope key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def num_layers_with_mtp(self) -> int:
+        """Decoder layers in the checkpoint, the MTP layers behind the main ones included."""
+        return self.num_hidden_layers + self.num_nextn_predict_layers
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether this layer routes to experts. MTP layers always do, as in the release."""
+        return layer >= self.first_k_dense_replace
+
+    @classmethod
+    def from_directory(cls, directory: Path | str) -> ModelConfig:
+        """Read DIR/config.json.
+
+        Raises:
+            ConfigError: the file is absent, is not JSON, or holds an unknown or unsupported value.
+        """
+        path = Path(directory) / "config.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error.strerror}); --model must name a directory in the "
+                "Hugging Face layout"
+            ) from error
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+        return cls.from_dict(raw)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Build from the parsed config.json; see `from_directory` for the errors."""
+        given = dict(raw)
+        for key, allowed in _FIXED.items():
+            if key in given and given.pop(key) not in allowed:
+                raise ConfigError(
+                    f"config.json: {key} = {raw[key]!r} is not implemented; "
+                    f"only {' or '.join(repr(value) for value in allowed)} is"
+                )
+        for key in _INERT:
+            given.pop(key, None)
+        heads = given.pop("num_key_value_heads", given.get("num_attention_heads"))
+        if heads != given.get("num_attention_heads"):
+            raise ConfigError(
+                f"config.json: num_key_value_heads {heads} differs from num_attention_heads "
+                f"{given.get('num_attention_heads')}; MLA caches one latent for all heads"
+            )
+        given["rope_theta"], given["yarn"] = _read_rope(given)
+        given["weight_block_size"] = _read_block_size(given.pop("quantization_config", None))
+
+        known = {field.name for field in fields(cls)}
+        if extra := sorted(set(given) - known):
+            raise ConfigError(f"config.json: unknown key {extra[0]!r}; remove it or report it")
+        required = {field.name for field in fields(cls) if field.name not in _OPTIONAL}
+        if missing := sorted(required - set(given)):
+            raise ConfigError(f"config.json: key {missing[0]!r} is missing")
+        return cls(**given)
+
+
+# Keys with exactly these values implemented.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("deepseek_v3",),
+    "architectures": (["DeepseekV3ForCausalLM"], None),
+    "hidden_act": ("silu",),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "attention_bias": (False,),
+    "attention_dropout": (0, None),
+    "tie_word_embeddings": (False,),
+    "moe_layer_freq": (1,),
+    "rope_interleave": (True,),
+    "mlp_layer_types": (None,),
+}
+
+# Keys that no forward pass reads. auto_map names remote code, which is never loaded.
+_INERT = frozenset(
+    [
+        "_name_or_path",
+        "auto_map",
+        "aux_loss_alpha",
+        "dtype",
+        "ep_size",
+        "head_dim",
+        "initializer_range",
+        "num_local_experts",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "qk_head_dim",
+        "return_dict",
+        "seq_aux",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
+)
+
+_OPTIONAL = {"num_nextn_predict_layers", "bos_token_id", "eos_token_id", "weight_block_size"}
+
+_YARN_KEYS = {field.name for field in fields(YarnScaling)}
+
+
+def _read_rope(given: dict[str, Any]) -> tuple[float, YarnScaling | None]:
+    """Take the rope keys out of `given`, in the release's layout or in transformers 5's."""
+    parameters = dict(given.pop("rope_parameters", None) or {})
+    scaling = dict(given.pop("rope_scaling", None) or {})
+    theta = parameters.pop("rope_theta", given.pop("rope_theta", 10000.0))
+    merged = parameters | scaling
+    kind = merged.pop("type", merged.pop("rope_type", "default"))
+    merged.pop("rope_type", None)
+    if kind == "default" and not merged:
+        return float(theta), None
+    if kind != "yarn":
+        raise ConfigError(
+            f"config.json: rope scaling type {kind!r} is not implemented; use 'yarn' or none"
+        )
+    if extra := sorted(set(merged) - _YARN_KEYS):
+        raise ConfigError(f"config.json: rope_scaling has the unknown key {extra[0]!r}")
+    try:
+        return float(theta), YarnScaling(**merged)
+    except TypeError as error:
+        raise ConfigError(f"config.json: rope_scaling is incomplete ({error})") from error
+
+
+def _read_block_size(quantization: Any) -> tuple[int, int] | None:
+    """FP8 block of a source checkpoint. A compressed-tensors artifact is read by its manifest."""
+    if quantization is None or quantization.get("quant_method") == "compressed-tensors":
+        return None
+    known = {"quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt"}
+    if extra := sorted(set(quantization) - known):
+        raise ConfigError(f"config.json: quantization_config has the unknown key {extra[0]!r}")
+    expected = {
+        "quant_method": ("fp8",),
+        "fmt": ("e4m3",),
+        "activation_scheme": ("dynamic",),
+        # V3.1 rounds activation scales to powers of two; its weight scales are plain multipliers.
+        "scale_fmt": (None, "ue8m0"),
+    }
+    for key, allowed in expected.items():
+        value = quantization.get(key, allowed[0])
+        if value not in allowed:
+            raise ConfigError(
+                f"config.json: quantization_config.{key} = {value!r} is not implemented; "
+                f"expected {allowed[0]!r}"
+            )
+    block = quantization.get("weight_block_size")
+    if block != [128, 128]:
+        raise ConfigError(
+            f"config.json: quantization_config.weight_block_size = {block} is not implemented; "
+            "DeepSeek-V3 is released in blocks of [128, 128]"
+        )
+    return 128, 128
+
+
+#: The released DeepSeek-V3 (671.0 B parameters, MTP layer excluded); R1, V3-0324 and V3.1 share it.
+DEEPSEEK_V3 = ModelConfig(
+    vocab_size=129280,
+    hidden_size=7168,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    n_shared_experts=1,
+    n_routed_experts=256,
+    num_experts_per_tok=8,
+    n_group=8,
+    topk_group=4,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    first_k_dense_replace=3,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    max_position_embeddings=163840,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    yarn=YarnScaling(
+        factor=40.0,
+        original_max_position_embeddings=4096,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+    num_nextn_predict_layers=1,
+    bos_token_id=0,
+    eos_token_id=1,
+    weight_block_size=(128, 128),
+)

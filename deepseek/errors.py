@@ -1,0 +1,45 @@
+"""Every error that a user can cause, as one tree. Commands print it as one sentence and exit 2.
+
+    IntServeError
+      ConfigError         config.json has a value we do not implement, or a key we do not know
+      CheckpointError     a tensor is missing, extra, misshapen or damaged in a source checkpoint
+      RecipeError         a recipe names an unknown key, format or algorithm, or contradicts itself
+      CalibrationError    the calibration or evaluation text is empty, too short or unreadable
+      ArtifactError       a quantized checkpoint or engine is incomplete, damaged, or of another run
+      DeployError         the target engine or the hardware cannot load this artifact
+      RequestError        a generation request that can never be served (too long, bad parameter)
+
+`assert` elsewhere means a bug of ours; these mean that the user can fix it, and say how.
+"""
+
+
+class IntServeError(Exception):
+    """Base of all errors that name the thing at fault and what to change, in one sentence."""
+
+
+class ConfigError(IntServeError):
+    """The model's config.json asks for something that is not implemented."""
+
+
+class CheckpointError(IntServeError):
+    """A source checkpoint is incomplete, damaged, or holds what its config does not announce."""
+
+
+class RecipeError(IntServeError):
+    """A quantization recipe cannot be read or applied to this model."""
+
+
+class CalibrationError(IntServeError):
+    """Calibration or evaluation data cannot be used."""
+
+
+class ArtifactError(IntServeError):
+    """A quantized checkpoint or a built engine cannot be used."""
+
+
+class DeployError(IntServeError):
+    """The chosen target or hardware cannot load or hold the artifact."""
+
+
+class RequestError(IntServeError):
+    """A generation request that no amount of waiting would make servable."""

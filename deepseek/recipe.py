@@ -1,0 +1,209 @@
+"""What an artifact is to become: the recipe, read strictly, and resolved to a scheme per linear.
+
+A recipe is YAML: ordered rules from a name pattern to a weight format and an algorithm, down to a
+single layer, last match wins; then the KV format, calibration settings, expert coverage and the
+gate's limits. It lives on the ground floor because the planner, the quantizer, the builder and the
+server all read it; the built-in ones are `quant_jobs/recipes/*.yaml`, reached as data.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deepseek.config import ModelConfig
+from deepseek.errors import RecipeError
+from deepseek.inventory import TensorSpec, linears
+
+#: `source` keeps what the source has: FP8 128x128 blocks for the release, BF16 for a BF16 model.
+WeightFormat = Literal["source", "bf16", "fp8-block", "int8", "int4", "int4-asym"]
+#: Activations entering the linear: none (weight-only) or INT8, one dynamic scale per token.
+ActivationFormat = Literal["none", "int8"]
+Algorithm = Literal["max", "smoothquant"]
+KVFormat = Literal["bf16", "int8", "fp8"]
+
+RECIPES = Path(__file__).resolve().parent.parent / "quant_jobs" / "recipes"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Scheme(_Strict):
+    """How one linear is stored and computed.
+
+    `int8` has one scale per output channel; `int4` and `int4-asym` have one scale (and zero point)
+    per output channel and group of `group_size` inputs; `fp8-block` has one scale per 128x128.
+    """
+
+    weights: WeightFormat
+    group_size: int | None = None
+    activations: ActivationFormat = "none"
+    algorithm: Algorithm = "max"
+    smoothing: float = Field(default=0.5, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Scheme:
+        grouped = self.weights in ("int4", "int4-asym")
+        if grouped and self.group_size not in (32, 64, 128):
+            raise ValueError(f"weights {self.weights} need group_size 32, 64 or 128")
+        if not grouped and self.group_size is not None:
+            raise ValueError(f"group_size means nothing for weights {self.weights}; remove it")
+        if self.activations == "int8" and self.weights != "int8":
+            raise ValueError(
+                f"activations int8 need weights int8, not {self.weights}; no target computes that"
+            )
+        if self.algorithm == "smoothquant" and self.activations == "none":
+            raise ValueError("algorithm smoothquant needs activations int8; use max")
+        return self
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether IntServe itself quantizes this linear (rather than carrying it through)."""
+        return self.weights in ("int8", "int4", "int4-asym")
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: `int4-g128`, `int8-a8`, `source`."""
+        group = f"-g{self.group_size}" if self.group_size else ""
+        return f"{self.weights}{group}{'-a8' if self.activations == 'int8' else ''}"
+
+
+class Rule(Scheme):
+    """A scheme for all linears whose module name matches `match` (a glob; `*` crosses dots)."""
+
+    match: str
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme.model_construct(**{k: getattr(self, k) for k in Scheme.model_fields})
+
+
+class Calibration(_Strict):
+    """Calibration text is cut in blocks; statistics merge in block order, whoever held a block."""
+
+    num_blocks: int = Field(default=32, ge=1)
+    block_tokens: int = Field(default=512, ge=16)
+
+
+class ExpertCoverage(_Strict):
+    """How routed experts meet calibration tokens: as routed, with a floor below which an expert
+    counts as starved (reported, and counted against the gate's `max_starved_experts`)."""
+
+    policy: Literal["topk"] = "topk"
+    floor_tokens: int = Field(default=16, ge=0)
+
+
+class GateLimits(_Strict):
+    """What a measured artifact must keep to be served; every limit is inclusive."""
+
+    max_perplexity_ratio: float = Field(ge=1.0)
+    max_mean_kl: float = Field(gt=0.0, description="nats per token, source against quantized")
+    min_top1: float = Field(ge=0.0, le=1.0)
+    max_fallbacks: int = Field(default=0, ge=0)
+    max_starved_experts: float = Field(default=0.25, ge=0.0, le=1.0)
+
+
+class Recipe(_Strict):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    kv_cache: KVFormat = "bf16"
+    calibration: Calibration = Calibration()
+    expert_coverage: ExpertCoverage = ExpertCoverage()
+    gate: GateLimits
+
+    def scheme_for(self, spec: TensorSpec) -> Scheme:
+        """The last rule that matches the linear; `source` where none does.
+
+        The MTP layer is carried through as it is: nothing that we evaluate exercises it.
+        """
+        if spec.group == "mtp":
+            return _SOURCE
+        for rule, pattern in zip(reversed(self.rules), reversed(self._patterns()), strict=True):
+            if pattern.match(spec.module):
+                return rule.scheme
+        return _SOURCE
+
+    def resolve(self, config: ModelConfig) -> dict[str, Scheme]:
+        """Scheme of every linear (keyed by module name), `source` made concrete.
+
+        Raises:
+            RecipeError: a rule matches nothing, a group size does not divide an input width, or
+                linears that one smoothing vector must serve have different schemes.
+        """
+        native: WeightFormat = "fp8-block" if config.weight_block_size else "bf16"
+        schemes: dict[str, Scheme] = {}
+        unmatched = dict(zip((rule.match for rule in self.rules), self._patterns(), strict=True))
+        for layer in range(config.num_layers_with_mtp):
+            for spec in linears(config, layer):
+                for match in [m for m, p in unmatched.items() if p.match(spec.module)]:
+                    del unmatched[match]
+                scheme = self.scheme_for(spec)
+                if scheme.weights == "source":
+                    scheme = Scheme(weights=native)
+                if scheme.weights == "fp8-block" and native != "fp8-block":
+                    raise RecipeError(
+                        f"recipe {self.name!r}: {spec.module} asks for fp8-block, but the source "
+                        "is BF16; use weights: source"
+                    )
+                if scheme.group_size and spec.shape[1] % scheme.group_size:
+                    raise RecipeError(
+                        f"recipe {self.name!r}: group_size {scheme.group_size} does not divide "
+                        f"the {spec.shape[1]} inputs of {spec.module}"
+                    )
+                schemes[spec.module] = scheme
+        if unmatched:
+            raise RecipeError(
+                f"recipe {self.name!r}: rule match {next(iter(unmatched))!r} matches no linear of "
+                "this model; correct or remove it"
+            )
+        return schemes
+
+    def _patterns(self) -> list[re.Pattern[str]]:
+        return [re.compile(fnmatch.translate(rule.match)) for rule in self.rules]
+
+
+_SOURCE = Scheme(weights="source")
+
+
+def builtin_recipes() -> list[str]:
+    """Names accepted by `--recipe` besides a file's path."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a built-in recipe by name, or a YAML file.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, or an unknown or contradictory key, named.
+    """
+    path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        raise RecipeError(
+            f"no recipe {name_or_path!r}; use a YAML file or one of {', '.join(builtin_recipes())}"
+        )
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}".replace("\n", " ")) from error
+    return parse_recipe(raw, where=str(path))
+
+
+def parse_recipe(raw: object, *, where: str) -> Recipe:
+    """Validate a parsed recipe; `where` names it in the error."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the recipe"
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(f"{where}: unknown key {place!r}; remove or correct it") from error
+        raise RecipeError(f"{where}: {place}: {first['msg']}") from error

@@ -45,7 +45,7 @@ def make_app(help_text: str) -> typer.Typer:
 
 
 def make_progress() -> Progress:
-    """A progress line on stderr with elapsed time and ETA, so that stdout stays machine-readable."""
+    """A progress line on stderr with elapsed time and ETA; stdout stays machine-readable."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -168,28 +168,26 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 # Keys that no forward pass reads. auto_map names remote code, which is never loaded.
-_INERT = frozenset(
-    [
-        "_name_or_path",
-        "auto_map",
-        "aux_loss_alpha",
-        "dtype",
-        "ep_size",
-        "head_dim",
-        "initializer_range",
-        "num_local_experts",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "pretraining_tp",
-        "qk_head_dim",
-        "return_dict",
-        "seq_aux",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    ]
-)
+_INERT = {
+    "_name_or_path",
+    "auto_map",
+    "aux_loss_alpha",
+    "dtype",
+    "ep_size",
+    "head_dim",
+    "initializer_range",
+    "num_local_experts",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "qk_head_dim",
+    "return_dict",
+    "seq_aux",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 
 _OPTIONAL = {"num_nextn_predict_layers", "bos_token_id", "eos_token_id", "weight_block_size"}
 

@@ -1,0 +1,45 @@
+# Two commands matter: `make demo` and `make test`. Both make the environment (.venv) first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Ray reports usage to its vendor unless told not to; a build should talk to nobody.
+export RAY_USAGE_STATS_ENABLED := 0
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types unit slow bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+env: $(VENV)/.ready ## make .venv with the pinned packages
+
+$(VENV)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "IntServe needs Python 3.11 or 3.12; set PYTHON=python3.11"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[serve,quant,dev]'
+	touch $@
+
+demo: env ## the main job on this machine: quantize, evaluate, gate, serve, ask
+	$(BIN)/python examples/demo.py
+
+test: lint types unit ## everything CI runs
+
+lint: env ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env ## mypy, strict, on the four packages
+	$(BIN)/mypy
+
+unit: env ## the tests of the default run (CPU, no `slow`)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: env ## the long tests: kill matrices, soak
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: env ## regenerate the figures of docs/benchmarks.md
+	$(BIN)/python bench/run_all.py
+
+clean: ## remove what the demo wrote
+	rm -rf runs

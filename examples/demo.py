@@ -1,0 +1,281 @@
+"""The main job on one machine without a GPU: `make demo`.
+
+    plan -> quantize (as Ray jobs) -> build -> evaluate -> gate -> report -> serve -> ask
+
+Every step is the command that a cluster would run, started as its own process; only the scale is
+small. It ends with one table, `runs/demo/summary.json`, and nothing left running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from ray.job_submission import JobStatus, JobSubmissionClient
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples" / "tiny-deepseek-v3"
+OUT = ROOT / "runs" / "demo"
+RECIPES = ("int4", "int8")
+SERVED = "int4"
+
+say = Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    started = time.monotonic()
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True)
+    step("plan", f"does {MODEL.name} fit this machine?")
+    for recipe in RECIPES:
+        command("cluster", "plan", "--model", MODEL, "--recipe", recipe, "--hardware", "cpu")
+
+    step("quantize", f"{' and '.join(RECIPES)}, as Ray jobs")
+    with local_ray_with_jobs() as (address, jobs):
+        submitted = {recipe: submit_quantize(jobs, recipe) for recipe in RECIPES}
+        for recipe, job_id in submitted.items():
+            wait_for_job(jobs, recipe, job_id)
+        del address
+
+    for recipe in RECIPES:
+        step("build, evaluate, gate, report", recipe)
+        judge(recipe)
+
+    step("serve", f"{SERVED} over HTTP")
+    with served(OUT / SERVED / "engine") as url:
+        ask_three_questions(url)
+
+    summary = {recipe: summarize(recipe) for recipe in RECIPES}
+    (OUT / "summary.json").write_text(json.dumps({"recipes": summary}, indent=2) + "\n")
+    show_table(summary)
+    say.print(
+        f"\nReports: {', '.join(str((OUT / r / 'report.html').relative_to(ROOT)) for r in RECIPES)}"
+        f"\nSummary: {(OUT / 'summary.json').relative_to(ROOT)}"
+        f"\nDone in {time.monotonic() - started:.0f} s."
+    )
+
+
+def step(name: str, what: str) -> None:
+    say.print(f"\n[bold]{name}[/bold]  {what}")
+
+
+def command(package: str, *args: object, quiet: bool = False) -> str:
+    """Run one of our commands as a user would; its failure ends the demo with its own sentence."""
+    done = subprocess.run(
+        [sys.executable, "-m", package, *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if not quiet:
+        sys.stderr.write(done.stdout)
+    if done.returncode:
+        raise SystemExit(f"demo: python -m {package} {args[0]} ended with {done.returncode}")
+    return done.stdout
+
+
+# --- quantize ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def local_ray_with_jobs() -> Iterator[tuple[str, JobSubmissionClient]]:
+    """A local Ray with its job server, stopped by the handle that started it."""
+    import ray
+
+    context = ray.init(
+        num_cpus=4,  # quantize workers are short of memory bandwidth, not of cores
+        include_dashboard=True,
+        dashboard_port=free_port(),
+        log_to_driver=False,
+        logging_level="warning",
+    )
+    try:
+        url = f"http://{context.address_info['webui_url']}"
+        yield context.address_info["gcs_address"], JobSubmissionClient(url)
+    finally:
+        ray.shutdown()
+
+
+def submit_quantize(jobs: JobSubmissionClient, recipe: str) -> str:
+    """What `ray job submit -- python -m quant_jobs quantize ...` does."""
+    words = [
+        sys.executable,
+        *("-m", "quant_jobs", "quantize"),
+        *("--model", str(MODEL), "--recipe", recipe),
+        *("--calibration", str(MODEL / "calibration.txt")),
+        *("--output", str(OUT / recipe / "checkpoint"), "--workers", "1"),
+    ]
+    return str(
+        jobs.submit_job(
+            entrypoint=subprocess.list2cmdline(words),
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}},
+        )
+    )
+
+
+def wait_for_job(jobs: JobSubmissionClient, recipe: str, job_id: str) -> None:
+    while not (status := jobs.get_job_status(job_id)).is_terminal():
+        time.sleep(0.2)
+    if status != JobStatus.SUCCEEDED:
+        sys.stderr.write(jobs.get_job_logs(job_id))
+        raise SystemExit(f"demo: the quantize job for {recipe} ended as {status}")
+    say.print(f"  {recipe}: {job_id} {status}")
+
+
+# --- build, evaluate, gate, report ---------------------------------------------------------------
+
+
+def judge(recipe: str) -> None:
+    folder = OUT / recipe
+    command(
+        *("quant_jobs", "build", "--checkpoint", folder / "checkpoint"),
+        *("--target", "embedded", "--output", folder / "engine"),
+    )
+    command(
+        *("quant_jobs", "evaluate", "--engine", folder / "engine", "--reference", MODEL),
+        *("--data", MODEL / "heldout.txt", "--output", folder / "evaluation"),
+    )
+    command(
+        *("quant_jobs", "gate", "--engine", folder / "engine"),
+        *("--evaluation", folder / "evaluation"),
+    )
+    command(
+        *("quant_jobs", "report", "--checkpoint", folder / "checkpoint"),
+        *("--engine", folder / "engine", "--evaluation", folder / "evaluation"),
+        *("--output", folder / "report.html"),
+    )
+
+
+# --- serve ---------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def served(engine: Path) -> Iterator[str]:
+    """`python -m serve_app` until its /health answers; SIGINT at the end, as ctrl-C would."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serve_app", "--engine", str(engine), "--port", str(port)],
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(process, url)
+        yield url
+    finally:
+        os.kill(process.pid, signal.SIGINT)
+        process.wait(timeout=60)
+    if process.returncode:
+        raise SystemExit(f"demo: the server ended with {process.returncode}")
+
+
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str, patience_s: float = 120) -> None:
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise SystemExit(f"demo: the server ended with {process.returncode} before it answered")
+        try:
+            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.25)
+    raise SystemExit(f"demo: the server did not answer within {patience_s:.0f} s")
+
+
+def ask_three_questions(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="demo")
+    model = client.models.list().data[0].id
+    for question in ("What does json.dumps do?", "What does os.path.join do?"):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=48,
+            temperature=0,
+        )
+        say.print(f"  Q: {question}\n  A: {answer.choices[0].message.content}", markup=False)
+    question = "What does shutil.copytree do?"
+    say.print(f"  Q: {question} (streamed)\n  A: ", end="", markup=False)
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=48,
+        temperature=0,
+        stream=True,
+    )
+    for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content:
+            say.print(chunk.choices[0].delta.content, end="", markup=False)
+    say.print()
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+#: summary.json's keys, in order; each is one field of evaluation.json or of the verdict.
+SUMMARY_KEYS = (
+    "bytes",
+    "bf16_bytes",
+    "perplexity",
+    "source_perplexity",
+    "kl",
+    "top1",
+    "decode_tokens_per_s",
+    "bf16_decode_tokens_per_s",
+    "verdict",
+)
+
+
+def summarize(recipe: str) -> dict[str, Any]:
+    output = command(
+        *("quant_jobs", "gate", "--engine", OUT / recipe / "engine"),
+        *("--evaluation", OUT / recipe / "evaluation", "--json"),
+        quiet=True,
+    )
+    gate = json.loads(output)
+    return {key: gate[key] for key in SUMMARY_KEYS}
+
+
+def show_table(summary: dict[str, dict[str, Any]]) -> None:
+    table = Table(title="\nQuantized against the source, in one run")
+    for heading in ("recipe", "MB", "of BF16", "perplexity", "ratio", "KL", "top-1", "decode tok/s",
+                    "of unquantized", "verdict"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("recipe", "verdict") else "right")
+    for recipe, row in summary.items():
+        table.add_row(
+            recipe,
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['bytes'] / row['bf16_bytes']:.1%}",
+            f"{row['perplexity']:.3f}",
+            f"{row['perplexity'] / row['source_perplexity']:.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['top1']:.2%}",
+            f"{row['decode_tokens_per_s']:.0f}",
+            f"{row['decode_tokens_per_s'] / row['bf16_decode_tokens_per_s']:.2f}x",
+            row["verdict"],
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

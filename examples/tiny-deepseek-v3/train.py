@@ -50,6 +50,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3DecoderLayer,
     DeepseekV3RMSNorm,
@@ -153,7 +154,8 @@ class Schedule:
     warmup_steps: int = 30
     decay_from: float = 0.4  # full rate until here, then linear to zero
     muon_rate: float = 0.02
-    adam_rate: float = 0.004
+    adam_rate: float = 0.004  # head, router, norms
+    embedding_rate: float = 0.03
     mtp_weight: float = 0.2
     bias_rate: float = 0.002  # paper section 2.1.2, gamma
     bias_until: float = 0.9
@@ -361,7 +363,7 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return cast("list[int]", tokenizer.encode(text, add_special_tokens=False).ids)
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def pack(tokenizer: Tokenizer, documents: Sequence[str], seed: int) -> Tensor:
@@ -383,6 +385,26 @@ def model_config() -> DeepseekV3Config:
     given = {k: v for k, v in CONFIG.items() if k not in ("quantization_config", "torch_dtype")}
     given["rope_scaling"] = dict(given["rope_scaling"])
     return DeepseekV3Config(**given)
+
+
+def padded_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Tensor | None,
+    scaling: float,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Causal attention, [B, heads, T, width]. PyTorch's fused CPU kernel wants keys and values
+    of one width; DeepSeek's differ (96 and 64 here), so values carry zeros through it."""
+    width = value.shape[-1]
+    value = F.pad(value, (0, query.shape[-1] - width))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return out[..., :width].transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("padded", padded_attention)
 
 
 class MTP(nn.Module):
@@ -416,9 +438,10 @@ class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = model_config()
-        config._attn_implementation = "sdpa"
-        config._experts_implementation = os.environ.get("EXPERTS", "eager")
+        config._attn_implementation = "padded"
+        config._experts_implementation = "grouped_mm"
         self.main = DeepseekV3ForCausalLM(config)
+        nn.init.normal_(self.main.model.embed_tokens.weight, std=0.5)
         self.mtp = MTP(self.main.config)
         self.mtp.apply(self.main._init_weights)
         self.routers = [m for m in self.modules() if isinstance(m, DeepseekV3TopkRouter)]
@@ -486,7 +509,7 @@ class Muon:
             memory = self.memory[name].lerp_(p.grad, 1 - self.momentum)
             update = p.grad.lerp(memory, self.momentum)  # Nesterov
             if name.endswith("gate_up_proj"):
-                update = update.unflatten(1, (2, -1)).flatten(0, 1)
+                update = update.reshape(-1, update.shape[1] // 2, update.shape[2])
             update = update if update.dim() == 3 else update[None]
             is_tall = update.shape[1] > update.shape[2]
             update = update.mT if is_tall else update
@@ -597,6 +620,7 @@ def export(tiny: Tiny, tokenizer: Tokenizer, out: Path, report: dict[str, Any]) 
     for number, part in enumerate(parts, start=1):
         file_name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         save_file(part, staging / file_name, metadata={"format": "pt"})
+        (staging / file_name).chmod(0o644)
         where.update(dict.fromkeys(part, file_name))
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(staging / "config.json", CONFIG)
@@ -672,7 +696,7 @@ def windows(ids: Sequence[int], length: int = 512) -> Tensor:
 @torch.no_grad()
 def perplexity(model: DeepseekV3ForCausalLM, rows: Tensor) -> float:
     total = 0.0
-    for row in rows.split(8):
+    for row in torch.split(rows, 8):
         logits = model(input_ids=row[:, :-1], use_cache=False).logits
         total += float(cross_entropy(logits, row[:, 1:])) * len(row)
     return math.exp(total / len(rows))
@@ -680,7 +704,10 @@ def perplexity(model: DeepseekV3ForCausalLM, rows: Tensor) -> float:
 
 @torch.no_grad()
 def mtp_loss(tiny: Tiny, rows: Tensor) -> float:
-    return sum(float(tiny.losses(row)[1]) * len(row) for row in rows.split(8)) / len(rows)
+    total = 0.0
+    for row in torch.split(rows, 8):
+        total += float(tiny.losses(row)[1]) * len(row)
+    return total / len(rows)
 
 
 def unigram_perplexity(stream: Tensor, rows: Tensor) -> float:
@@ -701,7 +728,7 @@ def batches(stream: Tensor, schedule: Schedule) -> Iterator[Tensor]:
         window = schedule.window_at(step)
         starts = torch.arange(0, len(stream) - window - 2, window)
         starts = starts[torch.randperm(len(starts), generator=generator)]
-        for chosen in starts.split(schedule.tokens_per_step // window):
+        for chosen in torch.split(starts, schedule.tokens_per_step // window):
             if schedule.window_at(step) != window:
                 break
             yield stream[chosen[:, None] + torch.arange(window + 2)]
@@ -730,9 +757,14 @@ def train(schedule: Schedule, out: Path, export_every_s: float) -> dict[str, Any
     tiny = Tiny()
     named = [(name, p) for name, p in tiny.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in named if is_for_muon(name, p)]
-    rest = [p for name, p in named if not is_for_muon(name, p)]
+    rest = {name: p for name, p in named if not is_for_muon(name, p)}
     muon = Muon(matrices)
-    adam = torch.optim.AdamW(rest, lr=schedule.adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    full_rate = [
+        schedule.embedding_rate if "embed_tokens" in name else schedule.adam_rate for name in rest
+    ]
+    adam = torch.optim.AdamW(
+        [{"params": [p]} for p in rest.values()], betas=(0.9, 0.95), weight_decay=0.0
+    )
     report: dict[str, Any] = {
         "python": platform.python_version(),
         "seed": schedule.seed,
@@ -747,10 +779,11 @@ def train(schedule: Schedule, out: Path, export_every_s: float) -> dict[str, Any
     recent_load = torch.zeros_like(tiny.load)
     for step, tokens in zip(range(schedule.steps), batches(stream, schedule), strict=False):
         main, mtp = tiny.losses(tokens)
-        (main + schedule.mtp_weight * mtp).backward()
-        nn.utils.clip_grad_norm_(rest, 1.0)
+        torch.autograd.backward(main + schedule.mtp_weight * mtp)
+        nn.utils.clip_grad_norm_(rest.values(), 1.0)
         rate = schedule.rate_at(step)
-        adam.param_groups[0]["lr"] = schedule.adam_rate * rate
+        for group, full in zip(adam.param_groups, full_rate, strict=True):
+            group["lr"] = full * rate
         adam.step()
         muon.step(schedule.muon_rate * rate)
         tiny.zero_grad(set_to_none=True)
@@ -759,8 +792,8 @@ def train(schedule: Schedule, out: Path, export_every_s: float) -> dict[str, Any
 
         seen += tokens.shape[0] * (tokens.shape[1] - 2)
         mix = max(0.05, 1 / (step + 1))
-        smooth_main += mix * (float(main) - smooth_main)
-        smooth_mtp += mix * (float(mtp) - smooth_mtp)
+        smooth_main += mix * (main.item() - smooth_main)
+        smooth_mtp += mix * (mtp.item() - smooth_mtp)
         is_last = step + 1 == schedule.steps
         if (step + 1) % 10 == 0 or is_last:
             spent = time.monotonic() - began
@@ -807,7 +840,7 @@ def train(schedule: Schedule, out: Path, export_every_s: float) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=830)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

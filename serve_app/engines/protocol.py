@@ -1,8 +1,8 @@
 """The engine protocol: the few words that the ingress and any engine share.
 
-Three implementations stand behind it: the embedded engine, TensorRT-LLM (issue E), and an echo
-engine for tests and overhead benchmarks. Plain dataclasses cross the actor hop: they pickle
-cheaply and hide no iterators.
+Two implementations stand behind it, the embedded engine and an echo engine for tests and overhead
+benchmarks; TensorRT-LLM in its own process is a later issue. Plain dataclasses cross the actor
+hop: they pickle cheaply and hide no iterators.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ class EngineInfo:
     recipe: str
     artifact_digest: str
     engine: str
+    #: Whether the accuracy gate passed for exactly this artifact; an echo has nothing to gate.
+    gated: bool
 
 
 class Engine(Protocol):
@@ -125,3 +127,28 @@ class Engine(Protocol):
         ...
 
     async def shutdown(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """What one engine replica says of itself."""
+
+    replica_id: str
+    info: EngineInfo
+    load: Load
+
+
+class EngineClient(Protocol):
+    """What the ingress needs of the engines behind it."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """Events of one request from some engine. Closing it aborts the request."""
+        ...
+
+    async def statuses(self, timeout_s: float) -> list[ReplicaStatus]:
+        """Of every replica that answers in time. Raises EngineUnavailable where none does."""
+        ...
+
+    async def info(self) -> EngineInfo:
+        """What is served; all replicas serve the same. Raises EngineUnavailable."""
+        ...

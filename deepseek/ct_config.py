@@ -1,0 +1,213 @@
+"""The `quantization_config` of config.json, as the compressed-tensors library and vLLM read it.
+
+One config group per scheme. Loaders find a linear's group by matching its module name against the
+group's `targets`, regular expressions applied from the start of the name; what must stay in high
+precision is in `ignore`. The targets are derived from the resolved schemes, not from the recipe's
+text, as few and as readable as a greedy cover finds them, and then held against every linear of the
+model: each matches its own group's targets and no other's, and nothing else matches any.
+
+Formats (compressed-tensors 0.20): INT8 with INT8 activations is `int-quantized`, INT4 is
+`pack-quantized`, FP8 blocks are `float-quantized`; a mix is `mixed-precision` with the format said
+per group. INT8 without activations is stored as plain int8 and therefore named `naive-quantized`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from deepseek.config import ModelConfig
+from deepseek.formats import stored_shapes
+from deepseek.inventory import tensors
+from deepseek.recipe import Scheme
+
+#: Fragments of module names below `layers.N.`, widest first. None of them can match what is never
+#: quantized (`mlp.gate`, the norms, `eh_proj`).
+_FRAGMENTS = (
+    r"(self_attn|mlp)[.].*_proj\w*",
+    r"self_attn[.].*_proj\w*",
+    r"mlp[.].*_proj",
+    r"mlp[.]experts[.].*_proj",
+    r"mlp[.]shared_experts[.].*_proj",
+    r"mlp[.](gate|up|down)_proj",
+    *(
+        rf"self_attn[.]{name}"
+        for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    ),
+    r"mlp[.]experts[.]\d+[.](gate|up)_proj",
+    *(rf"mlp[.]experts[.]\d+[.]{name}_proj" for name in ("gate", "up", "down")),
+    r"mlp[.]shared_experts[.](gate|up)_proj",
+    *(rf"mlp[.]shared_experts[.]{name}_proj" for name in ("gate", "up", "down")),
+    r"mlp[.](gate|up)_proj",
+    *(rf"mlp[.]{name}_proj" for name in ("gate", "up", "down")),
+)
+
+#: A linear as (layer, rest of its module name).
+_Place = tuple[int, str]
+
+
+def quantization_config(
+    config: ModelConfig, schemes: Mapping[str, Scheme]
+) -> dict[str, Any] | None:
+    """The value of config.json's `quantization_config`; None where every linear is BF16.
+
+    `schemes` is keyed by module name, as `Recipe.resolve` returns it: every linear, none `source`.
+    """
+    places: dict[Scheme, set[_Place]] = {}
+    for module, scheme in schemes.items():
+        layer, rest = module.removeprefix("model.layers.").split(".", 1)
+        key = Scheme.model_validate({**scheme.model_dump(), "algorithm": "max", "smoothing": 0.5})
+        places.setdefault(key, set()).add((int(layer), rest))
+    high = places.pop(Scheme(weights="bf16"), set())
+    if not places:
+        return None
+    everything = high.union(*places.values())
+
+    groups: dict[str, Any] = {}
+    for number, scheme in enumerate(sorted(places, key=lambda scheme: scheme.label)):
+        groups[f"group_{number}"] = _group(scheme, _targets(places[scheme], everything))
+    ignore = ["lm_head", "re:.*[.]mlp[.]gate"]
+    if config.num_nextn_predict_layers:
+        ignore += ["re:.*[.]eh_proj", "re:.*[.]shared_head[.]head"]
+    ignore = [f"{name}$" if name.startswith("re:") else name for name in ignore]
+    ignore += _targets(high, everything) if high else []
+    _verify(config, schemes, groups, ignore)
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": groups,
+        "ignore": ignore,
+    }
+
+
+def matches(target: str, name: str) -> bool:
+    """Whether a target or ignore entry names the module: compressed-tensors' and vLLM's rule."""
+    if target.startswith("re:"):
+        return _compiled(target[3:]).match(name) is not None
+    return target == name
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    weights: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+    inputs: dict[str, Any] | None = None
+    form = "int-quantized"
+    match scheme.weights:
+        case "int8":
+            weights["strategy"] = "channel"
+            if scheme.activations == "int8":
+                inputs = weights | {"strategy": "token", "dynamic": True}
+            else:
+                packed = "weight_packed" in stored_shapes(scheme, 128, 128)
+                form = "pack-quantized" if packed else "naive-quantized"
+        case "int4" | "int4-asym":
+            weights |= {
+                "num_bits": 4,
+                "symmetric": scheme.weights == "int4",
+                "strategy": "group",
+                "group_size": scheme.group_size,
+            }
+            form = "pack-quantized"
+        case "fp8-block":
+            weights |= {"type": "float", "strategy": "block", "block_structure": [128, 128]}
+            # As the release declares itself: activations quantized on the fly, 128 at a time.
+            inputs = {
+                "num_bits": 8,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": 128,
+                "dynamic": True,
+            }
+            form = "float-quantized"
+        case _:
+            raise AssertionError(f"{scheme.weights} is not a compressed format")
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": form,
+    }
+
+
+def _targets(wanted: set[_Place], everything: set[_Place]) -> list[str]:
+    """Few patterns that together match `wanted` and nothing else of `everything` (greedy cover)."""
+    candidates: dict[str, set[_Place]] = {}
+    for fragment in _FRAGMENTS:
+        matched = {place for place in everything if _compiled(fragment + "$").match(place[1])}
+        by_layer: dict[int, set[_Place]] = {}
+        for place in matched:
+            by_layer.setdefault(place[0], set()).add(place)
+        pure = {layer for layer, those in by_layer.items() if those <= wanted}
+        if pure:
+            pattern = _layer_pattern(pure, set(by_layer)) + fragment + "$"
+            candidates[pattern] = {place for place in matched if place[0] in pure}
+    chosen: list[str] = []
+    left = set(wanted)
+    while left:
+        best = max(candidates, key=lambda p: (len(candidates[p] & left), -len(p), p), default=None)
+        if best is None or not candidates[best] & left:
+            chosen += _expert_patterns(left)
+            break
+        chosen.append(best)
+        left -= candidates.pop(best)
+    return [f"re:{pattern}" for pattern in chosen]
+
+
+def _layer_pattern(layers: set[int], all_layers: set[int]) -> str:
+    """Prefix for `layers` out of those where the fragment occurs at all; the shorter wording."""
+    if layers == all_layers:
+        return ".*[.]"
+    others = all_layers - layers
+    only = f".*[.]layers[.]{_any_of(layers)}[.]"
+    but = rf".*[.]layers[.](?!{_any_of(others)}[.])\d+[.]"
+    return min(only, but, key=len)
+
+
+def _any_of(numbers: Iterable[int]) -> str:
+    """`7`, or `(1|2|7)`."""
+    words = [str(number) for number in sorted(numbers)]
+    return words[0] if len(words) == 1 else f"({'|'.join(words)})"
+
+
+def _expert_patterns(left: Iterable[_Place]) -> list[str]:
+    """Patterns for single experts, where no fragment is pure: one per layer and projection."""
+    experts: dict[tuple[int, str], list[int]] = {}
+    for layer, rest in left:
+        *_, number, role = rest.split(".")
+        experts.setdefault((layer, role), []).append(int(number))
+    return [
+        rf".*[.]layers[.]{layer}[.]mlp[.]experts[.]{_any_of(those)}[.]{role}$"
+        for (layer, role), those in sorted(experts.items())
+    ]
+
+
+def _verify(
+    config: ModelConfig, schemes: Mapping[str, Scheme], groups: dict[str, Any], ignore: list[str]
+) -> None:
+    """Every module in exactly its own place; a violation is a bug of this file."""
+    by_form = {name: group["targets"] for name, group in groups.items()}
+    owner: dict[Scheme, str] = {}
+    for spec in tensors(config):
+        name = spec.module
+        hits = [g for g, targets in by_form.items() if any(matches(t, name) for t in targets)]
+        ignored = any(matches(entry, name) for entry in ignore)
+        scheme = schemes.get(name)
+        if scheme is None or scheme.weights == "bf16":
+            assert not hits, f"{name} must stay in high precision, but matches {hits}"
+            assert scheme is None or ignored, f"{name} is neither in a group nor ignored"
+            continue
+        assert len(hits) == 1, f"{name} matches the groups {hits}"
+        assert not ignored, f"{name} is both in {hits} and ignored"
+        assert owner.setdefault(scheme, hits[0]) == hits[0], f"{name} is in {hits}"
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)

@@ -1,0 +1,243 @@
+"""Bytes on disk: whole or absent, and the same for the same content.
+
+Everything that IntServe publishes goes through here. A file is written under a temporary name in
+the same directory, synced, then renamed, so that a reader sees all of it or nothing. Safetensors
+files are written by our own few lines rather than by the library's `save_file`, for three reasons:
+tensors stream out one by one (no second copy of a layer in memory), the bytes do not depend on the
+order of a hash map, and the digests are computed on the way. Reading tensor data back is left to
+`safetensors.safe_open`; only the header is parsed here, because its bytes are part of digests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+#: Safetensors' names of the data types that appear in our files.
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_CHUNK_BYTES = 1 << 22
+
+
+class DamagedFileError(Exception):
+    """A safetensors file whose header cannot be trusted; callers say whose file it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor as a safetensors header announces it; `begin` and `end` are file offsets."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The checked header of one safetensors file. `raw` is the length prefix and the JSON."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    raw: bytes
+    file_bytes: int
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.raw).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class SavedFile:
+    """What `save_tensors` wrote: digests in hex, size in bytes, digest of each tensor by name."""
+
+    sha256: str
+    header_sha256: str
+    num_bytes: int
+    tensors: dict[str, str]
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it appears whole or not at all, also after a power cut."""
+    with _published(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people to read: sorted keys, two spaces, a final newline; atomically."""
+    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one serialization of a JSON value that digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> SavedFile:
+    """Write a safetensors file atomically; equal tensors and metadata give equal bytes.
+
+    Tensors lie in order of descending item size, then name, so that each is aligned to its items.
+    They may have any strides and live on any device; one tensor at a time is copied to the host.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    raw = len(text).to_bytes(8, "little") + text
+
+    whole = hashlib.sha256(raw)
+    digests: dict[str, str] = {}
+    with _published(path) as file:
+        file.write(raw)
+        for name in order:
+            tensor = tensors[name].detach().cpu()
+            data = tensor_bytes(tensor)
+            file.write(data)
+            whole.update(data)
+            digests[name] = _digest(tensor, data)
+    return SavedFile(
+        sha256=whole.hexdigest(),
+        header_sha256=hashlib.sha256(raw).hexdigest(),
+        num_bytes=len(raw) + offset,
+        tensors=dict(sorted(digests.items())),
+    )
+
+
+def read_header(path: Path) -> Header:
+    """Parse and check a safetensors header: known types, no gaps, no overlaps, nothing cut off.
+
+    Raises:
+        OSError: the file cannot be read.
+        DamagedFileError: it is not a complete safetensors file.
+    """
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
+            raise DamagedFileError("is not a safetensors file, or is cut off within its header")
+        text = file.read(length)
+    try:
+        parsed = json.loads(text, object_pairs_hook=_no_duplicates)
+        metadata = parsed.pop("__metadata__", {})
+        start = 8 + length
+        tensors = {name: _entry(name, value, start) for name, value in parsed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"is not a safetensors file ({error})") from error
+    position = start
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            raise DamagedFileError(f"has a gap or an overlap before tensor {name}")
+        position = entry.end
+    if position != file_bytes:
+        raise DamagedFileError(
+            f"has {file_bytes} bytes where its header announces {position}; it is cut off or "
+            "was appended to"
+        )
+    return Header(tensors, metadata, prefix + text, file_bytes)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values in row-major order as bytes, without a copy where it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """BLAKE2b-128 in hex over type, shape and values of a host tensor."""
+    return _digest(tensor, tensor_bytes(tensor))
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _digest(tensor: Tensor, data: memoryview) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}".encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _published(path: Path) -> Iterator[BinaryIO]:
+    """A file under a temporary name that takes its own name only when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice in its header")
+    return found
+
+
+def _entry(name: str, value: dict[str, Any], start: int) -> TensorEntry:
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name} has the unknown type {value['dtype']!r}")
+    dtype = DTYPES[value["dtype"]]
+    shape = tuple(int(size) for size in value["shape"])
+    begin, end = value["data_offsets"]
+    if any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"tensor {name} has {end - begin} bytes, which its shape contradicts")
+    return TensorEntry(dtype, shape, start + begin, start + end)

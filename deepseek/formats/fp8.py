@@ -1,0 +1,92 @@
+"""FP8 (e4m3): one scale per 128x128 block, as in DeepSeek's release, or one per tensor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from deepseek.formats.scales import assert_shapes, choose_scale, row_chunks, rows_of
+
+FP8_MAX = 448.0
+#: Rows and columns of a block. Blocks at the edges of a weight may be smaller.
+FP8_BLOCK = 128
+
+
+def quantize_fp8_block(
+    w: Tensor, *, amax: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Float [N, K] -> (e4m3 [N, K], float32 scale [ceil(N/128), ceil(K/128)] = amax / 448).
+
+    The scale is what DeepSeek's release calls `weight_scale_inv`: a multiplier. That very tensor,
+    passed as `scale` with the release's dequantized weight, gives the release's codes back.
+    `amax` or `scale`, shaped like the result's scale, replaces the data's own maximum; larger
+    values then clip.
+
+    Raises:
+        CheckpointError: a value, amax or scale cannot be represented.
+    """
+    assert_shapes(num_blocks(w.shape), amax, scale)
+    codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
+    scales = torch.empty(num_blocks(w.shape), dtype=torch.float32, device=w.device)
+    for rows in row_chunks(w, multiple=FP8_BLOCK):
+        part = _as_blocks(w[rows].float())
+        blocks = slice(rows.start // FP8_BLOCK, math.ceil(rows.stop / FP8_BLOCK))
+        scales[blocks] = choose_scale(
+            part.abs().amax(dim=(1, 3)),
+            FP8_MAX,
+            scales.dtype,
+            rows_of(amax, blocks),
+            rows_of(scale, blocks),
+        )
+        part = _to_e4m3(part / scales[blocks][:, None, :, None])
+        codes[rows] = part.flatten(2).flatten(0, 1)[: rows.stop - rows.start, : w.shape[1]]
+    return codes, scales
+
+
+def dequantize_fp8_block(q: Tensor, scale: Tensor) -> Tensor:
+    """e4m3 [N, K] and scale [ceil(N/128), ceil(K/128)] -> float32 [N, K].
+
+    This is also the exact reader of the release's `weight` and `weight_scale_inv`.
+    """
+    assert_shapes(num_blocks(q.shape), scale)
+    weight = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    for block, first in enumerate(range(0, q.shape[0], FP8_BLOCK)):
+        rows = slice(first, min(first + FP8_BLOCK, q.shape[0]))
+        columns = scale[block].float().repeat_interleave(FP8_BLOCK)[: q.shape[1]]
+        torch.mul(q[rows].float(), columns, out=weight[rows])
+    return weight
+
+
+def quantize_fp8_tensor(x: Tensor, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Float [...] -> (e4m3 [...], float32 scale [] = amax / 448); beyond a given scale, clips.
+
+    Raises:
+        CheckpointError: a value or the scale cannot be represented.
+    """
+    assert_shapes((), scale)
+    x = x.float()
+    scale = choose_scale(x.abs().amax(), FP8_MAX, torch.float32, None, scale)
+    return _to_e4m3(x / scale), scale
+
+
+def dequantize_fp8_tensor(q: Tensor, scale: Tensor) -> Tensor:
+    """e4m3 [...] and scale [] -> float32 [...]."""
+    return q.float().mul_(scale)
+
+
+def num_blocks(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Blocks of an [N, K] weight in each direction, ragged ones included."""
+    return math.ceil(shape[0] / FP8_BLOCK), math.ceil(shape[1] / FP8_BLOCK)
+
+
+def _as_blocks(w: Tensor) -> Tensor:
+    """[n, k] -> [n/128, 128, k/128, 128], padded with zeros, which change no block's amax."""
+    w = torch.nn.functional.pad(w, (0, -w.shape[1] % FP8_BLOCK, 0, -w.shape[0] % FP8_BLOCK))
+    return w.reshape(w.shape[0] // FP8_BLOCK, FP8_BLOCK, w.shape[1] // FP8_BLOCK, FP8_BLOCK)
+
+
+def _to_e4m3(steps: Tensor) -> Tensor:
+    # torch's cast does not saturate: 465 and more would become NaN.
+    return steps.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)

@@ -1,0 +1,62 @@
+"""INT8: weights with one scale per output channel, activations with one per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepseek.formats.scales import (
+    SMALLEST_SCALE,
+    assert_shapes,
+    choose_scale,
+    round_to_int8,
+    row_chunks,
+    rows_of,
+)
+
+INT8_MIN, INT8_MAX = -128, 127
+
+
+def quantize_int8(
+    w: Tensor, *, amax: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Float [N, K] -> (int8 [N, K], float32 scale [N, 1] = amax / 127).
+
+    `amax` or `scale`, each [N, 1], replaces the data's own maximum; larger values then clip.
+
+    Raises:
+        CheckpointError: a value, amax or scale cannot be represented.
+    """
+    assert_shapes((w.shape[0], 1), amax, scale)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    scales = torch.empty((w.shape[0], 1), dtype=torch.float32, device=w.device)
+    for rows in row_chunks(w):
+        part = w[rows].float()
+        scales[rows] = choose_scale(
+            part.abs().amax(dim=1, keepdim=True),
+            INT8_MAX,
+            scales.dtype,
+            rows_of(amax, rows),
+            rows_of(scale, rows),
+        )
+        codes[rows] = round_to_int8(part / scales[rows], INT8_MIN, INT8_MAX)
+    return codes, scales
+
+
+def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
+    """int8 [..., K] and float32 scale [..., 1] -> float32 [..., K], for weights and tokens."""
+    return q.float().mul_(scale)
+
+
+def quantize_tokens_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations [..., K] -> (int8 [..., K], float32 scale [..., 1] = amax / 127), per token.
+
+    The engine's hot path, so it checks nothing: a token with NaN or infinity gets a scale of NaN or
+    infinity, and its products are then NaN or infinite instead of quietly wrong. No token touches
+    another, so batching cannot change an answer. A token of zeros has scale 2^-126, which saves an
+    operation over the weights' scale of 1.
+    """
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True).div_(INT8_MAX).clamp_min_(SMALLEST_SCALE)
+    # No clamp: amax / fl(amax / 127) is 127 within a few parts in 2^24, and rounds to 127.
+    return (x / scale).round_().to(torch.int8), scale

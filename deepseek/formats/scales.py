@@ -1,0 +1,100 @@
+"""How a scale is chosen and a weight is walked: what every format here shares.
+
+The rules are those of the package's docstring. No format is defined here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from deepseek.errors import CheckpointError
+
+#: The smallest normal number of float32 and bfloat16 alike.
+SMALLEST_SCALE = 2.0**-126
+LARGEST_MAGNITUDE = 2.0**126
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def row_chunks(w: Tensor, multiple: int = 1) -> Iterator[slice]:
+    """Row slices of about 4 M elements; all but the last have a multiple of `multiple` rows."""
+    assert w.ndim == 2, tuple(w.shape)
+    assert w.numel(), tuple(w.shape)
+    height = max(_CHUNK_ELEMENTS // w.shape[1] // multiple, 1) * multiple
+    for first in range(0, w.shape[0], height):
+        yield slice(first, min(first + height, w.shape[0]))
+
+
+def rows_of(given: Tensor | None, rows: slice) -> Tensor | None:
+    """These rows of a tensor that the caller may have left out."""
+    return None if given is None else given[rows]
+
+
+def assert_shapes(shape: tuple[int, ...], *given: Tensor | None) -> None:
+    """Each given amax, scale or zero point must have the shape of the scale to be stored."""
+    for tensor in given:
+        assert tensor is None or tuple(tensor.shape) == shape, (tuple(tensor.shape), shape)
+
+
+def check_magnitude(peak: Tensor) -> None:
+    """Refuse a weight by the amax of its parts.
+
+    Raises:
+        CheckpointError: NaN, infinity, or so large that it might dequantize to infinity.
+    """
+    # Written so that NaN, which compares false, is refused too.
+    if not bool((peak <= LARGEST_MAGNITUDE).all()):
+        raise CheckpointError("holds NaN, infinity or magnitudes above 2^126; repair the weight")
+
+
+def choose_scale(
+    peak: Tensor,
+    largest_code: float,
+    dtype: torch.dtype,
+    amax: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor:
+    """The scale to store, shaped like `peak`: as given, or from the given amax, or from `peak`.
+
+    `peak` is the data's own amax and is checked in any case.
+
+    Raises:
+        CheckpointError: the data, the amax or the scale cannot be represented.
+    """
+    assert amax is None or scale is None, "give amax or scale, not both"
+    check_magnitude(peak)
+    if scale is not None:
+        return given_scale(scale, dtype)
+    if amax is not None:
+        amax = amax.to(peak)
+        if not bool(((amax >= 0) & (amax <= LARGEST_MAGNITUDE)).all()):
+            raise CheckpointError("has a calibrated amax that is negative, NaN or above 2^126")
+        if bool(((amax == 0) & (peak > 0)).any()):
+            raise CheckpointError("has a calibrated amax of 0 where values are not 0")
+        peak = amax
+    # bfloat16 has float32's exponents, so rounding cannot leave the range that nonzero keeps.
+    return nonzero(peak / largest_code, peak).to(dtype)
+
+
+def given_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scale that somebody else chose, rounded to its stored dtype.
+
+    Raises:
+        CheckpointError: a scale is NaN, negative, zero or outside what `choose_scale` gives.
+    """
+    stored = scale.to(dtype)
+    if not bool(((stored >= SMALLEST_SCALE) & (stored <= LARGEST_MAGNITUDE)).all()):
+        raise CheckpointError("has a scale that is not between 2^-126 and 2^126")
+    return stored
+
+
+def nonzero(scale: Tensor, peak: Tensor) -> Tensor:
+    """At least the smallest normal number, and 1 where there is nothing but zeros."""
+    return scale.clamp_min(SMALLEST_SCALE).masked_fill(peak == 0, 1.0)
+
+
+def round_to_int8(steps: Tensor, low: int, high: int) -> Tensor:
+    """Round half to even (in place), clip to [low, high], as int8."""
+    return steps.round_().clamp_(low, high).to(torch.int8)

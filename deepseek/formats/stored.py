@@ -1,0 +1,175 @@
+"""One linear's weight as the named tensors of a compressed-tensors checkpoint, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from deepseek.errors import ArtifactError
+from deepseek.formats.fp8 import dequantize_fp8_block, num_blocks, quantize_fp8_block
+from deepseek.formats.int4 import (
+    dequantize_int4,
+    num_groups,
+    pack_int4,
+    pack_zero_point,
+    quantize_int4,
+    unpack_int4,
+    unpack_zero_point,
+)
+from deepseek.formats.int8 import dequantize_int8, quantize_int8
+from deepseek.formats.scales import check_magnitude, row_chunks
+from deepseek.recipe import Scheme
+
+#: Suffix -> (shape, dtype) of each tensor that one weight is stored as.
+Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def compress(
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    amax: Tensor | None = None,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Float [N, K] -> the tensors to store, by suffix, exactly as `stored_shapes` lists them.
+
+    `amax`, `scale` and `zero_point` go to the format's `quantize_*` function, shaped as there. A
+    bfloat16 weight that stays bfloat16 is not copied.
+
+    Raises:
+        RecipeError: the group size does not divide K.
+        CheckpointError: a value, amax, scale or zero point cannot be represented. The message says
+            why ("holds NaN, ..."); only the caller knows the tensor's name and puts it in front.
+    """
+    match scheme.weights:
+        case "int4" | "int4-asym":
+            return _compress_int4(weight, scheme, amax, scale, zero_point)
+        case "int8":
+            assert zero_point is None, "int8 weights are symmetric"
+            codes, scale = quantize_int8(weight, amax=amax, scale=scale)
+            return {"weight": codes, "weight_scale": scale}
+        case "fp8-block":
+            assert zero_point is None, "fp8 weights are symmetric"
+            codes, scale = quantize_fp8_block(weight, amax=amax, scale=scale)
+            return {"weight": codes, "weight_scale": scale}
+        case "bf16":
+            assert amax is scale is zero_point is None, "bfloat16 weights have no scale"
+            for rows in row_chunks(weight):
+                check_magnitude(weight[rows].abs().amax())
+            return {"weight": weight.to(torch.bfloat16)}
+        case "source":
+            raise AssertionError("Recipe.resolve makes `source` concrete first")
+
+
+def decompress(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Tensor:
+    """The tensors of `compress` -> float32 [N, K]; `shape` is (N, K), from the inventory.
+
+    Raises:
+        ArtifactError: a tensor is missing, unknown, or of another shape or dtype than the scheme
+            stores. The message names the suffix; the caller puts the module in front.
+    """
+    _check_stored(tensors, scheme, shape)
+    match scheme.weights:
+        case "int4" | "int4-asym":
+            zero_point = tensors.get("weight_zero_point")
+            return dequantize_int4(
+                unpack_int4(tensors["weight_packed"], shape[1]),
+                tensors["weight_scale"],
+                None if zero_point is None else unpack_zero_point(zero_point, shape[0]),
+            )
+        case "int8":
+            return dequantize_int8(tensors["weight"], tensors["weight_scale"])
+        case "fp8-block":
+            return dequantize_fp8_block(tensors["weight"], tensors["weight_scale"])
+        case _:
+            return tensors["weight"].float()
+
+
+def stored_shapes(scheme: Scheme, num_outputs: int, num_inputs: int) -> Stored:
+    """What an [N, K] weight is stored as: suffix -> (shape, dtype).
+
+    Raises:
+        RecipeError: the group size does not divide the inputs.
+    """
+    shape = (num_outputs, num_inputs)
+    match scheme.weights:
+        case "int4" | "int4-asym":
+            assert scheme.group_size is not None
+            groups = num_groups(num_inputs, scheme.group_size)
+            stored: Stored = {
+                "weight_packed": ((num_outputs, math.ceil(num_inputs / 8)), torch.int32),
+                "weight_scale": ((num_outputs, groups), torch.bfloat16),
+                "weight_shape": ((2,), torch.int64),
+            }
+            if scheme.weights == "int4-asym":
+                stored["weight_zero_point"] = ((math.ceil(num_outputs / 8), groups), torch.int32)
+            return stored
+        case "int8":
+            return {
+                "weight": (shape, torch.int8),
+                "weight_scale": ((num_outputs, 1), torch.float32),
+            }
+        case "fp8-block":
+            return {
+                "weight": (shape, torch.float8_e4m3fn),
+                "weight_scale": (num_blocks(shape), torch.float32),
+            }
+        case "bf16":
+            return {"weight": (shape, torch.bfloat16)}
+        case "source":
+            raise AssertionError("Recipe.resolve makes `source` concrete first")
+
+
+def stored_bytes(scheme: Scheme, num_outputs: int, num_inputs: int) -> int:
+    """Bytes of all tensors that an [N, K] weight is stored as, scales and zero points included."""
+    stored = stored_shapes(scheme, num_outputs, num_inputs).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
+
+
+def _compress_int4(
+    weight: Tensor,
+    scheme: Scheme,
+    amax: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+) -> dict[str, Tensor]:
+    assert scheme.group_size is not None
+    codes, scale, zero_point = quantize_int4(
+        weight,
+        scheme.group_size,
+        scheme.weights == "int4",
+        amax=amax,
+        scale=scale,
+        zero_point=zero_point,
+    )
+    tensors = {
+        "weight_packed": pack_int4(codes),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+    }
+    if zero_point is not None:
+        tensors["weight_zero_point"] = pack_zero_point(zero_point)
+    return tensors
+
+
+def _check_stored(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> None:
+    expected = stored_shapes(scheme, *shape)
+    for suffix in sorted(expected.keys() ^ tensors.keys()):
+        problem = "is missing" if suffix in expected else "is unknown"
+        raise ArtifactError(f"{suffix} {problem} for weights {scheme.label}; quantize again")
+    for suffix, (wanted, dtype) in expected.items():
+        found = tensors[suffix]
+        if tuple(found.shape) != wanted or found.dtype != dtype:
+            raise ArtifactError(
+                f"{suffix} is {found.dtype} {tuple(found.shape)}, but weights {scheme.label} of "
+                f"shape {shape} store {dtype} {wanted}; quantize again"
+            )
+    if "weight_shape" in tensors and tuple(tensors["weight_shape"].tolist()) != shape:
+        raise ArtifactError(
+            f"weight_shape says {tuple(tensors['weight_shape'].tolist())}, but the weight is "
+            f"{shape}; quantize again"
+        )

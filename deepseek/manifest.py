@@ -1,0 +1,158 @@
+"""What a quantized checkpoint says about itself: the records of intserve.json.
+
+The manifest names what the artifact was made of (source, recipe, calibration), what was written
+(files and the digest of every tensor) and what went less than perfectly (output errors, expert
+coverage, fallbacks). It holds no time stamps and no paths: the same inputs give the same bytes. Its
+digest is *the artifact's digest*, the value that an engine, a gate verdict and the server refer to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deepseek.errors import ArtifactError
+from deepseek.files import canonical_json, write_json
+from deepseek.recipe import KVFormat, Recipe
+
+MANIFEST_FILE = "intserve.json"
+FORMAT_VERSION = 1
+
+#: A decoder layer by number, or the tensors outside the layers.
+LayerKey = int | Literal["globals"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceRecord(_Record):
+    """The source checkpoint, by digest. `weight_block_size` is that of its FP8 blocks, if any."""
+
+    fingerprint: str
+    config_sha256: str
+    weight_block_size: tuple[int, int] | None
+
+
+class CalibrationRecord(_Record):
+    """The calibration data that was used: digest of the token ids, and how they were cut."""
+
+    digest: str
+    num_tokens: int = Field(ge=1)
+    num_blocks: int = Field(ge=1)
+    block_tokens: int = Field(ge=1)
+
+
+class LayerRecord(_Record):
+    """One published file: its digests, the digest of each tensor, each module's output error.
+
+    `header_sha256` covers the safetensors header and the tensor digests cover all other bytes, so
+    that a reader can verify what it reads without reading it twice; `sha256` is for other tools.
+    `errors` is the relative error of a module's output on the calibration data, ||y' - y|| / ||y||.
+    """
+
+    layer: LayerKey
+    file: str
+    num_bytes: int
+    sha256: str
+    header_sha256: str
+    source_sha256: str
+    tensors: dict[str, str]
+    errors: dict[str, float] = {}
+
+
+class Fallback(_Record):
+    """Something that was done in place of what the recipe asked for; the gate counts these."""
+
+    kind: str
+    layer: int | None
+    module: str
+    count: int = Field(ge=1)
+    detail: str = ""
+
+
+class Manifest(_Record):
+    """The whole of intserve.json.
+
+    `coverage` is, per MoE layer, the number of calibration tokens that reached each routed expert.
+    `files` maps each copied or derived file (config.json, index, tokenizer) to its SHA-256.
+    """
+
+    format_version: Literal[1] = 1
+    recipe: Recipe
+    source: SourceRecord
+    calibration: CalibrationRecord | None
+    layers: tuple[LayerRecord, ...]
+    coverage: dict[int, tuple[int, ...]]
+    fallbacks: tuple[Fallback, ...]
+    tools: dict[str, str]
+    files: dict[str, str]
+
+    @property
+    def kv_cache(self) -> KVFormat:
+        """Format of the KV cache that the recipe asks an engine for."""
+        return self.recipe.kv_cache
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk of all tensor files."""
+        return sum(record.num_bytes for record in self.layers)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex of the manifest's canonical JSON: the artifact's digest."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+    def record(self, layer: LayerKey) -> LayerRecord:
+        """The record of one layer; absent is a bug, for readers check completeness on opening."""
+        return next(record for record in self.layers if record.layer == layer)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write intserve.json, its own digest beside the content, atomically."""
+    content = manifest.model_dump(mode="json") | {"digest": manifest.digest}
+    write_json(directory / MANIFEST_FILE, content)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and verify intserve.json.
+
+    Raises:
+        ArtifactError: absent, not JSON, an unknown field, or edited since it was written.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        raw: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error.strerror}); the directory is not a finished quantized "
+            "checkpoint: run quantize again, which resumes"
+        ) from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ArtifactError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+    version = raw.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: format_version {version!r} is not supported, only {FORMAT_VERSION}; "
+            "quantize again with this version"
+        )
+    recorded = raw.pop("digest", None)
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{path}: {place}: {first['msg']}") from error
+    if manifest.digest != recorded:
+        raise ArtifactError(
+            f"{path} was changed after it was written (its digest is {manifest.digest}, it "
+            f"records {recorded}); restore it or quantize again"
+        )
+    return manifest

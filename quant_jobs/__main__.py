@@ -1,0 +1,198 @@
+"""`python -m quant_jobs`: the job's steps as commands, in the order in which they run.
+
+    quantize -> build -> evaluate -> gate -> report
+
+Only words are here: what a command is called, what it takes, what it prints. Each body lives in the
+file named after its step and is imported when the command runs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deepseek.cli import make_app, run
+
+EXAMPLE = "examples/tiny-deepseek-v3"
+
+app = make_app(
+    """Quantize DeepSeek-V3, build an engine of the result, and prove that it is still good.
+
+    \b
+    quantize   source checkpoint + recipe  -> quantized checkpoint
+    build      quantized checkpoint        -> engine for one target
+    evaluate   engine against the source   -> evaluation.json
+    gate       evaluation against limits   -> verdict beside the engine; exit 1 if it fails
+    report     all of it                   -> one HTML page
+    """
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+EngineOption = Annotated[Path, typer.Option("--engine", help="Engine directory made by `build`.")]
+EvaluationOption = Annotated[
+    Path, typer.Option("--evaluation", help="Directory made by `evaluate`.")
+]
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Option(help="Source checkpoint directory (BF16 or FP8 blocks).")],
+    recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
+    calibration: Annotated[Path, typer.Option(help="Calibration text, UTF-8.")],
+    output: Annotated[Path, typer.Option(help="Directory of the quantized checkpoint.")],
+    workers: Annotated[
+        int, typer.Option(min=1, help="Ray workers; the output's bytes do not depend on it.")
+    ] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Quantize a checkpoint layer by layer, on Ray.
+
+    A rerun of the same command resumes after the last published layer.
+
+    \b
+    Examples:
+      python -m quant_jobs quantize --model examples/tiny-deepseek-v3 --recipe int8 \\
+          --calibration examples/tiny-deepseek-v3/calibration.txt --output runs/int8
+      ray job submit --working-dir . -- python -m quant_jobs quantize --model /data/DeepSeek-V3 \\
+          --recipe int4 --calibration /data/calibration.txt --output /data/v3-int4 --workers 8
+    """
+    from quant_jobs.quantize import run_quantize
+
+    manifest = run_quantize(model, recipe, calibration, output, workers)
+    result = {
+        "output": str(output),
+        "recipe": manifest.recipe.name,
+        "artifact_digest": manifest.digest,
+        "layers": len(manifest.layers),
+        "fallbacks": sum(fallback.count for fallback in manifest.fallbacks),
+    }
+    _show(
+        result,
+        as_json,
+        f"{output}: {result['recipe']}, {result['layers']} files, "
+        f"{result['fallbacks']} fallbacks, artifact {manifest.digest[:16]}",
+    )
+
+
+@app.command()
+def build(
+    checkpoint: Annotated[
+        Path,
+        typer.Option(help="Quantized checkpoint; or an unquantized source, for a baseline engine."),
+    ],
+    output: Annotated[Path, typer.Option(help="Engine directory.")],
+    target: Annotated[str, typer.Option(help="embedded, trtllm, vllm or sglang.")] = "embedded",
+    tp: Annotated[int, typer.Option(min=1, help="GPUs that share one engine.")] = 1,
+    gpu: Annotated[
+        str, typer.Option(help="GPU that trtllm, vllm or sglang would run on.")
+    ] = "H800-80GB",
+    as_json: JsonFlag = False,
+) -> None:
+    """Build the engine of one target from a checkpoint.
+
+    \b
+    Examples:
+      python -m quant_jobs build --checkpoint runs/int8 --target embedded --output runs/int8-engine
+      python -m quant_jobs build --checkpoint examples/tiny-deepseek-v3 --output runs/baseline
+    """
+    from quant_jobs.build import run_build
+
+    result = run_build(checkpoint, target, tp, output, gpu=gpu)
+    _show(
+        result.model_dump(),
+        as_json,
+        f"{output}: {result.target} engine of {result.recipe or 'the unquantized source'}, "
+        f"{result.bytes / 1e6:.2f} MB, engine {result.engine_digest[:16]}",
+    )
+
+
+@app.command()
+def evaluate(
+    engine: EngineOption,
+    reference: Annotated[
+        Path, typer.Option(help="The source checkpoint that the engine was quantized from.")
+    ],
+    data: Annotated[Path, typer.Option(help="Held-out text, UTF-8; not the calibration text.")],
+    output: Annotated[Path, typer.Option(help="Directory for evaluation.json.")],
+    num_blocks: Annotated[
+        int, typer.Option(min=2, help="Blocks of text, spread evenly over the file.")
+    ] = 24,
+    block_tokens: Annotated[
+        int, typer.Option(min=8, help="Tokens per block, the first one BOS.")
+    ] = 512,
+    decode_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens per speed run and sequence; 0 measures no speed.")
+    ] = 32,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure an engine against its source: perplexity, KL, top-1 agreement, size, decode speed.
+
+    \b
+    Examples:
+      python -m quant_jobs evaluate --engine runs/int8-engine --reference examples/tiny-deepseek-v3 \\
+          --data examples/tiny-deepseek-v3/heldout.txt --output runs/int8-evaluation
+      python -m quant_jobs evaluate --engine E --reference DeepSeek-V3 --data heldout.txt \\
+          --output out --num-blocks 64 --block-tokens 2048 --json
+    """
+    from quant_jobs.evaluate import Settings, run_evaluate
+
+    settings = Settings(
+        num_blocks=num_blocks, block_tokens=block_tokens, decode_tokens=decode_tokens
+    )
+    result = run_evaluate(engine, reference, data, output, settings)
+    _show(result.model_dump(mode="json"), as_json, "\n".join(result.describe()))
+
+
+@app.command()
+def gate(engine: EngineOption, evaluation: EvaluationOption, as_json: JsonFlag = False) -> None:
+    """Judge an evaluation by the recipe's limits and write the verdict beside the engine.
+
+    Exit code 0: passed, may be served. 1: failed, with one line per reason.
+
+    \b
+    Examples:
+      python -m quant_jobs gate --engine runs/int8-engine --evaluation runs/int8-evaluation
+      python -m quant_jobs gate --engine E --evaluation OUT --json | jq .verdict
+    """
+    from quant_jobs.gate import run_gate
+
+    outcome = run_gate(engine, evaluation)
+    _show(outcome.summary(), as_json, "\n".join(outcome.describe()))
+    if not outcome.verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    engine: EngineOption,
+    evaluation: EvaluationOption,
+    output: Annotated[Path, typer.Option(help="The HTML file; a .json goes beside it.")],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="The quantized checkpoint, to check that the engine is made of it."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write one self-contained HTML page: verdict, sizes, errors, coverage, KL, recipe, digests.
+
+    \b
+    Examples:
+      python -m quant_jobs report --engine runs/int8-engine --evaluation runs/int8-evaluation \\
+          --output runs/int8.html
+    """
+    from quant_jobs.report import run_report
+
+    result = run_report(engine, evaluation, output, checkpoint=checkpoint)
+    _show(result.model_dump(mode="json"), as_json, f"{output} and {output.with_suffix('.json')}")
+
+
+def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """The answer on stdout: one JSON object, or sentences for a person."""
+    typer.echo(json.dumps(result, indent=2, sort_keys=True) if as_json else text)
+
+
+if __name__ == "__main__":
+    run(app)

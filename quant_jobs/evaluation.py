@@ -1,0 +1,170 @@
+"""`evaluation.json`: what was measured, of which engine, against which source, on which text.
+
+The contract between `evaluate`, which writes it, and `gate` and `report`, which read it. Beside it
+lies `tokens.safetensors` with one value per judged token, bound by its SHA-256. Losses and KL are
+in nats, sizes in bytes, speeds in generated tokens per second.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from deepseek.errors import ArtifactError
+from deepseek.files import sha256_file, write_atomic
+
+EVALUATION = "evaluation.json"
+TOKENS = "tokens.safetensors"
+
+Positive = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Estimate(_Strict):
+    """A value, its standard error over blocks, and its 95 % bootstrap interval over blocks."""
+
+    value: float
+    standard_error: float = Field(ge=0.0)
+    low: float
+    high: float
+
+
+class Divergence(_Strict):
+    """KL(source || quantized), nats per token over the full vocabulary."""
+
+    mean: Estimate
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+
+class GroupBytes(_Strict):
+    """Bytes of one group of tensors: in BF16, as the source stores it, and as the engine's
+    artifact does (scales and zero points included)."""
+
+    group: str
+    parameters: int
+    bf16_bytes: int
+    source_bytes: int
+    artifact_bytes: int
+
+
+class DecodeSpeed(_Strict):
+    """Median decode speed of both engines, measured in turns in one process."""
+
+    batch_size: int = Field(ge=1)
+    tokens_per_s: Positive
+    source_tokens_per_s: Positive
+    runs: tuple[float, ...]
+    source_runs: tuple[float, ...]
+
+
+class HeldOut(_Strict):
+    """The text: digest of its token ids, and how it was cut."""
+
+    digest: str
+    num_blocks: int = Field(ge=2)
+    block_tokens: int = Field(ge=2)
+
+    @property
+    def judged_tokens(self) -> int:
+        """Tokens that were predicted: all but the first of each block."""
+        return self.num_blocks * (self.block_tokens - 1)
+
+
+class Evaluation(_Strict):
+    """See the module's docstring. `artifact_digest` and `recipe` are None for an engine of the
+    unquantized source. Sizes include the MTP layer, which the artifact carries too; `sizes` counts
+    tensors, `artifact_bytes` files, headers included."""
+
+    format_version: Literal[1] = 1
+    engine_digest: str
+    artifact_digest: str | None
+    recipe: str | None
+    kv_cache: str
+    reference_fingerprint: str
+    data: HeldOut
+    perplexity: Positive
+    source_perplexity: Positive
+    perplexity_ratio: Estimate
+    kl: Divergence
+    top1: Estimate
+    sizes: tuple[GroupBytes, ...]
+    artifact_bytes: int = Field(ge=0, description="tensor files of the quantized checkpoint")
+    engine_bytes: int = Field(ge=0, description="files of the engine directory")
+    speed: tuple[DecodeSpeed, ...]
+    tokens_sha256: str
+    tools: dict[str, str]
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Two bytes per parameter of the source, MTP layer included."""
+        return sum(size.bf16_bytes for size in self.sizes)
+
+    def describe(self) -> list[str]:
+        """What a person wants to know, in a few lines."""
+        ratio, kl, top1 = self.perplexity_ratio, self.kl, self.top1
+        lines = [
+            f"engine {self.engine_digest[:16]} ({self.recipe or 'unquantized'}), "
+            f"KV {self.kv_cache}, {self.data.judged_tokens} tokens judged",
+            f"perplexity {self.perplexity:.4f}, source {self.source_perplexity:.4f}; "
+            f"ratio {ratio.value:.5f} [{ratio.low:.5f}, {ratio.high:.5f}]",
+            f"KL {kl.mean.value:.5f} nats/token [{kl.mean.low:.5f}, {kl.mean.high:.5f}], "
+            f"p50 {kl.p50:.5f}, p99 {kl.p99:.4f}, max {kl.max:.3f}",
+            f"top-1 agreement {top1.value:.2%} [{top1.low:.2%}, {top1.high:.2%}]",
+            f"size {self.artifact_bytes / 1e6:.2f} MB, {self.artifact_bytes / self.bf16_bytes:.1%} "
+            f"of BF16's {self.bf16_bytes / 1e6:.2f} MB (MTP layer included in both)",
+        ]
+        lines += [
+            f"decode at batch {speed.batch_size}: {speed.tokens_per_s:.0f} tokens/s, "
+            f"unquantized {speed.source_tokens_per_s:.0f} "
+            f"({speed.tokens_per_s / speed.source_tokens_per_s:.2f}x)"
+            for speed in self.speed
+        ]
+        return lines
+
+
+def write_evaluation(directory: Path, evaluation: Evaluation) -> None:
+    """Publish DIR/evaluation.json, whole or not at all. The tokens must already be there."""
+    write_atomic(directory / EVALUATION, (evaluation.model_dump_json(indent=2) + "\n").encode())
+
+
+def read_evaluation(directory: Path) -> Evaluation:
+    """Read DIR/evaluation.json.
+
+    Raises:
+        ArtifactError: it is absent, not valid, or the per-token values beside it are others.
+    """
+    path = directory / EVALUATION
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error.strerror}); run `python -m quant_jobs evaluate` with "
+            f"--output {directory}"
+        ) from error
+    try:
+        evaluation = Evaluation.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(f"{path}: {place}: {first['msg']}; evaluate again") from error
+    tokens = directory / TOKENS
+    if not tokens.is_file() or sha256_file(tokens) != evaluation.tokens_sha256:
+        raise ArtifactError(f"{tokens} is missing or is not the one {path} names; evaluate again")
+    return evaluation
+
+
+def read_tokens(directory: Path) -> dict[str, Tensor]:
+    """Per-token values that `read_evaluation` has checked: `token_ids` int32 [B, T];
+    `source_nll`, `quantized_nll`, `kl` f32 [B, T-1]; `same_top1` bool [B, T-1]."""
+    return load_tensors((directory / TOKENS).read_bytes())

@@ -1,0 +1,74 @@
+"""The Serve application, from a ServeConfig: `serve run serve_app.app:build engine=DIR`, a
+`serve deploy` file with `import_path: serve_app.app:build`, or `python -m serve_app`.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from serve_app.config import ServeConfig
+from serve_app.engines.echo import EchoEngine
+from serve_app.engines.embedded import EmbeddedEngine
+from serve_app.ingress import Ingress
+from serve_app.replica import EngineFactory, EngineReplica
+
+#: The ingress never queues: it must be free to say 429. Serve's own cap is only a last resort.
+_INGRESS_MAX_ONGOING = 4096
+
+
+def engine_factory(config: ServeConfig) -> EngineFactory:
+    """How a replica makes its engine; evaluated inside the replica."""
+    if config.echo is not None:
+        return partial(EchoEngine, config.echo, config.served_name)
+    return partial(EmbeddedEngine, config)
+
+
+def build(config: ServeConfig) -> Application:
+    """The application for one configuration; Serve parses `args` of a deploy file into it."""
+    return build_with(config, engine_factory(config))
+
+
+def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
+    """`build` with another engine behind it; tests pass one that fails on purpose."""
+    shared: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": config.graceful_shutdown_s,
+        "graceful_shutdown_wait_loop_s": min(0.2, config.graceful_shutdown_s),
+        "health_check_period_s": config.health_check_period_s,
+        # Access lines of Serve's would double each request; they carry no prompt, only noise.
+        "logging_config": {"enable_access_log": False},
+    }
+    engine = serve.deployment(
+        EngineReplica,
+        name="engine",
+        num_replicas=config.engine_replicas,
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
+        ray_actor_options=_actor_options(config.engine_cpus),
+        user_config={"max_waiting_requests": config.max_waiting_requests},
+        **shared,
+    )
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name="ingress",
+        num_replicas=config.ingress_replicas,
+        max_ongoing_requests=_INGRESS_MAX_ONGOING,
+        ray_actor_options=_actor_options(config.ingress_cpus),
+        **shared,
+    )
+    app: Application = ingress.bind(config, engine.bind(make_engine, config.flush_interval_s))
+    return app
+
+
+def _actor_options(num_cpus: float) -> dict[str, Any]:
+    """Resources, and OpenTelemetry's variables of this process: a worker of an already running
+    cluster would otherwise not have them."""
+    options: dict[str, Any] = {"num_cpus": num_cpus}
+    otel = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
+    if otel:
+        options["runtime_env"] = {"env_vars": otel}
+    return options

@@ -1,0 +1,113 @@
+"""Every setting of the service in one strict model, read from YAML, flags or `serve deploy` args.
+
+Frozen and extra=forbid: a key that we do not know is an error that names it. API keys are
+`SecretStr`, so that no repr, log or traceback shows them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from deepseek.errors import ConfigError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class EchoOptions(_Strict):
+    """The echo engine: says the prompt back, one token (a byte) at a time."""
+
+    ttft_s: float = Field(default=0.0, ge=0.0, description="seconds to the first token")
+    itl_s: float = Field(default=0.0, ge=0.0, description="seconds between tokens")
+    max_running: int = Field(default=256, ge=1)
+    max_model_len: int = Field(default=4096, ge=2)
+
+
+class ServeConfig(_Strict):
+    """What is served and how. Exactly one of `engine` and `echo` is given."""
+
+    engine: Path | None = Field(default=None, description="directory that `build` made")
+    echo: EchoOptions | None = None
+    model_name: str | None = Field(default=None, min_length=1, description="as clients call it")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+
+    ingress_replicas: int = Field(default=1, ge=1)
+    engine_replicas: int = Field(default=1, ge=1)
+    ingress_cpus: float = Field(default=0.1, ge=0.0)
+    engine_cpus: float = Field(default=0.5, ge=0.0)
+
+    #: Requests that one engine replica holds at a time; the engine batches among them.
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    #: Requests that wait at each ingress for a place; beyond it the answer is 429.
+    max_queued_requests: int = Field(default=128, ge=0)
+    #: Requests waiting inside one engine beyond which it refuses; None leaves it to the two above.
+    max_waiting_requests: int | None = Field(default=None, ge=0)
+    #: 163,840 token ids are about 1.1 MB of JSON; the rest is room for \\uXXXX escapes.
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1)
+    default_max_tokens: int = Field(default=512, ge=1)
+    request_timeout_s: float = Field(default=600.0, gt=0.0, description="for the whole answer")
+    #: Least seconds between two flushes of one stream, the first excepted. 0 sends all that is
+    #: ready at once, which already coalesces under load.
+    flush_interval_s: float = Field(default=0.0, ge=0.0)
+    graceful_shutdown_s: float = Field(default=30.0, gt=0.0, description="streams may finish")
+    health_check_period_s: float = Field(default=10.0, gt=0.0)
+
+    #: The embedded engine's own settings; None means as the engine was built, or its default.
+    max_model_len: int | None = Field(default=None, ge=2)
+    kv_tokens: int | None = Field(default=None, ge=1)
+    kv_cache: Literal["bf16", "int8"] | None = None
+    max_batch_size: int | None = Field(default=None, ge=1)
+    max_batched_tokens: int | None = Field(default=None, ge=1)
+    num_threads: int | None = Field(default=None, ge=1)
+
+    allow_ungated: bool = False
+    api_keys: tuple[SecretStr, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> ServeConfig:
+        if (self.engine is None) == (self.echo is None):
+            raise ValueError("give either an engine directory or echo, not both and not neither")
+        if any(not key.get_secret_value() for key in self.api_keys):
+            raise ValueError("api_keys holds an empty key; remove it")
+        return self
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in the API: as configured, else the engine directory's, else `echo`."""
+        if self.model_name is not None:
+            return self.model_name
+        return self.engine.resolve().name if self.engine is not None else "echo"
+
+
+def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
+    """Read the YAML file, if any, and lay the command line's values over it.
+
+    Raises:
+        ConfigError: unreadable, not YAML, or an unknown, missing or contradictory key, named.
+    """
+    raw: Any = {}
+    if path is not None:
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}".replace("\n", " ")) from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} must hold a mapping of settings")
+    try:
+        return ServeConfig.model_validate(raw | overrides)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        where = str(path) if path is not None else "settings"
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{where}: unknown key {place!r}; remove or correct it") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {place + ': ' if place else ''}{message}") from None

@@ -1,0 +1,4 @@
+"""placeholder while being written"""
+
+
+class EmbeddedEngine: ...

@@ -1,0 +1,108 @@
+"""Every failure that a client can see, and the one table that turns it into HTTP.
+
+    ApiError                500 server_error          ours; the message says nothing about internals
+      InvalidRequest        400 invalid_request_error a field, the JSON, or a length is wrong
+      Unauthorized          401 authentication_error
+      ModelNotFound         404 not_found_error
+      BodyTooLarge          413 invalid_request_error
+      Overloaded            429 rate_limit_error      Retry-After says when to come back
+      EngineUnavailable     503 server_error          no replica can answer now; Retry-After too
+      DeadlineExceeded      504 timeout_error         the request's own deadline passed
+
+`RequestError` of the ground floor (an engine refuses a request for good) is InvalidRequest here.
+They cross the actor hop, so that each must survive pickling with its attributes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepseek.errors import IntServeError, RequestError
+
+
+class ApiError(IntServeError):
+    """Base; `param` names the field at fault, `code` is for programs, `retry_after_s` a header."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = "internal_error"
+    param: str | None = None
+    retry_after_s: int | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        if param is not None:
+            self.param = param
+        if code is not None:
+            self.code = code
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that OpenAI's clients expect, for a response or an in-band event."""
+        error = {
+            "message": str(self),
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
+
+
+class InvalidRequest(ApiError):
+    status, type, code = 400, "invalid_request_error", "invalid_value"
+
+
+class Unauthorized(ApiError):
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class ModelNotFound(ApiError):
+    status, type, code, param = 404, "not_found_error", "model_not_found", "model"
+
+
+class BodyTooLarge(ApiError):
+    status, type, code = 413, "invalid_request_error", "body_too_large"
+
+
+class Overloaded(ApiError):
+    status, type, code, retry_after_s = 429, "rate_limit_error", "overloaded", 1
+
+
+class EngineUnavailable(ApiError):
+    status, type, code, retry_after_s = 503, "server_error", "engine_unavailable", 5
+
+
+class DeadlineExceeded(ApiError):
+    status, type, code = 504, "timeout_error", "deadline_exceeded"
+
+
+#: What a status means when the framework itself refuses (no such path, wrong method).
+HTTP_REASONS: dict[int, tuple[str, str]] = {
+    404: ("not_found_error", "unknown_path"),
+    405: ("invalid_request_error", "method_not_allowed"),
+}
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """The ApiError that stands for any exception; a bug of ours becomes a bare 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return InvalidRequest(str(error))
+    if isinstance(error, TimeoutError):
+        return DeadlineExceeded("the request's deadline passed before it was answered")
+    return ApiError("internal error; the server's log has the details")

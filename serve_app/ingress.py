@@ -1,0 +1,51 @@
+"""The ingress deployment: http_app.py inside Serve, with a handle to the engines.
+
+Serve builds the ASGI application once the replica exists (`__serve_build_asgi_app__`), so that it
+is never pickled and can hold the replica's own objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from serve_app.client import ReplicaClient
+from serve_app.config import ServeConfig
+from serve_app.http_app import Service, make_app
+from serve_app.telemetry import Telemetry
+from serve_app.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
+
+
+def load_tokenizer(config: ServeConfig) -> Tokenizer:
+    """The tokenizer that goes with the configured engine."""
+    return ByteTokenizer() if config.engine is None else HfTokenizer(config.engine)
+
+
+class Ingress:
+    """The Serve deployment; Serve asks for the ASGI application once the replica exists."""
+
+    async def __init__(self, config: ServeConfig, engines: Any) -> None:
+        self._service = Service(
+            config, load_tokenizer(config), ReplicaClient(engines), Telemetry.from_environment()
+        )
+        self._context = serve.get_replica_context()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._service, self._all_snapshots)
+
+    def metrics_snapshot(self) -> tuple[str, str]:
+        """This replica's id and metrics text."""
+        return self._context.replica_id.unique_id, self._service.metrics.snapshot()
+
+    async def _all_snapshots(self) -> dict[str, str]:
+        if self._service.config.ingress_replicas == 1:
+            return dict([self.metrics_snapshot()])
+        peers = serve.get_deployment_handle(self._context.deployment, self._context.app_name)
+        answers = await peers.broadcast("metrics_snapshot").results_async(return_exceptions=True)
+        return dict([a for a in answers if isinstance(a, tuple)] or [self.metrics_snapshot()])
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_service"):
+            self._service.telemetry.shutdown()

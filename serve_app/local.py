@@ -1,0 +1,75 @@
+"""Serving on this machine: Ray, Serve and the application up, a URL, and everything down again.
+
+For one host and for the demo. On a cluster, `serve deploy` with `serve_app.app:build` does this;
+this module refuses to touch a cluster where Serve already runs.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray import serve
+
+from cluster.connect import connect, disconnect
+from deepseek.errors import DeployError
+from serve_app.app import build
+from serve_app.config import ServeConfig
+
+APP_NAME = "intserve"
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise DeployError unless a server could listen there now."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DeployError(
+            f"cannot listen on {host}:{port} ({reason}); choose another --host or --port"
+        ) from error
+
+
+@contextmanager
+def serving(config: ServeConfig) -> Iterator[str]:
+    """The service's URL, once it is healthy; leaving drains it and stops what was started.
+
+    Raises:
+        DeployError: Serve runs on this cluster already, or the engine did not start; says why.
+    """
+    connect()
+    started = False
+    try:
+        status = serve.status()
+        if status.applications or status.proxies:
+            raise DeployError(
+                "Serve already runs on this Ray cluster; deploy there with "
+                "`serve deploy` and import_path serve_app.app:build"
+            )
+        started = True
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": config.host, "port": config.port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        try:
+            serve.run(build(config), name=APP_NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise DeployError(f"the service did not start: {_reason(str(error))}") from error
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        yield f"http://{host}:{config.port}/v1"
+    finally:
+        if started:
+            serve.shutdown()
+        disconnect()
+
+
+def _reason(message: str) -> str:
+    """The last exception line of a traceback in Serve's message; the message where there is none."""
+    found = re.findall(r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (.+)$", message, re.MULTILINE)
+    return found[-1] if found else message.strip().splitlines()[-1]

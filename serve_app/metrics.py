@@ -1,0 +1,160 @@
+"""Prometheus metrics: one table of names, frozen by a test, and the merging of several ingresses.
+
+Histograms follow OpenTelemetry's GenAI server metrics, dots written as Prometheus writes them; the
+bounds go beyond the advised ones, which stop before a long context has been read. Each ingress
+counts its own requests; a scrape reaches any one of them and must see all, so that `render` joins
+the snapshots under an `ingress` label and adds each engine replica's gauges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from serve_app.engines.protocol import ReplicaStatus
+
+_DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)
+_LONG = (160.0, 320.0, 640.0, 1280.0)
+
+_BY_MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
+
+#: name -> (kind, labels, histogram bounds or None, help)
+REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None, str]] = {
+    "gen_ai_server_request_duration_seconds": (
+        "histogram",
+        (*_BY_MODEL, "error_type"),
+        (*_DURATION, *_LONG),
+        "Time from the request's arrival to its last byte.",
+    ),
+    "gen_ai_server_time_to_first_token_seconds": (
+        "histogram",
+        _BY_MODEL,
+        (*_TTFT, 20.0, 40.0, 80.0, *_LONG),
+        "Time from the request's arrival to its first token, at the ingress.",
+    ),
+    "gen_ai_server_time_per_output_token_seconds": (
+        "histogram",
+        _BY_MODEL,
+        (*_PER_TOKEN, 1.0, 2.5, 5.0, 10.0),
+        "Mean time between the tokens of one choice after its first, in the engine.",
+    ),
+    "intserve_requests_total": (
+        "counter",
+        ("gen_ai_operation_name", "outcome"),
+        None,
+        "Requests by outcome: ok, an error code, or disconnected.",
+    ),
+    "intserve_tokens_total": ("counter", ("kind",), None, "Tokens: input, cached_input, output."),
+    "intserve_requests_in_flight": ("gauge", (), None, "Requests between arrival and last byte."),
+}
+
+#: name -> (labels, help); one value per engine replica, read when a scrape asks.
+ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
+    "intserve_engine_requests_running": (("replica",), "Requests in the engine's batch."),
+    "intserve_engine_requests_waiting": (("replica",), "Requests waiting inside the engine."),
+    "intserve_engine_kv_tokens_used": (("replica",), "Tokens whose KV is held."),
+    "intserve_engine_kv_tokens_total": (("replica",), "Tokens whose KV could be held."),
+    "intserve_engine_info": (
+        ("replica", "engine", "recipe", "artifact_digest", "gated"),
+        "What is served, always 1; gated is false when the accuracy gate was overridden.",
+    ),
+}
+
+
+class RequestMetrics:
+    """The metrics of one ingress process."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        made: dict[str, Counter | Gauge | Histogram] = {}
+        for name, (kind, labels, bounds, text) in REQUEST_METRICS.items():
+            if kind == "histogram":
+                assert bounds is not None
+                made[name] = Histogram(name, text, labels, registry=self.registry, buckets=bounds)
+            else:
+                metric_class = Counter if kind == "counter" else Gauge
+                made[name] = metric_class(name, text, labels, registry=self.registry)
+        self._made = made
+
+    def observe(self, name: str, seconds: float, *labels: str) -> None:
+        metric = self._made[name]
+        assert isinstance(metric, Histogram)
+        metric.labels(*labels).observe(seconds)
+
+    def count(self, name: str, amount: float, *labels: str) -> None:
+        metric = self._made[name]
+        assert isinstance(metric, Counter)
+        metric.labels(*labels).inc(amount)
+
+    def in_flight(self, change: int) -> None:
+        metric = self._made["intserve_requests_in_flight"]
+        assert isinstance(metric, Gauge)
+        metric.inc(change)
+
+    def snapshot(self) -> str:
+        """The text of this process's metrics."""
+        return generate_latest(self.registry).decode()
+
+
+class _Joined(Collector):
+    def __init__(self, snapshots: Mapping[str, str], replicas: Iterable[ReplicaStatus]) -> None:
+        self._snapshots = snapshots
+        self._replicas = replicas
+
+    def collect(self) -> Iterator[Metric]:
+        joined: dict[str, Metric] = {}
+        for ingress, text in self._snapshots.items():
+            for family in text_string_to_metric_families(text):
+                target = joined.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                for sample in family.samples:
+                    labels = {**sample.labels, "ingress": ingress}
+                    target.add_sample(sample.name, labels, sample.value)
+        yield from joined.values()
+        yield from _engine_families(self._replicas)
+
+
+def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
+    families = {
+        name: GaugeMetricFamily(name, text, labels=labels)
+        for name, (labels, text) in ENGINE_METRICS.items()
+    }
+    for status in replicas:
+        load, info = status.load, status.info
+        values = {"requests_running": load.running, "requests_waiting": load.waiting}
+        values |= {"kv_tokens_used": load.kv_tokens_used, "kv_tokens_total": load.kv_tokens_total}
+        for name, value in values.items():
+            families[f"intserve_engine_{name}"].add_metric([status.replica_id], value)
+        families["intserve_engine_info"].add_metric(
+            [
+                status.replica_id,
+                info.engine,
+                info.recipe,
+                info.artifact_digest,
+                str(info.gated).lower(),
+            ],
+            1,
+        )
+    yield from families.values()
+
+
+def render(snapshots: Mapping[str, str], replicas: Iterable[ReplicaStatus]) -> bytes:
+    """Prometheus text of all ingresses (id -> snapshot) and all engine replicas."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Joined(snapshots, list(replicas)))
+    return generate_latest(registry)

@@ -257,6 +257,8 @@ class ArtifactReader:
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
+        #: The artifact's digest: the manifest's, which covers every byte that can be read here.
+        self.digest = self.manifest.digest
         self.recipe = self.manifest.recipe
         self._check_files()
         # The schemes follow from the *source's* config, which had FP8 blocks where this has none.
@@ -267,11 +269,6 @@ class ArtifactReader:
         self.schemes = self.recipe.resolve(self.config)
         self._check_config()
         self._unread: set[LayerKey] = set(layer_keys(self.config))
-
-    @property
-    def digest(self) -> str:
-        """The artifact's digest: the manifest's, which covers every byte that can be read here."""
-        return self.manifest.digest
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """All tensors of one decoder layer by full name, each verified against the manifest.

@@ -12,6 +12,7 @@ original context, so the serving limit would change the model's answers; we neve
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ class YarnScaling:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "rope_scaling.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +71,21 @@ class ModelConfig:
     weight_block_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        _check_fields(self, "")
         if self.n_routed_experts % self.n_group:
             raise ConfigError(
                 f"config.json: n_routed_experts {self.n_routed_experts} is not a multiple of "
                 f"n_group {self.n_group}"
+            )
+        if self.topk_group > self.n_group:
+            raise ConfigError(
+                f"config.json: topk_group {self.topk_group} is more than n_group {self.n_group}"
+            )
+        reachable = self.topk_group * self.n_routed_experts // self.n_group
+        if self.num_experts_per_tok > reachable:
+            raise ConfigError(
+                f"config.json: num_experts_per_tok {self.num_experts_per_tok} is more than the "
+                f"{reachable} experts of topk_group {self.topk_group} groups"
             )
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"config.json: qk_rope_head_dim {self.qk_rope_head_dim} is odd")
@@ -172,15 +187,21 @@ _INERT = {
     "_name_or_path",
     "auto_map",
     "aux_loss_alpha",
+    "chunk_size_feed_forward",
     "dtype",
     "ep_size",
     "head_dim",
+    "id2label",
     "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
     "num_local_experts",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "pad_token_id",
     "pretraining_tp",
+    "problem_type",
     "qk_head_dim",
     "return_dict",
     "seq_aux",
@@ -196,14 +217,18 @@ _YARN_KEYS = {field.name for field in fields(YarnScaling)}
 
 def _read_rope(given: dict[str, Any]) -> tuple[float, YarnScaling | None]:
     """Take the rope keys out of `given`, in the release's layout or in transformers 5's."""
-    parameters = dict(given.pop("rope_parameters", None) or {})
-    scaling = dict(given.pop("rope_scaling", None) or {})
-    theta = parameters.pop("rope_theta", given.pop("rope_theta", 10000.0))
+    parameters = _as_dict(given.pop("rope_parameters", None), "rope_parameters")
+    scaling = _as_dict(given.pop("rope_scaling", None), "rope_scaling")
     merged = parameters | scaling
+    thetas = [d.pop("rope_theta") for d in (given, parameters, scaling) if "rope_theta" in d]
+    merged.pop("rope_theta", None)
+    theta = thetas[0] if thetas else 10000.0
+    if any(other != theta for other in thetas):
+        raise ConfigError(f"config.json: rope_theta is given as {theta} and as {thetas[-1]}")
     kind = merged.pop("type", merged.pop("rope_type", "default"))
     merged.pop("rope_type", None)
     if kind == "default" and not merged:
-        return float(theta), None
+        return theta, None
     if kind != "yarn":
         raise ConfigError(
             f"config.json: rope scaling type {kind!r} is not implemented; use 'yarn' or none"
@@ -211,14 +236,15 @@ def _read_rope(given: dict[str, Any]) -> tuple[float, YarnScaling | None]:
     if extra := sorted(set(merged) - _YARN_KEYS):
         raise ConfigError(f"config.json: rope_scaling has the unknown key {extra[0]!r}")
     try:
-        return float(theta), YarnScaling(**merged)
+        return theta, YarnScaling(**merged)
     except TypeError as error:
         raise ConfigError(f"config.json: rope_scaling is incomplete ({error})") from error
 
 
-def _read_block_size(quantization: Any) -> tuple[int, int] | None:
+def _read_block_size(value: Any) -> tuple[int, int] | None:
     """FP8 block of a source checkpoint. A compressed-tensors artifact is read by its manifest."""
-    if quantization is None or quantization.get("quant_method") == "compressed-tensors":
+    quantization = _as_dict(value, "quantization_config")
+    if value is None or quantization.get("quant_method") == "compressed-tensors":
         return None
     known = {"quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt"}
     if extra := sorted(set(quantization) - known):
@@ -244,6 +270,43 @@ def _read_block_size(quantization: Any) -> tuple[int, int] | None:
             "DeepSeek-V3 is released in blocks of [128, 128]"
         )
     return 128, 128
+
+
+def _as_dict(value: Any, key: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"config.json: {key} = {value!r} must be a JSON object or null")
+    return dict(value or {})
+
+
+#: Counts and factors that may be 0; everything else that is a number is positive.
+_MAY_BE_ZERO = {
+    "num_nextn_predict_layers",
+    "first_k_dense_replace",
+    "bos_token_id",
+    "eos_token_id",
+    "mscale",
+    "mscale_all_dim",
+}
+
+
+def _check_fields(config: ModelConfig | YarnScaling, prefix: str) -> None:
+    """Types and signs of all plain fields; a string in place of a number is named here."""
+    for field in fields(config):
+        value, kind = getattr(config, field.name), str(field.type)
+        if kind.endswith(" | None") and value is None:
+            continue
+        kind = kind.removesuffix(" | None")
+        if kind == "bool":
+            ok, wanted = isinstance(value, bool), "true or false"
+        elif kind in ("int", "float"):
+            zero_ok = field.name in _MAY_BE_ZERO
+            number = type(value) is int or (kind == "float" and type(value) is float)
+            ok = number and math.isfinite(value) and (value > 0 or (zero_ok and value == 0))
+            wanted = f"{'zero or ' if zero_ok else ''}a positive {kind}"
+        else:
+            continue
+        if not ok:
+            raise ConfigError(f"config.json: {prefix}{field.name} = {value!r} must be {wanted}")
 
 
 #: The released DeepSeek-V3 (671.0 B parameters, MTP layer excluded); R1, V3-0324 and V3.1 share it.

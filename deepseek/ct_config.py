@@ -24,13 +24,14 @@ from deepseek.inventory import tensors
 from deepseek.recipe import Scheme
 
 #: Fragments of module names below `layers.N.`, widest first. None of them can match what is never
-#: quantized (`mlp.gate`, the norms, `eh_proj`).
+#: quantized (`mlp.gate`, the norms, `eh_proj`). transformers 5 takes a group for that of the routed
+#: experts when a target holds the word `experts`, so the shared expert is spelled without it.
 _FRAGMENTS = (
     r"(self_attn|mlp)[.].*_proj\w*",
     r"self_attn[.].*_proj\w*",
     r"mlp[.].*_proj",
     r"mlp[.]experts[.].*_proj",
-    r"mlp[.]shared_experts[.].*_proj",
+    r"mlp[.]shared_.*_proj",
     r"mlp[.](gate|up|down)_proj",
     *(
         rf"self_attn[.]{name}"
@@ -38,8 +39,8 @@ _FRAGMENTS = (
     ),
     r"mlp[.]experts[.]\d+[.](gate|up)_proj",
     *(rf"mlp[.]experts[.]\d+[.]{name}_proj" for name in ("gate", "up", "down")),
-    r"mlp[.]shared_experts[.](gate|up)_proj",
-    *(rf"mlp[.]shared_experts[.]{name}_proj" for name in ("gate", "up", "down")),
+    r"mlp[.]shared_.*(gate|up)_proj",
+    *(rf"mlp[.]shared_.*{name}_proj" for name in ("gate", "up", "down")),
     r"mlp[.](gate|up)_proj",
     *(rf"mlp[.]{name}_proj" for name in ("gate", "up", "down")),
 )
@@ -66,7 +67,9 @@ def quantization_config(
     everything = high.union(*places.values())
 
     groups: dict[str, Any] = {}
-    for number, scheme in enumerate(sorted(places, key=lambda scheme: scheme.label)):
+    # The largest group first: transformers takes the first one for whatever it cannot tell apart.
+    order = sorted(places, key=lambda scheme: (-len(places[scheme]), scheme.label))
+    for number, scheme in enumerate(order):
         groups[f"group_{number}"] = _group(scheme, _targets(places[scheme], everything))
     ignore = ["lm_head", "re:.*[.]mlp[.]gate"]
     if config.num_nextn_predict_layers:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,7 +102,7 @@ class Manifest(_Record):
         """Bytes on disk of all tensor files."""
         return sum(record.num_bytes for record in self.layers)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 in hex of the manifest's canonical JSON: the artifact's digest."""
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()

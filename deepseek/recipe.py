@@ -60,6 +60,8 @@ class Scheme(_Strict):
             )
         if self.algorithm == "smoothquant" and self.activations == "none":
             raise ValueError("algorithm smoothquant needs activations int8; use max")
+        if self.algorithm != "smoothquant" and self.smoothing != 0.5:
+            raise ValueError(f"smoothing means nothing for algorithm {self.algorithm}; remove it")
         return self
 
     @property
@@ -142,7 +144,8 @@ class Recipe(_Strict):
         unmatched = dict(zip((rule.match for rule in self.rules), self._patterns(), strict=True))
         for layer in range(config.num_layers_with_mtp):
             for spec in linears(config, layer):
-                for match in [m for m, p in unmatched.items() if p.match(spec.module)]:
+                matched = [m for m, p in unmatched.items() if p.match(spec.module)]
+                for match in matched if spec.group != "mtp" else []:
                     del unmatched[match]
                 scheme = self.scheme_for(spec)
                 if scheme.weights == "source":

@@ -16,8 +16,6 @@ import typer
 
 from deepseek.cli import make_app, run
 
-EXAMPLE = "examples/tiny-deepseek-v3"
-
 app = make_app(
     """Quantize DeepSeek-V3, build an engine of the result, and prove that it is still good.
 
@@ -81,7 +79,7 @@ def quantize(
 def build(
     checkpoint: Annotated[
         Path,
-        typer.Option(help="Quantized checkpoint; or an unquantized source, for a baseline engine."),
+        typer.Option(help="Quantized checkpoint; or a source as it is, for a baseline engine."),
     ],
     output: Annotated[Path, typer.Option(help="Engine directory.")],
     target: Annotated[str, typer.Option(help="embedded, trtllm, vllm or sglang.")] = "embedded",
@@ -104,7 +102,7 @@ def build(
     _show(
         result.model_dump(),
         as_json,
-        f"{output}: {result.target} engine of {result.recipe or 'the unquantized source'}, "
+        f"{output}: {result.target} engine of {result.recipe}, "
         f"{result.bytes / 1e6:.2f} MB, engine {result.engine_digest[:16]}",
     )
 
@@ -132,8 +130,9 @@ def evaluate(
 
     \b
     Examples:
-      python -m quant_jobs evaluate --engine runs/int8-engine --reference examples/tiny-deepseek-v3 \\
-          --data examples/tiny-deepseek-v3/heldout.txt --output runs/int8-evaluation
+      python -m quant_jobs evaluate --engine runs/int8-engine \\
+          --reference examples/tiny-deepseek-v3 --data examples/tiny-deepseek-v3/heldout.txt \\
+          --output runs/int8-evaluation
       python -m quant_jobs evaluate --engine E --reference DeepSeek-V3 --data heldout.txt \\
           --output out --num-blocks 64 --block-tokens 2048 --json
     """

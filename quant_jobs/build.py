@@ -2,24 +2,26 @@
 
 Which target is the one choice made here; the layout itself belongs to the target
 (`deepseek/engine/packed.py` for the embedded engine). What a target could never load is refused
-with the deployability matrix's reason before a byte is written. The manifest of the quantized
-checkpoint goes along into the engine's folder, so that evaluate, gate and report need no other.
+with the deployability matrix's reason before a byte is written.
+
+`read_engine` is how the later steps see an engine: its manifest, and the manifest of the quantized
+checkpoint inside it, so that evaluate, gate and report need no other folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from deepseek.artifact import ArtifactReader
 from deepseek.checkpoint import CheckpointReader
+from deepseek.cli import make_progress
 from deepseek.config import ModelConfig
-from deepseek.engine.packed import pack_engine, read_engine_manifest
+from deepseek.engine.packed import UNQUANTIZED, pack_engine, read_engine_manifest
 from deepseek.errors import ArtifactError, DeployError
-from deepseek.files import write_atomic
 from deepseek.manifest import MANIFEST_FILE, Manifest, read_manifest
 from deepseek.recipe import Scheme
 
@@ -27,37 +29,119 @@ TARGETS = ("embedded", "trtllm", "vllm", "sglang")
 
 
 class BuildResult(BaseModel):
-    """What `build --json` prints. `artifact_digest` and `recipe` are None for a baseline engine;
-    `bytes` counts all files of the engine."""
+    """What `build --json` prints. `artifact_digest` is the source's fingerprint and `recipe`
+    "unquantized" for a baseline engine; `bytes` counts the engine's tensors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     output: str
     target: str
     tp: int
-    recipe: str | None
+    recipe: str
     engine_digest: str
-    artifact_digest: str | None
+    artifact_digest: str
+    kv_cache: str
     bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
-    """An engine directory as the later steps see it. `manifest` is None for an engine of an
-    unquantized source; `config` is the source's, FP8 blocks included."""
+    """An engine directory as the later steps see it. `config` is the source's, FP8 blocks included;
+    `manifest` is the quantized checkpoint's, None for an engine of an unquantized source."""
 
     directory: Path
     digest: str
-    kv_cache: str
+    artifact_digest: str
     source_fingerprint: str
+    recipe: str
+    kv_cache: str
+    num_bytes: int
     config: ModelConfig
+    schemes: Mapping[str, Scheme]
     manifest: Manifest | None
 
-    @property
-    def artifact_digest(self) -> str | None:
-        return self.manifest.digest if self.manifest else None
 
-    @property
-    def schemes(self) -> Mapping[str, Scheme] | None:
-        """Scheme of every linear, None when unquantized."""
-        return self.manifest.recipe.resolve(self.config) if self.manifest else None
+def run_build(
+    checkpoint: Path, target: str, tp: int, output: Path, *, gpu: str = "H800-80GB"
+) -> BuildResult:
+    """Build OUTPUT from CHECKPOINT for one target. The same inputs give the same bytes, and an
+    output that holds this very engine is verified and kept.
+
+    Raises:
+        DeployError: the target is unknown, cannot load this artifact, or is not built yet.
+        ArtifactError, CheckpointError, ConfigError: the checkpoint cannot be read; or the output
+            directory holds something else.
+    """
+    if target not in TARGETS:
+        raise DeployError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}")
+    source = open_checkpoint(checkpoint)
+    if target != "embedded":
+        refuse_target(source, target, gpu)
+    with make_progress() as progress:
+        task = progress.add_task("build", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        engine = pack_engine(source, output, tp=tp, progress=show)
+    return BuildResult(
+        output=str(output),
+        target=target,
+        tp=tp,
+        recipe=engine.recipe,
+        engine_digest=engine.digest,
+        artifact_digest=engine.artifact_digest,
+        kv_cache=engine.kv_cache,
+        bytes=engine.tensor_file.num_bytes,
+    )
+
+
+def open_checkpoint(directory: Path) -> ArtifactReader | CheckpointReader:
+    """A quantized checkpoint of ours, or a source: whichever the directory holds."""
+    if (directory / MANIFEST_FILE).exists():
+        return ArtifactReader(directory)
+    return CheckpointReader(directory)
+
+
+def refuse_target(source: ArtifactReader | CheckpointReader, target: str, gpu: str) -> None:
+    """Say why `target` is not built: it never could load the artifact, or not by this version.
+
+    Raises:
+        DeployError: always.
+    """
+    raise DeployError(
+        f"{target} could load this artifact, but this version of IntServe builds embedded engines "
+        "only; use --target embedded"
+    )
+
+
+def read_engine(directory: Path) -> BuiltEngine:
+    """Read an engine's documents; no tensors.
+
+    Raises:
+        ArtifactError: engine.json or intserve.json is absent, edited or of another engine.
+        ConfigError: config.json cannot be read.
+    """
+    engine = read_engine_manifest(directory)
+    config = ModelConfig.from_directory(directory)
+    manifest = None
+    if engine.recipe != UNQUANTIZED:
+        manifest = read_manifest(directory)
+        if manifest.digest != engine.artifact_digest:
+            raise ArtifactError(
+                f"{directory / MANIFEST_FILE} is of artifact {manifest.digest[:16]}, but the "
+                f"engine was built from {engine.artifact_digest[:16]}; build again"
+            )
+        config = replace(config, weight_block_size=manifest.source.weight_block_size)
+    return BuiltEngine(
+        directory=directory,
+        digest=engine.digest,
+        artifact_digest=engine.artifact_digest,
+        source_fingerprint=engine.source_fingerprint,
+        recipe=engine.recipe,
+        kv_cache=engine.kv_cache,
+        num_bytes=engine.tensor_file.num_bytes,
+        config=config,
+        schemes=engine.schemes,
+        manifest=manifest,
+    )

@@ -14,7 +14,7 @@ No sums yet: AWQ's means and GPTQ's second moments will be further fields, added
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from deepseek.errors import CheckpointError
 from deepseek.inventory import TensorSpec
-from quant_jobs.layer import Rotary, linear_modules, run_block
 
 #: Tokens per linear on which its output error is measured, over all blocks.
 SAMPLE_TOKENS = 256
@@ -44,6 +43,26 @@ class InputStatistics:
 Statistics = dict[str, InputStatistics]
 
 
+@dataclass(frozen=True, slots=True)
+class InputShare:
+    """One worker's blocks' statistics of one input, kept apart: n `blocks` by index, `amax`
+    f32 [n, K], `tokens` and the `rows` that each contributes to `sample` f32 [sum of rows, K].
+
+    Stacked, because a layer of DeepSeek-V3 has 520 distinct inputs: one message of a few large
+    tensors instead of 520 small ones per block.
+    """
+
+    blocks: tuple[int, ...]
+    tokens: tuple[int, ...]
+    rows: tuple[int, ...]
+    amax: Tensor
+    sample: Tensor
+
+
+#: What one worker saw, by input.
+Share = dict[str, InputShare]
+
+
 def input_of(module: str) -> str:
     """The linear under whose name the statistics of this linear's input are kept."""
     parent, _, role = module.rpartition(".")
@@ -55,31 +74,47 @@ def rows_per_block(num_blocks: int) -> int:
     return math.ceil(SAMPLE_TOKENS / num_blocks)
 
 
+def linear_modules(module: nn.Module, layer: int) -> dict[str, nn.Linear]:
+    """The layer's linears by their full module names, `model.layers.3.mlp.experts.7.up_proj`."""
+    return {
+        f"model.layers.{layer}.{name}": part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+    }
+
+
 class Collector:
-    """Hooks on the linears of one layer; each block forwarded through it leaves its statistics."""
+    """Hooks on the linears of one layer that note what each block brings."""
 
     def __init__(self, module: nn.Module, layer: int, num_rows: int) -> None:
         self._num_rows = num_rows
-        self._found: Statistics = {}
+        self._block = -1
+        self._seen: dict[str, dict[int, InputStatistics]] = {}
         self._handles = [
             linear.register_forward_pre_hook(self._hook(name))
             for name, linear in linear_modules(module, layer).items()
             if input_of(name) == name
         ]
 
-    def take(self) -> Statistics:
-        """What was seen since the last call."""
-        found, self._found = self._found, {}
-        return found
+    def start_block(self, block: int) -> None:
+        """What comes now is of this block."""
+        self._block = block
 
-    def remove(self) -> None:
+    def finish(self) -> Share:
+        """Take the hooks off and return what was seen, block by block.
+
+        Raises:
+            CheckpointError: an activation was NaN or infinite.
+        """
         for handle in self._handles:
             handle.remove()
+        return {name: _stack(name, seen) for name, seen in self._seen.items()}
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
         def see(_: nn.Module, args: tuple[Tensor]) -> None:
-            assert name not in self._found, f"{name} ran twice within one block"
-            self._found[name] = observe(args[0].flatten(0, -2), self._num_rows)
+            seen = self._seen.setdefault(name, {})
+            assert self._block not in seen, f"{name} ran twice within block {self._block}"
+            seen[self._block] = observe(args[0].flatten(0, -2), self._num_rows)
 
         return see
 
@@ -89,45 +124,43 @@ def observe(x_TK: Tensor, num_rows: int) -> InputStatistics:
     tokens = len(x_TK)
     rows = min(num_rows, tokens)
     chosen = torch.arange(rows) * tokens // rows
-    return InputStatistics(
-        amax=x_TK.abs().amax(dim=0), sample=x_TK[chosen].contiguous(), tokens=tokens
+    return InputStatistics(amax=x_TK.abs().amax(dim=0), sample=x_TK[chosen], tokens=tokens)
+
+
+def _stack(name: str, seen: dict[int, InputStatistics]) -> InputShare:
+    amax = torch.stack([one.amax for one in seen.values()])
+    finite = amax.isfinite().all(dim=1).tolist()
+    if not all(finite):
+        block = list(seen)[finite.index(False)]
+        raise CheckpointError(
+            f"{name}: its input is not finite on calibration block {block}; the source weights "
+            "before it are damaged"
+        )
+    return InputShare(
+        blocks=tuple(seen),
+        tokens=tuple(one.tokens for one in seen.values()),
+        rows=tuple(len(one.sample) for one in seen.values()),
+        amax=amax,
+        sample=torch.cat([one.sample for one in seen.values()]),
     )
 
 
-def calibrate_block(
-    module: nn.Module, rotary: Rotary, collector: Collector, x_TD: Tensor, where: str
-) -> Statistics:
-    """Forward one block through the original layer and return what its linears saw.
-
-    Raises:
-        CheckpointError: an activation is NaN or infinite; `where` says in which block.
-    """
-    y_TD = run_block(module, rotary, x_TD)
-    statistics = collector.take()
-    for name, seen in statistics.items():
-        if not bool(seen.amax.isfinite().all()):
-            raise CheckpointError(
-                f"{name}: its input is not finite on {where}; the source weights are damaged"
-            )
-    if not bool(y_TD.isfinite().all()):
-        raise CheckpointError(f"the output is not finite on {where}; the source is damaged")
-    return statistics
+def merge(shares: Sequence[Share]) -> Statistics:
+    """All workers' shares as one, in block order: the same whoever held which block."""
+    names = sorted({name for share in shares for name in share})
+    return {name: _merge([share[name] for share in shares if name in share]) for name in names}
 
 
-def merge(blocks: Iterable[Statistics]) -> Statistics:
-    """Statistics of all blocks, given in block order."""
-    parts: dict[str, list[InputStatistics]] = {}
-    for block in blocks:
-        for name, seen in block.items():
-            parts.setdefault(name, []).append(seen)
-    return {name: _merge_input(parts[name]) for name in sorted(parts)}
-
-
-def _merge_input(parts: Sequence[InputStatistics]) -> InputStatistics:
+def _merge(shares: Sequence[InputShare]) -> InputStatistics:
+    samples: dict[int, Tensor] = {}
+    for share in shares:
+        parts = share.sample.split_with_sizes(list(share.rows))
+        samples.update(zip(share.blocks, parts, strict=True))
+    ordered = torch.cat([samples[block] for block in sorted(samples)])
     return InputStatistics(
-        amax=torch.stack([part.amax for part in parts]).amax(dim=0),
-        sample=torch.cat([part.sample for part in parts])[:SAMPLE_TOKENS],
-        tokens=sum(part.tokens for part in parts),
+        amax=torch.cat([share.amax for share in shares]).amax(dim=0),
+        sample=ordered[:SAMPLE_TOKENS].contiguous(),
+        tokens=sum(sum(share.tokens) for share in shares),
     )
 
 

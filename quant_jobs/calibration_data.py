@@ -1,4 +1,4 @@
-"""Text to blocks of token ids: the calibration data of a job, or the held-out data of an evaluation.
+"""Text to blocks of token ids: a job's calibration data, or an evaluation's held-out data.
 
 A text file is tokenized as a whole, cut into pieces of equal length, and as many pieces as asked
 for are taken, spread evenly over the file. Every block opens with BOS where the model has one, as

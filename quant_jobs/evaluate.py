@@ -29,7 +29,7 @@ from deepseek.files import read_header, save_tensors
 from deepseek.formats import stored_bytes
 from deepseek.inventory import tensors
 from deepseek.recipe import Scheme
-from quant_jobs.build import directory_bytes, read_engine
+from quant_jobs.build import read_engine
 from quant_jobs.calibration_data import load_token_blocks
 from quant_jobs.evaluation import (
     EVALUATION,
@@ -95,7 +95,7 @@ def run_evaluate(
     evaluation = Evaluation(
         engine_digest=built.digest,
         artifact_digest=built.artifact_digest,
-        recipe=built.manifest.recipe.name if built.manifest else None,
+        recipe=built.recipe,
         kv_cache=built.kv_cache,
         reference_fingerprint=reference.fingerprint,
         data=HeldOut(
@@ -106,7 +106,7 @@ def run_evaluate(
         **summarize(scores),
         artifact_bytes=built.manifest.num_bytes if built.manifest else file_bytes(reference_dir),
         sizes=group_sizes(config, stored_sizes(reference_dir), built.schemes),
-        engine_bytes=directory_bytes(engine_dir),
+        engine_bytes=built.num_bytes,
         speed=speed,
         tokens_sha256=saved.sha256,
         tools={
@@ -186,15 +186,16 @@ def file_bytes(directory: Path) -> int:
 
 
 def group_sizes(
-    config: ModelConfig, source_bytes: Mapping[str, int], schemes: Mapping[str, Scheme] | None
+    config: ModelConfig, source_bytes: Mapping[str, int], schemes: Mapping[str, Scheme]
 ) -> tuple[GroupBytes, ...]:
-    """Bytes by group of tensors. `schemes` is None for an unquantized engine; what no scheme names
-    (norms, router, embeddings, head) is stored as in the source."""
+    """Bytes by group of tensors; what no scheme names (norms, router, embeddings, head) is stored
+    as in the source."""
     rows: dict[str, list[int]] = {}
     for spec in tensors(config):
         source = source_bytes[spec.name] + source_bytes.get(scale_name(spec.name), 0)
-        scheme = schemes.get(spec.module) if schemes and spec.kind == "linear" else None
-        artifact = stored_bytes(scheme, *spec.shape) if scheme else source
+        artifact = source
+        if spec.kind == "linear" and schemes[spec.module].is_quantized:
+            artifact = stored_bytes(schemes[spec.module], *spec.shape)
         row = rows.setdefault(spec.group, [0, 0, 0, 0])
         for column, value in enumerate((spec.numel, 2 * spec.numel, source, artifact)):
             row[column] += value

@@ -82,14 +82,14 @@ class HeldOut(_Strict):
 
 
 class Evaluation(_Strict):
-    """See the module's docstring. `artifact_digest` and `recipe` are None for an engine of the
-    unquantized source. Sizes include the MTP layer, which the artifact carries too; `sizes` counts
+    """See the module's docstring. `artifact_digest` is the source's fingerprint and `recipe`
+    "unquantized" for an engine of the source itself. Sizes include the MTP layer, which the artifact carries too; `sizes` counts
     tensors, `artifact_bytes` files, headers included."""
 
     format_version: Literal[1] = 1
     engine_digest: str
-    artifact_digest: str | None
-    recipe: str | None
+    artifact_digest: str
+    recipe: str
     kv_cache: str
     reference_fingerprint: str
     data: HeldOut
@@ -100,7 +100,7 @@ class Evaluation(_Strict):
     top1: Estimate
     sizes: tuple[GroupBytes, ...]
     artifact_bytes: int = Field(ge=0, description="tensor files of the quantized checkpoint")
-    engine_bytes: int = Field(ge=0, description="files of the engine directory")
+    engine_bytes: int = Field(ge=0, description="tensor file of the engine")
     speed: tuple[DecodeSpeed, ...]
     tokens_sha256: str
     tools: dict[str, str]
@@ -114,7 +114,7 @@ class Evaluation(_Strict):
         """What a person wants to know, in a few lines."""
         ratio, kl, top1 = self.perplexity_ratio, self.kl, self.top1
         lines = [
-            f"engine {self.engine_digest[:16]} ({self.recipe or 'unquantized'}), "
+            f"engine {self.engine_digest[:16]} ({self.recipe}), "
             f"KV {self.kv_cache}, {self.data.judged_tokens} tokens judged",
             f"perplexity {self.perplexity:.4f}, source {self.source_perplexity:.4f}; "
             f"ratio {ratio.value:.5f} [{ratio.low:.5f}, {ratio.high:.5f}]",

@@ -20,12 +20,13 @@ from torch import Tensor
 from quant_jobs.evaluation import Evaluation, GroupBytes
 
 # Drawn color -> CSS variable of templates/report.html.j2.
-INK, MUTED, GRID = "#010101", "#020202", "#030303"
+INK, MUTED, GRID, PALE = "#010101", "#020202", "#030303", "#080808"
 FIRST, SECOND, THIRD, FOURTH = "#040404", "#050505", "#060606", "#070707"
 _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
     GRID: "--rule",
+    PALE: "--c0",
     FIRST: "--c1",
     SECOND: "--c2",
     THIRD: "--c3",
@@ -89,7 +90,7 @@ def sizes(groups: Sequence[GroupBytes]) -> str:
     unit, divisor = _unit(max(group.bf16_bytes for group in groups))
 
     def paint(axes: Any) -> None:
-        series = (("BF16", "bf16_bytes", GRID), ("source", "source_bytes", FIRST),
+        series = (("BF16", "bf16_bytes", PALE), ("source", "source_bytes", FIRST),
                   ("quantized", "artifact_bytes", SECOND))  # fmt: skip
         for index, (label, key, color) in enumerate(series):
             values = [getattr(group, key) / divisor for group in groups]
@@ -174,14 +175,20 @@ def kl_histogram(kl: Tensor, evaluation: Evaluation) -> str:
         edges = [10 ** (low + (high - low + 1e-6) * step / 48) for step in range(49)]
         axes.hist(values.tolist(), bins=edges, color=FIRST, alpha=0.85)
         axes.set_xscale("log")
+        axes.set_ylim(top=axes.get_ylim()[1] * 1.22)  # room for the three labels
         marks = [("mean", evaluation.kl.mean.value), ("p50", evaluation.kl.p50),
                  ("p99", evaluation.kl.p99)]  # fmt: skip
-        for label, value in marks:
+        for row, (label, value) in enumerate(marks):
             axes.axvline(max(value, smallest), color=SECOND, linewidth=1.2)
             axes.annotate(
-                label, (max(value, smallest), 1.0), (3, -9), xycoords=("data", "axes fraction"),
-                textcoords="offset points", fontsize=8, color=SECOND,
-            )  # fmt: skip
+                label,
+                (max(value, smallest), 1.0),
+                (3, -9 - 11 * row),  # one below the other, for they may coincide
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                fontsize=8,
+                color=SECOND,
+            )
         axes.set_xlabel("KL(source || quantized), nats per token")
         axes.set_ylabel("tokens")
         axes.grid(axis="y")
@@ -195,7 +202,10 @@ def block_differences(difference_B: Tensor, ratio: float) -> str:
     def paint(axes: Any) -> None:
         values = difference_B.tolist()
         axes.bar(
-            range(len(values)), values, color=[SECOND if v > 0 else FIRST for v in values], width=0.8
+            range(len(values)),
+            values,
+            color=[SECOND if v > 0 else FIRST for v in values],
+            width=0.8,
         )
         axes.axhline(0, color=MUTED, linewidth=0.8)
         mean = sum(values) / len(values)

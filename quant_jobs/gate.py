@@ -57,7 +57,7 @@ def judge(measured: Measured, limits: GateLimits) -> dict[str, str]:
         broken["top1"] = f"top-1 agreement {measured.top1:.4f} is below {limits.min_top1:g}"
     if not measured.fallbacks <= limits.max_fallbacks:
         broken["fallbacks"] = (
-            f"{measured.fallbacks} fallbacks in the ledger, more than {limits.max_fallbacks}"
+            f"fallbacks in the ledger: {measured.fallbacks}, more than {limits.max_fallbacks}"
         )
     if not measured.starved_experts <= limits.max_starved_experts:
         broken["starved_experts"] = (

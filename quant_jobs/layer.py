@@ -108,15 +108,6 @@ def build_layer(config: ModelConfig, layer: int, weights: Mapping[str, Tensor]) 
     return cast(nn.Module, module.eval())
 
 
-def linear_modules(module: nn.Module, layer: int) -> dict[str, nn.Linear]:
-    """The layer's linears by their full module names, `model.layers.3.mlp.experts.7.up_proj`."""
-    return {
-        f"model.layers.{layer}.{name}": part
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear)
-    }
-
-
 class Rotary:
     """Cosines and sines of positions 0..T-1 by transformers' own rotary module, kept per T."""
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from deepseek.cli import make_progress
 from deepseek.engine.engine import LLMEngine
+from deepseek.engine.request import Request, SamplingParams, StepOutput
+from deepseek.errors import ArtifactError
 from quant_jobs.evaluation import DecodeSpeed
 
 BATCH_SIZES = (1, 8)
@@ -55,3 +57,33 @@ def measure_decode(
                 )
             )
     return tuple(results)
+
+
+def decode_speed(
+    engine: LLMEngine, prompt: list[int], decode_tokens: int, batch_size: int
+) -> float:
+    """Generated tokens per second over all sequences, greedy, once every prompt is prefilled."""
+    sampling = SamplingParams(max_tokens=decode_tokens + 1, temperature=0.0, ignore_eos=True)
+    prefilling = {f"speed-{index}" for index in range(batch_size)}
+    for request_id in sorted(prefilling):
+        engine.add_request(
+            Request(request_id=request_id, prompt_ids=tuple(prompt), sampling=sampling)
+        )
+    while prefilling:
+        prefilling -= {output.request_id for output in _step(engine) if output.token_ids}
+    generated = 0
+    started = time.perf_counter()
+    while engine.has_work:
+        generated += sum(len(output.token_ids) for output in _step(engine))
+    seconds = time.perf_counter() - started
+    assert generated, "nothing was left to decode"
+    return generated / seconds
+
+
+def _step(engine: LLMEngine) -> list[StepOutput]:
+    """One step; a failed one must not pass for a fast one."""
+    outputs = engine.step()
+    for output in outputs:
+        if output.error is not None:
+            raise ArtifactError(f"the engine could not decode: {output.error}")
+    return outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -72,11 +73,13 @@ def main(
         check_gate(settings.engine, allow_ungated=settings.allow_ungated)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
+    stdout = sys.stdout
     try:
-        with serving(settings) as url:
+        # stdout is for one line of ours; what Ray prints there goes to stderr.
+        with redirect_stdout(sys.stderr), serving(settings) as url:
             # Ray replaces the handler of SIGTERM while it starts.
             signal.signal(signal.SIGTERM, _stop)
-            print(f"serving {settings.served_name} at {url}", flush=True)
+            print(f"serving {settings.served_name} at {url}", file=stdout, flush=True)
             try:
                 while True:
                     signal.pause()

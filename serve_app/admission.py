@@ -87,7 +87,7 @@ def make_requests(
             "choices; send several requests",
             param="n",
         )
-    requests = []
+    requests: list[GenerateRequest] = []
     for prompt in prompts:
         if not prompt:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")

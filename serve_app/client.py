@@ -7,7 +7,7 @@ which bypasses the queues: a full service still answers for its health and its m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import ray.exceptions
@@ -26,16 +26,20 @@ class ReplicaClient:
         self._stream = handle.options(stream=True, method_name="generate")
         self._info: EngineInfo | None = None
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         response = self._stream.remote(request)
+        over = False
         try:
             async for batch in response:
                 for event in batch:
                     yield event
+            over = True
         except Exception as error:
+            over = True
             raise translate(error) from error
         finally:
-            response.cancel()
+            if not over:  # cancelling what Serve refused raises the refusal a second time
+                response.cancel()
 
     async def statuses(self, timeout_s: float) -> list[ReplicaStatus]:
         try:

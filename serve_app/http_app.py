@@ -156,8 +156,7 @@ class EventStream(StreamingResponse):
             complete = True
         finally:
             self._answer.merged.close()
-            failed = [c.done for c in self._answer.choices if c.done and c.done.error is not None]
-            error = ApiError(failed[0].error or "", code="engine_failed") if failed else None
+            error = next(iter(self._answer.merged.errors.values()), None)
             self._observation.finish(error, status=200, disconnected=not complete)
 
 

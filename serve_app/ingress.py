@@ -26,7 +26,8 @@ def load_tokenizer(config: ServeConfig) -> Tokenizer:
 class Ingress:
     """The Serve deployment; Serve asks for the ASGI application once the replica exists."""
 
-    async def __init__(self, config: ServeConfig, engines: Any) -> None:
+    # Serve wants the constructor of an ingress to be a coroutine; mypy knows no such thing.
+    async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
         self._service = Service(
             config, load_tokenizer(config), ReplicaClient(engines), Telemetry.from_environment()
         )

@@ -6,17 +6,21 @@ this module refuses to touch a cluster where Serve already runs.
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from ray import serve
 
-from cluster.connect import connect, disconnect
+from cluster.connect import connect
 from deepseek.errors import DeployError
 from serve_app.app import build
 from serve_app.config import ServeConfig
+
+log = logging.getLogger(__name__)
 
 APP_NAME = "intserve"
 
@@ -42,34 +46,40 @@ def serving(config: ServeConfig) -> Iterator[str]:
     Raises:
         DeployError: Serve runs on this cluster already, or the engine did not start; says why.
     """
-    connect()
-    started = False
-    try:
+    with connect() as ray_connection:
+        log.info(ray_connection.describe())
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         status = serve.status()
         if status.applications or status.proxies:
             raise DeployError(
                 "Serve already runs on this Ray cluster; deploy there with "
                 "`serve deploy` and import_path serve_app.app:build"
             )
-        started = True
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": config.host, "port": config.port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
         try:
-            serve.run(build(config), name=APP_NAME, route_prefix="/")
-        except RuntimeError as error:
-            raise DeployError(f"the service did not start: {_reason(str(error))}") from error
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        yield f"http://{host}:{config.port}/v1"
-    finally:
-        if started:
-            serve.shutdown()
-        disconnect()
+            yield _start(config)
+        finally:
+            # Serve 2.60 kills its controller while that still answers the call to shut down, and
+            # Ray prints this as a failure, on stdout.
+            with redirect_stdout(io.StringIO()):
+                serve.shutdown()
+                ray_connection.close()
+
+
+def _start(config: ServeConfig) -> str:
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": config.host, "port": config.port},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    try:
+        serve.run(build(config), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise DeployError(f"the service did not start: {_reason(str(error))}") from error
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{config.port}/v1"
 
 
 def _reason(message: str) -> str:
-    """The last exception line of a traceback in Serve's message; the message where there is none."""
+    """The last exception line of a traceback in Serve's message, else the message's last line."""
     found = re.findall(r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (.+)$", message, re.MULTILINE)
     return found[-1] if found else message.strip().splitlines()[-1]

@@ -78,7 +78,7 @@ class RequestMetrics:
     """The metrics of one ingress process."""
 
     def __init__(self) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         made: dict[str, Counter | Gauge | Histogram] = {}
         for name, (kind, labels, bounds, text) in REQUEST_METRICS.items():

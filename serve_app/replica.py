@@ -1,28 +1,19 @@
 """The engine deployment: one replica is one engine behind the actor hop.
 
-Events are coalesced: what is ready goes out as one message, so that the cost per token falls as
-load rises, and `flush_interval_s` can bound the messages of each stream further. The first flush of
-a stream is never delayed.
+A message of several events (coalesce.py) crosses the hop per flush, not one per token.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from ray import serve
 
-from serve_app.engines.protocol import (
-    Done,
-    Engine,
-    Event,
-    GenerateRequest,
-    ReplicaStatus,
-    Tokens,
-)
+from serve_app.coalesce import coalesce
+from serve_app.engines.protocol import Engine, Event, GenerateRequest, ReplicaStatus
 from serve_app.errors import Overloaded
 from serve_app.telemetry import Telemetry
 
@@ -34,7 +25,8 @@ EngineFactory = Callable[[], Engine]
 class EngineReplica:
     """Wraps one engine. Serve calls `check_health`, `reconfigure` and `__del__`."""
 
-    async def __init__(self, make_engine: EngineFactory, flush_interval_s: float) -> None:
+    # Serve awaits a constructor that is a coroutine; mypy knows no such thing.
+    async def __init__(self, make_engine: EngineFactory, flush_interval_s: float) -> None:  # type: ignore[misc]
         self._telemetry = Telemetry.from_environment()
         self._flush_interval_s = flush_interval_s
         self._max_waiting: int | None = None
@@ -53,7 +45,7 @@ class EngineReplica:
     async def check_health(self) -> None:
         await self._engine.check()
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[tuple[Event, ...]]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[Event, ...], None]:
         """Events in order, several per message. Raises Overloaded before the first."""
         waiting = self._engine.load().waiting
         if self._max_waiting is not None and waiting > self._max_waiting:
@@ -73,72 +65,3 @@ class EngineReplica:
             await self._engine.shutdown()
         if hasattr(self, "_telemetry"):
             self._telemetry.shutdown()
-
-
-async def coalesce(
-    events: AsyncIterator[Event], interval_s: float
-) -> AsyncIterator[tuple[Event, ...]]:
-    """Everything that is ready, as at most one `Tokens` and one `Done` per item.
-
-    Two flushes with tokens only are at least `interval_s` apart; `Done` does not wait. Closing it
-    closes `events`.
-    """
-    ready: list[Event] = []
-    arrived = asyncio.Event()
-    failure: list[Exception] = []
-    ended = False
-
-    async def pump() -> None:
-        nonlocal ended
-        try:
-            async with aclosing(events):  # type: ignore[type-var]
-                async for event in events:
-                    ready.append(event)
-                    arrived.set()
-                    if isinstance(event, Done):
-                        break
-        except Exception as error:
-            failure.append(error)
-        finally:
-            ended = True
-            arrived.set()
-
-    task = asyncio.create_task(pump())
-    try:
-        while True:
-            await arrived.wait()
-            arrived.clear()
-            batch, ready[:] = merge_events(ready), []
-            if batch:
-                yield batch
-            if ended and not ready:
-                break
-            if interval_s and not ended:
-                await asyncio.wait({task}, timeout=interval_s)
-        if failure:
-            raise failure[0]
-    finally:
-        task.cancel()
-
-
-def merge_events(events: list[Event]) -> tuple[Event, ...]:
-    """Neighboring `Tokens` as one; order kept."""
-    merged: list[Event] = []
-    run: list[Tokens] = []
-    for event in events:
-        if isinstance(event, Tokens):
-            run.append(event)
-            continue
-        merged.extend(_joined(run))
-        run = []
-        merged.append(event)
-    merged.extend(_joined(run))
-    return tuple(merged)
-
-
-def _joined(run: list[Tokens]) -> list[Event]:
-    if len(run) < 2:
-        return list(run)
-    token_ids = tuple(token for tokens in run for token in tokens.token_ids)
-    logprobs = tuple(item for tokens in run for item in tokens.logprobs)
-    return [Tokens(token_ids, "".join(tokens.text for tokens in run), logprobs)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -35,7 +35,7 @@ class Source(Protocol):
     """Where events come from: the actor hop in service, an engine itself in tests. It must be an
     async generator, whose `aclose` aborts the request."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]: ...
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]: ...
 
 
 class Merged:
@@ -48,6 +48,8 @@ class Merged:
         self._deadline = deadline
         self._open = set(range(len(requests)))
         self._produced = [0] * len(requests)
+        #: Why a choice ended in an error, by index; complete once iteration has ended.
+        self.errors: dict[int, ApiError] = {}
         self._early: list[tuple[int, Event]] = []
         self._tasks = [
             asyncio.create_task(self._pump(source, index, request))
@@ -59,7 +61,7 @@ class Merged:
 
     async def _pump(self, source: Source, index: int, request: GenerateRequest) -> None:
         try:
-            async with aclosing(source.generate(request)) as events:  # type: ignore[type-var]
+            async with aclosing(source.generate(request)) as events:
                 async for event in events:
                     self._queue.put_nowait((index, event))
                     if isinstance(event, Done):
@@ -85,7 +87,7 @@ class Merged:
                 raise _logged(event)
             first = index in waiting
             if first and isinstance(event, Done) and event.reason in ("error", "abort"):
-                raise ApiError(event.error or "the engine failed", code="engine_failed")
+                raise _engine_failed(event)
             self._early.append((index, event))
             waiting.discard(index)
 
@@ -115,11 +117,14 @@ class Merged:
     def _noted(self, index: int, event: Event) -> Event:
         if isinstance(event, Done):
             self._open.discard(index)
+            if event.reason not in FINISH_REASONS:
+                self.errors.setdefault(index, _engine_failed(event))
         else:
             self._produced[index] += len(event.token_ids)
         return event
 
     def _failed(self, index: int, error: ApiError) -> Done:
+        self.errors[index] = error
         prompt_tokens = len(self._requests[index].prompt_ids)
         return Done("error", prompt_tokens, self._produced[index], error=str(error))
 
@@ -127,6 +132,10 @@ class Merged:
         """Abort what still runs. Idempotent; safe after a normal end."""
         for task in self._tasks:
             task.cancel()
+
+
+def _engine_failed(done: Done) -> ApiError:
+    return ApiError(done.error or "the engine gave up this request", code="engine_failed")
 
 
 def _logged(error: BaseException) -> ApiError:
@@ -177,8 +186,8 @@ class Answer:
         """
         async for choice, event in self._events():
             if isinstance(event, Done):
-                if event.reason not in FINISH_REASONS:
-                    raise ApiError(event.error or "the engine failed", code="engine_failed")
+                if choice.index in self.merged.errors:
+                    raise self.merged.errors[choice.index]
             else:
                 choice.text.append(event.text)
                 choice.logprobs.extend(event.logprobs)
@@ -203,8 +212,7 @@ class Answer:
             elif event.reason in FINISH_REASONS:
                 piece = self.form.last(choice, FINISH_REASONS[event.reason])
             else:
-                failure = ApiError(event.error or "the engine failed", code="engine_failed")
-                yield _frame(failure.body())
+                yield _frame(self.merged.errors[choice.index].body())
                 return
             yield _frame({**envelope, "choices": [piece]})
         if include_usage:

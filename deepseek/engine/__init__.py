@@ -1,0 +1,16 @@
+"""The embedded engine: DeepSeek-V3 on a CPU, quantized or not, in continuous batches.
+
+    request.py     what is asked, what is answered, and a sequence under way
+    scheduler.py   which tokens run next (no tensors)      pages.py     who owns which KV page
+    batch.py       the tokens of one step as tensors       kv_cache.py  the paged latent cache
+    model.py       the forward pass: attention.py, moe.py, rope.py
+    linear.py      the kernels, one class per weight format; the seam for a native extension
+    sampler.py     logits -> tokens                        detokenizer.py  tokens -> text
+    engine.py      the step loop over all of these
+
+    packed_layout.py  which tensors an engine holds, and their bytes, from config and schemes
+    packing.py        source or artifact -> those tensors
+    packed.py         the engine directory: written once, verified when it is loaded
+
+Nothing here knows of Ray, HTTP or asyncio; serve_app's embedded adapter runs the loop in a thread.
+"""

@@ -22,8 +22,8 @@ Conventions, chosen once:
     NaN, infinity and magnitudes above 2^126 (which could dequantize to infinity) are refused.
 
 N output features · K input features · g group size · T tokens. Results lie on the weight's device.
-Work is done in float32 in chunks of rows: beside its results a call needs about 100 MB, however
-large the weight.
+Work is done in float32 in chunks of rows: beside its results a call needs less than 100 MB, however
+large the weight; INT4 also needs its codes, a byte per weight, until they are packed.
 """
 
 from deepseek.formats.fp8 import (

@@ -88,5 +88,5 @@ def _as_blocks(w: Tensor) -> Tensor:
 
 
 def _to_e4m3(steps: Tensor) -> Tensor:
-    # torch's cast does not saturate: 465 and more would become NaN.
+    # torch 2.13 saturates in this cast, its older versions gave NaN.
     return steps.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)

@@ -45,8 +45,8 @@ def quantize_int4(
     `amax` (symmetric), `scale` (symmetric) or `scale` with `zero_point` (asymmetric), each
     [N, K/g], replace what the data would give; a scale is rounded to bfloat16 first.
 
-    The error is at most half a step. An asymmetric group can exceed that by 3 % of a step, because
-    its scale may have been rounded down by 1/512 and the range is 15 steps wide.
+    The error is at most half a step. An asymmetric group can exceed that by 6 % of a step, because
+    its scale may have been rounded down by 1/256 and the range is 15 steps wide.
 
     Raises:
         RecipeError: `group_size` does not divide K.
@@ -118,12 +118,15 @@ def unpack_int4(packed: Tensor, num_columns: int) -> Tensor:
 
 def pack_zero_point(zero_point: Tensor) -> Tensor:
     """int8 [N, K/g] in [-8, 7] -> int32 [ceil(N/8), K/g]: packed along the *outputs*."""
-    return pack_int4(zero_point.T.contiguous()).T.contiguous()
+    packed = pack_int4(zero_point.T.contiguous())
+    # clone: contiguous() would keep odd strides in dimensions of size 1, which views refuse.
+    return packed.T.clone(memory_format=torch.contiguous_format)
 
 
 def unpack_zero_point(packed: Tensor, num_rows: int) -> Tensor:
     """int32 [ceil(N/8), K/g] -> int8 [N, K/g]; `num_rows` is N."""
-    return unpack_int4(packed.T.contiguous(), num_rows).T.contiguous()
+    packed = packed.T.clone(memory_format=torch.contiguous_format)
+    return unpack_int4(packed, num_rows).T.contiguous()
 
 
 def num_groups(num_inputs: int, group_size: int) -> int:

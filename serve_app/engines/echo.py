@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from serve_app.config import EchoOptions
@@ -50,7 +50,7 @@ class EchoEngine:
             gated=True,
         )
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         arrived = time.monotonic()
         self._waiting += 1
         try:

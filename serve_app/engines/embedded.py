@@ -1,4 +1,263 @@
-"""placeholder while being written"""
+"""The embedded engine behind the protocol: its steps in one thread, its clients in an event loop.
+
+The two sides share nothing but an inbox of commands and callbacks posted to the loop: the thread
+alone touches the engine, the loop alone touches the mailboxes, so neither needs a lock. A step that
+fails ends every request in `Done("error")`, and `check` raises from then on, which makes Serve
+replace the replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepseek.engine.engine import LLMEngine
+from deepseek.engine.options import EngineOptions
+from deepseek.engine.request import Request, SamplingParams, StepOutput
+from deepseek.errors import RequestError
+from serve_app.config import ServeConfig
+from serve_app.engines.protocol import (
+    Done,
+    EngineInfo,
+    Event,
+    GenerateRequest,
+    Load,
+    TokenLogprob,
+    Tokens,
+)
+from serve_app.errors import EngineUnavailable
+from serve_app.gating import check_gate
+
+log = logging.getLogger("ray.serve")
 
 
-class EmbeddedEngine: ...
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+class _Stop:
+    """Asks the step loop to end."""
+
+
+@dataclass(slots=True)
+class _Mailbox:
+    """Where one request's events arrive, on the event loop."""
+
+    prompt_tokens: int
+    produced: int = 0
+    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    ended: bool = False
+
+    def put(self, item: Event | Exception) -> None:
+        """Nothing follows the end: an abort may overtake tokens of the step under way."""
+        if self.ended:
+            return
+        self.ended = not isinstance(item, Tokens)
+        if isinstance(item, Tokens):
+            self.produced += len(item.token_ids)
+        self.events.put_nowait(item)
+
+
+class EmbeddedEngine:
+    """Satisfies `Engine`. `start` must be awaited on the loop that later generates."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        assert config.engine is not None
+        self._config = config
+        self._directory = config.engine
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._inbox: queue.SimpleQueue[GenerateRequest | _Abort | _Stop] = queue.SimpleQueue()
+        self._failed = False
+
+    async def start(self) -> EngineInfo:
+        gated = check_gate(self._directory, allow_ungated=self._config.allow_ungated)
+        self._loop = asyncio.get_running_loop()
+        options = _engine_options(self._config)
+        self._engine = await asyncio.to_thread(LLMEngine.load, self._directory, options)
+        self._load = _to_load(self._engine)
+        self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
+        self._thread.start()
+        identity = self._engine.identity
+        return EngineInfo(
+            model_id=self._config.served_name,
+            max_model_len=self._engine.max_model_len,
+            kv_tokens_total=self._load.kv_tokens_total,
+            recipe=identity.recipe,
+            artifact_digest=identity.artifact_digest,
+            engine="embedded",
+            gated=gated,
+        )
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        self._raise_if_failed()
+        mailbox = _Mailbox(len(request.prompt_ids))
+        self._mailboxes[request.request_id] = mailbox
+        self._inbox.put(request)
+        try:
+            while True:
+                item = await mailbox.events.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if isinstance(item, Done):
+                    return
+        finally:
+            del self._mailboxes[request.request_id]
+            if not mailbox.ended:
+                self._inbox.put(_Abort(request.request_id))
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            mailbox = self._mailboxes.get(request_id)
+            if mailbox is not None and not mailbox.ended:
+                self._inbox.put(_Abort(request_id))
+                mailbox.put(Done("abort", mailbox.prompt_tokens, mailbox.produced))
+
+    def load(self) -> Load:
+        return self._load
+
+    async def check(self) -> None:
+        self._raise_if_failed()
+
+    async def shutdown(self) -> None:
+        if hasattr(self, "_thread"):
+            self._inbox.put(_Stop())
+            await asyncio.to_thread(self._thread.join)
+
+    def _raise_if_failed(self) -> None:
+        if self._failed:
+            raise EngineUnavailable("the engine has failed and is being replaced; retry later")
+
+    # What follows up to `_deliver` runs in the step thread.
+
+    def _run(self) -> None:
+        try:
+            while self._engine.failure is None and self._take_commands():
+                if self._engine.has_work:
+                    self._step()
+                self._load = _to_load(self._engine)
+        except Exception:
+            log.exception("the engine's step loop failed")
+            self._fail()
+        else:
+            if self._engine.failure is not None:  # the engine has logged it
+                self._fail()
+
+    def _fail(self) -> None:
+        self._failed = True
+        self._loop.call_soon_threadsafe(self._fail_all)
+
+    def _take_commands(self) -> bool:
+        """Obey what waits in the inbox, waiting for it when idle. False ends the loop."""
+        idle = not self._engine.has_work
+        while True:
+            try:
+                command = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            idle = False
+            if isinstance(command, _Stop):
+                return False
+            if isinstance(command, _Abort):
+                self._engine.abort(command.request_id)
+            else:
+                self._add(command)
+
+    def _add(self, request: GenerateRequest) -> None:
+        try:
+            self._engine.add_request(_to_engine(request))
+        except RequestError as error:
+            refusal: list[tuple[str, Event | Exception]] = [(request.request_id, error)]
+            self._loop.call_soon_threadsafe(self._deliver, refusal)
+
+    def _step(self) -> None:
+        items: list[tuple[str, Event | Exception]] = []
+        for output in self._engine.step():
+            items.extend((output.request_id, event) for event in _to_events(output))
+        if items:  # one callback per step, not one per request
+            self._loop.call_soon_threadsafe(self._deliver, items)
+
+    # Back on the event loop.
+
+    def _deliver(self, items: list[tuple[str, Event | Exception]]) -> None:
+        for request_id, item in items:
+            if (mailbox := self._mailboxes.get(request_id)) is not None:
+                mailbox.put(item)
+
+    def _fail_all(self) -> None:
+        for mailbox in self._mailboxes.values():
+            mailbox.put(
+                Done(
+                    "error",
+                    mailbox.prompt_tokens,
+                    mailbox.produced,
+                    error="the engine failed while it worked on this request; retry",
+                )
+            )
+
+
+def _engine_options(config: ServeConfig) -> EngineOptions:
+    """The engine's options; what the configuration leaves open is the engine's to choose."""
+    given: dict[str, Any] = {
+        "kv_cache": config.kv_cache,
+        "max_kv_tokens": config.kv_tokens,
+        "max_model_len": config.max_model_len,
+        "max_batch_size": config.max_batch_size,
+        "max_batched_tokens": config.max_batched_tokens,
+        "num_threads": config.num_threads,
+    }
+    return EngineOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def _to_engine(request: GenerateRequest) -> Request:
+    sampling = request.sampling
+    return Request(
+        request_id=request.request_id,
+        prompt_ids=request.prompt_ids,
+        sampling=SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            stop=sampling.stop,
+            stop_token_ids=sampling.stop_token_ids,
+            ignore_eos=sampling.ignore_eos,
+            logprobs=sampling.logprobs,
+        ),
+    )
+
+
+def _to_events(output: StepOutput) -> Iterator[Event]:
+    if output.token_ids or output.text:
+        logprobs = tuple(
+            TokenLogprob(item.token_id, item.token, item.logprob, item.top)
+            for item in output.logprobs
+        )
+        yield Tokens(output.token_ids, output.text, logprobs)
+    if output.finish_reason is not None:
+        yield Done(
+            output.finish_reason,
+            output.prompt_tokens,
+            output.completion_tokens,
+            queue_s=output.queue_s,
+            prefill_s=output.prefill_s,
+            decode_s=output.decode_s,
+            error=output.error,
+        )
+
+
+def _to_load(engine: LLMEngine) -> Load:
+    load = engine.current_load()
+    return Load(
+        running=load.running,
+        waiting=load.waiting,
+        kv_tokens_used=load.kv_tokens_used,
+        kv_tokens_total=load.kv_tokens_total,
+    )

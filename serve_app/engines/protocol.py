@@ -7,7 +7,7 @@ hop: they pickle cheaply and hide no iterators.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -111,7 +111,7 @@ class Engine(Protocol):
         """Load the model. Raises an IntServeError that says why it cannot."""
         ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Events in order, the last one `Done`. Closing the iterator early aborts the request and
         frees its KV pages. Raises RequestError before the first event if it can never be served."""
         ...
@@ -141,7 +141,7 @@ class ReplicaStatus:
 class EngineClient(Protocol):
     """What the ingress needs of the engines behind it."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Events of one request from some engine. Closing it aborts the request."""
         ...
 

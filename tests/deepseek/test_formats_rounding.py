@@ -182,7 +182,7 @@ def test_weights_near_the_subnormals_get_a_normal_scale_and_half_a_step_of_error
         (asym[1], dequantize_int4(*asym)),
     ]:
         assert (scale.float() >= TINY).all()
-        assert ((back - weight).abs() <= 0.53 * scale.float()).all()
+        assert ((back - weight).abs() <= 0.56 * scale.float()).all()
     fp8, scale = quantize_fp8_block(weight)
     assert (scale >= TINY).all()
     assert ((dequantize_fp8_block(fp8, scale) - weight).abs() <= 0.5 * 32 * scale).all()
@@ -205,7 +205,7 @@ def test_one_sided_groups_keep_zero_in_the_asymmetric_range(sign: float) -> None
     assert zeros is not None
     assert zeros.item() == (-8 if sign > 0 else 7)
     assert scale.item() == torch.tensor(6 / 15).bfloat16().item()
-    assert ((dequantize_int4(codes, scale, zeros) - weight).abs() <= 0.53 * scale.float()).all()
+    assert ((dequantize_int4(codes, scale, zeros) - weight).abs() <= 0.56 * scale.float()).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 127), (160, 256), (200, 130)])
@@ -225,9 +225,9 @@ def test_each_fp8_block_has_its_own_scale_also_at_ragged_edges(shape: tuple[int,
 
 
 def test_chunks_of_rows_leave_no_seam() -> None:
-    """2100 x 2048 is worked on in two chunks; each row must come out as if it were alone."""
-    weight = torch.randn((2100, 2048), generator=torch.Generator().manual_seed(3))
-    part = slice(1920, 2100)  # a multiple of 128 first, and the seam at 2048 inside
+    """2100 x 2176 takes two chunks, cut at row 1927 (FP8: 1920); each row must come out as if alone."""
+    weight = torch.randn((2100, 2176), generator=torch.Generator().manual_seed(3))
+    part = slice(1792, 2100)  # starts at a multiple of 128, with the seam inside
     codes, scale = quantize_int8(weight)
     assert torch.equal(codes[part], quantize_int8(weight[part])[0])
     assert torch.equal(scale[part], quantize_int8(weight[part])[1])
@@ -239,7 +239,7 @@ def test_chunks_of_rows_leave_no_seam() -> None:
     fp8, scale = quantize_fp8_block(weight)
     alone8, alone_scale = quantize_fp8_block(weight[part])
     assert torch.equal(fp8[part].view(torch.uint8), alone8.view(torch.uint8))
-    assert torch.equal(scale[15:], alone_scale)
+    assert torch.equal(scale[14:], alone_scale)
 
 
 # --- Properties -----------------------------------------------------------------------------------
@@ -292,13 +292,13 @@ def test_int4_errs_by_at_most_half_a_step_and_is_idempotent(
 
 @PROPERTY
 @given(weights(), st.sampled_from([32, 64, 128]))
-def test_asymmetric_int4_errs_by_at_most_half_a_step_and_3_percent_and_keeps_zeros(
+def test_asymmetric_int4_errs_by_at_most_half_a_step_and_6_percent_and_keeps_zeros(
     weight: torch.Tensor, group_size: int
 ) -> None:
     codes, scale, zeros = quantize_int4(weight, group_size, symmetric=False)
     back = dequantize_int4(codes, scale, zeros)
     step = scale.float().repeat_interleave(group_size, dim=1)
-    assert ((back - weight).abs() <= 0.53 * step).all()
+    assert ((back - weight).abs() <= 0.56 * step).all()
     assert not back[weight == 0].any()
     again, _, _ = quantize_int4(back, group_size, symmetric=False, scale=scale, zero_point=zeros)
     assert torch.equal(again, codes)

@@ -1,0 +1,128 @@
+"""Absorbed multi-head latent attention over the paged cache.
+
+MLA (DeepSeek-V2, arXiv 2405.04434) caches one latent c and one rotary key k per token. With
+kv_b_proj = [W_UK; W_UV] per head, the score q_nope . (W_UK c) equals (q_nope W_UK) . c, and the
+output is W_UV times the weighted sum of latents; so W_UK and W_UV are applied to this step's few
+queries instead of to the whole context, and keys and values are never made.
+
+The context is walked in blocks of fixed size with a running maximum and sum (online softmax,
+Milakov and Gimelshein, arXiv 1805.02867). A block past a query's position leaves its sums as they
+are, bit for bit, so a token's result does not depend on what else is in the step. The rest of that
+is that FP32 products treat a row alike in any number of rows (linear.py says how).
+
+T tokens · H heads · n, r, v widths of query without position, rotary part, value · R latent ·
+B sequences of a group · C block tokens
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepseek.config import ModelConfig
+from deepseek.engine.batch import Batch, Group
+from deepseek.engine.kv_cache import LatentCache
+from deepseek.engine.linear import Projection, RowRule, encode
+from deepseek.engine.rope import rotate
+
+
+class Attention:
+    """One layer's attention. `w_uk` is f32 [H, n, R], `w_uv` f32 [H, R, v]."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        *,
+        qkv_a: Projection,
+        q_b: Projection,
+        output: Projection,
+        q_norm: Tensor,
+        kv_norm: Tensor,
+        w_uk: Tensor,
+        w_uv: Tensor,
+        softmax_scale: float,
+        rows: RowRule,
+    ) -> None:
+        self._config = config
+        self._layer = layer
+        self._qkv_a, self._q_b, self._output = qkv_a, q_b, output
+        self._q_norm, self._kv_norm = q_norm, kv_norm
+        self._w_uk, self._w_uv = w_uk, w_uv
+        self._softmax_scale = softmax_scale
+        self._rows = rows
+
+    def forward(
+        self, x: Tensor, batch: Batch, angles: tuple[Tensor, Tensor], cache: LatentCache
+    ) -> Tensor:
+        """f32 [T, hidden], normed -> f32 [T, hidden]; stores the step's latents in the cache."""
+        config = self._config
+        widths = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
+        joined = self._qkv_a.forward(encode(x, self._qkv_a.encodings))
+        q_a, latent, rope_key = joined.split_with_sizes(widths, dim=-1)
+        cos, sin = angles
+        latent = rms_norm(latent, self._kv_norm, config.rms_norm_eps)
+        cache.write(self._layer, batch.slots, latent, rotate(rope_key, cos, sin))
+
+        q_a = rms_norm(q_a, self._q_norm, config.rms_norm_eps)
+        query = self._q_b.forward(encode(q_a, self._q_b.encodings))
+        query = query.view(-1, config.num_attention_heads, config.qk_head_dim)
+        widths = [config.qk_nope_head_dim, config.qk_rope_head_dim]
+        q_nope, q_rope = query.split_with_sizes(widths, dim=-1)
+        q_rope = rotate(q_rope, cos[:, None], sin[:, None])
+        query = torch.cat((self._per_head(q_nope, self._w_uk), q_rope), dim=-1)
+        query *= self._softmax_scale  # [T, H, R + r]
+
+        context = [self._attend(query[group.rows], group, cache) for group in batch.groups]
+        summed = context[0] if len(context) == 1 else torch.cat(context)  # [T, H, R]
+        values = self._per_head(summed, self._w_uv).flatten(1)  # [T, H * v]
+        return self._output.forward(encode(values, self._output.encodings))
+
+    def _per_head(self, x: Tensor, weight: Tensor) -> Tensor:
+        """[T, H, a] times [H, a, b] head by head -> [T, H, b]."""
+        product = torch.bmm(self._rows.pad(x).transpose(0, 1), weight).transpose(0, 1)
+        return product[: x.shape[0]]
+
+    def _attend(self, query: Tensor, group: Group, cache: LatentCache) -> Tensor:
+        """Scaled queries f32 [B * T, H, R + r] of one group -> weighted latents [B * T, H, R]."""
+        heads, width = query.shape[1:]
+        sequences, length = group.num_sequences, group.length
+        query = self._rows.pad(query.reshape(sequences, length * heads, width), dim=1)
+        total = peak = weighted = query  # replaced by the first block
+        for number, block in enumerate(group.blocks):
+            n = block.num_active
+            keys = cache.read(self._layer, block.pages)  # [n, C, R + r]
+            scores = torch.bmm(query[:n], keys.transpose(1, 2))  # [n, rows, C]
+            if block.hidden is not None:
+                _mask(scores[:, : length * heads], block.hidden, heads)
+            block_peak = scores.amax(dim=-1, keepdim=True)
+            latents = keys[..., : self._config.kv_lora_rank]
+            if number == 0:
+                peak = block_peak
+                weights = scores.sub_(peak).exp_()
+                total = weights.sum(dim=-1, keepdim=True)
+                weighted = torch.bmm(weights, latents)
+                continue
+            new_peak = torch.maximum(peak[:n], block_peak)
+            weights = scores.sub_(new_peak).exp_()
+            fade = (peak[:n] - new_peak).exp_()
+            total[:n] = total[:n] * fade + weights.sum(dim=-1, keepdim=True)
+            weighted[:n] = weighted[:n] * fade + torch.bmm(weights, latents)
+            peak[:n] = new_peak
+        result = (weighted / total)[:, : length * heads]
+        return result.reshape(sequences * length, heads, -1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """f32 [..., K] scaled to root mean square 1, times weight f32 [K]."""
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def _mask(scores: Tensor, hidden: Tensor, heads: int) -> None:
+    """Set scores [n, T * H, C] to -inf where hidden [n, T, C] is true, for all heads of a token."""
+    n, length, width = hidden.shape
+    view = scores.view(n, length, heads, width) if scores.is_contiguous() else None
+    if view is not None:
+        view.masked_fill_(hidden[:, :, None], float("-inf"))
+    else:
+        scores.masked_fill_(hidden.repeat_interleave(heads, dim=1), float("-inf"))

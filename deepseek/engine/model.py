@@ -1,0 +1,183 @@
+"""DeepSeek-V3's forward pass over one step's tokens, from the engine's packed tensors.
+
+Residual stream, norms, attention and router are FP32; each linear computes as its format does
+(linear.py). Tokens of any number of sequences run together; only attention knows which is whose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from deepseek.config import ModelConfig
+from deepseek.engine.attention import Attention, rms_norm
+from deepseek.engine.batch import Batch
+from deepseek.engine.kv_cache import LatentCache
+from deepseek.engine.linear import Kernels, Linear, Projection, encode, make_linear
+from deepseek.engine.moe import GatedMlp, MixtureOfExperts, Router
+from deepseek.engine.packed_layout import (
+    PackedLinear,
+    PackedTensor,
+    absorbed_prefix,
+    packed_shapes,
+    packed_tensors,
+    projections,
+)
+from deepseek.engine.rope import Rope
+from deepseek.errors import ArtifactError
+from deepseek.recipe import Scheme
+
+
+class Weights:
+    """The engine's tensors, each to be taken exactly once."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], expected: Mapping[str, PackedTensor]) -> None:
+        self._tensors = dict(tensors)
+        self._expected = expected
+        self.num_bytes: dict[str, int] = {}
+
+    def take(self, name: str) -> Tensor:
+        """Raises ArtifactError when the tensor is absent or of another shape or type."""
+        tensor = self._tensors.pop(name, None)
+        wanted = self._expected[name]
+        if tensor is None:
+            raise ArtifactError(f"tensor {name} is missing from the engine; build it again")
+        if (tuple(tensor.shape), tensor.dtype) != (wanted.shape, wanted.dtype):
+            raise ArtifactError(
+                f"tensor {name} of the engine is {tensor.dtype} {list(tensor.shape)}, not "
+                f"{wanted.dtype} {list(wanted.shape)}; build it again"
+            )
+        self.num_bytes[wanted.group] = self.num_bytes.get(wanted.group, 0) + tensor.nbytes
+        return tensor
+
+    def finish(self) -> None:
+        """Raises ArtifactError when a tensor was not taken."""
+        if self._tensors:
+            raise ArtifactError(
+                f"tensor {min(self._tensors)} of the engine belongs to no part of the model; "
+                "build it again"
+            )
+
+
+class Layer:
+    """One decoder layer: attention, then MLP or experts, each around the residual stream."""
+
+    def __init__(
+        self, attention: Attention, mlp: GatedMlp | MixtureOfExperts, norms: tuple[Tensor, Tensor]
+    ) -> None:
+        self.attention, self.mlp, self.norms = attention, mlp, norms
+
+
+class Model:
+    """The whole model. `allocated_bytes` is by inventory group, as taken from the tensors."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        schemes: Mapping[str, Scheme],
+        tensors: Mapping[str, Tensor],
+        kernels: Kernels,
+    ) -> None:
+        self.config = config
+        self._kernels = kernels
+        self._rope = Rope(config)
+        embedding = tensors.get("model.embed_tokens.weight")
+        dtype = torch.bfloat16 if embedding is None else embedding.dtype
+        weights = Weights(tensors, packed_tensors(config, schemes, embedding_dtype=dtype))
+        self._embedding = weights.take("model.embed_tokens.weight")
+        self._layers = [
+            _Builder(config, layer, schemes, weights, kernels).build(self._rope)
+            for layer in range(config.num_hidden_layers)
+        ]
+        self._norm = weights.take("model.norm.weight")
+        head = {"weight": weights.take("lm_head.weight")}
+        self._head = Projection([make_linear(Scheme(weights="bf16"), head, kernels)])
+        weights.finish()
+        self.allocated_bytes = dict(weights.num_bytes)
+
+    def forward(self, batch: Batch, cache: LatentCache) -> Tensor:
+        """Run the step and store its latents -> final hidden states, normed, f32 [T, hidden]."""
+        eps = self.config.rms_norm_eps
+        hidden = self._embedding.index_select(0, batch.token_ids).float()
+        angles = self._rope.angles(batch.positions)
+        for layer in self._layers:
+            x = rms_norm(hidden, layer.norms[0], eps)
+            hidden = hidden + layer.attention.forward(x, batch, angles, cache)
+            x = rms_norm(hidden, layer.norms[1], eps)
+            if isinstance(layer.mlp, MixtureOfExperts):
+                hidden = hidden + layer.mlp.forward(x)
+            else:
+                hidden = hidden + layer.mlp.forward(encode(x, layer.mlp.encodings))
+        return rms_norm(hidden, self._norm, eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states f32 [R, hidden] -> logits f32 [R, vocabulary]."""
+        return self._head.forward(encode(hidden, self._head.encodings))
+
+
+class _Builder:
+    """Takes one layer's tensors and puts its parts together."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        schemes: Mapping[str, Scheme],
+        weights: Weights,
+        kernels: Kernels,
+    ) -> None:
+        self._config, self._layer = config, layer
+        self._weights, self._kernels = weights, kernels
+        self._parts = projections(config, layer, schemes)
+        self._prefix = f"model.layers.{layer}"
+
+    def build(self, rope: Rope) -> Layer:
+        norms = (
+            self._take("input_layernorm.weight"),
+            self._take("post_attention_layernorm.weight"),
+        )
+        attention = Attention(
+            self._config,
+            self._layer,
+            qkv_a=self._project("self_attn.qkv_a_proj"),
+            q_b=self._project("self_attn.q_b_proj"),
+            output=self._project("self_attn.o_proj"),
+            q_norm=self._take("self_attn.q_a_layernorm.weight"),
+            kv_norm=self._take("self_attn.kv_a_layernorm.weight"),
+            w_uk=self._weights.take(f"{absorbed_prefix(self._layer)}.w_uk"),
+            w_uv=self._weights.take(f"{absorbed_prefix(self._layer)}.w_uv"),
+            softmax_scale=rope.softmax_scale,
+            rows=self._kernels.rows,
+        )
+        return Layer(attention, self._feed_forward(), norms)
+
+    def _feed_forward(self) -> GatedMlp | MixtureOfExperts:
+        if not self._config.is_moe(self._layer):
+            return self._mlp("mlp")
+        router = Router(
+            self._config,
+            self._take("mlp.gate.weight"),
+            self._take("mlp.gate.e_score_correction_bias"),
+            self._kernels.rows,
+        )
+        experts = [self._mlp(f"mlp.experts.{e}") for e in range(self._config.n_routed_experts)]
+        return MixtureOfExperts(router, experts, self._mlp("mlp.shared_experts"))
+
+    def _mlp(self, name: str) -> GatedMlp:
+        return GatedMlp(self._project(f"{name}.gate_up_proj"), self._project(f"{name}.down_proj"))
+
+    def _project(self, name: str) -> Projection:
+        return Projection(self._linears(self._parts[f"{self._prefix}.{name}"]))
+
+    def _linears(self, parts: Iterable[PackedLinear]) -> list[Linear]:
+        made = []
+        for part in parts:
+            suffixes = packed_shapes(part.scheme, *part.shape)
+            tensors = {suffix: self._weights.take(f"{part.name}.{suffix}") for suffix in suffixes}
+            made.append(make_linear(part.scheme, tensors, self._kernels))
+        return made
+
+    def _take(self, name: str) -> Tensor:
+        return self._weights.take(f"{self._prefix}.{name}")

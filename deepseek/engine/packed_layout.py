@@ -1,0 +1,214 @@
+"""Which tensors an embedded engine holds, from the config and the schemes alone; no values here.
+
+The packer makes exactly these, the loader takes exactly these, and the planner adds up their bytes
+(`planned_bytes`), so that what is planned is what is allocated. The engine's layout differs from
+the artifact's in four ways:
+
+- bf16 and FP8 block weights, norms, router and head are FP32: the fastest exact product on a CPU.
+- Linears that share their input and their scheme are one: `qkv_a_proj` (q_a and kv_a), and
+  `gate_up_proj`. Where the schemes differ they stay two.
+- kv_b_proj is held as the absorbed `w_uk` [H, n, R] and `w_uv` [H, R, v] in FP32, made from its
+  dequantized values whatever its scheme: absorbed, its two halves multiply different things.
+- The MTP layer is left out; the engine does not speculate yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from deepseek.config import ModelConfig
+from deepseek.engine.kv_cache import CacheFormat, cache_bytes
+from deepseek.errors import DeployError
+from deepseek.inventory import Group, TensorSpec, global_tensors, layer_tensors, linears
+from deepseek.recipe import Scheme
+
+#: Fused name -> the roles that it is made of, in order.
+_FUSED = {
+    "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+_ABSORBED = "kv_b_proj"
+#: torch's INT4 operator works on tiles of this many outputs.
+_INT4_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """One tensor of the engine file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    group: Group
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """One kernel's weight: `members` stacked along the outputs, under one name and scheme."""
+
+    name: str
+    members: tuple[TensorSpec, ...]
+    scheme: Scheme
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return sum(spec.shape[0] for spec in self.members), self.members[0].shape[1]
+
+    def tensors(self) -> dict[str, PackedTensor]:
+        """By full name.
+
+        Raises:
+            DeployError: the kernel cannot take the shape.
+        """
+        if self.scheme.weights in ("int4", "int4-asym") and self.shape[0] % _INT4_ROWS:
+            raise DeployError(
+                f"{self.name} has {self.shape[0]} outputs; the embedded engine's INT4 kernel needs "
+                f"a multiple of {_INT4_ROWS}: give it int8 in the recipe"
+            )
+        return {
+            f"{self.name}.{suffix}": PackedTensor(shape, dtype, self.members[0].group)
+            for suffix, (shape, dtype) in packed_shapes(self.scheme, *self.shape).items()
+        }
+
+
+def packed_shapes(
+    scheme: Scheme, num_outputs: int, num_inputs: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What the kernel for an [N, K] weight takes, by suffix: shape and dtype."""
+    match scheme.weights:
+        case "int4" | "int4-asym":
+            assert scheme.group_size is not None
+            groups = num_inputs // scheme.group_size
+            return {
+                "packed": ((num_outputs, num_inputs // 2), torch.uint8),
+                "scale_zero": ((groups, num_outputs, 2), torch.bfloat16),
+            }
+        case "int8":
+            return {
+                "codes": ((num_outputs, num_inputs), torch.int8),
+                "scale": ((num_outputs,), torch.float32),
+            }
+        case _:
+            return {"weight": ((num_outputs, num_inputs), torch.float32)}
+
+
+def source_schemes(config: ModelConfig) -> dict[str, Scheme]:
+    """The schemes of a model that nobody quantized: as the source has each linear."""
+    scheme = Scheme(weights="fp8-block" if config.weight_block_size else "bf16")
+    layers = range(config.num_layers_with_mtp)
+    return {spec.module: scheme for layer in layers for spec in linears(config, layer)}
+
+
+def projections(
+    config: ModelConfig, layer: int, schemes: Mapping[str, Scheme]
+) -> dict[str, tuple[PackedLinear, ...]]:
+    """The linears of one main layer as the engine computes them, by projection name.
+
+    A projection has one part, or several where members of a fused one differ in scheme. The
+    absorbed kv_b_proj is not among them.
+    """
+    specs = {spec.module: spec for spec in linears(config, layer)}
+    found: dict[str, tuple[PackedLinear, ...]] = {}
+    for module, spec in specs.items():
+        parent, _, role = module.rpartition(".")
+        fused = next((name for name, roles in _FUSED.items() if role in roles), None)
+        if role == _ABSORBED:
+            continue
+        if fused is None:
+            found[module] = (PackedLinear(module, (spec,), schemes[module]),)
+            continue
+        members = tuple(specs[f"{parent}.{member}"] for member in _FUSED[fused])
+        kinds = [_as_computed(schemes[member.module]) for member in members]
+        if all(kind == kinds[0] for kind in kinds):
+            parts: tuple[PackedLinear, ...] = (
+                PackedLinear(f"{parent}.{fused}", members, schemes[members[0].module]),
+            )
+        else:
+            parts = tuple(PackedLinear(m.module, (m,), schemes[m.module]) for m in members)
+        found[f"{parent}.{fused}"] = parts
+    return found
+
+
+def absorbed_spec(config: ModelConfig, layer: int) -> TensorSpec:
+    """The kv_b_proj of one layer."""
+    return next(spec for spec in linears(config, layer) if spec.role == _ABSORBED)
+
+
+def plain_specs(config: ModelConfig, layer: int | None) -> list[TensorSpec]:
+    """What is not a linear: norms, router; embeddings and head for `layer` None."""
+    specs = global_tensors(config) if layer is None else layer_tensors(config, layer)
+    return [spec for spec in specs if spec.kind != "linear"]
+
+
+def packed_tensors(
+    config: ModelConfig,
+    schemes: Mapping[str, Scheme],
+    *,
+    embedding_dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, PackedTensor]:
+    """Every tensor of the engine, by name.
+
+    The embedding table is only looked up, never multiplied, so it keeps the source's dtype.
+
+    Raises:
+        DeployError: a kernel cannot take the shape of a linear.
+    """
+    found: dict[str, PackedTensor] = {}
+    for spec in _plain(config):
+        is_table = spec.module == "model.embed_tokens"
+        dtype = embedding_dtype if is_table else torch.float32
+        found[spec.name] = PackedTensor(spec.shape, dtype, spec.group)
+    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    for layer in range(config.num_hidden_layers):
+        for parts in projections(config, layer, schemes).values():
+            for part in parts:
+                found |= part.tensors()
+        prefix = absorbed_prefix(layer)
+        uk, uv = (heads, config.qk_nope_head_dim, latent), (heads, latent, config.v_head_dim)
+        found[f"{prefix}.w_uk"] = PackedTensor(uk, torch.float32, "attention")
+        found[f"{prefix}.w_uv"] = PackedTensor(uv, torch.float32, "attention")
+    return found
+
+
+def absorbed_prefix(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn"
+
+
+def planned_bytes(
+    config: ModelConfig,
+    schemes: Mapping[str, Scheme],
+    *,
+    kv_cache: CacheFormat,
+    num_pages: int,
+    page_tokens: int,
+    embedding_dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, int]:
+    """Bytes that the engine will hold, by inventory group and "kv_cache"; pure arithmetic.
+
+    Equal to `LLMEngine.allocated_bytes()` of the same engine. `num_pages` is without the zero page.
+    """
+    total: dict[str, int] = {}
+    packed = packed_tensors(config, schemes, embedding_dtype=embedding_dtype)
+    for tensor in packed.values():
+        total[tensor.group] = total.get(tensor.group, 0) + tensor.num_bytes
+    total["kv_cache"] = cache_bytes(config, kv_cache, num_pages, page_tokens)
+    return total
+
+
+def _plain(config: ModelConfig) -> Iterator[TensorSpec]:
+    yield from plain_specs(config, None)
+    for layer in range(config.num_hidden_layers):
+        yield from plain_specs(config, layer)
+
+
+def _as_computed(scheme: Scheme) -> tuple[object, ...]:
+    """What decides the kernel: algorithm and smoothing have done their work by now."""
+    return scheme.weights, scheme.group_size, scheme.activations

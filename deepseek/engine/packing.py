@@ -1,0 +1,176 @@
+"""From a source checkpoint or a quantized one to the engine's tensors (packed_layout.py).
+
+One layer of the input is in memory at a time; the engine's own tensors add up. Codes and scales of
+a quantized checkpoint are carried over, not requantized: only their order in memory changes. Every
+tensor of the input is read and accounted for, the MTP layer's too, which are then dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from deepseek.artifact import ArtifactReader, pop_linear
+from deepseek.checkpoint import CheckpointReader
+from deepseek.config import ModelConfig
+from deepseek.engine.packed_layout import (
+    PackedLinear,
+    absorbed_prefix,
+    absorbed_spec,
+    packed_tensors,
+    plain_specs,
+    projections,
+    source_schemes,
+)
+from deepseek.errors import ArtifactError
+from deepseek.formats import decompress, unpack_int4, unpack_zero_point
+from deepseek.inventory import TensorSpec, linears
+from deepseek.recipe import Scheme
+
+Source = ArtifactReader | CheckpointReader
+#: Called with layers done and layers in all.
+Progress = Callable[[int, int], None]
+
+
+def schemes_of(source: Source) -> dict[str, Scheme]:
+    """Scheme of every linear, keyed by module name."""
+    if isinstance(source, ArtifactReader):
+        return dict(source.schemes)
+    return source_schemes(source.config)
+
+
+def pack_tensors(source: Source, progress: Progress | None = None) -> dict[str, Tensor]:
+    """All tensors of the engine, by name.
+
+    Raises:
+        ArtifactError, CheckpointError: the input is damaged or incomplete.
+        DeployError: the engine has no kernel for a linear.
+    """
+    config, schemes = source.config, schemes_of(source)
+    packed = _pack_globals(source)
+    expected = packed_tensors(
+        config, schemes, embedding_dtype=packed["model.embed_tokens.weight"].dtype
+    )
+    count = config.num_layers_with_mtp
+    for layer in range(count):
+        stored = _read_layer(source, layer)
+        if layer < config.num_hidden_layers:
+            packed |= _pack_layer(config, layer, schemes, stored)
+            assert not stored.linears, f"layer {layer}: {next(iter(stored.linears))} left over"
+            assert not stored.plain, f"layer {layer}: {next(iter(stored.plain))} left over"
+        if progress is not None:
+            progress(layer + 1, count)
+    source.finish()
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in packed.items()}
+    assert found == {name: (spec.shape, spec.dtype) for name, spec in expected.items()}
+    return packed
+
+
+class _Stored:
+    """One layer of the input: the tensors of each linear by module, and the rest by name."""
+
+    def __init__(self, linears: dict[str, dict[str, Tensor]], plain: dict[str, Tensor]) -> None:
+        self.linears, self.plain = linears, plain
+
+    def pop_dequantized(self, spec: TensorSpec, scheme: Scheme) -> Tensor:
+        """f32 [N, K] of one linear, which is then taken."""
+        tensors = self.linears.pop(spec.module)
+        if "dequantized" in tensors:
+            return tensors["dequantized"]
+        try:
+            return decompress(tensors, scheme, (spec.shape[0], spec.shape[1]))
+        except ArtifactError as error:
+            raise ArtifactError(f"{spec.module}.{error}") from error
+
+
+def _read_layer(source: Source, layer: int) -> _Stored:
+    specs = linears(source.config, layer)
+    if isinstance(source, ArtifactReader):
+        tensors = source.read_layer(layer)
+        by_module = {
+            spec.module: pop_linear(tensors, spec.module, source.schemes[spec.module])
+            for spec in specs
+        }
+        return _Stored(by_module, tensors)
+    read = source.read_layer(layer)
+    dequantized = {spec.module: {"dequantized": read.pop(spec.name).dequantize()} for spec in specs}
+    return _Stored(dequantized, {name: tensor.data for name, tensor in read.items()})
+
+
+def _pack_globals(source: Source) -> dict[str, Tensor]:
+    if isinstance(source, ArtifactReader):
+        tensors = source.read_globals()
+    else:
+        tensors = {name: tensor.data for name, tensor in source.read_globals().items()}
+    packed = {}
+    for spec in plain_specs(source.config, None):
+        tensor = tensors.pop(spec.name)
+        packed[spec.name] = tensor if spec.module == "model.embed_tokens" else tensor.float()
+    assert not tensors, f"{next(iter(tensors))} left over"
+    return packed
+
+
+def _pack_layer(
+    config: ModelConfig, layer: int, schemes: Mapping[str, Scheme], stored: _Stored
+) -> dict[str, Tensor]:
+    packed = {spec.name: stored.plain.pop(spec.name).float() for spec in plain_specs(config, layer)}
+    for parts in projections(config, layer, schemes).values():
+        for part in parts:
+            packed |= _pack_linear(part, stored)
+    spec = absorbed_spec(config, layer)
+    packed |= _absorb(config, layer, stored.pop_dequantized(spec, schemes[spec.module]))
+    return packed
+
+
+def _pack_linear(part: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
+    """The members of one kernel's weight, stacked along the outputs, in the kernel's layout."""
+    match part.scheme.weights:
+        case "int4" | "int4-asym":
+            members = [
+                _kernel_int4(stored.linears.pop(spec.module), (spec.shape[0], spec.shape[1]))
+                for spec in part.members
+            ]
+            codes = torch.cat([codes for codes, _ in members])
+            tensors = {
+                "packed": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
+                "scale_zero": torch.cat([scale_zero for _, scale_zero in members], dim=1),
+            }
+        case "int8":
+            found = [stored.linears.pop(spec.module) for spec in part.members]
+            tensors = {
+                "codes": torch.cat([member["weight"] for member in found]),
+                "scale": torch.cat([member["weight_scale"].flatten() for member in found]),
+            }
+        case _:
+            values = [stored.pop_dequantized(spec, part.scheme) for spec in part.members]
+            tensors = {"weight": torch.cat(values)}
+    return {f"{part.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+def _kernel_int4(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Stored INT4 -> unsigned codes int32 [N, K] in 0..15 and scale with zero, BF16 [K/g, N, 2].
+
+    Ours: (code - zero_point) * scale with codes in [-8, 7]. The kernel's: (q - 8) * scale + zero
+    with q in 0..15. So q = code + 8 and zero = -zero_point * scale, rounded to BF16; what that
+    rounding costs is in linear.py.
+    """
+    codes = unpack_int4(tensors["weight_packed"], shape[1]).to(torch.int32) + 8
+    scale = tensors["weight_scale"]
+    zero = torch.zeros_like(scale)
+    if "weight_zero_point" in tensors:
+        zero_point = unpack_zero_point(tensors["weight_zero_point"], shape[0])
+        zero = (-zero_point.float() * scale.float()).to(scale.dtype)
+    return codes, torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous()
+
+
+def _absorb(config: ModelConfig, layer: int, weight: Tensor) -> dict[str, Tensor]:
+    """kv_b_proj f32 [H (n + v), R] -> w_uk [H, n, R] and w_uv [H, R, v]."""
+    heads, key, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    w_uk, w_uv = torch.split(weight.view(heads, key + value, -1), [key, value], dim=1)
+    prefix = absorbed_prefix(layer)
+    return {
+        f"{prefix}.w_uk": w_uk.contiguous(),
+        f"{prefix}.w_uv": w_uv.transpose(1, 2).contiguous(),
+    }

@@ -1,0 +1,151 @@
+"""The engine's nouns: what is asked, what is answered, and a sequence under way.
+
+Lengths are derived, never stored twice. No tensors, no clock: the engine passes times in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from deepseek.errors import RequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+#: More alternatives per token than this are refused, as OpenAI's completions do.
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep all tokens. `seed` None draws one.
+    `logprobs` is the number of alternatives per token; 0 gives the chosen token's only, None none.
+    `stop` strings end the text before they appear; `stop_token_ids` and, without `ignore_eos`, the
+    model's end token end it and add no text.
+
+    Raises:
+        RequestError: a value outside its range, named.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            f"temperature must be a number of at least 0, not {self.temperature}",
+        )
+        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
+        _require(self.top_k >= 0, f"top_k must be at least 0 (0 keeps all), not {self.top_k}")
+        _require("" not in self.stop, "stop must not hold an empty string")
+        _require(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            f"logprobs must lie in 0..{MAX_LOGPROBS}, not {self.logprobs}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt to continue. `request_id` is the caller's and unique among unfinished requests."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probabilities under the model's own distribution, before temperature and cuts.
+
+    `top` holds (token id, token, logprob) of the best alternatives, best first.
+    """
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What one step added to one request; the last one of a request has a `finish_reason`.
+
+    `text` may lag behind `token_ids`: half a character, or what might become a stop string, is held
+    back. Counts are totals so far; times are seconds spent in each phase so far.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    error: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request under way. `num_computed` tokens have their latents in `pages`.
+
+    After a preemption `num_computed` is 0 again and the tokens generated so far are computed anew,
+    like a longer prompt.
+    """
+
+    request: Request
+    arrived_s: float
+    output_ids: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    seed: int = 0
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.request.prompt_ids
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together."""
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens whose latents are missing; 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids of the positions [start, stop)."""
+        prompt = self.request.prompt_ids
+        if start >= len(prompt):
+            return self.output_ids[start - len(prompt) : stop - len(prompt)]
+        head = list(prompt[start:stop])
+        return head + self.output_ids[: max(0, stop - len(prompt))]
+
+    def phases(self, now_s: float) -> tuple[float, float, float]:
+        """Seconds so far in queue, prefill and decode."""
+        if self.scheduled_s is None:
+            return now_s - self.arrived_s, 0.0, 0.0
+        queue_s = self.scheduled_s - self.arrived_s
+        if self.first_token_s is None:
+            return queue_s, now_s - self.scheduled_s, 0.0
+        return queue_s, self.first_token_s - self.scheduled_s, now_s - self.first_token_s
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RequestError(message)

@@ -1,0 +1,100 @@
+"""From logits to tokens, row by row, each by its own request's parameters.
+
+Randomness has no state: the number that picks the token at a position is a hash of the request's
+seed and that position. So the same seed gives the same tokens whatever else is in the batch, after
+a preemption, and when another replica continues from the tokens so far. The engine's logits do not
+depend on the batch either (linear.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepseek.engine.request import SamplingParams
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How to choose one row's token: its request's parameters, seed, and the token's position."""
+
+    sampling: SamplingParams
+    seed: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One chosen token. Log-probabilities are natural, of the raw distribution; `logprob` is None
+    when not asked for, `top` holds (token id, log-probability), best first."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def choose(logits: Tensor, draws: Items[Draw]) -> list[Choice | None]:
+    """Logits f32 [R, V] -> a choice per row, None where the logits are not finite."""
+    assert logits.shape[0] == len(draws)
+    # NaN and +inf survive the maximum; -inf in all places does too.
+    sound = logits.amax(dim=-1).isfinite().tolist()
+    greedy = logits.argmax(dim=-1).tolist()
+    choices: list[Choice | None] = []
+    for row, draw in enumerate(draws):
+        if not sound[row]:
+            choices.append(None)
+            continue
+        token = greedy[row]
+        if draw.sampling.temperature > 0:
+            token = sample(logits[row], draw.sampling, uniform(draw.seed, draw.position))
+        choices.append(_with_logprobs(logits[row], token, draw.sampling.logprobs))
+    return choices
+
+
+def sample(logits: Tensor, sampling: SamplingParams, fraction: float) -> int:
+    """The token at `fraction` in [0, 1) of the cumulated probability, after temperature, top-k and
+    top-p, in that order. Logits f32 [V].
+
+    Top-p keeps the smallest set of most likely tokens whose probabilities reach it.
+    """
+    scaled = (logits.double() - logits.max()) / sampling.temperature
+    tokens: Tensor | None = None
+    if sampling.top_k or sampling.top_p < 1:
+        scaled, tokens = scaled.sort(descending=True, stable=True)
+    if sampling.top_k:
+        scaled = scaled[: sampling.top_k]
+    cumulated = scaled.softmax(dim=-1).cumsum(dim=-1)
+    kept = len(cumulated)
+    if sampling.top_p < 1:
+        kept = min(kept, int((cumulated < sampling.top_p).sum()) + 1)
+    target = fraction * cumulated[kept - 1]
+    index = min(int(torch.searchsorted(cumulated, target, right=True)), kept - 1)
+    return index if tokens is None else int(tokens[index])
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits: two rounds of SplitMix64 (Steele, Lea and Flood,
+    OOPSLA 2014) over seed and position."""
+    mixed = _splitmix(_splitmix(seed & _MASK) ^ (position & _MASK))
+    return (mixed >> 11) * 2.0**-53
+
+
+def _splitmix(state: int) -> int:
+    z = (state + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _with_logprobs(logits: Tensor, token: int, count: int | None) -> Choice:
+    if count is None:
+        return Choice(token)
+    logprobs = logits.log_softmax(dim=-1)
+    best = logprobs.topk(min(count, len(logprobs)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Choice(token, float(logprobs[token]), top)

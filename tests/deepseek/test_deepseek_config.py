@@ -1,0 +1,234 @@
+"""config.json is read strictly: what changes the forward pass is implemented or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.synthetic import config_dict
+from transformers import DeepseekV3Config
+
+from deepseek.config import DEEPSEEK_V3, ModelConfig, YarnScaling
+from deepseek.errors import ConfigError
+
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+#: The released DeepSeek-V3's config.json.
+RELEASE: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": YARN,
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+def test_the_release_reads_as_the_built_in_deepseek_v3() -> None:
+    assert ModelConfig.from_dict(RELEASE) == DEEPSEEK_V3
+
+
+def test_v31s_power_of_two_activation_scales_are_accepted() -> None:
+    quantization = RELEASE["quantization_config"] | {"scale_fmt": "ue8m0"}
+    config = ModelConfig.from_dict(RELEASE | {"quantization_config": quantization})
+    assert config == DEEPSEEK_V3
+
+
+def test_what_transformers_5_saves_reads_the_same(tmp_path: Path) -> None:
+    """It moves rope_theta and rope_scaling into rope_parameters and adds inert keys."""
+    DeepseekV3Config(**copy.deepcopy(RELEASE)).save_pretrained(tmp_path)  # it edits its arguments
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in saved
+    assert ModelConfig.from_directory(tmp_path) == DEEPSEEK_V3
+
+
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+def test_rope_parameters_alone_give_theta_and_yarn(kind: str) -> None:
+    raw = {k: v for k, v in RELEASE.items() if k not in ("rope_scaling", "rope_theta")}
+    yarn = {k: v for k, v in YARN.items() if k != "type"}
+    raw["rope_parameters"] = {kind: "yarn", "rope_theta": 50000.0, **yarn}
+    config = ModelConfig.from_dict(raw)
+    assert config.rope_theta == 50000.0
+    assert config.yarn == DEEPSEEK_V3.yarn
+
+
+@pytest.mark.parametrize("value", [None, {}, {"rope_type": "default"}])
+def test_no_rope_scaling_is_no_yarn(value: object) -> None:
+    assert ModelConfig.from_dict(RELEASE | {"rope_scaling": value}).yarn is None
+
+
+def test_derived_shapes_are_those_of_the_paper() -> None:
+    assert DEEPSEEK_V3.qk_head_dim == 192
+    assert DEEPSEEK_V3.latent_dim == 576
+    assert DEEPSEEK_V3.num_layers_with_mtp == 62
+    assert [DEEPSEEK_V3.is_moe(layer) for layer in (0, 2, 3, 60, 61)] == [False] * 2 + [True] * 3
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"sliding_window": 4096}, "unknown key 'sliding_window'"),
+    ({"model_type": "deepseek_v2"}, "model_type = 'deepseek_v2' is not implemented"),
+    ({"architectures": ["LlamaForCausalLM"]}, "architectures = "),
+    ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented; only 'silu' is"),
+    ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+    ({"topk_method": "greedy"}, "topk_method = 'greedy'"),
+    ({"attention_bias": True}, "attention_bias = True"),
+    ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
+    ({"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+    ({"rope_interleave": False}, "rope_interleave = False"),
+    ({"num_key_value_heads": 1}, "num_key_value_heads 1 differs"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope scaling type 'linear'"),
+    ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn' must be a JSON object"),
+    ({"rope_scaling": YARN | {"truncate": True}}, "rope_scaling has the unknown key 'truncate'"),
+    ({"rope_scaling": YARN | {"factor": "40"}}, "rope_scaling.factor = '40'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling is incomplete"),
+    ({"quantization_config": "fp8"}, "quantization_config = 'fp8' must be a JSON object"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method = 'awq'"),
+    ({"quantization_config": {"quant_method": "fp8", "bits": 8}}, "unknown key 'bits'"),
+    (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+        "weight_block_size = [64, 64]",
+    ),
+    ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size = None"),
+    (
+        {"quantization_config": RELEASE["quantization_config"] | {"fmt": "e5m2"}},
+        "quantization_config.fmt = 'e5m2'",
+    ),
+    (
+        {"quantization_config": RELEASE["quantization_config"] | {"activation_scheme": "static"}},
+        "activation_scheme = 'static'",
+    ),
+    ({"n_group": 7}, "n_routed_experts 256 is not a multiple of n_group 7"),
+    ({"topk_group": 9}, "topk_group 9 is more than n_group 8"),
+    ({"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than the 128 experts"),
+    ({"first_k_dense_replace": 62}, "first_k_dense_replace 62 lies outside"),
+    ({"qk_rope_head_dim": 63}, "qk_rope_head_dim 63 is odd"),
+    ({"hidden_size": "7168"}, "hidden_size = '7168' must be a positive int"),
+    ({"hidden_size": 7168.0}, "hidden_size = 7168.0 must be a positive int"),
+    ({"hidden_size": True}, "hidden_size = True must be a positive int"),
+    ({"n_group": 0}, "n_group = 0 must be a positive int"),
+    ({"q_lora_rank": None}, "q_lora_rank = None must be a positive int"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06 must be a positive float"),
+    ({"rope_theta": float("inf")}, "rope_theta = inf must be a positive float"),
+    ({"rope_parameters": {"rope_theta": 9}}, "rope_theta is given as 10000 and as 9"),
+    ({"norm_topk_prob": 1}, "norm_topk_prob = 1 must be true or false"),
+    ({"eos_token_id": [1, 2]}, "eos_token_id = [1, 2] must be zero or a positive int"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[str(c)[:40] for c, _ in REFUSED])
+def test_a_value_that_is_not_implemented_is_refused_by_name(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(RELEASE | change)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("config.json: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    sorted(
+        field.name
+        for field in dataclasses.fields(ModelConfig)
+        if field.default is dataclasses.MISSING and field.name not in ("rope_theta", "yarn")
+    ),
+)
+def test_a_missing_key_is_named(key: str) -> None:
+    raw = {k: v for k, v in RELEASE.items() if k != key}
+    if key == "num_attention_heads":
+        raw.pop("num_key_value_heads")
+    with pytest.raises(ConfigError, match=f"key '{key}' is missing"):
+        ModelConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not valid JSON"), ("[1]", "must hold a JSON object, not list")]
+)
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_directory(tmp_path)
+
+
+def test_a_missing_file_says_what_to_pass(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--model must name a directory"):
+        ModelConfig.from_directory(tmp_path)
+
+
+def test_reading_leaves_the_given_dictionary_alone() -> None:
+    raw = json.loads(json.dumps(RELEASE))
+    ModelConfig.from_dict(raw)
+    assert raw == RELEASE
+
+
+def test_invariants_hold_for_configs_made_in_code_too() -> None:
+    with pytest.raises(ConfigError, match="n_group"):
+        dataclasses.replace(DEEPSEEK_V3, n_group=7)
+    with pytest.raises(ConfigError, match=r"rope_scaling\.factor"):
+        YarnScaling(factor=0, original_max_position_embeddings=4096)
+
+
+def test_the_synthetic_models_of_the_tests_are_the_same_architecture() -> None:
+    config = ModelConfig.from_dict(config_dict(layers=3, experts=8))
+    assert config.num_layers_with_mtp == 4
+    assert config.weight_block_size == (128, 128)
+    assert ModelConfig.from_dict(config_dict(fp8=False)).weight_block_size is None

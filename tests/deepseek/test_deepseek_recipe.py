@@ -1,0 +1,205 @@
+"""A recipe says what every linear becomes, and nothing in it is quietly ignored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.synthetic import config_dict
+
+from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.errors import RecipeError
+from deepseek.inventory import linears
+from deepseek.recipe import Recipe, Scheme, builtin_recipes, load_recipe, parse_recipe
+
+GATE = {"max_perplexity_ratio": 1.1, "max_mean_kl": 0.1, "min_top1": 0.9}
+FP8 = ModelConfig.from_dict(config_dict(layers=3))
+BF16 = ModelConfig.from_dict(config_dict(layers=3, fp8=False))
+
+
+def raw_recipe(*rules: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"name": "t", "description": "", "rules": list(rules), "gate": GATE} | more
+
+
+def recipe_of(*rules: dict[str, Any], **more: Any) -> Recipe:
+    return parse_recipe(raw_recipe(*rules, **more), where="t.yaml")
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+@pytest.mark.parametrize("config", [DEEPSEEK_V3, FP8, BF16], ids=["v3", "fp8", "bf16"])
+def test_every_built_in_recipe_resolves_every_linear(name: str, config: ModelConfig) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    schemes = recipe.resolve(config)
+    modules = {
+        spec.module
+        for layer in range(config.num_layers_with_mtp)
+        for spec in linears(config, layer)
+    }
+    assert set(schemes) == modules
+    assert all(scheme.weights != "source" for scheme in schemes.values())
+
+
+def test_the_recipes_of_the_design_are_built_in() -> None:
+    assert {"int8", "int8-weight-only", "int4", "int4-all", "int4-asym"} <= set(builtin_recipes())
+
+
+def test_int4_quantizes_routed_experts_and_keeps_the_rest_as_the_source_has_it() -> None:
+    for config, native in ((FP8, "fp8-block"), (BF16, "bf16")):
+        schemes = load_recipe("int4").resolve(config)
+        assert schemes["model.layers.1.mlp.experts.2.up_proj"] == Scheme(
+            weights="int4", group_size=128
+        )
+        assert schemes["model.layers.1.mlp.shared_experts.up_proj"].weights == native
+        assert schemes["model.layers.0.mlp.up_proj"].weights == native
+        assert schemes["model.layers.1.self_attn.o_proj"].weights == native
+
+
+def test_the_last_rule_that_matches_wins() -> None:
+    recipe = recipe_of(
+        {"match": "*", "weights": "int8"},
+        {"match": "*.experts.*", "weights": "int4", "group_size": 128},
+        {"match": "model.layers.1.*", "weights": "int4-asym", "group_size": 64},
+        {"match": "*.experts.3.down_proj", "weights": "source"},
+    )
+    schemes = recipe.resolve(FP8)
+    assert schemes["model.layers.0.self_attn.o_proj"].label == "int8"
+    assert schemes["model.layers.2.mlp.experts.0.up_proj"].label == "int4-g128"
+    assert schemes["model.layers.1.mlp.experts.0.up_proj"].label == "int4-asym-g64"
+    assert schemes["model.layers.1.mlp.experts.3.down_proj"].label == "fp8-block"
+    assert schemes["model.layers.2.mlp.experts.3.down_proj"].label == "fp8-block"
+    reversed_rules = parse_recipe(
+        recipe.model_dump() | {"rules": recipe.model_dump()["rules"][::-1]}, where="t"
+    )
+    assert {scheme.label for scheme in reversed_rules.resolve(FP8).values()} == {
+        "int8",
+        "fp8-block",  # MTP
+    }
+
+
+def test_linears_that_no_rule_matches_stay_as_the_source_has_them() -> None:
+    recipe = recipe_of({"match": "*.o_proj", "weights": "int8"})
+    schemes = recipe.resolve(FP8)
+    assert schemes["model.layers.0.self_attn.o_proj"].weights == "int8"
+    assert schemes["model.layers.0.self_attn.q_a_proj"].weights == "fp8-block"
+
+
+def test_the_mtp_layer_is_carried_through_whatever_the_rules_say() -> None:
+    schemes = load_recipe("int4-all").resolve(FP8)
+    mtp = {s.weights for module, s in schemes.items() if module.startswith("model.layers.3.")}
+    assert mtp == {"fp8-block"}
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (raw_recipe({"match": "*", "weights": "int8"}, mood="good"), "unknown key 'mood'"),
+    (raw_recipe({"match": "*", "weights": "int8", "bits": 8}), "unknown key 'rules.0.bits'"),
+    (
+        raw_recipe({"match": "*", "weights": "int8"}, gate=GATE | {"max_ppl": 2}),
+        "unknown key 'gate.max_ppl'",
+    ),
+    (raw_recipe({"match": "*", "weights": "int3"}), "rules.0.weights: "),
+    (raw_recipe({"weights": "int8"}), "rules.0.match: Field required"),
+    (raw_recipe({"match": "*", "weights": "int8", "algorithm": "awq"}), "rules.0.algorithm: "),
+    (raw_recipe({"match": "*", "weights": "int4"}), "weights int4 need group_size 32, 64 or 128"),
+    (raw_recipe({"match": "*", "weights": "int4", "group_size": 100}), "need group_size 32"),
+    (
+        raw_recipe({"match": "*", "weights": "int8", "group_size": 128}),
+        "group_size means nothing for weights int8",
+    ),
+    (
+        raw_recipe({"match": "*", "weights": "bf16", "activations": "int8"}),
+        "activations int8 need weights int8, not bf16",
+    ),
+    (
+        raw_recipe({"match": "*", "weights": "int8", "algorithm": "smoothquant"}),
+        "smoothquant needs activations int8",
+    ),
+    (
+        raw_recipe({"match": "*", "weights": "int8", "smoothing": 0.7}),
+        "smoothing means nothing for algorithm max",
+    ),
+    (
+        raw_recipe(
+            {
+                "match": "*",
+                "weights": "int8",
+                "activations": "int8",
+                "algorithm": "smoothquant",
+                "smoothing": 1.5,
+            }
+        ),
+        "rules.0.smoothing: ",
+    ),
+    (raw_recipe(), "rules: "),
+    (raw_recipe({"match": "*", "weights": "int8"}, kv_cache="int2"), "kv_cache: "),
+    (raw_recipe({"match": "*", "weights": "int8"}, name="Not A Name"), "name: "),
+    (raw_recipe({"match": "*", "weights": "int8"}, calibration={"num_blocks": 0}), "num_blocks: "),
+    (raw_recipe({"match": "*", "weights": "int8"}, gate={}), "gate.max_perplexity_ratio: "),
+]
+
+
+@pytest.mark.parametrize(("raw", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_a_recipe_that_is_wrong_is_refused_in_one_sentence(
+    raw: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(raw, where="t.yaml")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("t.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_group_size_that_does_not_divide_the_inputs_names_the_linear() -> None:
+    config = ModelConfig.from_dict(config_dict(moe_intermediate_size=96, fp8=False))
+    recipe = recipe_of({"match": "*.experts.*", "weights": "int4", "group_size": 64})
+    with pytest.raises(RecipeError, match=r"group_size 64 .* 96 inputs of .*\.down_proj"):
+        recipe.resolve(config)
+    recipe_of({"match": "*.experts.*", "weights": "int4", "group_size": 32}).resolve(config)
+
+
+@pytest.mark.parametrize(
+    "match", ["*.q_proj", "model.layers.9.*", "lm_head", "*.mlp.gate", "model.layers.3.*"]
+)
+def test_a_rule_without_effect_is_refused(match: str) -> None:
+    """Of the last two: the router is never quantized, and layer 3 is the MTP layer."""
+    recipe = recipe_of({"match": "*", "weights": "int8"}, {"match": match, "weights": "int8"})
+    with pytest.raises(RecipeError, match="matches no linear of this model"):
+        recipe.resolve(FP8)
+
+
+def test_fp8_blocks_cannot_be_had_from_a_bf16_source() -> None:
+    recipe = recipe_of({"match": "*.o_proj", "weights": "fp8-block"})
+    with pytest.raises(RecipeError, match=r"o_proj asks for fp8-block, but the source is BF16"):
+        recipe.resolve(BF16)
+    assert recipe.resolve(FP8)["model.layers.0.self_attn.o_proj"].weights == "fp8-block"
+
+
+def test_an_unknown_recipe_name_lists_the_built_in_ones() -> None:
+    with pytest.raises(RecipeError, match="no recipe 'int5'; use a YAML file or one of int4, "):
+        load_recipe("int5")
+
+
+def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\ndescription: ''\nrules: [{match: '*', weights: int8}]\n"
+        "gate: {max_perplexity_ratio: 1.1, max_mean_kl: 0.1, min_top1: 0.9}\n"
+    )
+    assert load_recipe(str(path)).rules[0].weights == "int8"
+
+
+@pytest.mark.parametrize("text", ["rules: [", "name: !!python/object:os.system {}", "- a", ""])
+def test_a_file_that_is_no_recipe_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_a_recipe_survives_the_manifest(name: str) -> None:
+    recipe = load_recipe(name)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe

@@ -1,0 +1,141 @@
+"""The report: self-contained, complete, and about this engine."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from support.chain import Chain
+
+from deepseek.errors import ArtifactError
+from quant_jobs.build import read_engine
+from quant_jobs.evaluation import read_evaluation, read_tokens
+from quant_jobs.findings import Report
+from quant_jobs.gate import run_gate
+from quant_jobs.report import draw_figures, render, run_report
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Parses strictly: every element that opens closes, in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.text: list[str] = []
+        self.figures: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids[value or ""] += 1
+            if name in ("href", "src", "xlink:href"):
+                self.links.append(value or "")
+            if name == "data-name":
+                self.figures.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture
+def written(fresh: Chain, tmp_path: Path) -> tuple[Chain, Report, str]:
+    run_gate(fresh.engine, fresh.evaluation)
+    output = tmp_path / "pages" / "report.html"
+    report = run_report(fresh.engine, fresh.evaluation, output, checkpoint=fresh.checkpoint)
+    return fresh, report, output.read_text(encoding="utf-8")
+
+
+def test_the_page_is_whole_and_fetches_nothing(written: tuple[Chain, Report, str]) -> None:
+    _, _, html = written
+    page = Page(html)
+    assert page.tags["script"] == page.tags["link"] == 0
+    assert not re.search(r"https?:|//[a-z]|@import", html)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert [name for name, count in page.ids.items() if count > 1] == []
+    # Every reference inside a plot leads to an element of the page.
+    for target in re.findall(r'(?:url\(|href=")#([^")]+)', html):
+        assert target in page.ids
+
+
+def test_the_page_shows_what_was_measured(written: tuple[Chain, Report, str]) -> None:
+    chain, report, html = written
+    page, result = Page(html), read_evaluation(chain.evaluation)
+    assert set(page.figures) >= {"kl", "blocks", "sizes"}
+    text = " ".join(page.text)
+    assert f"{result.perplexity_ratio.value:.5f}" in text
+    assert f"{result.kl.mean.value:.5f}" in text
+    assert result.engine_digest in text
+    assert str(result.artifact_digest) in text
+    assert {"PASS", "FAIL"} & set(text.split()) == {report.verdict.upper()}
+    assert len(report.worst_tokens) == 12
+    worst = [token.kl for token in report.worst_tokens]
+    assert worst[0] == pytest.approx(result.kl.max, rel=1e-6)
+    assert worst == sorted(worst, reverse=True)
+
+
+def test_the_json_beside_it_validates_and_says_the_same(
+    written: tuple[Chain, Report, str], tmp_path: Path
+) -> None:
+    _, report, _ = written
+    text = (tmp_path / "pages" / "report.json").read_text(encoding="utf-8")
+    assert Report.model_validate_json(text) == report
+
+
+def test_rules_count_each_linear_once(written: tuple[Chain, Report, str]) -> None:
+    # 4 layers x 5 attention linears, 3 of the dense MLP, 3 x (16 routed + 1 shared) x 3.
+    _, report, _ = written
+    assert sum(rule.linears for rule in report.rules) == 4 * 5 + 3 + 3 * 17 * 3
+
+
+def test_an_engine_that_was_not_judged_says_so(fresh: Chain, tmp_path: Path) -> None:
+    report = run_report(fresh.engine, fresh.evaluation, tmp_path / "r.html")
+    assert report.verdict == "open"
+    assert "NOT JUDGED" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_text_of_the_data_cannot_become_markup(written: tuple[Chain, Report, str]) -> None:
+    chain, report, _ = written
+    hostile = report.worst_tokens[0].model_copy(update={"text": "<script>alert(1)</script>"})
+    report = report.model_copy(update={"worst_tokens": (hostile,)})
+    manifest = read_engine(chain.engine).manifest
+    html = render(report, draw_figures(report, manifest, read_tokens(chain.evaluation)))
+    assert Page(html).tags["script"] == 0
+    assert "&lt;script&gt;" in html
+
+
+def test_a_report_never_mixes_runs(fresh: Chain, tmp_path: Path) -> None:
+    run_gate(fresh.engine, fresh.evaluation)
+    path = fresh.evaluation / "evaluation.json"
+    result = read_evaluation(fresh.evaluation)
+    other_kl = result.kl.model_copy(
+        update={"mean": result.kl.mean.model_copy(update={"value": 0.5})}
+    )
+    path.write_text(result.model_copy(update={"kl": other_kl}).model_dump_json())
+    with pytest.raises(ArtifactError, match="judges another evaluation"):
+        run_report(fresh.engine, fresh.evaluation, tmp_path / "r.html")
+    path.write_text(result.model_copy(update={"engine_digest": "0" * 64}).model_dump_json())
+    with pytest.raises(ArtifactError, match="evaluation of another engine"):
+        run_report(fresh.engine, fresh.evaluation, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()

@@ -1,0 +1,71 @@
+"""Settings of the service: strict, frozen, and silent about keys."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from deepseek.errors import ConfigError
+from serve_app.config import ServeConfig, load_config
+
+
+def test_an_unknown_key_is_an_error_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("echo: {}\nprot: 80\n")
+    with pytest.raises(ConfigError, match=r"serve\.yaml: unknown key 'prot'"):
+        load_config(file, {})
+    file.write_text("echo: {ttft: 1}\n")
+    with pytest.raises(ConfigError, match="unknown key 'echo.ttft'"):
+        load_config(file, {})
+
+
+@pytest.mark.parametrize("text", ["[1]", "a: [", "\x00"])
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="serve.yaml"):
+        load_config(file, {})
+
+
+def test_an_absent_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml", {})
+
+
+def test_exactly_one_of_engine_and_echo_is_needed() -> None:
+    for given in ({}, {"echo": {}, "engine": "x"}):
+        with pytest.raises(ConfigError, match="either an engine directory or echo"):
+            load_config(None, given)
+
+
+def test_the_command_line_goes_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("echo: {}\nport: 1234\nmodel_name: a\n")
+    config = load_config(file, {"port": 4321})
+    assert (config.port, config.model_name) == (4321, "a")
+
+
+def test_a_wrong_value_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="settings: port: "):
+        load_config(None, {"echo": {}, "port": 0})
+
+
+def test_api_keys_never_show_but_survive_the_actor_hop() -> None:
+    config = load_config(None, {"echo": {}, "api_keys": ["sk-very-secret"]})
+    assert "very-secret" not in f"{config!r} {config} {config.model_dump_json()}"
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy.api_keys[0].get_secret_value() == "sk-very-secret"
+    with pytest.raises(ConfigError, match="empty key"):
+        load_config(None, {"echo": {}, "api_keys": [""]})
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"echo": {}, "api_keys": {"sk-very-secret": 1}})
+    assert "very-secret" not in str(caught.value)
+
+
+def test_the_model_is_named_after_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "int4").mkdir()
+    assert ServeConfig.model_validate({"engine": tmp_path / "int4"}).served_name == "int4"
+    assert ServeConfig.model_validate({"echo": {}}).served_name == "echo"
+    assert ServeConfig.model_validate({"echo": {}, "model_name": "x"}).served_name == "x"

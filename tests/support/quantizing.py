@@ -1,0 +1,69 @@
+"""A small model with a tokenizer and a text, and what the tests of `quantize` ask of an output."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.synthetic import random_tensors, write_checkpoint, write_shards
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from deepseek.config import ModelConfig
+from deepseek.recipe import Recipe, load_recipe
+from quant_jobs.resume import REPORT_FILE
+
+#: 1 dense and 2 MoE layers, then MTP.
+NUM_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    directory: Path
+    text: Path
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_directory(self.directory)
+
+
+def make_small_model(root: Path) -> SmallModel:
+    """FP8 blocks, 8 experts in 2 groups, a word-level tokenizer, 600 words of text."""
+    directory = root / "model"
+    write_checkpoint(directory, layers=NUM_LAYERS, experts=8)
+    words = [f"w{index}" for index in range(96)]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    text = root / "text.txt"
+    text.write_text(" ".join(random.Random(5).choices(words, k=600)), encoding="utf-8")
+    return SmallModel(directory, text)
+
+
+def starve_expert(model: SmallModel, root: Path, layer: int, expert: int) -> SmallModel:
+    """The same model, but no token is ever routed to one expert: its correction bias is -9."""
+    directory = root / "starving"
+    directory.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((model.directory / name).read_bytes())
+    stored = random_tensors(model.config)
+    stored[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"][expert] = -9.0
+    write_shards(directory, stored)
+    return SmallModel(directory, model.text)
+
+
+def small_recipe(name: str, **changes: object) -> Recipe:
+    """A built-in recipe on 4 blocks of 48 tokens."""
+    calibration = {"num_blocks": 4, "block_tokens": 48}
+    content = load_recipe(name).model_dump(mode="json")
+    return Recipe.model_validate(content | {"calibration": calibration} | changes)
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Every file of an output, the report of times and memory apart."""
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and path.name != REPORT_FILE
+    }
+

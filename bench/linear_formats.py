@@ -2,9 +2,15 @@
 
     python bench/linear_formats.py [--threads 2] [--repeats 15]
 
-For INT8 (W8A8: per-token quantization, `torch._int_mm`, rescaling), INT4 (weight-only,
-`_weight_int4pack_mm_for_cpu`, bfloat16 activations), bfloat16 and float32 it prints the median time
-of a call, the error against float32, and two ratios:
+The formats:
+
+    int8 w8a8     per-token quantization, `torch._int_mm`, rescaling
+    int8 fp32mm   the same values, the codes multiplied in float32: for CPUs without integer dots
+    int8 w8a16    weight-only, `_weight_int8pack_mm`, bfloat16 activations
+    int4 g128     weight-only, `_weight_int4pack_mm_for_cpu`, bfloat16 activations
+    bf16, fp32    `F.linear`
+
+Per call it prints the median time, the error against float32, and two ratios:
 
     x floor   time / (bytes that must move / memory bandwidth); 1.0 is as fast as memory allows
     x fp32    float32's time / this time; above 1 is faster than not quantizing
@@ -13,7 +19,7 @@ The bandwidth is measured in the same run (the better of a read and a copy) unle
 Weights rotate over a pool larger than the last-level cache, because in a model each linear's weight
 is cold when its turn comes. The formats take turns inside every repetition, so that a slow phase of
 the machine falls on all of them. It measures torch's kernels and the glue around them, not the
-engine; deepseek/engine/linear.py chooses among them by these numbers.
+engine.
 """
 
 from __future__ import annotations
@@ -71,6 +77,23 @@ def prepare_int8(weight: Tensor) -> Linear:
     return linear
 
 
+def prepare_int8_in_float32(weight: Tensor) -> Linear:
+    codes, scale = quantize_int8(weight)
+    scale_1N = scale.T.contiguous()
+
+    def linear(x: Tensor) -> Tensor:
+        tokens, token_scale = quantize_tokens_int8(x)
+        return F.linear(tokens.float(), codes.float()).mul_(token_scale).mul_(scale_1N)
+
+    return linear
+
+
+def prepare_int8_weight_only(weight: Tensor) -> Linear:
+    codes, scale = quantize_int8(weight)
+    scale_N = scale.flatten().bfloat16()
+    return lambda x: torch._weight_int8pack_mm(x, codes, scale_N)
+
+
 def prepare_int4(group_size: int) -> Callable[[Tensor], Linear]:
     def prepare(weight: Tensor) -> Linear:
         codes, scale, _ = quantize_int4(weight, group_size)
@@ -84,25 +107,25 @@ def prepare_int4(group_size: int) -> Callable[[Tensor], Linear]:
     return prepare
 
 
-def formats(group_size: int) -> list[Format]:
-    int8, bf16 = Scheme(weights="int8"), Scheme(weights="bf16")
+def formats(group_size: int) -> dict[str, Format]:
+    bf16, fp32 = torch.bfloat16, torch.float32
     int4 = Scheme(weights="int4", group_size=group_size)
-    return [
-        Format("int8 w8a8", torch.float32, lambda n, k: stored_bytes(int8, n, k), prepare_int8),
-        Format(
-            f"int4 g{group_size}",
-            torch.bfloat16,
-            lambda n, k: stored_bytes(int4, n, k),
-            prepare_int4(group_size),
-        ),
-        Format(
-            "bf16",
-            torch.bfloat16,
-            lambda n, k: stored_bytes(bf16, n, k),
-            prepare_float(torch.bfloat16),
-        ),
-        Format("fp32", torch.float32, lambda n, k: 4 * n * k, prepare_float(torch.float32)),
-    ]
+    int8_bytes = partial(stored_bytes, Scheme(weights="int8"))
+    return {
+        kind.name: kind
+        for kind in (
+            Format("int8 w8a8", fp32, int8_bytes, prepare_int8),
+            Format("int8 fp32mm", fp32, int8_bytes, prepare_int8_in_float32),
+            Format("int8 w8a16", bf16, int8_bytes, prepare_int8_weight_only),
+            Format(
+                f"int4 g{group_size}", bf16, partial(stored_bytes, int4), prepare_int4(group_size)
+            ),
+            Format(
+                "bf16", bf16, partial(stored_bytes, Scheme(weights="bf16")), prepare_float(bf16)
+            ),
+            Format("fp32", fp32, lambda n, k: 4 * n * k, prepare_float(fp32)),
+        )
+    }
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -139,7 +162,8 @@ def bench_shape(
     shape: tuple[int, int], arguments: argparse.Namespace, bytes_per_second: float
 ) -> None:
     num_outputs, num_inputs = shape
-    kinds = formats(arguments.group_size)
+    kinds = list(formats(arguments.group_size).values())
+    kinds = [kind for kind in kinds if kind.name not in arguments.skip]
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator) * num_inputs**-0.5
     pool_bytes = arguments.pool_mib * MIB
@@ -152,7 +176,7 @@ def bench_shape(
     }
     print(f"\n[{num_outputs}, {num_inputs}] (out, in)")
     print(
-        f"{'tokens':>6} {'format':<10} {'median us':>10} {'min us':>9} {'max us':>9} "
+        f"{'tokens':>6} {'format':<11} {'median us':>10} {'min us':>9} {'max us':>9} "
         f"{'GB/s':>6} {'Gop/s':>7} {'x floor':>8} {'x fp32':>7} {'error':>8}"
     )
     for num_tokens in arguments.tokens:
@@ -167,7 +191,7 @@ def bench_shape(
             moved = kind.weight_bytes(*shape) + activations
             error = (pools[kind.name][0](inputs[kind.name]).float() - exact).norm() / exact.norm()
             print(
-                f"{num_tokens:>6} {kind.name:<10} {median * 1e6:>10.0f} "
+                f"{num_tokens:>6} {kind.name:<11} {median * 1e6:>10.0f} "
                 f"{min(times[kind.name]) * 1e6:>9.0f} {max(times[kind.name]) * 1e6:>9.0f} "
                 f"{moved / median / 1e9:>6.1f} "
                 f"{2 * num_tokens * num_outputs * num_inputs / median / 1e9:>7.0f} "
@@ -181,9 +205,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15, help="timed calls per format and size")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128))
+    parser.add_argument(
+        "--skip", nargs="+", default=[], metavar="FORMAT", help="formats to leave out, e.g. bf16"
+    )
     parser.add_argument("--pool-mib", type=int, default=320, help="weights per format, together")
     parser.add_argument("--bandwidth", type=float, help="GB/s of the floor; default: measured")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    known = formats(arguments.group_size).keys() - {"fp32"}  # the others are compared with it
+    if unknown := set(arguments.skip) - known:
+        parser.error(f"--skip {sorted(unknown)[0]!r}: choose from {', '.join(sorted(known))}")
+    return arguments
 
 
 def main() -> None:
@@ -192,10 +223,11 @@ def main() -> None:
     load = os.getloadavg()[0]
     print(
         f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
-        f"{arguments.threads} threads, torch {torch.__version__}, load average {load:.1f}, median of {arguments.repeats}"
+        f"{arguments.threads} threads, torch {torch.__version__}, load average {load:.1f}, "
+        f"median of {arguments.repeats}"
     )
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        print("note: without AVX512-VNNI `torch._int_mm` is a scalar loop, slower than float32")
+        print("note: no AVX512; without VNNI, `torch._int_mm` is slower than float32")
     if load > 0.5:
         print("note: other work is running; times and the bandwidth will vary")
     if arguments.bandwidth:

@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
+from cluster.hardware import GPUS_PER_NODE
 from deepseek.errors import DeployError
 
-GPUS_PER_NODE = 8
+#: How long a Ray head may take to accept a connection.
+PROBE_TIMEOUT_S = 10.0
 
 Strategy = Literal["SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
@@ -97,13 +101,11 @@ def connect(
         except (RuntimeError, OSError, ValueError) as error:
             raise DeployError(f"a local Ray did not start: {_first_line(error)}") from error
         return RayConnection(_current_address(), started=True, attached=True)
+    _probe(address)
     try:
         ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
-        raise DeployError(
-            f"no Ray answers at {address!r} ({_first_line(error)}); correct --address or "
-            "RAY_ADDRESS, or unset it to start a Ray on this machine"
-        ) from error
+    except (RuntimeError, OSError, ValueError) as error:
+        raise _unreachable(address, _first_line(error)) from error
     return RayConnection(_current_address(), started=False, attached=True)
 
 
@@ -137,6 +139,26 @@ def engine_placement(num_gpus: int, *, cpus_per_node: float = 8) -> Placement:
     bundle = {"GPU": float(GPUS_PER_NODE), "CPU": float(cpus_per_node)}
     num_nodes = num_gpus // GPUS_PER_NODE
     return Placement(tuple(dict(bundle) for _ in range(num_nodes)), "STRICT_SPREAD")
+
+
+def _probe(address: str) -> None:
+    """Refuse at once what Ray itself would try for minutes."""
+    if address == "auto":
+        return
+    found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
+    if not found:
+        raise _unreachable(address, "it is not HOST:PORT of a Ray head")
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, _first_line(error)) from error
+
+
+def _unreachable(address: str, reason: str) -> DeployError:
+    return DeployError(
+        f"no Ray answers at {address!r} ({reason}); correct --address or RAY_ADDRESS, or unset it "
+        "to start a Ray on this machine"
+    )
 
 
 def _current_address() -> str:

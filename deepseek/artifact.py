@@ -31,6 +31,7 @@ from deepseek.errors import ArtifactError
 from deepseek.files import (
     DamagedFileError,
     read_header,
+    remove_scraps,
     save_tensors,
     sha256_file,
     tensor_digest,
@@ -184,6 +185,7 @@ class ArtifactWriter:
         missing = [key for key in keys if key not in self._records]
         assert not missing, f"finish before layer {missing[0]} was published or adopted"
         records = tuple(self._records[key] for key in keys)
+        remove_scraps(self.directory)
         self._write_config()
         self._write_index(records)
         written = ["config.json", INDEX_FILE]

@@ -8,7 +8,7 @@ model: each matches its own group's targets and no other's, and nothing else mat
 
 Formats (compressed-tensors 0.20): INT8 with INT8 activations is `int-quantized`, INT4 is
 `pack-quantized`, FP8 blocks are `float-quantized`; a mix is `mixed-precision` with the format said
-per group. INT8 without activations is stored as plain int8 and therefore named `naive-quantized`.
+per group. INT8 without activations is packed too: no loader takes plain int8 there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Any
 
 from deepseek.config import ModelConfig
-from deepseek.formats import stored_shapes
 from deepseek.inventory import tensors
 from deepseek.recipe import Scheme
 
@@ -106,8 +105,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
             if scheme.activations == "int8":
                 inputs = weights | {"strategy": "token", "dynamic": True}
             else:
-                packed = "weight_packed" in stored_shapes(scheme, 128, 128)
-                form = "pack-quantized" if packed else "naive-quantized"
+                form = "pack-quantized"
         case "int4" | "int4-asym":
             weights |= {
                 "num_bits": 4,

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,12 @@ def save_tensors(
     )
 
 
+def remove_scraps(directory: Path) -> None:
+    """Delete temporary files that killed writers left; only when no other writer is at work."""
+    for path in directory.glob(".*.tmp"):
+        path.unlink()
+
+
 def read_header(path: Path) -> Header:
     """Parse and check a safetensors header: known types, no gaps, no overlaps, nothing cut off.
 
@@ -208,7 +215,8 @@ def _digest(tensor: Tensor, data: memoryview) -> str:
 @contextlib.contextmanager
 def _published(path: Path) -> Iterator[BinaryIO]:
     """A file under a temporary name that takes its own name only when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Random, because processes of several nodes may share the directory.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -81,7 +82,7 @@ class Rule(Scheme):
 
     match: str
 
-    @property
+    @cached_property
     def scheme(self) -> Scheme:
         return Scheme.model_construct(**{k: getattr(self, k) for k in Scheme.model_fields})
 
@@ -136,8 +137,8 @@ class Recipe(_Strict):
         """Scheme of every linear (keyed by module name), `source` made concrete.
 
         Raises:
-            RecipeError: a rule matches nothing, a group size does not divide an input width, or
-                linears that one smoothing vector must serve have different schemes.
+            RecipeError: a rule matches nothing outside the MTP layers, a group size does not divide
+                an input width, or FP8 blocks are asked of a BF16 source.
         """
         native: WeightFormat = "fp8-block" if config.weight_block_size else "bf16"
         schemes: dict[str, Scheme] = {}
@@ -169,10 +170,15 @@ class Recipe(_Strict):
         return schemes
 
     def _patterns(self) -> list[re.Pattern[str]]:
-        return [re.compile(fnmatch.translate(rule.match)) for rule in self.rules]
+        return [_compiled(rule.match) for rule in self.rules]
 
 
 _SOURCE = Scheme(weights="source")
+
+
+@lru_cache(maxsize=1024)
+def _compiled(glob: str) -> re.Pattern[str]:
+    return re.compile(fnmatch.translate(glob))
 
 
 def builtin_recipes() -> list[str]:

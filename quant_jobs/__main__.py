@@ -124,6 +124,9 @@ def evaluate(
     decode_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens per speed run and sequence; 0 measures no speed.")
     ] = 32,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; without it, torch's own choice.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure an engine against its source: perplexity, KL, top-1 agreement, size, decode speed.
@@ -139,7 +142,10 @@ def evaluate(
     from quant_jobs.evaluate import Settings, run_evaluate
 
     settings = Settings(
-        num_blocks=num_blocks, block_tokens=block_tokens, decode_tokens=decode_tokens
+        num_blocks=num_blocks,
+        block_tokens=block_tokens,
+        decode_tokens=decode_tokens,
+        num_threads=threads,
     )
     result = run_evaluate(engine, reference, data, output, settings)
     _show(result.model_dump(mode="json"), as_json, "\n".join(result.describe()))

@@ -23,7 +23,8 @@ from torch import Tensor
 from deepseek.checkpoint import CheckpointReader, scale_name
 from deepseek.cli import make_progress
 from deepseek.config import ModelConfig
-from deepseek.engine.engine import EngineOptions, LLMEngine
+from deepseek.engine.engine import LLMEngine
+from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError
 from deepseek.files import read_header, save_tensors
 from deepseek.formats import stored_bytes
@@ -47,11 +48,13 @@ from quant_jobs.speed import BATCH_SIZES, measure_decode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How much to measure. `decode_tokens` 0 skips the speed measurement."""
+    """How much to measure. `decode_tokens` 0 skips the speed measurement; `num_threads` None leaves
+    torch's own choice."""
 
     num_blocks: int = 24
     block_tokens: int = 512
     decode_tokens: int = 32
+    num_threads: int | None = None
 
 
 class Scorer(Protocol):
@@ -83,8 +86,11 @@ def run_evaluate(
     # Blocks spread evenly over the text, so that a long file is not judged by its beginning.
     blocks = load_token_blocks(data, reference_dir, settings.num_blocks, settings.block_tokens)
     ids_BT = blocks.ids
-    quantized = LLMEngine.load(engine_dir, EngineOptions())
-    source = LLMEngine.from_checkpoint(reference_dir, EngineOptions(kv_cache="bf16"))
+    threads = settings.num_threads
+    quantized = LLMEngine.load(engine_dir, EngineOptions(num_threads=threads))
+    source = LLMEngine.from_checkpoint(
+        reference_dir, EngineOptions(kv_cache="bf16", num_threads=threads)
+    )
     scores = score_blocks(source, quantized, ids_BT)
     speed = measure_decode(source, quantized, ids_BT[0], settings.decode_tokens, BATCH_SIZES)
 
@@ -125,17 +131,20 @@ def score_blocks(source: Scorer, quantized: Scorer, ids_BT: Tensor) -> list[Toke
     Raises:
         ArtifactError: the quantized engine gave a logit that is not finite.
     """
-    scores = []
     with make_progress() as progress:
-        for block in progress.track(range(len(ids_BT)), description="evaluate"):
-            source_TV, quantized_TV = source.score(ids_BT[block]), quantized.score(ids_BT[block])
-            if not quantized_TV.isfinite().all():
-                raise ArtifactError(
-                    f"the engine gave logits that are not finite in block {block} of the text; "
-                    "quantize again with another recipe, and do not serve it"
-                )
-            scores.append(compare_logits(source_TV, quantized_TV, ids_BT[block]))
-    return scores
+        blocks = progress.track(range(len(ids_BT)), description="evaluate")
+        return [_score_block(source, quantized, ids_BT[block], block) for block in blocks]
+
+
+def _score_block(source: Scorer, quantized: Scorer, ids_T: Tensor, block: int) -> TokenScores:
+    """A function of its own, so that the logits are gone before the next block's are made."""
+    source_TV, quantized_TV = source.score(ids_T), quantized.score(ids_T)
+    if not quantized_TV.isfinite().all():
+        raise ArtifactError(
+            f"the engine gave logits that are not finite in block {block} of the text; quantize "
+            "again with another recipe, and do not serve it"
+        )
+    return compare_logits(source_TV, quantized_TV, ids_T)
 
 
 def token_arrays(ids_BT: Tensor, scores: list[TokenScores]) -> dict[str, Tensor]:

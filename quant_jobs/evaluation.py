@@ -83,8 +83,8 @@ class HeldOut(_Strict):
 
 class Evaluation(_Strict):
     """See the module's docstring. `artifact_digest` is the source's fingerprint and `recipe`
-    "unquantized" for an engine of the source itself. Sizes include the MTP layer, which the artifact carries too; `sizes` counts
-    tensors, `artifact_bytes` files, headers included."""
+    "unquantized" for an engine of the source itself. Sizes include the MTP layer, which the
+    artifact carries too; `sizes` counts tensors, `artifact_bytes` files, headers included."""
 
     format_version: Literal[1] = 1
     engine_digest: str

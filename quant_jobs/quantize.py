@@ -33,7 +33,6 @@ from typing import Any
 import ray
 from torch import Tensor
 
-import deepseek
 from cluster.connect import connect
 from deepseek.artifact import (
     ArtifactWriter,
@@ -70,7 +69,7 @@ from quant_jobs.smoothquant import Smoothing, wanted_sets
 MAX_LOSSES_PER_LAYER = 3
 
 #: Libraries whose version can change the bytes.
-_TOOLS = ("nvidia-modelopt", "torch", "transformers", "tokenizers")
+_TOOLS = ("intserve", "nvidia-modelopt", "torch", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +157,7 @@ def finished(job: Job) -> Manifest | None:
 
 def tools() -> dict[str, str]:
     """Versions that the output's bytes may depend on."""
-    versions = {name: importlib.metadata.version(name) for name in _TOOLS}
-    return {"intserve": deepseek.__version__, **versions}
+    return {name: importlib.metadata.version(name) for name in _TOOLS}
 
 
 @dataclass(slots=True)

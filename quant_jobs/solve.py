@@ -56,6 +56,8 @@ def solve_linear(
     folded = smoothing.fold(name, weight)
     if not scheme.is_quantized and folded is weight:
         return SolvedLinear(store_tensor(source, scheme), None)
+    if not bool(folded.isfinite().all()):  # modelopt asserts that, in words for its developers
+        raise CheckpointError(f"tensor {name} holds NaN or infinity; repair the source")
     try:
         amax = AMAX[scheme.weights](folded, scheme)
         stored = compress(folded, scheme, amax=amax)
@@ -136,8 +138,9 @@ def _modelopt_amax(weight: Tensor, **attributes: Any) -> Tensor:
 def modelopt_quantizer(**attributes: Any) -> Any:
     """modelopt's TensorQuantizer with these attributes (`num_bits`, `axis`, `block_sizes`)."""
     with warnings.catch_warnings():
-        # modelopt 0.47 warns of every transformers above 5.15; what we use of it is tested.
-        warnings.filterwarnings("ignore", message="transformers .* is not tested")
+        # Importing modelopt 0.47 warns of transformers above 5.15 and of its own use of deprecated
+        # torch functions; what we use of it is tested.
+        warnings.simplefilter("ignore")
         from modelopt.torch.quantization.config import QuantizerAttributeConfig
         from modelopt.torch.quantization.nn import TensorQuantizer
     return TensorQuantizer(QuantizerAttributeConfig(**attributes))

@@ -20,6 +20,8 @@ from quant_jobs.evaluation import DecodeSpeed
 
 BATCH_SIZES = (1, 8)
 NUM_RUNS = 5
+#: After this long on one batch size no further turn starts; the runs that were made are reported.
+BUDGET_S = 20.0
 PROMPT_TOKENS = 32
 
 
@@ -40,6 +42,7 @@ def measure_decode(
         task = progress.add_task("decode speed", total=len(batch_sizes) * (NUM_RUNS + 1))
         for batch_size in batch_sizes:
             runs: dict[str, list[float]] = {"quantized": [], "source": []}
+            started = time.monotonic()
             for turn in range(NUM_RUNS + 1):
                 order = [("quantized", quantized), ("source", source)]
                 for name, engine in order if turn % 2 else reversed(order):
@@ -47,6 +50,8 @@ def measure_decode(
                     if turn:  # the first turn warms caches and kernels
                         runs[name].append(speed)
                 progress.advance(task)
+                if turn and time.monotonic() - started > BUDGET_S:
+                    break  # a machine this busy gives no better figure for more patience
             results.append(
                 DecodeSpeed(
                     batch_size=batch_size,

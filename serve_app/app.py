@@ -2,7 +2,8 @@
 `serve deploy` file with `import_path: serve_app.app:build`, or `python -m serve_app`.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Serve reads the class in `build`'s annotation to turn
+# a deploy file's `args` into a ServeConfig, and does not resolve a string.
 
 import os
 from functools import partial
@@ -13,7 +14,6 @@ from ray.serve import Application
 
 from serve_app.config import ServeConfig
 from serve_app.engines.echo import EchoEngine
-from serve_app.engines.embedded import EmbeddedEngine
 from serve_app.ingress import Ingress
 from serve_app.replica import EngineFactory, EngineReplica
 
@@ -25,6 +25,8 @@ def engine_factory(config: ServeConfig) -> EngineFactory:
     """How a replica makes its engine; evaluated inside the replica."""
     if config.echo is not None:
         return partial(EchoEngine, config.echo, config.served_name)
+    from serve_app.engines.embedded import EmbeddedEngine  # brings torch
+
     return partial(EmbeddedEngine, config)
 
 
@@ -49,7 +51,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         ray_actor_options=_actor_options(config.engine_cpus),
-        user_config={"max_waiting_requests": config.max_waiting_requests},
+        user_config=config.replica_limits.model_dump(),
         **shared,
     )
     ingress = serve.deployment(
@@ -60,7 +62,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         ray_actor_options=_actor_options(config.ingress_cpus),
         **shared,
     )
-    app: Application = ingress.bind(config, engine.bind(make_engine, config.flush_interval_s))
+    app: Application = ingress.bind(config, engine.bind(make_engine))
     return app
 
 

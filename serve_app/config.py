@@ -28,6 +28,15 @@ class EchoOptions(_Strict):
     max_model_len: int = Field(default=4096, ge=2)
 
 
+class ReplicaLimits(_Strict):
+    """Limits of one engine replica; Serve can change them while it serves (`user_config`)."""
+
+    #: Requests waiting inside the engine beyond which it refuses; None leaves it to Serve's queue.
+    max_waiting_requests: int | None = Field(default=None, ge=0)
+    #: Messages per second that all streams of a replica share; None sends each token at once.
+    max_flushes_per_s: float | None = Field(default=500.0, gt=0.0)
+
+
 class ServeConfig(_Strict):
     """What is served and how. Exactly one of `engine` and `echo` is given."""
 
@@ -46,15 +55,11 @@ class ServeConfig(_Strict):
     max_ongoing_requests: int = Field(default=64, ge=1)
     #: Requests that wait at each ingress for a place; beyond it the answer is 429.
     max_queued_requests: int = Field(default=128, ge=0)
-    #: Requests waiting inside one engine beyond which it refuses; None leaves it to the two above.
-    max_waiting_requests: int | None = Field(default=None, ge=0)
     #: 163,840 token ids are about 1.1 MB of JSON; the rest is room for \\uXXXX escapes.
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)
     default_max_tokens: int = Field(default=512, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0.0, description="for the whole answer")
-    #: Least seconds between two flushes of one stream, the first excepted. 0 sends all that is
-    #: ready at once, which already coalesces under load.
-    flush_interval_s: float = Field(default=0.0, ge=0.0)
+    replica_limits: ReplicaLimits = ReplicaLimits()
     graceful_shutdown_s: float = Field(default=30.0, gt=0.0, description="streams may finish")
     health_check_period_s: float = Field(default=10.0, gt=0.0)
 

@@ -1,6 +1,6 @@
 """The engine deployment: one replica is one engine behind the actor hop.
 
-A message of several events (coalesce.py) crosses the hop per flush, not one per token.
+One message crosses the hop per flush (coalesce.py), not one per token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 from ray import serve
 
-from serve_app.coalesce import coalesce
+from serve_app.coalesce import coalesce, flush_interval
+from serve_app.config import ReplicaLimits
 from serve_app.engines.protocol import Engine, Event, GenerateRequest, ReplicaStatus
 from serve_app.errors import Overloaded
 from serve_app.telemetry import Telemetry
@@ -26,10 +27,10 @@ class EngineReplica:
     """Wraps one engine. Serve calls `check_health`, `reconfigure` and `__del__`."""
 
     # Serve awaits a constructor that is a coroutine; mypy knows no such thing.
-    async def __init__(self, make_engine: EngineFactory, flush_interval_s: float) -> None:  # type: ignore[misc]
+    async def __init__(self, make_engine: EngineFactory) -> None:  # type: ignore[misc]
         self._telemetry = Telemetry.from_environment()
-        self._flush_interval_s = flush_interval_s
-        self._max_waiting: int | None = None
+        self._limits = ReplicaLimits()
+        self._num_streams = 0
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._engine = make_engine()
         self._info = await self._engine.start()
@@ -37,25 +38,30 @@ class EngineReplica:
             log.warning("UNGATED: %s has not passed its accuracy gate", self._info.model_id)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Limits that may change while serving; anything else needs a new deployment."""
-        limits = dict(user_config)
-        self._max_waiting = limits.pop("max_waiting_requests")
-        assert not limits, f"unknown limits {sorted(limits)}"
+        """Take limits that may change while serving; anything else needs a new deployment."""
+        self._limits = ReplicaLimits.model_validate(user_config)
 
     async def check_health(self) -> None:
         await self._engine.check()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[Event, ...], None]:
         """Events in order, several per message. Raises Overloaded before the first."""
-        waiting = self._engine.load().waiting
-        if self._max_waiting is not None and waiting > self._max_waiting:
+        waiting, most = self._engine.load().waiting, self._limits.max_waiting_requests
+        if most is not None and waiting > most:
             raise Overloaded(f"{waiting} requests are waiting for this engine; retry later")
-        with self._telemetry.generation(request) as span:
-            events = coalesce(self._engine.generate(request), self._flush_interval_s)
-            async with aclosing(events):
-                async for batch in events:
-                    span.note(batch)
-                    yield batch
+        self._num_streams += 1
+        try:
+            with self._telemetry.generation(request) as span:
+                events = coalesce(self._engine.generate(request), self._flush_interval_s)
+                async with aclosing(events):
+                    async for batch in events:
+                        span.note(batch)
+                        yield batch
+        finally:
+            self._num_streams -= 1
+
+    def _flush_interval_s(self) -> float:
+        return flush_interval(self._num_streams, self._limits.max_flushes_per_s)
 
     async def status(self) -> ReplicaStatus:
         return ReplicaStatus(self._replica_id, self._info, self._engine.load())

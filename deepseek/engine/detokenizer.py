@@ -9,7 +9,12 @@ space, bytes of one character).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
+
+import tokenizers
+
+from deepseek.errors import ArtifactError
 
 
 class Tokenizer(Protocol):
@@ -77,6 +82,21 @@ class Detokenizer:
         keep = max((_overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
+
+
+def load_tokenizer(directory: Path | str) -> Tokenizer | None:
+    """DIR/tokenizer.json, or None where there is none.
+
+    Raises:
+        ArtifactError: the file is not a tokenizer.
+    """
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise ArtifactError(f"{path} is not a tokenizer of Hugging Face's: {error}") from error
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizers
 import torch
 from torch import Tensor
 
 from deepseek.checkpoint import CheckpointReader
 from deepseek.engine.batch import Span, make_batch
-from deepseek.engine.detokenizer import Detokenizer, Tokenizer
+from deepseek.engine.detokenizer import Detokenizer, Tokenizer, load_tokenizer
 from deepseek.engine.kv_cache import LatentCache, check_cache_format
 from deepseek.engine.linear import Kernels
 from deepseek.engine.model import Model
@@ -388,12 +387,6 @@ class LLMEngine:
     def _poison(self) -> None:
         if self._options.poison_free_pages:
             self._cache.poison(self._pool.free_pages)
-
-
-def load_tokenizer(directory: Path | str) -> Tokenizer | None:
-    """DIR/tokenizer.json, or None where there is none."""
-    path = Path(directory) / "tokenizer.json"
-    return tokenizers.Tokenizer.from_file(str(path)) if path.is_file() else None
 
 
 def _kernels(options: EngineOptions) -> Kernels:

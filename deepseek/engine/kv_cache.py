@@ -102,9 +102,10 @@ class LatentCache:
 
     def poison(self, pages: list[int]) -> None:
         """Make any use of these pages visible as NaN (tests)."""
+        index = torch.tensor(pages, dtype=torch.int64)
         for part in self._parts:
             if part.is_floating_point():
-                part.index_fill_(1, torch.tensor(pages), float("nan"))
+                part.index_fill_(1, index, float("nan"))
 
     def write(self, layer: int, slots: Tensor, latent: Tensor, rope: Tensor) -> None:
         """Store one token per row: slots int64 [T] (page * S + offset), f32 [T, R] and [T, r]."""

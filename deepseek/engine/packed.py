@@ -20,7 +20,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +91,7 @@ class EngineManifest(_Record):
     files: dict[str, str]
     tools: dict[str, str]
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 in hex of the manifest's canonical JSON: the engine's digest."""
         return hashlib.sha256(canonical_json(_dump(self))).hexdigest()

@@ -25,7 +25,7 @@ from deepseek.engine.packed_layout import (
     source_schemes,
 )
 from deepseek.errors import ArtifactError
-from deepseek.formats import decompress, unpack_int4, unpack_zero_point
+from deepseek.formats import decompress, int8_codes, unpack_int4, unpack_zero_point
 from deepseek.inventory import TensorSpec, linears
 from deepseek.recipe import Scheme
 
@@ -138,10 +138,12 @@ def _pack_linear(part: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
                 "scale_zero": torch.cat([scale_zero for _, scale_zero in members], dim=1),
             }
         case "int8":
-            found = [stored.linears.pop(spec.module) for spec in part.members]
+            found = [(spec, stored.linears.pop(spec.module)) for spec in part.members]
             tensors = {
-                "codes": torch.cat([member["weight"] for member in found]),
-                "scale": torch.cat([member["weight_scale"].flatten() for member in found]),
+                "codes": torch.cat(
+                    [int8_codes(member, (spec.shape[0], spec.shape[1])) for spec, member in found]
+                ),
+                "scale": torch.cat([member["weight_scale"].flatten() for _, member in found]),
             }
         case _:
             values = [stored.pop_dequantized(spec, part.scheme) for spec in part.members]

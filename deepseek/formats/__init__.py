@@ -2,7 +2,7 @@
 
     quantize_*     float weight -> codes and scales, round to nearest even, no calibration here
     dequantize_*   codes and scales -> float32, the slow reference that every kernel is held to
-    pack_int4      eight codes per int32, the bytes of compressed-tensors' `pack-quantized`
+    pack_int4      eight codes per int32 (pack_int8: four), as compressed-tensors' `pack-quantized`
     compress       one linear's weight -> the named tensors of a compressed-tensors checkpoint
     decompress     and back; `stored_shapes` and `stored_bytes` say the same without any tensor
 
@@ -48,10 +48,18 @@ from deepseek.formats.int8 import (
     INT8_MAX,
     INT8_MIN,
     dequantize_int8,
+    pack_int8,
     quantize_int8,
     quantize_tokens_int8,
+    unpack_int8,
 )
-from deepseek.formats.stored import compress, decompress, stored_bytes, stored_shapes
+from deepseek.formats.stored import (
+    compress,
+    decompress,
+    int8_codes,
+    stored_bytes,
+    stored_shapes,
+)
 
 __all__ = [
     "FP8_BLOCK",
@@ -66,7 +74,9 @@ __all__ = [
     "dequantize_fp8_tensor",
     "dequantize_int4",
     "dequantize_int8",
+    "int8_codes",
     "pack_int4",
+    "pack_int8",
     "pack_zero_point",
     "quantize_fp8_block",
     "quantize_fp8_tensor",
@@ -76,5 +86,6 @@ __all__ = [
     "stored_bytes",
     "stored_shapes",
     "unpack_int4",
+    "unpack_int8",
     "unpack_zero_point",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 import torch
 from torch import Tensor
 
@@ -46,6 +49,28 @@ def quantize_int8(
 def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
     """int8 [..., K] and float32 scale [..., 1] -> float32 [..., K], for weights and tokens."""
     return q.float().mul_(scale)
+
+
+def pack_int8(q: Tensor) -> Tensor:
+    """Codes int8 [N, K] -> int32 [N, ceil(K/4)]: value + 128, column 0 in the lowest bits.
+
+    How compressed-tensors stores 8-bit weight-only linears (`pack-quantized`). Bytes beyond K are 0.
+    """
+    assert q.dtype == torch.int8, q.dtype
+    assert sys.byteorder == "little", "packing views bytes as int32"
+    num_words = math.ceil(q.shape[1] / 4)
+    packed = torch.zeros((q.shape[0], num_words * 4), dtype=torch.uint8, device=q.device)
+    # Adding 128 modulo 256 flips the sign bit.
+    packed[:, : q.shape[1]] = q.view(torch.uint8) ^ 0x80
+    return packed.view(torch.int32)
+
+
+def unpack_int8(packed: Tensor, num_columns: int) -> Tensor:
+    """int32 [N, ceil(K/4)] -> int8 codes [N, K]; `num_columns` is K."""
+    assert packed.dtype == torch.int32, packed.dtype
+    assert packed.shape[1] == math.ceil(num_columns / 4), (tuple(packed.shape), num_columns)
+    offset = packed.contiguous().view(torch.uint8)[:, :num_columns]
+    return (offset ^ 0x80).view(torch.int8)
 
 
 def quantize_tokens_int8(x: Tensor) -> tuple[Tensor, Tensor]:

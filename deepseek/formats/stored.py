@@ -19,7 +19,7 @@ from deepseek.formats.int4 import (
     unpack_int4,
     unpack_zero_point,
 )
-from deepseek.formats.int8 import dequantize_int8, quantize_int8
+from deepseek.formats.int8 import dequantize_int8, pack_int8, quantize_int8, unpack_int8
 from deepseek.formats.scales import check_magnitude, row_chunks
 from deepseek.recipe import Scheme
 
@@ -51,6 +51,12 @@ def compress(
         case "int8":
             assert zero_point is None, "int8 weights are symmetric"
             codes, scale = quantize_int8(weight, amax=amax, scale=scale)
+            if scheme.activations == "none":
+                return {
+                    "weight_packed": pack_int8(codes),
+                    "weight_scale": scale,
+                    "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+                }
             return {"weight": codes, "weight_scale": scale}
         case "fp8-block":
             assert zero_point is None, "fp8 weights are symmetric"
@@ -82,11 +88,22 @@ def decompress(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, 
                 None if zero_point is None else unpack_zero_point(zero_point, shape[0]),
             )
         case "int8":
-            return dequantize_int8(tensors["weight"], tensors["weight_scale"])
+            return dequantize_int8(int8_codes(tensors, shape), tensors["weight_scale"])
         case "fp8-block":
             return dequantize_fp8_block(tensors["weight"], tensors["weight_scale"])
         case _:
             return tensors["weight"].float()
+
+
+def int8_codes(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """int8 [N, K] of an `int8` linear, packed (weight-only) or plain (with INT8 activations).
+
+    Weight-only INT8 is packed because that is the form in which vLLM and transformers accept an
+    8-bit weight without activation quantization.
+    """
+    if "weight_packed" in tensors:
+        return unpack_int8(tensors["weight_packed"], shape[1])
+    return tensors["weight"]
 
 
 def stored_shapes(scheme: Scheme, num_outputs: int, num_inputs: int) -> Stored:
@@ -108,6 +125,12 @@ def stored_shapes(scheme: Scheme, num_outputs: int, num_inputs: int) -> Stored:
             if scheme.weights == "int4-asym":
                 stored["weight_zero_point"] = ((math.ceil(num_outputs / 8), groups), torch.int32)
             return stored
+        case "int8" if scheme.activations == "none":
+            return {
+                "weight_packed": ((num_outputs, math.ceil(num_inputs / 4)), torch.int32),
+                "weight_scale": ((num_outputs, 1), torch.float32),
+                "weight_shape": ((2,), torch.int64),
+            }
         case "int8":
             return {
                 "weight": (shape, torch.int8),

@@ -12,8 +12,9 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from deepseek.engine.engine import LLMEngine
@@ -65,11 +66,19 @@ class _Mailbox:
 
 
 class EmbeddedEngine:
-    """Satisfies `Engine`. `start` must be awaited on the loop that later generates."""
+    """Satisfies `Engine`. `start` must be awaited on the loop that later generates.
 
-    def __init__(self, config: ServeConfig) -> None:
+    `load` opens the engine directory; tests pass the loader of an engine that fails.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        load: Callable[[Path, EngineOptions], LLMEngine] = LLMEngine.load,
+    ) -> None:
         assert config.engine is not None
         self._config = config
+        self._open = load
         self._directory = config.engine
         self._mailboxes: dict[str, _Mailbox] = {}
         self._inbox: queue.SimpleQueue[GenerateRequest | _Abort | _Stop] = queue.SimpleQueue()
@@ -79,7 +88,7 @@ class EmbeddedEngine:
         gated = check_gate(self._directory, allow_ungated=self._config.allow_ungated)
         self._loop = asyncio.get_running_loop()
         options = _engine_options(self._config)
-        self._engine = await asyncio.to_thread(LLMEngine.load, self._directory, options)
+        self._engine = await asyncio.to_thread(self._open, self._directory, options)
         self._load = _to_load(self._engine)
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
         self._thread.start()

@@ -14,16 +14,19 @@ from deepseek.formats import (
     compress,
     decompress,
     pack_int4,
+    pack_int8,
     pack_zero_point,
     quantize_int4,
     unpack_int4,
+    unpack_int8,
     unpack_zero_point,
 )
 from deepseek.recipe import Scheme
 
 #: Our scheme -> (their compressor, their arguments).
 ORACLES = {
-    "int8": (NaiveQuantizationCompressor, {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    "int8": (PackedQuantizationCompressor, {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    "int8-a8": (NaiveQuantizationCompressor, {"num_bits": 8, "type": "int", "strategy": "channel"}),
     "fp8-block": (
         NaiveQuantizationCompressor,
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
@@ -37,6 +40,8 @@ ORACLES = {
 CASES = [
     ("int8", None, (160, 256)),
     ("int8", None, (13, 77)),
+    ("int8-a8", None, (160, 256)),
+    ("int8-a8", None, (13, 77)),
     ("fp8-block", None, (128, 256)),
     ("fp8-block", None, (160, 256)),
     ("fp8-block", None, (200, 130)),
@@ -49,6 +54,12 @@ CASES = [
 
 def gaussian(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scheme_of(weights: str, group_size: int | None) -> Scheme:
+    if weights == "int8-a8":
+        return Scheme(weights="int8", activations="int8")
+    return Scheme(weights=weights, group_size=group_size)
 
 
 def oracle(weights: str, group_size: int | None):  # type: ignore[no-untyped-def]
@@ -84,6 +95,15 @@ def test_packing_equals_compressed_tensors_for_every_rest(num_columns: int) -> N
     assert torch.equal(unpack_from_int32(packed, 4, codes.shape), codes)
 
 
+@pytest.mark.parametrize("num_columns", [1, 3, 4, 5, 130, 256])
+def test_packing_8_bits_equals_compressed_tensors_for_every_rest(num_columns: int) -> None:
+    codes = torch.arange(3 * num_columns).remainder(256).sub(128).to(torch.int8).view(3, -1)
+    packed = pack_int8(codes)
+    assert torch.equal(packed, pack_to_int32(codes, 8))
+    assert torch.equal(unpack_int8(packed, num_columns), codes)
+    assert torch.equal(unpack_from_int32(packed, 8, codes.shape), codes)
+
+
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 130])
 def test_zero_points_pack_along_the_outputs_as_in_compressed_tensors(num_rows: int) -> None:
     generator = torch.Generator().manual_seed(num_rows)
@@ -109,7 +129,7 @@ def test_compressed_tensors_makes_the_same_tensors_from_our_scales(
     weights: str, group_size: int | None, shape: tuple[int, int]
 ) -> None:
     weight = gaussian(shape)
-    ours = compress(weight, Scheme(weights=weights, group_size=group_size))
+    ours = compress(weight, scheme_of(weights, group_size))
     state = {"weight": weight, "weight_scale": ours["weight_scale"]}
     if "weight_zero_point" in ours:
         state["weight_zero_point"] = unpack_zero_point(ours["weight_zero_point"], shape[0])
@@ -126,7 +146,7 @@ def test_compressed_tensors_reads_the_same_values_from_our_tensors(
     weights: str, group_size: int | None, shape: tuple[int, int]
 ) -> None:
     """It computes in the scale's dtype; our float32 is exact, so rounding it gives its values."""
-    ours = Scheme(weights=weights, group_size=group_size)
+    ours = scheme_of(weights, group_size)
     tensors = compress(gaussian(shape, seed=1), ours)
     compressor, scheme = oracle(weights, group_size)
     theirs = compressor.decompress(dict(tensors), scheme)["weight"]

@@ -225,7 +225,7 @@ def test_each_fp8_block_has_its_own_scale_also_at_ragged_edges(shape: tuple[int,
 
 
 def test_chunks_of_rows_leave_no_seam() -> None:
-    """2100 x 2176 takes two chunks, cut at row 1927 (FP8: 1920); each row must come out as if alone."""
+    """2100 x 2176 takes two chunks, cut at row 1927 (FP8: 1920), and no row may show it."""
     weight = torch.randn((2100, 2176), generator=torch.Generator().manual_seed(3))
     part = slice(1792, 2100)  # starts at a multiple of 128, with the seam inside
     codes, scale = quantize_int8(weight)

@@ -29,6 +29,7 @@ from deepseek.recipe import Scheme
 GAUSSIAN_ERROR = {
     Scheme(weights="bf16"): 0.00166,
     Scheme(weights="int8"): 0.00831,
+    Scheme(weights="int8", activations="int8"): 0.00831,
     Scheme(weights="fp8-block"): 0.0264,
     Scheme(weights="int4", group_size=128): 0.1174,
     Scheme(weights="int4", group_size=64): 0.1077,
@@ -72,7 +73,10 @@ def test_what_is_stored_is_what_was_announced(scheme: Scheme, shape: tuple[int, 
 def test_bytes_of_a_deepseek_v3_expert_are_those_of_the_format() -> None:
     """gate_proj of a routed expert is [2048, 7168], 14 680 064 weights."""
     assert stored_bytes(Scheme(weights="bf16"), 2048, 7168) == 29_360_128
-    assert stored_bytes(Scheme(weights="int8"), 2048, 7168) == 14_680_064 + 2048 * 4
+    packed8 = Scheme(weights="int8")
+    plain8 = Scheme(weights="int8", activations="int8")
+    assert stored_bytes(plain8, 2048, 7168) == 14_680_064 + 2048 * 4
+    assert stored_bytes(packed8, 2048, 7168) == 14_680_064 + 2048 * 4 + 16
     assert stored_bytes(Scheme(weights="fp8-block"), 2048, 7168) == 14_680_064 + 16 * 56 * 4
     symmetric = 7_340_032 + 2048 * 56 * 2 + 16
     int4 = {name: Scheme(weights=name, group_size=128) for name in ("int4", "int4-asym")}
@@ -98,7 +102,7 @@ def test_a_weight_is_not_changed_by_compressing_it(scheme: Scheme) -> None:
 
 def test_decompress_is_the_formats_own_dequantize() -> None:
     weight = gaussian((200, 384))
-    int8, fp8 = Scheme(weights="int8"), Scheme(weights="fp8-block")
+    int8, fp8 = Scheme(weights="int8", activations="int8"), Scheme(weights="fp8-block")
     cases = [
         (int8, dequantize_int8(*quantize_int8(weight))),
         (fp8, dequantize_fp8_block(*quantize_fp8_block(weight))),
@@ -270,7 +274,7 @@ def test_stored_tensors_that_do_not_belong_together_are_refused(
 
 
 def test_a_weight_of_another_shape_or_scheme_is_not_decompressed() -> None:
-    int8, fp8 = Scheme(weights="int8"), Scheme(weights="fp8-block")
+    int8, fp8 = Scheme(weights="int8", activations="int8"), Scheme(weights="fp8-block")
     tensors = compress(gaussian((16, 64)), int8)
     with pytest.raises(ArtifactError, match=r"weight is torch.int8 \(16, 64\)"):
         decompress(tensors, int8, (64, 16))

@@ -61,7 +61,7 @@ def test_a_target_that_could_load_it_is_a_later_version(chain: Chain, tmp_path: 
 
 
 def test_the_embedded_engine_is_built_for_one_device(chain: Chain, tmp_path: Path) -> None:
-    with pytest.raises(DeployError, match="--tp 1"):
+    with pytest.raises(DeployError, match="--tp 2 must be 1"):
         run_build(chain.checkpoint, "embedded", 2, tmp_path / "engine")
 
 

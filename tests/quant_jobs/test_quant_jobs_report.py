@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -59,16 +61,20 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-@pytest.fixture
-def written(fresh: Chain, tmp_path: Path) -> tuple[Chain, Report, str]:
-    run_gate(fresh.engine, fresh.evaluation)
-    output = tmp_path / "pages" / "report.html"
-    report = run_report(fresh.engine, fresh.evaluation, output, checkpoint=fresh.checkpoint)
-    return fresh, report, output.read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def written(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Report, Path]:
+    """The chain with a verdict, its report, and the page."""
+    root = tmp_path_factory.mktemp("report")
+    judged = replace(chain, engine=root / "engine")
+    shutil.copytree(chain.engine, judged.engine)
+    run_gate(judged.engine, judged.evaluation)
+    output = root / "pages" / "report.html"
+    report = run_report(judged.engine, judged.evaluation, output, checkpoint=judged.checkpoint)
+    return judged, report, output
 
 
-def test_the_page_is_whole_and_fetches_nothing(written: tuple[Chain, Report, str]) -> None:
-    _, _, html = written
+def test_the_page_is_whole_and_fetches_nothing(written: tuple[Chain, Report, Path]) -> None:
+    html = written[2].read_text(encoding="utf-8")
     page = Page(html)
     assert page.tags["script"] == page.tags["link"] == 0
     assert not re.search(r"https?:|//[a-z]|@import", html)
@@ -79,9 +85,9 @@ def test_the_page_is_whole_and_fetches_nothing(written: tuple[Chain, Report, str
         assert target in page.ids
 
 
-def test_the_page_shows_what_was_measured(written: tuple[Chain, Report, str]) -> None:
-    chain, report, html = written
-    page, result = Page(html), read_evaluation(chain.evaluation)
+def test_the_page_shows_what_was_measured(written: tuple[Chain, Report, Path]) -> None:
+    chain, report, output = written
+    page, result = Page(output.read_text("utf-8")), read_evaluation(chain.evaluation)
     assert set(page.figures) >= {"kl", "blocks", "sizes"}
     text = " ".join(page.text)
     assert f"{result.perplexity_ratio.value:.5f}" in text
@@ -96,14 +102,14 @@ def test_the_page_shows_what_was_measured(written: tuple[Chain, Report, str]) ->
 
 
 def test_the_json_beside_it_validates_and_says_the_same(
-    written: tuple[Chain, Report, str], tmp_path: Path
+    written: tuple[Chain, Report, Path],
 ) -> None:
-    _, report, _ = written
-    text = (tmp_path / "pages" / "report.json").read_text(encoding="utf-8")
+    _, report, output = written
+    text = output.with_suffix(".json").read_text(encoding="utf-8")
     assert Report.model_validate_json(text) == report
 
 
-def test_rules_count_each_linear_once(written: tuple[Chain, Report, str]) -> None:
+def test_rules_count_each_linear_once(written: tuple[Chain, Report, Path]) -> None:
     # 4 layers x 5 attention linears, 3 of the dense MLP, 3 x (16 routed + 1 shared) x 3.
     _, report, _ = written
     assert sum(rule.linears for rule in report.rules) == 4 * 5 + 3 + 3 * 17 * 3
@@ -115,7 +121,7 @@ def test_an_engine_that_was_not_judged_says_so(fresh: Chain, tmp_path: Path) -> 
     assert "NOT JUDGED" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-def test_text_of_the_data_cannot_become_markup(written: tuple[Chain, Report, str]) -> None:
+def test_text_of_the_data_cannot_become_markup(written: tuple[Chain, Report, Path]) -> None:
     chain, report, _ = written
     hostile = report.worst_tokens[0].model_copy(update={"text": "<script>alert(1)</script>"})
     report = report.model_copy(update={"worst_tokens": (hostile,)})

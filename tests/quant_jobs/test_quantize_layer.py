@@ -67,8 +67,7 @@ def test_layers_in_a_row_give_the_logits_of_transformers(tiny_model: Path) -> No
     hf = to_hf_config(config, attention="eager")
     hf._experts_implementation = "eager"
     model = DeepseekV3ForCausalLM(hf).eval()
-    missing = model.load_state_dict(fused_experts(weights, config), strict=True)
-    assert not missing.missing_keys
+    model.load_state_dict(fused_experts(weights, config), strict=True)
     wanted = model(input_ids=ids[None], use_cache=False).logits[0]
     logits = model.lm_head(model.model.norm(x_TD))
     assert (logits - wanted).abs().max() < 2e-4 * wanted.abs().max()

@@ -13,6 +13,9 @@ import httpx
 import pytest
 from conftest import free_port
 
+from deepseek.checkpoint import CheckpointReader
+from deepseek.engine.packed import pack_engine
+
 
 def run_cli(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "serve_app", *arguments]
@@ -89,3 +92,12 @@ def test_it_prints_one_url_serves_and_leaves_nothing_behind(root: Path) -> None:
     assert processes_of_session(process.pid) == []
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
+
+
+def test_an_ungated_engine_is_refused_in_one_sentence(
+    root: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    pack_engine(CheckpointReader(tiny_model), tmp_path / "tiny")
+    done = run_cli(root, "--engine", str(tmp_path / "tiny"), "--port", str(free_port()))
+    assert_mistake(done, "was never gated")
+    assert "--allow-ungated" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import sys
 import time
@@ -265,3 +266,10 @@ def test_a_dead_engine_is_503_or_told_in_band_and_comes_back(small_url: str) -> 
     assert answer.json()["error"]["code"] == "engine_unavailable"
     assert "retry-after" in answer.headers
     wait_for(lambda: post("back?").status_code == 200)
+
+
+def test_serve_can_turn_the_args_of_a_deploy_file_into_our_settings() -> None:
+    # What `serve deploy` does with `args`: it wants the class itself, not its name as a string.
+    (parameter,) = inspect.signature(build).parameters.values()
+    assert parameter.annotation is ServeConfig
+    assert ServeConfig.model_validate({"echo": {"ttft_s": 0.5}}).echo == EchoOptions(ttft_s=0.5)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from serve_app.coalesce import coalesce, merge_events
+from serve_app.coalesce import MAX_INTERVAL_S, coalesce, flush_interval, merge_events
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import Done, Event, GenerateRequest, Sampling, TokenLogprob, Tokens
@@ -51,7 +51,7 @@ async def test_whatever_is_ready_goes_out_as_one_message() -> None:
         yield Tokens((3,), "c")
         yield Done("stop", 1, 3)
 
-    batches = [batch async for batch in coalesce(burst(), 0.0)]
+    batches = [batch async for batch in coalesce(burst(), lambda: 0.0)]
     assert batches == [(Tokens((1, 2), "ab"),), (Tokens((3,), "c"), Done("stop", 1, 3))]
 
 
@@ -64,11 +64,18 @@ async def test_an_interval_delays_neither_the_first_message_nor_the_end() -> Non
 
     loop = asyncio.get_running_loop()
     started = loop.time()
-    batches = [batch async for batch in coalesce(steady(), 30.0)]
+    batches = [batch async for batch in coalesce(steady(), lambda: 30.0)]
     assert loop.time() - started < 5.0
     assert batches[0] == (Tokens((0,), "x"),)
     assert len(batches) == 2
     assert batches[1][-1] == Done("stop", 1, 6)
+
+
+def test_streams_share_a_budget_of_messages() -> None:
+    assert flush_interval(1, 500.0) == 0.002
+    assert flush_interval(32, 500.0) == 0.064
+    assert flush_interval(1000, 500.0) == MAX_INTERVAL_S
+    assert flush_interval(1000, None) == 0.0
 
 
 async def test_coalescing_passes_failures_on_behind_what_came_before() -> None:
@@ -76,7 +83,7 @@ async def test_coalescing_passes_failures_on_behind_what_came_before() -> None:
         yield Tokens((1,), "a")
         raise Overloaded("full")
 
-    batches = coalesce(failing(), 0.0)
+    batches = coalesce(failing(), lambda: 0.0)
     assert await anext(batches) == (Tokens((1,), "a"),)
     with pytest.raises(Overloaded):
         await anext(batches)
@@ -84,7 +91,7 @@ async def test_coalescing_passes_failures_on_behind_what_came_before() -> None:
 
 async def test_closing_the_coalescer_aborts_the_engine() -> None:
     engine = EchoEngine(EchoOptions(itl_s=30.0))
-    batches = coalesce(engine.generate(request()), 0.0)
+    batches = coalesce(engine.generate(request()), lambda: 0.0)
     await anext(batches)
     assert engine.load().running == 1
     await batches.aclose()

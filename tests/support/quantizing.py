@@ -66,4 +66,3 @@ def contents(output: Path) -> dict[str, bytes]:
         for path in sorted(output.rglob("*"))
         if path.is_file() and path.name != REPORT_FILE
     }
-

@@ -1,0 +1,203 @@
+"""What each serving engine can load: recipe part x target x GPU generation, and why not otherwise.
+
+`check` is asked by the planner before anything is read and by `build` before anything is written.
+The facts are rows of data (`cluster/matrix.py`); here they are only looked up. A part is a kind of
+linear, since loaders treat them differently; beside the rows there are two questions about parts
+together: linears that an engine fuses must share one scheme, and SGLang takes one layout per model.
+
+Not a promise about speed or accuracy, and not about memory (`cluster/plan.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from cluster.hardware import GpuGeneration
+from cluster.matrix import GLOBS, KV_CACHE, MIXES, ROWS, TARGETS, Row, Target
+from deepseek.config import ModelConfig
+from deepseek.errors import DeployError
+from deepseek.recipe import Scheme
+
+_MODULE = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_ATTENTION = {"q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "o_proj"}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One thing that the target cannot load. `part` says which linears and in which format,
+    `reason` why, `change` what would make it load; `evidence` as in `Row`."""
+
+    target: Target
+    part: str
+    reason: str
+    change: str
+    evidence: str
+
+    def sentence(self) -> str:
+        return f"{self.target} cannot load {self.part}: {self.reason}. {self.change}."
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Refusals, and notes on what loads only under a condition."""
+
+    refusals: tuple[Refusal, ...]
+    notes: tuple[str, ...]
+
+
+def check(
+    schemes: Mapping[str, Scheme], kv_cache: str, target: str, gpu: GpuGeneration
+) -> list[Refusal]:
+    """Everything that `target` on this GPU generation cannot load; an empty list means it loads.
+
+    `schemes` is keyed by module name, none of them `source`: of the served layers only, so pass it
+    through `served_schemes` where the MTP layer is not to be loaded.
+
+    Raises:
+        DeployError: the target is unknown.
+    """
+    return list(examine(schemes, kv_cache, target, gpu).refusals)
+
+
+def examine(
+    schemes: Mapping[str, Scheme], kv_cache: str, target: str, gpu: GpuGeneration
+) -> Findings:
+    """As `check`, with the conditions of what loads."""
+    known = require_target(target)
+    used = {(part_of(module), scheme.label) for module, scheme in schemes.items()}
+    by_row: dict[Row, list[tuple[str, str]]] = {}
+    for part, form in sorted(used) + [(KV_CACHE, kv_cache)]:
+        by_row.setdefault(find_row(known, gpu, part, form), []).append((part, form))
+    refusals = [_refusal(row, cells) for row, cells in by_row.items() if not row.loads]
+    notes = [row.text for row in by_row if row.loads and row.text]
+    if gpu != "cpu" and not any(_stops_everything(row) for row in by_row):
+        refusals += _fused_refusals(schemes, known)
+        refusals += _mix_refusals(used, known, gpu)
+    return Findings(tuple(refusals), tuple(f"{known}: {note}" for note in notes))
+
+
+def served_schemes(
+    config: ModelConfig, schemes: Mapping[str, Scheme], *, mtp: bool = False
+) -> dict[str, Scheme]:
+    """The schemes of the layers that an engine loads: without the MTP layer's unless `mtp`."""
+    if mtp:
+        return dict(schemes)
+    return {m: s for m, s in schemes.items() if _split(m)[0] < config.num_hidden_layers}
+
+
+def require_target(name: str) -> Target:
+    """The target by name.
+
+    Raises:
+        DeployError: no such target.
+    """
+    for target in TARGETS:
+        if target == name:
+            return target
+    raise DeployError(f"target {name!r} is unknown; use one of {', '.join(TARGETS)}")
+
+
+def part_of(module: str) -> str:
+    """Which part of a recipe a linear belongs to: `routed_experts`, `kv_b_proj`, ..."""
+    _, rest = _split(module)
+    role = rest.rpartition(".")[2]
+    if rest.startswith("self_attn.") and role in _ATTENTION:
+        return role
+    if rest.startswith("mlp.experts."):
+        return "routed_experts"
+    if rest.startswith("mlp.shared_experts."):
+        return "shared_experts"
+    assert rest.startswith("mlp."), f"{module} is no linear of a decoder layer"
+    return "dense_mlp"
+
+
+def find_row(target: Target, gpu: GpuGeneration, part: str, form: str) -> Row:
+    """The first row about this cell; the table is total (a test holds it to that)."""
+    for row in ROWS:
+        if row.target == target and gpu in row.gpus and part in row.parts and form in row.formats:
+            return row
+    raise AssertionError(f"no row about {target} {gpu} {part} {form}")
+
+
+def _split(module: str) -> tuple[int, str]:
+    found = _MODULE.fullmatch(module)
+    assert found, f"{module} is no linear of a decoder layer"
+    return int(found[1]), found[2]
+
+
+def _stops_everything(row: Row) -> bool:
+    """Whether the target does not run there at all, so that details would only be noise."""
+    return not row.loads and KV_CACHE in row.parts and len(row.parts) > 1
+
+
+def _refusal(row: Row, cells: list[tuple[str, str]]) -> Refusal:
+    if _stops_everything(row):
+        part = "anything on this hardware"
+    else:
+        forms = sorted({form for _, form in cells})
+        part = f"{_and(part for part, _ in cells)} as {_and(forms)}"
+    globs = [GLOBS[part] for part, _ in cells if part in GLOBS]
+    rules = _and(f'{{match: "{glob}", {row.instead}}}' for glob in dict.fromkeys(globs))
+    return Refusal(row.target, part, row.text, row.change.format(rules=rules), row.evidence)
+
+
+def _fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[Refusal]:
+    """Linears that the engine stores as one tensor must have one scheme."""
+    units: dict[tuple[int, str], set[str]] = {}
+    for module, scheme in schemes.items():
+        layer, rest = _split(module)
+        if unit := _fused_unit(rest):
+            units.setdefault((layer, unit), set()).add(scheme.label)
+    wrong: dict[str, list[int]] = {}
+    for (layer, unit), labels in units.items():
+        if len(labels) > 1:
+            wrong.setdefault(unit, []).append(layer)
+    for unit, layers in wrong.items():
+        yield Refusal(
+            target,
+            f"{unit} of layer {layers[0]}" + (f" and {len(layers) - 1} more" * (len(layers) > 1)),
+            "it fuses them into one tensor, which has one format",
+            "Give them the same format in the recipe",
+            "read",
+        )
+
+
+def _fused_unit(rest: str) -> str | None:
+    parent, _, role = rest.rpartition(".")
+    if rest.startswith("mlp.experts."):
+        return "all routed experts"
+    if role in ("q_a_proj", "kv_a_proj_with_mqa"):
+        return "q_a_proj with kv_a_proj_with_mqa"
+    if role in ("gate_proj", "up_proj"):
+        return f"{parent}: gate_proj with up_proj"
+    return None
+
+
+def _mix_refusals(
+    used: set[tuple[str, str]], target: Target, gpu: GpuGeneration
+) -> Iterator[Refusal]:
+    """Whether the formats of this model may stand side by side (BF16 always may)."""
+    quantized = {(part, form) for part, form in used if form != "bf16"}
+    mixes = [mix for mix in MIXES if mix.target == target]
+    if not mixes or not quantized:
+        return
+    if any(gpu in mix.gpus and quantized <= mix.cells for mix in mixes):
+        return
+    yield Refusal(
+        target,
+        f"{_and(sorted({form for _, form in quantized}))} in one model",
+        "it takes one layout for the whole model: "
+        + _and((mix.name for mix in mixes if gpu in mix.gpus), "or"),
+        "Make the recipe one of these, or use --target vllm",
+        "read",
+    )
+
+
+def _and(words: Iterable[str], last: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`; repeated words once."""
+    found = list(dict.fromkeys(words))
+    if len(found) < 2:
+        return "".join(found)
+    return f"{', '.join(found[:-1])} {last} {found[-1]}"

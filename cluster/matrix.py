@@ -1,0 +1,207 @@
+"""The deployability matrix: rows of facts about what each engine loads. Data, no logic.
+
+For a target, GPU generation, part and format the first matching row counts. `loads` rows may carry
+a note, a condition that the planner prints; the others carry the reason and what to change, where
+`{rules}` stands for recipe rules made of the parts' globs and `instead`.
+
+Versions: TensorRT-LLM 1.2.x (PyTorch backend), vLLM and SGLang as of autumn 2026. Nothing here was
+run on a GPU by us. `evidence` says how well a row is known:
+
+    read      in the loader's own source
+    reported  in the project's documentation, issue or pull request
+    inferred  follows from what was read, not stated anywhere
+    unverified  a cautious guess; `build` for that target must settle it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from cluster.hardware import GpuGeneration
+
+Target = Literal["trtllm", "vllm", "sglang", "embedded"]
+TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang", "embedded")
+Evidence = Literal["read", "reported", "inferred", "unverified"]
+
+KV_CACHE = "kv_cache"
+#: Part -> the glob that a recipe rule uses for it.
+GLOBS = {
+    "routed_experts": "*.mlp.experts.*",
+    "shared_experts": "*.shared_experts.*",
+    "dense_mlp": "*.mlp.[gud]*_proj",
+    "q_a_proj": "*.q_a_proj",
+    "kv_a_proj_with_mqa": "*.kv_a_proj_with_mqa",
+    "q_b_proj": "*.q_b_proj",
+    "kv_b_proj": "*.kv_b_proj",
+    "o_proj": "*.o_proj",
+}
+PARTS = frozenset(GLOBS)
+ROUTED = frozenset({"routed_experts"})
+#: What TensorRT-LLM's MLA code reads by itself, past its generic linear loader.
+MLA = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
+GENERIC = PARTS - ROUTED - MLA
+KV_B = frozenset({"kv_b_proj"})
+KV = frozenset({KV_CACHE})
+
+BF16 = frozenset({"bf16"})
+FP8 = frozenset({"fp8-block"})
+W8A8 = frozenset({"int8-a8"})
+W8A16 = frozenset({"int8"})
+INT4 = frozenset({"int4-g32", "int4-g64", "int4-g128"})
+INT4_ASYM = frozenset({"int4-asym-g32", "int4-asym-g64", "int4-asym-g128"})
+G128 = frozenset({"int4-g128"})
+FORMATS = BF16 | FP8 | W8A8 | W8A16 | INT4 | INT4_ASYM
+KV_FORMATS = frozenset({"bf16", "fp8", "int8"})
+
+SM80: frozenset[GpuGeneration] = frozenset({"sm80"})
+SM90: frozenset[GpuGeneration] = frozenset({"sm90"})
+CPU: frozenset[GpuGeneration] = frozenset({"cpu"})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`text` is the reason of a refusal, or the note of a condition ("" for none)."""
+
+    target: Target
+    gpus: frozenset[GpuGeneration]
+    parts: frozenset[str]
+    formats: frozenset[str]
+    loads: bool
+    source: str
+    evidence: Evidence
+    text: str = ""
+    change: str = ""
+    instead: str = "weights: source"
+
+
+_TRT_LINEAR = "TensorRT-LLM _torch/modules/linear.py get_quant_method"
+_TRT_MOE = "TensorRT-LLM fused_moe_cutlass.py _get_quant_method"
+_TRT_MODEL = "TensorRT-LLM modeling_deepseekv3.py"
+_TRT_README = "TensorRT-LLM examples/models/core/deepseek_v3/README.md"
+_VLLM_CT = "vLLM compressed_tensors.py _get_scheme_from_parts"
+_VLLM_MOE = "vLLM compressed_tensors_moe.py get_moe_method"
+_SGL_CT = "SGLang compressed_tensors.py get_moe_scheme"
+_SYMMETRIC = "weights: int4, group_size: 128"
+_ADD = "Add to the recipe {rules}"
+_KV_INSTEAD = "Set kv_cache to fp8 or bf16 in the recipe"
+
+_TRTLLM = (
+    Row("trtllm", CPU, PARTS | KV, FORMATS | KV_FORMATS, False, _TRT_README, "reported",
+        "TensorRT-LLM runs on NVIDIA GPUs only", "Use --target embedded on a CPU"),
+    Row("trtllm", SM80, PARTS | KV, FORMATS | KV_FORMATS, False, _TRT_README, "reported",
+        "TensorRT-LLM does not support DeepSeek-V3 on Ampere",
+        "Use Hopper GPUs or --target vllm"),
+    Row("trtllm", SM90, PARTS, BF16 | FP8, True, _TRT_LINEAR, "read"),
+    Row("trtllm", SM90, PARTS, W8A8, False, _TRT_LINEAR, "read",
+        "TensorRT-LLM 1.2 has no INT8 W8A8 kernels on Hopper",
+        "Use --target vllm or sglang, or the recipe int4"),
+    Row("trtllm", SM90, MLA, W8A16 | INT4 | INT4_ASYM, False, _TRT_MODEL, "inferred",
+        "its MLA loader reads these projections only as BF16 or FP8 blocks", _ADD),
+    Row("trtllm", SM90, ROUTED, W8A16, True, _TRT_MOE, "read"),
+    Row("trtllm", SM90, GENERIC, W8A16, True, _TRT_LINEAR, "inferred",
+        "INT8 weight-only outside the experts is not tested with DeepSeek; smoke-test the wheel"),
+    Row("trtllm", SM90, ROUTED, G128, True, _TRT_MOE, "read",
+        "INT4 experts run as W4AFP8, so their activations become FP8; beside other formats this "
+        "needs MIXED_PRECISION, which must be smoke-tested on the exact 1.2.x wheel"),
+    Row("trtllm", SM90, ROUTED, INT4 | INT4_ASYM, False, _TRT_MOE, "read",
+        "its INT4 experts (W4AFP8) are symmetric with groups of 128 only", _ADD, _SYMMETRIC),
+    Row("trtllm", SM90, GENERIC, G128, True, _TRT_LINEAR, "inferred",
+        "INT4 outside the experts (W4A16_AWQ) is not tested with DeepSeek; smoke-test the wheel"),
+    Row("trtllm", SM90, GENERIC, INT4_ASYM, False, _TRT_LINEAR, "read",
+        "its INT4 kernels take no zero points", _ADD),
+    Row("trtllm", SM90, GENERIC, INT4, False, _TRT_LINEAR, "unverified",
+        "only groups of 128 are known to load there", _ADD, _SYMMETRIC),
+    Row("trtllm", SM90, KV, frozenset({"bf16"}), True, _TRT_README, "reported"),
+    Row("trtllm", SM90, KV, frozenset({"fp8"}), True, _TRT_MODEL, "read",
+        "the FP8 KV cache uses the constant scale 1; calibrated KV scales are ignored"),
+    Row("trtllm", SM90, KV, frozenset({"int8"}), False, "TensorRT-LLM llm_args.py KvCacheConfig",
+        "read", "its KV cache is auto, fp8 or nvfp4", _KV_INSTEAD),
+)  # fmt: skip
+
+_VLLM = (
+    Row("vllm", CPU, PARTS | KV, FORMATS | KV_FORMATS, False, _VLLM_CT, "unverified",
+        "its CPU backend is not a target of ours", "Use --target embedded on a CPU"),
+    Row("vllm", SM80 | SM90, PARTS, BF16, True, _VLLM_CT, "read"),
+    Row("vllm", SM90, PARTS, FP8, True, _VLLM_MOE, "read"),
+    Row("vllm", SM80, PARTS, FP8, True, "vLLM pull request 18026, issue 40851", "reported",
+        "without FP8 tensor cores FP8 weights run weight-only through Marlin"),
+    Row("vllm", SM80 | SM90, PARTS, W8A8, True, _VLLM_MOE, "read"),
+    Row("vllm", SM80 | SM90, PARTS, W8A16 | INT4, True, _VLLM_MOE, "read"),
+    Row("vllm", SM80 | SM90, ROUTED, INT4_ASYM, False,
+        "vLLM compressed_tensors_moe_wna16_marlin.py", "read",
+        "its INT4 experts are symmetric only", _ADD, _SYMMETRIC),
+    Row("vllm", SM80 | SM90, PARTS, INT4_ASYM, True, _VLLM_CT, "read"),
+    Row("vllm", SM80 | SM90, KV, frozenset({"bf16"}), True, _VLLM_CT, "read"),
+    Row("vllm", SM90, KV, frozenset({"fp8"}), True, "vLLM FlashMLA backend", "reported"),
+    Row("vllm", SM80, KV, frozenset({"fp8"}), False, "vLLM issue 52202", "reported",
+        "it rejects an FP8 MLA cache below SM89", "Set kv_cache to bf16 in the recipe"),
+    Row("vllm", SM80 | SM90, KV, frozenset({"int8"}), False, "vLLM issue 33480", "reported",
+        "it has no INT8 KV cache for MLA", _KV_INSTEAD),
+)  # fmt: skip
+
+_SGLANG = (
+    Row("sglang", CPU, PARTS | KV, FORMATS | KV_FORMATS, False, _SGL_CT, "unverified",
+        "its CPU backend is not a target of ours", "Use --target embedded on a CPU"),
+    Row("sglang", SM80 | SM90, PARTS, BF16, True, _SGL_CT, "read"),
+    Row("sglang", SM90, PARTS, FP8, True, "SGLang fp8.py", "reported"),
+    Row("sglang", SM80, PARTS, FP8, False, "SGLang issue 12887", "reported",
+        "its FP8 block kernels do not compile for Ampere",
+        "Use the recipe int8, or --target vllm"),
+    Row("sglang", SM80 | SM90, PARTS, W8A8, True, "SGLang w8a8_int8.py, pull request 3888", "read"),
+    Row("sglang", SM80 | SM90, KV_B, W8A16 | INT4 | INT4_ASYM, False, "SGLang deepseek_v2.py",
+        "unverified", "its absorbed MLA reads the unpacked weight of kv_b_proj", _ADD,
+        "weights: bf16"),
+    Row("sglang", SM80 | SM90, ROUTED, INT4_ASYM, False,
+        "SGLang compressed_tensors_wNa16_moe.py", "read",
+        "its INT4 experts are symmetric only", _ADD, _SYMMETRIC),
+    Row("sglang", SM80 | SM90, PARTS, W8A16 | INT4 | INT4_ASYM, True, _SGL_CT, "read"),
+    Row("sglang", SM80 | SM90, KV, frozenset({"bf16"}), True, _SGL_CT, "read"),
+    Row("sglang", SM90, KV, frozenset({"fp8"}), True, "SGLang docs, attention backends",
+        "reported", "an FP8 MLA cache on Hopper needs --attention-backend flashmla"),
+    Row("sglang", SM80, KV, frozenset({"fp8"}), False, "SGLang docs, attention backends",
+        "reported", "its Triton MLA backend for Ampere has no FP8 cache",
+        "Set kv_cache to bf16 in the recipe"),
+    Row("sglang", SM80 | SM90, KV, frozenset({"int8"}), False, "SGLang docs, quantized KV cache",
+        "reported", "its KV cache is bf16, fp8 or fp4", _KV_INSTEAD),
+)  # fmt: skip
+
+_EMBEDDED = (
+    Row("embedded", SM80 | SM90, PARTS | KV, FORMATS | KV_FORMATS, False,
+        "deepseek/engine/linear.py", "read", "the embedded engine runs on the CPU so far",
+        "Use --target trtllm, vllm or sglang, or --hardware cpu"),
+    Row("embedded", CPU, PARTS, FORMATS, True, "deepseek/engine/linear.py", "read"),
+    Row("embedded", CPU, KV, frozenset({"bf16", "int8"}), True, "deepseek/engine/kv_cache.py",
+        "read"),
+    Row("embedded", CPU, KV, frozenset({"fp8"}), False, "deepseek/engine/kv_cache.py", "read",
+        "the embedded engine has no FP8 KV cache", "Set kv_cache to bf16 or int8 in the recipe"),
+)  # fmt: skip
+
+ROWS: tuple[Row, ...] = (*_TRTLLM, *_VLLM, *_SGLANG, *_EMBEDDED)
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Cells (part, format) that one model may combine, BF16 aside. A target without any mixes
+    freely: per linear or, where it fuses linears, per fused unit."""
+
+    target: Target
+    name: str
+    gpus: frozenset[GpuGeneration]
+    cells: frozenset[tuple[str, str]]
+
+
+def _cells(parts: frozenset[str], formats: frozenset[str]) -> frozenset[tuple[str, str]]:
+    return frozenset(product(parts, formats))
+
+
+#: SGLang picks one quantization method per model and reads one global compressed-tensors format.
+MIXES: tuple[Mix, ...] = (
+    Mix("sglang", "FP8 blocks (fp8)", SM90, _cells(PARTS, FP8)),
+    Mix("sglang", "W8A8 INT8 (w8a8_int8)", SM80 | SM90, _cells(PARTS, W8A8)),
+    Mix("sglang", "INT4 g128 experts on FP8 blocks (w4afp8)", SM90,
+        _cells(PARTS - ROUTED, FP8) | _cells(ROUTED, G128)),
+    Mix("sglang", "weight-only INT (pack-quantized)", SM80 | SM90,
+        _cells(PARTS, W8A16 | INT4 | INT4_ASYM)),
+)  # fmt: skip

@@ -1,0 +1,283 @@
+"""Bytes of a served model by group, on one GPU and in all; arithmetic on shapes, no tensors.
+
+On GPUs a weight takes what the quantized checkpoint stores (`deepseek.formats.stored_shapes`);
+tensor parallelism splits or replicates it as the inventory says. The embedded engine has its own
+layout and its own rule (`deepseek.engine.packed_layout`), so that planned and allocated bytes are
+the same number there. MLA's latent cache has one head: tensor parallelism *replicates* it, so more
+GPUs hold more KV tokens only through the weights that they no longer hold.
+
+N outputs · K inputs · T tokens of one step · tp GPUs of one replica
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from deepseek.config import ModelConfig
+from deepseek.engine.kv_cache import check_cache_format, token_bytes
+from deepseek.engine.packed_layout import packed_tensors
+from deepseek.formats import stored_shapes
+from deepseek.inventory import Split, TensorSpec, tensors
+from deepseek.recipe import KVFormat, Scheme
+
+#: Lines of the table, in order. Scales and zero points of all groups stand in their own line; those
+#: of the MTP layer are in its line, since both are loaded or left out together.
+GROUPS = (
+    "routed_experts",
+    "shared_experts",
+    "attention",
+    "dense_mlp",
+    "embeddings",
+    "router",
+    "norms",
+    "mtp",
+)
+
+#: FP8 block edge, and the group of the per-token FP8 cache layout (`fp8_ds_mla`).
+_BLOCK = 128
+#: Tokens per KV page: FlashMLA's on GPUs, the engine's default on the CPU.
+GPU_PAGE_TOKENS = 64
+CPU_PAGE_TOKENS = 16
+#: Prefill budget of one step and most sequences per step that the workspace is sized for.
+GPU_STEP_TOKENS, GPU_MAX_BATCH = 8192, 256
+CPU_STEP_TOKENS, CPU_MAX_BATCH = 512, 16
+#: Routed tokens on the busiest GPU against the mean (expert parallelism is never even).
+_EXPERT_IMBALANCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBytes:
+    """Weight bytes of one group: codes and high-precision values, and apart from them the scales
+    and zero points; in the whole model and on the fullest GPU."""
+
+    values: int = 0
+    values_per_gpu: int = 0
+    scales: int = 0
+    scales_per_gpu: int = 0
+
+    def __add__(self, other: GroupBytes) -> GroupBytes:
+        return GroupBytes(
+            self.values + other.values,
+            self.values_per_gpu + other.values_per_gpu,
+            self.scales + other.scales,
+            self.scales_per_gpu + other.scales_per_gpu,
+        )
+
+    def times(self, count: int) -> GroupBytes:
+        return GroupBytes(
+            self.values * count,
+            self.values_per_gpu * count,
+            self.scales * count,
+            self.scales_per_gpu * count,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What one replica takes. `groups` leaves `mtp` out of the sums unless it is loaded."""
+
+    groups: Mapping[str, GroupBytes]
+    mtp_loaded: bool
+    workspace_per_gpu: int
+    kv_bytes_per_token: int
+    page_tokens: int
+    #: Pages beyond those for tokens (the embedded engine's zero page).
+    spare_pages: int = 0
+
+    def _loaded(self) -> Iterable[GroupBytes]:
+        return (g for name, g in self.groups.items() if name != "mtp" or self.mtp_loaded)
+
+    @property
+    def weights(self) -> int:
+        """Loaded weight bytes of the whole model, replicas of split tensors counted once."""
+        return sum(group.values + group.scales for group in self._loaded())
+
+    @property
+    def weights_per_gpu(self) -> int:
+        """Loaded weight bytes on the fullest GPU, replicated tensors included."""
+        return sum(group.values_per_gpu + group.scales_per_gpu for group in self._loaded())
+
+    def kv_tokens(self, usable_bytes: int) -> int:
+        """Tokens whose latents fit beside weights and workspace, in whole pages."""
+        free = usable_bytes - self.weights_per_gpu - self.workspace_per_gpu
+        pages = free // (self.kv_bytes_per_token * self.page_tokens) - self.spare_pages
+        return max(0, pages) * self.page_tokens
+
+    def kv_bytes(self, num_tokens: int) -> int:
+        """Bytes per GPU of a cache for this many tokens, rounded up to pages."""
+        pages = -(-num_tokens // self.page_tokens) + self.spare_pages
+        return pages * self.page_tokens * self.kv_bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Tensors that take the same bytes, whatever their names."""
+
+    group: str
+    split: Split
+    shape: tuple[int, ...]
+    scheme: Scheme | None
+    itemsize: int
+
+
+class Tally:
+    """The tensors of one model under one recipe, counted by kind: 46,000 names become a dozen kinds
+    for DeepSeek-V3, so that every number of GPUs can be tried at no cost."""
+
+    def __init__(self, config: ModelConfig, schemes: Mapping[str, Scheme]) -> None:
+        self.config = config
+        self.schemes = schemes
+        self._kinds = Counter(
+            _kind(spec, schemes) for spec in tensors(config) if not _is_shared_with_main(spec)
+        )
+
+    def gpu_footprint(self, tp: int, kv_format: KVFormat, *, mtp: bool = False) -> Footprint:
+        """Bytes on `tp` GPUs under tensor parallelism (attention, dense MLP, shared expert,
+        vocabulary) and expert parallelism (whole routed experts per GPU)."""
+        groups = dict.fromkeys(GROUPS, GroupBytes())
+        for kind, count in self._kinds.items():
+            groups[kind.group] += _bytes_of(kind, tp, self.config.n_routed_experts).times(count)
+        layers = self.config.num_hidden_layers
+        layers += self.config.num_nextn_predict_layers if mtp else 0
+        return Footprint(
+            groups=groups,
+            mtp_loaded=mtp,
+            workspace_per_gpu=_workspace(self.config, tp, 2, GPU_STEP_TOKENS, GPU_MAX_BATCH)
+            + _absorbed_copies(self.config, tp),
+            kv_bytes_per_token=kv_bytes_per_token_and_layer(self.config, kv_format) * layers,
+            page_tokens=GPU_PAGE_TOKENS,
+        )
+
+    def embedded_footprint(self, kv_format: KVFormat) -> Footprint:
+        """Bytes of the embedded engine on the CPU: FP32 compute, the kernels' own layouts."""
+        groups = dict.fromkeys(GROUPS, GroupBytes())
+        for name, tensor in packed_tensors(self.config, self.schemes).items():
+            size = tensor.num_bytes
+            is_scale = name.rpartition(".")[2] in ("scale", "scale_zero")
+            groups[tensor.group] += (
+                GroupBytes(0, 0, size, size) if is_scale else GroupBytes(size, size)
+            )
+        return Footprint(
+            groups=groups,
+            mtp_loaded=False,
+            workspace_per_gpu=_workspace(self.config, 1, 4, CPU_STEP_TOKENS, CPU_MAX_BATCH),
+            kv_bytes_per_token=token_bytes(self.config, check_cache_format(kv_format)),
+            page_tokens=CPU_PAGE_TOKENS,
+            spare_pages=1,
+        )
+
+
+def kv_bytes_per_token_and_layer(config: ModelConfig, kv_format: KVFormat) -> int:
+    """Bytes of one cached token in one layer: latent (R values) and rotary key (r values).
+
+    bf16 2(R + r) · fp8 R + one f32 scale per 128 + 2r (`fp8_ds_mla`; TensorRT-LLM's own FP8 cache
+    is R + r, 12 % less, because its scale is the constant 1) · int8 R + one f32 scale + 2r.
+    DeepSeek-V3: 1152, 656, 644.
+    """
+    latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    match kv_format:
+        case "bf16":
+            return 2 * (latent + rope)
+        case "fp8":
+            return latent + 4 * math.ceil(latent / _BLOCK) + 2 * rope
+        case "int8":
+            return latent + 4 + 2 * rope
+
+
+def _kind(spec: TensorSpec, schemes: Mapping[str, Scheme]) -> _Kind:
+    scheme = schemes[spec.module] if spec.kind == "linear" else None
+    return _Kind(spec.group, spec.split, spec.shape, scheme, 4 if spec.kind == "float32" else 2)
+
+
+def _is_shared_with_main(spec: TensorSpec) -> bool:
+    """The MTP layer's copies of embedding and head: engines use the main model's."""
+    return spec.group == "mtp" and spec.name.endswith(
+        (".embed_tokens.weight", ".shared_head.head.weight")
+    )
+
+
+@lru_cache(maxsize=4096)
+def _bytes_of(kind: _Kind, tp: int, num_experts: int) -> GroupBytes:
+    """One tensor's bytes in all and on the fullest of `tp` GPUs."""
+    if kind.scheme is None:
+        values, scales = math.prod(kind.shape) * kind.itemsize, 0
+    else:
+        values, scales = _stored(kind.scheme, kind.shape)
+    match kind.split:
+        case "replicated":
+            return GroupBytes(values, values, scales, scales)
+        case "expert":
+            # Whole experts; summed over a layer's experts this is the fullest GPU's share.
+            fullest = math.ceil(num_experts / tp)
+            share = [math.ceil(size * fullest / num_experts) for size in (values, scales)]
+            return GroupBytes(values, share[0], scales, share[1])
+        case "column":
+            ways = _ways(kind.shape[0], _granule(kind.scheme, "column"), tp)
+            return GroupBytes(values, -(-values // ways), scales, -(-scales // ways))
+        case "row":
+            ways = _ways(kind.shape[1], _granule(kind.scheme, "row"), tp)
+            # A scale per output channel is needed whole wherever a slice of the inputs lies.
+            split_scales = kind.scheme is not None and kind.scheme.weights != "int8"
+            scales_per_gpu = -(-scales // ways) if split_scales else scales
+            return GroupBytes(values, -(-values // ways), scales, scales_per_gpu)
+
+
+def _stored(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(bytes of the codes, bytes of scales, zero points and the stored shape)."""
+    values = scales = 0
+    for suffix, (size, dtype) in stored_shapes(scheme, shape[0], shape[1]).items():
+        num_bytes = math.prod(size) * dtype.itemsize
+        if suffix in ("weight", "weight_packed"):
+            values += num_bytes
+        else:
+            scales += num_bytes
+    return values, scales
+
+
+def _granule(scheme: Scheme | None, split: Split) -> int:
+    """The smallest piece of outputs (column) or inputs (row) that a GPU can take."""
+    if scheme is None:
+        return 1
+    if scheme.weights == "fp8-block":
+        return _BLOCK
+    return (scheme.group_size or 1) if split == "row" else 1
+
+
+def _ways(size: int, granule: int, tp: int) -> int:
+    """Over how many of `tp` GPUs a dimension spreads without cutting a block or group; the rest
+    hold copies, as TensorRT-LLM does with the shared expert (facts: gcd(inter / group, tp))."""
+    return math.gcd(size // granule, tp) if size % granule == 0 else 1
+
+
+def _workspace(config: ModelConfig, tp: int, itemsize: int, tokens: int, max_batch: int) -> int:
+    """Activations of one step at the peak, on one GPU.
+
+    3 T D for the residual stream, its norm and a layer's output, plus the largest of
+      attention   T (q_rank + latent + H/tp (2 qk + 2 v))
+      routed      2 T k/tp (2 D + 3 I), twice the mean for imbalance
+      dense       T 3 F/tp
+    each times the item size, plus FP32 logits of `max_batch` sequences over the whole vocabulary.
+    """
+    heads = math.ceil(config.num_attention_heads / tp)
+    attention = (
+        config.q_lora_rank
+        + config.latent_dim
+        + heads * (2 * config.qk_head_dim + 2 * config.v_head_dim)
+    )
+    routed_share = min(1.0, _EXPERT_IMBALANCE / tp) * config.num_experts_per_tok
+    routed = routed_share * (2 * config.hidden_size + 3 * config.moe_intermediate_size)
+    dense = 3 * math.ceil(config.intermediate_size / tp)
+    per_token = 3 * config.hidden_size + max(attention, math.ceil(routed), dense)
+    return tokens * per_token * itemsize + max_batch * config.vocab_size * 4
+
+
+def _absorbed_copies(config: ModelConfig, tp: int) -> int:
+    """kv_b_proj once more, in BF16 by head: TensorRT-LLM, vLLM and SGLang all keep W_UK and W_UV
+    beside the projection for decoding on the latents."""
+    heads = math.ceil(config.num_attention_heads / tp)
+    width = config.qk_nope_head_dim + config.v_head_dim
+    return 2 * config.num_hidden_layers * heads * width * config.kv_lora_rank

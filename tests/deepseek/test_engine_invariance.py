@@ -1,0 +1,108 @@
+"""A token's result does not depend on its company: alone, batched, chunked, preempted, threaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.engines import make_engine, request, run, tokens
+
+from deepseek.engine.detokenizer import load_tokenizer
+from deepseek.engine.engine import EngineOptions, LLMEngine
+
+RECIPES = [None, "int8", "int8-weight-only", "int4", "int4-all", "int4-asym"]
+
+
+@pytest.fixture
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def open_engine(tiny_model: Path, recipe: str | None, base: Path, **options) -> LLMEngine:
+    given = EngineOptions(**options)
+    if recipe is None:
+        return LLMEngine.from_checkpoint(tiny_model, given)
+    return LLMEngine.load(make_engine(tiny_model, recipe, base), given)
+
+
+def some_text(tiny_model: Path, count: int) -> list[int]:
+    text = (tiny_model / "heldout.txt").read_text(encoding="utf-8")
+    return load_tokenizer(tiny_model).encode(text[: 8 * count]).ids[:count]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_logits_have_the_same_bits_in_chunks_of_any_size(
+    recipe: str | None, tiny_model: Path, base: Path
+) -> None:
+    ids = torch.tensor(some_text(tiny_model, 300))  # two attention blocks
+    whole = open_engine(tiny_model, recipe, base, kv_cache="int8", max_batched_tokens=512)
+    logits = whole.score(ids)
+    for size in (1, 7, 64) if recipe is None else (7,):
+        chunked = open_engine(
+            tiny_model, recipe, base, kv_cache="int8", max_batched_tokens=size, max_batch_size=1
+        )
+        assert torch.equal(chunked.score(ids), logits), f"{recipe=} chunks of {size}"
+
+
+def test_logits_have_the_same_bits_on_two_threads_whatever_the_chunks(
+    tiny_model: Path, two_threads: None
+) -> None:
+    ids = torch.tensor(some_text(tiny_model, 150))
+    logits = [
+        LLMEngine.from_checkpoint(
+            tiny_model, EngineOptions(max_batched_tokens=size, max_batch_size=1)
+        ).score(ids)
+        for size in (150, 13)
+    ]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("recipe", [None, "int8", "int4-asym"])
+def test_greedy_tokens_are_the_same_alone_batched_chunked_and_preempted(
+    recipe: str | None, tiny_model: Path, base: Path
+) -> None:
+    ids = some_text(tiny_model, 400)
+    lengths = [3, 250, 31, 64, 17, 120]
+    requests = [
+        request(str(i), ids[10 * i : 10 * i + length], max_tokens=20)
+        for i, length in enumerate(lengths)
+    ]
+    alone = {}
+    engine = open_engine(tiny_model, recipe, base)
+    for item in requests:
+        alone[item.request_id] = tokens(run(engine, [item])[item.request_id])
+
+    batched = run(engine, requests)
+    chunked_engine = open_engine(tiny_model, recipe, base, max_batched_tokens=11, max_batch_size=4)
+    chunked = run(chunked_engine, requests)
+    # 19 pages: the 250-token prompt fills 16, so the others keep losing theirs.
+    small = open_engine(tiny_model, recipe, base, max_kv_tokens=19 * 16, max_batched_tokens=64)
+    preempted = run(small, requests)
+
+    assert engine.num_preemptions == chunked_engine.num_preemptions == 0
+    assert small.num_preemptions > 0
+    for name, outputs in (("batched", batched), ("chunked", chunked), ("preempted", preempted)):
+        got = {request_id: tokens(each) for request_id, each in outputs.items()}
+        assert got == alone, f"{recipe=} {name}"
+
+
+def test_without_batch_invariance_logits_differ_by_rounding_only(tiny_model: Path) -> None:
+    ids = torch.tensor(some_text(tiny_model, 100))
+    strict = LLMEngine.from_checkpoint(tiny_model, EngineOptions(kv_cache="fp32"))
+    loose = LLMEngine.from_checkpoint(
+        tiny_model,
+        EngineOptions(
+            kv_cache="fp32", batch_invariant=False, max_batched_tokens=1, max_batch_size=1
+        ),
+    )
+    torch.testing.assert_close(loose.score(ids), strict.score(ids), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,165 @@
+"""Each linear's solution: modelopt's amax, our codes, an honest error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek.checkpoint import SourceTensor
+from deepseek.errors import CheckpointError
+from deepseek.formats import decompress, quantize_fp8_block, quantize_int4
+from deepseek.inventory import TensorSpec
+from deepseek.recipe import Scheme
+from quant_jobs.calibrate import InputStatistics, observe
+from quant_jobs.ledger import Ledger
+from quant_jobs.smoothquant import Smoothing
+from quant_jobs.solve import AMAX, SolvedLinear, modelopt_quantizer, solve_linear
+
+INT8 = Scheme(weights="int8")
+W8A8 = Scheme(weights="int8", activations="int8")
+INT4 = Scheme(weights="int4", group_size=128)
+INT4_ASYM = Scheme(weights="int4-asym", group_size=64)
+NAME = "model.layers.1.mlp.experts.3.up_proj"
+
+
+def a_source(rows: int = 96, columns: int = 256) -> SourceTensor:
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(rows, columns, generator=generator) * columns**-0.5
+    spec = TensorSpec(f"{NAME}.weight", (rows, columns), "routed_experts", "linear", "expert", 1, 3)
+    return SourceTensor(spec, *quantize_fp8_block(weight))
+
+
+def a_statistic(columns: int = 256) -> InputStatistics:
+    x = torch.randn(64, columns, generator=torch.Generator().manual_seed(7))
+    x[:, ::31] *= 20
+    return observe(x, 64)
+
+
+def solve(
+    scheme: Scheme,
+    source: SourceTensor | None = None,
+    seen: InputStatistics | None = None,
+    smoothing: Smoothing | None = None,
+    ledger: Ledger | None = None,
+) -> SolvedLinear:
+    source = source or a_source()
+    return solve_linear(
+        source, source.dequantize(), scheme, seen, smoothing or Smoothing(), ledger or Ledger()
+    )
+
+
+def restore(solved: SolvedLinear, scheme: Scheme, rows: int = 96, columns: int = 256) -> Tensor:
+    stored = {name.removeprefix(f"{NAME}."): value for name, value in solved.tensors.items()}
+    return decompress(stored, scheme, (rows, columns))
+
+
+def assert_same_but_for_ties(found: Tensor, wanted: Tensor, weight: Tensor, step: Tensor) -> None:
+    """modelopt computes w * (127 / amax), we compute w / scale: a value half way between two codes
+    may fall either way (FP8 weights have many), anything else may not."""
+    steps = weight / step
+    tie = (steps - steps.floor() - 0.5).abs() < 1e-4
+    assert torch.allclose(found[~tie], wanted[~tie], rtol=1e-6, atol=0)
+    assert ((found - wanted).abs() <= 1.001 * step).all()
+    assert tie.float().mean() < 0.1
+
+
+def test_the_amax_of_rows_and_groups_is_modelopts() -> None:
+    weight = a_source().dequantize()
+    by_group = AMAX["int4"](weight, INT4)
+    by_row = AMAX["int8"](weight, INT8)
+    assert by_row is not None
+    assert by_group is not None
+    assert torch.equal(by_row, weight.abs().amax(dim=1, keepdim=True))
+    assert torch.equal(by_group, weight.view(96, 2, 128).abs().amax(dim=2))
+
+
+def test_published_int8_weights_are_modelopts_fake_quantization() -> None:
+    weight = a_source().dequantize()
+    theirs = modelopt_quantizer(num_bits=8, axis=0)
+    theirs.amax = weight.abs().amax(dim=1, keepdim=True)
+    wanted, found = theirs(weight), restore(solve(INT8), INT8)
+    assert_same_but_for_ties(found, wanted, weight, theirs.amax / 127)
+
+
+def test_published_int4_weights_are_modelopts_with_the_stored_bf16_scale() -> None:
+    weight = a_source().dequantize()
+    found = restore(solve(INT4), INT4)
+    _, scale, _ = quantize_int4(weight, 128)
+    theirs = modelopt_quantizer(num_bits=4, block_sizes={-1: 128})
+    theirs.amax = (
+        scale.float().view(-1, 1) * 7
+    )
+    step = scale.float().repeat_interleave(128, dim=1)
+    assert_same_but_for_ties(found, theirs(weight), weight, step)
+    theirs.amax = weight.view(-1, 128).abs().amax(dim=1, keepdim=True)
+    assert (found - weight).norm() < 1.01 * (theirs(weight) - weight).norm()
+
+
+@pytest.mark.parametrize("scheme", [INT8, W8A8, INT4, INT4_ASYM], ids=lambda s: s.label)
+def test_the_recorded_error_is_that_of_the_restored_weight(scheme: Scheme) -> None:
+    seen, source = a_statistic(), a_source()
+    solved = solve(scheme, source, seen)
+    restored, x = restore(solved, scheme), seen.sample
+    if scheme.activations == "int8":
+        step = x.abs().amax(dim=1, keepdim=True) / 127
+        x = (x / step).round() * step
+    wanted = seen.sample @ source.dequantize().T
+    expected = float((x @ restored.T - wanted).norm() / wanted.norm())
+    assert solved.error == pytest.approx(expected, rel=1e-4)
+    low, high = {"int8": (0.002, 0.03), "int4": (0.05, 0.2), "int4-asym": (0.03, 0.2)}[
+        scheme.weights
+    ]
+    assert low < expected < high, (scheme.label, expected)
+
+
+def test_an_unseen_expert_gets_the_error_of_its_weight() -> None:
+    source = a_source()
+    solved, weight = solve(INT4, source), source.dequantize()
+    expected = float((restore(solved, INT4) - weight).norm() / weight.norm())
+    assert solved.error == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_error_of_a_smoothed_linear_is_measured_in_the_original_units() -> None:
+    seen, source = a_statistic(), a_source()
+    plain = solve(W8A8, source, seen)
+    name = f"{NAME}.weight"
+    columns = torch.where(torch.arange(256) % 31 == 0, 16.0, 1.0)
+    rows = torch.where(torch.arange(96) % 2 == 0, 8.0, 0.5)
+    smoothed = solve(W8A8, source, seen, Smoothing({name: columns}, {name: rows}))
+    restored = restore(smoothed, W8A8) * rows[:, None] / columns
+    weight = source.dequantize()
+    assert (restored - weight).norm() < 0.1 * weight.norm()
+    assert plain.error is not None
+    assert smoothed.error is not None
+    assert smoothed.error < 0.9 * plain.error  # outlier channels set the tokens' scales no more
+    unseen = solve(W8A8, source, None, Smoothing({name: columns}, {name: rows}))
+    assert unseen.error == pytest.approx(
+        float((restored - weight).norm() / weight.norm()), rel=1e-5
+    )
+
+
+def test_fp8_blocks_are_carried_bit_for_bit_without_an_error() -> None:
+    source = a_source()
+    solved = solve(Scheme(weights="fp8-block"), source, a_statistic())
+    assert solved.error is None
+    assert solved.tensors[f"{NAME}.weight"] is source.data
+    assert solved.tensors[f"{NAME}.weight_scale"] is source.scale_inv
+
+
+def test_rows_and_groups_of_zeros_are_counted() -> None:
+    source, ledger = a_source(), Ledger()
+    source.data.view(torch.uint8)[4] = 0
+    source.data.view(torch.uint8)[9, :128] = 0
+    assert solve(INT8, source, ledger=ledger).error is not None
+    solve(INT4, source, ledger=ledger)
+    counted = [(e.kind, e.layer, e.module, e.count) for e in ledger.entries()]
+    assert counted == [("zero_scale", 1, NAME, 1), ("zero_scale", 1, NAME, 3)]
+
+
+def test_a_weight_with_nan_is_refused_by_name() -> None:
+    source = a_source()
+    source.data.view(torch.uint8)[0, 0] = 0x7F  # e4m3's NaN
+    for scheme in (INT4_ASYM, INT4, INT8):
+        with pytest.raises(CheckpointError, match=f"tensor {NAME}.weight holds NaN"):
+            solve(scheme, source)

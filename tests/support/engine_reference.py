@@ -1,0 +1,95 @@
+"""transformers' DeepseekV3ForCausalLM with the same weights as an engine: the slow reference.
+
+Weights come from the source checkpoint, dequantized, or from an artifact, decompressed; experts are
+stacked as transformers 5 holds them. Made once per process and source.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from deepseek.artifact import ArtifactReader, pop_linear
+from deepseek.checkpoint import CheckpointReader
+from deepseek.config import ModelConfig
+from deepseek.formats import decompress
+from deepseek.inventory import linears
+
+
+@functools.cache
+def reference_model(directory: Path) -> DeepseekV3ForCausalLM:
+    """FP32, eager attention, weights only rounded where the artifact rounds them."""
+    if (directory / "intserve.json").exists():
+        return _build(directory, *_artifact_weights(ArtifactReader(directory)))
+    return _build(directory, *_source_weights(CheckpointReader(directory)))
+
+
+@torch.no_grad()
+def reference_logits(directory: Path, token_ids: Tensor) -> Tensor:
+    """f32 [T, V] of one text, int64 [T]."""
+    return reference_model(directory)(token_ids[None]).logits[0]
+
+
+@torch.no_grad()
+def reference_greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
+    """Greedy continuation by transformers' own generate, not stopping at the end token."""
+    output = reference_model(directory).generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def _source_weights(reader: CheckpointReader) -> tuple[ModelConfig, dict[str, Tensor]]:
+    found = dict(reader.read_globals())
+    for layer in range(reader.config.num_hidden_layers):
+        found |= reader.read_layer(layer)
+    return reader.config, {name: tensor.dequantize() for name, tensor in found.items()}
+
+
+def _artifact_weights(reader: ArtifactReader) -> tuple[ModelConfig, dict[str, Tensor]]:
+    found = {name: tensor.float() for name, tensor in reader.read_globals().items()}
+    for layer in range(reader.config.num_hidden_layers):
+        stored = reader.read_layer(layer)
+        for spec in linears(reader.config, layer):
+            scheme = reader.schemes[spec.module]
+            tensors = pop_linear(stored, spec.module, scheme)
+            found[spec.name] = decompress(tensors, scheme, (spec.shape[0], spec.shape[1]))
+        found |= {name: tensor.float() for name, tensor in stored.items()}
+    return reader.config, found
+
+
+def _build(
+    directory: Path, config: ModelConfig, weights: Mapping[str, Tensor]
+) -> DeepseekV3ForCausalLM:
+    raw = json.loads((directory / "config.json").read_text())
+    for key in ("quantization_config", "torch_dtype", "num_nextn_predict_layers"):
+        raw.pop(key, None)
+    settings = DeepseekV3Config(**raw)
+    settings._attn_implementation = "eager"
+    settings._experts_implementation = "eager"
+    model = DeepseekV3ForCausalLM(settings).float().eval()
+    state = dict(weights)
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack(
+                [state.pop(f"{prefix}.{e}.{role}.weight") for e in range(config.n_routed_experts)]
+            )
+            for role in ("gate_proj", "up_proj", "down_proj")
+        )
+        state[f"{prefix}.gate_up_proj"] = torch.cat((gate, up), dim=1)
+        state[f"{prefix}.down_proj"] = down
+    model.load_state_dict(state, strict=True)
+    return model

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cluster.hardware import GpuGeneration
-from cluster.matrix import GLOBS, KV_CACHE, MIXES, ROWS, TARGETS, Row, Target
+from cluster.matrix import GLOBS, KV_CACHE, MIXES, PARTS, ROWS, TARGETS, Row, Target
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.recipe import Scheme
@@ -36,7 +36,8 @@ class Refusal:
     evidence: str
 
     def sentence(self) -> str:
-        return f"{self.target} cannot load {self.part}: {self.reason}. {self.change}."
+        doubt = f" ({self.evidence})" if self.evidence in ("inferred", "unverified") else ""
+        return f"{self.target} cannot load {self.part}: {self.reason}{doubt}. {self.change}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +137,9 @@ def _refusal(row: Row, cells: list[tuple[str, str]]) -> Refusal:
     if _stops_everything(row):
         part = "anything on this hardware"
     else:
-        forms = sorted({form for _, form in cells})
-        part = f"{_and(part for part, _ in cells)} as {_and(forms)}"
+        parts = {part for part, _ in cells}
+        which = "every linear" if parts == PARTS else _and(sorted(parts))
+        part = f"{which} as {_and(sorted({form for _, form in cells}))}"
     globs = [GLOBS[part] for part, _ in cells if part in GLOBS]
     rules = _and(f'{{match: "{glob}", {row.instead}}}' for glob in dict.fromkeys(globs))
     return Refusal(row.target, part, row.text, row.change.format(rules=rules), row.evidence)

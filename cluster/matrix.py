@@ -52,6 +52,7 @@ W8A16 = frozenset({"int8"})
 INT4 = frozenset({"int4-g32", "int4-g64", "int4-g128"})
 INT4_ASYM = frozenset({"int4-asym-g32", "int4-asym-g64", "int4-asym-g128"})
 G128 = frozenset({"int4-g128"})
+INT4_OTHER = INT4 - G128
 FORMATS = BF16 | FP8 | W8A8 | W8A16 | INT4 | INT4_ASYM
 KV_FORMATS = frozenset({"bf16", "fp8", "int8"})
 
@@ -105,13 +106,13 @@ _TRTLLM = (
     Row("trtllm", SM90, ROUTED, G128, True, _TRT_MOE, "read",
         "INT4 experts run as W4AFP8, so their activations become FP8; beside other formats this "
         "needs MIXED_PRECISION, which must be smoke-tested on the exact 1.2.x wheel"),
-    Row("trtllm", SM90, ROUTED, INT4 | INT4_ASYM, False, _TRT_MOE, "read",
+    Row("trtllm", SM90, ROUTED, INT4_OTHER | INT4_ASYM, False, _TRT_MOE, "read",
         "its INT4 experts (W4AFP8) are symmetric with groups of 128 only", _ADD, _SYMMETRIC),
     Row("trtllm", SM90, GENERIC, G128, True, _TRT_LINEAR, "inferred",
         "INT4 outside the experts (W4A16_AWQ) is not tested with DeepSeek; smoke-test the wheel"),
     Row("trtllm", SM90, GENERIC, INT4_ASYM, False, _TRT_LINEAR, "read",
         "its INT4 kernels take no zero points", _ADD),
-    Row("trtllm", SM90, GENERIC, INT4, False, _TRT_LINEAR, "unverified",
+    Row("trtllm", SM90, GENERIC, INT4_OTHER, False, _TRT_LINEAR, "unverified",
         "only groups of 128 are known to load there", _ADD, _SYMMETRIC),
     Row("trtllm", SM90, KV, frozenset({"bf16"}), True, _TRT_README, "reported"),
     Row("trtllm", SM90, KV, frozenset({"fp8"}), True, _TRT_MODEL, "read",

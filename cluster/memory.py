@@ -15,10 +15,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from deepseek.config import ModelConfig
-from deepseek.engine.kv_cache import check_cache_format, token_bytes
 from deepseek.engine.packed_layout import packed_tensors
 from deepseek.formats import stored_shapes
 from deepseek.inventory import Split, TensorSpec, tensors
@@ -131,15 +130,23 @@ class Tally:
     def __init__(self, config: ModelConfig, schemes: Mapping[str, Scheme]) -> None:
         self.config = config
         self.schemes = schemes
-        self._kinds = Counter(
-            _kind(spec, schemes) for spec in tensors(config) if not _is_shared_with_main(spec)
-        )
+        # Schemes are shared objects, and hashing 46,000 of them would take half a second.
+        counts: Counter[tuple[object, ...]] = Counter()
+        examples: dict[tuple[object, ...], TensorSpec] = {}
+        for spec in tensors(config):
+            if _is_shared_with_main(spec):
+                continue
+            scheme = schemes.get(spec.module)
+            key = (spec.group, spec.split, spec.shape, spec.kind, id(scheme))
+            counts[key] += 1
+            examples.setdefault(key, spec)
+        self._kinds = [(_kind(examples[key], schemes), count) for key, count in counts.items()]
 
     def gpu_footprint(self, tp: int, kv_format: KVFormat, *, mtp: bool = False) -> Footprint:
         """Bytes on `tp` GPUs under tensor parallelism (attention, dense MLP, shared expert,
         vocabulary) and expert parallelism (whole routed experts per GPU)."""
         groups = dict.fromkeys(GROUPS, GroupBytes())
-        for kind, count in self._kinds.items():
+        for kind, count in self._kinds:
             groups[kind.group] += _bytes_of(kind, tp, self.config.n_routed_experts).times(count)
         layers = self.config.num_hidden_layers
         layers += self.config.num_nextn_predict_layers if mtp else 0
@@ -154,21 +161,25 @@ class Tally:
 
     def embedded_footprint(self, kv_format: KVFormat) -> Footprint:
         """Bytes of the embedded engine on the CPU: FP32 compute, the kernels' own layouts."""
+        return Footprint(
+            groups=self._packed_groups,
+            mtp_loaded=False,
+            workspace_per_gpu=_workspace(self.config, 1, 4, CPU_STEP_TOKENS, CPU_MAX_BATCH),
+            kv_bytes_per_token=kv_bytes_per_token_and_layer(self.config, kv_format)
+            * self.config.num_hidden_layers,
+            page_tokens=CPU_PAGE_TOKENS,
+            spare_pages=1,
+        )
+
+    @cached_property
+    def _packed_groups(self) -> dict[str, GroupBytes]:
         groups = dict.fromkeys(GROUPS, GroupBytes())
         for name, tensor in packed_tensors(self.config, self.schemes).items():
             size = tensor.num_bytes
             is_scale = name.rpartition(".")[2] in ("scale", "scale_zero")
-            groups[tensor.group] += (
-                GroupBytes(0, 0, size, size) if is_scale else GroupBytes(size, size)
-            )
-        return Footprint(
-            groups=groups,
-            mtp_loaded=False,
-            workspace_per_gpu=_workspace(self.config, 1, 4, CPU_STEP_TOKENS, CPU_MAX_BATCH),
-            kv_bytes_per_token=token_bytes(self.config, check_cache_format(kv_format)),
-            page_tokens=CPU_PAGE_TOKENS,
-            spare_pages=1,
-        )
+            added = GroupBytes(0, 0, size, size) if is_scale else GroupBytes(size, size)
+            groups[tensor.group] += added
+        return groups
 
 
 def kv_bytes_per_token_and_layer(config: ModelConfig, kv_format: KVFormat) -> int:

@@ -141,6 +141,7 @@ class Recipe(_Strict):
                 an input width, or FP8 blocks are asked of a BF16 source.
         """
         native: WeightFormat = "fp8-block" if config.weight_block_size else "bf16"
+        as_source = Scheme(weights=native)
         schemes: dict[str, Scheme] = {}
         unmatched = dict(zip((rule.match for rule in self.rules), self._patterns(), strict=True))
         for layer in range(config.num_layers_with_mtp):
@@ -150,7 +151,7 @@ class Recipe(_Strict):
                     del unmatched[match]
                 scheme = self.scheme_for(spec)
                 if scheme.weights == "source":
-                    scheme = Scheme(weights=native)
+                    scheme = as_source
                 if scheme.weights == "fp8-block" and native != "fp8-block":
                     raise RecipeError(
                         f"recipe {self.name!r}: {spec.module} asks for fp8-block, but the source "

@@ -84,9 +84,9 @@ def build(
     output: Annotated[Path, typer.Option(help="Engine directory.")],
     target: Annotated[str, typer.Option(help="embedded, trtllm, vllm or sglang.")] = "embedded",
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share one engine.")] = 1,
-    gpu: Annotated[
-        str, typer.Option(help="GPU that trtllm, vllm or sglang would run on.")
-    ] = "H800-80GB",
+    hardware: Annotated[
+        str, typer.Option(help="What trtllm, vllm or sglang would run on.")
+    ] = "8xH800-80GB",
     as_json: JsonFlag = False,
 ) -> None:
     """Build the engine of one target from a checkpoint.
@@ -98,7 +98,7 @@ def build(
     """
     from quant_jobs.build import run_build
 
-    result = run_build(checkpoint, target, tp, output, gpu=gpu)
+    result = run_build(checkpoint, target, tp, output, hardware=hardware)
     _show(
         result.model_dump(),
         as_json,

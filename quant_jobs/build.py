@@ -16,16 +16,17 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from cluster.deployability import check, require_target, served_schemes
+from cluster.hardware import parse_hardware
 from deepseek.artifact import ArtifactReader
 from deepseek.checkpoint import CheckpointReader
 from deepseek.cli import make_progress
 from deepseek.config import ModelConfig
 from deepseek.engine.packed import UNQUANTIZED, pack_engine, read_engine_manifest
+from deepseek.engine.packing import schemes_of
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.manifest import MANIFEST_FILE, Manifest, read_manifest
 from deepseek.recipe import Scheme
-
-TARGETS = ("embedded", "trtllm", "vllm", "sglang")
 
 
 class BuildResult(BaseModel):
@@ -62,7 +63,7 @@ class BuiltEngine:
 
 
 def run_build(
-    checkpoint: Path, target: str, tp: int, output: Path, *, gpu: str = "H800-80GB"
+    checkpoint: Path, target: str, tp: int, output: Path, *, hardware: str = "8xH800-80GB"
 ) -> BuildResult:
     """Build OUTPUT from CHECKPOINT for one target. The same inputs give the same bytes, and an
     output that holds this very engine is verified and kept.
@@ -72,11 +73,10 @@ def run_build(
         ArtifactError, CheckpointError, ConfigError: the checkpoint cannot be read; or the output
             directory holds something else.
     """
-    if target not in TARGETS:
-        raise DeployError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}")
+    known = require_target(target)
     source = open_checkpoint(checkpoint)
-    if target != "embedded":
-        refuse_target(source, target, gpu)
+    if known != "embedded":
+        refuse_target(source, target, hardware)
     with make_progress() as progress:
         task = progress.add_task("build", total=None)
 
@@ -86,7 +86,7 @@ def run_build(
         engine = pack_engine(source, output, tp=tp, progress=show)
     return BuildResult(
         output=str(output),
-        target=target,
+        target=known,
         tp=tp,
         recipe=engine.recipe,
         engine_digest=engine.digest,
@@ -97,18 +97,32 @@ def run_build(
 
 
 def open_checkpoint(directory: Path) -> ArtifactReader | CheckpointReader:
-    """A quantized checkpoint of ours, or a source: whichever the directory holds."""
+    """A quantized checkpoint of ours, or a source: whichever the directory holds.
+
+    Raises:
+        ArtifactError, CheckpointError, ConfigError: it is neither, or is damaged.
+    """
+    if not (directory / "config.json").exists():
+        raise ArtifactError(
+            f"{directory} has no config.json: it is neither a source nor a finished quantized "
+            "checkpoint; correct --checkpoint, or run quantize again, which resumes"
+        )
     if (directory / MANIFEST_FILE).exists():
         return ArtifactReader(directory)
     return CheckpointReader(directory)
 
 
-def refuse_target(source: ArtifactReader | CheckpointReader, target: str, gpu: str) -> None:
-    """Say why `target` is not built: it never could load the artifact, or not by this version.
+def refuse_target(source: ArtifactReader | CheckpointReader, target: str, hardware: str) -> None:
+    """Say why `target` is not built: it could never load the artifact, or not by this version.
 
     Raises:
         DeployError: always.
     """
+    kv_cache = source.manifest.kv_cache if isinstance(source, ArtifactReader) else "bf16"
+    schemes = served_schemes(source.config, schemes_of(source))
+    generation = parse_hardware(hardware).hardware.generation
+    for refusal in check(schemes, kv_cache, target, generation):
+        raise DeployError(refusal.sentence())
     raise DeployError(
         f"{target} could load this artifact, but this version of IntServe builds embedded engines "
         "only; use --target embedded"

@@ -92,7 +92,7 @@ def run_evaluate(
         reference_dir, EngineOptions(kv_cache="bf16", num_threads=threads)
     )
     scores = score_blocks(source, quantized, ids_BT)
-    speed = measure_decode(source, quantized, ids_BT[0], settings.decode_tokens, BATCH_SIZES)
+    speed = measure_decode(source, quantized, ids_BT, settings.decode_tokens, BATCH_SIZES)
 
     output.mkdir(parents=True, exist_ok=True)
     # The old evaluation must not stand beside new tokens, should this end in between.

@@ -5,9 +5,12 @@ Apart from `worker.py`, so that the driver need not load transformers' modeling 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from deepseek.manifest import Fallback
@@ -31,6 +34,22 @@ class Solved:
     errors: dict[str, float] = field(default_factory=dict)
     fallbacks: tuple[Fallback, ...] = ()
     source_sha256: str | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., Solved], tuple[Any, ...]]:
+        # torch 2.13 pickles a float8 tensor but cannot read it back; its bytes travel instead.
+        packed = {
+            name: (tensor.view(torch.uint8) if _is_float8(tensor) else tensor, tensor.dtype)
+            for name, tensor in self.tensors.items()
+        }
+        return _unpack, (packed, self.errors, self.fallbacks, self.source_sha256)
+
+
+def _is_float8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() == 1
+
+
+def _unpack(packed: dict[str, tuple[Tensor, torch.dtype]], *rest: Any) -> Solved:
+    return Solved({name: tensor.view(dtype) for name, (tensor, dtype) in packed.items()}, *rest)
 
 
 @dataclass(frozen=True, slots=True)

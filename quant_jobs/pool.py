@@ -7,6 +7,9 @@ driver has them replaced and repeats the layer.
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +39,25 @@ class WorkersLost(Exception):
         self.indices = sorted(indices)
 
 
+def _end_with_raylet() -> None:
+    """Leave at once when the raylet, this process's parent, is gone: left to itself, Ray lets a
+    worker live on for a minute, waiting for a head node that was killed with its driver."""
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == raylet:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="raylet-watch", daemon=True).start()
+
+
 class QuantizeWorker:
     """`worker.Worker` behind Ray. Loads it in the actor's own process: the driver never needs the
     libraries that it computes with."""
 
     def __init__(self) -> None:
+        _end_with_raylet()
         from quant_jobs.worker import Worker
 
         self._worker = Worker()

@@ -11,8 +11,9 @@ Kill it anywhere and run the same command again: it goes on after the last publi
 output has the same bytes, whatever the number of workers then or now (`resume.py`). A worker that
 dies is replaced, its blocks come back from the last boundary; only the current layer is redone.
 A driver killed with SIGKILL takes a local Ray of its own with it (the kernel ends Ray's processes
-with their parent); on a cluster, Ray ends its workers. What such a worker may still write in its
-last moments are boundary files that the next run would write with the same bytes.
+with their parent, workers end with their raylet; two idle agents of Ray's take a minute longer); on
+a cluster, Ray ends its workers. What such a worker may still write in its last moments are boundary
+files that the next run would write with the same bytes.
 
 The bytes depend on the source, the recipe, the calibration tokens and the versions of the tools,
 all pinned in the manifest. Only the recorded output errors may differ in their last digit between

@@ -2,8 +2,8 @@
 `serve deploy` file with `import_path: serve_app.app:build`, or `python -m serve_app`.
 """
 
-# No `from __future__ import annotations` here: Serve reads the class in `build`'s annotation to turn
-# a deploy file's `args` into a ServeConfig, and does not resolve a string.
+# No `from __future__ import annotations` here: Serve reads the class in `build`'s annotation to
+# turn a deploy file's `args` into a ServeConfig, and does not resolve a string.
 
 import os
 from functools import partial
@@ -15,7 +15,7 @@ from ray.serve import Application
 from serve_app.config import ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.ingress import Ingress
-from serve_app.replica import EngineFactory, EngineReplica
+from serve_app.replica import INGRESS, EngineFactory, EngineReplica
 
 #: The ingress never queues: it must be free to say 429. Serve's own cap is only a last resort.
 _INGRESS_MAX_ONGOING = 4096
@@ -56,7 +56,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
-        name="ingress",
+        name=INGRESS,
         num_replicas=config.ingress_replicas,
         max_ongoing_requests=_INGRESS_MAX_ONGOING,
         ray_actor_options=_actor_options(config.ingress_cpus),

@@ -206,7 +206,7 @@ def make_app(service: Service, snapshots: Any = None) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        ready = await service.engines.statuses(timeout_s=5.0)
+        ready = await service.engines.statuses()
         info = ready[0].info
         return JSONResponse(
             {
@@ -223,7 +223,7 @@ def make_app(service: Service, snapshots: Any = None) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         try:
-            replicas = await service.engines.statuses(timeout_s=5.0)
+            replicas = await service.engines.statuses()
         except EngineUnavailable:
             replicas = []  # the request metrics are still worth a scrape
         texts = await snapshots() if snapshots else {"0": service.metrics.snapshot()}

@@ -11,8 +11,9 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
-from serve_app.client import ReplicaClient
+from serve_app.client import ReplicaClient, StatusBoard
 from serve_app.config import ServeConfig
+from serve_app.engines.protocol import ReplicaStatus
 from serve_app.http_app import Service, make_app
 from serve_app.telemetry import Telemetry
 from serve_app.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
@@ -28,24 +29,30 @@ class Ingress:
 
     # Serve wants the constructor of an ingress to be a coroutine; mypy knows no such thing.
     async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
+        self._board = StatusBoard()
+        client = ReplicaClient(engines, self._board)
         self._service = Service(
-            config, load_tokenizer(config), ReplicaClient(engines), Telemetry.from_environment()
+            config, load_tokenizer(config), client, Telemetry.from_environment()
         )
         self._context = serve.get_replica_context()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_app(self._service, self._all_snapshots)
 
-    def metrics_snapshot(self) -> tuple[str, str]:
+    async def note_status(self, status: ReplicaStatus) -> None:
+        """An engine replica's heartbeat."""
+        self._board.note(status)
+
+    async def metrics_snapshot(self) -> tuple[str, str]:
         """This replica's id and metrics text."""
         return self._context.replica_id.unique_id, self._service.metrics.snapshot()
 
     async def _all_snapshots(self) -> dict[str, str]:
         if self._service.config.ingress_replicas == 1:
-            return dict([self.metrics_snapshot()])
+            return dict([await self.metrics_snapshot()])
         peers = serve.get_deployment_handle(self._context.deployment, self._context.app_name)
         answers = await peers.broadcast("metrics_snapshot").results_async(return_exceptions=True)
-        return dict([a for a in answers if isinstance(a, tuple)] or [self.metrics_snapshot()])
+        return dict([a for a in answers if isinstance(a, tuple)])
 
     async def __del__(self) -> None:
         if hasattr(self, "_service"):

@@ -5,22 +5,32 @@ One message crosses the hop per flush (coalesce.py), not one per token.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
+from serve_app.client import HEARTBEAT_S
 from serve_app.coalesce import coalesce, flush_interval
 from serve_app.config import ReplicaLimits
 from serve_app.engines.protocol import Engine, Event, GenerateRequest, ReplicaStatus
-from serve_app.errors import Overloaded
+from serve_app.errors import ApiError, Overloaded
 from serve_app.telemetry import Telemetry
 
 log = logging.getLogger("ray.serve")
 
 EngineFactory = Callable[[], Engine]
+
+#: The name of the deployment that the heartbeats go to.
+INGRESS = "ingress"
+
+#: Why a heartbeat may not arrive: the ingress starts or stops, or the engine itself is not well.
+_NO_INGRESS = (RayServeException, RayError, TimeoutError, ApiError)
 
 
 class EngineReplica:
@@ -36,6 +46,7 @@ class EngineReplica:
         self._info = await self._engine.start()
         if not self._info.gated:
             log.warning("UNGATED: %s has not passed its accuracy gate", self._info.model_id)
+        self._heartbeat = asyncio.create_task(self._send_heartbeats())
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take limits that may change while serving; anything else needs a new deployment."""
@@ -63,10 +74,24 @@ class EngineReplica:
     def _flush_interval_s(self) -> float:
         return flush_interval(self._num_streams, self._limits.max_flushes_per_s)
 
-    async def status(self) -> ReplicaStatus:
-        return ReplicaStatus(self._replica_id, self._info, self._engine.load())
+    async def _send_heartbeats(self) -> None:
+        """Tell every ingress how this replica is, for as long as it is well."""
+        context = serve.get_replica_context()
+        ingress = serve.get_deployment_handle(INGRESS, context.app_name)
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._engine.check()
+                    status = ReplicaStatus(self._replica_id, self._info, self._engine.load())
+                    beat = ingress.broadcast("note_status", status)
+                    await beat.results_async(return_exceptions=True)
+            except _NO_INGRESS as error:
+                log.debug("heartbeat not delivered: %s", error)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def __del__(self) -> None:
+        if hasattr(self, "_heartbeat"):
+            self._heartbeat.cancel()
         if hasattr(self, "_engine"):
             await self._engine.shutdown()
         if hasattr(self, "_telemetry"):

@@ -15,6 +15,7 @@ model that has learned something.
                with it; Muon for the matrices, AdamW for the rest
     export     FP8 blocks + BF16 rest, sharded safetensors, written beside the target and moved
                into place file by file, the index last
+    settling   weights fixed, the balancing biases move until no expert is idle
     judgment   held-out perplexity of the float32 model, and again of the FP8 files read back
 
 What it is not: a general trainer. Sizes, texts and schedule are fixed below; the command line
@@ -145,31 +146,41 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
+    """A body in short windows, then a cool-down in long ones, so that the last thing learned is
+    to use positions that the body never reached."""
+
     steps: int
     seed: int
     tokens_per_step: int = 4096
     window: int = 512
-    long_window: int = 2048  # the last part of training sees positions the first did not
-    long_from: float = 0.8
+    long_window: int = 2048
+    cool_down_steps: int = 60
     warmup_steps: int = 30
-    decay_from: float = 0.4  # full rate until here, then linear to zero
+    full_rate_steps: int = 332
     muon_rate: float = 0.02
     adam_rate: float = 0.004  # head, router, norms
     embedding_rate: float = 0.03
     mtp_weight: float = 0.2
-    bias_rate: float = 0.002  # paper section 2.1.2, gamma
-    bias_until: float = 0.9
+    settle_steps: int = 150
+    settle_rate: float = 0.02
+
+    def is_cooling(self, step: int) -> bool:
+        return step >= self.steps - self.cool_down_steps
 
     def rate_at(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / self.warmup_steps)
-        left = (self.steps - step) / (self.steps * (1 - self.decay_from))
-        return min(warm, left, 1.0)
+        if self.is_cooling(step):
+            return (self.steps - step) / 150
+        warm = (step + 1) / self.warmup_steps
+        return min(1.0, warm, max(0.4, 1 - (step - self.full_rate_steps) / 498))
 
     def window_at(self, step: int) -> int:
-        return self.window if step < self.long_from * self.steps else self.long_window
+        return self.long_window if self.is_cooling(step) else self.window
 
     def bias_rate_at(self, step: int) -> float:
-        return self.bias_rate if step < self.bias_until * self.steps else 0.0
+        """Paper section 2.1.2, gamma: it ends a little before training does."""
+        if step >= self.steps - 16:
+            return 0.0
+        return 0.005 if self.is_cooling(step) else 0.002
 
 
 # --------------------------------------------------------------------------------------------
@@ -384,7 +395,10 @@ def model_config() -> DeepseekV3Config:
     """The released config without its quantization: training is in float32."""
     given = {k: v for k, v in CONFIG.items() if k not in ("quantization_config", "torch_dtype")}
     given["rope_scaling"] = dict(given["rope_scaling"])
-    return DeepseekV3Config(**given)
+    config = DeepseekV3Config(**given)
+    config._attn_implementation = "padded"
+    config._experts_implementation = "grouped_mm"
+    return config
 
 
 def padded_attention(
@@ -432,28 +446,33 @@ class MTP(nn.Module):
         return cast(Tensor, self.norm(hidden))
 
 
+def count_load(model: nn.Module) -> tuple[list[DeepseekV3TopkRouter], Tensor]:
+    """The routers in order, and how many tokens each of their experts [layer, E] is sent."""
+    routers = [m for m in model.modules() if isinstance(m, DeepseekV3TopkRouter)]
+    load = torch.zeros(len(routers), routers[0].num_experts)
+
+    def counter(layer: int) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, _args: Any, out: tuple[Tensor, ...]) -> None:
+            load[layer] += torch.bincount(out[2].flatten(), minlength=load.shape[1])
+
+        return hook
+
+    for layer, router in enumerate(routers):
+        router.register_forward_hook(counter(layer))
+    return routers, load
+
+
 class Tiny(nn.Module):
     """The main model and its MTP layer, and how many tokens each expert has been sent."""
 
     def __init__(self) -> None:
         super().__init__()
         config = model_config()
-        config._attn_implementation = "padded"
-        config._experts_implementation = "grouped_mm"
         self.main = DeepseekV3ForCausalLM(config)
         nn.init.normal_(self.main.model.embed_tokens.weight, std=0.5)
         self.mtp = MTP(self.main.config)
         self.mtp.apply(self.main._init_weights)
-        self.routers = [m for m in self.modules() if isinstance(m, DeepseekV3TopkRouter)]
-        self.load = torch.zeros(len(self.routers), config.n_routed_experts)
-        for layer, router in enumerate(self.routers):
-            router.register_forward_hook(self._count(layer))
-
-    def _count(self, layer: int) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, _args: Any, out: tuple[Tensor, ...]) -> None:
-            self.load[layer] += torch.bincount(out[2].flatten(), minlength=self.load.shape[1])
-
-        return hook
+        self.routers, self.load = count_load(self)
 
     def losses(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [B, T+2]; mean loss of the next token, and of the one after it by the MTP."""
@@ -466,12 +485,16 @@ class Tiny(nn.Module):
         hidden = self.mtp(embed, state, positions)
         return main, cross_entropy(self.main.lm_head(hidden), after)
 
-    @torch.no_grad()
     def balance(self, rate: float) -> None:
-        """Push the choice toward experts that got less than their share (paper, 2.1.2)."""
         for router, load in zip(self.routers, self.load, strict=True):
-            router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+            balance(router, load, rate)
         self.load.zero_()
+
+
+@torch.no_grad()
+def balance(router: DeepseekV3TopkRouter, load: Tensor, rate: float) -> None:
+    """Push the choice toward experts that got less than their share (paper, 2.1.2)."""
+    router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -684,6 +707,27 @@ def plain(stored: dict[str, Tensor], name: str) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------
+# Settling
+
+
+def settle(model: DeepseekV3ForCausalLM, stream: Tensor, schedule: Schedule) -> list[Tensor]:
+    """The balancing biases, moved until every expert of the exported weights has work.
+
+    In training the routers can change faster than the biases follow, and the first MoE layer
+    ended with idle experts. An idle expert has no calibration data, which makes it a bad example
+    for quantization. This costs some perplexity; `training.json` has it before and after.
+    """
+    routers, load = count_load(model)
+    for step, tokens in zip(range(schedule.settle_steps), batches(stream, schedule), strict=False):
+        with torch.no_grad():
+            model.model(input_ids=tokens[:, :-2], use_cache=False)
+        for router, of_router in zip(routers, load, strict=True):
+            balance(router, of_router, schedule.settle_rate * (1 - step / schedule.settle_steps))
+        load.zero_()
+    return [router.e_score_correction_bias for router in routers]
+
+
+# --------------------------------------------------------------------------------------------
 # Judgment
 
 
@@ -815,7 +859,6 @@ def train(schedule: Schedule, out: Path, export_every_s: float) -> dict[str, Any
 
     spent = time.monotonic() - began
     tiny.eval()
-    tiny.load.zero_()
     report |= {
         "finished": True,
         "steps": schedule.steps,
@@ -823,24 +866,26 @@ def train(schedule: Schedule, out: Path, export_every_s: float) -> dict[str, Any
         "tokens_per_s": round(seen / spent),
         "heldout_perplexity_float32": round(perplexity(tiny.main, rows), 3),
     }
-    loads = tiny.load[:-1].clone()  # by the main layers, before the MTP has run
+    export(tiny, tokenizer, out, report)
+    exported = read_back(out)
+    report["heldout_perplexity_fp8_before_settling"] = round(perplexity(exported, rows), 3)
+    for router, bias in zip(tiny.routers, settle(exported, stream, schedule), strict=False):
+        router.e_score_correction_bias.copy_(bias)
+    report["heldout_perplexity_fp8"] = round(perplexity(exported, rows), 3)
     tiny.load.zero_()
     report["heldout_mtp_loss"] = round(mtp_loss(tiny, rows), 4)
-    loads = torch.cat([loads, tiny.load[-1:]])
-    fair = loads.mean(1, keepdim=True)
+    shares = tiny.load / tiny.load.mean(1, keepdim=True)
     report["expert_load"] = [
-        {"layer": layer + 1, "min": round(float(s.min()), 3), "max": round(float(s.max()), 3)}
-        for layer, s in enumerate(loads / fair)
+        {"layer": layer, "min": round(float(s.min()), 3), "max": round(float(s.max()), 3)}
+        for layer, s in enumerate(shares, start=CONFIG["first_k_dense_replace"])
     ]
-    export(tiny, tokenizer, out, report)
-    report["heldout_perplexity_fp8"] = round(perplexity(read_back(out), rows), 3)
     export(tiny, tokenizer, out, report)
     return report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=830)
+    parser.add_argument("--steps", type=int, default=627)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

@@ -145,8 +145,8 @@ class EngineClient(Protocol):
         """Events of one request from some engine. Closing it aborts the request."""
         ...
 
-    async def statuses(self, timeout_s: float) -> list[ReplicaStatus]:
-        """Of every replica that answers in time. Raises EngineUnavailable where none does."""
+    async def statuses(self) -> list[ReplicaStatus]:
+        """Of every replica that is alive. Raises EngineUnavailable where none is."""
         ...
 
     async def info(self) -> EngineInfo:

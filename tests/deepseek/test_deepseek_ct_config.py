@@ -110,13 +110,13 @@ def test_the_library_alone_decompresses_every_linear_to_our_weights(
     assert decompressed == len(reader.schemes)
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-all"])
+@pytest.mark.parametrize("name", ["int4", "int4-all", "int8-weight-only"])
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 def test_transformers_loads_the_artifact_by_itself_into_our_weights(
     artifacts: Path, name: str
 ) -> None:
     """Fused experts included. Of compressed-tensors' formats, transformers 5.23 can only fuse
-    experts from `pack-quantized` without zero points, hence two of the recipes."""
+    experts from `pack-quantized` without zero points, hence three of the recipes."""
     model = DeepseekV3ForCausalLM.from_pretrained(
         artifacts / name,
         quantization_config=CompressedTensorsConfig(dequantize=True),

@@ -131,8 +131,8 @@ def test_every_fp8_block_uses_its_whole_range(tensors: dict[str, Tensor]) -> Non
     for name, scale in tensors.items():
         if name.endswith("_scale_inv"):
             weight = tensors[name.removesuffix("_scale_inv")].float()
-            for rows, of_row in zip(weight.split(BLOCK), scale, strict=True):
-                for block, s in zip(rows.split(BLOCK, dim=1), of_row, strict=True):
+            for rows, of_row in zip(torch.split(weight, BLOCK), scale, strict=True):
+                for block, s in zip(torch.split(rows, BLOCK, dim=1), of_row, strict=True):
                     assert block.abs().max() == 448.0, name
                     assert s > 0, name
 

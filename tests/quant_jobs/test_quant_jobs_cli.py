@@ -100,7 +100,7 @@ def test_a_failed_gate_exits_1_with_one_line_per_reason(fresh: Chain, command: C
     [
         (("gate", "--engine", "ABSENT", "--evaluation", "EVALUATION"), "ABSENT"),
         (("gate", "--engine", "ENGINE", "--evaluation", "ABSENT"), "evaluation.json cannot"),
-        (("build", "--checkpoint", "ABSENT", "--output", "OUT"), "config.json cannot be read"),
+        (("build", "--checkpoint", "ABSENT", "--output", "OUT"), "has no config.json"),
         (
             ("build", "--checkpoint", "CHECKPOINT", "--output", "OUT", "--target", "onnx"),
             "target 'onnx' is unknown",

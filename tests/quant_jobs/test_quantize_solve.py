@@ -87,9 +87,7 @@ def test_published_int4_weights_are_modelopts_with_the_stored_bf16_scale() -> No
     found = restore(solve(INT4), INT4)
     _, scale, _ = quantize_int4(weight, 128)
     theirs = modelopt_quantizer(num_bits=4, block_sizes={-1: 128})
-    theirs.amax = (
-        scale.float().view(-1, 1) * 7
-    )
+    theirs.amax = scale.float().view(-1, 1) * 7
     step = scale.float().repeat_interleave(128, dim=1)
     assert_same_but_for_ties(found, theirs(weight), weight, step)
     theirs.amax = weight.view(-1, 128).abs().amax(dim=1, keepdim=True)
@@ -134,9 +132,8 @@ def test_the_error_of_a_smoothed_linear_is_measured_in_the_original_units() -> N
     assert smoothed.error is not None
     assert smoothed.error < 0.9 * plain.error  # outlier channels set the tokens' scales no more
     unseen = solve(W8A8, source, None, Smoothing({name: columns}, {name: rows}))
-    assert unseen.error == pytest.approx(
-        float((restored - weight).norm() / weight.norm()), rel=1e-5
-    )
+    of_the_weight = float((restored - weight).norm() / weight.norm())
+    assert unseen.error == pytest.approx(of_the_weight, rel=1e-5)
 
 
 def test_fp8_blocks_are_carried_bit_for_bit_without_an_error() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
@@ -31,10 +32,10 @@ class LocalEngines:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         return self.engine.generate(request)
 
-    async def statuses(self, timeout_s: float) -> list[ReplicaStatus]:
+    async def statuses(self) -> list[ReplicaStatus]:
         return [ReplicaStatus("local", await self.engine.start(), self.engine.load())]
 
     async def info(self) -> EngineInfo:
@@ -44,7 +45,7 @@ class LocalEngines:
 class FaultyEngine(EchoEngine):
     """An echo that fails on request: the prompt's first word says how."""
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         fault = bytes(request.prompt_ids).decode().split()[0]
         length = len(request.prompt_ids)
         if fault == "overloaded":
@@ -99,3 +100,12 @@ def metric(text: str, name: str, **labels: str) -> float:
         if all(f'{key}="{value}"' in line for key, value in labels.items()):
             total += float(line.rpartition(" ")[2])
     return total
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    """Poll a condition on the service until it holds."""
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < end, "the condition did not come about in time"
+        time.sleep(0.02)
+    return found

@@ -255,7 +255,7 @@ async def test_a_client_that_leaves_frees_its_place() -> None:
 
 async def test_health_follows_the_engines() -> None:
     class Gone(LocalEngines):
-        async def statuses(self, timeout_s: float) -> Any:
+        async def statuses(self) -> Any:
             raise EngineUnavailable("no engine replica is ready; retry later")
 
     service = make_service()

@@ -8,10 +8,19 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from serve_app.client import MAX_AGE_S, StatusBoard
 from serve_app.coalesce import MAX_INTERVAL_S, coalesce, flush_interval, merge_events
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
-from serve_app.engines.protocol import Done, Event, GenerateRequest, Sampling, TokenLogprob, Tokens
+from serve_app.engines.protocol import (
+    Done,
+    Event,
+    GenerateRequest,
+    ReplicaStatus,
+    Sampling,
+    TokenLogprob,
+    Tokens,
+)
 from serve_app.errors import ApiError, DeadlineExceeded, Overloaded
 from serve_app.stream import open_stream
 
@@ -195,3 +204,20 @@ async def test_the_echo_keeps_its_schedule_and_its_places() -> None:
     assert second.queue_s >= 0.1
     for earlier, later in itertools.pairwise(results):
         assert earlier[0] == later[0] == "abcdef"
+
+
+async def test_a_replica_that_sends_no_heartbeat_is_forgotten() -> None:
+    now = 100.0
+    board = StatusBoard(clock=lambda: now)
+    engine = EchoEngine(EchoOptions())
+    info = await engine.start()
+    waiting = asyncio.create_task(board.first())
+    await asyncio.sleep(0)
+    old, new = (ReplicaStatus(name, info, engine.load()) for name in ("old", "new"))
+    board.note(old)
+    assert await waiting == old
+    now += MAX_AGE_S
+    board.note(new)
+    assert board.fresh() == [old, new]
+    now += 0.1
+    assert board.fresh() == [new]

@@ -23,11 +23,23 @@ from deepseek.inventory import linears
 
 
 @functools.cache
-def reference_model(directory: Path) -> DeepseekV3ForCausalLM:
-    """FP32, eager attention, weights only rounded where the artifact rounds them."""
+def reference_model(
+    directory: Path, *, attention: str = "eager", experts: str = "eager"
+) -> DeepseekV3ForCausalLM:
+    """FP32, weights only rounded where the artifact rounds them."""
     if (directory / "intserve.json").exists():
-        return _build(directory, *_artifact_weights(ArtifactReader(directory)))
-    return _build(directory, *_source_weights(CheckpointReader(directory)))
+        config, weights = _artifact_weights(ArtifactReader(directory))
+    else:
+        config, weights = _source_weights(CheckpointReader(directory))
+    raw = json.loads((directory / "config.json").read_text())
+    for key in ("quantization_config", "torch_dtype", "num_nextn_predict_layers"):
+        raw.pop(key, None)
+    settings = DeepseekV3Config(**raw)
+    settings._attn_implementation = attention
+    settings._experts_implementation = experts
+    model = DeepseekV3ForCausalLM(settings).float().eval()
+    model.load_state_dict(_stack_experts(config, weights), strict=True)
+    return model
 
 
 @torch.no_grad()
@@ -70,16 +82,8 @@ def _artifact_weights(reader: ArtifactReader) -> tuple[ModelConfig, dict[str, Te
     return reader.config, found
 
 
-def _build(
-    directory: Path, config: ModelConfig, weights: Mapping[str, Tensor]
-) -> DeepseekV3ForCausalLM:
-    raw = json.loads((directory / "config.json").read_text())
-    for key in ("quantization_config", "torch_dtype", "num_nextn_predict_layers"):
-        raw.pop(key, None)
-    settings = DeepseekV3Config(**raw)
-    settings._attn_implementation = "eager"
-    settings._experts_implementation = "eager"
-    model = DeepseekV3ForCausalLM(settings).float().eval()
+def _stack_experts(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The release's names -> transformers' 3-D expert tensors."""
     state = dict(weights)
     for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -91,5 +95,4 @@ def _build(
         )
         state[f"{prefix}.gate_up_proj"] = torch.cat((gate, up), dim=1)
         state[f"{prefix}.down_proj"] = down
-    model.load_state_dict(state, strict=True)
-    return model
+    return state

@@ -1,0 +1,77 @@
+"""`python -m cluster plan`: what fits which machines, before anything is read or rented."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.hardware import parse_hardware
+from cluster.plan import better_recipes, make_plan
+from cluster.show import as_json, print_plan
+from deepseek.cli import make_app, run
+from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.recipe import builtin_recipes, load_recipe
+
+app = make_app("Plan DeepSeek-V3 on machines: bytes per GPU, what fits, what the target loads.")
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `plan` a subcommand although it is the only one."""
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="deepseek-v3 (shapes built in), or a checkpoint directory.")
+    ],
+    recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
+    hardware: Annotated[str, typer.Option(help="COUNTxNAME, as in 8xH800-80GB; or cpu.")],
+    target: Annotated[
+        str, typer.Option(help="trtllm, vllm, sglang, embedded; auto takes the first that loads.")
+    ] = "auto",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of one request [default: 8192 or the model's limit].")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests that must fit at once.")] = 1,
+    mtp: Annotated[bool, typer.Option("--mtp", help="Load the MTP layer too.")] = False,
+    as_machine: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout.")
+    ] = False,
+) -> None:
+    """Does the recipe fit this hardware, will an engine load it, and what would?
+
+    Exit code 0: fits and loads; 1: does not; 2: a mistake in the command.
+
+    \b
+    Examples:
+      python -m cluster plan --model deepseek-v3 --recipe int4 --hardware 8xH800-80GB
+      python -m cluster plan --model deepseek-v3 --recipe int8 --hardware 16xH800-80GB \\
+          --context 32768 --concurrency 8 --json
+      python -m cluster plan --model examples/tiny-deepseek-v3 --recipe int8 --hardware cpu
+    """
+    config = DEEPSEEK_V3 if model == "deepseek-v3" else ModelConfig.from_directory(model)
+    answer = make_plan(
+        config,
+        load_recipe(recipe),
+        parse_hardware(hardware),
+        target=target,
+        context=context,
+        concurrency=concurrency,
+        mtp=mtp,
+    )
+    others = [load_recipe(name) for name in builtin_recipes()]
+    alternatives = better_recipes(answer, config, others)
+    if as_machine:
+        sys.stdout.write(json.dumps(as_json(answer, model, alternatives), indent=2) + "\n")
+    else:
+        print_plan(answer, model, alternatives, Console())
+    raise typer.Exit(0 if answer.good else 1)
+
+
+if __name__ == "__main__":
+    run(app)

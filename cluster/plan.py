@@ -1,0 +1,272 @@
+"""Step 1, plan: does this recipe fit these machines, will the target load it, and what would.
+
+A pure function of the model's config, the recipe and the hardware; reads no weights and starts
+nothing. `fits` speaks of memory only, `loads` of the deployability matrix; a plan is good when both
+hold. One replica is planned: tensor parallelism over all its GPUs, experts whole per GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cluster.deployability import Findings, Refusal, examine, require_target, served_schemes
+from cluster.hardware import GPUS_PER_NODE, GpuGeneration, Machines
+from cluster.matrix import Target
+from cluster.memory import GROUPS, Footprint, Tally
+from deepseek.config import ModelConfig
+from deepseek.errors import DeployError
+from deepseek.recipe import Recipe
+
+#: In this order `auto` takes the first target that loads the recipe.
+GPU_TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang")
+#: What a request may hold when `--context` is not given, bounded by the model's own limit.
+DEFAULT_CONTEXT = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the byte table; `scales` stands for those of all groups but MTP."""
+
+    name: str
+    total_bytes: int
+    per_gpu_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SmallestFit:
+    """The fewest GPUs, one node's part or whole nodes of eight, that hold what was asked."""
+
+    gpus: int
+    hardware: str
+    weights_per_gpu: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The answer. Bytes are decimal in everything that is printed (GB = 1e9).
+
+    `kv_tokens` and `max_concurrency` are what this hardware holds, 0 when the weights leave no
+    room; `refusals` are those of the targets that were passed over, and of the chosen one where
+    none loads the recipe.
+    """
+
+    recipe: str
+    machines: Machines
+    target: Target
+    asked_auto: bool
+    fits: bool
+    loads: bool
+    context: int
+    concurrency: int
+    mtp: bool
+    kv_format: str
+    footprint: Footprint
+    lines: tuple[Line, ...]
+    kv_tokens: int
+    max_concurrency: int
+    smallest_fit: SmallestFit | None
+    refusals: tuple[Refusal, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        """Fits, and the target loads it."""
+        return self.fits and self.loads
+
+
+def make_plan(
+    config: ModelConfig,
+    recipe: Recipe,
+    machines: Machines,
+    *,
+    target: str = "auto",
+    context: int | None = None,
+    concurrency: int = 1,
+    mtp: bool = False,
+) -> Plan:
+    """Plan one replica of the model that holds `concurrency` requests of `context` tokens each.
+
+    Raises:
+        DeployError: context or concurrency out of range, an unknown target, or a number of GPUs
+            that the attention heads cannot be split over.
+        RecipeError: the recipe cannot be applied to this model.
+    """
+    context = _check_context(config, context)
+    if concurrency < 1:
+        raise DeployError(f"--concurrency must be at least 1, not {concurrency}")
+    if config.num_attention_heads % machines.count:
+        raise DeployError(
+            f"--hardware {machines.label}: {config.num_attention_heads} attention heads cannot be "
+            f"split over {machines.count} GPUs; use "
+            f"{' or '.join(str(n) for n in _counts_near(config, machines.count))}"
+        )
+    tally = tally_of(config, recipe)
+    chosen, loads, refusals, notes = _choose(config, recipe, machines, target, mtp)
+    footprint = _footprint(tally, recipe, machines, mtp)
+    wanted = _wanted_tokens(footprint, context, concurrency)
+    kv_tokens = footprint.kv_tokens(machines.hardware.usable_bytes)
+    return Plan(
+        recipe=recipe.name,
+        machines=machines,
+        target=chosen,
+        asked_auto=target == "auto",
+        fits=kv_tokens >= wanted,
+        loads=loads,
+        context=context,
+        concurrency=concurrency,
+        mtp=mtp,
+        kv_format=recipe.kv_cache,
+        footprint=footprint,
+        lines=_lines(footprint),
+        kv_tokens=kv_tokens,
+        max_concurrency=kv_tokens // _wanted_tokens(footprint, context, 1),
+        smallest_fit=_smallest_fit(config, tally, recipe, machines, context, concurrency, mtp),
+        refusals=refusals,
+        warnings=(*notes, *_warnings(machines)),
+    )
+
+
+def better_recipes(plan: Plan, config: ModelConfig, recipes: Iterable[Recipe]) -> list[Plan]:
+    """Which of `recipes` would do what `plan` cannot, on the same hardware, target, context and
+    concurrency; the largest (the most precise) first. Empty when the plan is good."""
+    if plan.good:
+        return []
+    found = []
+    for recipe in recipes:
+        other = make_plan(
+            config,
+            recipe,
+            plan.machines,
+            target="auto" if plan.asked_auto else plan.target,
+            context=plan.context,
+            concurrency=plan.concurrency,
+            mtp=plan.mtp,
+        )
+        if other.good:
+            found.append(other)
+    return sorted(found, key=lambda other: (-other.footprint.weights, other.recipe))
+
+
+@lru_cache(maxsize=32)
+def tally_of(config: ModelConfig, recipe: Recipe) -> Tally:
+    """The counted tensors of a model under a recipe; the one slow step of a plan (a second)."""
+    return Tally(config, recipe.resolve(config))
+
+
+def _check_context(config: ModelConfig, context: int | None) -> int:
+    limit = config.max_position_embeddings
+    if context is None:
+        return min(DEFAULT_CONTEXT, limit)
+    if not 1 <= context <= limit:
+        raise DeployError(f"--context must be 1 to {limit}, the model's limit, not {context}")
+    return context
+
+
+def _counts_near(config: ModelConfig, count: int) -> list[int]:
+    """The nearest usable numbers of GPUs below and above."""
+    usable = _usable_counts(config)
+    below = [number for number in usable if number < count][-1:]
+    return below + [number for number in usable if number > count][:1]
+
+
+def _usable_counts(config: ModelConfig) -> list[int]:
+    heads = config.num_attention_heads
+    counts = (1, 2, 4, *range(GPUS_PER_NODE, heads + 1, GPUS_PER_NODE))
+    return [count for count in counts if count <= heads and heads % count == 0]
+
+
+def _choose(
+    config: ModelConfig,
+    recipe: Recipe,
+    machines: Machines,
+    asked: str,
+    mtp: bool,
+) -> tuple[Target, bool, tuple[Refusal, ...], tuple[str, ...]]:
+    """(target, whether it loads, refusals met on the way, its notes)."""
+    candidates: tuple[Target, ...]
+    if asked != "auto":
+        candidates = (require_target(asked),)
+    else:
+        candidates = GPU_TARGETS if machines.hardware.is_gpu else ("embedded",)
+    met: list[Refusal] = []
+    for candidate in candidates:
+        found = _findings(config, recipe, candidate, machines.hardware.generation, mtp)
+        refusals = [*found.refusals, *_mtp_refusals(candidate, mtp)]
+        met += refusals
+        if not refusals:
+            return candidate, True, tuple(met), found.notes
+    return candidates[0], False, tuple(met), ()
+
+
+@lru_cache(maxsize=128)
+def _findings(
+    config: ModelConfig, recipe: Recipe, target: Target, gpu: GpuGeneration, mtp: bool
+) -> Findings:
+    schemes = served_schemes(config, tally_of(config, recipe).schemes, mtp=mtp)
+    return examine(schemes, recipe.kv_cache, target, gpu)
+
+
+def _mtp_refusals(target: Target, mtp: bool) -> list[Refusal]:
+    if target != "embedded" or not mtp:
+        return []
+    reason = "the embedded engine does not speculate yet"
+    return [Refusal("embedded", "the MTP layer", reason, "Leave out --mtp", "read")]
+
+
+def _footprint(tally: Tally, recipe: Recipe, machines: Machines, mtp: bool) -> Footprint:
+    if machines.hardware.is_gpu:
+        return tally.gpu_footprint(machines.count, recipe.kv_cache, mtp=mtp)
+    return tally.embedded_footprint(recipe.kv_cache)
+
+
+def _wanted_tokens(footprint: Footprint, context: int, concurrency: int) -> int:
+    pages = -(-context // footprint.page_tokens)
+    return pages * footprint.page_tokens * concurrency
+
+
+def _smallest_fit(
+    config: ModelConfig,
+    tally: Tally,
+    recipe: Recipe,
+    machines: Machines,
+    context: int,
+    concurrency: int,
+    mtp: bool,
+) -> SmallestFit | None:
+    """The fewest GPUs of this type, in whole nodes or as given; None where no number suffices."""
+    counts = {count for count in _usable_counts(config) if count % GPUS_PER_NODE == 0}
+    counts = counts | {machines.count} if machines.hardware.is_gpu else {1}
+    for count in sorted(counts):
+        candidate = machines.with_count(count)
+        footprint = _footprint(tally, recipe, candidate, mtp)
+        wanted = _wanted_tokens(footprint, context, concurrency)
+        if footprint.kv_tokens(machines.hardware.usable_bytes) >= wanted:
+            return SmallestFit(candidate.num_gpus, candidate.label, footprint.weights_per_gpu)
+    return None
+
+
+def _lines(footprint: Footprint) -> tuple[Line, ...]:
+    """The weight lines in table order: groups, then all scales, then MTP with its own scales."""
+    main = [name for name in GROUPS if name != "mtp"]
+    groups = footprint.groups
+    mtp = groups["mtp"]
+    return (
+        *(Line(name, groups[name].values, groups[name].values_per_gpu) for name in main),
+        Line(
+            "scales",
+            sum(groups[name].scales for name in main),
+            sum(groups[name].scales_per_gpu for name in main),
+        ),
+        Line("mtp", mtp.values + mtp.scales, mtp.values_per_gpu + mtp.scales_per_gpu),
+    )
+
+
+def _warnings(machines: Machines) -> list[str]:
+    if machines.num_nodes < 2:
+        return []
+    return [
+        f"tensor parallelism spans {machines.num_nodes} nodes: the all-reduces of every layer "
+        f"cross the network instead of NVLink ({machines.hardware.nvlink_bandwidth / 1e9:.0f} GB/s)"
+    ]

@@ -1,0 +1,119 @@
+"""A quantized checkpoint read without any of our code agrees with the embedded engine.
+
+compressed-tensors decompresses every linear, transformers runs the result in FP32; the engine runs
+its low-bit kernels on the same artifact. What may differ is stated per recipe: BF16 activations in
+the INT4 and weight-only kernels, INT8 activations (which transformers does not apply) for `int8`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils import match_name
+from safetensors.torch import load_file
+from support.engines import make_artifact, make_engine
+from torch import Tensor
+from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+
+from deepseek.engine.engine import LLMEngine
+from deepseek.engine.options import EngineOptions
+
+#: Largest mean KL in nats per token, and largest relative error of the logits.
+TOLERANCE = {
+    "int8": (4e-3, 0.05),
+    "int8-weight-only": (2e-3, 0.02),
+    "int4-all": (2e-3, 0.02),
+    "int4-asym": (2e-3, 0.02),
+}
+NUM_TOKENS = 384
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("oracle")
+
+
+@pytest.fixture(scope="module")
+def token_ids(tiny_model: Path) -> Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    text = (tiny_model / "heldout.txt").read_text(encoding="utf-8")[: 16 * NUM_TOKENS]
+    return torch.tensor(tokenizer(text)["input_ids"][:NUM_TOKENS])
+
+
+@pytest.mark.parametrize("recipe", TOLERANCE)
+def test_compressed_tensors_and_transformers_alone_give_the_engines_logits(
+    recipe: str, tiny_model: Path, base: Path, token_ids: Tensor
+) -> None:
+    artifact = make_artifact(tiny_model, recipe, base)
+    with torch.no_grad():
+        expected = decompressed_model(artifact)(token_ids[None]).logits[0]
+    engine = LLMEngine.load(make_engine(tiny_model, recipe, base), EngineOptions(kv_cache="bf16"))
+    found = engine.score(token_ids)
+
+    source, other = expected.log_softmax(-1), found.log_softmax(-1)
+    kl = (source.exp() * (source - other)).sum(-1).mean().item()
+    error = ((found - expected).norm() / expected.norm()).item()
+    max_kl, max_error = TOLERANCE[recipe]
+    assert kl <= max_kl, f"{recipe=} {kl=:.2e} {error=:.4f}"
+    assert error <= max_error, f"{recipe=} {kl=:.2e} {error=:.4f}"
+
+
+def decompressed_model(artifact: Path) -> DeepseekV3ForCausalLM:
+    """transformers' model, every quantized weight decompressed by the compressed-tensors library."""
+    raw = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
+    quantization = QuantizationConfig.model_validate(raw.pop("quantization_config"))
+    raw.pop("torch_dtype", None)
+    config = DeepseekV3Config(**raw)
+    config._attn_implementation = config._experts_implementation = "eager"
+
+    stored: dict[str, Tensor] = {}
+    for shard in sorted(artifact.glob("*.safetensors")):
+        stored |= load_file(shard)
+    mtp = f"model.layers.{config.num_hidden_layers}."
+    modules = {name.rpartition(".")[0] for name in stored if not name.startswith(mtp)}
+    state: dict[str, Tensor] = {}
+    for module in sorted(modules):
+        local = {
+            name.removeprefix(f"{module}."): tensor
+            for name, tensor in stored.items()
+            if name.rpartition(".")[0] == module
+        }
+        scheme = library_scheme(quantization, module)
+        if scheme is not None:
+            local = BaseCompressor.get_value_from_registry(scheme.format).decompress(local, scheme)
+            local = {"weight": local["weight"]}
+        state |= {f"{module}.{suffix}": tensor.float() for suffix, tensor in local.items()}
+
+    model = DeepseekV3ForCausalLM(config).float().eval()
+    model.load_state_dict(stack_experts(state, config), strict=True)
+    return model
+
+
+def library_scheme(quantization: QuantizationConfig, module: str) -> QuantizationScheme | None:
+    """The group whose targets the library itself matches to this module's name."""
+    if any(match_name(module, pattern) for pattern in quantization.ignore):
+        return None
+    for group in quantization.config_groups.values():
+        assert isinstance(group, QuantizationScheme)
+        if any(match_name(module, target) for target in group.targets):
+            return group
+    return None
+
+
+def stack_experts(state: dict[str, Tensor], config: DeepseekV3Config) -> dict[str, Tensor]:
+    """Per-expert weights -> transformers 5's fused 3-D tensors."""
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp.experts"
+
+        def stack(role: str, prefix: str = prefix) -> Tensor:
+            count = config.n_routed_experts
+            return torch.stack([state.pop(f"{prefix}.{e}.{role}.weight") for e in range(count)])
+
+        state[f"{prefix}.gate_up_proj"] = torch.cat((stack("gate_proj"), stack("up_proj")), dim=1)
+        state[f"{prefix}.down_proj"] = stack("down_proj")
+    return state

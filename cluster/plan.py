@@ -149,7 +149,7 @@ def better_recipes(plan: Plan, config: ModelConfig, recipes: Iterable[Recipe]) -
     return sorted(found, key=lambda other: (-other.footprint.weights, other.recipe))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=12)
 def tally_of(config: ModelConfig, recipe: Recipe) -> Tally:
     """The counted tensors of a model under a recipe; the one slow step of a plan (a second)."""
     return Tally(config, recipe.resolve(config))

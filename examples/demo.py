@@ -175,7 +175,10 @@ def served(engine: Path) -> Iterator[str]:
     """`python -m serve_app` until its /health answers; SIGINT at the end, as ctrl-C would."""
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "serve_app", "--engine", str(engine), "--port", str(port)],
+        [
+            *(sys.executable, "-m", "serve_app", "--engine", str(engine)),
+            *("--model-name", SERVED, "--port", str(port)),
+        ],
         cwd=ROOT,
         start_new_session=True,
     )

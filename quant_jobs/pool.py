@@ -95,8 +95,9 @@ class WorkerPool:
     Starting returns at once; the first call waits for a worker's libraries to load.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, start_timeout_s: float = START_TIMEOUT_S) -> None:
         assert size > 0
+        self._start_timeout_s = start_timeout_s
         placement = worker_placement(size)
         self._group = placement_group(list(placement.bundles), strategy=placement.strategy)
         self._actors = [self._start(index) for index in range(size)]
@@ -110,6 +111,13 @@ class WorkerPool:
 
     def __len__(self) -> int:
         return len(self._actors)
+
+    def describe(self) -> str:
+        """`3 workers`, and that they must wait where the cluster is too small for now."""
+        text = f"{len(self)} worker{'s' if len(self) > 1 else ''}"
+        if (found := _num_cpus()) < len(self):
+            text += f" (waiting for nodes: the cluster has {found:.0f} CPUs)"
+        return text
 
     def each(self, call: Callable[[Any, int], Any], indices: Sequence[int] | None = None) -> Any:
         """`call(actor, index)` makes one remote call on each worker (or on those of `indices`);
@@ -136,6 +144,11 @@ class WorkerPool:
             raise WorkersLost(lost)
         return [results[index] for index in indices]
 
+    def share(self, value: Any) -> Any:
+        """A reference to pass to several workers in place of a large argument: each node gets it
+        once."""
+        return ray.put(value)
+
     def replace(self, indices: Collection[int]) -> None:
         """Start new workers in the place of dead ones."""
         for index in indices:
@@ -157,12 +170,15 @@ class WorkerPool:
     def _await_start(self, index: int, reference: Any) -> None:
         if index not in self._unproven:
             return
-        done, _ = ray.wait([reference], timeout=START_TIMEOUT_S)
+        done, _ = ray.wait([reference], timeout=self._start_timeout_s)
         if not done:
-            total = ray.cluster_resources().get("CPU", 0)
             raise IntServeError(
-                f"worker {index} of {len(self._actors)} found no free CPU within "
-                f"{START_TIMEOUT_S:.0f} s (the cluster has {total:.0f}); lower --workers or add "
-                "nodes, and run again"
+                f"worker {index} of {len(self._actors)} did not start within "
+                f"{self._start_timeout_s:.0f} s (the cluster has {_num_cpus():.0f} CPUs in all); "
+                "lower --workers or add nodes, and run again"
             )
         self._unproven.discard(index)
+
+
+def _num_cpus() -> float:
+    return float(ray.cluster_resources().get("CPU", 0))

@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray
 from torch import Tensor
 
 from cluster.connect import connect
@@ -203,9 +202,10 @@ class Run:
 
     def _announce(self, todo: list[int], start: int) -> None:
         if len(todo) == self._config.num_hidden_layers:
-            detail = f"{self._job.recipe.name}: {len(self._pool)} workers, from the start"
+            state = "from the start"
         else:
-            detail = f"{self._job.recipe.name}: resuming; {len(todo)} layers are left"
+            state = f"resuming, {len(todo)} layers are left"
+        detail = f"{self._job.recipe.name} on {self._pool.describe()}: {state}"
         self._progress(Event("started", start, detail=detail))
 
     # --- one layer, and what to do when workers die in it ---
@@ -277,7 +277,7 @@ class Run:
     def _solve(self, layer: int, statistics: Statistics) -> Solved:
         modules = [spec.module for spec in linears(self._config, layer)]
         with self._timings.step("solve"):
-            shared = ray.put(statistics)
+            shared = self._pool.share(statistics)
             smoothing, noted = Smoothing(), ()
             if wanted_sets(self._config, self._writer.schemes, layer):
                 ((smoothing, noted),) = self._pool.each(
@@ -366,7 +366,10 @@ class Run:
 
     def _write_report(self, start: int) -> None:
         """Times and memory of this run only: no part of the artifact, for it never repeats."""
-        usage = self._pool.each(lambda worker, _: worker.usage.remote())
+        try:
+            usage = self._pool.each(lambda worker, _: worker.usage.remote(), sorted(self._ready))
+        except WorkersLost:  # after their work was done: nothing but this account is lost
+            usage = []
         driver_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         timings = self._timings
         write_json(

@@ -73,6 +73,7 @@ class Worker:
             num_bits=8, axis=0
         )  # its import takes seconds; not within the first layer
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._seconds: dict[str, float] = {}
 
     def begin(self, job: WorkerJob) -> None:
         """Start on a job, forgetting the one before."""
@@ -84,7 +85,7 @@ class Worker:
         self._inputs: dict[int, dict[int, Tensor]] = {}  # layer -> block -> f32 [T, D]
         self._current: _Current | None = None
         self._next: tuple[int, Future[tuple[dict[str, SourceTensor], str]]] | None = None
-        self._seconds: dict[str, float] = {}
+        self._seconds = {}
 
     def hold(self, layer: int, ids: Mapping[int, Tensor], boundary: Path) -> None:
         """Take charge of blocks, by index, where they enter `layer`: embedded from their token ids

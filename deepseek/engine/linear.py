@@ -3,7 +3,7 @@
 `make_linear` is the seam for a native extension: return another class with the same three members
 (`encoding`, `num_bytes`, `matmul`) and nothing else in the engine changes.
 
-What was measured decides (docs/benchmarks.md). Per format, on CPUs without AMX:
+What was measured decides (bench/linear_formats.py). Per format, on CPUs without AMX:
 
   f32       F.linear. BF16 products are 2 to 10 times slower than FP32 ones here, so bf16 and FP8
             block weights are held in FP32.

@@ -44,25 +44,25 @@ def some_text(tiny_model: Path, count: int) -> list[int]:
 def test_logits_have_the_same_bits_in_chunks_of_any_size(
     recipe: str | None, tiny_model: Path, base: Path
 ) -> None:
-    ids = torch.tensor(some_text(tiny_model, 300))  # two attention blocks
+    ids = torch.tensor(some_text(tiny_model, 280))  # two attention blocks
     whole = open_engine(tiny_model, recipe, base, kv_cache="int8", max_batched_tokens=512)
     logits = whole.score(ids)
-    for size in (1, 7, 64) if recipe is None else (7,):
+    for size, count in ((1, 30), (23, len(ids))):
         chunked = open_engine(
             tiny_model, recipe, base, kv_cache="int8", max_batched_tokens=size, max_batch_size=1
         )
-        assert torch.equal(chunked.score(ids), logits), f"{recipe=} chunks of {size}"
+        assert torch.equal(chunked.score(ids[:count]), logits[:count]), f"{recipe=} {size=}"
 
 
 def test_logits_have_the_same_bits_on_two_threads_whatever_the_chunks(
     tiny_model: Path, two_threads: None
 ) -> None:
-    ids = torch.tensor(some_text(tiny_model, 150))
+    ids = torch.tensor(some_text(tiny_model, 60))
     logits = [
         LLMEngine.from_checkpoint(
             tiny_model, EngineOptions(max_batched_tokens=size, max_batch_size=1)
         ).score(ids)
-        for size in (150, 13)
+        for size in (60, 13)
     ]
     assert torch.equal(*logits)
 
@@ -72,9 +72,9 @@ def test_greedy_tokens_are_the_same_alone_batched_chunked_and_preempted(
     recipe: str | None, tiny_model: Path, base: Path
 ) -> None:
     ids = some_text(tiny_model, 400)
-    lengths = [3, 250, 31, 64, 17, 120]
+    lengths = [200, 30, 3, 64, 17]
     requests = [
-        request(str(i), ids[10 * i : 10 * i + length], max_tokens=20)
+        request(str(i), ids[10 * i : 10 * i + length], max_tokens=14)
         for i, length in enumerate(lengths)
     ]
     alone = {}
@@ -85,8 +85,8 @@ def test_greedy_tokens_are_the_same_alone_batched_chunked_and_preempted(
     batched = run(engine, requests)
     chunked_engine = open_engine(tiny_model, recipe, base, max_batched_tokens=11, max_batch_size=4)
     chunked = run(chunked_engine, requests)
-    # 19 pages: the 250-token prompt fills 16, so the others keep losing theirs.
-    small = open_engine(tiny_model, recipe, base, max_kv_tokens=19 * 16, max_batched_tokens=64)
+    # 16 pages: the first two fill 15 at once and both grow into one more.
+    small = open_engine(tiny_model, recipe, base, max_kv_tokens=16 * 16, max_batched_tokens=64)
     preempted = run(small, requests)
 
     assert engine.num_preemptions == chunked_engine.num_preemptions == 0

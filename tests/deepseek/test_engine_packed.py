@@ -36,12 +36,12 @@ from deepseek.recipe import Rule, load_recipe
 
 RECIPES = ["int8", "int8-weight-only", "int4", "int4-all", "int4-asym"]
 #: Relative error of an engine's logits against transformers with the same artifact decompressed:
-#: BF16 rounding in and out of each kernel, for int8 also that of activations. Measured: 0.02,
-#: 0.004, 0.003, 0.006, 0.006.
+#: BF16 rounding in and out of each kernel, for int8 also that of activations. Measured on several
+#: texts: 0.010 to 0.020, 0.005 to 0.014, 0.001 to 0.002, 0.005 to 0.006, 0.002 to 0.011.
 MAX_LOGIT_ERROR = {
-    "int8": 0.08,
-    "int8-weight-only": 0.03,
-    "int4": 0.03,
+    "int8": 0.06,
+    "int8-weight-only": 0.04,
+    "int4": 0.02,
     "int4-all": 0.03,
     "int4-asym": 0.03,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,14 +25,16 @@ from support.quantizing import (
     small_recipe,
     starve_expert,
 )
+from support.synthetic import random_tensors, write_checkpoint, write_shards
 
 from cluster.connect import connect
 from deepseek.artifact import ArtifactReader, layer_file
-from deepseek.errors import ArtifactError, IntServeError, RecipeError
+from deepseek.checkpoint import CheckpointReader
+from deepseek.errors import ArtifactError, CheckpointError, IntServeError, RecipeError
 from deepseek.formats import decompress
 from deepseek.recipe import Recipe
-from quant_jobs.messages import Usage
-from quant_jobs.pool import WorkerPool
+from quant_jobs.messages import Solved, Usage
+from quant_jobs.pool import WorkerPool, WorkersLost
 from quant_jobs.progress import Event
 from quant_jobs.quantize import Run, finished, plan_job, run_quantize, tools
 from quant_jobs.resume import REPORT_FILE, JobFolder
@@ -72,6 +75,12 @@ class WorkerHere:
 
     def each(self, call: Callable[..., Any], indices: Sequence[int] | None = None) -> list[Any]:
         return [call(self, 0)] if indices is None or list(indices) else []
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def describe(self) -> str:
+        return "this process"
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=getattr(self._worker, name))
@@ -207,13 +216,17 @@ def test_workers_that_keep_dying_end_the_job_with_a_sentence(
         def __len__(self) -> int:
             return len(self._pool)
 
-        def each(self, call, indices=None):  # type: ignore[no-untyped-def]
-            from quant_jobs.pool import WorkersLost
-
+        def each(self, call: Callable[..., Any], indices: Any = None) -> list[Any]:
             found = self._pool.each(call, indices)
-            if found and hasattr(found[0], "errors"):
+            if found and isinstance(found[0], Solved):
                 raise WorkersLost([0])
             return found
+
+        def share(self, value: Any) -> Any:
+            return self._pool.share(value)
+
+        def describe(self) -> str:
+            return self._pool.describe()
 
         def replace(self, indices: list[int]) -> None:
             self.replaced += len(indices)
@@ -444,12 +457,49 @@ def test_a_starved_expert_is_in_the_coverage_and_a_counted_fallback_of_smoothing
     assert {kind for kind, *_ in noted} == {"unseen_expert"}
 
 
+def test_a_source_with_nan_is_refused_by_the_module_that_met_it(
+    small: SmallModel, three: WorkerPool, tmp_path: Path
+) -> None:
+    directory = tmp_path / "damaged"
+    shutil.copytree(small.directory, directory)
+    stored = random_tensors(small.config)
+    stored["model.layers.1.self_attn.kv_a_layernorm.weight"][3] = float("nan")
+    for path in directory.glob("*.safetensors"):
+        path.unlink()
+    write_shards(directory, stored)
+    damaged = SmallModel(directory, small.text)
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.kv_b_proj: its input is not f"):
+        quantize(damaged, small_recipe("int8"), tmp_path / "out", three)
+
+
+def test_a_bf16_source_keeps_what_the_recipe_does_not_name(
+    small: SmallModel, one: WorkerPool, tmp_path: Path
+) -> None:
+    directory = tmp_path / "bf16"
+    write_checkpoint(directory, layers=2, fp8=False)
+    shutil.copy(small.directory / "tokenizer.json", directory)
+    quantize(SmallModel(directory, small.text), small_recipe("int4"), tmp_path / "out", one)
+    source, reader = CheckpointReader(directory), ArtifactReader(tmp_path / "out")
+    before, after = source.read_layer(1), reader.read_layer(1)
+    for module in ("self_attn.q_b_proj", "mlp.shared_experts.down_proj"):
+        name = f"model.layers.1.{module}.weight"
+        assert torch.equal(after[name], before[name].data)
+    assert "model.layers.1.mlp.experts.0.up_proj.weight_packed" in after
+    errors = reader.manifest.record(1).errors
+    assert {name.split(".")[4] for name in errors} == {"experts"}
+
+
+def test_more_workers_than_the_cluster_has_cpus_end_with_a_sentence(ray_here: None) -> None:
+    with WorkerPool(17, start_timeout_s=0.2) as pool:
+        assert pool.describe() == "17 workers (waiting for nodes: the cluster has 16 CPUs)"
+        with pytest.raises(IntServeError, match="worker 3 of 17 did not start.*16 CPUs.*lower --w"):
+            pool.each(lambda worker, _: worker.usage.remote(), [3])
+
+
 @pytest.mark.parametrize(("name", "attributes"), [("int8", {"num_bits": 8, "axis": 0})])
 def test_the_published_weights_are_modelopts_fake_quantization(
     small: SmallModel, whole: dict[str, Path], name: str, attributes: dict[str, int]
 ) -> None:
-    from deepseek.checkpoint import CheckpointReader
-
     source, reader = CheckpointReader(small.directory), ArtifactReader(whole[name])
     stored = reader.read_layer(1)
     for module in ("self_attn.kv_b_proj", "mlp.experts.3.down_proj"):

@@ -1,0 +1,104 @@
+"""Connecting to a real Ray: ours is stopped, a foreign one is left running. And placement."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from cluster.connect import Placement, connect, engine_placement, worker_placement
+from deepseek.errors import DeployError
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch):
+    """This process is connected to none, and none is named."""
+    if ray.is_initialized():
+        pytest.skip("another test's Ray is still connected")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_a_local_ray_is_started_and_stopped_and_nested_connections_share_it(no_ray: None) -> None:
+    with connect(num_cpus=3) as ours:
+        assert ours.started
+        assert ray.cluster_resources()["CPU"] == 3
+        with connect(num_cpus=1) as inner:
+            assert not inner.started
+            assert inner.address == ours.address
+        assert ray.is_initialized(), "the inner connection stopped what it did not start"
+        assert ours.describe() == f"started a local Ray at {ours.address}"
+    assert not ray.is_initialized()
+    ours.close()
+
+
+def test_a_foreign_ray_is_left_running(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of a foreign cluster, found by address and by RAY_ADDRESS; GPUs are pretended."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "num_gpus": 8, "include_dashboard": False},
+    )
+    try:
+        cluster.add_node(num_cpus=1, num_gpus=8)
+        with connect(cluster.address) as found:
+            assert not found.started
+            assert found.describe() == f"using the Ray at {cluster.address}"
+            _two_nodes_hold_one_tp16_engine()
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with connect(num_cpus=64) as again:
+            assert again.address == cluster.address
+            assert ray.cluster_resources()["CPU"] == 2
+    finally:
+        cluster.shutdown()
+
+
+def _two_nodes_hold_one_tp16_engine() -> None:
+    placement = engine_placement(16, cpus_per_node=1)
+    group = placement_group(list(placement.bundles), strategy=placement.strategy)
+    assert group.wait(30), "two nodes of 8 GPUs must hold a TP-16 replica"
+    nodes = ray.util.placement_group_table(group)["bundles_to_node_id"].values()
+    assert len(set(nodes)) == 2
+    remove_placement_group(group)
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("127.0.0.1:9", "refused"),
+        ("nonsense", "it is not HOST:PORT of a Ray head"),
+        ("http://127.0.0.1:8265", "it is not HOST:PORT of a Ray head"),
+        ("127.0.0.1:99999", "no Ray answers"),
+    ],
+)
+def test_a_wrong_address_is_one_sentence_at_once(
+    address: str, reason: str, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = time.monotonic()
+    for give in ("argument", "environment"):
+        if give == "environment":
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(DeployError) as caught:
+            connect(address if give == "argument" else None)
+        assert address in str(caught.value)
+        assert reason in str(caught.value)
+        assert "correct --address or RAY_ADDRESS" in str(caught.value)
+    assert time.monotonic() - started < 30
+
+
+def test_workers_are_spread() -> None:
+    assert worker_placement(3) == Placement(({"CPU": 1.0},) * 3, "SPREAD")
+    assert worker_placement(2, cpus=4, gpus=1).bundles == ({"CPU": 4.0, "GPU": 1.0},) * 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "bundles", "strategy"),
+    [(0, 1, "STRICT_PACK"), (1, 1, "STRICT_PACK"), (8, 1, "STRICT_PACK"), (16, 2, "STRICT_SPREAD")],
+)
+def test_an_engine_takes_whole_nodes_beyond_one(gpus: int, bundles: int, strategy: str) -> None:
+    placement = engine_placement(gpus)
+    assert placement.strategy == strategy
+    assert len(placement.bundles) == bundles
+    assert sum(bundle.get("GPU", 0) for bundle in placement.bundles) == gpus
+    assert all(bundle["CPU"] > 0 for bundle in placement.bundles)

@@ -277,7 +277,7 @@ def show_table(summary: dict[str, dict[str, Any]]) -> None:
             f"{row['decode_tokens_per_s'] / row['bf16_decode_tokens_per_s']:.2f}x",
             row["verdict"],
         )
-    Console().print(table)
+    Console(width=112).print(table)  # a pipe or log has no width of its own
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def evaluate(
         int, typer.Option(min=0, help="Tokens per speed run and sequence; 0 measures no speed.")
     ] = 32,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; without it, torch's own choice.")
+        int | None, typer.Option(min=1, help="CPU threads; all cores but one without it.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -48,8 +48,8 @@ from quant_jobs.speed import BATCH_SIZES, measure_decode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How much to measure. `decode_tokens` 0 skips the speed measurement; `num_threads` None leaves
-    torch's own choice."""
+    """How much to measure. `decode_tokens` 0 skips the speed measurement; `num_threads` None is
+    all cores but one."""
 
     num_blocks: int = 24
     block_tokens: int = 512

@@ -48,11 +48,11 @@ class TerminalProgress:
 
     def __call__(self, event: Event) -> None:
         if event.step in ("started", "lost"):
-            self._bar.console.print(event.detail, markup=False, highlight=False)
+            self._bar.console.print(event.detail, markup=False, soft_wrap=True)
         if event.part is not None:
             seconds = time.monotonic() - self._started
             line = f"[{seconds:6.1f} s] {describe(event.part)}"
-            self._bar.console.print(line, markup=False, highlight=False)
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
             self._bar.advance(self._task)
 
 

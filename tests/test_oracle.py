@@ -64,7 +64,7 @@ def test_compressed_tensors_and_transformers_alone_give_the_engines_logits(
 
 
 def decompressed_model(artifact: Path) -> DeepseekV3ForCausalLM:
-    """transformers' model, every quantized weight decompressed by the compressed-tensors library."""
+    """transformers' model, every quantized weight decompressed by compressed-tensors."""
     raw = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
     quantization = QuantizationConfig.model_validate(raw.pop("quantization_config"))
     raw.pop("torch_dtype", None)

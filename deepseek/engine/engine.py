@@ -8,6 +8,7 @@ step fails. Prompts and outputs are never logged.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -390,8 +391,8 @@ class LLMEngine:
 
 
 def _kernels(options: EngineOptions) -> Kernels:
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
+    spare = max(1, len(os.sched_getaffinity(0)) - 1)
+    torch.set_num_threads(options.num_threads or min(torch.get_num_threads(), spare))
     kernels = Kernels.detect(batch_invariant=options.batch_invariant)
     if options.batch_invariant and not kernels.is_batch_invariant:
         LOG.warning("this CPU's GEMM is not batch invariant; tokens may depend on the batch")

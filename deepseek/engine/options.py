@@ -15,7 +15,9 @@ class EngineOptions:
     `max_model_len` bounds prompt and completion together (None: the model's limit). The cache holds
     `max_kv_tokens`, rounded up to pages (None: enough for one request of that length, and 1024
     tokens for each of `max_batch_size`). `max_batched_tokens` is the budget of one step, over which
-    long prompts are cut into chunks. `num_threads` None leaves torch's setting alone.
+    long prompts are cut into chunks. `num_threads` None takes torch's setting, but leaves one core
+    to whatever else runs here (HTTP, Ray): a thread that loses its core stalls all others at the
+    next OpenMP barrier, for milliseconds at a time.
 
     `batch_invariant` makes greedy tokens independent of the batch, bit for bit; it costs FP32
     products of fewer than four rows some time (linear.py). `poison_free_pages` is for tests.

@@ -54,7 +54,7 @@ def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
 def pack_int8(q: Tensor) -> Tensor:
     """Codes int8 [N, K] -> int32 [N, ceil(K/4)]: value + 128, column 0 in the lowest bits.
 
-    How compressed-tensors stores 8-bit weight-only linears (`pack-quantized`). Bytes beyond K are 0.
+    As compressed-tensors stores 8-bit weight-only linears (`pack-quantized`); bytes beyond K are 0.
     """
     assert q.dtype == torch.int8, q.dtype
     assert sys.byteorder == "little", "packing views bytes as int32"

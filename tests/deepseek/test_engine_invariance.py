@@ -21,9 +21,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
@@ -55,12 +54,12 @@ def test_logits_have_the_same_bits_in_chunks_of_any_size(
 
 
 def test_logits_have_the_same_bits_on_two_threads_whatever_the_chunks(
-    tiny_model: Path, two_threads: None
+    tiny_model: Path, restored_threads: None
 ) -> None:
     ids = torch.tensor(some_text(tiny_model, 60))
     logits = [
         LLMEngine.from_checkpoint(
-            tiny_model, EngineOptions(max_batched_tokens=size, max_batch_size=1)
+            tiny_model, EngineOptions(max_batched_tokens=size, max_batch_size=1, num_threads=2)
         ).score(ids)
         for size in (60, 13)
     ]

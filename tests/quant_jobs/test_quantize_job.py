@@ -43,7 +43,7 @@ from quant_jobs.solve import modelopt_quantizer
 #: Ray's own idle helpers, which outlive a raylet that was killed.
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
-RECIPES = ("int8", "int4-all", "int8-smoothquant")
+RECIPES = ("int8", "int4", "int4-all", "int8-smoothquant")
 
 
 class Stopped(BaseException):

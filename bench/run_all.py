@@ -1,0 +1,52 @@
+"""`make bench`: every benchmark, one after the other, on an otherwise idle machine.
+
+Prints each one's command and result as Markdown, ready for docs/benchmarks.md. Nothing is run in
+parallel, and nothing is compared across runs: each script measures its peers beside us.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+COMMANDS = (
+    "bench/recipes.py",
+    "bench/decode.py --reference examples/tiny-deepseek-v3"
+    " --engine runs/bench/int8/engine --engine runs/bench/int4/engine",
+    "bench/linear_formats.py --threads 1",
+    "bench/serve_overhead.py",
+)
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def main() -> None:
+    print(f"Machine: {cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    failed = []
+    for command in COMMANDS:
+        print(f"\n## `python {command}`\n", flush=True)
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        if done.returncode:
+            failed.append(command)
+    if failed:
+        raise SystemExit(f"bench: failed: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,12 +23,13 @@ from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 
-#: Largest mean KL in nats per token, and largest relative error of the logits.
+#: Largest median and mean KL in nats per token, and largest relative error of the logits. The mean
+#: is larger because a rounding can send a token to other experts; few tokens make up most of it.
 TOLERANCE = {
-    "int8": (4e-3, 0.05),
-    "int8-weight-only": (2e-3, 0.02),
-    "int4-all": (2e-3, 0.02),
-    "int4-asym": (2e-3, 0.02),
+    "int8": (1e-3, 5e-3, 0.05),
+    "int8-weight-only": (1e-4, 5e-3, 0.03),
+    "int4-all": (1e-4, 5e-3, 0.03),
+    "int4-asym": (1e-4, 5e-3, 0.03),
 }
 NUM_TOKENS = 384
 
@@ -56,11 +57,11 @@ def test_compressed_tensors_and_transformers_alone_give_the_engines_logits(
     found = engine.score(token_ids)
 
     source, other = expected.log_softmax(-1), found.log_softmax(-1)
-    kl = (source.exp() * (source - other)).sum(-1).mean().item()
+    kl_T = (source.exp() * (source - other)).sum(-1)
     error = ((found - expected).norm() / expected.norm()).item()
-    max_kl, max_error = TOLERANCE[recipe]
-    assert kl <= max_kl, f"{recipe=} {kl=:.2e} {error=:.4f}"
-    assert error <= max_error, f"{recipe=} {kl=:.2e} {error=:.4f}"
+    measured = (kl_T.median().item(), kl_T.mean().item(), error)
+    within = [value <= limit for value, limit in zip(measured, TOLERANCE[recipe], strict=True)]
+    assert all(within), f"{recipe=} {measured=} {TOLERANCE[recipe]=}"
 
 
 def decompressed_model(artifact: Path) -> DeepseekV3ForCausalLM:

@@ -55,7 +55,7 @@ def test_int8_per_channel_equals_modelopt_to_the_last_bits_of_float32(
     codes, scale = quantize_int8(weight)
     assert torch.equal(codes.float(), (theirs / scale).round())
     assert torch.allclose(dequantize_int8(codes, scale), theirs, rtol=2e-7, atol=0)
-    given = compress(weight, Scheme(weights="int8"), amax=amax)
+    given = compress(weight, Scheme(weights="int8", activations="int8"), amax=amax)
     assert torch.equal(given["weight"], codes)
     assert torch.equal(given["weight_scale"], scale)
 

@@ -32,68 +32,78 @@ MODEL = ROOT / "examples" / "tiny-deepseek-v3"
 OUT = ROOT / "runs" / "demo"
 RECIPES = ("int4", "int8")
 SERVED = "int4"
+STARTED = time.monotonic()
 
 say = Console(stderr=True, highlight=False)
 
 
 def main() -> None:
-    started = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     step("plan", f"does {MODEL.name} fit this machine?")
-    for recipe in RECIPES:
-        command("cluster", "plan", "--model", MODEL, "--recipe", recipe, "--hardware", "cpu")
+    finish([plan(recipe) for recipe in RECIPES])
 
     step("quantize", f"{' and '.join(RECIPES)}, as Ray jobs")
-    with local_ray_with_jobs() as (address, jobs):
+    with local_ray_with_jobs() as jobs:
         submitted = {recipe: submit_quantize(jobs, recipe) for recipe in RECIPES}
         for recipe, job_id in submitted.items():
             wait_for_job(jobs, recipe, job_id)
-        del address
 
-    for recipe in RECIPES:
-        step("build, evaluate, gate, report", recipe)
-        judge(recipe)
+    step("build", " and ".join(RECIPES))
+    finish([build(recipe) for recipe in RECIPES])
+    summary = {}
+    for recipe in RECIPES:  # one after the other: their decode speeds are compared
+        step("evaluate, gate", recipe)
+        summary[recipe] = judge(recipe)
 
-    step("serve", f"{SERVED} over HTTP")
+    step("serve", f"{SERVED} over HTTP, while the reports are written")
+    reports = [report(recipe) for recipe in RECIPES]
     with served(OUT / SERVED / "engine") as url:
         ask_three_questions(url)
+    finish(reports)
 
-    summary = {recipe: summarize(recipe) for recipe in RECIPES}
     (OUT / "summary.json").write_text(json.dumps({"recipes": summary}, indent=2) + "\n")
     show_table(summary)
     say.print(
         f"\nReports: {', '.join(str((OUT / r / 'report.html').relative_to(ROOT)) for r in RECIPES)}"
         f"\nSummary: {(OUT / 'summary.json').relative_to(ROOT)}"
-        f"\nDone in {time.monotonic() - started:.0f} s."
+        f"\nDone in {time.monotonic() - STARTED:.0f} s."
     )
 
 
 def step(name: str, what: str) -> None:
-    say.print(f"\n[bold]{name}[/bold]  {what}")
+    say.print(f"\n[bold]{name}[/bold]  {what}  [dim]({time.monotonic() - STARTED:.0f} s)[/dim]")
 
 
-def command(package: str, *args: object, quiet: bool = False) -> str:
-    """Run one of our commands as a user would; its failure ends the demo with its own sentence."""
-    done = subprocess.run(
-        [sys.executable, "-m", package, *map(str, args)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if not quiet:
-        sys.stderr.write(done.stdout)
-    if done.returncode:
-        raise SystemExit(f"demo: python -m {package} {args[0]} ended with {done.returncode}")
-    return done.stdout
+def start(package: str, *args: object) -> subprocess.Popen[str]:
+    """One of our commands, as a user would run it; its stdout is kept for `finish`."""
+    words = [sys.executable, "-m", package, *map(str, args)]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def finish(commands: list[subprocess.Popen[str]], *, show: bool = True) -> list[str]:
+    """Wait for all; a command's failure ends the demo with that command's own sentence."""
+    outputs = []
+    for process in commands:
+        output, _ = process.communicate()
+        if show:
+            sys.stderr.write(output)
+        if process.returncode:
+            words = subprocess.list2cmdline(list(map(str, process.args))[1:4])  # type: ignore[arg-type]
+            raise SystemExit(f"demo: {words} ended with {process.returncode}")
+        outputs.append(output)
+    return outputs
+
+
+def plan(recipe: str) -> subprocess.Popen[str]:
+    return start("cluster", "plan", "--model", MODEL, "--recipe", recipe, "--hardware", "cpu")
 
 
 # --- quantize ------------------------------------------------------------------------------------
 
 
 @contextmanager
-def local_ray_with_jobs() -> Iterator[tuple[str, JobSubmissionClient]]:
+def local_ray_with_jobs() -> Iterator[JobSubmissionClient]:
     """A local Ray with its job server, stopped by the handle that started it."""
     import ray
 
@@ -105,8 +115,7 @@ def local_ray_with_jobs() -> Iterator[tuple[str, JobSubmissionClient]]:
         logging_level="warning",
     )
     try:
-        url = f"http://{context.address_info['webui_url']}"
-        yield context.address_info["gcs_address"], JobSubmissionClient(url)
+        yield JobSubmissionClient(f"http://{context.address_info['webui_url']}")
     finally:
         ray.shutdown()
 
@@ -140,21 +149,48 @@ def wait_for_job(jobs: JobSubmissionClient, recipe: str, job_id: str) -> None:
 # --- build, evaluate, gate, report ---------------------------------------------------------------
 
 
-def judge(recipe: str) -> None:
+def build(recipe: str) -> subprocess.Popen[str]:
     folder = OUT / recipe
-    command(
+    return start(
         *("quant_jobs", "build", "--checkpoint", folder / "checkpoint"),
         *("--target", "embedded", "--output", folder / "engine"),
     )
-    command(
+
+
+#: summary.json's keys, in order, as `gate --json` prints them.
+SUMMARY_KEYS = (
+    "bytes",
+    "bf16_bytes",
+    "perplexity",
+    "source_perplexity",
+    "kl",
+    "top1",
+    "decode_tokens_per_s",
+    "bf16_decode_tokens_per_s",
+    "verdict",
+)
+
+
+def judge(recipe: str) -> dict[str, Any]:
+    """Evaluate and gate; what the summary says of this recipe."""
+    folder = OUT / recipe
+    evaluate = start(
         *("quant_jobs", "evaluate", "--engine", folder / "engine", "--reference", MODEL),
         *("--data", MODEL / "heldout.txt", "--output", folder / "evaluation"),
     )
-    command(
+    finish([evaluate])
+    gate = start(
         *("quant_jobs", "gate", "--engine", folder / "engine"),
-        *("--evaluation", folder / "evaluation"),
+        *("--evaluation", folder / "evaluation", "--json"),
     )
-    command(
+    judged = json.loads(finish([gate], show=False)[0])
+    say.print(f"verdict: {judged['verdict']}")
+    return {key: judged[key] for key in SUMMARY_KEYS}
+
+
+def report(recipe: str) -> subprocess.Popen[str]:
+    folder = OUT / recipe
+    return start(
         *("quant_jobs", "report", "--checkpoint", folder / "checkpoint"),
         *("--engine", folder / "engine", "--evaluation", folder / "evaluation"),
         *("--output", folder / "report.html"),
@@ -234,29 +270,6 @@ def ask_three_questions(url: str) -> None:
 
 
 # --- the table -----------------------------------------------------------------------------------
-
-#: summary.json's keys, in order; each is one field of evaluation.json or of the verdict.
-SUMMARY_KEYS = (
-    "bytes",
-    "bf16_bytes",
-    "perplexity",
-    "source_perplexity",
-    "kl",
-    "top1",
-    "decode_tokens_per_s",
-    "bf16_decode_tokens_per_s",
-    "verdict",
-)
-
-
-def summarize(recipe: str) -> dict[str, Any]:
-    output = command(
-        *("quant_jobs", "gate", "--engine", OUT / recipe / "engine"),
-        *("--evaluation", OUT / recipe / "evaluation", "--json"),
-        quiet=True,
-    )
-    gate = json.loads(output)
-    return {key: gate[key] for key in SUMMARY_KEYS}
 
 
 def show_table(summary: dict[str, dict[str, Any]]) -> None:

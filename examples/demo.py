@@ -108,7 +108,8 @@ def local_ray_with_jobs() -> Iterator[JobSubmissionClient]:
     import ray
 
     context = ray.init(
-        num_cpus=4,  # quantize workers are short of memory bandwidth, not of cores
+        address="local",  # never a cluster that RAY_ADDRESS happens to name
+        num_cpus=4,  # slots for both jobs at once, however few cores there are
         include_dashboard=True,
         dashboard_port=free_port(),
         log_to_driver=False,

@@ -16,25 +16,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import get_args
 
 from deepseek.config import ModelConfig
 from deepseek.engine.packed_layout import packed_tensors
 from deepseek.formats import stored_shapes
-from deepseek.inventory import Split, TensorSpec, tensors
+from deepseek.inventory import Group, Split, TensorSpec, tensors
 from deepseek.recipe import KVFormat, Scheme
 
 #: Lines of the table, in order. Scales and zero points of all groups stand in their own line; those
 #: of the MTP layer are in its line, since both are loaded or left out together.
-GROUPS = (
-    "routed_experts",
-    "shared_experts",
-    "attention",
-    "dense_mlp",
-    "embeddings",
-    "router",
-    "norms",
-    "mtp",
-)
+GROUPS: tuple[str, ...] = get_args(Group)
 
 #: FP8 block edge, and the group of the per-token FP8 cache layout (`fp8_ds_mla`).
 _BLOCK = 128

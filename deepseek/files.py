@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from deepseek.errors import ArtifactError
+
 #: Safetensors' names of the data types that appear in our files.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -96,6 +98,23 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON for people to read: sorted keys, two spaces, a final newline; atomically."""
     write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json_object(path: Path, hint: str) -> dict[str, Any]:
+    """The JSON object in a file of ours; `hint` says what to do when it is not there.
+
+    Raises:
+        ArtifactError: it cannot be read, is not JSON, or is not an object.
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}); {hint}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ArtifactError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+    return raw
 
 
 def canonical_json(value: Any) -> bytes:

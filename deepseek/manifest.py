@@ -9,14 +9,13 @@ digest is *the artifact's digest*, the value that an engine, a gate verdict and 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepseek.errors import ArtifactError
-from deepseek.files import canonical_json, write_json
+from deepseek.files import canonical_json, read_json_object, write_json
 from deepseek.recipe import KVFormat, Recipe
 
 MANIFEST_FILE = "intserve.json"
@@ -125,17 +124,10 @@ def read_manifest(directory: Path) -> Manifest:
         ArtifactError: absent, not JSON, an unknown field, or edited since it was written.
     """
     path = directory / MANIFEST_FILE
-    try:
-        raw: Any = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({error.strerror}); the directory is not a finished quantized "
-            "checkpoint: run quantize again, which resumes"
-        ) from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ArtifactError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+    raw = read_json_object(
+        path,
+        "the directory is not a finished quantized checkpoint: run quantize again, which resumes",
+    )
     version = raw.get("format_version")
     if version != FORMAT_VERSION:
         raise ArtifactError(

@@ -15,7 +15,6 @@ than computing nonsense.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from deepseek.files import (
     SavedFile,
     canonical_json,
     read_header,
+    read_json_object,
     save_tensors,
     sha256_file,
     tensor_digest,
@@ -182,17 +182,9 @@ def read_engine_manifest(directory: Path | str) -> EngineManifest:
         ArtifactError: absent, not JSON, an unknown field or version, or edited.
     """
     path = Path(directory) / ENGINE_FILE
-    try:
-        raw: Any = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({error.strerror}); {directory} is not an engine: make one "
-            "with `python -m quant_jobs build`"
-        ) from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ArtifactError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+    raw = read_json_object(
+        path, f"{directory} is not an engine: make one with `python -m quant_jobs build`"
+    )
     recorded = raw.pop("digest", None)
     try:
         manifest = EngineManifest.model_validate(raw)

@@ -12,6 +12,13 @@
 `assert` elsewhere means a bug of ours; these mean that the user can fix it, and say how.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class IntServeError(Exception):
     """Base of all errors that name the thing at fault and what to change, in one sentence."""
@@ -43,3 +50,10 @@ class DeployError(IntServeError):
 
 class RequestError(IntServeError):
     """A generation request that no amount of waiting would make servable."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """`place: what is wrong` of the first thing that pydantic found in a file of ours."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the file"
+    return f"{place}: {first['msg']}"

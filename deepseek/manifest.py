@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deepseek.errors import ArtifactError
+from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import canonical_json, read_json_object, write_json
 from deepseek.recipe import KVFormat, Recipe
 
@@ -138,9 +138,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(f"{path}: {place}: {first['msg']}") from error
+        raise ArtifactError(f"{path}: {first_problem(error)}") from error
     if manifest.digest != recorded:
         raise ArtifactError(
             f"{path} was changed after it was written (its digest is {manifest.digest}, it "

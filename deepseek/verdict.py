@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deepseek.errors import ArtifactError
+from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import write_json
 from deepseek.recipe import GateLimits
 
@@ -56,9 +56,7 @@ def read_verdict(engine_dir: Path | str) -> GateVerdict:
             "evaluate` and `gate` first"
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(f"{path}: {place}: {first['msg']}; run the gate again") from error
+        raise ArtifactError(f"{path}: {first_problem(error)}; run the gate again") from error
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); run the gate again") from error
 

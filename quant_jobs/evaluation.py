@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from deepseek.errors import ArtifactError
+from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import sha256_file, write_atomic
 
 EVALUATION = "evaluation.json"
@@ -155,9 +155,7 @@ def read_evaluation(directory: Path) -> Evaluation:
     try:
         evaluation = Evaluation.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ArtifactError(f"{path}: {place}: {first['msg']}; evaluate again") from error
+        raise ArtifactError(f"{path}: {first_problem(error)}; evaluate again") from error
     tokens = directory / TOKENS
     if not tokens.is_file() or sha256_file(tokens) != evaluation.tokens_sha256:
         raise ArtifactError(f"{tokens} is missing or is not the one {path} names; evaluate again")

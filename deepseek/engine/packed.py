@@ -32,7 +32,7 @@ from deepseek.artifact import COPIED_FILES, ArtifactReader
 from deepseek.config import ModelConfig
 from deepseek.engine.kv_cache import CacheFormat, check_cache_format
 from deepseek.engine.packing import Progress, Source, pack_tensors, schemes_of
-from deepseek.errors import ArtifactError, DeployError
+from deepseek.errors import ArtifactError, DeployError, first_problem
 from deepseek.files import (
     DamagedFileError,
     SavedFile,
@@ -189,9 +189,7 @@ def read_engine_manifest(directory: Path | str) -> EngineManifest:
     try:
         manifest = EngineManifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(f"{path}: {place}: {first['msg']}; build the engine again") from error
+        raise ArtifactError(f"{path}: {first_problem(error)}; build the engine again") from error
     if manifest.digest != recorded:
         raise ArtifactError(f"{path} was changed after it was written; build the engine again")
     return manifest

@@ -22,13 +22,29 @@ from deepseek.errors import RecipeError
 from deepseek.inventory import TensorSpec, linears
 
 #: `source` keeps what the source has: FP8 128x128 blocks for the release, BF16 for a BF16 model.
-WeightFormat = Literal["source", "bf16", "fp8-block", "int8", "int4", "int4-asym"]
-#: Activations entering the linear: none (weight-only) or INT8, one dynamic scale per token.
-ActivationFormat = Literal["none", "int8"]
-Algorithm = Literal["max", "smoothquant"]
+WeightFormat = Literal["source", "bf16", "fp8-block", "int8", "int8-asym", "int4", "int4-asym"]
+#: Activations entering the linear: none (weight-only), INT8 with one dynamic scale per token, or
+#: FP8 e4m3 with one static scale per tensor, measured (`input_scale` of the artifact).
+ActivationFormat = Literal["none", "int8", "fp8"]
+#: How a weight is rounded. `max` is round-to-nearest; the others read calibration statistics.
+Algorithm = Literal["max", "smoothquant", "awq", "gptq"]
+#: Where the range of a group or channel ends: at its largest weight, at a percentile of the
+#: magnitudes, or where the squared rounding error is least.
+Clip = Literal["max", "percentile", "mse"]
 KVFormat = Literal["bf16", "int8", "fp8"]
 
 RECIPES = Path(__file__).resolve().parent.parent / "quant_jobs" / "recipes"
+
+
+#: Activation format -> the one weight format that some target multiplies it with.
+_ACTIVATIONS_NEED: dict[ActivationFormat, WeightFormat] = {"int8": "int8", "fp8": "int4"}
+#: Setting -> the algorithm or clip that reads it.
+_ONLY_FOR = {
+    "smoothing": "smoothquant",
+    "percentile": "percentile",
+    "damping": "gptq",
+    "act_order": "gptq",
+}
 
 
 class _Strict(BaseModel):
@@ -38,8 +54,14 @@ class _Strict(BaseModel):
 class Scheme(_Strict):
     """How one linear is stored and computed.
 
-    `int8` has one scale per output channel; `int4` and `int4-asym` have one scale (and zero point)
-    per output channel and group of `group_size` inputs; `fp8-block` has one scale per 128x128.
+    `int8` and `int8-asym` have one scale (and zero point) per output channel; `int4` and
+    `int4-asym` have one per output channel and group of `group_size` inputs; `fp8-block` has one
+    scale per 128x128.
+
+    `smoothing` is SmoothQuant's strength; `percentile` is of the magnitudes of one group or
+    channel; `damping` is GPTQ's, as a share of the Hessian's mean diagonal; `act_order` has GPTQ
+    round the most active inputs first (groups and their scales stay those of the original order, so
+    no target needs an index of groups).
     """
 
     weights: WeightFormat
@@ -47,6 +69,10 @@ class Scheme(_Strict):
     activations: ActivationFormat = "none"
     algorithm: Algorithm = "max"
     smoothing: float = Field(default=0.5, ge=0.0, le=1.0)
+    clip: Clip = "max"
+    percentile: float = Field(default=99.9, gt=50.0, le=100.0)
+    damping: float = Field(default=0.01, gt=0.0, le=1.0)
+    act_order: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Scheme:
@@ -55,26 +81,47 @@ class Scheme(_Strict):
             raise ValueError(f"weights {self.weights} need group_size 32, 64 or 128")
         if not grouped and self.group_size is not None:
             raise ValueError(f"group_size means nothing for weights {self.weights}; remove it")
-        if self.activations == "int8" and self.weights != "int8":
+        needed = _ACTIVATIONS_NEED.get(self.activations, self.weights)
+        if self.weights != needed:
             raise ValueError(
-                f"activations int8 need weights int8, not {self.weights}; no target computes that"
+                f"activations {self.activations} need weights {needed}, not {self.weights}; no "
+                "target computes that"
             )
-        if self.algorithm == "smoothquant" and self.activations == "none":
+        if self.algorithm == "smoothquant" and self.activations != "int8":
             raise ValueError("algorithm smoothquant needs activations int8; use max")
-        if self.algorithm != "smoothquant" and self.smoothing != 0.5:
-            raise ValueError(f"smoothing means nothing for algorithm {self.algorithm}; remove it")
+        if not self.is_quantized and (self.algorithm != "max" or self.clip != "max"):
+            what = self.algorithm if self.algorithm != "max" else f"clip {self.clip}"
+            raise ValueError(f"{what} means nothing for weights {self.weights}; remove it")
+        if self.algorithm == "awq" and self.clip != "max":
+            raise ValueError(f"awq searches its own clipping; remove clip {self.clip}")
+        for name, user in _ONLY_FOR.items():
+            default = Scheme.model_fields[name].default
+            if getattr(self, name) != default and user not in (self.algorithm, self.clip):
+                raise ValueError(f"{name} means nothing without {user}; remove it")
         return self
 
     @property
     def is_quantized(self) -> bool:
         """Whether IntServe itself quantizes this linear (rather than carrying it through)."""
-        return self.weights in ("int8", "int4", "int4-asym")
+        return self.weights in ("int8", "int8-asym", "int4", "int4-asym")
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the codes have no zero point."""
+        return not self.weights.endswith("-asym")
+
+    @property
+    def bits(self) -> int:
+        """Width of a code of a quantized weight."""
+        assert self.is_quantized, self.weights
+        return 8 if self.weights.startswith("int8") else 4
 
     @property
     def label(self) -> str:
-        """Short name for tables: `int4-g128`, `int8-a8`, `source`."""
+        """Short name for tables: `int4-g128`, `int8-a8`, `int4-g128-afp8`, `source`."""
         group = f"-g{self.group_size}" if self.group_size else ""
-        return f"{self.weights}{group}{'-a8' if self.activations == 'int8' else ''}"
+        inputs = {"none": "", "int8": "-a8", "fp8": "-afp8"}[self.activations]
+        return f"{self.weights}{group}{inputs}"
 
 
 class Rule(Scheme):
@@ -95,11 +142,20 @@ class Calibration(_Strict):
 
 
 class ExpertCoverage(_Strict):
-    """How routed experts meet calibration tokens: as routed, with a floor below which an expert
-    counts as starved (reported, and counted against the gate's `max_starved_experts`)."""
+    """Which tokens the statistics of a routed expert are taken of; forwarding is top-k always.
 
-    policy: Literal["topk"] = "topk"
+    `topk`: those that the router sends. `all`: every token. `shrink`: those that the router sends
+    and `shrink_tokens` more, spread evenly over the whole layer's: H_e + shrink_tokens * H_layer
+    per token, which pulls an expert toward the layer the more, the fewer tokens it has.
+
+    An expert that the router sent fewer than `floor_tokens` is starved: reported, counted against
+    the gate's `max_starved_experts`, and under `topk` rounded to nearest in place of AWQ or GPTQ
+    (counted in the ledger).
+    """
+
+    policy: Literal["topk", "all", "shrink"] = "topk"
     floor_tokens: int = Field(default=16, ge=0)
+    shrink_tokens: int = Field(default=64, ge=1)
 
 
 class GateLimits(_Strict):

@@ -32,11 +32,15 @@ _SHARES_INPUT_WITH = {"kv_a_proj_with_mqa": "q_a_proj", "up_proj": "gate_proj"}
 
 @dataclass(frozen=True, slots=True)
 class InputStatistics:
-    """What came into one linear: `amax` f32 [K], `sample` f32 [R, K], number of tokens."""
+    """What came into one linear, over all tokens: `amax` and `mean_abs` f32 [K] are the largest and
+    the mean magnitude of each channel, `sample` f32 [R, K] some of the tokens, `gram` f32 [K, K]
+    the sum of x x^T (only where GPTQ asks for it)."""
 
     amax: Tensor
     sample: Tensor
     tokens: int
+    mean_abs: Tensor
+    gram: Tensor | None = None
 
 
 #: By the module name that stands for the input, see `input_of`. Unseen experts are absent.

@@ -100,7 +100,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (raw_recipe({"match": "*", "weights": "int3"}), "rules.0.weights: "),
     (raw_recipe({"weights": "int8"}), "rules.0.match: Field required"),
-    (raw_recipe({"match": "*", "weights": "int8", "algorithm": "awq"}), "rules.0.algorithm: "),
+    (raw_recipe({"match": "*", "weights": "int8", "algorithm": "magic"}), "rules.0.algorithm: "),
     (raw_recipe({"match": "*", "weights": "int4"}), "weights int4 need group_size 32, 64 or 128"),
     (raw_recipe({"match": "*", "weights": "int4", "group_size": 100}), "need group_size 32"),
     (
@@ -117,7 +117,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         raw_recipe({"match": "*", "weights": "int8", "smoothing": 0.7}),
-        "smoothing means nothing for algorithm max",
+        "smoothing means nothing without smoothquant",
     ),
     (
         raw_recipe(
@@ -130,6 +130,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             }
         ),
         "rules.0.smoothing: ",
+    ),
+    (
+        raw_recipe({"match": "*", "weights": "int8", "damping": 0.1}),
+        "damping means nothing without gptq",
+    ),
+    (
+        raw_recipe({"match": "*", "weights": "int8", "activations": "fp8"}),
+        "activations fp8 need weights int4, not int8",
+    ),
+    (
+        raw_recipe({"match": "*", "weights": "bf16", "algorithm": "gptq"}),
+        "gptq means nothing for weights bf16",
+    ),
+    (
+        raw_recipe({"match": "*", "weights": "int8", "algorithm": "awq", "clip": "mse"}),
+        "awq searches its own clipping",
     ),
     (raw_recipe(), "rules: "),
     (raw_recipe({"match": "*", "weights": "int8"}, kv_cache="int2"), "kv_cache: "),

@@ -158,14 +158,17 @@ class ArtifactWriter:
         self._records[layer] = record
         return record
 
-    def adopt(self, record: LayerRecord) -> None:
+    def adopt(self, record: LayerRecord, *, verify: bool = True) -> None:
         """Take over a part that another process, or a run that was cut off, has published.
+
+        `verify` False spares reading the file where a worker of this very run has just written it.
 
         Raises:
             ArtifactError: the file is absent or not the one that the record describes.
         """
         path = self.directory / layer_file(record.layer)
-        if record.file != path.name or not path.is_file() or sha256_file(path) != record.sha256:
+        known = record.file == path.name and path.is_file()
+        if not known or (verify and sha256_file(path) != record.sha256):
             raise ArtifactError(
                 f"{path} is not the file that was published for layer {record.layer}; delete "
                 "it and quantize again, which redoes this layer only"
@@ -179,6 +182,7 @@ class ArtifactWriter:
         coverage: Mapping[int, list[int]],
         fallbacks: list[Fallback],
         tools: Mapping[str, str],
+        kv_latent_amax: Mapping[int, float] | None = None,
     ) -> Manifest:
         """Write config, index, tokenizer and, last, the manifest. Every part must be published."""
         keys = layer_keys(self.config)
@@ -202,6 +206,7 @@ class ArtifactWriter:
             fallbacks=tuple(fallbacks),
             tools=dict(sorted(tools.items())),
             files={name: sha256_file(self.directory / name) for name in sorted(written)},
+            kv_latent_amax=dict(sorted((kv_latent_amax or {}).items())),
         )
         write_manifest(self.directory, manifest)
         return manifest

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,14 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError
-from deepseek.files import DTYPE_NAMES, DamagedFileError, Header, read_header, tensor_digest
+from deepseek.files import (
+    DTYPE_NAMES,
+    DamagedFileError,
+    Header,
+    read_header,
+    read_tensor,
+    tensor_digest,
+)
 from deepseek.formats import dequantize_fp8_block
 from deepseek.inventory import TensorSpec, global_tensors, layer_tensors, tensors
 
@@ -53,16 +60,24 @@ class SourceTensor:
         return dequantize_fp8_block(self.data, self.scale_inv).to(dtype)
 
 
+def source_digests(source: Mapping[str, SourceTensor]) -> dict[str, str]:
+    """Digest of each tensor's stored values by name, block scales included."""
+    return {
+        name: tensor_digest(tensor.data)
+        + ("" if tensor.scale_inv is None else f"*{tensor_digest(tensor.scale_inv)}")
+        for name, tensor in source.items()
+    }
+
+
+def join_digests(digests: Mapping[str, str]) -> str:
+    """SHA-256 in hex over `source_digests`, whoever read which of the tensors."""
+    lines = (f"{name}={digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def content_digest(source: Mapping[str, SourceTensor]) -> str:
     """SHA-256 in hex over names and stored values of what was read, scales included."""
-    digest = hashlib.sha256()
-    for name in sorted(source):
-        tensor = source[name]
-        digest.update(f"{name}={tensor_digest(tensor.data)}".encode())
-        if tensor.scale_inv is not None:
-            digest.update(f"*{tensor_digest(tensor.scale_inv)}".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+    return join_digests(source_digests(source))
 
 
 class CheckpointReader:
@@ -87,6 +102,8 @@ class CheckpointReader:
         self._shard_of = self._locate(shards)
         self._check_inventory()
         self._unread = set(self._shard_of)
+        #: Bytes that `load` has read from storage so far.
+        self.bytes_read = 0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,6 +134,43 @@ class CheckpointReader:
         """The tensors outside the decoder layers: embeddings, final norm, head."""
         return self._read(global_tensors(self.config))
 
+    def load(self, specs: Iterable[TensorSpec]) -> dict[str, SourceTensor]:
+        """These tensors by name, read at once into memory of their own.
+
+        Where `read_layer` maps files, whose pages come when they are touched, this is for threads
+        that read ahead: when it returns, the bytes are here, and they are counted.
+        """
+        specs = list(specs)
+        names = [spec.name for spec in specs]
+        names += [s for name in names if (s := scale_name(name)) in self._shard_of]
+        stored: dict[str, Tensor] = {}
+        for shard in sorted({self._shard_of[name] for name in names}):
+            path, entries = self.directory / shard, self._headers[shard].tensors
+            try:
+                with path.open("rb", buffering=0) as file:
+                    for name in names:
+                        if self._shard_of[name] == shard:
+                            stored[name] = read_tensor(file, entries[name])
+                            self.bytes_read += entries[name].num_bytes
+            except (OSError, EOFError) as error:
+                raise CheckpointError(
+                    f"{path} changed or became unreadable while it was in use ({error})"
+                ) from error
+        self._unread -= set(names)
+        return _with_scales(specs, stored)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding for token ids int64 [T]: float32 [T, D]. Reads those rows only."""
+        name = "model.embed_tokens.weight"
+        path = self.directory / self._shard_of[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return cast(Tensor, file.get_tensor(name)[ids].float())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} changed or became unreadable while it was in use ({error})"
+            ) from error
+
     def finish(self) -> None:
         """Raise CheckpointError when some tensor was never read: it would be lost silently."""
         if self._unread:
@@ -141,10 +195,7 @@ class CheckpointReader:
                     f"{path} changed or became unreadable while it was in use ({error})"
                 ) from error
         self._unread -= set(names)
-        return {
-            spec.name: SourceTensor(spec, stored[spec.name], stored.get(scale_name(spec.name)))
-            for spec in specs
-        }
+        return _with_scales(specs, stored)
 
     def _locate(self, shards: dict[str, set[str] | None]) -> dict[str, str]:
         """Shard of every tensor, held against what the index says of each shard."""
@@ -198,6 +249,13 @@ class CheckpointReader:
                     f"{self.directory}: tensor {name} is {DTYPE_NAMES[found[name].dtype]}; "
                     f"expected {allowed} (quantization_config in config.json decides)"
                 )
+
+
+def _with_scales(specs: list[TensorSpec], stored: dict[str, Tensor]) -> dict[str, SourceTensor]:
+    return {
+        spec.name: SourceTensor(spec, stored[spec.name], stored.get(scale_name(spec.name)))
+        for spec in specs
+    }
 
 
 def scale_name(name: str) -> str:

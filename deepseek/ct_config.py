@@ -8,7 +8,12 @@ model: each matches its own group's targets and no other's, and nothing else mat
 
 Formats (compressed-tensors 0.20): INT8 with INT8 activations is `int-quantized`, INT4 is
 `pack-quantized`, FP8 blocks are `float-quantized`; a mix is `mixed-precision` with the format said
-per group. INT8 without activations is packed too: no loader takes plain int8 there.
+per group. INT8 without activations is packed too: no loader takes plain int8 there. INT4 with FP8
+activations is packed with static per-tensor input activations, `input_scale` beside each weight.
+
+`kv_cache_scheme` is always null. vLLM reads static KV scales of compressed-tensors for its
+`Attention` only, not for `MLAAttention`, and TensorRT-LLM reads none for MLA: a scale written here
+would be read by nobody. What was measured is in the manifest (`kv_latent_amax`).
 """
 
 from __future__ import annotations
@@ -58,8 +63,7 @@ def quantization_config(
     places: dict[Scheme, set[_Place]] = {}
     for module, scheme in schemes.items():
         layer, rest = module.removeprefix("model.layers.").split(".", 1)
-        key = Scheme.model_validate({**scheme.model_dump(), "algorithm": "max", "smoothing": 0.5})
-        places.setdefault(key, set()).add((int(layer), rest))
+        places.setdefault(_as_stored(scheme), set()).add((int(layer), rest))
     high = places.pop(Scheme(weights="bf16"), set())
     if not places:
         return None
@@ -95,13 +99,21 @@ def matches(target: str, name: str) -> bool:
     return target == name
 
 
+@lru_cache
+def _as_stored(scheme: Scheme) -> Scheme:
+    """Without how the weight was rounded, which a loader need not know."""
+    return Scheme(
+        weights=scheme.weights, group_size=scheme.group_size, activations=scheme.activations
+    )
+
+
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     weights: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
     inputs: dict[str, Any] | None = None
     form = "int-quantized"
     match scheme.weights:
-        case "int8":
-            weights["strategy"] = "channel"
+        case "int8" | "int8-asym":
+            weights |= {"symmetric": scheme.is_symmetric, "strategy": "channel"}
             if scheme.activations == "int8":
                 inputs = weights | {"strategy": "token", "dynamic": True}
             else:
@@ -109,11 +121,19 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         case "int4" | "int4-asym":
             weights |= {
                 "num_bits": 4,
-                "symmetric": scheme.weights == "int4",
+                "symmetric": scheme.is_symmetric,
                 "strategy": "group",
                 "group_size": scheme.group_size,
             }
             form = "pack-quantized"
+            if scheme.activations == "fp8":
+                inputs = {
+                    "num_bits": 8,
+                    "type": "float",
+                    "symmetric": True,
+                    "strategy": "tensor",
+                    "dynamic": False,
+                }
         case "fp8-block":
             weights |= {"type": "float", "strategy": "block", "block_structure": [128, 128]}
             # As the release declares itself: activations quantized on the fly, 128 at a time.

@@ -18,6 +18,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -202,6 +203,25 @@ def read_header(path: Path) -> Header:
             "was appended to"
         )
     return Header(tensors, metadata, prefix + text, file_bytes)
+
+
+def read_tensor(file: FileIO, entry: TensorEntry) -> Tensor:
+    """One tensor of an unbuffered safetensors file, into memory of its own.
+
+    Raises:
+        OSError: it cannot be read.
+        EOFError: the file has become shorter since its header was read.
+    """
+    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    view = memoryview(data.numpy())
+    position = 0
+    while position < entry.num_bytes:
+        chunk = view[position : position + _CHUNK_BYTES]
+        count = os.preadv(file.fileno(), [chunk], entry.begin + position)
+        if not count:
+            raise EOFError(f"it ends at {entry.begin + position} bytes")
+        position += count
+    return data.view(entry.dtype).view(entry.shape)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

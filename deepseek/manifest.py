@@ -79,6 +79,9 @@ class Manifest(_Record):
 
     `coverage` is, per MoE layer, the number of calibration tokens that reached each routed expert.
     `files` maps each copied or derived file (config.json, index, tokenizer) to its SHA-256.
+    `kv_latent_amax` is, per layer, the largest magnitude of the latent that is cached (the output
+    of kv_a_layernorm, folded smoothing included) over the calibration tokens; the rotary key, which
+    is cached beside it, is not in it. A static FP8 scale of the latent would be 1/448 of it.
     """
 
     format_version: Literal[1] = 1
@@ -90,6 +93,7 @@ class Manifest(_Record):
     fallbacks: tuple[Fallback, ...]
     tools: dict[str, str]
     files: dict[str, str]
+    kv_latent_amax: dict[int, float] = {}
 
     @property
     def kv_cache(self) -> KVFormat:

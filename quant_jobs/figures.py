@@ -2,7 +2,7 @@
 
 matplotlib draws with marker colors that are replaced by CSS variables, so that one drawing works on
 light and dark paper; text stays text. No pyplot: no global state, no display. The same numbers give
-the same bytes. Called by `report` alone.
+the same bytes. The plots of a quantize run's account are in `job_figures.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from quant_jobs.evaluation import Evaluation, GroupBytes
 
-# Drawn color -> CSS variable of templates/report.html.j2.
+# Drawn color -> CSS variable of templates/style.css.j2.
 INK, MUTED, GRID, PALE = "#010101", "#020202", "#030303", "#080808"
 FIRST, SECOND, THIRD, FOURTH = "#040404", "#050505", "#060606", "#070707"
+FIFTH, SIXTH = "#090909", "#0a0a0a"
 _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
@@ -31,6 +32,8 @@ _VARIABLES = {
     SECOND: "--c2",
     THIRD: "--c3",
     FOURTH: "--c4",
+    FIFTH: "--c5",
+    SIXTH: "--c6",
 }
 _STYLE = {
     "svg.fonttype": "none",
@@ -58,9 +61,14 @@ _COVERAGE = LinearSegmentedColormap.from_list(
 def draw(name: str, width: float, height: float, paint: Callable[[Any], None]) -> str:
     """One figure with one axes, painted by `paint(axes)`, as an inline <svg> element. `name` makes
     its ids unique on the page."""
+    return draw_figure(name, width, height, lambda figure: paint(figure.add_subplot()))
+
+
+def draw_figure(name: str, width: float, height: float, paint: Callable[[Any], None]) -> str:
+    """The same with any number of axes, which `paint(figure)` makes."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
-        paint(figure.add_subplot())
+        paint(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inline(buffer.getvalue(), name)

@@ -17,6 +17,8 @@ FallbackKind = Literal[
     "dead_channel",
     "unseen_expert",
     "clipped_smoothing",
+    "outlier_input_scale",
+    "unseen_input_scale",
 ]
 
 MEANING: dict[FallbackKind, str] = {
@@ -24,6 +26,8 @@ MEANING: dict[FallbackKind, str] = {
     "dead_channel": "input channels that calibration never activated; not smoothed",
     "unseen_expert": "no calibration token reached the expert; its down_proj is not smoothed",
     "clipped_smoothing": "smoothing scales that met the limit of 2^-10 or 2^10",
+    "outlier_input_scale": "inputs of the expert that clip: far larger than those of its layer",
+    "unseen_input_scale": "no calibration token reached the expert; it has the others' input scales",
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
@@ -20,8 +19,7 @@ from quant_jobs import figures
 from quant_jobs.build import BuiltEngine, read_engine
 from quant_jobs.evaluation import Evaluation, read_evaluation, read_tokens
 from quant_jobs.findings import Report, assemble, show_bytes
-
-TEMPLATES = Path(__file__).resolve().parent / "templates"
+from quant_jobs.page import render_page
 
 
 def run_report(
@@ -105,16 +103,12 @@ def draw_figures(
 
 def render(report: Report, drawn: dict[str, Markup]) -> str:
     """The page. Everything but the plots is escaped; an unknown name is an error."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("report.html.j2")
-    return template.render(
-        report=report, evaluation=report.evaluation, tiles=_tiles(report.evaluation), figures=drawn
+    return render_page(
+        "report.html.j2",
+        report=report,
+        evaluation=report.evaluation,
+        tiles=_tiles(report.evaluation),
+        figures=drawn,
     )
 
 

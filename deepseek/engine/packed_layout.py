@@ -87,15 +87,21 @@ def packed_shapes(
         case "int4" | "int4-asym":
             assert scheme.group_size is not None
             groups = num_inputs // scheme.group_size
-            return {
+            shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
                 "packed": ((num_outputs, num_inputs // 2), torch.uint8),
                 "scale_zero": ((groups, num_outputs, 2), torch.bfloat16),
             }
-        case "int8":
-            return {
+            if scheme.activations == "fp8":
+                shapes["input_scale"] = ((1,), torch.float32)
+            return shapes
+        case "int8" | "int8-asym":
+            shapes = {
                 "codes": ((num_outputs, num_inputs), torch.int8),
                 "scale": ((num_outputs,), torch.float32),
             }
+            if scheme.weights == "int8-asym":
+                shapes["zero_point"] = ((num_outputs,), torch.int8)
+            return shapes
         case _:
             return {"weight": ((num_outputs, num_inputs), torch.float32)}
 

@@ -128,16 +128,20 @@ def _pack_linear(part: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
     """The members of one kernel's weight, stacked along the outputs, in the kernel's layout."""
     match part.scheme.weights:
         case "int4" | "int4-asym":
+            found = [(spec, stored.linears.pop(spec.module)) for spec in part.members]
             members = [
-                _kernel_int4(stored.linears.pop(spec.module), (spec.shape[0], spec.shape[1]))
-                for spec in part.members
+                _kernel_int4(member, (spec.shape[0], spec.shape[1])) for spec, member in found
             ]
             codes = torch.cat([codes for codes, _ in members])
             tensors = {
                 "packed": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
                 "scale_zero": torch.cat([scale_zero for _, scale_zero in members], dim=1),
             }
-        case "int8":
+            if part.scheme.activations == "fp8":
+                # One input, one scale: where they differ, TensorRT-LLM's loader takes the largest.
+                scales = torch.stack([member["input_scale"] for _, member in found])
+                tensors["input_scale"] = scales.amax(dim=0)
+        case "int8" | "int8-asym":
             found = [(spec, stored.linears.pop(spec.module)) for spec in part.members]
             tensors = {
                 "codes": torch.cat(
@@ -145,6 +149,12 @@ def _pack_linear(part: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
                 ),
                 "scale": torch.cat([member["weight_scale"].flatten() for _, member in found]),
             }
+            if part.scheme.weights == "int8-asym":
+                zeros = [
+                    unpack_zero_point(member["weight_zero_point"], spec.shape[0], 8)
+                    for spec, member in found
+                ]
+                tensors["zero_point"] = torch.cat(zeros).flatten()
         case _:
             values = [stored.pop_dequantized(spec, part.scheme) for spec in part.members]
             tensors = {"weight": torch.cat(values)}

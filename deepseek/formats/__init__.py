@@ -16,7 +16,8 @@ Conventions, chosen once:
     ones for the scale that will be read back.
     Symmetric scales are amax / (largest positive code): 127, 7, 448. Given an amax below the
     data's own, values clip; the one extra negative code (-128, -8) is used only then.
-    A row, group or block of zeros has scale 1 and codes 0, never scale 0 or NaN.
+    Asymmetric scales are (max - min) / (number of steps), with 0 always inside the range.
+    A row, group or block of zeros has scale 1 and dequantizes to zeros, never scale 0 or NaN.
     Other scales are at least 2^-126, the smallest normal number: kernels that flush subnormals
     read the same value, and a division by the scale cannot overflow.
     NaN, infinity and magnitudes above 2^126 (which could dequantize to infinity) are refused.
@@ -31,18 +32,18 @@ from deepseek.formats.fp8 import (
     FP8_MAX,
     dequantize_fp8_block,
     dequantize_fp8_tensor,
+    fake_quantize_fp8,
     quantize_fp8_block,
     quantize_fp8_tensor,
+    quantize_input_fp8,
 )
 from deepseek.formats.int4 import (
     INT4_MAX,
     INT4_MIN,
     dequantize_int4,
     pack_int4,
-    pack_zero_point,
     quantize_int4,
     unpack_int4,
-    unpack_zero_point,
 )
 from deepseek.formats.int8 import (
     INT8_MAX,
@@ -50,6 +51,7 @@ from deepseek.formats.int8 import (
     dequantize_int8,
     pack_int8,
     quantize_int8,
+    quantize_int8_asym,
     quantize_tokens_int8,
     unpack_int8,
 )
@@ -60,6 +62,7 @@ from deepseek.formats.stored import (
     stored_bytes,
     stored_shapes,
 )
+from deepseek.formats.zero_points import pack_zero_point, unpack_zero_point
 
 __all__ = [
     "FP8_BLOCK",
@@ -74,14 +77,17 @@ __all__ = [
     "dequantize_fp8_tensor",
     "dequantize_int4",
     "dequantize_int8",
+    "fake_quantize_fp8",
     "int8_codes",
     "pack_int4",
     "pack_int8",
     "pack_zero_point",
     "quantize_fp8_block",
     "quantize_fp8_tensor",
+    "quantize_input_fp8",
     "quantize_int4",
     "quantize_int8",
+    "quantize_int8_asym",
     "quantize_tokens_int8",
     "stored_bytes",
     "stored_shapes",

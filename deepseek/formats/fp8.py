@@ -76,6 +76,23 @@ def dequantize_fp8_tensor(q: Tensor, scale: Tensor) -> Tensor:
     return q.float().mul_(scale)
 
 
+def quantize_input_fp8(x: Tensor, input_scale: Tensor) -> Tensor:
+    """Activations [..., K] and a static scale float32 [1] -> e4m3 [..., K], saturating at +-448.
+
+    The engine's hot path, so it checks nothing. NaN stays NaN; infinity saturates like every value
+    beyond 448 * scale, as it does in the kernels of TensorRT-LLM.
+    """
+    return _to_e4m3(x.float() / input_scale)
+
+
+def fake_quantize_fp8(x: Tensor, input_scale: Tensor) -> Tensor:
+    """What a linear with static FP8 inputs sees of `x`: float32 [..., K], rounded to e4m3.
+
+    `input_scale` is the float32 [1] of the artifact, amax / 448 of the calibrated input.
+    """
+    return dequantize_fp8_tensor(quantize_input_fp8(x, input_scale), input_scale)
+
+
 def num_blocks(shape: tuple[int, ...]) -> tuple[int, int]:
     """Blocks of an [N, K] weight in each direction, ragged ones included."""
     return math.ceil(shape[0] / FP8_BLOCK), math.ceil(shape[1] / FP8_BLOCK)

@@ -12,13 +12,11 @@ import sys
 import torch
 from torch import Tensor
 
-from deepseek.errors import CheckpointError, RecipeError
+from deepseek.errors import RecipeError
 from deepseek.formats.scales import (
     assert_shapes,
-    check_magnitude,
+    choose_range,
     choose_scale,
-    given_scale,
-    nonzero,
     round_to_int8,
     row_chunks,
     rows_of,
@@ -67,7 +65,9 @@ def quantize_int4(
             peak = part.abs().amax(dim=-1)
             scales[rows] = choose_scale(peak, INT4_MAX, scales.dtype, rows_of(amax, rows), given)
         else:
-            scales[rows], zeros[rows] = _choose_range(part, given, rows_of(zero_point, rows))
+            scales[rows], zeros[rows] = choose_range(
+                part, (INT4_MIN, INT4_MAX), scales.dtype, given, rows_of(zero_point, rows)
+            )
         steps = part / scales[rows].float().unsqueeze(-1)
         if zeros is not None:
             steps += zeros[rows].unsqueeze(-1)  # before rounding, as compressed-tensors does
@@ -116,19 +116,6 @@ def unpack_int4(packed: Tensor, num_columns: int) -> Tensor:
     return codes
 
 
-def pack_zero_point(zero_point: Tensor) -> Tensor:
-    """int8 [N, K/g] in [-8, 7] -> int32 [ceil(N/8), K/g]: packed along the *outputs*."""
-    packed = pack_int4(zero_point.T.contiguous())
-    # clone: contiguous() would keep odd strides in dimensions of size 1, which views refuse.
-    return packed.T.clone(memory_format=torch.contiguous_format)
-
-
-def unpack_zero_point(packed: Tensor, num_rows: int) -> Tensor:
-    """int32 [ceil(N/8), K/g] -> int8 [N, K/g]; `num_rows` is N."""
-    packed = packed.T.clone(memory_format=torch.contiguous_format)
-    return unpack_int4(packed, num_rows).T.contiguous()
-
-
 def num_groups(num_inputs: int, group_size: int) -> int:
     """K/g.
 
@@ -140,19 +127,3 @@ def num_groups(num_inputs: int, group_size: int) -> int:
             f"group_size {group_size} does not divide the {num_inputs} inputs; choose one that does"
         )
     return num_inputs // group_size
-
-
-def _choose_range(
-    part: Tensor, scale: Tensor | None, zero_point: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Scale (bfloat16) and zero point (int8), both [rows, K/g], of groups [rows, K/g, g]."""
-    low, high = part.amin(dim=-1), part.amax(dim=-1)
-    check_magnitude(torch.maximum(-low, high))
-    if scale is not None and zero_point is not None:
-        if not bool(((zero_point >= INT4_MIN) & (zero_point <= INT4_MAX)).all()):
-            raise CheckpointError("has a zero point outside [-8, 7]")
-        return given_scale(scale, torch.bfloat16), zero_point
-    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
-    width = high - low
-    chosen = nonzero(width / (INT4_MAX - INT4_MIN), width).to(torch.bfloat16)
-    return chosen, round_to_int8(INT4_MIN - low / chosen.float(), INT4_MIN, INT4_MAX)

@@ -1,4 +1,5 @@
-"""INT8: weights with one scale per output channel, activations with one per token."""
+"""INT8: weights with one scale, and perhaps one zero point, per output channel; activations with
+one scale per token."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from deepseek.formats.scales import (
     SMALLEST_SCALE,
     assert_shapes,
+    choose_range,
     choose_scale,
     round_to_int8,
     row_chunks,
@@ -46,9 +48,46 @@ def quantize_int8(
     return codes, scales
 
 
-def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
-    """int8 [..., K] and float32 scale [..., 1] -> float32 [..., K], for weights and tokens."""
-    return q.float().mul_(scale)
+def quantize_int8_asym(
+    w: Tensor, *, scale: Tensor | None = None, zero_point: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Float [N, K] -> (int8 [N, K], float32 scale [N, 1], int8 zero point [N, 1]).
+
+    scale = (max - min) / 255 with 0 always inside [min, max], so 0 is stored exactly. `scale` and
+    `zero_point`, both [N, 1] and given together, replace what the data would give. The error is at
+    most half a step, up to float32's own rounding of the scale.
+
+    Raises:
+        CheckpointError: a value, scale or zero point cannot be represented.
+    """
+    assert_shapes((w.shape[0], 1), scale, zero_point)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    scales = torch.empty((w.shape[0], 1), dtype=torch.float32, device=w.device)
+    zeros = torch.empty((w.shape[0], 1), dtype=torch.int8, device=w.device)
+    for rows in row_chunks(w):
+        part = w[rows].float()
+        scales[rows], zeros[rows] = choose_range(
+            part.unsqueeze(1),
+            (INT8_MIN, INT8_MAX),
+            scales.dtype,
+            rows_of(scale, rows),
+            rows_of(zero_point, rows),
+        )
+        steps = part / scales[rows]
+        steps += zeros[rows]  # before rounding, as compressed-tensors does
+        codes[rows] = round_to_int8(steps, INT8_MIN, INT8_MAX)
+    return codes, scales, zeros
+
+
+def dequantize_int8(q: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """int8 [..., K], float32 scale and int8 zero point [..., 1] -> float32 [..., K].
+
+    For weights and tokens; exact up to the one rounding of the product.
+    """
+    steps = q.float()
+    if zero_point is not None:
+        steps -= zero_point
+    return steps.mul_(scale)
 
 
 def pack_int8(q: Tensor) -> Tensor:

@@ -95,6 +95,36 @@ def nonzero(scale: Tensor, peak: Tensor) -> Tensor:
     return scale.clamp_min(SMALLEST_SCALE).masked_fill(peak == 0, 1.0)
 
 
+def choose_range(
+    part: Tensor,
+    codes: tuple[int, int],
+    dtype: torch.dtype,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Scale (`dtype`) and zero point (int8) of each run of values along the last dimension.
+
+    `codes` are the smallest and the largest code. Given scale and zero point are checked and taken;
+    otherwise the scale is (max - min) / (number of steps), 0 always inside [min, max], so that 0
+    has a code of its own.
+
+    Raises:
+        CheckpointError: the data, the scale or the zero point cannot be represented.
+    """
+    assert (scale is None) == (zero_point is None), "give both or neither"
+    lowest, highest = codes
+    low, high = part.amin(dim=-1), part.amax(dim=-1)
+    check_magnitude(torch.maximum(-low, high))
+    if scale is not None and zero_point is not None:
+        if not bool(((zero_point >= lowest) & (zero_point <= highest)).all()):
+            raise CheckpointError(f"has a zero point outside [{lowest}, {highest}]")
+        return given_scale(scale, dtype), zero_point
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    width = high - low
+    chosen = nonzero(width / (highest - lowest), width).to(dtype)
+    return chosen, round_to_int8(lowest - low / chosen.float(), lowest, highest)
+
+
 def round_to_int8(steps: Tensor, low: int, high: int) -> Tensor:
     """Round half to even (in place), clip to [low, high], as int8."""
     return steps.round_().clamp_(low, high).to(torch.int8)

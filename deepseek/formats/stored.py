@@ -14,13 +14,18 @@ from deepseek.formats.int4 import (
     dequantize_int4,
     num_groups,
     pack_int4,
-    pack_zero_point,
     quantize_int4,
     unpack_int4,
-    unpack_zero_point,
 )
-from deepseek.formats.int8 import dequantize_int8, pack_int8, quantize_int8, unpack_int8
-from deepseek.formats.scales import check_magnitude, row_chunks
+from deepseek.formats.int8 import (
+    dequantize_int8,
+    pack_int8,
+    quantize_int8,
+    quantize_int8_asym,
+    unpack_int8,
+)
+from deepseek.formats.scales import check_magnitude, given_scale, row_chunks
+from deepseek.formats.zero_points import pack_zero_point, unpack_zero_point
 from deepseek.recipe import Scheme
 
 #: Suffix -> (shape, dtype) of each tensor that one weight is stored as.
@@ -34,29 +39,39 @@ def compress(
     amax: Tensor | None = None,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
+    input_scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Float [N, K] -> the tensors to store, by suffix, exactly as `stored_shapes` lists them.
 
     `amax`, `scale` and `zero_point` go to the format's `quantize_*` function, shaped as there. A
     bfloat16 weight that stays bfloat16 is not copied.
 
+    `input_scale`, float32 [1], belongs to a scheme with FP8 activations. It follows from all
+    experts of a layer together, so a weight may be compressed before it is known: left out here, it
+    has to be added to the result (`stored["input_scale"] = ...`) before the layer is published.
+
     Raises:
         RecipeError: the group size does not divide K.
         CheckpointError: a value, amax, scale or zero point cannot be represented. The message says
             why ("holds NaN, ..."); only the caller knows the tensor's name and puts it in front.
     """
+    assert input_scale is None or scheme.activations == "fp8", scheme.label
     match scheme.weights:
         case "int4" | "int4-asym":
-            return _compress_int4(weight, scheme, amax, scale, zero_point)
+            stored = _compress_int4(weight, scheme, amax, scale, zero_point)
+            if input_scale is not None:
+                assert tuple(input_scale.shape) == (1,), tuple(input_scale.shape)
+                stored["input_scale"] = given_scale(input_scale, torch.float32)
+            return stored
+        case "int8-asym":
+            assert amax is None, "an amax alone says nothing about an asymmetric range"
+            codes, scale, zeros = quantize_int8_asym(weight, scale=scale, zero_point=zero_point)
+            return _packed_int8(codes, scale) | {"weight_zero_point": pack_zero_point(zeros, 8)}
         case "int8":
             assert zero_point is None, "int8 weights are symmetric"
             codes, scale = quantize_int8(weight, amax=amax, scale=scale)
             if scheme.activations == "none":
-                return {
-                    "weight_packed": pack_int8(codes),
-                    "weight_scale": scale,
-                    "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
-                }
+                return _packed_int8(codes, scale)
             return {"weight": codes, "weight_scale": scale}
         case "fp8-block":
             assert zero_point is None, "fp8 weights are symmetric"
@@ -74,6 +89,8 @@ def compress(
 def decompress(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Tensor:
     """The tensors of `compress` -> float32 [N, K]; `shape` is (N, K), from the inventory.
 
+    An `input_scale` says nothing about the weight and may be absent still, as after `compress`.
+
     Raises:
         ArtifactError: a tensor is missing, unknown, or of another shape or dtype than the scheme
             stores. The message names the suffix; the caller puts the module in front.
@@ -87,8 +104,13 @@ def decompress(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, 
                 tensors["weight_scale"],
                 None if zero_point is None else unpack_zero_point(zero_point, shape[0]),
             )
-        case "int8":
-            return dequantize_int8(int8_codes(tensors, shape), tensors["weight_scale"])
+        case "int8" | "int8-asym":
+            zero_point = tensors.get("weight_zero_point")
+            return dequantize_int8(
+                int8_codes(tensors, shape),
+                tensors["weight_scale"],
+                None if zero_point is None else unpack_zero_point(zero_point, shape[0], 8),
+            )
         case "fp8-block":
             return dequantize_fp8_block(tensors["weight"], tensors["weight_scale"])
         case _:
@@ -96,7 +118,7 @@ def decompress(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, 
 
 
 def int8_codes(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """int8 [N, K] of an `int8` linear, packed (weight-only) or plain (with INT8 activations).
+    """int8 [N, K] of an INT8 linear, packed (weight-only) or plain (with INT8 activations).
 
     Weight-only INT8 is packed because that is the form in which vLLM and transformers accept an
     8-bit weight without activation quantization.
@@ -124,18 +146,23 @@ def stored_shapes(scheme: Scheme, num_outputs: int, num_inputs: int) -> Stored:
             }
             if scheme.weights == "int4-asym":
                 stored["weight_zero_point"] = ((math.ceil(num_outputs / 8), groups), torch.int32)
+            if scheme.activations == "fp8":
+                stored["input_scale"] = ((1,), torch.float32)
             return stored
-        case "int8" if scheme.activations == "none":
-            return {
-                "weight_packed": ((num_outputs, math.ceil(num_inputs / 4)), torch.int32),
-                "weight_scale": ((num_outputs, 1), torch.float32),
-                "weight_shape": ((2,), torch.int64),
-            }
-        case "int8":
+        case "int8" if scheme.activations == "int8":
             return {
                 "weight": (shape, torch.int8),
                 "weight_scale": ((num_outputs, 1), torch.float32),
             }
+        case "int8" | "int8-asym":
+            stored = {
+                "weight_packed": ((num_outputs, math.ceil(num_inputs / 4)), torch.int32),
+                "weight_scale": ((num_outputs, 1), torch.float32),
+                "weight_shape": ((2,), torch.int64),
+            }
+            if scheme.weights == "int8-asym":
+                stored["weight_zero_point"] = ((math.ceil(num_outputs / 4), 1), torch.int32)
+            return stored
         case "fp8-block":
             return {
                 "weight": (shape, torch.float8_e4m3fn),
@@ -179,8 +206,18 @@ def _compress_int4(
     return tensors
 
 
+def _packed_int8(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    return {
+        "weight_packed": pack_int8(codes),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+    }
+
+
 def _check_stored(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> None:
     expected = stored_shapes(scheme, *shape)
+    if "input_scale" not in tensors:
+        expected.pop("input_scale", None)
     for suffix in sorted(expected.keys() ^ tensors.keys()):
         problem = "is missing" if suffix in expected else "is unknown"
         raise ArtifactError(f"{suffix} {problem} for weights {scheme.label}; quantize again")

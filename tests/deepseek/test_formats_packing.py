@@ -17,6 +17,7 @@ from deepseek.formats import (
     pack_int8,
     pack_zero_point,
     quantize_int4,
+    quantize_int8_asym,
     unpack_int4,
     unpack_int8,
     unpack_zero_point,
@@ -26,6 +27,10 @@ from deepseek.recipe import Scheme
 #: Our scheme -> (their compressor, their arguments).
 ORACLES = {
     "int8": (PackedQuantizationCompressor, {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    "int8-asym": (
+        PackedQuantizationCompressor,
+        {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False},
+    ),
     "int8-a8": (NaiveQuantizationCompressor, {"num_bits": 8, "type": "int", "strategy": "channel"}),
     "fp8-block": (
         NaiveQuantizationCompressor,
@@ -40,6 +45,7 @@ ORACLES = {
 CASES = [
     ("int8", None, (160, 256)),
     ("int8", None, (13, 77)),
+    *[("int8-asym", None, shape) for shape in ((160, 256), (13, 77), (5, 128))],
     ("int8-a8", None, (160, 256)),
     ("int8-a8", None, (13, 77)),
     ("fp8-block", None, (128, 256)),
@@ -104,18 +110,23 @@ def test_packing_8_bits_equals_compressed_tensors_for_every_rest(num_columns: in
     assert torch.equal(unpack_from_int32(packed, 8, codes.shape), codes)
 
 
+@pytest.mark.parametrize("num_groups", [1, 5])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 130])
-def test_zero_points_pack_along_the_outputs_as_in_compressed_tensors(num_rows: int) -> None:
+def test_zero_points_pack_along_the_outputs_as_in_compressed_tensors(
+    num_rows: int, bits: int, num_groups: int
+) -> None:
     generator = torch.Generator().manual_seed(num_rows)
-    zeros = torch.randint(-8, 8, (num_rows, 5), generator=generator, dtype=torch.int8)
-    packed = pack_zero_point(zeros)
-    assert packed.shape == (-(-num_rows // 8), 5)
+    limit, shape = 1 << (bits - 1), (num_rows, num_groups)
+    zeros = torch.randint(-limit, limit, shape, generator=generator, dtype=torch.int8)
+    packed = pack_zero_point(zeros, bits)
+    assert packed.shape == (-(-num_rows * bits // 32), num_groups)
     assert packed.is_contiguous()
-    assert torch.equal(packed, pack_to_int32(zeros, 4, packed_dim=0))
-    assert torch.equal(unpack_zero_point(packed, num_rows), zeros)
+    assert torch.equal(packed, pack_to_int32(zeros, bits, packed_dim=0))
+    assert torch.equal(unpack_zero_point(packed, num_rows, bits), zeros)
     # Of up to 8 rows compressed-tensors 0.20 cannot unpack its own result either (strides).
     theirs = packed.T.clone(memory_format=torch.contiguous_format).T
-    assert torch.equal(unpack_from_int32(theirs, 4, zeros.shape, packed_dim=0), zeros)
+    assert torch.equal(unpack_from_int32(theirs, bits, zeros.shape, packed_dim=0), zeros)
 
 
 def test_a_code_that_does_not_fit_a_nibble_is_never_packed() -> None:
@@ -132,7 +143,8 @@ def test_compressed_tensors_makes_the_same_tensors_from_our_scales(
     ours = compress(weight, scheme_of(weights, group_size))
     state = {"weight": weight, "weight_scale": ours["weight_scale"]}
     if "weight_zero_point" in ours:
-        state["weight_zero_point"] = unpack_zero_point(ours["weight_zero_point"], shape[0])
+        width = scheme_of(weights, group_size).bits
+        state["weight_zero_point"] = unpack_zero_point(ours["weight_zero_point"], shape[0], width)
     compressor, scheme = oracle(weights, group_size)
     theirs = compressor.compress(state, scheme)
     assert theirs.keys() == ours.keys() == set(compressor.compression_param_names(scheme))
@@ -152,6 +164,16 @@ def test_compressed_tensors_reads_the_same_values_from_our_tensors(
     theirs = compressor.decompress(dict(tensors), scheme)["weight"]
     assert theirs.dtype == tensors["weight_scale"].dtype
     assert torch.equal(bits(decompress(tensors, ours, shape).to(theirs.dtype)), bits(theirs))
+
+
+@pytest.mark.parametrize("shift", [-9.0, -1.0, 0.0, 1.0, 9.0])
+def test_asymmetric_int8_parameters_are_those_of_compressed_tensors(shift: float) -> None:
+    weight = gaussian((64, 256)) + shift
+    args = QuantizationArgs(num_bits=8, strategy="channel", symmetric=False)
+    scale, zero_point = calculate_qparams(weight.amin(1, True), weight.amax(1, True), args)
+    _, ours, ours_zero = quantize_int8_asym(weight)
+    assert torch.equal(ours, scale)
+    assert torch.equal(ours_zero.int(), zero_point.int())
 
 
 @pytest.mark.parametrize("shift", [-9.0, -1.0, 0.0, 1.0, 9.0])

@@ -12,10 +12,13 @@ from deepseek.formats import (
     dequantize_fp8_tensor,
     dequantize_int4,
     dequantize_int8,
+    fake_quantize_fp8,
     quantize_fp8_block,
     quantize_fp8_tensor,
+    quantize_input_fp8,
     quantize_int4,
     quantize_int8,
+    quantize_int8_asym,
     quantize_tokens_int8,
 )
 
@@ -70,6 +73,20 @@ def test_all_16_int4_codes_survive_with_each_of_the_16_zero_points(scale: float)
     assert torch.equal(again, codes)
 
 
+@pytest.mark.parametrize("scale", [TINY, 0.003, 1.0, 3e30])
+def test_all_256_int8_codes_survive_with_each_of_the_256_zero_points(scale: float) -> None:
+    codes = torch.arange(-128, 128).to(torch.int8).expand(256, 256)
+    zeros = codes[0].reshape(256, 1)
+    scales = torch.full((256, 1), scale)
+    weight = dequantize_int8(codes, scales, zeros)
+    assert weight.diagonal().count_nonzero() == 0
+    given = quantize_int8_asym(weight, scale=scales, zero_point=zeros)
+    assert torch.equal(given[0], codes)
+    own = quantize_int8_asym(weight)
+    assert torch.equal(own[0], codes)
+    assert torch.equal(own[2], zeros)
+
+
 def test_all_254_finite_e4m3_codes_have_their_defined_value_and_survive() -> None:
     codes = finite_e4m3()
     assert codes.numel() == 254
@@ -118,6 +135,20 @@ def test_values_beyond_a_given_scale_clip_and_do_not_wrap_or_become_nan() -> Non
     assert dequantize_fp8_block(codes, scale)[0, :4].tolist() == [448.0, -448.0, 1.0, 0.0]
     codes, scale = quantize_fp8_tensor(weight, scale=torch.tensor(1.0))
     assert dequantize_fp8_tensor(codes, scale)[0, :4].tolist() == [448.0, -448.0, 1.0, 0.0]
+
+
+def test_inputs_with_a_static_fp8_scale_saturate_at_448_and_keep_nan() -> None:
+    scale = torch.tensor([0.5])
+    x = torch.tensor([[1e6, -1e6, float("inf"), 224.0, 1.0, 0.0]])
+    assert quantize_input_fp8(x, scale).dtype == torch.float8_e4m3fn
+    assert fake_quantize_fp8(x, scale).tolist() == [[224.0, -224.0, 224.0, 224.0, 1.0, 0.0]]
+    assert fake_quantize_fp8(torch.tensor([float("nan")]), scale).isnan().all()
+
+
+def test_fake_quantized_inputs_are_those_of_quantizing_with_the_same_scale() -> None:
+    x = torch.randn((7, 3, 130), generator=torch.Generator().manual_seed(1))
+    codes, scale = quantize_fp8_tensor(x)
+    assert torch.equal(fake_quantize_fp8(x, scale.reshape(1)), dequantize_fp8_tensor(codes, scale))
 
 
 # --- Edges ----------------------------------------------------------------------------------------
@@ -302,6 +333,16 @@ def test_asymmetric_int4_errs_by_at_most_half_a_step_and_6_percent_and_keeps_zer
     assert not back[weight == 0].any()
     again, _, _ = quantize_int4(back, group_size, symmetric=False, scale=scale, zero_point=zeros)
     assert torch.equal(again, codes)
+
+
+@PROPERTY
+@given(weights())
+def test_asymmetric_int8_errs_by_at_most_half_a_step_and_keeps_zeros(weight: torch.Tensor) -> None:
+    codes, scale, zeros = quantize_int8_asym(weight)
+    back = dequantize_int8(codes, scale, zeros)
+    assert ((back - weight).abs() <= (0.5 + 2 * SLACK) * scale).all()
+    assert not back[weight == 0].any()
+    assert torch.equal(quantize_int8_asym(back, scale=scale, zero_point=zeros)[0], codes)
 
 
 @PROPERTY

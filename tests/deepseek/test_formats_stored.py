@@ -19,6 +19,7 @@ from deepseek.formats import (
     quantize_fp8_block,
     quantize_int4,
     quantize_int8,
+    quantize_int8_asym,
     stored_bytes,
     stored_shapes,
 )
@@ -29,6 +30,7 @@ from deepseek.recipe import Scheme
 GAUSSIAN_ERROR = {
     Scheme(weights="bf16"): 0.00166,
     Scheme(weights="int8"): 0.00831,
+    Scheme(weights="int8-asym"): 0.00783,
     Scheme(weights="int8", activations="int8"): 0.00831,
     Scheme(weights="fp8-block"): 0.0264,
     Scheme(weights="int4", group_size=128): 0.1174,
@@ -40,6 +42,7 @@ GAUSSIAN_ERROR = {
 }
 SCHEMES = list(GAUSSIAN_ERROR)
 LABELS = [scheme.label for scheme in SCHEMES]
+W4A8 = Scheme(weights="int4", group_size=128, activations="fp8")
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=LABELS)
 
 
@@ -77,10 +80,13 @@ def test_bytes_of_a_deepseek_v3_expert_are_those_of_the_format() -> None:
     plain8 = Scheme(weights="int8", activations="int8")
     assert stored_bytes(plain8, 2048, 7168) == 14_680_064 + 2048 * 4
     assert stored_bytes(packed8, 2048, 7168) == 14_680_064 + 2048 * 4 + 16
+    asym8 = Scheme(weights="int8-asym")
+    assert stored_bytes(asym8, 2048, 7168) == stored_bytes(packed8, 2048, 7168) + 2048
     assert stored_bytes(Scheme(weights="fp8-block"), 2048, 7168) == 14_680_064 + 16 * 56 * 4
     symmetric = 7_340_032 + 2048 * 56 * 2 + 16
     int4 = {name: Scheme(weights=name, group_size=128) for name in ("int4", "int4-asym")}
     assert stored_bytes(int4["int4"], 2048, 7168) == symmetric
+    assert stored_bytes(W4A8, 2048, 7168) == symmetric + 4
     assert stored_bytes(int4["int4-asym"], 2048, 7168) == symmetric + 256 * 56 * 4
 
 
@@ -104,6 +110,7 @@ def test_decompress_is_the_formats_own_dequantize() -> None:
     weight = gaussian((200, 384))
     int8, fp8 = Scheme(weights="int8", activations="int8"), Scheme(weights="fp8-block")
     cases = [
+        (Scheme(weights="int8-asym"), dequantize_int8(*quantize_int8_asym(weight))),
         (int8, dequantize_int8(*quantize_int8(weight))),
         (fp8, dequantize_fp8_block(*quantize_fp8_block(weight))),
     ]
@@ -211,6 +218,51 @@ def test_asymmetric_int4_takes_scale_and_zero_point_together() -> None:
     zeros[0, 0] = 8
     with pytest.raises(CheckpointError, match=r"zero point outside \[-8, 7\]"):
         compress(weight, scheme, scale=scale, zero_point=zeros)
+
+
+def test_asymmetric_int8_takes_scale_and_zero_point_together() -> None:
+    weight, scheme = gaussian((16, 128)), Scheme(weights="int8-asym")
+    _, scale, zeros = quantize_int8_asym(weight)
+    plain = compress(weight, scheme)
+    given = compress(weight, scheme, scale=scale, zero_point=zeros)
+    assert all(torch.equal(plain[name], given[name]) for name in plain)
+    for wrong in ({"scale": scale}, {"zero_point": zeros}, {"amax": scale}):
+        with pytest.raises(AssertionError):
+            compress(weight, scheme, **wrong)
+    with pytest.raises(CheckpointError, match=r"zero point outside \[-128, 127\]"):
+        compress(weight, scheme, scale=scale, zero_point=zeros.int() + 200)
+
+
+def test_an_input_scale_may_come_with_the_weight_or_after_it_and_does_not_change_it() -> None:
+    weight, shape = gaussian((16, 256)), (16, 256)
+    scale = torch.tensor([0.01])
+    stored = compress(weight, W4A8)
+    plain = Scheme(weights="int4", group_size=128)
+    expected = decompress(stored, plain, shape)
+    assert torch.equal(decompress(stored, W4A8, shape), expected)
+    announced = stored_shapes(W4A8, *shape)
+    assert announced.keys() - stored.keys() == {"input_scale"}
+    stored["input_scale"] = scale
+    together = compress(weight, W4A8, input_scale=scale)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in together.items()} == announced
+    assert all(torch.equal(stored[name], tensor) for name, tensor in together.items())
+    assert torch.equal(decompress(together, W4A8, shape), expected)
+
+
+def test_an_input_scale_that_belongs_to_nothing_or_is_none_is_refused() -> None:
+    weight = gaussian((16, 256))
+    for scheme in (Scheme(weights="int4", group_size=128), Scheme(weights="int8")):
+        with pytest.raises(AssertionError):
+            compress(weight, scheme, input_scale=torch.ones(1))
+    with pytest.raises(AssertionError):
+        compress(weight, W4A8, input_scale=torch.tensor(1.0))
+    with pytest.raises(CheckpointError, match="has a scale"):
+        compress(weight, W4A8, input_scale=torch.zeros(1))
+    stored = compress(weight, W4A8, input_scale=torch.ones(1))
+    with pytest.raises(ArtifactError, match="input_scale is unknown"):
+        decompress(stored, Scheme(weights="int4", group_size=128), (16, 256))
+    with pytest.raises(ArtifactError, match="input_scale is torch.float64"):
+        decompress(stored | {"input_scale": torch.ones(1).double()}, W4A8, (16, 256))
 
 
 # --- Refused --------------------------------------------------------------------------------------

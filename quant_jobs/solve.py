@@ -1,18 +1,21 @@
 """The solver of each linear: its weight and what was measured of its input -> what is stored.
 
-`max` asks modelopt's TensorQuantizer for the amax of every row or group; those are the numerics of
-record. The codes are made by `deepseek.formats`, whose scale is the one that will be stored (BF16
-for INT4), so they are nearest for the reader; modelopt's fake quantization agrees with them within
-that rounding (tested). Zero points have no counterpart in modelopt: `int4-asym` is ours alone.
+    max, smoothquant   the nearest code under a range chosen from the weight (`ranges.py`)
+    awq                the same under the range that AWQ's clip search finds (`awq.py`)
+    gptq               codes and ranges come from `gptq.py`, which solves many linears at once
 
-SmoothQuant changes the weight before (`smoothquant.py`) and then is `max`. AWQ and GPTQ will be
-further entries of `AMAX` and of the statistics that they read.
+For the plain range, `clip: max`, modelopt's TensorQuantizer gives the amax of every row or group;
+those are the numerics of record. The codes are made by `deepseek.formats`, whose scale is the one
+that will be stored (BF16 for INT4), so they are nearest for the reader; modelopt's fake
+quantization agrees with them within that rounding (tested). Zero points have no counterpart in
+modelopt: the asymmetric formats are ours alone.
+
+Scales of channels (SmoothQuant, AWQ) have changed the weight before: `folding.py`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,18 +24,23 @@ from torch import Tensor
 
 from deepseek.checkpoint import SourceTensor
 from deepseek.errors import CheckpointError
-from deepseek.formats import compress, decompress, dequantize_int8, quantize_tokens_int8
+from deepseek.formats import compress, decompress
 from deepseek.layout import store_tensor
 from deepseek.recipe import Scheme
+from quant_jobs.awq import search_clip
 from quant_jobs.calibrate import InputStatistics
+from quant_jobs.folding import Smoothing
+from quant_jobs.gptq import Rounded
+from quant_jobs.layer import preparation
 from quant_jobs.ledger import Ledger
-from quant_jobs.smoothquant import Smoothing
+from quant_jobs.ranges import Range, group_ranges
 
 
 @dataclass(frozen=True, slots=True)
 class SolvedLinear:
-    """`tensors` by full name, as the artifact stores them; `error` is ||y' - y|| / ||y|| on the
-    sampled tokens, None where the weight is only carried through."""
+    """`tensors` by full name, as the artifact stores them (an `input_scale` apart, which the whole
+    layer agrees on later); `error` is ||y' - y|| / ||y|| on the sampled tokens, None where the
+    weight is only carried through."""
 
     tensors: dict[str, Tensor]
     error: float | None
@@ -45,12 +53,14 @@ def solve_linear(
     seen: InputStatistics | None,
     smoothing: Smoothing,
     ledger: Ledger,
+    rounded: Rounded | None = None,
 ) -> SolvedLinear:
     """Quantize one linear. `weight` is `source` dequantized, float32 [N, K]; `seen` is None where
-    no calibration token reached it.
+    no calibration token reached it, which is then rounded to nearest. `rounded` is GPTQ's result
+    for the folded weight.
 
     Raises:
-        CheckpointError: the weight holds NaN, infinity or magnitudes beyond the formats' range.
+        CheckpointError: the weight cannot be represented.
     """
     name, module = source.spec.name, source.spec.module
     folded = smoothing.fold(name, weight)
@@ -59,15 +69,32 @@ def solve_linear(
     if not bool(folded.isfinite().all()):  # modelopt asserts that, in words for its developers
         raise CheckpointError(f"tensor {name} holds NaN or infinity; repair the source")
     try:
-        amax = AMAX[scheme.weights](folded, scheme)
-        stored = compress(folded, scheme, amax=amax)
+        if rounded is not None:
+            stored = compress(
+                rounded.weight, scheme, scale=rounded.scale, zero_point=rounded.zero_point
+            )
+        elif scheme.algorithm == "awq" and seen is not None:
+            columns = smoothing.columns.get(name)
+            x = seen.sample if columns is None else seen.sample / columns
+            stored = _compress_within(folded, scheme, search_clip(folded, x, scheme))
+        elif scheme.is_quantized and scheme.clip != "max":
+            stored = _compress_within(folded, scheme, group_ranges(folded, scheme))
+        else:
+            stored = compress(folded, scheme, amax=_amax(folded, scheme))
     except CheckpointError as refusal:
         raise CheckpointError(f"tensor {name} {refusal}") from refusal
-    if amax is not None:
-        ledger.note("zero_scale", source.spec.layer, module, int((amax == 0).sum()))
+    if scheme.is_quantized:
+        empty = folded.view(len(folded), -1, scheme.group_size or folded.shape[1])
+        zeros = int((empty == 0).all(dim=-1).sum())
+        ledger.note("zero_scale", source.spec.layer, module, zeros)
     shape = (weight.shape[0], weight.shape[1])
-    error = output_error(name, weight, decompress(stored, scheme, shape), scheme, seen, smoothing)
+    restored = decompress(stored, scheme, shape)
+    error = output_error(name, weight, restored, scheme, seen, smoothing)
     return SolvedLinear({f"{module}.{suffix}": value for suffix, value in stored.items()}, error)
+
+
+def _compress_within(weight: Tensor, scheme: Scheme, chosen: Range) -> dict[str, Tensor]:
+    return compress(weight, scheme, scale=chosen.scale, zero_point=chosen.zero_point)
 
 
 def output_error(
@@ -88,8 +115,10 @@ def output_error(
         restored = restored if columns is None else restored / columns
         return _relative(restored, weight)
     x = seen.sample if columns is None else seen.sample / columns
-    if scheme.activations == "int8":
-        x = dequantize_int8(*quantize_tokens_int8(x))
+    if scheme.activations == "int8":  # a static FP8 scale is not known yet
+        prepare = preparation(scheme)
+        assert prepare is not None
+        x = prepare(x)
     return _relative(x @ restored.T, seen.sample @ weight.T)
 
 
@@ -101,29 +130,17 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     return float(f"{error / size if size else min(error, 1.0):.6g}")
 
 
-def _row_amax(weight: Tensor, scheme: Scheme) -> Tensor:
-    """amax of every output channel, [N, 1]."""
-    return _modelopt_amax(weight, num_bits=8, axis=0)
-
-
-def _group_amax(weight: Tensor, scheme: Scheme) -> Tensor:
-    """amax of every group of inputs of every output channel, [N, K/g]."""
-    amax = _modelopt_amax(weight, num_bits=4, block_sizes={-1: scheme.group_size})
-    return amax.view(len(weight), -1)
-
-
-def _by_the_format(weight: Tensor, scheme: Scheme) -> None:
-    """Zero points have no modelopt counterpart and BF16 has no scale: the format decides."""
-    return
-
-
-#: Weight format -> amax to quantize with. The seam for other algorithms.
-AMAX: dict[str, Callable[[Tensor, Scheme], Tensor | None]] = {
-    "int8": _row_amax,
-    "int4": _group_amax,
-    "int4-asym": _by_the_format,
-    "bf16": _by_the_format,
-}
+def _amax(weight: Tensor, scheme: Scheme) -> Tensor | None:
+    """amax of every output channel [N, 1] (int8) or group [N, K/g] (int4); None where the format
+    decides: zero points have no modelopt counterpart, and BF16 has no scale."""
+    match scheme.weights:
+        case "int8":
+            return _modelopt_amax(weight, num_bits=8, axis=0)
+        case "int4":
+            amax = _modelopt_amax(weight, num_bits=4, block_sizes={-1: scheme.group_size})
+            return amax.view(len(weight), -1)
+        case _:
+            return None
 
 
 def _modelopt_amax(weight: Tensor, **attributes: Any) -> Tensor:

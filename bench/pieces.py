@@ -1,0 +1,285 @@
+"""The pieces that a quantize job is made of, each measured alone: what `cluster/job_model.py` needs.
+
+    python bench/pieces.py [--save cluster/pieces.json] [--repeats 5] [--gib 1]
+
+One thread, true DeepSeek-V3 widths where a CPU can bear them. Three kinds of result:
+
+    rates       of this machine: storage, hashing, Ray. They say what one process sustains.
+    fractions   rate of a piece over this machine's own peak of its kind (a large float32 matmul, a
+                large copy). Carried to a GPU they are a hypothesis: shapes and caches differ there.
+    work        what a solver asks of any device: kernel launches, bytes that unfused elementwise
+                kernels move, and FLOPs, counted from the operators that torch dispatches. Exact,
+                and the same wherever it runs.
+
+Prints Markdown; `--save` writes the JSON that the model reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from cluster.connect import connect
+from deepseek.files import read_header, read_tensor, save_tensors, tensor_digest
+from deepseek.formats import compress, dequantize_fp8_block, quantize_fp8_block
+from deepseek.recipe import Scheme
+from quant_jobs.awq import candidate_scales, scale_losses, search_clip
+from quant_jobs.calibrate import SAMPLE_TOKENS
+from quant_jobs.messages import travel_light
+
+
+def use_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+INT4 = Scheme(weights="int4", group_size=128)
+INT8 = Scheme(weights="int8")
+#: [N, K] of the weight that a solver is counted and timed on: K as gate_proj's, N cut short so that
+#: it is one chunk of `quant_jobs/ranges.py`; elementwise work is proportional to N.
+ROWS, WIDTH = 128, 7168
+#: Edge of the matrices of the float32 peak, and of the Gram matrix (down_proj's) that is inverted.
+EDGE = 2048
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Of one call: kernels launched, bytes moved by those that multiply no matrices, and FLOPs of
+    those that do; `seconds` on this machine."""
+
+    launches: int
+    bytes: int
+    flops: int
+    seconds: float
+
+
+class _Operators(TorchDispatchMode):
+    """Counts operators that become kernels, and the bytes of their tensor arguments and results."""
+
+    _MATMULS = ("mm", "bmm", "addmm", "baddbmm")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and not name.startswith(("empty", "detach", "_unsafe_view")):
+            self.launches += 1
+            if name not in self._MATMULS:
+                self.bytes += sum(map(_moved, (*args, *(kwargs or {}).values(), found)))
+        return found
+
+
+def _moved(value: Any) -> int:
+    if isinstance(value, Tensor):  # an expanded view reads no more than its storage
+        return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+    return sum(map(_moved, value)) if isinstance(value, list | tuple) else 0
+
+
+def count(call: Callable[[], object], repeats: int) -> Work:
+    with _Operators() as operators:
+        call()
+    with FlopCounterMode(display=False) as flops:
+        call()
+    return Work(
+        operators.launches, operators.bytes, flops.get_total_flops(), seconds(call, repeats)
+    )
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    """Median of `repeats` calls, after one that is thrown away."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+# --- rates of this machine, GB/s of one process ---
+
+
+def storage_rates(folder: Path, num_bytes: int) -> dict[str, float]:
+    """Through the functions that the reader and the writer use. `cold`: pages dropped before."""
+    path = folder / "piece.safetensors"
+    parts = {f"t{i}": torch.randint(0, 256, (num_bytes // 8,)).to(torch.uint8) for i in range(8)}
+    os.sync()
+    started = time.perf_counter()
+    saved = save_tensors(path, parts)
+    rates = {"save_tensors": saved.num_bytes / (time.perf_counter() - started) / 1e9}
+    rates["digest"] = len(parts["t0"]) / seconds(lambda: tensor_digest(parts["t0"]), 3) / 1e9
+    entries = read_header(path).tensors
+    for kind in ("cold", "page cache"):
+        with path.open("rb", buffering=0) as file:
+            if kind == "cold":
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            started = time.perf_counter()
+            for entry in entries.values():
+                read_tensor(file, entry)
+            rates[f"read, {kind}"] = saved.num_bytes / (time.perf_counter() - started) / 1e9
+    return rates
+
+
+@ray.remote(num_cpus=0)
+class _Peer:
+    def __init__(self) -> None:
+        use_one_thread()
+        travel_light()
+
+    def nothing(self) -> None:
+        pass
+
+    def make(self, num_bytes: int) -> None:
+        self.data = torch.ones(num_bytes // 4)
+
+    def put(self) -> tuple[Any, float]:
+        started = time.perf_counter()
+        reference = ray.put(self.data)
+        return [reference], time.perf_counter() - started
+
+    def get(self, box: list[Any]) -> float:
+        """Seconds until every byte was mapped and touched."""
+        started = time.perf_counter()
+        ray.get(box[0]).sum()
+        return time.perf_counter() - started
+
+
+def ray_rates(num_bytes: int, repeats: int) -> dict[str, float]:
+    """Between two actors of one node, tensors as the job sends them. `get` includes reading."""
+    with connect(num_cpus=2):
+        one, other = _Peer.remote(), _Peer.remote()  # type: ignore[attr-defined]
+        ray.get([one.make.remote(num_bytes), other.nothing.remote()])
+        puts, gets = [], []
+        for _ in range(repeats + 1):
+            box, took = ray.get(one.put.remote())
+            puts.append(took)
+            gets.append(ray.get(other.get.remote(box)))
+            del box
+        calls = seconds(lambda: ray.get(one.nothing.remote()), 200)
+    return {
+        "ray put": num_bytes / statistics.median(puts[1:]) / 1e9,
+        "ray get and read": num_bytes / statistics.median(gets[1:]) / 1e9,
+        "ray call us": calls * 1e6,
+    }
+
+
+# --- what solvers ask for ---
+
+
+def solver_work(repeats: int) -> dict[str, Work]:
+    """Of one [ROWS, WIDTH] weight each, `SAMPLE_TOKENS` tokens."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((ROWS, WIDTH), generator=generator) * WIDTH**-0.5
+    x = torch.randn((SAMPLE_TOKENS, WIDTH), generator=generator)
+    fp8, scale = quantize_fp8_block(weight)
+    candidates = candidate_scales(x.abs().mean(dim=0), weight.abs().mean(dim=0))
+    return {
+        "dequantize_fp8": count(lambda: dequantize_fp8_block(fp8, scale), repeats),
+        "compress_int4": count(lambda: compress(weight, INT4), repeats),
+        "compress_int8": count(lambda: compress(weight, INT8), repeats),
+        "awq_candidate": count(lambda: scale_losses([weight], x, candidates[:1], INT4), repeats),
+        "awq_clip": count(lambda: search_clip(weight, x, INT4), repeats),
+    }
+
+
+def peaks(repeats: int) -> dict[str, float]:
+    """This machine's own: GFLOP/s of a large float32 matmul, GB/s of a large copy (both ways)."""
+    a, b = torch.randn(EDGE, EDGE), torch.randn(EDGE, EDGE)
+    source = torch.ones(64 * MIB)
+    target = torch.empty_like(source)
+    return {
+        "matmul": 2 * EDGE**3 / seconds(lambda: a @ b, repeats) / 1e9,
+        "copy": 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), repeats) / 1e9,
+    }
+
+
+def fractions(peak: dict[str, float], work: dict[str, Work], repeats: int) -> dict[str, float]:
+    """Rate over peak. A Gram matrix is x^T x of one block's rows for an expert; `factor` is what
+    GPTQ does to it."""
+    rows = torch.randn(2 * EDGE, EDGE)
+    gram = rows.T @ rows + EDGE * torch.eye(EDGE)
+    elementwise = [work[name] for name in ("compress_int4", "compress_int8", "dequantize_fp8")]
+    moved, took = sum(w.bytes for w in elementwise), sum(w.seconds for w in elementwise)
+
+    def factor() -> Tensor:
+        lower = torch.linalg.cholesky(gram)
+        return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+    flops = 2 * len(rows) * EDGE**2
+    return {
+        "gram": flops / seconds(lambda: rows.T @ rows, repeats) / 1e9 / peak["matmul"],
+        "factor": 4 / 3 * EDGE**3 / seconds(factor, repeats) / 1e9 / peak["matmul"],
+        "elementwise": moved / took / 1e9 / peak["copy"],
+    }
+
+
+def machine() -> str:
+    with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    kind = names[0] if names else platform.machine()
+    return f"{kind}, {torch.backends.cpu.get_cpu_capability()}, one thread, torch {torch.__version__}"
+
+
+def report(found: dict[str, Any]) -> str:
+    lines = [f"{found['machine']}, {found['date']}, load average {os.getloadavg()[0]:.1f}", ""]
+    for kind in ("peaks", "rates", "fractions"):
+        lines += [f"| {kind} | |", "|---|---:|"]
+        lines += [f"| {name} | {value:.3g} |" for name, value in found[kind].items()] + [""]
+    lines += ["| work per weight | launches | bytes | FLOP | GB/s | GFLOP/s |", "|---|" + "---:|" * 5]
+    for name, one in found["work"].items():
+        numel = found["weights"]
+        lines.append(
+            f"| {name} | {one['launches']} a call | {one['bytes'] / numel:.1f} "
+            f"| {one['flops'] / numel:.1f} | {one['bytes'] / one['seconds'] / 1e9:.2f} "
+            f"| {one['flops'] / one['seconds'] / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--save", type=Path, help="write the JSON here, too")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the file that is read")
+    arguments = parser.parse_args()
+    use_one_thread()
+    peak = peaks(arguments.repeats)
+    work = solver_work(arguments.repeats)
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        rates = storage_rates(Path(folder), int(arguments.gib * 1024) * MIB)
+    rates |= ray_rates(256 * MIB, arguments.repeats)
+    found = {
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "peaks": peak,
+        "rates": rates,
+        "fractions": fractions(peak, work, arguments.repeats),
+        "weights": ROWS * WIDTH,
+        "work": {name: asdict(one) for name, one in work.items()},
+    }
+    print(report(found))
+    if arguments.save:
+        arguments.save.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

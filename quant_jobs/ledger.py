@@ -19,6 +19,9 @@ FallbackKind = Literal[
     "clipped_smoothing",
     "outlier_input_scale",
     "unseen_input_scale",
+    "starved_expert",
+    "damped_hessian",
+    "unusable_hessian",
 ]
 
 MEANING: dict[FallbackKind, str] = {
@@ -28,6 +31,9 @@ MEANING: dict[FallbackKind, str] = {
     "clipped_smoothing": "smoothing scales that met the limit of 2^-10 or 2^10",
     "outlier_input_scale": "inputs of the expert that clip: far larger than those of its layer",
     "unseen_input_scale": "no calibration token reached the expert; it has the others' input scales",
+    "starved_expert": "too few calibration tokens for AWQ or GPTQ; rounded to nearest",
+    "damped_hessian": "GPTQ's Hessian was not positive definite; damped more than asked",
+    "unusable_hessian": "GPTQ's Hessian could not be inverted; rounded to nearest",
 }
 
 

@@ -32,7 +32,7 @@ from quant_jobs.calibrate import (
     spread,
 )
 from quant_jobs.folding import FoldingSet, Smoothing, Wanted, foldable
-from quant_jobs.gptq import Rounded, inverse_factor, gptq
+from quant_jobs.gptq import Rounded, gptq, inverse_factor
 from quant_jobs.layer import hidden, tokens_of
 from quant_jobs.ledger import Ledger
 from quant_jobs.messages import Account, Routed, Tensors
@@ -311,3 +311,62 @@ class UnitSolver:
             self._account.input_amax[module] = 0.0
         self._account.tokens[module] = 0 if seen is None else seen.tokens
         return {name: tensor.cpu() for name, tensor in solved.tensors.items()}
+
+    def _gptq(
+        self,
+        work: Sequence[tuple[str, Tensor, InputStatistics | None]],
+        smoothing: Smoothing | None = None,
+    ) -> dict[str, Rounded]:
+        """GPTQ of those of these linears (module, original weight, its input) that ask for it and
+        have seen tokens, as one batch per shape and scheme."""
+        batches: dict[object, list[tuple[str, Tensor, InputStatistics]]] = {}
+        for module, weight, seen in work:
+            scheme = self._schemes[module]
+            if scheme.algorithm == "gptq" and seen is not None:
+                name = f"{module}.weight"
+                folded = weight if smoothing is None else smoothing.fold(name, weight)
+                assert smoothing is None or name not in smoothing.columns, module
+                key = scheme, tuple(weight.shape)
+                batches.setdefault(key, []).append((module, folded, seen))
+        rounded: dict[str, Rounded] = {}
+        for batch in batches.values():
+            scheme = self._schemes[batch[0][0]]
+            inputs = list({id(seen): seen for _, _, seen in batch}.values())
+            grams = [seen.gram for seen in inputs]
+            assert all(gram is not None for gram in grams)
+            # gate and up of one expert, or everybody under policy `all`, read the same input.
+            per_input = {
+                id(seen): [entry for entry in batch if entry[2] is seen] for seen in inputs
+            }
+            factor = inverse_factor(
+                torch.stack([gram for gram in grams if gram is not None]),
+                scheme.damping,
+                act_order=scheme.act_order,
+            )
+            readers = [len(per_input[id(seen)]) for seen in inputs]
+            assert len(set(readers)) == 1, "linears of one shape that read an input come together"
+            # Linears that share an input are stacked along their outputs.
+            stacked = torch.stack(
+                [torch.cat([w for _, w, _ in per_input[id(seen)]]) for seen in inputs]
+            )
+            for index, (seen, solved) in enumerate(
+                zip(inputs, gptq(stacked, factor, scheme), strict=True)
+            ):
+                entries = per_input[id(seen)]
+                rows = len(entries[0][1])
+                for place, (module, _, _) in enumerate(entries):
+                    own = slice(place * rows, (place + 1) * rows)
+                    zero_point = solved.zero_point
+                    rounded[module] = Rounded(
+                        solved.weight[own].contiguous(),
+                        solved.scale[own].contiguous(),
+                        None if zero_point is None else zero_point[own].contiguous(),
+                    )
+                    self._note_factor(module, factor.failed[index], factor.damping[index], scheme)
+        return rounded
+
+    def _note_factor(self, module: str, failed: bool, damping: float, scheme: Scheme) -> None:
+        if failed:
+            self._ledger.note("unusable_hessian", self._layer, module)
+        elif damping > scheme.damping:
+            self._ledger.note("damped_hessian", self._layer, module)

@@ -1,0 +1,185 @@
+"""GPTQ (arXiv 2210.17323): round one input column at a time, and let those still to come make up
+for its error.
+
+With H = X X^T the Gram matrix of the inputs (damped), and U the upper Cholesky factor of H^-1
+(H^-1 = U^T U), column j of W is rounded to q_j, and its error e = (w_j - q_j) / U_jj is taken out of
+every later column: w_k -= e U_jk. Columns go in blocks of 128: inside a block at every column,
+behind it in one product per block. The range of a group is chosen when the group is reached, from
+the weights as updated by then; a channel's range (INT8) once, before.
+
+Many weights are solved at once, one batch entry each: the experts of a layer take as many kernel
+launches as one of them does. Entries never touch each other.
+
+Deviations from the paper: an input that was never active (a zero on the diagonal) has its weights
+rounded to nearest instead of set to zero, for an expert sees more tokens than calibration showed it;
+`act_order` keeps the groups of the original order and chooses their ranges up front, so that no
+target needs an index of groups.
+
+n batch entries · N outputs · K inputs · g group size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepseek.recipe import Scheme
+from quant_jobs.ranges import Range, choose_range, code_limits
+
+#: Columns between two updates of all that follows.
+BLOCK = 128
+
+#: Where the Hessian is not positive definite, damping grows tenfold up to this, then is given up.
+MAX_DAMPING = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """`upper` f32 [n, K, K] with H^-1 = U^T U of the damped H, its inputs in the order int64 [n, K]
+    where `act_order` asks for one. By entry: `damping` as it was used, whether the matrix was given
+    up (`failed`: U is the identity, so rounding is to nearest), and the number of `dead` inputs."""
+
+    upper: Tensor
+    order: Tensor | None
+    damping: tuple[float, ...]
+    failed: tuple[bool, ...]
+    dead: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """One solved linear: `weight` f32 [N, K] is on the grid of `scale` f32 [N, K/g] or [N, 1], and
+    `zero_point` int8 alike, None for symmetric formats."""
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def inverse_factor(gram: Tensor, damping: float, *, act_order: bool = False) -> Factor:
+    """Damp and invert Gram matrices f32 [n, K, K]. `damping` is a share of the mean diagonal.
+
+    Serves every linear that reads the input, gate and up alike; and with coverage policy `all`,
+    where all experts see the same tokens, a whole layer (n = 1).
+    """
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    order = diagonal.argsort(dim=1, descending=True, stable=True) if act_order else None
+    uppers, dampings, failed = [], [], []
+    for index, matrix in enumerate(gram):
+        if order is not None:
+            matrix = matrix[order[index]][:, order[index]]
+        upper, used = _invert(matrix, damping)
+        failed.append(upper is None)
+        uppers.append(torch.eye(len(matrix), device=gram.device) if upper is None else upper)
+        dampings.append(used)
+    dead = (diagonal == 0).sum(dim=1).tolist()
+    return Factor(torch.stack(uppers), order, tuple(dampings), tuple(failed), tuple(dead))
+
+
+def _invert(gram: Tensor, damping: float) -> tuple[Tensor | None, float]:
+    """Upper Cholesky factor of the inverse of one damped matrix [K, K], and the damping used."""
+    diagonal = gram.diagonal()
+    if not bool(gram.isfinite().all()):
+        return None, damping
+    dead = diagonal == 0
+    mean = float(diagonal.double().mean())
+    while damping <= MAX_DAMPING:
+        damped = gram.clone()
+        # A dead input stands alone: its row and column are zero but for the 1 on the diagonal.
+        damped.diagonal().add_(damping * mean).masked_fill_(dead, 1.0)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if not int(info):
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(info) and bool(upper.isfinite().all()):
+                return upper, damping
+        damping *= 10
+    return None, damping
+
+
+def gptq(weight: Tensor, factor: Factor, scheme: Scheme) -> list[Rounded]:
+    """Round weights f32 [n, N, K] under the factors of their inputs (n of them, or one for all).
+
+    Raises:
+        CheckpointError: a weight is NaN, infinite or beyond the format's range.
+    """
+    num, _, inputs = weight.shape
+    upper = factor.upper.expand(num, inputs, inputs)
+    size = scheme.group_size or inputs
+    grouped = weight.unflatten(2, (-1, size))
+    if factor.order is None:
+        known = None if scheme.group_size else choose_range(grouped, scheme)
+        group = torch.arange(inputs, device=weight.device).expand(num, -1) // size
+        restored, ranges = _round_columns(weight.clone(), upper, group, known, size, scheme)
+    else:
+        order = factor.order.expand(num, inputs)
+        known = choose_range(grouped, scheme)
+        place = order[:, None].expand_as(weight)
+        moved = weight.gather(2, place)
+        moved, ranges = _round_columns(moved, upper, order // size, known, size, scheme)
+        restored = torch.empty_like(weight).scatter_(2, place, moved)
+    zero_points = ranges.zero_point
+    return [
+        Rounded(restored[i], ranges.scale[i], None if zero_points is None else zero_points[i])
+        for i in range(num)
+    ]
+
+
+def _round_columns(
+    weight: Tensor,
+    upper: Tensor,
+    group: Tensor,
+    known: Range | None,
+    size: int,
+    scheme: Scheme,
+) -> tuple[Tensor, Range]:
+    """The column loop, in place: `weight` [n, N, K] becomes what it is rounded to.
+
+    `group` int64 [n, K] is the group of each column. `known` ranges [n, N, K/g], or None: each is
+    chosen when its first column is reached.
+    """
+    num, outputs, inputs = weight.shape
+    lowest, highest = code_limits(scheme)
+    chosen: list[Range] = []
+    scale = zero_point = None
+    for first in range(0, inputs, BLOCK):
+        last = min(first + BLOCK, inputs)
+        # Columns lie together here: [n, columns, N].
+        block = weight[:, :, first:last].transpose(1, 2).contiguous()
+        inverse = upper[:, first:last, first:last]
+        errors = torch.empty_like(block)
+        for column in range(last - first):
+            if known is None and (first + column) % size == 0:
+                ahead = block[:, column : column + size].transpose(1, 2)
+                chosen.append(choose_range(ahead, scheme))
+                scale, zero_point = chosen[-1]
+            elif known is not None:
+                index = group[:, first + column, None, None].expand(num, outputs, 1)
+                scale = known.scale.gather(2, index)[..., 0]
+                if known.zero_point is not None:
+                    zero_point = known.zero_point.gather(2, index)[..., 0]
+            assert scale is not None
+            steps = block[:, column] / scale
+            if zero_point is None:
+                restored = steps.round_().clamp_(lowest, highest).mul_(scale)
+            else:
+                steps = steps.add_(zero_point).round_().clamp_(lowest, highest)
+                restored = steps.sub_(zero_point).mul_(scale)
+            error = (block[:, column] - restored) / inverse[:, column, column, None]
+            block[:, column] = restored
+            errors[:, column] = error
+            rest = block[:, column + 1 :]
+            rest.sub_(inverse[:, column, column + 1 :, None] * error[:, None])
+        weight[:, :, first:last] = block.transpose(1, 2)
+        if last < inputs:
+            # Entry by entry: a batched product may round differently with the size of the batch.
+            for entry in range(num):
+                weight[entry, :, last:].addmm_(
+                    errors[entry].T, upper[entry, first:last, last:], alpha=-1
+                )
+    if known is not None:
+        return weight, known
+    zero_points = [one.zero_point for one in chosen if one.zero_point is not None]
+    scales = torch.stack([one.scale for one in chosen], dim=-1)
+    return weight, Range(scales, torch.stack(zero_points, dim=-1) if zero_points else None)

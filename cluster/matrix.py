@@ -43,17 +43,23 @@ ROUTED = frozenset({"routed_experts"})
 MLA = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
 GENERIC = PARTS - ROUTED - MLA
 KV_B = frozenset({"kv_b_proj"})
+#: Fused by every GPU engine, 2112 outputs for DeepSeek-V3.
+QKV_A = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
 KV = frozenset({KV_CACHE})
 
 BF16 = frozenset({"bf16"})
 FP8 = frozenset({"fp8-block"})
 W8A8 = frozenset({"int8-a8"})
 W8A16 = frozenset({"int8"})
+INT8_ASYM = frozenset({"int8-asym"})
 INT4 = frozenset({"int4-g32", "int4-g64", "int4-g128"})
 INT4_ASYM = frozenset({"int4-asym-g32", "int4-asym-g64", "int4-asym-g128"})
 G128 = frozenset({"int4-g128"})
 INT4_OTHER = INT4 - G128
-FORMATS = BF16 | FP8 | W8A8 | W8A16 | INT4 | INT4_ASYM
+#: INT4 weights with FP8 activations, one static scale per input.
+W4A8 = frozenset({"int4-g32-afp8", "int4-g64-afp8", "int4-g128-afp8"})
+W4A8_G128 = frozenset({"int4-g128-afp8"})
+FORMATS = BF16 | FP8 | W8A8 | W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8
 KV_FORMATS = frozenset({"bf16", "fp8", "int8"})
 
 SM80: frozenset[GpuGeneration] = frozenset({"sm80"})
@@ -85,6 +91,8 @@ _VLLM_CT = "vLLM compressed_tensors.py _get_scheme_from_parts"
 _VLLM_MOE = "vLLM compressed_tensors_moe.py get_moe_method"
 _SGL_CT = "SGLang compressed_tensors.py get_moe_scheme"
 _SYMMETRIC = "weights: int4, group_size: 128"
+_W4A8_G128 = "weights: int4, group_size: 128, activations: fp8"
+_INT8 = "weights: int8"
 _ADD = "Add to the recipe {rules}"
 _KV_INSTEAD = "Set kv_cache to fp8 or bf16 in the recipe"
 
@@ -98,16 +106,28 @@ _TRTLLM = (
     Row("trtllm", SM90, PARTS, W8A8, False, _TRT_LINEAR, "read",
         "TensorRT-LLM 1.2 has no INT8 W8A8 kernels on Hopper",
         "Use --target vllm or sglang, or the recipe int4"),
-    Row("trtllm", SM90, MLA, W8A16 | INT4 | INT4_ASYM, False, _TRT_MODEL, "inferred",
+    Row("trtllm", SM90, MLA, W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8, False, _TRT_MODEL,
+        "inferred",
         "its MLA loader reads these projections only as BF16 or FP8 blocks", _ADD),
     Row("trtllm", SM90, ROUTED, W8A16, True, _TRT_MOE, "read"),
     Row("trtllm", SM90, GENERIC, W8A16, True, _TRT_LINEAR, "inferred",
         "INT8 weight-only outside the experts is not tested with DeepSeek; smoke-test the wheel"),
+    Row("trtllm", SM90, ROUTED | GENERIC, INT8_ASYM, False, _TRT_LINEAR, "read",
+        "its INT8 kernels take no zero points", _ADD, _INT8),
     Row("trtllm", SM90, ROUTED, G128, True, _TRT_MOE, "read",
-        "INT4 experts run as W4AFP8, so their activations become FP8; beside other formats this "
-        "needs MIXED_PRECISION, which must be smoke-tested on the exact 1.2.x wheel"),
+        "INT4 experts run as W4AFP8, so their activations become FP8 with static scales, which "
+        "the recipe w4a8 measures; beside other formats this needs MIXED_PRECISION, which must be "
+        "smoke-tested on the exact 1.2.x wheel"),
+    Row("trtllm", SM90, ROUTED, W4A8_G128, True, _TRT_MOE, "read",
+        "W4AFP8 experts beside other formats need MIXED_PRECISION, which must be smoke-tested on "
+        "the exact 1.2.x wheel; the largest input scale of a layer's experts counts for all"),
     Row("trtllm", SM90, ROUTED, INT4_OTHER | INT4_ASYM, False, _TRT_MOE, "read",
         "its INT4 experts (W4AFP8) are symmetric with groups of 128 only", _ADD, _SYMMETRIC),
+    Row("trtllm", SM90, ROUTED, W4A8 - W4A8_G128, False, _TRT_MOE, "read",
+        "its INT4 experts (W4AFP8) are symmetric with groups of 128 only", _ADD, _W4A8_G128),
+    Row("trtllm", SM90, GENERIC, W4A8, False, _TRT_LINEAR, "inferred",
+        "INT4 with FP8 activations outside the experts (W4A8_AWQ) needs a second weight scale, "
+        "which our format does not have", _ADD),
     Row("trtllm", SM90, GENERIC, G128, True, _TRT_LINEAR, "inferred",
         "INT4 outside the experts (W4A16_AWQ) is not tested with DeepSeek; smoke-test the wheel"),
     Row("trtllm", SM90, GENERIC, INT4_ASYM, False, _TRT_LINEAR, "read",
@@ -130,12 +150,29 @@ _VLLM = (
         "without FP8 tensor cores FP8 weights run weight-only through Marlin"),
     Row("vllm", SM80 | SM90, PARTS, W8A8, True, _VLLM_MOE, "read"),
     Row("vllm", SM80 | SM90, PARTS, W8A16 | INT4, True, _VLLM_MOE, "read"),
+    Row("vllm", SM80 | SM90, ROUTED, INT8_ASYM, False,
+        "vLLM compressed_tensors_moe_wna16_marlin.py", "read",
+        "its INT8 experts are symmetric only", _ADD, _INT8),
+    Row("vllm", SM80, PARTS, INT8_ASYM, False, "vLLM marlin_utils.py, machete.py", "read",
+        "its kernels for Ampere take zero points of 4 bits only", _ADD, _INT8),
+    Row("vllm", SM90, QKV_A, INT8_ASYM, False, "vLLM machete_utils.py", "read",
+        "Machete, its only kernel for 8-bit zero points, takes outputs in multiples of 128, and "
+        "these two together have 2112", _ADD, _INT8),
+    Row("vllm", SM90, PARTS, INT8_ASYM, True, "vLLM machete.py", "inferred",
+        "zero points of 8 bits go through Machete; smoke-test the wheel"),
+    Row("vllm", SM80 | SM90, PARTS, W4A8, False, "vLLM compressed_tensors.py _is_fp8_w4a8", "read",
+        "its W4A8 finds the scales of activations per token while it runs and refuses static ones",
+        _ADD, _SYMMETRIC),
     Row("vllm", SM80 | SM90, ROUTED, INT4_ASYM, False,
         "vLLM compressed_tensors_moe_wna16_marlin.py", "read",
         "its INT4 experts are symmetric only", _ADD, _SYMMETRIC),
     Row("vllm", SM80 | SM90, PARTS, INT4_ASYM, True, _VLLM_CT, "read"),
     Row("vllm", SM80 | SM90, KV, frozenset({"bf16"}), True, _VLLM_CT, "read"),
-    Row("vllm", SM90, KV, frozenset({"fp8"}), True, "vLLM FlashMLA backend", "reported"),
+    Row("vllm", SM90, KV, frozenset({"fp8"}), True,
+        "vLLM FlashMLA backend, compressed_tensors.py get_quant_method", "reported",
+        "static KV scales of compressed-tensors are read for its Attention only, not for MLA: the "
+        "scale is 1 unless --calculate-kv-scales; what was measured is kv_latent_amax in "
+        "intserve.json, and its one scale would have to cover the rotary key too"),
     Row("vllm", SM80, KV, frozenset({"fp8"}), False, "vLLM issue 52202", "reported",
         "it rejects an FP8 MLA cache below SM89", "Set kv_cache to bf16 in the recipe"),
     Row("vllm", SM80 | SM90, KV, frozenset({"int8"}), False, "vLLM issue 33480", "reported",
@@ -151,9 +188,20 @@ _SGLANG = (
         "its FP8 block kernels do not compile for Ampere",
         "Use the recipe int8, or --target vllm"),
     Row("sglang", SM80 | SM90, PARTS, W8A8, True, "SGLang w8a8_int8.py, pull request 3888", "read"),
-    Row("sglang", SM80 | SM90, KV_B, W8A16 | INT4 | INT4_ASYM, False, "SGLang deepseek_v2.py",
-        "unverified", "its absorbed MLA reads the unpacked weight of kv_b_proj", _ADD,
-        "weights: bf16"),
+    Row("sglang", SM80 | SM90, KV_B, W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8, False,
+        "SGLang deepseek_v2.py", "unverified",
+        "its absorbed MLA reads the unpacked weight of kv_b_proj", _ADD, "weights: bf16"),
+    Row("sglang", SM80 | SM90, PARTS, INT8_ASYM, False,
+        "SGLang marlin_utils.py, compressed_tensors_wNa16_moe.py", "read",
+        "its kernels take zero points of 4 bits only", _ADD, _INT8),
+    Row("sglang", SM80, PARTS, W4A8, False, "SGLang w4afp8.py", "reported",
+        "its W4AFP8 kernels need Hopper", _ADD, _SYMMETRIC),
+    Row("sglang", SM90, ROUTED, W4A8_G128, True, "SGLang w4afp8.py", "reported",
+        "the largest input scale of a layer's experts counts for all"),
+    Row("sglang", SM90, ROUTED, W4A8, False, "SGLang w4afp8.py", "reported",
+        "its W4AFP8 experts have groups of 128 only", _ADD, _W4A8_G128),
+    Row("sglang", SM90, PARTS, W4A8, False, "SGLang w4afp8.py", "reported",
+        "its W4AFP8 is for routed experts only", _ADD),
     Row("sglang", SM80 | SM90, ROUTED, INT4_ASYM, False,
         "SGLang compressed_tensors_wNa16_moe.py", "read",
         "its INT4 experts are symmetric only", _ADD, _SYMMETRIC),
@@ -202,7 +250,7 @@ MIXES: tuple[Mix, ...] = (
     Mix("sglang", "FP8 blocks (fp8)", SM90, _cells(PARTS, FP8)),
     Mix("sglang", "W8A8 INT8 (w8a8_int8)", SM80 | SM90, _cells(PARTS, W8A8)),
     Mix("sglang", "INT4 g128 experts on FP8 blocks (w4afp8)", SM90,
-        _cells(PARTS - ROUTED, FP8) | _cells(ROUTED, G128)),
+        _cells(PARTS - ROUTED, FP8) | _cells(ROUTED, G128 | W4A8_G128)),
     Mix("sglang", "weight-only INT (pack-quantized)", SM80 | SM90,
         _cells(PARTS, W8A16 | INT4 | INT4_ASYM)),
 )  # fmt: skip

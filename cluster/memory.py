@@ -38,6 +38,8 @@ GPU_STEP_TOKENS, GPU_MAX_BATCH = 8192, 256
 CPU_STEP_TOKENS, CPU_MAX_BATCH = 512, 16
 #: Routed tokens on the busiest GPU against the mean (expert parallelism is never even).
 _EXPERT_IMBALANCE = 2
+#: What the embedded engine's kernels take beside a weight's codes.
+_PACKED_SCALES = frozenset({"scale", "scale_zero", "zero_point", "input_scale"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ class Tally:
         groups = dict.fromkeys(GROUPS, GroupBytes())
         for name, tensor in packed_tensors(self.config, self.schemes).items():
             size = tensor.num_bytes
-            is_scale = name.rpartition(".")[2] in ("scale", "scale_zero")
+            is_scale = name.rpartition(".")[2] in _PACKED_SCALES
             added = GroupBytes(0, 0, size, size) if is_scale else GroupBytes(size, size)
             groups[tensor.group] += added
         return groups
@@ -224,7 +226,7 @@ def _bytes_of(kind: _Kind, tp: int, num_experts: int) -> GroupBytes:
         case "row":
             ways = _ways(kind.shape[1], _granule(kind.scheme, "row"), tp)
             # A scale per output channel is needed whole wherever a slice of the inputs lies.
-            split_scales = kind.scheme is not None and kind.scheme.weights != "int8"
+            split_scales = kind.scheme is not None and not kind.scheme.weights.startswith("int8")
             scales_per_gpu = -(-scales // ways) if split_scales else scales
             return GroupBytes(values, -(-values // ways), scales, scales_per_gpu)
 

@@ -62,6 +62,12 @@ LOADS = {
     "int4": {"trtllm", "vllm", "sglang"},
     "int4-all": {"vllm"},
     "int4-asym": set(),
+    "int4-gptq": {"trtllm", "vllm", "sglang"},
+    "int4-awq": {"trtllm", "vllm", "sglang"},
+    "int4-all-gptq": {"vllm"},
+    "int4-all-awq": {"vllm"},
+    "int8-asym": set(),
+    "w4a8": {"trtllm", "sglang"},
 }
 
 
@@ -125,6 +131,39 @@ def test_following_the_advice_on_recipe_rules_makes_it_load(
         kept = [rule.model_dump(exclude_defaults=True) for rule in recipe.rules]
         recipe = recipe_of(*kept, *rules)
     assert not found or "--target" in found[0].change, [r.sentence() for r in found]
+
+
+def test_static_fp8_activations_load_for_routed_experts_in_groups_of_128_only(refusals) -> None:
+    rest = {"match": "*", "weights": "source"}
+    w4a8 = {"weights": "int4", "group_size": 128, "activations": "fp8"}
+    everywhere = recipe_of({"match": "*", **w4a8})
+    narrow = recipe_of(rest, {"match": "*.mlp.experts.*", **w4a8, "group_size": 64})
+    for recipe in (everywhere, narrow):
+        for target in ("trtllm", "vllm", "sglang"):
+            assert refusals(recipe, target), target
+        assert not refusals(recipe, "embedded", "cpu")
+    assert refusals("w4a8", "sglang", "sm80")
+    (refusal,) = refusals("w4a8", "vllm")
+    assert "refuses static ones" in refusal.reason
+
+
+def test_zero_points_of_8_bits_load_in_vllm_on_hopper_outside_the_experts_and_qkv_a(
+    refusals,
+) -> None:
+    parts = [refusal.part for refusal in refusals("int8-asym", "vllm")]
+    assert parts == ["kv_a_proj_with_mqa and q_a_proj as int8-asym", "routed_experts as int8-asym"]
+    dense = recipe_of(
+        {"match": "*", "weights": "int8"}, {"match": "*.o_proj", "weights": "int8-asym"}
+    )
+    assert not refusals(dense, "vllm")
+    assert refusals(dense, "vllm", "sm80")
+    assert refusals(dense, "sglang")
+
+
+def test_measured_kv_scales_are_said_to_be_read_by_nobody(config: ModelConfig) -> None:
+    schemes = served_schemes(config, load_recipe("int4").resolve(config))
+    for target, words in (("vllm", "kv_latent_amax"), ("trtllm", "calibrated KV scales are")):
+        assert any(words in note for note in examine(schemes, "fp8", target, "sm90").notes)
 
 
 def test_fused_linears_need_one_format(refusals) -> None:

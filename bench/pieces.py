@@ -17,6 +17,7 @@ Prints Markdown; `--save` writes the JSON that the model reads.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.connect import connect
-from deepseek.files import read_header, read_tensor, save_tensors, tensor_digest
-from deepseek.formats import compress, dequantize_fp8_block, quantize_fp8_block
+from deepseek.files import read_header, read_tensor, save_tensors, tensor_bytes, tensor_digest
+from deepseek.formats import compress, decompress, dequantize_fp8_block, quantize_fp8_block
 from deepseek.recipe import Scheme
 from quant_jobs.awq import candidate_scales, scale_losses, search_clip
 from quant_jobs.calibrate import SAMPLE_TOKENS
+from quant_jobs.gptq import gptq, inverse_factor
 from quant_jobs.messages import travel_light
-
-
-def use_one_thread() -> None:
-    torch.set_num_threads(1)
-
+from quant_jobs.solve import use_one_thread
 
 INT4 = Scheme(weights="int4", group_size=128)
 INT8 = Scheme(weights="int8")
@@ -59,13 +58,16 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Of one call: kernels launched, bytes moved by those that multiply no matrices, and FLOPs of
-    those that do; `seconds` on this machine."""
+    """Of one call on so many `weights`: kernels launched, bytes moved by those that multiply no
+    matrices, and FLOPs of those that do; `seconds` on this machine. `columns` is the length of
+    GPTQ's loop, whose launches are in proportion to it."""
 
+    weights: int
     launches: int
     bytes: int
     flops: int
     seconds: float
+    columns: int = 0
 
 
 class _Operators(TorchDispatchMode):
@@ -95,14 +97,14 @@ def _moved(value: Any) -> int:
     return sum(map(_moved, value)) if isinstance(value, list | tuple) else 0
 
 
-def count(call: Callable[[], object], repeats: int) -> Work:
+def count(call: Callable[[], object], weights: int, repeats: int, columns: int = 0) -> Work:
     with _Operators() as operators:
         call()
     with FlopCounterMode(display=False) as flops:
         call()
-    return Work(
-        operators.launches, operators.bytes, flops.get_total_flops(), seconds(call, repeats)
-    )
+    took = seconds(call, repeats)
+    total = flops.get_total_flops()
+    return Work(weights, operators.launches, operators.bytes, total, took, columns)
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:
@@ -126,7 +128,11 @@ def storage_rates(folder: Path, num_bytes: int) -> dict[str, float]:
     started = time.perf_counter()
     saved = save_tensors(path, parts)
     rates = {"save_tensors": saved.num_bytes / (time.perf_counter() - started) / 1e9}
-    rates["digest"] = len(parts["t0"]) / seconds(lambda: tensor_digest(parts["t0"]), 3) / 1e9
+    one = parts["t0"]
+    digest = seconds(lambda: tensor_digest(one), 3)
+    whole = seconds(lambda: hashlib.sha256(tensor_bytes(one)).digest(), 3)
+    rates["digest"] = len(one) / digest / 1e9
+    rates["hash for saving"] = len(one) / (digest + whole) / 1e9
     entries = read_header(path).tensors
     for kind in ("cold", "page cache"):
         with path.open("rb", buffering=0) as file:
@@ -192,13 +198,20 @@ def solver_work(repeats: int) -> dict[str, Work]:
     x = torch.randn((SAMPLE_TOKENS, WIDTH), generator=generator)
     fp8, scale = quantize_fp8_block(weight)
     candidates = candidate_scales(x.abs().mean(dim=0), weight.abs().mean(dim=0))
-    return {
-        "dequantize_fp8": count(lambda: dequantize_fp8_block(fp8, scale), repeats),
-        "compress_int4": count(lambda: compress(weight, INT4), repeats),
-        "compress_int8": count(lambda: compress(weight, INT8), repeats),
-        "awq_candidate": count(lambda: scale_losses([weight], x, candidates[:1], INT4), repeats),
-        "awq_clip": count(lambda: search_clip(weight, x, INT4), repeats),
+    packed = compress(weight, INT4)
+    pieces = {
+        "dequantize_fp8": lambda: dequantize_fp8_block(fp8, scale),
+        "compress_int4": lambda: compress(weight, INT4),
+        "compress_int8": lambda: compress(weight, INT8),
+        "decompress_int4": lambda: decompress(packed, INT4, (ROWS, WIDTH)),
+        "awq_candidate": lambda: scale_losses([weight], x, candidates[:1], INT4),
+        "awq_clip": lambda: search_clip(weight, x, INT4),
     }
+    work = {name: count(call, weight.numel(), repeats) for name, call in pieces.items()}
+    batch = torch.randn((2, EDGE // 4, EDGE // 4), generator=generator)
+    factor = inverse_factor(batch.mT @ batch, damping=0.01)
+    gptq_call = partial(gptq, batch, factor, INT4)
+    return work | {"gptq": count(gptq_call, batch.numel(), repeats, columns=EDGE // 4)}
 
 
 def peaks(repeats: int) -> dict[str, float]:
@@ -246,7 +259,7 @@ def report(found: dict[str, Any]) -> str:
         lines += [f"| {name} | {value:.3g} |" for name, value in found[kind].items()] + [""]
     lines += ["| work per weight | launches | bytes | FLOP | GB/s | GFLOP/s |", "|---|" + "---:|" * 5]
     for name, one in found["work"].items():
-        numel = found["weights"]
+        numel = one["weights"]
         lines.append(
             f"| {name} | {one['launches']} a call | {one['bytes'] / numel:.1f} "
             f"| {one['flops'] / numel:.1f} | {one['bytes'] / one['seconds'] / 1e9:.2f} "
@@ -273,7 +286,6 @@ def main() -> None:
         "peaks": peak,
         "rates": rates,
         "fractions": fractions(peak, work, arguments.repeats),
-        "weights": ROWS * WIDTH,
         "work": {name: asdict(one) for name, one in work.items()},
     }
     print(report(found))

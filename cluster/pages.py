@@ -85,8 +85,8 @@ def plans_page() -> str:
             "",
             "`python -m cluster plan --model deepseek-v3 --recipe RECIPE --hardware HARDWARE`, for "
             "one replica with room for at least one request of 8192 tokens. GB are 1e9 bytes; "
-            "scales are counted, the MTP layer is not loaded. The GPTQ and AWQ variants of `int4` and "
-            "`int4-all` take the same bytes.",
+            "scales are counted, the MTP layer is not loaded. The GPTQ and AWQ variants of `int4` "
+            "and `int4-all` take the same bytes.",
             "",
             "| recipe | hardware | weights GB | GB per GPU | fits | KV tokens | target | exit |",
             "|---|---|---:|---:|---|---:|---|---:|",

@@ -130,11 +130,14 @@ def make_plan(
 
 def better_recipes(plan: Plan, config: ModelConfig, recipes: Iterable[Recipe]) -> list[Plan]:
     """Which of `recipes` would do what `plan` cannot, on the same hardware, target, context and
-    concurrency; the largest (the most precise) first. Empty when the plan is good."""
+    concurrency; the largest (the most precise) first. Empty when the plan is good.
+
+    Recipes that differ only in how they round are one here; the first stands for them.
+    """
     if plan.good:
         return []
     found = []
-    for recipe in recipes:
+    for recipe in {_layout(recipe): recipe for recipe in reversed(list(recipes))}.values():
         other = make_plan(
             config,
             recipe,
@@ -146,7 +149,13 @@ def better_recipes(plan: Plan, config: ModelConfig, recipes: Iterable[Recipe]) -
         )
         if other.good:
             found.append(other)
-    return sorted(found, key=lambda other: (-other.footprint.weights, other.recipe))
+    return sorted(found, key=lambda other: (-round(other.footprint.weights / 1e8), other.recipe))
+
+
+def _layout(recipe: Recipe) -> tuple[object, ...]:
+    """All of a recipe that a plan depends on."""
+    rules = ((rule.match, rule.weights, rule.group_size, rule.activations) for rule in recipe.rules)
+    return recipe.kv_cache, *rules
 
 
 @lru_cache(maxsize=12)

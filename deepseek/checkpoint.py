@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -124,6 +124,17 @@ class CheckpointReader:
     def total_bytes(self) -> int:
         """Bytes of all tensors as stored."""
         return sum(e.num_bytes for h in self._headers.values() for e in h.tensors.values())
+
+    def num_bytes(self, layer: int | Literal["globals"]) -> int:
+        """Bytes, as stored, of one decoder layer or of the tensors outside the layers."""
+        specs = (
+            global_tensors(self.config) if layer == "globals" else layer_tensors(self.config, layer)
+        )
+        names = {name for spec in specs for name in (spec.name, scale_name(spec.name))}
+        return sum(
+            self._headers[self._shard_of[name]].tensors[name].num_bytes
+            for name in names & self._shard_of.keys()
+        )
 
     def read_layer(self, layer: int) -> dict[str, SourceTensor]:
         """All tensors of one decoder layer by name (MTP layers come after the main ones)."""

@@ -5,12 +5,12 @@ is rounded to a step 1/s_j as wide, as long as s_j does not widen its group's ra
 tries, for the channels' mean magnitudes a_j of x and b_j of W (each W relative to its group's
 largest), the scales
 
-    s_j = a_j^r / b_j^(1-r)       r = 0 .. 1, so normalized that the largest times the least is 1
+    s_j = a_j^r                   r = 0 .. 1; r = 0 is plain rounding
+    s_j = a_j^r / b_j^(1-r)       not in the paper: the "duo scaling" of the tools that followed
 
-and takes the ones with the least squared error of the output, ||W x - Q(W s) (x / s)||^2, summed
-over all linears that share them. (The paper's own s = a^r lacks b; its authors and the tools that
-followed search with it.) No scaling at all is always among the candidates. Then every group's
-range is shrunk to where *its* part of the output errs least.
+each normalized so that the largest times the least is 1, and takes the ones with the least squared
+error of the output, ||W x - Q(W s) (x / s)||^2, summed over all linears that share them. Then every
+group's range is shrunk to where *its* part of the output errs least.
 
 Only numbers go in and come out: which linears share a scale and what is divided by it is
 `folding.py`, the inputs are `calibrate.InputStatistics`. Sums over linears are float64 and added by
@@ -61,20 +61,26 @@ def weight_means(weight: Tensor, scheme: Scheme) -> tuple[Tensor, int]:
 def candidate_scales(mean_abs_x: Tensor, mean_abs_w: Tensor, num: int = 20) -> Tensor:
     """The scales to try, f32 [num, K], from a and b of the module's formula, f32 [K] each.
 
-    Row 0 is all ones: plain rounding. Channels that carry nothing (in x or in W) have s = 1; log2 s
-    is limited to +-10, as SmoothQuant's.
+    Row 0 is all ones: plain rounding. Then a^r up to r = 1, then duo scaling from r = 0 to 1.
+    Channels that carry nothing (in x or in W) have s = 1; |log2 s| is limited to MAX_EXPONENT, as
+    SmoothQuant's. Vectors that cannot be folded as they are go through `folding.foldable` before
+    they are compared, so that what wins is what will be used.
     """
-    assert num > 2, num
+    assert num >= 5, num
+    alone, duo = num // 2, num - 1 - num // 2
+    powers = [(0.0, 0.0)]  # of a and of 1/b
+    powers += [(step / alone, 0.0) for step in range(1, alone + 1)]
+    powers += [(step / (duo - 1), 1 - step / (duo - 1)) for step in range(duo)]
     dead = (mean_abs_x == 0) | (mean_abs_w == 0)
-    log_x, log_w = mean_abs_x.double().log2(), mean_abs_w.double().log2()
-    rows = [torch.zeros_like(log_x)]
-    for step in range(num - 1):
-        ratio = step / (num - 2)
-        exponent = (ratio * log_x - (1 - ratio) * log_w).masked_fill(dead, torch.nan)
+    log_x = mean_abs_x.double().log2().masked_fill(dead, 0.0)
+    log_w = mean_abs_w.double().log2().masked_fill(dead, 0.0)
+    rows = []
+    for power_x, power_w in powers:
+        exponent = power_x * log_x - power_w * log_w
         alive = exponent[~dead]
         if len(alive):
             exponent = exponent - (alive.amax() + alive.amin()) / 2
-        rows.append(exponent.nan_to_num(0.0))
+        rows.append(exponent.masked_fill(dead, 0.0))
     return torch.stack(rows).clamp_(-MAX_EXPONENT, MAX_EXPONENT).exp2_().float()
 
 

@@ -77,9 +77,7 @@ class LayerRun:
         """Have everybody begin to read a layer; returns at once."""
         shares = share_out(self._config, layer, len(self._pool))
         reader = trunk_reader(layer, len(self._pool))
-        self._pool.submit(
-            lambda worker, i: worker.prefetch.remote(layer, shares[i], i == reader)
-        )
+        self._pool.submit(lambda worker, i: worker.prefetch.remote(layer, shares[i], i == reader))
 
     def attend(self, layer: int, following: int | None) -> list[Any]:
         """Statistics of the attention, and references to what enters the MLP."""
@@ -96,9 +94,7 @@ class LayerRun:
                 following = None
             routed += [blocks for blocks, _ in sent]
             shares = [share for _, share in sent]
-            self._pool.each(
-                lambda worker, _, shares=shares: worker.observe.remote(layer, *shares)
-            )
+            self._pool.each(lambda worker, _, shares=shares: worker.observe.remote(layer, *shares))
         return routed
 
     def agree(self, layer: int, routed: list[Any], ledger: Ledger) -> Smoothing:
@@ -136,9 +132,7 @@ class LayerRun:
         note_fallbacks(scale, measured.mean_abs, one.measured, layer, ledger)
         return scale
 
-    def solve(
-        self, layer: int, shared: Smoothing, routed: list[Any], ledger: Ledger
-    ) -> Solution:
+    def solve(self, layer: int, shared: Smoothing, routed: list[Any], ledger: Ledger) -> Solution:
         """Every unit quantized and packed, in the object store."""
         given = self._pool.share(shared)
         sent = self._pool.submit(lambda worker, _: worker.solve.remote(layer, given, *routed))
@@ -150,9 +144,7 @@ class LayerRun:
         )
         scales = self._input_scales(layer, whole, ledger)
         whole.fallbacks = ledger.entries()
-        extra = {
-            f"{module}.input_scale": torch.tensor([scale]) for module, scale in scales.items()
-        }
+        extra = {f"{module}.input_scale": torch.tensor([scale]) for module, scale in scales.items()}
         trunk = [part for part, _, _ in sent]
         parts = [kept, self._pool.share(extra), *trunk, *(experts for _, experts, _ in sent)]
         digest = join_digests(whole.source_digests)

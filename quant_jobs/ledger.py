@@ -30,7 +30,7 @@ MEANING: dict[FallbackKind, str] = {
     "unseen_expert": "no calibration token reached the expert; its down_proj is not smoothed",
     "clipped_smoothing": "smoothing scales that met the limit of 2^-10 or 2^10",
     "outlier_input_scale": "inputs of the expert that clip: far larger than those of its layer",
-    "unseen_input_scale": "no calibration token reached the expert; its input scales are its layer's",
+    "unseen_input_scale": "no calibration token reached the expert; input scales of its layer",
     "starved_expert": "too few calibration tokens for AWQ or GPTQ; rounded to nearest",
     "damped_hessian": "GPTQ's Hessian was not positive definite; damped more than asked",
     "unusable_hessian": "GPTQ's Hessian could not be inverted; rounded to nearest",

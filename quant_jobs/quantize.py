@@ -1,15 +1,13 @@
 """Step 4, quantize: the driver of the job. One layer at a time; workers compute, this file decides.
 
-    read and dequantize (the next layer meanwhile)    worker.calibrate
-    forward the calibration blocks, gather statistics worker.calibrate
-    merge them in block order                         here
-    solve every linear, sharded over the workers      worker.smooth, worker.solve, worker.keep
-    publish the packed layer, atomically              here
-    carry the activations through what was published  worker.carry
+The steps of one layer are `layer_run.py`; here is what goes around them: what is done already,
+which worker holds which blocks, when a layer counts as published, and what to do when workers die.
 
-Kill it anywhere and run the same command again: it goes on after the last published layer and the
-output has the same bytes, whatever the number of workers then or now (`resume.py`). A worker that
-dies is replaced, its blocks come back from the last boundary; only the current layer is redone.
+A layer is written while the next is read and attended, and is safe before the next is solved. Kill
+the job anywhere and run the same command again: it goes on after the last published layer and the
+output has the same bytes, whatever the number of workers then or now (`resume.py`). Workers that
+die are replaced, or the job goes on without them; blocks come back from the last boundary, and what
+is redone is at most what one layer takes.
 A driver killed with SIGKILL takes a local Ray of its own with it (the kernel ends Ray's processes
 with their parent, workers end with their raylet; two idle agents of Ray's take a minute longer); on
 a cluster, Ray ends its workers. What such a worker may still write in its last moments are boundary
@@ -45,25 +43,30 @@ from deepseek.artifact import (
 )
 from deepseek.checkpoint import CheckpointReader, content_digest
 from deepseek.errors import IntServeError
-from deepseek.files import write_json
-from deepseek.inventory import layer_tensors, linears
+from deepseek.inventory import linears
 from deepseek.manifest import MANIFEST_FILE, LayerKey
 from deepseek.recipe import Recipe, load_recipe
-from quant_jobs.calibrate import Statistics, coverage, merge
 from quant_jobs.calibration_data import TokenBlocks, load_token_blocks
+from quant_jobs.folding import wanted_sets
+from quant_jobs.job_report import (
+    CalibrationAccount,
+    JobRecord,
+    LayerAccount,
+    WorkerAccount,
+    write_job_report,
+)
+from quant_jobs.layer_run import LayerRun, Solution
 from quant_jobs.ledger import Ledger
-from quant_jobs.messages import Solved, WorkerJob
+from quant_jobs.messages import Account, WorkerJob
 from quant_jobs.pool import WorkerPool, WorkersLost
 from quant_jobs.progress import Event, Progress, Step, TerminalProgress
 from quant_jobs.resume import (
     FOLDER,
-    REPORT_FILE,
     JobFolder,
     PublishedPart,
     boundary_files,
     check_same_run,
 )
-from quant_jobs.smoothquant import Smoothing, wanted_sets
 
 #: Times that workers may die within one layer before the job gives up.
 MAX_LOSSES_PER_LAYER = 3
@@ -162,18 +165,29 @@ def tools() -> dict[str, str]:
 
 @dataclass(slots=True)
 class Timings:
-    """The driver's own account of a run, for job_report.json."""
+    """The driver's own account of a run, for the job report."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    layers: dict[str, float] = field(default_factory=dict)
+    layers: dict[LayerKey, dict[str, float]] = field(default_factory=dict)
     workers_lost: int = 0
     started: float = field(default_factory=time.monotonic)
+    bytes_read: int = 0
+    bytes_written: int = 0
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
+    def step(self, layer: LayerKey, name: str) -> Iterator[None]:
         begun = time.monotonic()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+        steps = self.layers.setdefault(layer, {})
+        steps[name] = steps.get(name, 0.0) + time.monotonic() - begun
+
+
+@dataclass(slots=True)
+class _Writing:
+    """A layer that a worker is writing: the reference to its record, and what goes beside it."""
+
+    layer: int
+    record: Any
+    account: Account
 
 
 class Run:
@@ -183,12 +197,14 @@ class Run:
         self._job, self._folder, self._pool, self._progress = job, folder, pool, progress
         self._config = job.source.config
         self._writer = ArtifactWriter(job.output, source=job.source, recipe=job.recipe)
+        self._layers = LayerRun(self._config, job.recipe, self._writer.schemes, pool)
         self._blocks = job.blocks
-        self._ready: set[int] = set()  # workers that hold what goes into the layer in hand
+        self._held: dict[int, tuple[int, ...]] = {}  # place -> the blocks that it holds
+        self._writing: _Writing | None = None
         self._timings = Timings()
         self._parts = folder.load_parts()
         for part in self._parts.values():
-            self._writer.adopt(part.record)
+            self._writer.adopt(part.record, verify=False)  # load_parts has verified it
 
     def run(self) -> Manifest:
         """Everything that is still to do, up to the manifest."""
@@ -196,8 +212,8 @@ class Run:
         start = self._folder.last_boundary(len(self._blocks.ids), todo[0]) if todo else 0
         self._announce(todo, start)
         self._publish_untouched()  # in the driver, while the workers load their libraries
-        for layer in range(start, todo[-1] + 1) if todo else ():
-            self._run_layer(layer, is_last=layer == todo[-1])
+        if todo:
+            self._run_layers(start, todo[-1])
         return self._finish(start)
 
     def _announce(self, todo: list[int], start: int) -> None:
@@ -208,107 +224,139 @@ class Run:
         detail = f"{self._job.recipe.name} on {self._pool.describe()}: {state}"
         self._progress(Event("started", start, detail=detail))
 
-    # --- one layer, and what to do when workers die in it ---
+    # --- layer after layer, and what to do when workers die ---
+
+    def _run_layers(self, start: int, last: int) -> None:
+        layer, losses = start, 0
+        while layer <= last:
+            try:
+                self._run_layer(layer, is_last=layer == last)
+                if layer == last:
+                    self._await_writing()
+                layer, losses = layer + 1, 0
+            except WorkersLost:
+                losses += 1
+                layer = self._recover(layer, losses)
 
     def _run_layer(self, layer: int, is_last: bool) -> None:
-        begun, losses = time.monotonic(), 0
-        while True:
-            try:
-                self._supply(layer)
-                if layer not in self._parts:
-                    self._publish_layer(layer)
-                if not is_last:
+        if self._pool.admit():
+            self._held.clear()  # blocks are dealt out anew
+        self._supply(layer)
+        if layer in self._parts:
+            self._await_writing()
+            if not is_last:
+                with self._timings.step(layer, "carry"):
+                    published = (self._job.output / layer_file(layer)).resolve()
+                    self._layers.restore(layer, published)
                     self._carry(layer)
-                break
-            except WorkersLost as lost:
-                losses += 1
-                self._recover(layer, lost, losses)
-        self._timings.layers[str(layer)] = time.monotonic() - begun
+            return
+        solution = self._solve(layer)
+        if not is_last:
+            with self._timings.step(layer, "carry"):
+                self._layers.adopt(layer, solution)
+                self._carry(layer)
 
-    def _recover(self, layer: int, lost: WorkersLost, losses: int) -> None:
-        self._timings.workers_lost += len(lost.indices)
+    def _recover(self, layer: int, losses: int) -> int:
+        """Replace the dead; the layer to go on with, which is the one before where that was still
+        being written by one of them."""
+        lost = self._pool.recover()
+        self._timings.workers_lost += len(lost)
         if losses > MAX_LOSSES_PER_LAYER:
             raise IntServeError(
-                f"workers {lost.indices} died; that makes {losses} times within layer {layer}, "
+                f"workers {lost} died; that makes {losses} times within layer {layer}, "
                 "probably for lack of memory: run again with fewer --workers per node or more "
                 "memory; the job goes on at this layer"
             )
-        self._progress(Event("lost", layer, detail=f"{lost}; doing layer {layer} again"))
-        self._pool.replace(lost.indices)
-        self._ready -= set(lost.indices)
+        self._held.clear()
+        try:
+            self._await_writing()
+        except WorkersLost:
+            assert self._writing is not None
+            layer = self._writing.layer
+        self._writing = None
+        self._progress(
+            Event("lost", layer, detail=f"lost workers {lost}; doing layer {layer} again on "
+                  f"{self._pool.describe()}")
+        )  # fmt: skip
+        return layer
 
     def _supply(self, layer: int) -> None:
         """See to it that every worker holds what goes into this layer for its blocks."""
-        new = [index for index in range(len(self._pool)) if index not in self._ready]
+        places = self._pool.places
+        wanted = {place: tuple(self._layers.blocks_of(i)) for i, place in enumerate(places)}
+        new = [i for i, place in enumerate(places) if self._held.get(place) != wanted[place]]
         if not new:
             return
-        num_blocks = len(self._blocks.ids)
-        job = WorkerJob(self._job.source.directory.resolve(), self._job.recipe, num_blocks)
+        job = WorkerJob(
+            self._job.source.directory.resolve(),
+            self._job.output.resolve(),
+            self._job.recipe,
+            len(self._blocks.ids),
+        )
         boundary = self._folder.boundary(layer).resolve()
-        with self._timings.step("supply"):
-            self._pool.each(lambda worker, _: worker.begin.remote(job), new)
-            self._pool.each(
-                lambda worker, i: worker.hold.remote(layer, self._ids_of(i), boundary), new
-            )
-        self._ready |= set(new)
 
-    def _ids_of(self, index: int) -> dict[int, Tensor]:
-        """Token ids by block, of the blocks that this worker holds: dealt out in turn."""
-        blocks = range(index, len(self._blocks.ids), len(self._pool))
-        return {block: self._blocks.ids[block] for block in blocks}
+        def ids(index: int) -> dict[int, Tensor]:
+            return {block: self._blocks.ids[block] for block in self._layers.blocks_of(index)}
+
+        with self._timings.step(layer, "supply"):
+            self._pool.each(lambda worker, _: worker.begin.remote(job), new)
+            self._pool.each(lambda worker, i: worker.hold.remote(layer, ids(i), boundary), new)
+        self._held = wanted
 
     # --- the steps of one layer ---
 
-    def _publish_layer(self, layer: int) -> None:
-        statistics = self._calibrate(layer)
-        self._say("calibrated", layer)
-        solved = self._solve(layer, statistics)
-        self._say("solved", layer)
-        specs = list(layer_tensors(self._config, layer))
-        self._publish(layer, solved, coverage(statistics, specs))
-
-    def _calibrate(self, layer: int) -> Statistics:
+    def _solve(self, layer: int) -> Solution:
         later = range(layer + 1, self._config.num_hidden_layers)
         following = next((n for n in later if n not in self._parts), None)
-        with self._timings.step("calibrate"):
-            shares = self._pool.each(lambda worker, _: worker.calibrate.remote(layer, following))
-            return merge(shares)
-
-    def _solve(self, layer: int, statistics: Statistics) -> Solved:
-        modules = [spec.module for spec in linears(self._config, layer)]
-        with self._timings.step("solve"):
-            shared = self._pool.share(statistics)
-            smoothing, noted = Smoothing(), ()
-            if wanted_sets(self._config, self._writer.schemes, layer):
-                ((smoothing, noted),) = self._pool.each(
-                    lambda worker, _: worker.smooth.remote(layer, shared), [0]
-                )
-            shares = self._pool.each(
-                lambda worker, i: worker.solve.remote(
-                    layer, modules[i :: len(self._pool)], shared, smoothing
-                )
-            )
-            shares += self._pool.each(lambda worker, _: worker.keep.remote(layer, smoothing), [0])
-        ledger, whole = Ledger(), Solved()
-        ledger.extend(noted)
-        for share in shares:
-            whole.tensors |= share.tensors
-            whole.errors |= share.errors
-            ledger.extend(share.fallbacks)
-            whole.source_sha256 = share.source_sha256
-        whole.fallbacks = ledger.entries()
-        return whole
+        ledger = Ledger()
+        with self._timings.step(layer, "attend"):
+            routed = self._layers.attend(layer, following)
+        self._say("calibrated", layer)
+        # The layer before is safe before this one costs much: a death costs one layer, not two.
+        self._await_writing()
+        with self._timings.step(layer, "solve"):
+            shared = self._layers.agree(layer, routed, ledger)
+            solution = self._layers.solve(layer, shared, routed, ledger)
+        self._say("solved", layer)
+        record = self._layers.write(layer, solution)
+        self._writing = _Writing(layer, record, solution.account)
+        return solution
 
     def _carry(self, layer: int) -> None:
-        """Activations through the quantized layer; the old boundary goes once the new is safe."""
+        """Activations through the quantized layer; boundaries that nothing needs any more go."""
         boundary = self._folder.boundary(layer + 1)
         boundary.mkdir(exist_ok=True)
-        published = (self._job.output / layer_file(layer)).resolve()
-        with self._timings.step("carry"):
-            files = [path.resolve() for path in boundary_files(boundary, len(self._pool))]
-            self._pool.each(lambda worker, i: worker.carry.remote(layer, published, files[i]))
-            self._folder.drop_boundaries(except_for=layer + 1)
+        files = [path.resolve() for path in boundary_files(boundary, len(self._pool))]
+        self._layers.carry(layer, files)
         self._say("carried", layer)
+
+    def _await_writing(self) -> None:
+        """Wait until the layer that is being written is published."""
+        writing = self._writing
+        if writing is None:
+            return
+        with self._timings.step(writing.layer, "write"):
+            record = self._pool.get(writing.record)
+        self._writer.adopt(record, verify=False)
+        account = writing.account
+        self._register(
+            PublishedPart(
+                record=record,
+                coverage=self._coverage(writing.layer, account),
+                fallbacks=account.fallbacks,
+                kv_latent_amax=account.kv_latent_amax,
+            )
+        )
+        self._writing = None
+
+    def _coverage(self, layer: int, account: Account) -> tuple[int, ...]:
+        """Tokens that the router sent to each expert; empty in a dense layer."""
+        gates = [
+            spec.module
+            for spec in linears(self._config, layer)
+            if spec.expert is not None and spec.role == "gate_proj"
+        ]
+        return tuple(account.tokens[module] for module in gates)
 
     # --- publishing ---
 
@@ -319,24 +367,27 @@ class Run:
             if not untouched or key in self._parts:
                 continue
             source = self._job.source
-            found = source.read_globals() if key == "globals" else source.read_layer(key)
-            tensors: dict[str, Tensor] = {}
-            for tensor in found.values():
-                tensors |= store_tensor(tensor, self._writer.schemes.get(tensor.spec.module))
-            self._publish(key, Solved(tensors=tensors, source_sha256=content_digest(found)), ())
-
-    def _publish(self, key: LayerKey, solved: Solved, covered: tuple[int, ...]) -> None:
-        assert solved.source_sha256 is not None
-        with self._timings.step("write"):
-            record = self._writer.publish_layer(
-                key,
-                solved.tensors,
-                source_sha256=solved.source_sha256,
-                errors=solved.errors,
+            with self._timings.step(key, "write"):
+                found = source.read_globals() if key == "globals" else source.read_layer(key)
+                tensors: dict[str, Tensor] = {}
+                for tensor in found.values():
+                    tensors |= store_tensor(tensor, self._writer.schemes.get(tensor.spec.module))
+                digest = content_digest(found)
+                record = self._writer.publish_layer(key, tensors, source_sha256=digest)
+            self._timings.bytes_read += sum(
+                one.data.nbytes + (0 if one.scale_inv is None else one.scale_inv.nbytes)
+                for one in found.values()
             )
-            part = PublishedPart(record=record, coverage=covered, fallbacks=solved.fallbacks)
-            self._folder.save_part(part)
+            self._timings.bytes_written += record.num_bytes
+            self._register(PublishedPart(record=record))
+
+    def _register(self, part: PublishedPart) -> None:
+        """The part counts as published from here on; so its inputs may go."""
+        self._folder.save_part(part)
+        key = part.record.layer
         self._parts[key] = part
+        if key != "globals" and key < self._config.num_hidden_layers:
+            self._folder.drop_boundaries(before=key)
         self._say("published", key, part)
 
     def _finish(self, start: int) -> Manifest:
@@ -344,7 +395,8 @@ class Run:
         ledger = Ledger()
         for part in self._parts.values():
             ledger.extend(part.fallbacks)
-        self._write_report(start)
+        self._write_report(start, ledger)
+        layers = {key: part for key, part in self._parts.items() if key != "globals"}
         manifest = self._writer.finish(
             calibration=CalibrationRecord(
                 digest=blocks.digest,
@@ -352,42 +404,77 @@ class Run:
                 num_blocks=settings.num_blocks,
                 block_tokens=settings.block_tokens,
             ),
-            coverage={
-                layer: list(part.coverage)
-                for layer, part in self._parts.items()
-                if layer != "globals" and part.coverage
-            },
+            coverage={k: list(part.coverage) for k, part in layers.items() if part.coverage},
             fallbacks=list(ledger.entries()),
             tools=tools(),
+            kv_latent_amax={
+                k: part.kv_latent_amax
+                for k, part in layers.items()
+                if part.kv_latent_amax is not None
+            },
         )
         self._folder.remove()
         self._say("finished", "globals")
         return manifest
 
-    def _write_report(self, start: int) -> None:
+    def _write_report(self, start: int, ledger: Ledger) -> None:
         """Times and memory of this run only: no part of the artifact, for it never repeats."""
         try:
-            usage = self._pool.each(lambda worker, _: worker.usage.remote(), sorted(self._ready))
+            known = [i for i, place in enumerate(self._pool.places) if place in self._held]
+            usage = self._pool.each(lambda worker, _: worker.usage.remote(), known)
         except WorkersLost:  # after their work was done: nothing but this account is lost
             usage = []
-        driver_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        timings = self._timings
-        write_json(
-            self._job.output / REPORT_FILE,
-            {
-                "workers": len(self._pool),
-                "started_at_layer": start,
-                "workers_lost": timings.workers_lost,
-                "wall_s": round(time.monotonic() - timings.started, 3),
-                "driver_seconds": {k: round(v, 3) for k, v in timings.seconds.items()},
-                "layer_seconds": {k: round(v, 3) for k, v in timings.layers.items()},
-                "worker_seconds": [{k: round(v, 3) for k, v in u.seconds.items()} for u in usage],
-                "peak_rss_bytes": {
-                    "driver": driver_peak,
-                    "workers": [u.peak_rss_bytes for u in usage],
-                },
-            },
+        timings, blocks, settings = self._timings, self._blocks, self._job.recipe.calibration
+        record = JobRecord(
+            recipe=self._job.recipe.name,
+            model=str(self._job.source.directory),
+            num_workers=self._pool.size,
+            num_nodes=max(len({one.node for one in usage}), 1),
+            started_at_layer=start,
+            workers_lost=timings.workers_lost,
+            wall_s=round(time.monotonic() - timings.started, 3),
+            floor_tokens=self._job.recipe.expert_coverage.floor_tokens,
+            calibration=CalibrationAccount(
+                num_tokens=blocks.num_tokens,
+                num_blocks=settings.num_blocks,
+                block_tokens=settings.block_tokens,
+                digest=blocks.digest,
+                sources=(),
+            ),
+            layers=tuple(
+                LayerAccount(
+                    layer=key,
+                    seconds=_rounded(timings.layers.get(key, {})),
+                    errors=self._parts[key].record.errors,
+                    coverage=self._parts[key].coverage,
+                    num_bytes=self._parts[key].record.num_bytes,
+                    source_bytes=self._job.source.num_bytes(key),
+                )
+                for key in layer_keys(self._config)
+            ),
+            workers=tuple(
+                WorkerAccount(
+                    index=index,
+                    node=one.node,
+                    pid=one.pid,
+                    seconds=_rounded(one.seconds),
+                    peak_rss_bytes=one.peak_rss_bytes,
+                    bytes_read=one.bytes_read,
+                    bytes_written=one.bytes_written,
+                )
+                for index, one in enumerate(usage)
+            ),
+            driver_peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            driver_bytes_read=timings.bytes_read,
+            driver_bytes_written=timings.bytes_written,
+            object_store_bytes=None,
+            fallbacks=ledger.entries(),
         )
+        write_job_report(self._job.output, record)
 
     def _say(self, step: Step, layer: LayerKey, part: PublishedPart | None = None) -> None:
         self._progress(Event(step, layer, part))
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {step: round(value, 3) for step, value in seconds.items()}

@@ -52,6 +52,7 @@ class PublishedPart(BaseModel):
     record: LayerRecord
     coverage: tuple[int, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
+    kv_latent_amax: float | None = None
 
 
 class JobFolder:
@@ -142,9 +143,9 @@ class JobFolder:
                 return layer
         return 0
 
-    def drop_boundaries(self, *, except_for: int) -> None:
+    def drop_boundaries(self, *, before: int) -> None:
         for path in sorted(self.path.glob("boundary-*")):
-            if path != self.boundary(except_for):
+            if path.name < self.boundary(before).name:
                 shutil.rmtree(path)
 
     # --- whose folder is it? ---
@@ -226,10 +227,11 @@ def boundary_files(boundary: Path, num_workers: int) -> list[Path]:
     ]
 
 
-def save_blocks(path: Path, blocks: Mapping[int, Tensor]) -> None:
-    """Store what goes into a layer, f32 [T, D] by block; whole or not at all."""
+def save_blocks(path: Path, blocks: Mapping[int, Tensor]) -> int:
+    """Store what goes into a layer, f32 [T, D] by block; whole or not at all. Bytes written."""
     named = {_block_name(block): x_TD for block, x_TD in blocks.items()}
-    save_tensors(path, named, {name: tensor_digest(x_TD) for name, x_TD in named.items()})
+    digests = {name: tensor_digest(x_TD) for name, x_TD in named.items()}
+    return save_tensors(path, named, digests).num_bytes
 
 
 def load_blocks(boundary: Path, blocks: Sequence[int]) -> dict[int, Tensor]:

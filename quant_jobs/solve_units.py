@@ -178,9 +178,7 @@ class UnitSolver:
         policy = self._recipe.expert_coverage
         sees_all = expert is None or policy.policy == "all"
         into = Accumulator(f"{block}.gate_proj", gram=gram_in)
-        down = Accumulator(
-            f"{block}.down_proj", gram=schemes["down_proj"].algorithm == "gptq"
-        )
+        down = Accumulator(f"{block}.down_proj", gram=schemes["down_proj"].algorithm == "gptq")
         routed_tokens = 0
         for index, routed in self._blocks:
             if expert is not None:
@@ -195,9 +193,7 @@ class UnitSolver:
             h = hidden(x, weights["gate_proj"], weights["up_proj"])
             down.add(index, observe(h, self._num_rows, keep_rows=True))
         starved = (
-            expert is not None
-            and policy.policy == "topk"
-            and routed_tokens < policy.floor_tokens
+            expert is not None and policy.policy == "topk" and routed_tokens < policy.floor_tokens
         )
         seen = self.layer_input(gram=gram_in) if sees_all else into.finish()
         return _Mlp(block, weights, seen, down.finish(), routed_tokens, starved)

@@ -148,7 +148,12 @@ class Worker:
     # --- reading ---
 
     def prefetch(self, layer: int, share: Sequence[Unit], with_trunk: bool) -> None:
-        """Begin to read this worker's units of a layer, in a thread; and its trunk, if asked."""
+        """Begin to read this worker's units of a layer, in a thread; and its trunk, if asked.
+
+        For a layer that was in hand already, everything starts anew: it is being redone.
+        """
+        if self._original is not None and self._original.layer == layer:
+            self._original = None
         if self._shares.get(layer) != share:
             self._shares[layer] = share
             self._reading.pop((layer, "experts"), None)
@@ -374,7 +379,9 @@ class Worker:
         """Everybody's tokens of one wave through this worker's routed experts."""
         quantized = self._adopted(layer)
         parts: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
-        shape = {s.module: s.shape for s in layer_tensors(self._config, layer) if s.expert is not None}
+        shape = {
+            s.module: s.shape for s in layer_tensors(self._config, layer) if s.expert is not None
+        }
         with self._timed("forward"), torch.no_grad():
             blocks = [(b, self._routed_on_device(r)) for b, r in in_block_order(iter(routed))]
             for unit in self._shares[layer]:
@@ -491,10 +498,7 @@ class Worker:
 
     def _restore(self, stored: Mapping[str, Tensor], module: str, shape: tuple[int, ...]) -> Tensor:
         scheme = self._schemes[module]
-        parts = {
-            name.removeprefix(f"{module}."): stored[name]
-            for name in _names(stored, module)
-        }
+        parts = {name.removeprefix(f"{module}."): stored[name] for name in _names(stored, module)}
         return decompress(parts, scheme, (shape[0], shape[1])).to(self._device)
 
     def _preparation(self, module: str, input_scales: Mapping[str, float]) -> Prepare | None:

@@ -72,7 +72,7 @@ def test_a_recipe_that_fits_but_is_refused_exits_1_and_says_both() -> None:
     assert code == 1
     assert "Fits: 43.2 GB" in out
     assert "Refused" in out
-    assert "Recipes that fit and load here: int4." in out
+    assert "Recipes that fit and load here: int4, w4a8." in out
     assert command(*words)[0] == 0  # `auto` finds vLLM
 
 
@@ -117,7 +117,7 @@ def test_the_json_keys_are_frozen() -> None:
     assert all(
         group.keys() == {"name", "total_gb", "per_gpu_gb", "loaded"} for group in answer["groups"]
     )
-    assert answer["fitting_recipes"] == ["int4", "int4-all"]
+    assert answer["fitting_recipes"] == ["int4", "w4a8", "int4-all"]
     loaded = sum(group["total_gb"] for group in answer["groups"] if group["loaded"])
     assert loaded == pytest.approx(answer["weights_gb"], abs=0.01)
 

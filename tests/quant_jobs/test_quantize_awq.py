@@ -182,24 +182,22 @@ def test_weight_means_merge_like_one_weight() -> None:
     peak = grouped(weight, scheme).abs().amax(dim=-1, keepdim=True).clamp_min(1e-30)
     relative = (grouped(weight, scheme).abs() / peak).flatten(1).double()
     torch.testing.assert_close(total / count, relative.mean(dim=0), rtol=1e-12, atol=0.0)
-    parts = [weight_means(part, scheme) for part in weight.split([20, 28])]
+    parts = [weight_means(part, scheme) for part in (weight[:20], weight[20:])]
     merged = sum(part for part, _ in parts)
     torch.testing.assert_close(merged, total, rtol=1e-12, atol=0.0)
     assert sum(rows for _, rows in parts) == count == 48
 
 
-def test_candidates_are_ones_then_the_formula_between_its_ends() -> None:
+def test_candidates_are_ones_then_both_formulas_between_their_ends() -> None:
     generator = torch.Generator().manual_seed(2)
     mean_x, mean_w = (torch.rand(64, generator=generator) + 0.05 for _ in range(2))
-    found = candidate_scales(mean_x, mean_w, num=7)
-    assert found.shape == (7, 64)
+    found = candidate_scales(mean_x, mean_w, num=8)
+    wanted = [mean_x**ratio for ratio in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    wanted += [mean_x**ratio / mean_w ** (1 - ratio) for ratio in (0.0, 0.5, 1.0)]
     assert torch.equal(found[0], torch.ones(64))
-    for step, row in enumerate(found[1:]):
-        ratio = step / 5
-        wanted = mean_x**ratio / mean_w ** (1 - ratio)
-        wanted = wanted / (wanted.max() * wanted.min()).sqrt()
-        torch.testing.assert_close(row, wanted)
-        assert float(row.max() * row.min()) == pytest.approx(1.0)
+    for row, scale in zip(found, wanted, strict=True):
+        torch.testing.assert_close(row, scale / (scale.max() * scale.min()).sqrt())
+    assert candidate_scales(mean_x, mean_w).shape == (20, 64)
 
 
 def test_dead_channels_stay_and_clipped_scales_are_counted() -> None:

@@ -1,0 +1,147 @@
+"""Real Ray clusters of several nodes on this machine, whose nodes can be killed.
+
+A node is a raylet with its own scheduler, object store and workers: killing it is what a machine's
+death looks like to Ray. All share one IP address here; `namespaces.py` has nodes with their own.
+Jobs run on them as they would on a cluster: a driver process that finds Ray by RAY_ADDRESS.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ray.cluster_utils import Cluster
+
+from quant_jobs.pool import QuantizeWorker
+
+#: Ray's smallest store is 75 MiB.
+OBJECT_STORE_BYTES = 100 << 20
+
+#: A dead node is noticed in a few seconds, not in half a minute; and a busy one is not called dead.
+HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 2000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 4,
+}
+
+
+class Raylets:
+    """A head without CPUs and `nodes` nodes of `cpus` CPUs each. To be closed: a context.
+
+    Make and close it in the main thread: the kernel ends a raylet with the thread that started it,
+    which is what cleans up after a test that was killed.
+    """
+
+    def __init__(self, nodes: int, cpus: int = 1) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="raylets-", dir="/tmp"))  # sockets: short names
+        self._cpus = cpus
+        self._nodes: list[Any] = []
+        self._cluster = Cluster()
+        try:
+            self._cluster.add_node(
+                num_cpus=0,
+                object_store_memory=OBJECT_STORE_BYTES,
+                temp_dir=str(self._folder),
+                include_dashboard=False,
+                include_log_monitor=False,
+                no_monitor=True,
+                _system_config=HEALTH_CHECKS,
+            )
+            for _ in range(nodes):
+                self.add_node()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Raylets:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """For RAY_ADDRESS. Drivers on this machine attach to the head, which is never killed."""
+        return str(self._cluster.gcs_address)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that were not killed, the head apart."""
+        return len(self._nodes)
+
+    def add_node(self) -> None:
+        """One more node; returns when Ray lists it."""
+        node = self._cluster.add_node(num_cpus=self._cpus, object_store_memory=OBJECT_STORE_BYTES)
+        self._nodes.append(node)
+
+    def kill_node(self, index: int) -> None:
+        """SIGKILL a raylet. Its workers end by themselves, as nothing else of it is killed here."""
+        node = self._nodes.pop(index)
+        self._cluster.worker_nodes.discard(node)  # or Ray's own shutdown complains
+        ((raylet,),) = node.all_processes.values()
+        raylet.process.kill()
+        raylet.process.wait()
+
+    def workers(self) -> list[int]:
+        """Process ids of quantize workers that have started, ascending."""
+        name = f"ray::{QuantizeWorker.__name__}"
+        return sorted(pid for pid in holders(self._folder) if title(pid).startswith(name))
+
+    def close(self) -> None:
+        """End everything. Idle agents of killed nodes, which take a minute to notice, too."""
+        self._cluster.shutdown()
+        end(self._folder)
+        shutil.rmtree(self._folder)
+
+
+def end(folder: Path) -> None:
+    """SIGKILL what still holds a file in a cluster's folder, and wait until it has ended."""
+    deadline = time.monotonic() + 30
+    while left := holders(folder):
+        assert time.monotonic() < deadline, [title(pid) for pid in left]
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(0.05)
+
+
+def holders(folder: Path) -> list[int]:
+    """Processes with an open file under `folder`: all of a cluster, whatever their parents and
+    titles are by now, for each writes its log there."""
+    return [pid for pid in _processes() if any(_is_in(link, folder) for link in _open_files(pid))]
+
+
+def _processes() -> Iterator[int]:
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal() and int(path.name) != os.getpid():
+            yield int(path.name)
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    try:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            yield os.readlink(link)
+    except OSError:  # it ended meanwhile
+        return
+
+
+def _is_in(link: str, folder: Path) -> bool:
+    return link.startswith(f"{folder}/")
+
+
+def title(pid: int) -> str:
+    """What `ps` shows; empty for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except OSError:
+        return ""

@@ -1,4 +1,4 @@
-"""The pieces that a quantize job is made of, each measured alone: what `cluster/job_model.py` needs.
+"""The pieces of a quantize job, each measured alone: what `cluster/job_model.py` needs.
 
     python bench/pieces.py [--save cluster/pieces.json] [--repeats 5] [--gib 1]
 
@@ -249,7 +249,9 @@ def machine() -> str:
     with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     kind = names[0] if names else platform.machine()
-    return f"{kind}, {torch.backends.cpu.get_cpu_capability()}, one thread, torch {torch.__version__}"
+    return (
+        f"{kind}, {torch.backends.cpu.get_cpu_capability()}, one thread, torch {torch.__version__}"
+    )
 
 
 def report(found: dict[str, Any]) -> str:
@@ -257,7 +259,10 @@ def report(found: dict[str, Any]) -> str:
     for kind in ("peaks", "rates", "fractions"):
         lines += [f"| {kind} | |", "|---|---:|"]
         lines += [f"| {name} | {value:.3g} |" for name, value in found[kind].items()] + [""]
-    lines += ["| work per weight | launches | bytes | FLOP | GB/s | GFLOP/s |", "|---|" + "---:|" * 5]
+    lines += [
+        "| work per weight | launches | bytes | FLOP | GB/s | GFLOP/s |",
+        "|---|" + "---:|" * 5,
+    ]
     for name, one in found["work"].items():
         numel = one["weights"]
         lines.append(

@@ -294,7 +294,6 @@ def _layer_time(job: Job, rates: Rates, layer: int) -> LayerTime:
     config, workers, tokens = job.config, job.workers, job.tokens
     mine = tokens / workers
     numel = group_numel(config, layer)
-    d_model = config.hidden_size
     is_moe = config.is_moe(layer)
     # Rows that the busiest worker's experts see, routed and for statistics.
     share = job.groups_per_worker / EXPERT_GROUPS if is_moe else 0.0
@@ -506,7 +505,7 @@ def memory_use(job: Job) -> list[Use]:
 
 
 def peak_bytes(uses: Iterable[Use]) -> tuple[int, int]:
-    """(host of one node, one GPU). On a GPU attention's scores are gone before a group is solved."""
+    """(host of one node, one GPU). On a GPU, scores are gone before a group is solved."""
     uses = list(uses)
     host = sum(use.host for use in uses)
     scores = sum(use.gpu for use in uses if use.name.startswith("attention scores"))

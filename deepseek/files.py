@@ -213,7 +213,7 @@ def read_tensor(file: FileIO, entry: TensorEntry) -> Tensor:
         EOFError: the file has become shorter since its header was read.
     """
     data = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    view = memoryview(data.numpy())
+    view = memoryview(data.numpy().data)
     position = 0
     while position < entry.num_bytes:
         chunk = view[position : position + _CHUNK_BYTES]

@@ -2,8 +2,8 @@
 for its error.
 
 With H = X X^T the Gram matrix of the inputs (damped), and U the upper Cholesky factor of H^-1
-(H^-1 = U^T U), column j of W is rounded to q_j, and its error e = (w_j - q_j) / U_jj is taken out of
-every later column: w_k -= e U_jk. Columns go in blocks of 128: inside a block at every column,
+(H^-1 = U^T U), column j of W is rounded to q_j, and its error e = (w_j - q_j) / U_jj is taken out
+of every later column: w_k -= e U_jk. Columns go in blocks of 128: inside a block at every column,
 behind it in one product per block. The range of a group is chosen when the group is reached, from
 the weights as updated by then; a channel's range (INT8) once, before.
 
@@ -11,8 +11,8 @@ Many weights are solved at once, one batch entry each: the experts of a layer ta
 launches as one of them does. Entries never touch each other.
 
 Deviations from the paper: an input that was never active (a zero on the diagonal) has its weights
-rounded to nearest instead of set to zero, for an expert sees more tokens than calibration showed it;
-`act_order` keeps the groups of the original order and chooses their ranges up front, so that no
+rounded to nearest instead of set to zero, for an expert sees more tokens than calibration showed
+it; `act_order` keeps the groups of the original order and chooses their ranges up front, so that no
 target needs an index of groups.
 
 n batch entries · N outputs · K inputs · g group size
@@ -107,7 +107,7 @@ def gptq(weight: Tensor, factor: Factor, scheme: Scheme) -> list[Rounded]:
     num, _, inputs = weight.shape
     upper = factor.upper.expand(num, inputs, inputs)
     size = scheme.group_size or inputs
-    grouped = weight.unflatten(2, (-1, size))
+    grouped = weight.reshape(num, len(weight[0]), -1, size)
     if factor.order is None:
         known = None if scheme.group_size else choose_range(grouped, scheme)
         group = torch.arange(inputs, device=weight.device).expand(num, -1) // size

@@ -175,7 +175,7 @@ def render(record: JobRecord) -> str:
 def _figures(record: JobRecord) -> Iterator[tuple[str, str]]:
     """Name and SVG of each plot; the SVG is empty where there is nothing to draw."""
     workers = record.workers
-    steps = [account.seconds for account in (*workers, *record.layers)]
+    steps = [*(one.seconds for one in workers), *(one.seconds for one in record.layers)]
     colors = job_figures.step_colors(step for seconds in steps for step in seconds)
     yield "errors", job_figures.errors(by_group(record)) if record.errors else ""
     coverage = record.coverage

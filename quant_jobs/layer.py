@@ -18,6 +18,7 @@ T tokens · D hidden size · I intermediate size · k experts per token
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from deepseek.config import ModelConfig
-from deepseek.formats import dequantize_int8, quantize_tokens_int8
+from deepseek.formats import dequantize_int8, fake_quantize_fp8, quantize_tokens_int8
 from deepseek.recipe import Scheme
 from quant_jobs.messages import Part, Routed
-
 
 #: Input of a linear -> what its kernel makes of it, same shape.
 Prepare = Callable[[Tensor], Tensor]
@@ -135,7 +135,7 @@ class Trunk:
         for name, part in list(module.named_modules()):
             if isinstance(part, nn.Linear):
                 full = self._prefix + name
-                lazy = LazyLinear(lambda full=full: load(full), (prepare or {}).get(full))
+                lazy = LazyLinear(partial(load, full), (prepare or {}).get(full))
                 module.set_submodule(name, lazy)
                 self._linears[full] = lazy
         local = {name.removeprefix(self._prefix): t.float() for name, t in high.items()}

@@ -35,7 +35,7 @@ from quant_jobs.ledger import Ledger
 from quant_jobs.messages import Account
 from quant_jobs.pool import WorkerPool
 from quant_jobs.smoothquant import smoothing_scale
-from quant_jobs.units import Unit, share_out, trunk_reader
+from quant_jobs.units import share_out, trunk_reader
 
 #: Tokens that are between workers at a time.
 WAVE_TOKENS = 1 << 16
@@ -86,16 +86,19 @@ class LayerRun:
         (trunk,) = self._pool.submit(lambda worker, _: worker.trunk.remote(layer), [reader])
         routed: list[Any] = []
         for wave in self._waves():
-            sent = self._pool.submit(
-                lambda worker, i, wave=wave: worker.attend.remote(layer, trunk, wave[i])
-            )
+            sent = self._attend_wave(layer, trunk, wave)
             if following is not None:
                 self.prefetch(following)
                 following = None
             routed += [blocks for blocks, _ in sent]
-            shares = [share for _, share in sent]
-            self._pool.each(lambda worker, _, shares=shares: worker.observe.remote(layer, *shares))
+            self._observe_wave(layer, [share for _, share in sent])
         return routed
+
+    def _attend_wave(self, layer: int, trunk: Any, wave: list[list[int]]) -> list[Any]:
+        return self._pool.submit(lambda worker, i: worker.attend.remote(layer, trunk, wave[i]))
+
+    def _observe_wave(self, layer: int, shares: list[Any]) -> None:
+        self._pool.each(lambda worker, _: worker.observe.remote(layer, *shares))
 
     def agree(self, layer: int, routed: list[Any], ledger: Ledger) -> Smoothing:
         """The vector of the set that the router's norm feeds, if the recipe wants one."""
@@ -191,22 +194,16 @@ class LayerRun:
     def carry(self, layer: int, files: Sequence[Path]) -> None:
         """Everybody's blocks through the quantized layer, and stored, each worker's in its file."""
         for wave in self._waves():
-            routed = self._pool.submit(
-                lambda worker, i, wave=wave: worker.reattend.remote(layer, wave[i])
-            )
-            parts = (
-                self._pool.submit(
-                    lambda worker, _, routed=routed: worker.run_experts.remote(layer, *routed)
-                )
-                if self._config.is_moe(layer)
-                else []
-            )
-            self._pool.each(
-                lambda worker, i, wave=wave, parts=parts: worker.combine.remote(
-                    layer, wave[i], *parts
-                )
-            )
+            self._carry_wave(layer, wave)
         self._pool.each(lambda worker, i: worker.store.remote(layer, files[i]))
+
+    def _carry_wave(self, layer: int, wave: list[list[int]]) -> None:
+        pool = self._pool
+        routed = pool.submit(lambda worker, i: worker.reattend.remote(layer, wave[i]))
+        parts: list[Any] = []
+        if self._config.is_moe(layer):
+            parts = pool.submit(lambda worker, _: worker.run_experts.remote(layer, *routed))
+        pool.each(lambda worker, i: worker.combine.remote(layer, wave[i], *parts))
 
     def _waves(self) -> list[list[list[int]]]:
         """wave -> worker -> its blocks in it; waves follow each other in block order."""
@@ -236,6 +233,3 @@ def _join(accounts: Sequence[Account], shared: Smoothing) -> Account:
         ledger.extend(one.fallbacks)
     whole.fallbacks = ledger.entries()
     return whole
-
-
-__all__ = ["LayerRun", "Solution", "Unit"]

@@ -14,7 +14,7 @@ D hidden size · I intermediate size · T tokens of one block
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -257,13 +257,14 @@ class UnitSolver:
         seen: InputStatistics,
         divided: Tensor | None,
     ) -> Tensor:
-        """The vector f32 [K] of one set that is all here, by SmoothQuant's formula or AWQ's search."""
+        """The vector f32 [K] of a set that is all here: SmoothQuant's formula or AWQ's search."""
         if how.strength is not None:
             amax_w = torch.stack([w.abs().amax(dim=0) for w in weights.values()]).amax(dim=0)
             args = (how.strength, one.measured, self._layer, self._ledger)
             return smoothing_scale(seen.amax, amax_w, *args)
         brought = [weight_means(w, self._schemes[module]) for module, w in weights.items()]
-        mean_w = (sum(total for total, _ in brought) / sum(n for _, n in brought)).float()
+        total = torch.stack([each for each, _ in brought]).sum(dim=0)
+        mean_w = (total / sum(count for _, count in brought)).float()
         candidates = foldable(candidate_scales(seen.mean_abs, mean_w), divided, False)
         losses = torch.stack(
             [

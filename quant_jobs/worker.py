@@ -275,7 +275,8 @@ class Worker:
         """
         with self._timed("solve"):
             solver = self._solver(layer, routed)
-            trunk, experts = {}, {}
+            trunk: Tensors = {}
+            experts: Tensors = {}
             for unit in self._shares[layer]:
                 solved = solver.solve(unit, smoothing)
                 (experts if unit.experts else trunk).update(solved)

@@ -7,13 +7,13 @@ Jobs run on them as they would on a cluster: a driver process that finds Ray by 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,8 @@ def end(folder: Path) -> None:
     while left := holders(folder):
         assert time.monotonic() < deadline, [title(pid) for pid in left]
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.05)
 
 

@@ -250,8 +250,8 @@ class WorkerPool:
             ray.kill(self._actors[place])
             self._actors[place] = self._start(place)
             self._awaited[place] = self._actors[place].ready.remote()
-        left = [place for place in self._at_work if place not in dead]
-        self._gather(REPLACEMENT_TIMEOUT_S if left else self._start_timeout_s)
+        self._at_work = [place for place in self._at_work if place not in dead]
+        self._gather(REPLACEMENT_TIMEOUT_S if self._at_work else self._start_timeout_s)
         if not self._at_work:
             raise IntServeError(
                 f"no worker is left, and none could be started within {self._start_timeout_s:.0f} "
@@ -263,8 +263,7 @@ class WorkerPool:
     def admit(self) -> bool:
         """Take in replacements that have become ready since; whether there were any."""
         before = list(self._at_work)
-        if self._awaited:
-            self._gather(0.0)
+        self._gather(0.0)
         return before != self._at_work
 
     def close(self) -> None:
@@ -274,8 +273,12 @@ class WorkerPool:
         self._actors, self._at_work = {}, []
 
     def _gather(self, timeout_s: float) -> None:
-        """Wait for those that are starting; whoever is ready is at work from now on."""
-        waiting = {reference: place for place, reference in self._awaited.items()}
+        """Wait for replacements; whoever is ready is at work from now on."""
+        waiting = {
+            reference: place
+            for place, reference in self._awaited.items()
+            if place not in self._at_work
+        }
         if waiting:
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
             for reference in done:
@@ -287,7 +290,8 @@ class WorkerPool:
                     ray.kill(self._actors[place])
                     self._actors[place] = self._start(place)
                     self._awaited[place] = self._actors[place].ready.remote()
-        self._at_work = [place for place in range(self.size) if place not in self._awaited]
+        ready = [place for place in range(self.size) if place not in self._awaited]
+        self._at_work = sorted({*self._at_work, *ready})
 
     def _await_start(self, indices: Sequence[int]) -> None:
         """The first time that a worker is called, it may still be loading its libraries."""

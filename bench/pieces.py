@@ -1,8 +1,8 @@
-"""The pieces of a quantize job, each measured alone: what `cluster/job_model.py` needs.
+"""The pieces of a quantize job, each measured alone: what `python -m cluster estimate` is made of.
 
     python bench/pieces.py [--save cluster/pieces.json] [--repeats 5] [--gib 1]
 
-One thread, true DeepSeek-V3 widths where a CPU can bear them. Three kinds of result:
+One thread, true DeepSeek-V3 widths where a CPU can bear them. Results:
 
     rates       of this machine: storage, hashing, Ray. They say what one process sustains.
     fractions   rate of a piece over this machine's own peak of its kind (a large float32 matmul, a
@@ -10,6 +10,11 @@ One thread, true DeepSeek-V3 widths where a CPU can bear them. Three kinds of re
     work        what a solver asks of any device: kernel launches, bytes that unfused elementwise
                 kernels move, and FLOPs, counted from the operators that torch dispatches. Exact,
                 and the same wherever it runs.
+    launches    kernels of one block (or one expert on one block) through the job's own functions.
+
+Compute is timed by the thread's CPU time, so that neighbours on a shared machine count little;
+what waits (storage, Ray) by the wall clock, the fastest of several. `bench/job_model.py` holds an
+estimate made of these against a real run.
 
 Prints Markdown; `--save` writes the JSON that the model reads.
 """
@@ -37,13 +42,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.connect import connect
+from deepseek.config import ModelConfig
 from deepseek.files import read_header, read_tensor, save_tensors, tensor_bytes, tensor_digest
 from deepseek.formats import compress, decompress, dequantize_fp8_block, quantize_fp8_block
+from deepseek.inventory import layer_tensors
 from deepseek.recipe import Scheme
 from quant_jobs.awq import candidate_scales, scale_losses, search_clip
-from quant_jobs.calibrate import SAMPLE_TOKENS
+from quant_jobs.calibrate import SAMPLE_TOKENS, Accumulator, observe
 from quant_jobs.gptq import gptq, inverse_factor
-from quant_jobs.messages import travel_light
+from quant_jobs.layer import Rotary, Trunk, hidden, run_expert, tokens_of
+from quant_jobs.messages import Routed, travel_light
 from quant_jobs.solve import use_one_thread
 
 INT4 = Scheme(weights="int4", group_size=128)
@@ -108,12 +116,12 @@ def count(call: Callable[[], object], weights: int, repeats: int, columns: int =
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median of `repeats` calls, after one that is thrown away."""
+    """CPU seconds of this thread: the median of `repeats` calls, after one that is thrown away."""
     times = []
     for _ in range(repeats + 1):
-        started = time.perf_counter()
+        started = time.thread_time()
         call()
-        times.append(time.perf_counter() - started)
+        times.append(time.thread_time() - started)
     return statistics.median(times[1:])
 
 
@@ -134,14 +142,14 @@ def storage_rates(folder: Path, num_bytes: int) -> dict[str, float]:
     rates["digest"] = len(one) / digest / 1e9
     rates["hash for saving"] = len(one) / (digest + whole) / 1e9
     entries = read_header(path).tensors
-    for kind in ("cold", "page cache"):
+    for kind, clock in (("cold", time.perf_counter), ("page cache", time.thread_time)):
         with path.open("rb", buffering=0) as file:
             if kind == "cold":
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            started = time.perf_counter()
+            started = clock()
             for entry in entries.values():
                 read_tensor(file, entry)
-            rates[f"read, {kind}"] = saved.num_bytes / (time.perf_counter() - started) / 1e9
+            rates[f"read, {kind}"] = saved.num_bytes / (clock() - started) / 1e9
     return rates
 
 
@@ -180,11 +188,15 @@ def ray_rates(num_bytes: int, repeats: int) -> dict[str, float]:
             puts.append(took)
             gets.append(ray.get(other.get.remote(box)))
             del box
-        calls = seconds(lambda: ray.get(one.nothing.remote()), 200)
+        calls = []
+        for _ in range(200):
+            started = time.perf_counter()
+            ray.get([one.nothing.remote(), other.nothing.remote()])
+            calls.append(time.perf_counter() - started)
     return {
-        "ray put": num_bytes / statistics.median(puts[1:]) / 1e9,
-        "ray get and read": num_bytes / statistics.median(gets[1:]) / 1e9,
-        "ray call us": calls * 1e6,
+        "ray put": num_bytes / min(puts[1:]) / 1e9,
+        "ray get and read": num_bytes / min(gets[1:]) / 1e9,
+        "ray call us": statistics.median(calls) * 1e6,
     }
 
 
@@ -198,12 +210,13 @@ def solver_work(repeats: int) -> dict[str, Work]:
     x = torch.randn((SAMPLE_TOKENS, WIDTH), generator=generator)
     fp8, scale = quantize_fp8_block(weight)
     candidates = candidate_scales(x.abs().mean(dim=0), weight.abs().mean(dim=0))
-    packed = compress(weight, INT4)
+    packed, coded = compress(weight, INT4), compress(weight, INT8)
     pieces = {
         "dequantize_fp8": lambda: dequantize_fp8_block(fp8, scale),
         "compress_int4": lambda: compress(weight, INT4),
         "compress_int8": lambda: compress(weight, INT8),
         "decompress_int4": lambda: decompress(packed, INT4, (ROWS, WIDTH)),
+        "decompress_int8": lambda: decompress(coded, INT8, (ROWS, WIDTH)),
         "awq_candidate": lambda: scale_losses([weight], x, candidates[:1], INT4),
         "awq_clip": lambda: search_clip(weight, x, INT4),
     }
@@ -212,6 +225,44 @@ def solver_work(repeats: int) -> dict[str, Work]:
     factor = inverse_factor(batch.mT @ batch, damping=0.01)
     gptq_call = partial(gptq, batch, factor, INT4)
     return work | {"gptq": count(gptq_call, batch.numel(), repeats, columns=EDGE // 4)}
+
+
+def layer_launches(model: Path) -> dict[str, int]:
+    """Kernels of one block through attention and router; of one expert measured on one block (its
+    tokens, gate and up, both inputs' statistics; Gram matrices apart); of one run on one block."""
+    config = ModelConfig.from_directory(model)
+    layer, tokens = config.first_k_dense_replace, 64
+    specs = [spec for spec in layer_tensors(config, layer) if spec.expert is None]
+    filled = {spec.name: torch.randn(spec.shape) * 0.05 for spec in specs}
+    high = {spec.name: filled[spec.name] for spec in specs if spec.kind != "linear"}
+    trunk = Trunk(config, layer, high, lambda module: filled[f"{module}.weight"])
+    rotary = Rotary(config)
+    x_TD = torch.randn(tokens, config.hidden_size)
+    _, routed = trunk.attend(rotary, x_TD)  # fills the rotary table
+    assert routed.experts is not None
+    expert = int(routed.experts[0, 0])
+    wide, narrow = config.hidden_size, config.moe_intermediate_size
+    gate, up, down = torch.randn(narrow, wide), torch.randn(narrow, wide), torch.randn(wide, narrow)
+    weights = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    return {
+        "attend": _launches(lambda: trunk.attend(rotary, x_TD)),
+        "measure": _launches(lambda: _measure(routed, expert, gate, up)),
+        "run_expert": _launches(lambda: run_expert(routed, expert, weights, {})),
+    }
+
+
+def _measure(routed: Routed, expert: int, gate: Tensor, up: Tensor) -> None:
+    """As `UnitSolver._open` does for one block."""
+    len(tokens_of(routed, expert)[0])
+    x = routed.z[tokens_of(routed, expert)[0]]
+    Accumulator("input", gram=False).add(0, observe(x, 1))
+    Accumulator("down", gram=False).add(0, observe(hidden(x, gate, up), 1))
+
+
+def _launches(call: Callable[[], object]) -> int:
+    with _Operators() as operators, torch.no_grad():
+        call()
+    return operators.launches
 
 
 def peaks(repeats: int) -> dict[str, float]:
@@ -223,6 +274,17 @@ def peaks(repeats: int) -> dict[str, float]:
         "matmul": 2 * EDGE**3 / seconds(lambda: a @ b, repeats) / 1e9,
         "copy": 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), repeats) / 1e9,
     }
+
+
+def operator_us(repeats: int) -> float:
+    """Microseconds of an operator with next to no work, called from Python."""
+    x = torch.ones(16)
+
+    def many() -> None:
+        for _ in range(1000):
+            x.add(1.0)
+
+    return seconds(many, repeats) / 1000 * 1e6
 
 
 def fractions(peak: dict[str, float], work: dict[str, Work], repeats: int) -> dict[str, float]:
@@ -256,7 +318,7 @@ def machine() -> str:
 
 def report(found: dict[str, Any]) -> str:
     lines = [f"{found['machine']}, {found['date']}, load average {os.getloadavg()[0]:.1f}", ""]
-    for kind in ("peaks", "rates", "fractions"):
+    for kind in ("peaks", "rates", "fractions", "launches"):
         lines += [f"| {kind} | |", "|---|---:|"]
         lines += [f"| {name} | {value:.3g} |" for name, value in found[kind].items()] + [""]
     lines += [
@@ -278,6 +340,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write the JSON here, too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the file that is read")
+    parser.add_argument("--model", type=Path, default=Path("examples/tiny-deepseek-v3"))
     arguments = parser.parse_args()
     use_one_thread()
     peak = peaks(arguments.repeats)
@@ -285,6 +348,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         rates = storage_rates(Path(folder), int(arguments.gib * 1024) * MIB)
     rates |= ray_rates(256 * MIB, arguments.repeats)
+    rates["operator us"] = operator_us(arguments.repeats)
     found = {
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
@@ -292,6 +356,7 @@ def main() -> None:
         "rates": rates,
         "fractions": fractions(peak, work, arguments.repeats),
         "work": {name: asdict(one) for name, one in work.items()},
+        "launches": layer_launches(arguments.model),
     }
     print(report(found))
     if arguments.save:

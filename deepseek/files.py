@@ -16,7 +16,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -131,21 +131,8 @@ def save_tensors(
     Tensors lie in order of descending item size, then name, so that each is aligned to its items.
     They may have any strides and live on any device; one tensor at a time is copied to the host.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    raw = len(text).to_bytes(8, "little") + text
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    order, raw, num_bytes = _lay_out(layout, metadata)
 
     whole = hashlib.sha256(raw)
     digests: dict[str, str] = {}
@@ -160,9 +147,27 @@ def save_tensors(
     return SavedFile(
         sha256=whole.hexdigest(),
         header_sha256=hashlib.sha256(raw).hexdigest(),
-        num_bytes=len(raw) + offset,
+        num_bytes=num_bytes,
         tensors=dict(sorted(digests.items())),
     )
+
+
+def stream_tensors(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    make: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`save_tensors`, of tensors that do not exist yet: `layout` announces them, `make(name)` gives
+    the values of one, in row-major order, in as many pieces as it likes. No digests are taken."""
+    order, raw, num_bytes = _lay_out(layout, metadata)
+    with _published(path) as file:
+        file.write(raw)
+        for name in order:
+            for piece in make(name):
+                assert piece.dtype == layout[name][0], name
+                file.write(tensor_bytes(piece))
+        assert file.tell() == num_bytes, "a tensor is not as long as announced"
 
 
 def remove_scraps(directory: Path) -> None:
@@ -242,6 +247,29 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _lay_out(
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None,
+) -> tuple[list[str], bytes, int]:
+    """Order of the tensors, the length prefix and the header, and the bytes of the whole file."""
+    order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in order:
+        dtype, shape = layout[name]
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    raw = len(text).to_bytes(8, "little") + text
+    return order, raw, len(raw) + offset
 
 
 def _digest(tensor: Tensor, data: memoryview) -> str:

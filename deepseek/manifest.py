@@ -37,13 +37,24 @@ class SourceRecord(_Record):
     weight_block_size: tuple[int, int] | None
 
 
+class CalibrationFile(_Record):
+    """A file of calibration text, by digest: its weight among the others and what it gave."""
+
+    sha256: str
+    weight: float = Field(gt=0)
+    blocks: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+
+
 class CalibrationRecord(_Record):
-    """The calibration data that was used: digest of the token ids, and how they were cut."""
+    """The calibration data that was used: digest of the token ids, how they were cut, and the files
+    that they come from."""
 
     digest: str
     num_tokens: int = Field(ge=1)
     num_blocks: int = Field(ge=1)
     block_tokens: int = Field(ge=1)
+    files: tuple[CalibrationFile, ...] = ()
 
 
 class LayerRecord(_Record):

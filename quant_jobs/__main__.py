@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,7 @@ app = make_app(
     evaluate   engine against the source   -> evaluation.json
     gate       evaluation against limits   -> verdict beside the engine; exit 1 if it fails
     report     all of it                   -> one HTML page
+    synthesize sizes                       -> a source of random weights, to measure with
     """
 )
 
@@ -39,7 +40,14 @@ EvaluationOption = Annotated[
 def quantize(
     model: Annotated[Path, typer.Option(help="Source checkpoint directory (BF16 or FP8 blocks).")],
     recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
-    calibration: Annotated[Path, typer.Option(help="Calibration text, UTF-8.")],
+    calibration: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE[=WEIGHT]",
+            help="Calibration text, UTF-8, or .jsonl with a `text` per line. May be given several "
+            "times; blocks are drawn in proportion to the weights (1 without one).",
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Directory of the quantized checkpoint.")],
     workers: Annotated[
         int, typer.Option(min=1, help="Ray workers; the output's bytes do not depend on it.")
@@ -55,11 +63,14 @@ def quantize(
       python -m quant_jobs quantize --model examples/tiny-deepseek-v3 --recipe int8 \\
           --calibration examples/tiny-deepseek-v3/calibration.txt --output runs/int8
       ray job submit --working-dir . -- python -m quant_jobs quantize --model /data/DeepSeek-V3 \\
-          --recipe int4 --calibration /data/calibration.txt --output /data/v3-int4 --workers 8
+          --recipe int4 --calibration /data/text.jsonl=3 --calibration /data/code.jsonl=1 \\
+          --output /data/v3-int4 --workers 8
     """
+    from quant_jobs.calibration_data import CalibrationSource
     from quant_jobs.quantize import run_quantize
 
-    manifest = run_quantize(model, recipe, calibration, output, workers)
+    sources = [CalibrationSource.parse(given) for given in calibration]
+    manifest = run_quantize(model, recipe, sources, output, workers)
     result = {
         "output": str(output),
         "recipe": manifest.recipe.name,
@@ -192,6 +203,64 @@ def report(
 
     result = run_report(engine, evaluation, output, checkpoint=checkpoint)
     _show(result.model_dump(mode="json"), as_json, f"{output} and {output.with_suffix('.json')}")
+
+
+@app.command(name="synthesize")
+def synthesize_command(
+    output: Annotated[Path, typer.Option(help="Directory of the checkpoint; absent or empty.")],
+    preset: Annotated[
+        Literal["deepseek-v3", "small"],
+        typer.Option(help="Shapes of one layer: the release's, or a test's of a few kilobytes."),
+    ] = "deepseek-v3",
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers, dense ones included.")] = 4,
+    dense_layers: Annotated[int, typer.Option(min=0, help="The first so many are dense.")] = 1,
+    mtp_layers: Annotated[int, typer.Option(min=0, help="MTP layers behind them.")] = 0,
+    experts: Annotated[int, typer.Option(min=1, help="Routed experts per MoE layer.")] = 16,
+    experts_per_token: Annotated[
+        int | None, typer.Option(min=1, help="8, or as many as a token can reach, without it.")
+    ] = None,
+    vocab: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Embedding and head take 4 bytes x hidden per token: 3.7 GB without it."
+        ),
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Hidden size.")] = None,
+    intermediate: Annotated[int | None, typer.Option(min=1, help="Of a dense MLP.")] = None,
+    moe_intermediate: Annotated[int | None, typer.Option(min=1, help="Of one expert.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed and sizes, same bytes.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a checkpoint of random weights in the release's FP8 format, to measure a job with.
+
+    \b
+    Examples:
+      python -m quant_jobs synthesize --output runs/v3-layers --layers 4 --experts 16 --vocab 1024
+      python -m quant_jobs synthesize --output runs/small --preset small --layers 3 --experts 8
+    """
+    from deepseek.synthetic import Size
+    from quant_jobs.synthesize import run_synthesize
+
+    size = Size(
+        layers=layers,
+        dense_layers=dense_layers,
+        mtp_layers=mtp_layers,
+        experts=experts,
+        experts_per_token=experts_per_token,
+        vocab=vocab,
+        hidden=hidden,
+        intermediate=intermediate,
+        moe_intermediate=moe_intermediate,
+        heads=heads,
+    )
+    result = run_synthesize(output, size, preset, seed)
+    _show(
+        result.model_dump(),
+        as_json,
+        f"{output}: {result.layers} layers, {result.parameters / 1e9:.3f} B parameters, "
+        f"{result.bytes / 1e9:.3f} GB in {result.shards} files",
+    )
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:

@@ -54,6 +54,17 @@ class InputShare:
     tokens: int
     rows: Tensor | None = None
 
+    def check_finite(self, name: str, block: int) -> None:
+        """
+        Raises:
+            CheckpointError: an activation is NaN or infinite.
+        """
+        if not bool(self.amax.isfinite().all()):
+            raise CheckpointError(
+                f"{name}: its input is not finite on calibration block {block}; the source "
+                "weights before it are damaged"
+            )
+
 
 def input_of(module: str) -> str:
     """The linear under whose name the statistics of this linear's input are kept."""
@@ -105,11 +116,7 @@ class Accumulator:
         """
         assert block > self._last_block, f"block {block} after {self._last_block}"
         self._last_block = block
-        if not bool(share.amax.isfinite().all()):
-            raise CheckpointError(
-                f"{self._name}: its input is not finite on calibration block {block}; the source "
-                "weights before it are damaged"
-            )
+        share.check_finite(self._name, block)
         first = self._amax is None
         self._amax = share.amax if first else torch.maximum(self._amax, share.amax)  # type: ignore[arg-type]
         self._abs_sum = share.abs_sum if first else self._abs_sum + share.abs_sum  # type: ignore[operator]

@@ -20,6 +20,7 @@ n batch entries · N outputs · K inputs · g group size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,14 @@ class Rounded:
     weight: Tensor
     scale: Tensor
     zero_point: Tensor | None
+
+    def split(self, num: int) -> list[Rounded]:
+        """Of linears that were solved stacked along their outputs, each its own."""
+        zero_points: Sequence[Tensor | None] = [None] * num
+        if self.zero_point is not None:
+            zero_points = [part.contiguous() for part in self.zero_point.chunk(num)]
+        parts = zip(self.weight.chunk(num), self.scale.chunk(num), zero_points, strict=True)
+        return [Rounded(w.contiguous(), s.contiguous(), z) for w, s, z in parts]
 
 
 def inverse_factor(gram: Tensor, damping: float, *, act_order: bool = False) -> Factor:

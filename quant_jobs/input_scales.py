@@ -70,9 +70,10 @@ def agree(
     clipped: Counter[str] = Counter()
     unseen: set[str] = set()
     for members in groups.values():
-        unseen |= {owner for owner, those in members.items() if not any(tokens[m] for m in those)}
+        silent = {owner for owner, those in members.items() if not any(tokens[m] for m in those)}
+        unseen |= silent
         peaks = {owner: max(amax[module] for module in those) for owner, those in members.items()}
-        seen = [peak for owner, peak in peaks.items() if owner not in unseen and peak > 0]
+        seen = [peak for owner, peak in peaks.items() if owner not in silent and peak > 0]
         if not seen:
             continue
         limit = guard * statistics.median(seen)

@@ -97,7 +97,7 @@ def coverage(counts: Mapping[int, Sequence[int]], floor_tokens: int) -> str:
             spine.set_visible(False)
         bar = axes.figure.colorbar(picture, ax=axes, pad=0.02, aspect=14 if few else 30,
                                    extend="min")  # fmt: skip
-        bar.set_label("calibration tokens; red: starved")
+        bar.set_label("tokens")
         bar.outline.set_visible(False)
 
     return draw("coverage", 7.2, min(7.5, 0.3 * len(counts) + 1.3), paint)
@@ -195,7 +195,7 @@ def moved_bytes(bars: Mapping[str, Sequence[int]]) -> str:
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.invert_yaxis()
         axes.set_xlabel(unit)
-        axes.set_xlim(right=1.1 * max(totals) / divisor)
+        axes.set_xlim(0, 1.1 * max(1, *totals) / divisor)  # an earlier run may have done it all
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
 

@@ -22,7 +22,9 @@ from quant_jobs import job_figures
 from quant_jobs.findings import show_bytes
 from quant_jobs.ledger import MEANING, FallbackKind
 from quant_jobs.page import render_page
-from quant_jobs.resume import REPORT_FILE
+
+REPORT_FILE = "job_report.json"
+PAGE_FILE = "job_report.html"
 
 NUM_WORST = 20
 #: Experts listed per layer; all are in the JSON.
@@ -36,11 +38,14 @@ class _Record(BaseModel):
 
 
 class SourceAccount(_Record):
-    """One file of calibration text: its share as asked for, and the blocks that it gave."""
+    """One file of calibration text: its share as asked for, and the blocks and tokens of text that
+    it gave. `name` is its path as given, `sha256` of the file."""
 
     name: str
     weight: float
     blocks: int
+    tokens: int
+    sha256: str
 
 
 class CalibrationAccount(_Record):
@@ -150,9 +155,8 @@ class JobRecord(_Record):
 
 def write_job_report(output: Path, record: JobRecord) -> None:
     """Write OUTPUT/job_report.json and OUTPUT/job_report.html, each whole or not at all."""
-    path = output / REPORT_FILE
-    write_atomic(path, (record.model_dump_json(indent=1) + "\n").encode())
-    write_atomic(path.with_suffix(".html"), render(record).encode())
+    write_atomic(output / REPORT_FILE, (record.model_dump_json(indent=1) + "\n").encode())
+    write_atomic(output / PAGE_FILE, render(record).encode())
 
 
 def render(record: JobRecord) -> str:

@@ -181,7 +181,8 @@ class Trunk:
 
 
 def tokens_of(routed: Routed, expert: int) -> tuple[Tensor, Tensor]:
-    """Which tokens of a block go to an expert, int64 [n] ascending, and as which of their k."""
+    """Which tokens of a block go to an expert, int64 [n], and as which of their k choices; ordered
+    by choice, then by token, as transformers gathers them."""
     assert routed.experts is not None
     token, choice = torch.where((routed.experts == expert).T)[::-1]
     return token, choice

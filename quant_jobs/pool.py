@@ -4,45 +4,49 @@ Ray's own restarts are off (`max_restarts` 0): a new worker knows nothing, and o
 which blocks to give it and from which boundary. So a death is reported as `WorkersLost`; the driver
 calls `recover`, which goes on with who is left where a replacement finds no place on the cluster,
 and repeats the layer.
+
+Every worker has a placement group of its own, of one bundle, and Ray spreads the groups evenly over
+the nodes. One group of all would be placed all or nothing: on a cluster that has lost a node the
+next run would wait for ever, and of two nodes lost and one returned, the returned one stays idle.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
-from ray.util import placement_group, remove_placement_group
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch import Tensor
 
 from cluster.connect import worker_placement
-from deepseek.artifact import LayerRecord
-from deepseek.checkpoint import SourceTensor
 from deepseek.errors import IntServeError
-from quant_jobs.calibrate import InputStatistics
-from quant_jobs.folding import Smoothing
-from quant_jobs.messages import (
-    Account,
-    AttentionShare,
-    Parts,
-    RoutedBlocks,
-    Tensors,
-    Usage,
-    WorkerJob,
-    travel_light,
-)
-from quant_jobs.units import Unit
+from quant_jobs.actor import QuantizeWorker
+from quant_jobs.messages import travel_light
 
 #: How long the first workers may wait for a place on the cluster and load their libraries.
 START_TIMEOUT_S = 600.0
-#: How long a job waits for the replacement of a dead worker before it goes on with fewer.
+#: How long a job waits for places for all of its workers before it starts with those that have one.
+START_PATIENCE_S = 30.0
+#: How long a job waits for the replacement of a dead worker before it goes on with fewer; and when
+#: the cluster has no place for it.
 REPLACEMENT_TIMEOUT_S = 60.0
+REPLACEMENT_PATIENCE_S = 5.0
+#: Times that a worker may fail to start, one after the other.
+MAX_STARTS = 4
+
+#: Ray's words for: a worker, its node, or what only they had in memory is gone. The memory monitor,
+#: which kills workers when a node runs short, has a word of its own.
+_LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)
 
 
 class WorkersLost(Exception):
@@ -53,107 +57,12 @@ class WorkersLost(Exception):
         self.indices = sorted(indices)
 
 
-def _end_with_raylet() -> None:
-    """Leave at once when the raylet, this process's parent, is gone: left to itself, Ray lets a
-    worker live on for a minute, waiting for a head node that was killed with its driver."""
-    raylet = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == raylet:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="raylet-watch", daemon=True).start()
-
-
-class QuantizeWorker:
-    """`worker.Worker` behind Ray. Loads it in the actor's own process: the driver never needs the
-    libraries that it computes with."""
-
-    def __init__(self) -> None:
-        _end_with_raylet()
-        travel_light()
-        from quant_jobs.worker import Worker
-
-        self._worker = Worker()
-
-    def ready(self) -> None:
-        """Answered once the libraries are loaded."""
-
-    def begin(self, job: WorkerJob) -> None:
-        self._worker.begin(job)
-
-    def hold(self, layer: int, ids: Mapping[int, Tensor], boundary: Path) -> None:
-        self._worker.hold(layer, ids, boundary)
-
-    def prefetch(self, layer: int, share: Sequence[Unit], with_trunk: bool) -> None:
-        self._worker.prefetch(layer, share, with_trunk)
-
-    def trunk(self, layer: int) -> dict[str, SourceTensor]:
-        return self._worker.trunk(layer)
-
-    @ray.method(num_returns=2)
-    def attend(
-        self, layer: int, trunk: Mapping[str, SourceTensor], blocks: Sequence[int]
-    ) -> tuple[RoutedBlocks, AttentionShare]:
-        return self._worker.attend(layer, trunk, blocks)
-
-    def observe(self, layer: int, *shares: AttentionShare) -> None:
-        self._worker.observe(layer, *shares)
-
-    def weigh(
-        self, layer: int, *routed: RoutedBlocks
-    ) -> tuple[dict[str, tuple[Tensor, int]], InputStatistics | None]:
-        return self._worker.weigh(layer, *routed)
-
-    def lose(self, layer: int, candidates: Tensor, *routed: RoutedBlocks) -> dict[str, Tensor]:
-        return self._worker.lose(layer, candidates, *routed)
-
-    @ray.method(num_returns=3)
-    def solve(
-        self, layer: int, smoothing: Smoothing, *routed: RoutedBlocks
-    ) -> tuple[Tensors, Tensors, Account]:
-        return self._worker.solve(layer, smoothing, *routed)
-
-    def keep(self, layer: int, smoothing: Smoothing) -> Tensors:
-        return self._worker.keep(layer, smoothing)
-
-    @ray.method(concurrency_group="write")
-    def write(
-        self, layer: int, source_sha256: str, errors: Mapping[str, float], *parts: Tensors
-    ) -> LayerRecord:
-        return self._worker.write(layer, source_sha256, errors, *parts)
-
-    def adopt(
-        self, layer: int, input_scales: Mapping[str, float], kept: Tensors, *trunk: Tensors
-    ) -> None:
-        self._worker.adopt(layer, input_scales, kept, *trunk)
-
-    def restore(self, layer: int, published: Path, share: Sequence[Unit]) -> None:
-        self._worker.restore(layer, published, share)
-
-    def reattend(self, layer: int, blocks: Sequence[int]) -> RoutedBlocks:
-        return self._worker.reattend(layer, blocks)
-
-    def run_experts(self, layer: int, *routed: RoutedBlocks) -> Parts:
-        return self._worker.run_experts(layer, *routed)
-
-    def combine(self, layer: int, blocks: Sequence[int], *parts: Parts) -> None:
-        self._worker.combine(layer, blocks, *parts)
-
-    def store(self, layer: int, boundary: Path) -> None:
-        self._worker.store(layer, boundary)
-
-    def usage(self) -> Usage:
-        return self._worker.usage()
-
-
 class WorkerPool:
     """Up to `size` workers of one CPU (and `gpus` GPUs) each, spread over the nodes. Ray must be
     connected.
 
-    Starting returns at once; the first call waits for a worker's libraries to load. `len` and every
-    index count the workers that are at work now.
+    Starting returns at once; the first `admit` or `each` waits for the workers' libraries to load.
+    `len` and every index count the workers that are at work now.
     """
 
     def __init__(
@@ -164,10 +73,16 @@ class WorkerPool:
         self.size, self._gpus = size, gpus
         self._start_timeout_s = start_timeout_s
         placement = worker_placement(size, gpus=gpus)
-        self._group = placement_group(list(placement.bundles), strategy=placement.strategy)
-        self._actors = {place: self._start(place) for place in range(size)}
-        self._awaited = {place: actor.ready.remote() for place, actor in self._actors.items()}
+        self._groups = [
+            placement_group([bundle], strategy=placement.strategy) for bundle in placement.bundles
+        ]
+        self._actors: dict[int, Any] = {}  # by place
+        self._awaited: dict[int, Any] = {}  # place -> answered when its worker is ready
+        self._num_starts = [0] * size  # in vain, since a worker was last ready at this place
+        for place in range(size):
+            self._start(place)
         self._at_work = list(range(size))
+        self._is_new = True
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -180,7 +95,7 @@ class WorkerPool:
 
     @property
     def places(self) -> list[int]:
-        """Who is at work: by index, the worker's place in the placement group."""
+        """Who is at work: by index, the worker's place in the pool."""
         return list(self._at_work)
 
     def describe(self) -> str:
@@ -205,8 +120,8 @@ class WorkerPool:
             WorkersLost: after all others have answered, so that nobody is still at work.
             IntServeError: what a worker raised as the user's mistake; or no place on the cluster.
         """
+        self._begin()
         indices = list(range(len(self)) if indices is None else indices)
-        self._await_start(indices)
         pending = dict(zip(indices, self.submit(call, indices), strict=True))
         results: dict[int, Any] = {}
         lost: list[int] = []
@@ -214,24 +129,25 @@ class WorkerPool:
         for index, reference in pending.items():
             try:
                 results[index] = ray.get(reference)
-            except (RayActorError, ObjectLostError):
-                lost.append(index)
-            except RayTaskError as error:
-                failed = error
+            except (*_LOST, RayTaskError) as error:
+                if _is_loss(error):
+                    lost.append(index)
+                else:
+                    failed = error
         if lost:
             raise WorkersLost(lost)
         if failed is not None:
-            raise failed.cause if isinstance(failed.cause, IntServeError) else failed
+            raise _cause(failed)
         return [results[index] for index in indices]
 
     def get(self, reference: Any) -> Any:
         """One result of `submit`; raises as `each`."""
         try:
             return ray.get(reference)
-        except (RayActorError, ObjectLostError) as error:
-            raise WorkersLost([]) from error
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, IntServeError) else error from None
+        except (*_LOST, RayTaskError) as error:
+            if _is_loss(error):
+                raise WorkersLost([]) from error
+            raise _cause(error) from None
 
     def share(self, value: Any) -> Any:
         """A reference to pass to several workers in place of a large argument: each node gets it
@@ -246,12 +162,11 @@ class WorkerPool:
             IntServeError: nobody is left, and nobody can be started.
         """
         dead = [place for place in self._at_work if not _answers(self._actors[place])]
-        for place in dead:
-            ray.kill(self._actors[place])
-            self._actors[place] = self._start(place)
-            self._awaited[place] = self._actors[place].ready.remote()
         self._at_work = [place for place in self._at_work if place not in dead]
-        self._gather(REPLACEMENT_TIMEOUT_S if self._at_work else self._start_timeout_s)
+        for place in dead:
+            self._start(place)
+        timeout_s = REPLACEMENT_TIMEOUT_S if self._at_work else self._start_timeout_s
+        self._gather(timeout_s, REPLACEMENT_PATIENCE_S)
         if not self._at_work:
             raise IntServeError(
                 f"no worker is left, and none could be started within {self._start_timeout_s:.0f} "
@@ -261,56 +176,82 @@ class WorkerPool:
         return dead
 
     def admit(self) -> bool:
-        """Take in replacements that have become ready since; whether there were any."""
+        """Take in workers that have become ready since; whether there were any. The first time,
+        wait for all, or after a while for those that find a place.
+
+        Raises:
+            IntServeError: nobody finds a place, or workers cannot start.
+        """
+        self._begin()
         before = list(self._at_work)
-        self._gather(0.0)
+        self._gather(0.0, 0.0)
         return before != self._at_work
 
     def close(self) -> None:
         for actor in self._actors.values():
             ray.kill(actor)
-        remove_placement_group(self._group)
-        self._actors, self._at_work = {}, []
+        for group in self._groups:
+            remove_placement_group(group)
+        self._actors, self._awaited, self._at_work = {}, {}, []
 
-    def _gather(self, timeout_s: float) -> None:
-        """Wait for replacements; whoever is ready is at work from now on."""
-        waiting = {
-            reference: place
-            for place, reference in self._awaited.items()
-            if place not in self._at_work
-        }
-        if waiting:
-            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
-            for reference in done:
-                place = waiting[reference]
-                del self._awaited[place]
-                try:
-                    ray.get(reference)
-                except RayActorError:  # died while it started: try again
-                    ray.kill(self._actors[place])
-                    self._actors[place] = self._start(place)
-                    self._awaited[place] = self._actors[place].ready.remote()
-        ready = [place for place in range(self.size) if place not in self._awaited]
-        self._at_work = sorted({*self._at_work, *ready})
-
-    def _await_start(self, indices: Sequence[int]) -> None:
-        """The first time that a worker is called, it may still be loading its libraries."""
-        places = {self._at_work[index] for index in indices} & self._awaited.keys()
-        if not places:
+    def _begin(self) -> None:
+        """The first time that workers are needed, they may still be loading their libraries."""
+        if not self._is_new:
             return
-        waiting = [self._awaited[place] for place in sorted(places)]
-        done, left = ray.wait(waiting, num_returns=len(waiting), timeout=self._start_timeout_s)
-        if left:
+        self._is_new = False
+        self._at_work = []
+        self._gather(self._start_timeout_s, START_PATIENCE_S)
+        if not self._at_work:
             raise IntServeError(
-                f"{len(left)} of {self.size} workers did not start within "
-                f"{self._start_timeout_s:.0f} s (the cluster has {_num_cpus():.0f} CPUs in all); "
-                "lower --workers or add nodes, and run again"
+                f"none of {self.size} workers started within {self._start_timeout_s:.0f} s (the "
+                f"cluster has {_num_cpus():.0f} CPUs in all); add nodes, and run again"
             )
-        for place in places:
-            del self._awaited[place]
 
-    def _start(self, place: int) -> Any:
-        where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=place)
+    def _gather(self, timeout_s: float, patience_s: float) -> None:
+        """Wait for workers that were started; whoever is ready is at work from now on. Not longer
+        than `timeout_s`; nor, if somebody is at work, than `patience_s` after it was last seen that
+        one of the others has a place."""
+        now = time.monotonic()
+        deadline, hopeless = now + timeout_s, now + patience_s
+        while self._awaited:
+            if timeout_s and any(self._has_place(place) for place in self._awaited):
+                hopeless = time.monotonic() + patience_s
+            left_s = max(0.0, min(deadline - time.monotonic(), 0.5))
+            waiting = {reference: place for place, reference in self._awaited.items()}
+            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=left_s)
+            for reference in done:
+                self._welcome(waiting[reference])
+            now = time.monotonic()
+            if now >= deadline or (self._at_work and now >= hopeless):
+                return
+
+    def _welcome(self, place: int) -> None:
+        """A worker has ended its start, well or by dying; then another one is started."""
+        try:
+            ray.get(self._awaited.pop(place))
+        except _LOST as error:
+            self._num_starts[place] += 1
+            if self._num_starts[place] >= MAX_STARTS:
+                last = str(error).strip().splitlines()[-1]
+                raise IntServeError(
+                    f"a worker has failed to start {MAX_STARTS} times ({last}); see the logs of "
+                    "Ray on its node"
+                ) from error
+            self._start(place)
+            return
+        self._num_starts[place] = 0
+        self._at_work = sorted({*self._at_work, place})
+
+    def _has_place(self, place: int) -> bool:
+        """Whether a node has room for this worker, as far as Ray knows by now."""
+        return bool(placement_group_table(self._groups[place])["state"] == "CREATED")
+
+    def _start(self, place: int) -> None:
+        if (old := self._actors.get(place)) is not None:
+            ray.kill(old)
+        where = PlacementGroupSchedulingStrategy(
+            self._groups[place], placement_group_bundle_index=0
+        )
         options = {
             "num_cpus": 1,
             "num_gpus": self._gpus,
@@ -318,13 +259,28 @@ class WorkerPool:
             "scheduling_strategy": where,
             "concurrency_groups": {"write": 1},
         }
-        return ray.remote(**options)(QuantizeWorker).remote()
+        self._actors[place] = ray.remote(**options)(QuantizeWorker).remote()
+        self._awaited[place] = self._actors[place].ready.remote()
+
+
+def _is_loss(error: BaseException | None) -> bool:
+    """Whether a worker or a node was lost; also where the call failed only because it was given
+    the result of one that died."""
+    while isinstance(error, RayTaskError) and not isinstance(error, _LOST):
+        error = error.cause
+    return isinstance(error, _LOST)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What to raise for a call that failed: the user's mistake itself, or all that Ray knows."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, IntServeError) else error
 
 
 def _answers(actor: Any) -> bool:
     try:
         ray.get(actor.ready.remote())
-    except RayActorError:
+    except _LOST:
         return False
     return True
 

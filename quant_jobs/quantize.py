@@ -20,10 +20,11 @@ kinds of CPU.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,15 +44,17 @@ from deepseek.artifact import (
 )
 from deepseek.checkpoint import CheckpointReader, content_digest
 from deepseek.errors import IntServeError
+from deepseek.files import canonical_json
 from deepseek.inventory import linears
-from deepseek.manifest import MANIFEST_FILE, LayerKey
+from deepseek.manifest import MANIFEST_FILE, CalibrationFile, LayerKey
 from deepseek.recipe import Recipe, load_recipe
-from quant_jobs.calibration_data import TokenBlocks, load_token_blocks
+from quant_jobs.calibration_data import CalibrationSource, TokenBlocks, load_token_blocks
 from quant_jobs.folding import wanted_sets
 from quant_jobs.job_report import (
     CalibrationAccount,
     JobRecord,
     LayerAccount,
+    SourceAccount,
     WorkerAccount,
     write_job_report,
 )
@@ -70,6 +73,9 @@ from quant_jobs.resume import (
 
 #: Times that workers may die within one layer before the job gives up.
 MAX_LOSSES_PER_LAYER = 3
+
+#: A file of text, or several with weights.
+Calibration = Path | Sequence[CalibrationSource]
 
 #: Libraries whose version can change the bytes.
 _TOOLS = ("intserve", "nvidia-modelopt", "torch", "transformers", "tokenizers")
@@ -90,15 +96,32 @@ class Job:
         return {
             "source checkpoint": self.source.fingerprint,
             "recipe": self.recipe.model_dump(mode="json"),
-            "calibration text": self.blocks.digest,
+            "calibration text": _digest(self.calibration),
             "tools": tools(),
         }
+
+    @property
+    def calibration(self) -> CalibrationRecord:
+        """The calibration data for the manifest: its files by digest, no paths."""
+        num_blocks, block_tokens = self.blocks.ids.shape
+        return CalibrationRecord(
+            digest=self.blocks.digest,
+            num_tokens=self.blocks.num_tokens,
+            num_blocks=num_blocks,
+            block_tokens=block_tokens,
+            files=tuple(
+                CalibrationFile(
+                    sha256=one.sha256, weight=one.weight, blocks=one.blocks, tokens=one.tokens
+                )
+                for one in self.blocks.sources
+            ),
+        )
 
 
 def run_quantize(
     model: Path,
     recipe: Recipe | str,
-    calibration: Path,
+    calibration: Calibration,
     output: Path,
     workers: int,
     progress: Progress | None = None,
@@ -124,7 +147,7 @@ def run_quantize(
                 return Run(job, folder, pool, terminal).run()
 
 
-def plan_job(model: Path, recipe: Recipe | str, calibration: Path, output: Path) -> Job:
+def plan_job(model: Path, recipe: Recipe | str, calibration: Calibration, output: Path) -> Job:
     """Check all inputs; reads headers and the text, no weights, and writes nothing."""
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
@@ -149,7 +172,7 @@ def finished(job: Job) -> Manifest | None:
     found = {
         "source checkpoint": manifest.source.fingerprint,
         "recipe": manifest.recipe.model_dump(mode="json"),
-        "calibration text": manifest.calibration.digest if manifest.calibration else None,
+        "calibration text": _digest(manifest.calibration),
         "tools": manifest.tools,
     }
     check_same_run(job.output, found, job.fingerprint)
@@ -240,7 +263,8 @@ class Run:
 
     def _run_layer(self, layer: int, is_last: bool) -> None:
         if self._pool.admit():
-            self._held.clear()  # blocks are dealt out anew
+            self._await_writing()  # all begin anew, and forget what they write
+            self._held.clear()
         self._supply(layer)
         if layer in self._parts:
             self._await_writing()
@@ -391,19 +415,13 @@ class Run:
         self._say("published", key, part)
 
     def _finish(self, start: int) -> Manifest:
-        blocks, settings = self._blocks, self._job.recipe.calibration
         ledger = Ledger()
         for part in self._parts.values():
             ledger.extend(part.fallbacks)
         self._write_report(start, ledger)
         layers = {key: part for key, part in self._parts.items() if key != "globals"}
         manifest = self._writer.finish(
-            calibration=CalibrationRecord(
-                digest=blocks.digest,
-                num_tokens=blocks.num_tokens,
-                num_blocks=settings.num_blocks,
-                block_tokens=settings.block_tokens,
-            ),
+            calibration=self._job.calibration,
             coverage={k: list(part.coverage) for k, part in layers.items() if part.coverage},
             fallbacks=list(ledger.entries()),
             tools=tools(),
@@ -439,7 +457,16 @@ class Run:
                 num_blocks=settings.num_blocks,
                 block_tokens=settings.block_tokens,
                 digest=blocks.digest,
-                sources=(),
+                sources=tuple(
+                    SourceAccount(
+                        name=str(source.path),
+                        weight=source.weight,
+                        blocks=source.blocks,
+                        tokens=source.tokens,
+                        sha256=source.sha256,
+                    )
+                    for source in blocks.sources
+                ),
             ),
             layers=tuple(
                 LayerAccount(
@@ -474,6 +501,13 @@ class Run:
 
     def _say(self, step: Step, layer: LayerKey, part: PublishedPart | None = None) -> None:
         self._progress(Event(step, layer, part))
+
+
+def _digest(calibration: CalibrationRecord | None) -> str | None:
+    """SHA-256 in hex of all that the manifest says about the calibration data."""
+    if calibration is None:
+        return None
+    return hashlib.sha256(canonical_json(calibration.model_dump(mode="json"))).hexdigest()
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:

@@ -15,6 +15,7 @@ On disk beside the output: one boundary, two while the next is being written; B*
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -40,8 +41,8 @@ from deepseek.files import (
 from deepseek.manifest import MANIFEST_FILE
 
 FOLDER = ".job"
-#: Written beside the artifact at the end: time and memory, so not the same in every run.
-REPORT_FILE = "job_report.json"
+#: Times that a folder is deleted before that which keeps appearing in it is an error.
+_REMOVALS = 10
 
 
 class PublishedPart(BaseModel):
@@ -90,7 +91,7 @@ class JobFolder:
         """The job is done: delete the folder, the lock last of all."""
         for path in sorted(self.path.iterdir()):
             if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove_folder(path) if path.is_dir() else path.unlink()
         (self.path / "lock").unlink()
         self.path.rmdir()
         self.release()
@@ -146,7 +147,7 @@ class JobFolder:
     def drop_boundaries(self, *, before: int) -> None:
         for path in sorted(self.path.glob("boundary-*")):
             if path.name < self.boundary(before).name:
-                shutil.rmtree(path)
+                _remove_folder(path)
 
     # --- whose folder is it? ---
 
@@ -272,6 +273,16 @@ def _stored_blocks(boundary: Path) -> set[str]:
                 "published layers once more"
             ) from error
     return names
+
+
+def _remove_folder(path: Path) -> None:
+    """Delete a boundary, also while a worker that was given up for dead still writes into it: on a
+    node that lost its link, one ends its last call."""
+    for _ in range(_REMOVALS):
+        with contextlib.suppress(OSError):  # not empty after all
+            shutil.rmtree(path)
+            return
+    shutil.rmtree(path)
 
 
 def _block_name(block: int) -> str:

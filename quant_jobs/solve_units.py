@@ -14,12 +14,14 @@ D hidden size · I intermediate size · T tokens of one block
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from deepseek.checkpoint import SourceTensor
+from deepseek.errors import CheckpointError
+from deepseek.formats.scales import check_magnitude
 from deepseek.recipe import Recipe, Scheme
 from quant_jobs.awq import candidate_scales, note_fallbacks, scale_losses, weight_means
 from quant_jobs.calibrate import (
@@ -73,6 +75,22 @@ class _Mlp:
 
     def statistics(self, role: str) -> InputStatistics | None:
         return self.down if role == "down_proj" else self.into
+
+
+@dataclass(slots=True)
+class _Readers:
+    """Linears of one scheme and shape that GPTQ solves under one Gram matrix: their weights f32
+    [N, K] as they will be rounded."""
+
+    scheme: Scheme
+    seen: InputStatistics
+    modules: list[str] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+
+    @property
+    def gram(self) -> Tensor:
+        assert self.seen.gram is not None, self.modules
+        return self.seen.gram
 
 
 class UnitSolver:
@@ -192,9 +210,9 @@ class UnitSolver:
                 into.add(index, observe(x, self._num_rows, keep_rows=gram_in))
             h = hidden(x, weights["gate_proj"], weights["up_proj"])
             down.add(index, observe(h, self._num_rows, keep_rows=True))
-        starved = (
-            expert is not None and policy.policy == "topk" and routed_tokens < policy.floor_tokens
-        )
+        # Without any token there is nothing to solve on, whatever the floor.
+        floor = max(policy.floor_tokens, 1)
+        starved = expert is not None and policy.policy == "topk" and routed_tokens < floor
         seen = self.layer_input(gram=gram_in) if sees_all else into.finish()
         return _Mlp(block, weights, seen, down.finish(), routed_tokens, starved)
 
@@ -234,11 +252,11 @@ class UnitSolver:
         by_module = {f"{mlp.block}.{role}": mlp.weights[role] for role in MLP_ROLES}
         role = one.measured.rpartition(".")[2]
         seen = mlp.statistics(role)
+        if mlp.is_starved and how.algorithm == "awq":
+            return  # noted when its linears are rounded
         if seen is None:
             self._ledger.note("unseen_expert", self._layer, one.measured)
             return
-        if mlp.is_starved and how.algorithm == "awq":
-            return  # noted when its linears are rounded
         weights = {module: by_module[module] for module in one.consumers}
         norm = self._source.get(one.divided)
         divided = None if one.divided.endswith("up_proj.weight") else norm
@@ -279,8 +297,20 @@ class UnitSolver:
     # --- linears ---
 
     def weight(self, module: str) -> Tensor:
-        """The original weight f32 [N, K]."""
-        return self._source[f"{module}.weight"].dequantize().to(self._device)
+        """The original weight f32 [N, K].
+
+        Raises:
+            CheckpointError: it is to be quantized, and cannot be.
+        """
+        name = f"{module}.weight"
+        weight = self._source[name].dequantize().to(self._device)
+        if self._schemes[module].is_quantized:
+            # Here, where its name is known: the searches on several weights would not say whose.
+            try:
+                check_magnitude(weight.abs().amax())
+            except CheckpointError as refusal:
+                raise CheckpointError(f"tensor {name} {refusal}") from refusal
+        return weight
 
     def _linear(
         self,
@@ -316,49 +346,35 @@ class UnitSolver:
     ) -> dict[str, Rounded]:
         """GPTQ of those of these linears (module, original weight, its input) that ask for it and
         have seen tokens, as one batch per shape and scheme."""
-        batches: dict[object, list[tuple[str, Tensor, InputStatistics]]] = {}
+        # Linears of one shape that share an input (gate and up of one expert; everybody's under
+        # policy `all`) are stacked along their outputs.
+        readers: dict[tuple[object, ...], _Readers] = {}
         for module, weight, seen in work:
             scheme = self._schemes[module]
             if scheme.algorithm == "gptq" and seen is not None:
                 name = f"{module}.weight"
-                folded = weight if smoothing is None else smoothing.fold(name, weight)
                 assert smoothing is None or name not in smoothing.columns, module
-                key = scheme, tuple(weight.shape)
-                batches.setdefault(key, []).append((module, folded, seen))
+                folded = weight if smoothing is None else smoothing.fold(name, weight)
+                key = scheme, tuple(weight.shape), id(seen)
+                each = readers.setdefault(key, _Readers(scheme, seen))
+                each.modules.append(module)
+                each.weights.append(folded)
+        batches: dict[tuple[object, ...], list[_Readers]] = {}
+        for (scheme_, shape, _), each in readers.items():
+            batches.setdefault((scheme_, shape, len(each.modules)), []).append(each)
         rounded: dict[str, Rounded] = {}
         for batch in batches.values():
-            scheme = self._schemes[batch[0][0]]
-            inputs = list({id(seen): seen for _, _, seen in batch}.values())
-            grams = [seen.gram for seen in inputs]
-            assert all(gram is not None for gram in grams)
-            # gate and up of one expert, or everybody under policy `all`, read the same input.
-            per_input = {
-                id(seen): [entry for entry in batch if entry[2] is seen] for seen in inputs
-            }
+            scheme = batch[0].scheme
             factor = inverse_factor(
-                torch.stack([gram for gram in grams if gram is not None]),
+                torch.stack([each.gram for each in batch]),
                 scheme.damping,
                 act_order=scheme.act_order,
             )
-            readers = [len(per_input[id(seen)]) for seen in inputs]
-            assert len(set(readers)) == 1, "linears of one shape that read an input come together"
-            # Linears that share an input are stacked along their outputs.
-            stacked = torch.stack(
-                [torch.cat([w for _, w, _ in per_input[id(seen)]]) for seen in inputs]
-            )
-            for index, (seen, solved) in enumerate(
-                zip(inputs, gptq(stacked, factor, scheme), strict=True)
-            ):
-                entries = per_input[id(seen)]
-                rows = len(entries[0][1])
-                for place, (module, _, _) in enumerate(entries):
-                    own = slice(place * rows, (place + 1) * rows)
-                    zero_point = solved.zero_point
-                    rounded[module] = Rounded(
-                        solved.weight[own].contiguous(),
-                        solved.scale[own].contiguous(),
-                        None if zero_point is None else zero_point[own].contiguous(),
-                    )
+            stacked = torch.stack([torch.cat(each.weights) for each in batch])
+            for index, solved in enumerate(gptq(stacked, factor, scheme)):
+                modules = batch[index].modules
+                for module, own in zip(modules, solved.split(len(modules)), strict=True):
+                    rounded[module] = own
                     self._note_factor(module, factor.failed[index], factor.damping[index], scheme)
         return rounded
 

@@ -208,6 +208,7 @@ class Worker:
 
         def see(x: Tensor) -> None:
             share[block] = observe(x.flatten(0, -2), num_rows, keep_rows=keep_rows)
+            share[block].check_finite(name, block)  # here, where the first to meet it says so
 
         return see
 

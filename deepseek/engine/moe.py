@@ -50,7 +50,7 @@ class Router:
         """f32 [T, D] -> experts int64 [T, K] and their weights f32 [T, K]."""
         config = self._config
         logits = torch.nn.functional.linear(self._rows.pad(x), self._weight)[: x.shape[0]]
-        scores = logits.sigmoid()
+        scores = 1.0 / _one_plus_exp(-logits)
         biased = (scores + self._bias).view(x.shape[0], config.n_group, -1)  # [T, G, E/G]
         best_two = biased.topk(min(2, biased.shape[-1]), dim=-1).values.sum(dim=-1)
         groups = best_two.topk(config.topk_group, dim=-1).indices
@@ -102,7 +102,14 @@ class MixtureOfExperts:
 def silu_gate(gate_up: Tensor) -> Tensor:
     """f32 [T, 2 I] -> silu(first half) * second half."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    return (gate / _one_plus_exp(-gate)).mul_(up)
+
+
+def _one_plus_exp(x: Tensor) -> Tensor:
+    """1 + exp(x), in place; torch's own sigmoid and silu are not used because they compute the last
+    elements of a tensor, those that fill no pair of vectors, by another formula than the rest: a
+    row's bits would depend on how many rows stand before it. `exp` treats all alike."""
+    return x.exp_().add_(1.0)
 
 
 def _runs(counts: list[int]) -> list[tuple[int, int, int]]:

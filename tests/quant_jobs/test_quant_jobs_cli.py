@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from support.chain import Chain, Ended
 
+from deepseek.checkpoint import CheckpointReader
+from deepseek.inventory import count_parameters
 from quant_jobs.build import BuildResult
 from quant_jobs.evaluation import Evaluation, read_evaluation, write_evaluation
 from quant_jobs.findings import Report
 
 Command = Callable[..., Ended]
-COMMANDS = ("quantize", "build", "evaluate", "gate", "report")
+COMMANDS = ("quantize", "build", "evaluate", "gate", "report", "synthesize")
 #: What the demo's table reads of `gate --json`.
 TABLE = {
     "bytes",
@@ -158,3 +160,21 @@ def test_the_module_runs_as_a_program(chain: Chain, root: Path, tmp_path: Path) 
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_synthesize_makes_a_checkpoint_of_the_sizes_asked_for(
+    command: Command, tmp_path: Path
+) -> None:
+    words = ["--preset", "small", "--layers", 2, "--experts", 8, "--heads", 3, "--seed", 7]
+    ended = command("synthesize", "--output", tmp_path / "model", *words, "--json")
+    assert ended.code == 0, ended.err
+    result = json.loads(ended.out)
+    reader = CheckpointReader(tmp_path / "model")
+    assert (reader.config.num_hidden_layers, reader.config.n_routed_experts) == (2, 8)
+    assert reader.config.num_attention_heads == 3
+    assert result["bytes"] == reader.total_bytes
+    assert result["parameters"] == count_parameters(reader.config)
+    assert "synthesize, MB" in ended.err
+    again = command("synthesize", "--output", tmp_path / "model", *words)
+    assert again.code == 2
+    assert "model already holds a checkpoint" in again.err

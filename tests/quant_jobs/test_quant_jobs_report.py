@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from support.chain import Chain
+from support.pages import Page, check_self_contained
 
 from deepseek.errors import ArtifactError
 from quant_jobs.build import read_engine
@@ -18,47 +16,6 @@ from quant_jobs.evaluation import read_evaluation, read_tokens
 from quant_jobs.findings import Report
 from quant_jobs.gate import run_gate
 from quant_jobs.report import draw_figures, render, run_report
-
-VOID = {"meta", "link", "br", "img", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """Parses strictly: every element that opens closes, in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.ids: Counter[str] = Counter()
-        self.links: list[str] = []
-        self.text: list[str] = []
-        self.figures: list[str] = []
-        self.feed(html)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids[value or ""] += 1
-            if name in ("href", "src", "xlink:href"):
-                self.links.append(value or "")
-            if name == "data-name":
-                self.figures.append(value or "")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +31,7 @@ def written(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cha
 
 
 def test_the_page_is_whole_and_fetches_nothing(written: tuple[Chain, Report, Path]) -> None:
-    html = written[2].read_text(encoding="utf-8")
-    page = Page(html)
-    assert page.tags["script"] == page.tags["link"] == 0
-    assert not re.search(r"https?:|//[a-z]|@import", html)
-    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
-    assert [name for name, count in page.ids.items() if count > 1] == []
-    # Every reference inside a plot leads to an element of the page.
-    for target in re.findall(r'(?:url\(|href=")#([^")]+)', html):
-        assert target in page.ids
+    check_self_contained(written[2].read_text(encoding="utf-8"))
 
 
 def test_the_page_shows_what_was_measured(written: tuple[Chain, Report, Path]) -> None:

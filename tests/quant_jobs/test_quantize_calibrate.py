@@ -1,110 +1,159 @@
-"""Statistics: the same whoever held which block."""
+"""Statistics: what brute force finds, added up in block order."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from deepseek.checkpoint import CheckpointReader
 from deepseek.errors import CheckpointError
-from deepseek.inventory import layer_tensors
 from quant_jobs.calibrate import (
     SAMPLE_TOKENS,
-    Collector,
-    Share,
-    Statistics,
-    coverage,
+    Accumulator,
+    InputStatistics,
     input_of,
-    merge,
     observe,
     rows_per_block,
+    spread,
 )
-from quant_jobs.layer import Rotary, build_layer, run_block
 
-NUM_BLOCKS = 5
-
-
-@pytest.fixture(scope="module")
-def reader(tiny_model: Path) -> CheckpointReader:
-    return CheckpointReader(tiny_model)
+NAME = "model.layers.1.mlp.experts.3.gate_proj"
 
 
-def blocks_of(reader: CheckpointReader) -> list[Tensor]:
+def blocks(sizes: list[int], num_channels: int = 24) -> list[Tensor]:
+    """f32 [T, K] each, channels of very different size, one of them never active."""
     generator = torch.Generator().manual_seed(9)
-    return [torch.randn(32, reader.config.hidden_size, generator=generator) for _ in range(5)]
+    scale = torch.logspace(-3, 3, num_channels)
+    scale[5] = 0.0
+    return [torch.randn(size, num_channels, generator=generator) * scale for size in sizes]
 
 
-def collect(reader: CheckpointReader, held: list[int], layer: int = 1) -> Share:
-    """What a worker that holds these blocks sees."""
-    source = reader.read_layer(layer)
-    weights = {name: tensor.dequantize() for name, tensor in source.items()}
-    module, rotary = build_layer(reader.config, layer, weights), Rotary(reader.config)
-    collector = Collector(module, layer, rows_per_block(NUM_BLOCKS))
-    for block in held:
-        collector.start_block(block)
-        run_block(module, rotary, blocks_of(reader)[block])
-    return collector.finish()
+def add_up(given: list[Tensor], num_rows: int, *, gram: bool = True) -> InputStatistics:
+    accumulator = Accumulator(NAME, gram=gram)
+    for block, x_TK in enumerate(given):
+        accumulator.add(block, observe(x_TK, num_rows, keep_rows=gram))
+    found = accumulator.finish()
+    assert found is not None
+    return found
 
 
-def assert_equal(one: Statistics, other: Statistics) -> None:
-    assert list(one) == list(other)
-    for name, seen in one.items():
-        assert torch.equal(seen.amax, other[name].amax), name
-        assert torch.equal(seen.sample, other[name].sample), name
-        assert seen.tokens == other[name].tokens, name
+def test_sums_are_those_of_all_tokens_at_once() -> None:
+    given = blocks([40, 1, 17, 64])
+    found, whole = add_up(given, 8), torch.cat(given).double()
+    assert found.tokens == len(whole) == 122
+    assert torch.equal(found.amax, whole.abs().amax(dim=0).float())
+    torch.testing.assert_close(found.mean_abs.double(), whole.abs().mean(dim=0), rtol=1e-7, atol=0)
+    assert found.gram is not None
+    size = whole.square().sum(dim=0).sqrt()
+    error = (found.gram.double() - whole.T @ whole).abs()
+    assert (error <= 1e-6 * size[:, None] * size).all()
+    assert torch.equal(found.gram, found.gram.T)
+    assert not found.gram[5].any()
+    assert {found.amax.dtype, found.mean_abs.dtype, found.gram.dtype} == {torch.float32}
 
 
-@pytest.mark.parametrize("split", [[[0, 2, 4], [1, 3]], [[4], [], [3, 1, 0], [2]]], ids=str)
-def test_merging_depends_neither_on_the_split_nor_on_the_order(
-    reader: CheckpointReader, split: list[list[int]]
-) -> None:
-    whole = merge([collect(reader, [0, 1, 2, 3, 4])])
-    assert_equal(merge([collect(reader, held) for held in split]), whole)
-    assert_equal(merge([collect(reader, held) for held in reversed(split)]), whole)
+def test_many_small_magnitudes_are_not_lost_in_a_large_sum() -> None:
+    """A float32 sum would stop growing at 2^24 times its addend."""
+    given = [torch.full((2, 1), 2.0**25), *[torch.full((4096, 1), 1.0)] * 64]
+    found = add_up(given, 1, gram=False)
+    exact = (2 * 2.0**25 + 64 * 4096) / (2 + 64 * 4096)
+    assert float(found.mean_abs) == pytest.approx(exact, rel=1e-7)
 
 
-def test_statistics_are_those_of_all_tokens(reader: CheckpointReader) -> None:
-    statistics = merge([collect(reader, [0, 1, 2, 3, 4], layer=0)])
-    prefix = "model.layers.0.self_attn"
-    seen = statistics[input_of(f"{prefix}.kv_a_proj_with_mqa")]
-    assert input_of(f"{prefix}.kv_a_proj_with_mqa") == f"{prefix}.q_a_proj"
-    x_TD = torch.cat(blocks_of(reader))
-    norm = reader.read_layer(0)["model.layers.0.input_layernorm.weight"].dequantize()
-    x_TD = x_TD * torch.rsqrt(x_TD.pow(2).mean(-1, keepdim=True) + 1e-6) * norm
-    assert torch.allclose(seen.amax, x_TD.abs().amax(dim=0), rtol=1e-6)
-    assert seen.tokens == len(x_TD)
-    assert seen.sample.shape == (5 * 32, reader.config.hidden_size)  # fewer than SAMPLE_TOKENS
+def test_the_sample_is_spread_over_blocks_and_ends_when_it_is_full() -> None:
+    given = blocks([100, 3, 100, 100, 100, 100])
+    found = add_up(given, 60)
+    wanted = torch.cat(
+        [x[[i * len(x) // min(60, len(x)) for i in range(min(60, len(x)))]] for x in given]
+    )[:SAMPLE_TOKENS]
+    assert found.sample.shape == (SAMPLE_TOKENS, 24)
+    assert torch.equal(found.sample, wanted)
+    few = add_up(given[:2], 5)
+    assert len(few.sample) == 5 + 3
 
 
-def test_coverage_counts_every_choice_of_the_router(reader: CheckpointReader) -> None:
-    statistics = merge([collect(reader, [0, 1])])
-    specs = list(layer_tensors(reader.config, 1))
-    counts = coverage(statistics, specs)
-    assert sum(counts) == 2 * 32 * reader.config.num_experts_per_tok
-    del statistics["model.layers.1.mlp.experts.7.gate_proj"]
-    assert coverage(statistics, specs)[7] == 0
-    assert coverage(statistics, layer_tensors(reader.config, 0)) == ()
+def test_the_sample_does_not_hold_the_blocks_memory() -> None:
+    x_TK = blocks([300])[0]
+    found = add_up([x_TK], SAMPLE_TOKENS, gram=False)
+    kept = found.sample.clone()
+    x_TK.zero_()
+    assert torch.equal(found.sample, kept)
 
 
-def test_a_sample_is_spread_over_the_block() -> None:
-    x_TK = torch.arange(100.0)[:, None].expand(100, 4)
-    seen = observe(x_TK, 5)
-    assert seen.sample[:, 0].tolist() == [0, 20, 40, 60, 80]
-    assert len(observe(x_TK[:3], 5).sample) == 3
-    assert rows_per_block(1) == SAMPLE_TOKENS
-    assert rows_per_block(10_000) == 1
+def test_a_gram_matrix_is_only_made_where_it_is_asked_for() -> None:
+    given = blocks([8])
+    assert add_up(given, 4, gram=False).gram is None
+    assert observe(given[0], 4).rows is None
+    with pytest.raises(AssertionError, match="a Gram matrix needs the rows"):
+        Accumulator(NAME, gram=True).add(0, observe(given[0], 4))
 
 
-def test_activations_that_are_no_numbers_are_refused_with_their_block(
-    reader: CheckpointReader,
-) -> None:
-    linear = torch.nn.ModuleDict({"q_b_proj": torch.nn.Linear(4, 4)})
-    collector = Collector(linear, 7, 2)
-    for block, value in ((3, 1.0), (6, float("inf"))):
-        collector.start_block(block)
-        linear["q_b_proj"](torch.full((2, 4), value))
-    with pytest.raises(CheckpointError, match=r"layers.7.q_b_proj: .* calibration block 6"):
-        collector.finish()
+def test_what_came_in_is_not_written_to() -> None:
+    """Shares are read-only memory of the object store."""
+    given = blocks([8, 9])
+    shares = [observe(x, 4, keep_rows=True) for x in given]
+    before = [(s.amax.clone(), s.abs_sum.clone(), s.sample.clone()) for s in shares]
+    accumulator = Accumulator(NAME, gram=True)
+    for block, share in enumerate(shares):
+        accumulator.add(block, share)
+    first = accumulator.finish()
+    assert first is not None
+    for share, kept in zip(shares, before, strict=True):
+        for now, then in zip((share.amax, share.abs_sum, share.sample), kept, strict=True):
+            assert torch.equal(now, then)
+
+
+def test_blocks_must_come_in_their_order() -> None:
+    share = observe(blocks([8])[0], 4)
+    accumulator = Accumulator(NAME, gram=False)
+    accumulator.add(0, share)
+    accumulator.add(4, share)  # a gap is an expert without tokens in some block
+    for block in (4, 3):
+        with pytest.raises(AssertionError, match=f"block {block} after 4"):
+            accumulator.add(block, share)
+
+
+def test_without_tokens_there_are_no_statistics() -> None:
+    assert Accumulator(NAME, gram=True).finish() is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_activations_that_are_no_numbers_are_refused_with_their_block(bad: float) -> None:
+    good, broken = blocks([8, 8])
+    broken[3, 7] = bad
+    accumulator = Accumulator(NAME, gram=False)
+    accumulator.add(3, observe(good, 4))
+    with pytest.raises(CheckpointError, match=rf"{NAME}: .* not finite on calibration block 6"):
+        accumulator.add(6, observe(broken, 4))
+
+
+@pytest.mark.parametrize(("num_tokens", "num_rows"), [(100, 5), (7, 7), (3, 5), (512, 9), (10, 0)])
+def test_positions_are_spread_evenly(num_tokens: int, num_rows: int) -> None:
+    found = spread(num_tokens, num_rows).tolist()
+    assert len(found) == min(num_tokens, num_rows)
+    assert found == sorted(set(found))
+    ends = [*found[1:], num_tokens]
+    gaps = [after - before for before, after in zip(found, ends, strict=False)]
+    if found:
+        assert found[0] == 0
+        assert found[-1] < num_tokens
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_an_empty_block_has_no_positions() -> None:
+    assert spread(0, 5).tolist() == []
+
+
+def test_all_blocks_together_fill_the_sample() -> None:
+    assert rows_per_block(SAMPLE_TOKENS, 1) == SAMPLE_TOKENS
+    assert rows_per_block(SAMPLE_TOKENS, 3) == 86
+    assert rows_per_block(SAMPLE_TOKENS, 10_000) == 1
+    for num_blocks in (1, 3, 100, 255, 256, 257, 5000):
+        assert rows_per_block(SAMPLE_TOKENS, num_blocks) * num_blocks >= SAMPLE_TOKENS
+
+
+def test_linears_that_share_an_input_share_its_name() -> None:
+    assert input_of("model.layers.3.mlp.experts.7.up_proj").endswith("experts.7.gate_proj")
+    assert input_of("model.layers.3.self_attn.kv_a_proj_with_mqa").endswith("q_a_proj")
+    for role in ("self_attn.q_b_proj", "self_attn.kv_b_proj", "mlp.down_proj", "self_attn.o_proj"):
+        assert input_of(f"model.layers.0.{role}") == f"model.layers.0.{role}"

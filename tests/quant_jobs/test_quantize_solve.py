@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from deepseek.checkpoint import SourceTensor
 from deepseek.errors import CheckpointError
-from deepseek.formats import decompress, quantize_fp8_block, quantize_int4
+from deepseek.formats import compress, decompress, quantize_fp8_block, quantize_int4
 from deepseek.inventory import TensorSpec
 from deepseek.recipe import Scheme
-from quant_jobs.calibrate import InputStatistics, observe
+from quant_jobs.awq import search_clip
+from quant_jobs.calibrate import Accumulator, InputStatistics, observe
+from quant_jobs.folding import Smoothing
+from quant_jobs.gptq import Rounded, gptq, inverse_factor
 from quant_jobs.ledger import Ledger
-from quant_jobs.smoothquant import Smoothing
-from quant_jobs.solve import AMAX, SolvedLinear, modelopt_quantizer, solve_linear
+from quant_jobs.ranges import group_ranges
+from quant_jobs.solve import SolvedLinear, _amax, modelopt_quantizer, solve_linear
 
 INT8 = Scheme(weights="int8")
 W8A8 = Scheme(weights="int8", activations="int8")
 INT4 = Scheme(weights="int4", group_size=128)
 INT4_ASYM = Scheme(weights="int4-asym", group_size=64)
+INT8_ASYM = Scheme(weights="int8-asym")
+EVERY = [INT8, W8A8, INT8_ASYM, INT4, INT4_ASYM, Scheme(weights="int4", group_size=32)]
 NAME = "model.layers.1.mlp.experts.3.up_proj"
 
 
@@ -33,7 +40,11 @@ def a_source(rows: int = 96, columns: int = 256) -> SourceTensor:
 def a_statistic(columns: int = 256) -> InputStatistics:
     x = torch.randn(64, columns, generator=torch.Generator().manual_seed(7))
     x[:, ::31] *= 20
-    return observe(x, 64)
+    accumulator = Accumulator(NAME, gram=True)
+    accumulator.add(0, observe(x, 64, keep_rows=True))
+    seen = accumulator.finish()
+    assert seen is not None
+    return seen
 
 
 def solve(
@@ -42,10 +53,17 @@ def solve(
     seen: InputStatistics | None = None,
     smoothing: Smoothing | None = None,
     ledger: Ledger | None = None,
+    rounded: Rounded | None = None,
 ) -> SolvedLinear:
     source = source or a_source()
     return solve_linear(
-        source, source.dequantize(), scheme, seen, smoothing or Smoothing(), ledger or Ledger()
+        source,
+        source.dequantize(),
+        scheme,
+        seen,
+        smoothing or Smoothing(),
+        ledger or Ledger(),
+        rounded,
     )
 
 
@@ -66,12 +84,13 @@ def assert_same_but_for_ties(found: Tensor, wanted: Tensor, weight: Tensor, step
 
 def test_the_amax_of_rows_and_groups_is_modelopts() -> None:
     weight = a_source().dequantize()
-    by_group = AMAX["int4"](weight, INT4)
-    by_row = AMAX["int8"](weight, INT8)
+    by_group = _amax(weight, INT4)
+    by_row = _amax(weight, INT8)
     assert by_row is not None
     assert by_group is not None
     assert torch.equal(by_row, weight.abs().amax(dim=1, keepdim=True))
     assert torch.equal(by_group, weight.view(96, 2, 128).abs().amax(dim=2))
+    assert _amax(weight, INT4_ASYM) is None
 
 
 def test_published_int8_weights_are_modelopts_fake_quantization() -> None:
@@ -94,7 +113,7 @@ def test_published_int4_weights_are_modelopts_with_the_stored_bf16_scale() -> No
     assert (found - weight).norm() < 1.01 * (theirs(weight) - weight).norm()
 
 
-@pytest.mark.parametrize("scheme", [INT8, W8A8, INT4, INT4_ASYM], ids=lambda s: s.label)
+@pytest.mark.parametrize("scheme", EVERY, ids=lambda s: s.label)
 def test_the_recorded_error_is_that_of_the_restored_weight(scheme: Scheme) -> None:
     seen, source = a_statistic(), a_source()
     solved = solve(scheme, source, seen)
@@ -105,10 +124,65 @@ def test_the_recorded_error_is_that_of_the_restored_weight(scheme: Scheme) -> No
     wanted = seen.sample @ source.dequantize().T
     expected = float((x @ restored.T - wanted).norm() / wanted.norm())
     assert solved.error == pytest.approx(expected, rel=1e-4)
-    low, high = {"int8": (0.002, 0.03), "int4": (0.05, 0.2), "int4-asym": (0.03, 0.2)}[
-        scheme.weights
-    ]
+    low, high = (0.002, 0.03) if scheme.bits == 8 else (0.03, 0.2)
     assert low < expected < high, (scheme.label, expected)
+
+
+@pytest.mark.parametrize("scheme", EVERY, ids=lambda s: s.label)
+def test_plain_rounding_stores_what_the_format_would_choose(scheme: Scheme) -> None:
+    weight = a_source().dequantize()
+    wanted = compress(weight, scheme)
+    found = solve(scheme).tensors
+    assert found.keys() == {f"{NAME}.{suffix}" for suffix in wanted}
+    for suffix, tensor in wanted.items():
+        assert torch.equal(found[f"{NAME}.{suffix}"], tensor), suffix
+
+
+@pytest.mark.parametrize(
+    "clip", [{"clip": "mse"}, {"clip": "percentile", "percentile": 99.0}], ids=lambda c: c["clip"]
+)
+@pytest.mark.parametrize("scheme", EVERY, ids=lambda s: s.label)
+def test_a_clipped_range_is_the_one_that_is_stored(scheme: Scheme, clip: dict[str, Any]) -> None:
+    clipped = scheme.model_copy(update=clip)
+    chosen = group_ranges(a_source().dequantize(), clipped)
+    found = solve(clipped, None, a_statistic()).tensors[f"{NAME}.weight_scale"]
+    assert torch.equal(found.float(), chosen.scale)
+    assert not torch.equal(found, solve(scheme).tensors[f"{NAME}.weight_scale"])
+
+
+@pytest.mark.parametrize("scheme", EVERY[2:], ids=lambda s: s.label)
+def test_what_gptq_rounded_is_stored_as_it_is_and_errs_less(scheme: Scheme) -> None:
+    scheme = scheme.model_copy(update={"algorithm": "gptq"})
+    seen, source = a_statistic(), a_source()
+    assert seen.gram is not None
+    factor = inverse_factor(seen.gram[None], scheme.damping)
+    (rounded,) = gptq(source.dequantize()[None], factor, scheme)
+    solved, plain = solve(scheme, source, seen, rounded=rounded), solve(scheme, source, seen)
+    assert torch.equal(restore(solved, scheme), rounded.weight)
+    assert solved.error is not None
+    assert plain.error is not None
+    assert solved.error < 0.6 * plain.error
+
+
+@pytest.mark.parametrize("scheme", EVERY[2:], ids=lambda s: s.label)
+def test_awqs_clip_search_sees_the_inputs_as_they_will_arrive(scheme: Scheme) -> None:
+    scheme = scheme.model_copy(update={"algorithm": "awq"})
+    seen, source = a_statistic(), a_source()
+    scale = torch.where(torch.arange(256) % 31 == 0, 4.0, 1.0)
+    smoothing = Smoothing({f"{NAME}.weight": scale})
+    chosen = search_clip(source.dequantize() * scale, seen.sample / scale, scheme)
+    found = solve(scheme, source, seen, smoothing)
+    assert torch.equal(found.tensors[f"{NAME}.weight_scale"].float(), chosen.scale)
+    unscaled = solve(scheme, source, seen)
+    plain = solve(scheme.model_copy(update={"algorithm": "max"}), source, seen)
+    assert found.error is not None
+    assert unscaled.error is not None
+    assert plain.error is not None
+    assert unscaled.error < plain.error
+    assert found.error < plain.error
+    # What no token reached is rounded to nearest.
+    unseen, wanted = solve(scheme, source), solve(scheme.model_copy(update={"algorithm": "max"}))
+    assert all(torch.equal(unseen.tensors[name], wanted.tensors[name]) for name in wanted.tensors)
 
 
 def test_an_unseen_expert_gets_the_error_of_its_weight() -> None:
@@ -154,9 +228,27 @@ def test_rows_and_groups_of_zeros_are_counted() -> None:
     assert counted == [("zero_scale", 1, NAME, 1), ("zero_scale", 1, NAME, 3)]
 
 
-def test_a_weight_with_nan_is_refused_by_name() -> None:
+@pytest.mark.parametrize("algorithm", ["max", "awq", "gptq"])
+def test_a_weight_with_nan_is_refused_by_name(algorithm: str) -> None:
     source = a_source()
     source.data.view(torch.uint8)[0, 0] = 0x7F  # e4m3's NaN
-    for scheme in (INT4_ASYM, INT4, INT8):
+    for scheme in (INT4_ASYM, INT4, INT8, INT8_ASYM):
         with pytest.raises(CheckpointError, match=f"tensor {NAME}.weight holds NaN"):
-            solve(scheme, source)
+            solve(scheme.model_copy(update={"algorithm": algorithm}), source, a_statistic())
+
+
+@pytest.mark.parametrize("update", [{}, {"clip": "mse"}, {"algorithm": "awq"}], ids=str)
+def test_a_weight_beyond_the_formats_is_refused_by_name(update: dict[str, Any]) -> None:
+    spec = a_source().spec
+    source = SourceTensor(spec, torch.full((96, 256), 1e38, dtype=torch.bfloat16))
+    for scheme in (INT4_ASYM, INT4, INT8):
+        with pytest.raises(CheckpointError, match=rf"tensor {NAME}.weight .*above 2\^126"):
+            solve(scheme.model_copy(update=update), source, a_statistic())
+
+
+def test_a_weight_of_zeros_errs_by_nothing() -> None:
+    source = SourceTensor(a_source().spec, torch.zeros(96, 256, dtype=torch.bfloat16))
+    ledger = Ledger()
+    assert solve(INT4, source, a_statistic(), ledger=ledger).error == 0.0
+    assert solve(INT8, source, None, ledger=ledger).error == 0.0
+    assert [entry.count for entry in ledger.entries()] == [192, 96]

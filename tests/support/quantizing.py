@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from deepseek.config import ModelConfig
 from deepseek.recipe import Recipe, load_recipe
-from quant_jobs.resume import REPORT_FILE
+from quant_jobs.job_report import PAGE_FILE, REPORT_FILE
 
 #: 1 dense and 2 MoE layers, then MTP.
 NUM_LAYERS = 3
@@ -60,9 +60,9 @@ def small_recipe(name: str, **changes: object) -> Recipe:
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """Every file of an output, the report of times and memory apart."""
+    """Every file of an output, the reports of times and memory apart."""
     return {
         str(path.relative_to(output)): path.read_bytes()
         for path in sorted(output.rglob("*"))
-        if path.is_file() and path.name != REPORT_FILE
+        if path.is_file() and path.name not in (REPORT_FILE, PAGE_FILE)
     }

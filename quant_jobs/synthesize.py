@@ -1,0 +1,52 @@
+"""A checkpoint of random weights to measure with: `deepseek/synthetic.py` and a progress bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from deepseek.cli import make_progress
+from deepseek.inventory import count_parameters
+from deepseek.synthetic import Preset, Size, num_bytes, synthesize, synthetic_config
+
+
+class SynthesizeResult(BaseModel):
+    """What `synthesize` prints with --json."""
+
+    output: str
+    layers: int
+    experts: int
+    parameters: int
+    bytes: int
+    shards: int
+    seed: int
+
+
+def run_synthesize(output: Path, size: Size, preset: Preset, seed: int) -> SynthesizeResult:
+    """Write a synthetic checkpoint into `output`, which must be empty or absent.
+
+    Raises:
+        ConfigError: the sizes contradict each other.
+        CheckpointError: `output` is not empty, or the disk is too small.
+    """
+    config = synthetic_config(size, preset)
+    with make_progress() as bar:
+        task = bar.add_task("synthesize, MB", total=num_bytes(config) // 10**6)
+        written = 0
+
+        def advance(more: int) -> None:
+            nonlocal written
+            written += more
+            bar.update(task, completed=written // 10**6)
+
+        made = synthesize(output, config, seed, advance)
+    return SynthesizeResult(
+        output=str(output),
+        layers=config.num_hidden_layers,
+        experts=config.n_routed_experts,
+        parameters=count_parameters(config, with_mtp=True),
+        bytes=made.num_bytes,
+        shards=made.num_shards,
+        seed=seed,
+    )

@@ -1,0 +1,142 @@
+"""Quantize jobs to look at: on a worker in this process, or as a driver process to kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+from support.quantizing import SmallModel, small_recipe
+
+#: Ray's own idle helpers, which outlive a raylet that was killed.
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+class WorkerHere:
+    """One worker in this process, spoken to as a pool: the reference without Ray. Every call is
+    done when it returns, and what would be a reference is the result itself."""
+
+    def __init__(self) -> None:
+        from quant_jobs.worker import Worker
+
+        self._worker = Worker()
+        self.size, self.places = 1, [0]
+
+    def __len__(self) -> int:
+        return 1
+
+    def submit(self, call: Callable[..., Any], indices: Sequence[int] | None = None) -> list[Any]:
+        return [call(self, 0)] if indices is None or list(indices) else []
+
+    each = submit
+
+    def get(self, reference: Any) -> Any:
+        return reference
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def admit(self) -> bool:
+        return False
+
+    def recover(self) -> list[int]:
+        return [0]
+
+    def describe(self) -> str:
+        return "this process"
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._worker, name))
+
+
+def kill_driver_when(
+    appears: Path, small: SmallModel, recipe: str, output: Path, tmp_path: Path, root: Path
+) -> None:
+    """Start `python -m quant_jobs quantize` with a Ray of its own, SIGKILL the driver as soon as
+    a file appears, and see that every process it had started ends."""
+    log = tmp_path / "driver.log"
+    with log.open("wb") as stream:
+        driver = subprocess.Popen(
+            driver_command(small, recipe, output, tmp_path),
+            cwd=root,
+            env=without_ray_address(),
+            stdout=stream,
+            stderr=stream,
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while not appears.exists():
+            assert driver.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.005)
+        family = descendants(driver.pid)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert any(name.startswith("ray::QuantizeWorker") for _, name in family.values())
+    agents = {pid: one for pid, one in family.items() if one[1].startswith(RAY_AGENTS)}
+    deadline = time.monotonic() + 60
+    try:
+        while left := [one for pid, one in family.items() if pid not in agents and alive(pid, one)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+    finally:  # those take a minute or two to notice
+        for pid, one in agents.items():
+            if alive(pid, one):
+                os.kill(pid, signal.SIGKILL)
+    assert not (output / "intserve.json").exists()
+
+
+def driver_command(
+    small: SmallModel, recipe: str, output: Path, tmp_path: Path, workers: int = 1
+) -> list[str]:
+    file = tmp_path / f"{recipe}.yaml"
+    file.write_text(yaml.safe_dump(small_recipe(recipe).model_dump(mode="json")))
+    return [
+        *(sys.executable, "-m", "quant_jobs", "quantize", "--model", str(small.directory)),
+        *("--recipe", str(file), "--calibration", str(small.text)),
+        *("--output", str(output), "--workers", str(workers)),
+    ]
+
+
+def without_ray_address() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_ADDRESS")}
+
+
+def descendants(pid: int) -> dict[int, tuple[str, str]]:
+    """Process id -> (start time, which tells a reused id; title) of all below a process."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # ended meanwhile
+        parents[int(path.parent.name)] = (int(fields[1]), fields[19])
+    found: dict[int, tuple[str, str]] = {}
+    wave = [pid]
+    while wave:
+        wave = [child for child, (parent, _) in parents.items() if parent in wave]
+        found |= {child: (parents[child][1], title(child)) for child in wave}
+    return found
+
+
+def title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except OSError:
+        return ""
+
+
+def alive(pid: int, process: tuple[str, str]) -> bool:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return fields[19] == process[0] and fields[0] != "Z"

@@ -30,6 +30,7 @@ from support.kill_rounds import (
     Round,
     make_deep_model,
     plan_round,
+    recipe_of,
     reference,
 )
 from support.raylets import Raylets
@@ -52,7 +53,9 @@ def main(
 def run_rounds(cluster: Raylets, folder: Path, seeds: range) -> list[Outcome]:
     """All rounds on one cluster, which is brought back to its size after each."""
     model = make_deep_model(folder)
-    expected = {name: reference(model, name, folder / f"reference-{name}") for name in RECIPES}
+    expected = {
+        name: reference(model, recipe_of(name), folder / f"reference-{name}") for name in RECIPES
+    }
     calm: dict[str, Outcome] = {}
     marks: dict[str, int] = {}
     for name in RECIPES:

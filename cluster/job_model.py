@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from cluster.job_layer import LayerWork
 from cluster.job_rates import GPU, Rates
 from cluster.job_shapes import (
     F32,
@@ -25,7 +26,7 @@ from cluster.job_shapes import (
     units,
     untouched_bytes,
 )
-from cluster.job_work import Job, LayerWork, Section, Step
+from cluster.job_work import Job, Section, Step
 
 #: In the order of the table.
 PHASES = (
@@ -84,12 +85,13 @@ class JobTime:
 
 
 def job_time(job: Job, rates: Rates) -> JobTime:
-    """Seconds of a job. Layers of a kind are alike; the last one is not carried through."""
-    kinds: dict[tuple[bool, bool], LayerTime] = {}
+    """Seconds of a job. Equal layers are counted once; the last one is not carried through."""
+    kinds: dict[object, LayerTime] = {}
     layers = []
     last = job.config.num_hidden_layers - 1
     for layer in range(last + 1):
-        kind = job.config.is_moe(layer), layer == last
+        linears = (spec for unit in units(job.config, layer) for spec in unit.linears)
+        kind = layer == last, tuple((spec.shape, job.scheme(spec)) for spec in linears)
         if kind not in kinds:
             kinds[kind] = layer_time(job, rates, layer)
         layers.append(kinds[kind])
@@ -146,7 +148,7 @@ def _read_seconds(job: Job, rates: Rates, layer: int) -> float:
 def _write_seconds(job: Job, rates: Rates, layer: int) -> float:
     """One worker writes the layer, digesting as it goes; what others solved on other nodes comes
     over the network."""
-    size = layer_output_bytes(job.config, job.schemes, layer)
+    size = layer_output_bytes(job.config, job.scheme, layer)
     return size * (1 / rates.storage + 1 / rates.write_digest + job.remote / rates.network)
 
 
@@ -166,7 +168,7 @@ def _boundary_seconds(job: Job, rates: Rates) -> float:
 def _storage_bytes(job: Job, layer: int) -> float:
     """Through the storage of the node that reads the trunk or writes the layer."""
     experts, trunk = layer_source_bytes(job.config, layer)
-    written = layer_output_bytes(job.config, job.schemes, layer)
+    written = layer_output_bytes(job.config, job.scheme, layer)
     return experts / job.nodes + trunk + written + _boundary_bytes(job)
 
 
@@ -178,7 +180,7 @@ def bytes_read(job: Job) -> int:
 def bytes_written(job: Job) -> tuple[int, int]:
     """(the artifact's tensors, all boundaries), without the headers of their files."""
     last = job.config.num_hidden_layers - 1
-    tensors = sum(layer_output_bytes(job.config, job.schemes, n) for n in range(last + 1))
+    tensors = sum(layer_output_bytes(job.config, job.scheme, n) for n in range(last + 1))
     stored = job.tokens // job.block_tokens * job.block_tokens * job.config.hidden_size * F32
     return tensors + untouched_bytes(job.config), stored * last
 
@@ -201,7 +203,7 @@ def memory_use(job: Job) -> list[Use]:
     """A MoE layer: the host while it is carried through, a GPU while it is solved."""
     config, layer = job.config, job.config.first_k_dense_replace
     experts, trunk = layer_source_bytes(config, layer)
-    out = layer_output_bytes(config, job.schemes, layer)
+    out = layer_output_bytes(config, job.scheme, layer)
     own, wave = job.activation_bytes // job.nodes, min(job.wave_tokens, job.tokens)
     rows = wave * config.num_experts_per_tok * job.row
     held = rows // job.nodes if job.rows_to_owner else rows

@@ -8,7 +8,7 @@ D hidden · I intermediate · K inputs of a linear
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -53,7 +53,7 @@ class Unit:
         return (self.linears,) if self.kind == "attention" else (self.linears[:2], self.linears[2:])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def units(config: ModelConfig, layer: int) -> tuple[Unit, ...]:
     """All units of one decoder layer, in a fixed order."""
     every = linears(config, layer)
@@ -87,14 +87,14 @@ def share_out(config: ModelConfig, layer: int, num_workers: int) -> list[list[Un
 
 
 def wanted_together(
-    config: ModelConfig, schemes: Mapping[str, Scheme], layer: int
+    config: ModelConfig, scheme: Callable[[TensorSpec], Scheme], layer: int
 ) -> Literal["smoothquant", "awq"] | None:
     """What finds the scale that all readers of a MoE layer's MLP input share; None where the recipe
     wants none. AWQ leaves it out when one of them is not AWQ's."""
     if not config.is_moe(layer):
         return None
     asked = {
-        schemes[spec.module].algorithm
+        scheme(spec).algorithm
         for unit in units(config, layer)
         if unit.kind == "mlp"
         for spec in unit.linears[:2]
@@ -104,6 +104,7 @@ def wanted_together(
     return "smoothquant" if asked == {"smoothquant"} else None
 
 
+@lru_cache(maxsize=256)
 def group_numel(config: ModelConfig, layer: int) -> dict[str, int]:
     """Values of one layer by group; 0 for a group that it lacks."""
     found = dict.fromkeys(("attention", "routed_experts", "shared_experts", "dense_mlp"), 0)
@@ -113,6 +114,7 @@ def group_numel(config: ModelConfig, layer: int) -> dict[str, int]:
     return found
 
 
+@lru_cache(maxsize=256)
 def layer_source_bytes(config: ModelConfig, layer: int) -> tuple[int, int]:
     """Stored bytes of a source layer: routed experts, and the trunk."""
     specs = list(layer_tensors(config, layer))
@@ -120,16 +122,19 @@ def layer_source_bytes(config: ModelConfig, layer: int) -> tuple[int, int]:
     return experts, _source_bytes(config, (spec for spec in specs if spec.expert is None))
 
 
-def layer_output_bytes(config: ModelConfig, schemes: Mapping[str, Scheme], layer: int) -> int:
+def layer_output_bytes(
+    config: ModelConfig, scheme: Callable[[TensorSpec], Scheme], layer: int
+) -> int:
     """Bytes of the tensors of a quantized layer; its file has a header besides."""
-    return sum(
-        stored_bytes(schemes[spec.module], spec.shape[0], spec.shape[1])
-        if spec.kind == "linear"
-        else _high_bytes(spec)
-        for spec in layer_tensors(config, layer)
+    high = (_high_bytes(spec) for spec in layer_tensors(config, layer) if spec.kind != "linear")
+    return sum(high) + sum(
+        unit.copies * stored_bytes(scheme(spec), spec.shape[0], spec.shape[1])
+        for unit in units(config, layer)
+        for spec in unit.linears
     )
 
 
+@lru_cache(maxsize=16)
 def untouched_bytes(config: ModelConfig) -> int:
     """What is carried through as it is: embeddings, final norm, head, MTP layers."""
     mtp = range(config.num_hidden_layers, config.num_layers_with_mtp)

@@ -44,6 +44,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+#: Bytes of a cache line. Kernels crash or round differently on tensors that begin elsewhere.
+ALIGNMENT = 64
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _CHUNK_BYTES = 1 << 22
 
@@ -128,8 +130,9 @@ def save_tensors(
 ) -> SavedFile:
     """Write a safetensors file atomically; equal tensors and metadata give equal bytes.
 
-    Tensors lie in order of descending item size, then name, so that each is aligned to its items.
-    They may have any strides and live on any device; one tensor at a time is copied to the host.
+    The data begin at a multiple of 64 bytes and tensors of whole multiples of 64 bytes come first, so
+    that these can be mapped into memory and computed with; then in order of descending item size
+    and name, so that each is aligned to its items. They may have any strides and live on any device; one tensor at a time is copied to the host.
     """
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     order, raw, num_bytes = _lay_out(layout, metadata)
@@ -254,12 +257,15 @@ def _lay_out(
     metadata: Mapping[str, str] | None,
 ) -> tuple[list[str], bytes, int]:
     """Order of the tensors, the length prefix and the header, and the bytes of the whole file."""
-    order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.items()}
+    order = sorted(
+        layout, key=lambda name: (sizes[name] % ALIGNMENT != 0, -layout[name][0].itemsize, name)
+    )
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in order:
         dtype, shape = layout[name]
-        end = offset + math.prod(shape) * dtype.itemsize
+        end = offset + sizes[name]
         entries[name] = {
             "dtype": DTYPE_NAMES[dtype],
             "shape": list(shape),
@@ -267,7 +273,7 @@ def _lay_out(
         }
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     raw = len(text).to_bytes(8, "little") + text
     return order, raw, len(raw) + offset
 

@@ -9,6 +9,7 @@ file named after its step and is imported when the command runs, so that `--help
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ app = make_app(
 
     \b
     quantize   source checkpoint + recipe  -> quantized checkpoint
+    submit     the same, as a job of a Ray cluster
     build      quantized checkpoint        -> engine for one target
     evaluate   engine against the source   -> evaluation.json
     gate       evaluation against limits   -> verdict beside the engine; exit 1 if it fails
@@ -84,6 +86,49 @@ def quantize(
         f"{output}: {result['recipe']}, {result['layers']} files, "
         f"{result['fallbacks']} fallbacks, artifact {manifest.digest[:16]}",
     )
+
+
+@app.command()
+def submit(
+    model: Annotated[Path, typer.Option(help="As for quantize; paths as the cluster sees them.")],
+    recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
+    calibration: Annotated[list[str], typer.Option(metavar="FILE[=WEIGHT]", help="As above.")],
+    output: Annotated[Path, typer.Option(help="On storage that all nodes share.")],
+    workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="Job server, http://HEAD:8265; without it, $RAY_ADDRESS.")
+    ] = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the code, sent along; else the nodes have it.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Show the log until the job ends.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Submit `quantize` to a Ray cluster, under an id that follows from the job.
+
+    The same command again finds the job: running, it is attached to; failed or stopped, it is
+    submitted again and resumes. Exit code 1: with --wait, the job failed or was stopped.
+
+    \b
+    Examples:
+      python -m quant_jobs submit --address http://head:8265 --working-dir . --wait \\
+          --model /data/DeepSeek-V3 --recipe int4-gptq --calibration /data/text.jsonl \\
+          --output /data/v3-int4 --workers 8
+    """
+    from quant_jobs import submit as jobs
+
+    job = jobs.make_submission(model, recipe, calibration, output, workers)
+    client = jobs.connect_to_jobs(address)
+    found = jobs.submit(client, job, working_dir)
+    if wait and found.outcome != "succeeded":
+        typer.echo(found.describe(), err=True)
+        found = replace(found, status=jobs.follow(client, found.submission_id))
+        text = f"{found.submission_id}: {found.status}"
+    else:
+        text = found.describe()
+    _show(asdict(found), as_json, text)
+    if wait and found.status != "SUCCEEDED":
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -176,14 +176,14 @@ class WorkerPool:
         return dead
 
     def admit(self) -> bool:
-        """Take in workers that have become ready since; whether there were any. The first time,
-        wait for all, or after a while for those that find a place.
+        """Take in workers that have become ready since; whether who is at work has changed. The
+        first time, wait for all, or after a while for those that find a place.
 
         Raises:
             IntServeError: nobody finds a place, or workers cannot start.
         """
-        self._begin()
         before = list(self._at_work)
+        self._begin()
         self._gather(0.0, 0.0)
         return before != self._at_work
 

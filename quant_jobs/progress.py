@@ -15,7 +15,9 @@ from deepseek.cli import make_progress
 from deepseek.manifest import LayerKey
 from quant_jobs.resume import PublishedPart
 
-Step = Literal["started", "calibrated", "solved", "published", "carried", "lost", "finished"]
+Step = Literal[
+    "started", "calibrated", "solved", "published", "carried", "lost", "joined", "finished"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class TerminalProgress:
         self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        if event.step in ("started", "lost"):
+        if event.detail:
             self._bar.console.print(event.detail, markup=False, soft_wrap=True)
         if event.part is not None:
             seconds = time.monotonic() - self._started

@@ -265,6 +265,7 @@ class Run:
         if self._pool.admit():
             self._await_writing()  # all begin anew, and forget what they write
             self._held.clear()
+            self._progress(Event("joined", layer, detail=f"now on {self._pool.describe()}"))
         self._supply(layer)
         if layer in self._parts:
             self._await_writing()

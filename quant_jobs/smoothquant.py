@@ -13,39 +13,11 @@ cannot change; the price is an s within a factor sqrt(2) of the formula's, in a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor
 
-from quant_jobs.calibrate import InputStatistics, input_of
-from quant_jobs.folding import MAX_EXPONENT, FoldingSet, Smoothing, Wanted
+from quant_jobs.folding import MAX_EXPONENT
 from quant_jobs.ledger import Ledger
-
-
-def solve_smoothing(
-    wanted: list[tuple[FoldingSet, Wanted]],
-    weight_of: Callable[[str], Tensor],
-    statistics: Mapping[str, InputStatistics],
-    layer: int,
-    ledger: Ledger,
-) -> Smoothing:
-    """The vectors of one layer's SmoothQuant sets. `weight_of` gives the float32 weight [N, K] of a
-    module; an input that no token reached is absent from `statistics`, and its set stays as it is.
-    """
-    smoothing = Smoothing()
-    for one, how in wanted:
-        if how.strength is None:
-            continue
-        seen = statistics.get(input_of(one.measured))
-        if seen is None:
-            ledger.note("unseen_expert", layer, one.measured)
-            continue
-        peaks = [weight_of(name).abs().amax(dim=0) for name in one.consumers]
-        amax_w = torch.stack(peaks).amax(dim=0)
-        scale = smoothing_scale(seen.amax, amax_w, how.strength, one.measured, layer, ledger)
-        smoothing.add(one, scale)
-    return smoothing
 
 
 def smoothing_scale(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -140,13 +141,20 @@ def test_every_format_of_the_matrix_has_bytes(tiny_model: Path) -> None:
     config = ModelConfig.from_directory(tiny_model)
     sizes = {}
     for label in sorted(FORMATS):
-        name, _, group = label.partition("-g")
-        rule: dict[str, object] = {"match": EXPERTS, "weights": name.removesuffix("-a8")}
+        given = re.fullmatch(r"(.+?)(?:-g(\d+))?(-a8|-afp8)?", label)
+        assert given is not None
+        weights, group, inputs = given.groups()
+        rule: dict[str, object] = {"match": EXPERTS, "weights": weights}
         rule |= {"group_size": int(group)} if group else {}
-        rule |= {"activations": "int8"} if name.endswith("-a8") else {}
+        rule |= {"activations": "fp8" if inputs == "-afp8" else "int8"} if inputs else {}
         plan = make_plan(config, recipe_of(rule), parse_hardware("4xH800-80GB"))
         assert {line.name for line in plan.lines} == {*GROUPS, "scales"}
         sizes[label] = plan.footprint.weights
     order = ["int4-g128", "int4-g64", "int4-g32", "int8", "bf16"]
     assert sorted(order, key=sizes.__getitem__) == order
-    assert sizes["int4-asym-g128"] > sizes["int4-g128"]
+    for more, than in (
+        ("int4-asym-g128", "int4-g128"),
+        ("int4-g128-afp8", "int4-g128"),
+        ("int8-asym", "int8"),
+    ):
+        assert sizes[more] > sizes[than], (more, than)

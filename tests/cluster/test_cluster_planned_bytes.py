@@ -28,7 +28,10 @@ def planned_bytes(plan: Plan) -> dict[str, int]:
     return {name: size for name, size in found.items() if size}
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-weight-only", "int4", "int4-all", "int4-asym"])
+@pytest.mark.parametrize(
+    "name",
+    ["int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "int4-asym", "w4a8"],
+)
 def test_a_quantized_engine_allocates_what_was_planned(
     name: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -81,10 +81,18 @@ def test_the_digests_returned_are_those_of_the_file_written(tmp_path: Path) -> N
     assert saved.tensors == {name: tensor_digest(tensors[name]) for name in sorted(tensors)}
 
 
-def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path: Path) -> None:
-    save_tensors(tmp_path / "a", example())
-    for name, entry in read_header(tmp_path / "a").tensors.items():
+@pytest.mark.parametrize("extra", range(8))
+def test_tensors_start_at_a_multiple_of_64_bytes_or_of_their_item_size(
+    extra: int, tmp_path: Path
+) -> None:
+    """Whatever the length of the header, which `extra` varies."""
+    metadata = {"x": "y" * (8 * extra)}
+    save_tensors(tmp_path / "a", example() | {"lines": torch.ones(3, 64).bfloat16()}, metadata)
+    entries = read_header(tmp_path / "a").tensors
+    for name, entry in entries.items():
         assert entry.begin % entry.dtype.itemsize == 0, name
+        assert entry.begin % 64 == 0 or entry.num_bytes % 64, name
+    assert entries["lines"].num_bytes % 64 == 0
 
 
 def test_a_tensor_digest_sees_type_shape_and_values_but_not_strides() -> None:

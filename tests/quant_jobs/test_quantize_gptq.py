@@ -132,7 +132,8 @@ def test_it_is_the_papers_algorithm(name: str) -> None:
     """Float32 and float64 part ways where a value lies within float32's rounding of the middle of
     two codes: none here, up to 0.2 % of the codes on another machine, of equal loss."""
     scheme = scheme_of(name)
-    weight, x = case()
+    # 192 columns are one whole block of columns and half of one.
+    weight, x = case(columns=256 if scheme.group_size == 128 else 192)
     (found,) = solve(weight, x, scheme)
     codes, restored = textbook(weight[0], x[0], scheme)
     differ = float((codes_of(found, scheme) != codes).float().mean())
@@ -287,7 +288,7 @@ def test_damping_grows_until_the_matrix_is_positive_definite() -> None:
     broken = (vectors @ values.diag() @ vectors.T).float()
     factor = inverse_factor(torch.stack([broken, gram[1]]), 0.001)
     assert factor.failed == (False, False)
-    assert factor.damping == (pytest.approx(0.1), 0.001)
+    assert list(factor.damping) == pytest.approx([0.1, 0.001])
     damped = broken.double() + 0.1 * broken.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     wanted, upper = torch.linalg.inv(damped), factor.upper[0].double()
     assert (upper.T @ upper - wanted).norm() < 1e-4 * wanted.norm()
@@ -344,14 +345,6 @@ def test_activation_order_helps_where_few_inputs_carry_most() -> None:
         for name in ("int8", "int8-order")
     ]
     assert errors[1] < errors[0]
-
-
-def test_a_width_that_no_block_of_columns_divides() -> None:
-    scheme = scheme_of("int4-g32")
-    weight, x = case(columns=160)
-    (found,) = solve(weight, x, scheme)
-    codes, _ = textbook(weight[0], x[0], scheme)
-    assert (codes_of(found, scheme) != codes).float().mean() < 0.002
 
 
 def assert_equal(one: Rounded, other: Rounded) -> None:

@@ -383,7 +383,7 @@ def test_a_bf16_source_keeps_what_the_recipe_does_not_name(
 def test_more_workers_than_the_cluster_has_cpus_end_with_a_sentence(ray_here: None) -> None:
     with WorkerPool(17, start_timeout_s=0.2) as pool:
         assert pool.describe() == "17 workers (waiting for nodes: the cluster has 16 CPUs)"
-        with pytest.raises(IntServeError, match=r"1 of 17 workers did not .*16 CPUs.*lower --w"):
+        with pytest.raises(IntServeError, match=r"none of 17 workers started .*16 CPUs.*add nodes"):
             pool.each(lambda worker, _: worker.usage.remote(), [3])
 
 

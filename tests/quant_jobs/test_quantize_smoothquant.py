@@ -16,10 +16,9 @@ from deepseek.formats import (
     quantize_tokens_int8,
 )
 from deepseek.recipe import Scheme, load_recipe
-from quant_jobs.calibrate import Accumulator, InputStatistics, input_of, observe
 from quant_jobs.folding import Smoothing, folding_sets, wanted_sets
 from quant_jobs.ledger import Ledger
-from quant_jobs.smoothquant import smoothing_scale, solve_smoothing
+from quant_jobs.smoothquant import smoothing_scale
 
 W8A8 = Scheme(weights="int8", activations="int8")
 
@@ -31,41 +30,28 @@ def outlier_inputs(num_channels: int) -> Tensor:
     return x_TK
 
 
-def seen(name: str, x_TK: Tensor) -> InputStatistics:
-    accumulator = Accumulator(name, gram=False)
-    accumulator.add(0, observe(x_TK, len(x_TK)))
-    statistics = accumulator.finish()
-    assert statistics is not None
-    return statistics
-
-
-def smooth(
-    tiny_model: Path, layer: int, without: str = "nothing"
-) -> tuple[Smoothing, Ledger, dict[str, Tensor], dict[str, InputStatistics]]:
-    """One layer of the example model with outliers in every input, but for one unseen module."""
+def smooth(tiny_model: Path, layer: int) -> tuple[Smoothing, dict[str, Tensor], dict[str, Tensor]]:
+    """One layer of the example model, outliers in every input: its vectors, its weights, and the
+    inputs by the module that measures them."""
     reader = CheckpointReader(tiny_model)
     weights = {name: tensor.dequantize() for name, tensor in reader.read_layer(layer).items()}
-    statistics = {}
-    for one in folding_sets(reader.config, layer):
-        if one.measured != without:
-            name, width = one.measured, weights[f"{one.measured}.weight"].shape[1]
-            statistics[input_of(name)] = seen(name, outlier_inputs(width))
     schemes = load_recipe("int8-smoothquant").resolve(reader.config)
-    ledger = Ledger()
-    smoothing = solve_smoothing(
-        wanted_sets(reader.config, schemes, layer),
-        lambda module: weights[f"{module}.weight"],
-        statistics,
-        layer,
-        ledger,
-    )
-    return smoothing, ledger, weights, statistics
+    smoothing, inputs = Smoothing(), {}
+    for one, how in wanted_sets(reader.config, schemes, layer):
+        assert how.strength is not None
+        peaks = [weights[f"{name}.weight"].abs().amax(dim=0) for name in one.consumers]
+        amax_w = torch.stack(peaks).amax(dim=0)
+        x = inputs[one.measured] = outlier_inputs(len(amax_w))
+        amax_x = x.abs().amax(dim=0)
+        args = (how.strength, one.measured, layer, Ledger())
+        smoothing.add(one, smoothing_scale(amax_x, amax_w, *args))
+    return smoothing, weights, inputs
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_smoothing_is_in_powers_of_two_everywhere(tiny_model: Path, layer: int) -> None:
     """With a router or without: any of norm, router and rows then folds to the bit."""
-    smoothing, _, weights, _ = smooth(tiny_model, layer)
+    smoothing, weights, _ = smooth(tiny_model, layer)
     vectors = [*smoothing.columns.values(), *smoothing.rows.values()]
     assert len(smoothing.rows) == len(folding_sets(CheckpointReader(tiny_model).config, layer))
     for vector in vectors:
@@ -79,9 +65,9 @@ def test_smoothing_is_in_powers_of_two_everywhere(tiny_model: Path, layer: int) 
 
 
 def test_smoothing_makes_w8a8_more_exact_on_outliers(tiny_model: Path) -> None:
-    smoothing, _, weights, statistics = smooth(tiny_model, 0)
+    smoothing, weights, inputs = smooth(tiny_model, 0)
     name = "model.layers.0.self_attn.q_a_proj"
-    weight, x = weights[f"{name}.weight"], statistics[name].sample
+    weight, x = weights[f"{name}.weight"], inputs[name]
     scale = smoothing.columns[f"{name}.weight"]
 
     def error(weight: Tensor, x: Tensor) -> float:
@@ -116,25 +102,3 @@ def test_dead_channels_and_clipped_scales_are_counted() -> None:
     assert scale.tolist() == [1.0, 2.0**10, 2.0**-10, 1.0, 1.0]
     counted = {(e.kind, e.layer, e.module, e.count) for e in ledger.entries()}
     assert counted == {("dead_channel", 3, "m", 2), ("clipped_smoothing", 3, "m", 2)}
-
-
-def test_an_unseen_experts_down_proj_stays_unsmoothed_and_is_counted(tiny_model: Path) -> None:
-    expert = "model.layers.1.mlp.experts.6"
-    smoothing, ledger, _, _ = smooth(tiny_model, 1, without=f"{expert}.down_proj")
-    assert f"{expert}.down_proj.weight" not in smoothing.columns
-    assert f"{expert}.up_proj.weight" not in smoothing.rows
-    assert f"{expert}.up_proj.weight" in smoothing.columns  # the vector that all experts share
-    unseen = [(e.module, e.count) for e in ledger.entries() if e.kind == "unseen_expert"]
-    assert unseen == [(f"{expert}.down_proj", 1)]
-
-
-def test_awqs_sets_are_not_smoothquants(tiny_model: Path) -> None:
-    config = CheckpointReader(tiny_model).config
-    content = load_recipe("int8").model_dump(mode="json")
-    content["rules"] = [{"match": "*", "weights": "int4", "group_size": 32, "algorithm": "awq"}]
-    wanted = wanted_sets(
-        config, type(load_recipe("int8")).model_validate(content).resolve(config), 0
-    )
-    assert len(wanted) == 5
-    solved = solve_smoothing(wanted, lambda _: torch.empty(0), {}, 0, Ledger())
-    assert solved == Smoothing()

@@ -147,7 +147,8 @@ def test_a_clipped_range_is_the_one_that_is_stored(scheme: Scheme, clip: dict[st
     chosen = group_ranges(a_source().dequantize(), clipped)
     found = solve(clipped, None, a_statistic()).tensors[f"{NAME}.weight_scale"]
     assert torch.equal(found.float(), chosen.scale)
-    assert not torch.equal(found, solve(scheme).tensors[f"{NAME}.weight_scale"])
+    if scheme.bits == 4:  # 256 levels on 256 weights gain nothing from clipping
+        assert not torch.equal(found, solve(scheme).tensors[f"{NAME}.weight_scale"])
 
 
 @pytest.mark.parametrize("scheme", EVERY[2:], ids=lambda s: s.label)

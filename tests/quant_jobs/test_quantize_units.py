@@ -58,7 +58,7 @@ def test_what_is_cut_no_further_stays_together(name: str) -> None:
         for unit in units(config, layer):
             if unit.kind == "attention":
                 assert len({input_of(module) for module in unit.modules}) == 1
-                assert unit.blocks == unit.experts == ()
+                assert (unit.blocks, unit.experts) == ((), ())
                 continue
             assert [module.rpartition(".")[0] for module in unit.modules[::3]] == list(unit.blocks)
             roles = [module.rpartition(".")[2] for module in unit.modules]

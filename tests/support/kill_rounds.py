@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,12 +33,14 @@ from quant_jobs.resume import JobFolder
 
 What = Literal["raylet", "worker", "driver"]
 
+ROOT = Path(__file__).resolve().parents[2]
+
 RECIPES = ("int4-gptq", "int4-awq", "int8-smoothquant")
 NUM_WORKERS = 3
 #: Main layers of the model: more than the small model's, so that kills fall into many layers.
 NUM_LAYERS = 8
-#: A round that takes longer hangs: an undisturbed one takes a tenth of it.
-ROUND_TIMEOUT_S = 300.0
+#: A round that takes longer hangs: an undisturbed one takes 15 s on an idle machine.
+ROUND_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +116,10 @@ def recipe_of(name: str) -> Recipe:
     return Recipe.model_validate(content | {"calibration": {"num_blocks": 12, "block_tokens": 48}})
 
 
-def reference(model: SmallModel, recipe: str, output: Path) -> dict[str, bytes]:
+def reference(model: SmallModel, recipe: Recipe, output: Path) -> dict[str, bytes]:
     """The contents of the output of an undisturbed run of one worker, in this process."""
     threads = torch.get_num_threads()
-    job = plan_job(model.directory, recipe_of(recipe), model.text, output)
+    job = plan_job(model.directory, recipe, model.text, output)
     try:
         with JobFolder(output, job.fingerprint) as folder:
             Run(job, folder, WorkerHere(), lambda event: None).run()  # type: ignore[arg-type]
@@ -189,7 +192,7 @@ class Round:
         environment = {**os.environ, "RAY_ADDRESS": self._cluster.address}
         with self._log.open("ab") as stream:
             self._driver = subprocess.Popen(
-                self._command, env=environment, stdout=stream, stderr=stream
+                self._command, cwd=ROOT, env=environment, stdout=stream, stderr=stream
             )
 
     def _poll(self) -> int | None:
@@ -246,8 +249,6 @@ class Round:
 
 
 def command(model: SmallModel, recipe: Path, output: Path) -> list[str]:
-    import sys
-
     return [
         *(sys.executable, "-m", "quant_jobs", "quantize", "--model", str(model.directory)),
         *("--recipe", str(recipe), "--calibration", str(model.text)),

@@ -21,6 +21,8 @@ from deepseek.formats import quantize_fp8_block
 from deepseek.inventory import tensors
 from deepseek.recipe import Recipe
 
+#: Static scale of FP8 inputs where nothing is calibrated.
+INPUT_SCALE = torch.tensor([48 / 448])
 TINY_TOKENIZER = {"tokenizer.json": "{}\n", "tokenizer_config.json": "{}\n"}
 
 
@@ -137,14 +139,20 @@ def write_checkpoint(
 
 
 def quantize_plainly(source: Path, recipe: Recipe, output: Path) -> Manifest:
-    """A finished artifact by rounding every linear to its scheme, without calibration."""
+    """A finished artifact by rounding every linear to its scheme, without calibration.
+
+    Static FP8 inputs get one scale for all, which the example model's inputs (up to 45) fit in.
+    """
     reader = CheckpointReader(source)
     writer = ArtifactWriter(output, source=reader, recipe=recipe)
     for layer in range(reader.config.num_layers_with_mtp):
         read = reader.read_layer(layer)
         stored: dict[str, torch.Tensor] = {}
         for tensor in read.values():
-            stored |= store_tensor(tensor, writer.schemes.get(tensor.spec.module))
+            scheme = writer.schemes.get(tensor.spec.module)
+            stored |= store_tensor(tensor, scheme)
+            if scheme is not None and scheme.activations == "fp8":
+                stored[f"{tensor.spec.module}.input_scale"] = INPUT_SCALE
         writer.publish_layer(layer, stored, source_sha256=content_digest(read))
     read = reader.read_globals()
     carried = {name: tensor.data for name, tensor in read.items()}

@@ -1,0 +1,227 @@
+"""`quantize` as a job of a Ray cluster: submitted under an id of its own, and never twice at once.
+
+The submission id follows from what the job is: output, model, recipe and calibration files, not the
+number of workers, which changes no byte. So the same command, given again, finds the job that it
+submitted before (whoever gave it, from wherever):
+
+    running              attached to: nothing is submitted
+    failed or stopped    submitted again as ID-2, ID-3, ..., for Ray takes no id twice; quantize
+                         goes on after the last published layer
+    succeeded            nothing to do
+
+Files are named as the cluster sees them and need not exist here, a recipe apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from deepseek.errors import DeployError
+from deepseek.files import canonical_json
+from deepseek.recipe import builtin_recipes, load_recipe
+
+#: What became of a command: it made the job run, found it running, or found it done.
+Outcome = Literal["submitted", "running", "succeeded"]
+
+#: Ray's words for a job that may still do something.
+_ALIVE = ("PENDING", "RUNNING")
+
+#: How often a job is asked for its status while it is waited for.
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One quantize command for a cluster. Paths are absolute, `recipe` is a built-in's name or an
+    absolute path."""
+
+    model: Path
+    recipe: str
+    calibration: tuple[str, ...]
+    output: Path
+    workers: int = 1
+
+    @property
+    def base_id(self) -> str:
+        """The id of the first submission; the same for the same job.
+
+        Raises:
+            RecipeError: there is no such recipe, or it is wrong.
+        """
+        identity = {
+            "model": str(self.model),
+            "recipe": load_recipe(self.recipe).model_dump(mode="json"),
+            "calibration": list(self.calibration),
+            "output": str(self.output),
+        }
+        digest = hashlib.sha256(canonical_json(identity)).hexdigest()
+        name = re.sub(r"[^A-Za-z0-9]+", "-", self.output.name).strip("-")[:40] or "output"
+        return f"quantize-{name}-{digest[:12]}"
+
+    @property
+    def entrypoint(self) -> str:
+        """The shell command that the cluster runs."""
+        words = ["python", "-m", "quant_jobs", "quantize", "--model", str(self.model)]
+        words += ["--recipe", self.recipe]
+        for given in self.calibration:
+            words += ["--calibration", given]
+        words += ["--output", str(self.output), "--workers", str(self.workers)]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """Where a job is found, and what the command did about it. `status` is Ray's word."""
+
+    submission_id: str
+    outcome: Outcome
+    status: str
+
+    def describe(self) -> str:
+        """One or two lines for people."""
+        if self.outcome == "succeeded":
+            return (
+                f"{self.submission_id} has succeeded already; to run it again, delete its record: "
+                f"ray job delete {self.submission_id}"
+            )
+        verb = "submitted" if self.outcome == "submitted" else "already running:"
+        return f"{verb} {self.submission_id}\nfollow it: ray job logs --follow {self.submission_id}"
+
+
+def make_submission(
+    model: Path, recipe: str, calibration: Sequence[str], output: Path, workers: int
+) -> Submission:
+    """A submission of what a user gave, with absolute paths: the job runs in another folder.
+
+    Raises:
+        RecipeError: there is no such recipe, or it is wrong.
+    """
+    load_recipe(recipe)
+    return Submission(
+        model=model.absolute(),
+        recipe=recipe if recipe in builtin_recipes() else str(Path(recipe).absolute()),
+        calibration=tuple(os.path.abspath(given) for given in calibration),
+        output=output.absolute(),
+        workers=workers,
+    )
+
+
+def connect_to_jobs(address: str | None = None) -> Any:
+    """A client of the job server at `address` or $RAY_ADDRESS.
+
+    Raises:
+        DeployError: neither is set, no job server answers there, or it does not let us in.
+    """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is None or address in ("auto", "local"):
+        raise DeployError(
+            "no cluster is named: give --address or set RAY_ADDRESS, such as http://HEAD:8265"
+        )
+    try:
+        client = JobSubmissionClient(address)
+        client.list_jobs()  # the first request that a server with tokens refuses
+    except AuthenticationError as error:
+        raise DeployError(
+            f"the Ray at {address!r} wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+            "or RAY_AUTH_TOKEN_PATH to that cluster's own"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise DeployError(
+            f"no Ray job server answers at {address!r} ({_first_line(error)}); correct --address "
+            "or RAY_ADDRESS, and see that the head runs with its dashboard"
+        ) from error
+    return client
+
+
+def submit(client: Any, job: Submission, working_dir: Path | None = None) -> Submitted:
+    """Have the job run on the cluster, unless it runs or has succeeded. `working_dir` is sent along
+    and holds the code; None: the nodes have it.
+
+    Raises:
+        DeployError: the job server refuses.
+    """
+    while True:
+        known = _submissions(client, job.base_id)
+        number, status = max(known.items(), default=(0, "none"))
+        if status in _ALIVE:
+            return Submitted(_id(job, number), "running", status)
+        if status == "SUCCEEDED":
+            return Submitted(_id(job, number), "succeeded", status)
+        wanted = _id(job, number + 1)
+        try:
+            client.submit_job(
+                entrypoint=job.entrypoint,
+                submission_id=wanted,
+                runtime_env={} if working_dir is None else {"working_dir": str(working_dir)},
+                metadata={"output": str(job.output), "recipe": job.recipe},
+                # None of the CPUs that workers are placed on: the driver mostly waits. Without
+                # a request it runs on the head.
+                entrypoint_num_cpus=0,
+            )
+        except (RuntimeError, ValueError) as error:
+            if number + 1 in _submissions(client, job.base_id):
+                continue  # somebody gave the same command at the same moment
+            raise DeployError(
+                f"the job server refuses {wanted}: {_first_line(error)}; see the logs of the head"
+            ) from error
+        return Submitted(wanted, "submitted", _status(client, wanted))
+
+
+def follow(
+    client: Any,
+    submission_id: str,
+    out: TextIO = sys.stderr,
+    sleep: Callable[[float], None] = time.sleep,
+) -> str:
+    """Copy a job's log to `out` until the job ends; its last status, in Ray's words."""
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(submission_id):
+            out.write(text)
+            out.flush()
+
+    while True:
+        try:
+            asyncio.run(tail())
+        except RuntimeError as error:  # the connection broke: the job goes on
+            out.write(f"\nthe log broke off ({_first_line(error)})\n")
+        status = _status(client, submission_id)
+        if status not in _ALIVE:
+            return status
+        sleep(_POLL_S)
+
+
+def _submissions(client: Any, base_id: str) -> dict[int, str]:
+    """Status by number of what was submitted for this job: 1 is the bare id."""
+    pattern = re.compile(re.escape(base_id) + r"(?:-([1-9]\d*))?")
+    found: dict[int, str] = {}
+    for details in client.list_jobs():
+        if details.submission_id and (match := pattern.fullmatch(details.submission_id)):
+            found[int(match[1] or 1)] = str(details.status.value)
+    return found
+
+
+def _id(job: Submission, number: int) -> str:
+    return job.base_id if number == 1 else f"{job.base_id}-{number}"
+
+
+def _status(client: Any, submission_id: str) -> str:
+    return str(client.get_job_status(submission_id).value)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,299 @@
+"""`submit`: ids that follow from the job, and what the same command does the second time."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from support.chain import Ended
+from support.kill_rounds import reference
+from support.quantizing import SmallModel, contents, make_small_model, small_recipe
+from support.raylets import end
+
+from deepseek.errors import DeployError, RecipeError
+from quant_jobs.submit import Submission, connect_to_jobs, follow, make_submission, submit
+
+
+class Jobs:
+    """A job server in memory: it takes no id twice, as Ray's."""
+
+    def __init__(self) -> None:
+        self.statuses: dict[str, str] = {}
+        self.submitted: list[dict[str, Any]] = []
+        self.logs = ["layer 0\n"]
+        #: What somebody else submits just before our own request arrives.
+        self.rival: str | None = None
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        names = [*self.statuses, None]  # a driver that was not submitted has no id
+        return [SimpleNamespace(submission_id=name, status=self.get_job_status(name))
+                for name in names]  # fmt: skip
+
+    def get_job_status(self, name: str | None) -> SimpleNamespace:
+        return SimpleNamespace(value="RUNNING" if name is None else self.statuses[name])
+
+    def submit_job(self, **request: Any) -> str:
+        name = request["submission_id"]
+        if self.rival is not None:
+            self.statuses[self.rival], self.rival = "PENDING", None
+        if name in self.statuses:
+            raise RuntimeError(f"Job with submission_id {name} already exists")
+        self.statuses[name] = "PENDING"
+        self.submitted.append(request)
+        return str(name)
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        for text in self.logs:
+            await asyncio.sleep(0)
+            yield text
+        self.statuses[name] = "SUCCEEDED" if len(self.logs) > 1 else "RUNNING"
+        self.logs.append("layer 1\n")
+
+
+def job_of(**changes: Any) -> Submission:
+    given = {"model": "/data/v3", "recipe": "int4", "output": "/data/out", "workers": 2}
+    given = {**given, **changes}
+    text = changes.get("calibration", ("/data/a.txt=3", "/data/b.txt"))
+    return Submission(
+        Path(given["model"]), given["recipe"], text, Path(given["output"]), given["workers"]
+    )
+
+
+def test_the_id_follows_from_what_the_job_is_and_not_from_its_workers() -> None:
+    base = job_of().base_id
+    assert base.startswith("quantize-out-")
+    assert job_of(workers=8).base_id == base
+    others = [
+        job_of(model="/data/r1"),
+        job_of(recipe="int8"),
+        job_of(output="/else/out"),
+        job_of(calibration=("/data/a.txt", "/data/b.txt")),
+    ]
+    assert len({base, *(other.base_id for other in others)}) == 5
+
+
+def test_a_recipe_file_counts_by_what_it_says(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    content = small_recipe("int4").model_dump(mode="json")
+    file.write_text(yaml.safe_dump(content))
+    before = job_of(recipe=str(file)).base_id
+    file.write_text("# a remark\n" + yaml.safe_dump(content))
+    assert job_of(recipe=str(file)).base_id == before
+    file.write_text(yaml.safe_dump(content | {"kv_cache": "int8"}))
+    assert job_of(recipe=str(file)).base_id != before
+
+
+def test_paths_become_absolute_and_the_command_survives_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = make_submission(Path("a model"), "int8", ["text=2"], Path("out"), 3)
+    assert job.model == tmp_path / "a model"
+    assert job.entrypoint == (
+        f"python -m quant_jobs quantize --model '{tmp_path}/a model' --recipe int8 "
+        f"--calibration {tmp_path}/text=2 --output {tmp_path}/out --workers 3"
+    )
+    with pytest.raises(RecipeError, match="no recipe 'int3'"):
+        make_submission(Path("m"), "int3", ["text"], Path("out"), 1)
+
+
+def test_the_same_command_attaches_submits_again_or_has_nothing_to_do() -> None:
+    jobs, job = Jobs(), job_of()
+    base = job.base_id
+    jobs.statuses[f"{base}-other"] = jobs.statuses["quantize-out-0123"] = "RUNNING"
+    seen = []
+    for status in ("RUNNING", "FAILED", "STOPPED", "PENDING", "SUCCEEDED"):
+        found = submit(jobs, job)
+        seen.append((found.submission_id.removeprefix(base), found.outcome))
+        jobs.statuses[found.submission_id] = status
+    seen.append((submit(jobs, job).submission_id.removeprefix(base), submit(jobs, job).outcome))
+    assert seen == [
+        ("", "submitted"),
+        ("", "running"),
+        ("-2", "submitted"),
+        ("-3", "submitted"),
+        ("-3", "running"),
+        ("-3", "succeeded"),
+    ]
+    assert [request["entrypoint_num_cpus"] for request in jobs.submitted] == [0, 0, 0]
+
+
+def test_of_two_at_the_same_moment_one_submits_and_the_other_attaches() -> None:
+    jobs, job = Jobs(), job_of()
+    jobs.rival = job.base_id
+    found = submit(jobs, job)
+    assert (found.submission_id, found.outcome) == (job.base_id, "running")
+    assert jobs.submitted == []
+
+
+def test_a_refusal_of_the_server_is_one_sentence() -> None:
+    class Refusing(Jobs):
+        def submit_job(self, **request: Any) -> str:
+            raise RuntimeError("Request failed with status code 500: no space\nTraceback")
+
+    with pytest.raises(DeployError, match="refuses quantize-out-.*no space; see the logs"):
+        submit(Refusing(), job_of())
+
+
+def test_following_goes_on_when_the_log_ends_before_the_job() -> None:
+    jobs, out = Jobs(), io.StringIO()
+    found = submit(jobs, job_of())
+    assert follow(jobs, found.submission_id, out, sleep=lambda seconds: None) == "SUCCEEDED"
+    assert out.getvalue() == "layer 0\nlayer 0\nlayer 1\n"
+
+
+@pytest.mark.parametrize("address", [None, "auto", "local"])
+def test_no_cluster_is_guessed(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(DeployError, match="no cluster is named: give --address or set RAY_ADDRESS"):
+        connect_to_jobs(address)
+
+
+def test_an_address_without_a_job_server_is_one_sentence(command: Callable[..., Ended]) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        ended = command(
+            *("submit", "--model", "m", "--recipe", "int8", "--calibration", "text"),
+            *("--output", "out", "--address", address),
+        )
+    assert ended.code == 2
+    assert f"error: no Ray job server answers at '{address}'" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+# --- on a real head with its job server ---
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head with its job server; `environment` lets a process in."""
+
+    address: str
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head of one CPU, in a process of its own, with a token made for it."""
+    folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = (
+        "import ray, sys\n"
+        "from ray._private.utils import write_ray_address\n"
+        "ray.init('local', num_cpus=1, include_dashboard=True, object_store_memory=100 << 20,\n"
+        f"         dashboard_port={port}, log_to_driver=False)\n"
+        # As `ray start` does: a job is told the last address that was written in this folder.
+        "write_ray_address(ray.get_runtime_context().gcs_address)\n"
+        "print('up', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    # The job's `python` is found by PATH, as on a node whose environment is activated.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    environment = {**os.environ, "PATH": path, "RAY_TMPDIR": str(folder), **token}
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        yield Head(f"http://127.0.0.1:{port}", environment)
+    finally:
+        process.kill()
+        process.communicate()
+        end(folder)
+        shutil.rmtree(folder)
+
+
+def submit_as_process(
+    head: Head, small: SmallModel, folder: Path, *more: str, root: Path, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m quant_jobs submit` on the head; Ray reads its token when it is imported."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe("int4-gptq").model_dump(mode="json")))
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "quant_jobs", "submit", "--model", str(small.directory)),
+            *("--recipe", str(recipe), "--calibration", str(small.text)),
+            *("--output", str(folder / "out"), "--json", *more),
+        ],
+        cwd=root,
+        env={**head.environment, "RAY_ADDRESS": head.address, **changes},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_job_that_was_killed_is_submitted_again_resumes_and_writes_the_same_bytes(
+    head: Head, tmp_path: Path, root: Path
+) -> None:
+    small = make_small_model(tmp_path)
+
+    def again(*more: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        return submit_as_process(head, small, tmp_path, *more, root=root, **changes)
+
+    def answer(*more: str) -> dict[str, str]:
+        ended = again(*more)
+        assert ended.returncode == 0, ended.stderr
+        found: dict[str, str] = json.loads(ended.stdout)
+        return found
+
+    refused = again(RAY_AUTH_MODE="disabled")
+    assert refused.returncode == 2
+    assert "wants its token: set RAY_AUTH_MODE=token" in refused.stderr
+
+    first = answer()
+    base = first["submission_id"]
+    assert first["outcome"] == "submitted"
+    second = answer()
+    assert (second["submission_id"], second["outcome"]) == (base, "running")
+
+    part = tmp_path / "out" / ".job" / "part-00000.json"
+    wait_until(part.exists)  # the first layer is published
+    os.kill(int((tmp_path / "out" / ".job" / "lock").read_text()), signal.SIGKILL)
+    wait_until(lambda: answer()["submission_id"] == f"{base}-2")
+
+    ended = again("--wait")
+    assert ended.returncode == 0, ended.stderr
+    third = json.loads(ended.stdout)
+    assert (third["submission_id"], third["status"]) == (f"{base}-2", "SUCCEEDED")
+    assert "resuming, " in ended.stderr
+    done = again("--wait")
+    assert (done.returncode, json.loads(done.stdout)["outcome"]) == (0, "succeeded")
+
+    undisturbed = reference(small, small_recipe("int4-gptq"), tmp_path / "plain")
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ from deepseek.cli import make_app, make_progress, run
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.packed import pack_engine
+from deepseek.files import write_atomic
 from deepseek.manifest import Manifest
 from deepseek.recipe import Recipe, parse_recipe
 from quant_jobs.calibration_data import TokenBlocks, load_token_blocks
@@ -168,6 +170,8 @@ def main(
     chosen = [case for case in cases() if re.search(only, case.name)]
     if not chosen:
         raise typer.BadParameter(f"--only {only!r} matches none of {[c.name for c in cases()]}")
+    if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
     chosen = list(dict.fromkeys([one for case in chosen for one in (case.baseline, case)]))
     heldout = load_token_blocks(model / "heldout.txt", model, heldout_blocks, BLOCK_TOKENS)
     judge = Judge(model, heldout)
@@ -182,10 +186,10 @@ def main(
             place = Path(folder) / case.name
             manifest = quantize(model, case.recipe(calibration_blocks), place, pool)
             rows.append(judge.score(case, manifest, place))
+            shutil.rmtree(place)
+            if save is not None:
+                write_atomic(save, json.dumps([_jsonable(row) for row in rows], indent=1).encode())
     report(rows, judge.perplexity, heldout)
-    if save is not None:
-        save.parent.mkdir(parents=True, exist_ok=True)
-        save.write_text(json.dumps([_jsonable(row) for row in rows], indent=1) + "\n")
 
 
 def quantize(model: Path, recipe: Recipe, folder: Path, pool: WorkerPool) -> Manifest:

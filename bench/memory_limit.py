@@ -30,8 +30,8 @@ def main(
     recipe: Annotated[str, typer.Option(help="A built-in recipe.")] = "int4",
     workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
     experts: Annotated[int, typer.Option(min=2, help="Routed experts per MoE layer.")] = 16,
-    num_blocks: Annotated[int, typer.Option(min=4, help="Blocks of calibration text.")] = 8,
-    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens per block.")] = 64,
+    num_blocks: Annotated[int, typer.Option(min=4, help="Blocks of calibration text.")] = 4,
+    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens per block.")] = 256,
     output: Annotated[Path, typer.Option(help="Where model and artifact go.")] = ROOT
     / "runs"
     / "bench-memory",

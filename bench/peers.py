@@ -17,7 +17,8 @@ float32 and run by transformers in float32, against the source, dequantized, run
 KL is not quite like with like: modelopt keeps a scale per linear that the engine must apply to its
 inputs, ours folds all that it uses, and has none left over.
 
-"job" is loading, quantizing and saving; "whole" is the process with its imports, and with Ray.
+"job" is loading, quantizing and saving; "whole" is the process with its imports, and with Ray. On
+a machine that is not idle look at CPU seconds, which count all of the job's processes.
 Memory is of all processes of the job (Ray's with ours), sampled ten times a second: "resident" is
 the sum of proportional set sizes, "of it anonymous" leaves out pages that are files' (mapped
 weights and libraries, which the kernel may drop).
@@ -112,6 +113,7 @@ class Result:
     contender: Contender
     seconds: dict[str, float]
     whole_s: float
+    cpu_s: float
     resident: int
     anonymous: int
     output_bytes: int
@@ -253,7 +255,7 @@ def compete(contender: Contender, spec: dict[str, Any], python: Path, folder: Pa
     }
     log = folder / "log.txt"
     begun = time.monotonic()
-    with log.open("w") as file, MemoryWatch(mark) as watch:
+    with log.open("w") as file, Watch(mark) as watch:
         done = subprocess.run(
             [python, JOBS, folder / "spec.json"],
             cwd=folder,
@@ -273,20 +275,33 @@ def compete(contender: Contender, spec: dict[str, Any], python: Path, folder: Pa
     output = folder / "output"
     written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     return Result(
-        contender, seconds, whole_s, watch.resident, watch.anonymous, written, error=error
+        contender,
+        seconds,
+        whole_s,
+        cpu_s=watch.cpu_s,
+        resident=watch.resident,
+        anonymous=watch.anonymous,
+        output_bytes=written,
+        error=error,
     )
 
 
-class MemoryWatch:
-    """The peak memory, in bytes, of all processes with MARK=`mark` in their environment."""
+class Watch:
+    """The peak memory, in bytes, of all processes with MARK=`mark` in their environment, and the
+    CPU seconds that they were last seen to have used."""
 
     def __init__(self, mark: str) -> None:
         self.resident = self.anonymous = 0
+        self._cpu_s: dict[str, float] = {}
         self._mark = f"{MARK}={mark}".encode()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> MemoryWatch:
+    @property
+    def cpu_s(self) -> float:
+        return sum(self._cpu_s.values())
+
+    def __enter__(self) -> Watch:
         self._thread.start()
         return self
 
@@ -307,12 +322,19 @@ class MemoryWatch:
                     if self._mark not in (folder / "environ").read_bytes():
                         continue
                     sizes = rollup(folder)
+                    self._cpu_s[folder.name] = cpu_s(folder)
                 except (OSError, ProcessLookupError):  # it has just ended, or is another user's
                     continue
                 total += sizes.get("Pss", 0)
                 files += sizes.get("Pss_File", 0)
             self.resident = max(self.resident, total)
             self.anonymous = max(self.anonymous, total - files)
+
+
+def cpu_s(process: Path) -> float:
+    """User and system seconds of a process, its threads included, from /proc/PID/stat."""
+    fields = (process / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def rollup(process: Path) -> dict[str, int]:
@@ -462,17 +484,17 @@ def _scaled(codes: Tensor, scale: Tensor) -> Tensor:
 def report(results: list[Result]) -> None:
     """The table on stdout."""
     typer.echo(
-        "| tool | method, coverage | job s | import s | whole s | peak resident MB "
+        "| tool | method, coverage | job s | import s | whole s | whole, CPU s | peak resident MB "
         "| of it anonymous MB | written MB | mean KL | top-1 |"
     )
-    typer.echo("|---|---|" + "---:|" * 8)
+    typer.echo("|---|---|" + "---:|" * 9)
     for one in results:
         quality = f"failed: {one.error[:120]} |"
         if one.kl is not None:
             quality = f"{one.kl.value:.5f} [{one.kl.low:.5f}, {one.kl.high:.5f}] | {one.top1:.2%}"
         typer.echo(
             f"| {one.contender.tool} | {one.contender.name} | {one.job_s:.1f} "
-            f"| {one.seconds.get('import', 0):.1f} | {one.whole_s:.1f} | {one.resident / 1e6:.0f} "
+            f"| {one.seconds.get('import', 0):.1f} | {one.whole_s:.1f} | {one.cpu_s:.0f} | {one.resident / 1e6:.0f} "
             f"| {one.anonymous / 1e6:.0f} | {one.output_bytes / 1e6:.1f} | {quality} |"
         )
 

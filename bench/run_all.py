@@ -21,6 +21,11 @@ COMMANDS = (
     " --engine runs/bench/int8/engine --engine runs/bench/int4/engine",
     "bench/linear_formats.py --threads 1",
     "bench/serve_overhead.py",
+    "bench/accuracy.py",
+    "bench/workers.py",
+    "bench/memory_limit.py",
+    "bench/kill_rounds.py --rounds 20",
+    "bench/pieces.py",
 )
 
 

@@ -29,8 +29,8 @@ def main(
     recipe: Annotated[str, typer.Option(help="A built-in recipe.")] = "int4-gptq",
     layers: Annotated[int, typer.Option(min=2, help="One of them dense.")] = 2,
     experts: Annotated[int, typer.Option(min=2, help="Routed experts per MoE layer.")] = 8,
-    num_blocks: Annotated[int, typer.Option(min=4, help="Blocks of calibration text.")] = 8,
-    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens per block.")] = 128,
+    num_blocks: Annotated[int, typer.Option(min=4, help="Blocks of calibration text.")] = 4,
+    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens per block.")] = 256,
     output: Annotated[Path, typer.Option(help="Where model and artifacts go.")] = ROOT
     / "runs"
     / "bench-workers",

@@ -207,7 +207,7 @@ def memory_use(job: Job) -> list[Use]:
     own, wave = job.activation_bytes // job.nodes, min(job.wave_tokens, job.tokens)
     rows = wave * config.num_experts_per_tok * job.row
     held = rows // job.nodes if job.rows_to_owner else rows
-    group = max((unit for unit in units(config, layer) if unit.experts), key=lambda u: u.numel)
+    group = max(units(config, layer), key=lambda unit: unit.numel)
     grams = _gram_bytes(job, layer)
     heads = config.num_attention_heads * job.block_tokens**2 * F32
     reserved = int(GPU.memory_bytes * (1 - GPU.usable_fraction))

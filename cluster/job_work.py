@@ -68,6 +68,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.nodes < 1:
             raise DeployError(f"--nodes {self.nodes}: at least one node is needed")
+        if self.block_tokens < 1:
+            raise DeployError(f"--block-tokens {self.block_tokens}: give at least one")
         if self.tokens < self.block_tokens:
             raise DeployError(
                 f"--tokens {self.tokens}: give at least one block of {self.block_tokens} tokens"

@@ -61,7 +61,7 @@ LOADS = {
     "int8-weight-only": {"vllm"},
     "int4": {"trtllm", "vllm", "sglang"},
     "int4-all": {"vllm"},
-    "int4-asym": set(),
+    "int4-asym": {"vllm"},
     "int4-gptq": {"trtllm", "vllm", "sglang"},
     "int4-awq": {"trtllm", "vllm", "sglang"},
     "int4-all-gptq": {"vllm"},

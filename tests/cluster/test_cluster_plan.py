@@ -117,7 +117,7 @@ def test_the_json_keys_are_frozen() -> None:
     assert all(
         group.keys() == {"name", "total_gb", "per_gpu_gb", "loaded"} for group in answer["groups"]
     )
-    assert answer["fitting_recipes"] == ["int4", "w4a8", "int4-all"]
+    assert answer["fitting_recipes"] == ["int4", "w4a8", "int4-asym", "int4-all"]
     loaded = sum(group["total_gb"] for group in answer["groups"] if group["loaded"])
     assert loaded == pytest.approx(answer["weights_gb"], abs=0.01)
 
@@ -197,7 +197,7 @@ def test_alternatives_fit_load_and_are_ordered_by_precision() -> None:
     plan = plan_v3("int8", "8xH800-80GB")
     others = [load_recipe(name) for name in ("int4-all", "int4-asym", "int4", "int8")]
     found = better_recipes(plan, DEEPSEEK_V3, others)
-    assert [other.recipe for other in found] == ["int4", "int4-all"]
+    assert [other.recipe for other in found] == ["int4", "int4-asym", "int4-all"]
     assert all(other.good for other in found)
     assert better_recipes(plan_v3("int4", "8xH800-80GB"), DEEPSEEK_V3, others) == []
 

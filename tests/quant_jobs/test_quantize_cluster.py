@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.kill_rounds import (
+    NUM_LAYERS,
     NUM_WORKERS,
     RECIPES,
     Kill,
     Outcome,
     Plan,
     Round,
+    command,
     make_deep_model,
     plan_round,
     recipe_of,
     reference,
+    write_recipe,
 )
-from support.quantizing import SmallModel
+from support.namespaces import Network, NotPermitted
+from support.quantizing import SmallModel, contents
 from support.raylets import Raylets
 
-#: Files that an undisturbed run of the model on three workers brings forth: 10 layer files and
-#: parts, and 3 files for each of 7 boundaries.
+#: Files that an undisturbed run of the model on three workers brings forth: 10 layer files, 10
+#: parts, and one file of each worker for each of 7 boundaries.
 NUM_MARKS = 41
 NUM_ROUNDS = 20
 
@@ -40,16 +45,17 @@ def cluster() -> Iterator[Raylets]:
 
 
 def test_a_raylet_killed_in_the_middle_costs_no_byte_and_the_job_goes_on_with_those_left(
-    cluster: Raylets, model: SmallModel, tmp_path: Path
+    model: SmallModel, tmp_path: Path
 ) -> None:
-    plan = Plan(0, "int4-gptq", (Kill("raylet", 0.4, 0.0),), rejoin_s=None)
+    plan = Plan(0, "int4-gptq", (Kill("raylet", 0.3, 0.0),), rejoin_s=None)
     expected = reference(model, recipe_of(plan.recipe), tmp_path / "reference")
-    one = Round(cluster, model, plan, tmp_path / "round", NUM_MARKS)
-    outcome = one.run(expected)
+    with Raylets(2) as pair:
+        one = Round(pair, model, plan, tmp_path / "round", NUM_MARKS - NUM_LAYERS + 1, workers=2)
+        outcome = one.run(expected)
+        assert pair.num_nodes == 1
     assert outcome.identical
     assert [hit.what for hit in outcome.hits] == ["raylet"]
     assert (outcome.lost, outcome.joined) == (1, 0), one.report()
-    assert cluster.num_nodes == NUM_WORKERS - 1
 
 
 @pytest.mark.slow
@@ -102,3 +108,42 @@ def test_rounds_repeat_by_their_seed_and_spread_kills_over_the_whole_job() -> No
     assert {kill.what for kill in kills} == {"raylet", "worker", "driver"}
     assert {int(kill.at * 4) for kill in kills} == {0, 1, 2, 3}
     assert replace(plans[0], seed=1) != plans[0]
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    try:
+        made = Network(2)
+    except NotPermitted as reason:
+        pytest.skip(f"network namespaces are not permitted here ({reason})")
+    with made:
+        yield made
+
+
+@pytest.mark.slow
+def test_a_node_whose_network_link_is_cut_costs_no_byte(
+    network: Network, model: SmallModel, tmp_path: Path
+) -> None:
+    """The node goes on, and so does its worker, which believes in its work: nobody hears of it."""
+    expected = reference(model, recipe_of("int4-gptq"), tmp_path / "reference")
+    recipe = write_recipe("int4-gptq", tmp_path)
+    log, output = tmp_path / "driver.log", tmp_path / "out"
+    driver = network.start(0, command(model, recipe, output, workers=2), log)
+    deadline = time.monotonic() + 240
+    try:
+        while not (output / ".job" / "part-00002.json").exists():
+            assert driver.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.002)
+        assert len(network.workers(1)) == len(network.workers(2)) == 1
+        network.cut(2)
+        assert driver.poll() is None, "the link was cut after the job had ended"
+        assert network.workers(2), "the node itself was to stay"
+        assert driver.wait(240) == 0, log.read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    assert "lost workers [1]; doing layer" in log.read_text() or (
+        "lost workers [0]; doing layer" in log.read_text()
+    )
+    assert contents(output) == expected

@@ -8,6 +8,7 @@ files that it has brought forth so far: layers, parts and boundaries.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -134,15 +135,19 @@ class Round:
     undisturbed job brings forth, where `Kill.at` counts from."""
 
     def __init__(
-        self, cluster: Raylets, model: SmallModel, plan: Plan, folder: Path, num_marks: int
+        self,
+        cluster: Raylets,
+        model: SmallModel,
+        plan: Plan,
+        folder: Path,
+        num_marks: int,
+        workers: int = NUM_WORKERS,
     ) -> None:
         self._cluster, self._plan, self._num_marks = cluster, plan, num_marks
         self._random = random.Random(plan.seed)
         folder.mkdir()
         self.output, self._log = folder / "out", folder / "driver.log"
-        recipe = folder / f"{plan.recipe}.yaml"
-        recipe.write_text(yaml.safe_dump(recipe_of(plan.recipe).model_dump(mode="json")))
-        self._command = command(model, recipe, self.output)
+        self._command = command(model, write_recipe(plan.recipe, folder), self.output, workers)
         self._marks: set[Path] = set()
         self._driver: subprocess.Popen[bytes] | None = None
         self._due: list[tuple[float, Kill]] = []
@@ -170,7 +175,7 @@ class Round:
                     if now >= moment and self._kill(kill.what):
                         self._due.remove((moment, kill))
                 self._join(now)
-                time.sleep(0.002)
+                time.sleep(0.01)
         finally:
             self._end()
         assert code == 0, f"exit code {code}; {self.report()}"
@@ -202,7 +207,8 @@ class Round:
     def _look(self) -> None:
         """Note new files. What is gone again in a moment may escape."""
         for pattern in ("model-*", ".job/part-*", ".job/boundary-*/*.safetensors"):
-            self._marks.update(self.output.glob(pattern))
+            with contextlib.suppress(FileNotFoundError):  # a boundary that went meanwhile
+                self._marks.update(self.output.glob(pattern))
 
     def _kill(self, what: What) -> bool:
         """Kill it; whether there was one, at a time when the job was still at work."""
@@ -248,9 +254,16 @@ class Round:
             self._driver.wait()
 
 
-def command(model: SmallModel, recipe: Path, output: Path) -> list[str]:
+def write_recipe(name: str, folder: Path) -> Path:
+    """`recipe_of` as a file."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe_of(name).model_dump(mode="json")))
+    return path
+
+
+def command(model: SmallModel, recipe: Path, output: Path, workers: int = NUM_WORKERS) -> list[str]:
     return [
         *(sys.executable, "-m", "quant_jobs", "quantize", "--model", str(model.directory)),
         *("--recipe", str(recipe), "--calibration", str(model.text)),
-        *("--output", str(output), "--workers", str(NUM_WORKERS)),
+        *("--output", str(output), "--workers", str(workers)),
     ]

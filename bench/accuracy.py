@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -144,8 +145,8 @@ class Row:
 
 
 def cases() -> Iterator[Case]:
-    """Every run, each baseline before what is compared with it."""
-    for fmt, methods in MATRIX.items():
+    """Every run, each baseline before what is compared with it, INT4 first."""
+    for fmt, methods in sorted(MATRIX.items(), key=lambda item: item[0].startswith("int8")):
         for scope in SCOPES:
             for method in methods:
                 yield Case(fmt, scope, method)
@@ -157,7 +158,12 @@ def cases() -> Iterator[Case]:
 
 @app.command()
 def main(
-    save: Annotated[Path | None, typer.Option(help="Write the rows as JSON here.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the rows as JSON here, after each run.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Take the rows that are in --save already, of the same code.")
+    ] = False,
     only: Annotated[
         str, typer.Option(help="Regular expression: runs whose name holds it, and their baselines.")
     ] = "",
@@ -167,6 +173,7 @@ def main(
     model: Annotated[Path, typer.Option(help="A source with both texts beside it.")] = MODEL,
 ) -> None:
     """See the module's docstring."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves them beside anything else
     chosen = [case for case in cases() if re.search(only, case.name)]
     if not chosen:
         raise typer.BadParameter(f"--only {only!r} matches none of {[c.name for c in cases()]}")
@@ -175,7 +182,8 @@ def main(
     chosen = list(dict.fromkeys([one for case in chosen for one in (case.baseline, case)]))
     heldout = load_token_blocks(model / "heldout.txt", model, heldout_blocks, BLOCK_TOKENS)
     judge = Judge(model, heldout)
-    rows: list[Row] = []
+    rows = read_rows(save) if resume and save is not None and save.exists() else []
+    done = {row.case for row in rows}
     with (
         connect(num_cpus=workers),
         WorkerPool(workers) as pool,
@@ -183,13 +191,15 @@ def main(
         make_progress() as progress,
     ):
         for case in progress.track(chosen, description="accuracy"):
+            if case in done:
+                continue
             place = Path(folder) / case.name
             manifest = quantize(model, case.recipe(calibration_blocks), place, pool)
             rows.append(judge.score(case, manifest, place))
             shutil.rmtree(place)
             if save is not None:
                 write_atomic(save, json.dumps([_jsonable(row) for row in rows], indent=1).encode())
-    report(rows, judge.perplexity, heldout)
+    report([row for row in rows if row.case in chosen], judge.perplexity, heldout)
 
 
 def quantize(model: Path, recipe: Recipe, folder: Path, pool: WorkerPool) -> Manifest:
@@ -272,12 +282,27 @@ def report(rows: Sequence[Row], source_perplexity: float, heldout: TokenBlocks) 
 
 def versus(row: Row, baseline: Row) -> str:
     """Two cells: the share of the baseline's KL, and the paired difference with its interval."""
-    if row is baseline:
+    if row.case == baseline.case:
         return "1.00 |"
     pairs = torch.tensor(row.kl_B) - torch.tensor(baseline.kl_B)
     change = estimate(pairs[:, None])
     share = row.kl.value / baseline.kl.value
     return f"{share:.2f} | {change.value:+.5f} [{change.low:+.5f}, {change.high:+.5f}]"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What `--save` wrote."""
+    intervals = ("perplexity_ratio", "kl", "top1")
+    return [
+        Row(
+            case=Case(**one["case"]),
+            **{name: Interval(**one[name]) for name in intervals},
+            fallbacks=one["fallbacks"],
+            bytes=one["bytes"],
+            kl_B=tuple(one["kl_B"]),
+        )
+        for one in json.loads(path.read_text())
+    ]
 
 
 def _jsonable(row: Row) -> dict[str, Any]:

@@ -57,7 +57,6 @@ from torch import Tensor
 from deepseek.artifact import COPIED_FILES, ArtifactReader, pop_linear
 from deepseek.checkpoint import CheckpointReader
 from deepseek.cli import make_app, run
-from deepseek.config import ModelConfig
 from deepseek.files import save_tensors
 from deepseek.formats import decompress
 from deepseek.inventory import linears
@@ -248,6 +247,7 @@ def compete(contender: Contender, spec: dict[str, Any], python: Path, folder: Pa
     environment = os.environ | {
         MARK: mark,
         "PYTHONPATH": str(ROOT),
+        "RAY_worker_niceness": "0",  # as all others run; Ray's own 15 loses to whatever else runs
         "OMP_NUM_THREADS": "1" if contender.tool == "ours" else str(spec["threads"]),
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
@@ -404,7 +404,7 @@ class Judge:
         if tool == "ours":
             self._put(our_weights(ArtifactReader(directory)))
         else:
-            self._put(peer_weights(directory, self._config))
+            self._put(peer_weights(directory))
         scores = [
             compare_logits(logits, self._run(ids_T), ids_T)
             for logits, ids_T in zip(self._logits, self._ids_BT, strict=True)
@@ -435,7 +435,7 @@ def our_weights(artifact: ArtifactReader) -> Iterator[tuple[str, Tensor]]:
         yield from stored.items()
 
 
-def peer_weights(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def peer_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """The same of a checkpoint by llm-compressor (compressed-tensors, packed) or modelopt."""
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -494,8 +494,9 @@ def report(results: list[Result]) -> None:
             quality = f"{one.kl.value:.5f} [{one.kl.low:.5f}, {one.kl.high:.5f}] | {one.top1:.2%}"
         typer.echo(
             f"| {one.contender.tool} | {one.contender.name} | {one.job_s:.1f} "
-            f"| {one.seconds.get('import', 0):.1f} | {one.whole_s:.1f} | {one.cpu_s:.0f} | {one.resident / 1e6:.0f} "
-            f"| {one.anonymous / 1e6:.0f} | {one.output_bytes / 1e6:.1f} | {quality} |"
+            f"| {one.seconds.get('import', 0):.1f} | {one.whole_s:.1f} | {one.cpu_s:.0f} "
+            f"| {one.resident / 1e6:.0f} | {one.anonymous / 1e6:.0f} "
+            f"| {one.output_bytes / 1e6:.1f} | {quality} |"
         )
 
 

@@ -130,9 +130,10 @@ def save_tensors(
 ) -> SavedFile:
     """Write a safetensors file atomically; equal tensors and metadata give equal bytes.
 
-    The data begin at a multiple of 64 bytes and tensors of whole multiples of 64 bytes come first, so
-    that these can be mapped into memory and computed with; then in order of descending item size
-    and name, so that each is aligned to its items. They may have any strides and live on any device; one tensor at a time is copied to the host.
+    The data begin at a multiple of 64 bytes, and tensors of whole multiples of 64 bytes come first,
+    so that these can be mapped into memory and computed with; then it is descending item size and
+    name, so that each is aligned to its items. Tensors may have any strides and live on any device;
+    one at a time is copied to the host.
     """
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     order, raw, num_bytes = _lay_out(layout, metadata)

@@ -130,7 +130,7 @@ class WorkerPool:
             try:
                 results[index] = ray.get(reference)
             except (*_LOST, RayTaskError) as error:
-                if _is_loss(error):
+                if is_loss(error):
                     lost.append(index)
                 else:
                     failed = error
@@ -145,7 +145,7 @@ class WorkerPool:
         try:
             return ray.get(reference)
         except (*_LOST, RayTaskError) as error:
-            if _is_loss(error):
+            if is_loss(error):
                 raise WorkersLost([]) from error
             raise _cause(error) from None
 
@@ -263,7 +263,7 @@ class WorkerPool:
         self._awaited[place] = self._actors[place].ready.remote()
 
 
-def _is_loss(error: BaseException | None) -> bool:
+def is_loss(error: BaseException | None) -> bool:
     """Whether a worker or a node was lost; also where the call failed only because it was given
     the result of one that died."""
     while isinstance(error, RayTaskError) and not isinstance(error, _LOST):

@@ -8,6 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ray.exceptions import (
+    ActorDiedError,
+    ObjectLostError,
+    ObjectReconstructionFailedError,
+    OutOfMemoryError,
+    RayTaskError,
+)
 from support.kill_rounds import (
     NUM_LAYERS,
     NUM_WORKERS,
@@ -27,6 +34,9 @@ from support.namespaces import Network, NotPermitted
 from support.quantizing import SmallModel, contents
 from support.raylets import Raylets
 
+from deepseek.errors import CheckpointError
+from quant_jobs.pool import is_loss
+
 #: Files that an undisturbed run of the model on three workers brings forth: 10 layer files, 10
 #: parts, and one file of each worker for each of 7 boundaries.
 NUM_MARKS = 41
@@ -44,6 +54,7 @@ def cluster() -> Iterator[Raylets]:
         yield raylets
 
 
+@pytest.mark.timeout(900)
 def test_a_raylet_killed_in_the_middle_costs_no_byte_and_the_job_goes_on_with_those_left(
     model: SmallModel, tmp_path: Path
 ) -> None:
@@ -84,6 +95,7 @@ def test_twenty_rounds_of_kills_of_raylets_workers_and_drivers_change_no_byte(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_cluster_smaller_than_the_job_asks_for_is_used_as_it_is(
     cluster: Raylets, model: SmallModel, tmp_path: Path
 ) -> None:
@@ -98,6 +110,24 @@ def test_a_cluster_smaller_than_the_job_asks_for_is_used_as_it_is(
     assert outcome.identical
     assert [hit.what for hit in outcome.hits] == ["raylet", "driver"]
     assert "now on 2 workers" in one.report()
+
+
+def failed_with(cause: BaseException) -> RayTaskError:
+    """What Ray raises for a call that failed with `cause`."""
+    return RayTaskError("solve", "", cause)
+
+
+def test_every_word_of_rays_for_a_death_means_that_the_layer_is_redone() -> None:
+    deaths = [
+        ActorDiedError(),
+        ObjectReconstructionFailedError("0" * 56, None, ""),
+        OutOfMemoryError("the memory monitor killed it"),
+        failed_with(ActorDiedError()).as_instanceof_cause(),  # given the result of a dead worker
+        failed_with(failed_with(ObjectLostError("0" * 56, None, ""))),
+    ]
+    assert [is_loss(error) for error in deaths] == [True] * len(deaths)
+    others = [failed_with(ValueError("a bug")), failed_with(CheckpointError("not finite")), None]
+    assert [is_loss(error) for error in others] == [False] * len(others)
 
 
 def test_rounds_repeat_by_their_seed_and_spread_kills_over_the_whole_job() -> None:
@@ -121,6 +151,7 @@ def network() -> Iterator[Network]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_node_whose_network_link_is_cut_costs_no_byte(
     network: Network, model: SmallModel, tmp_path: Path
 ) -> None:

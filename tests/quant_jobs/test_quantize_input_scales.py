@@ -67,8 +67,10 @@ def test_at_the_guard_itself_nothing_clips() -> None:
     assert [entry.kind for entry in ledger] == ["outlier_input_scale"]
 
 
-def test_an_expert_without_tokens_has_no_say_and_is_noted() -> None:
-    amax, tokens = experts([1.0, 0.0, 2.0]), everywhere(experts([1.0, 0.0, 2.0]))
+@pytest.mark.parametrize("unrouted", [0.0, 3.0])  # 3.0: measured on tokens of other experts
+def test_an_expert_without_tokens_has_no_say_and_is_noted(unrouted: float) -> None:
+    amax = experts([1.0, unrouted, 2.0])
+    tokens = everywhere(amax)
     tokens |= {module(1, role): 0 for role in ROLES}
     scales, ledger = agree(amax, tokens)
     assert scales[module(1, "gate_proj")] == 2.0 / FP8_MAX

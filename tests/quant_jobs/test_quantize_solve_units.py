@@ -496,6 +496,26 @@ def test_smoothed_weights_are_the_folded_ones_to_half_a_step(layer: int) -> None
     assert account.kv_latent_amax == float((seen.amax / divided).max())
 
 
+def all_experts(one: Layer) -> Unit:
+    """The experts of the layer as one unit; a small layer's units have one expert each."""
+    those = [unit for unit in units(one.config, one.layer) if unit.experts]
+    assert len(those) == one.config.n_routed_experts
+    modules, blocks, experts = zip(*((u.modules, u.blocks, u.experts) for u in those), strict=True)
+    return Unit("mlp", sum(modules, ()), sum(blocks, ()), sum(experts, ()))
+
+
+@pytest.mark.parametrize(
+    "rule", [GPTQ, GPTQ | {"act_order": True}, AWQ], ids=["gptq", "gptq-order", "awq"]
+)
+def test_experts_solved_together_are_those_solved_alone_to_the_bit(rule: dict[str, Any]) -> None:
+    one, recipe = a_layer(MOE), a_recipe(rule)
+    packed, account, _ = solve(one, recipe, [all_experts(one)])
+    alone, every, _ = solved(MOE, recipe)
+    assert_same(packed, {name: t for name, t in alone.items() if ".experts." in name})
+    assert account.errors.items() <= every.errors.items()
+    assert account.tokens.items() <= every.tokens.items()
+
+
 def test_schemes_may_differ_from_one_linear_to_the_next() -> None:
     """Experts whose gate or up is not GPTQ's fit in no batch of pairs."""
     one = a_layer(MOE)
@@ -508,7 +528,7 @@ def test_schemes_may_differ_from_one_linear_to_the_next() -> None:
     )
     recipe = a_recipe(*rules)
     schemes = recipe.resolve(one.config)
-    packed, account, _ = solved(MOE, recipe)
+    packed, account, _ = solve(one, recipe, [all_experts(one)])
     whole, _, _ = solved(MOE, a_recipe(GPTQ))
     for expert in (0, 1, 2, 4):
         for role in MLP_ROLES:

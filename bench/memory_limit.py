@@ -1,6 +1,6 @@
 """A model several times larger than the memory that the whole job may use.
 
-    python bench/memory_limit.py [--limit-gb 3] [--times 4] [--recipe int4] [--workers 1]
+    python bench/memory_limit.py [--limit-gb 4.5] [--times 4] [--recipe int4] [--workers 1]
 
 Makes a synthetic model of true DeepSeek-V3 layers, `--times` as large as the limit, and quantizes
 it in a cgroup with that limit: driver, Ray with its object store, workers, and the page cache of
@@ -25,13 +25,13 @@ app = make_app(__doc__ or "")
 
 @app.command()
 def main(
-    limit_gb: Annotated[float, typer.Option(min=0.5, help="Limit in 10^9 bytes.")] = 3,
+    limit_gb: Annotated[float, typer.Option(min=0.5, help="Limit in 10^9 bytes.")] = 4.5,
     times: Annotated[float, typer.Option(min=0.1, help="Size of the model over the limit.")] = 4,
     recipe: Annotated[str, typer.Option(help="A built-in recipe.")] = "int4",
     workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
-    experts: Annotated[int, typer.Option(min=2, help="Routed experts per MoE layer.")] = 16,
+    experts: Annotated[int, typer.Option(min=2, help="Routed experts per MoE layer.")] = 12,
     num_blocks: Annotated[int, typer.Option(min=4, help="Blocks of calibration text.")] = 4,
-    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens per block.")] = 256,
+    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens per block.")] = 64,
     output: Annotated[Path, typer.Option(help="Where model and artifact go.")] = ROOT
     / "runs"
     / "bench-memory",

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,7 +137,9 @@ def main(
     blocks: Annotated[int, typer.Option(min=1, help="Calibration blocks of 512 tokens.")] = 32,
     heldout_blocks: Annotated[int, typer.Option(min=2)] = 24,
     threads: Annotated[int, typer.Option(min=1)] = 2,
-    only: Annotated[list[str] | None, typer.Option(help="Tools to run.")] = None,
+    only: Annotated[
+        str, typer.Option(help="Regular expression: jobs whose tool and method hold it.")
+    ] = "",
     save: Annotated[Path | None, typer.Option(help="Write the results as JSON here.")] = None,
 ) -> None:
     """See the module's docstring."""
@@ -157,7 +160,8 @@ def main(
         )
         save_tensors(folder / "tokens.safetensors", {"ids": found.ids})
         for contender in CONTENDERS:
-            if contender.tool not in (only or pythons) or contender.tool not in pythons:
+            wanted = re.search(only, f"{contender.tool} {contender.name}")
+            if contender.tool not in pythons or not wanted:
                 continue
             spec = specify(contender, folder, model, calibration, found, threads)
             result = compete(contender, spec, pythons[contender.tool], folder)

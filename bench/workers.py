@@ -45,7 +45,7 @@ def main(
         f"`{recipe}` on {num_blocks} x {block_tokens} tokens; {os.cpu_count()} cores.\n"
     )
     typer.echo(
-        "| workers | wall s | without start-up s | of 1 worker | source read GB | of the model "
+        "| workers | wall s | without start-up s | of the first | source read GB | of the model "
         "| a worker's own memory GB | all processes GB | artifact |\n|---:|" + "---:|" * 7 + "---|"
     )
     digests: set[str] = set()

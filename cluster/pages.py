@@ -1,4 +1,4 @@
-"""The generated pages of docs/: what plans say, and what each target loads.
+"""The generated pages of docs/: what plans say, what each target loads, what a job takes.
 
     python -m cluster.pages docs
 
@@ -8,9 +8,11 @@ A test regenerates them and compares, so the documentation is what the code says
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.deployability import check, served_schemes
+from cluster.estimate_pages import quantize_page
 from cluster.hardware import parse_hardware
 from cluster.matrix import (
     FORMATS,
@@ -135,7 +137,11 @@ def deployability_page() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"plans.md": plans_page, "deployability.md": deployability_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "plans.md": plans_page,
+    "deployability.md": deployability_page,
+    "quantize-671b.md": lambda: quantize_page(_NOTICE),
+}
 
 
 def _plan_row(plan: Plan) -> str:

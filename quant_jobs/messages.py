@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepseek.files import ALIGNMENT
 from deepseek.manifest import Fallback
 from deepseek.recipe import Recipe
 from quant_jobs.calibrate import InputShare
@@ -125,4 +126,6 @@ def _restore(parts: tuple[np.ndarray[Any, Any], torch.dtype, tuple[int, ...]]) -
     with warnings.catch_warnings():
         # The memory is the object store's and read-only, which torch cannot express.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(flat).view(dtype).view(shape)
+        tensor = torch.from_numpy(flat).view(dtype).view(shape)
+    # MKL's products round differently on memory that does not begin at a cache line.
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

@@ -2,7 +2,8 @@
 
 compressed-tensors decompresses every linear, transformers runs the result in FP32; the engine runs
 its low-bit kernels on the same artifact. What may differ is stated per recipe: BF16 activations in
-the INT4 and weight-only kernels, INT8 activations (which transformers does not apply) for `int8`.
+the INT4 and weight-only kernels, and INT8 or FP8 activations, which transformers does not apply,
+for `int8` and `w4a8`. How the library rounds FP8 inputs is held against ours apart.
 """
 
 from __future__ import annotations
@@ -14,22 +15,38 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.utils import match_name
 from safetensors.torch import load_file
 from support.engines import make_artifact, make_engine
+from support.jobs import WorkerHere
 from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
+from deepseek.artifact import ArtifactReader
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
+from deepseek.engine.packed import pack_engine
+from deepseek.formats import fake_quantize_fp8
+from deepseek.recipe import Recipe, load_recipe
+from quant_jobs.quantize import Run, plan_job
+from quant_jobs.resume import JobFolder
 
 #: Largest median and mean KL in nats per token, and largest relative error of the logits. The mean
 #: is larger because a rounding can send a token to other experts; few tokens make up most of it.
 TOLERANCE = {
     "int8": (1e-3, 5e-3, 0.05),
     "int8-weight-only": (1e-4, 5e-3, 0.03),
+    "int8-asym": (1e-4, 5e-3, 0.03),
     "int4-all": (1e-4, 5e-3, 0.03),
     "int4-asym": (1e-4, 5e-3, 0.03),
+    "w4a8": (1e-3, 5e-3, 0.05),
+}
+#: The same for artifacts of a calibrated job.
+CALIBRATED = {
+    "int4-all-gptq": TOLERANCE["int4-all"],
+    "int4-all-awq": TOLERANCE["int4-all"],
+    "w4a8": TOLERANCE["w4a8"],
 }
 NUM_TOKENS = 384
 
@@ -51,17 +68,76 @@ def test_compressed_tensors_and_transformers_alone_give_the_engines_logits(
     recipe: str, tiny_model: Path, base: Path, token_ids: Tensor
 ) -> None:
     artifact = make_artifact(tiny_model, recipe, base)
+    assert_agreement(
+        artifact, make_engine(tiny_model, recipe, base), token_ids, TOLERANCE[recipe], recipe
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", CALIBRATED)
+def test_artifacts_of_calibrated_jobs_are_read_alike(
+    recipe: str, tiny_model: Path, tmp_path: Path, token_ids: Tensor
+) -> None:
+    """GPTQ with activation order and without, AWQ with folded scales, measured FP8 scales."""
+    content = load_recipe(recipe).model_dump(mode="json")
+    for rule in content["rules"]:
+        rule["act_order"] = rule["algorithm"] == "gptq" and recipe == "int4-all-gptq"
+    content["calibration"] = {"num_blocks": 8, "block_tokens": 512}
+    artifact = tmp_path / "artifact"
+    job = plan_job(
+        tiny_model, Recipe.model_validate(content), tiny_model / "calibration.txt", artifact
+    )
+    threads = torch.get_num_threads()
+    try:
+        with JobFolder(artifact, job.fingerprint) as folder:
+            Run(job, folder, WorkerHere(), lambda _: None).run()  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+    pack_engine(ArtifactReader(artifact), tmp_path / "engine")
+    assert_agreement(artifact, tmp_path / "engine", token_ids, CALIBRATED[recipe], recipe)
+
+
+def test_the_library_rounds_static_fp8_inputs_as_the_engine_does(
+    tiny_model: Path, base: Path
+) -> None:
+    """Scheme and scale as the artifact has them; values within, at and beyond the range."""
+    artifact = make_artifact(tiny_model, "w4a8", base)
+    raw = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
+    quantization = QuantizationConfig.model_validate(raw["quantization_config"])
+    module = "model.layers.2.mlp.experts.7.down_proj"
+    scheme = library_scheme(quantization, module)
+    assert scheme is not None
+    assert scheme.input_activations is not None
+    stored: dict[str, Tensor] = {}
+    for shard in artifact.glob("*layer-00002*.safetensors"):
+        stored |= load_file(shard)
+    scale = stored[f"{module}.input_scale"]
+    x = 20 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    x[0, :3] = torch.tensor([0.0, 448 * scale.item(), -1e4])
+    theirs = fake_quantize(
+        x, scale, torch.zeros_like(scale), scheme.input_activations, global_scale=None
+    )
+    assert torch.equal(theirs, fake_quantize_fp8(x, scale))
+
+
+def assert_agreement(
+    artifact: Path,
+    engine_dir: Path,
+    token_ids: Tensor,
+    tolerance: tuple[float, float, float],
+    recipe: str,
+) -> None:
     with torch.no_grad():
         expected = decompressed_model(artifact)(token_ids[None]).logits[0]
-    engine = LLMEngine.load(make_engine(tiny_model, recipe, base), EngineOptions(kv_cache="bf16"))
-    found = engine.score(token_ids)
+    found = LLMEngine.load(engine_dir, EngineOptions(kv_cache="bf16")).score(token_ids)
 
     source, other = expected.log_softmax(-1), found.log_softmax(-1)
     kl_T = (source.exp() * (source - other)).sum(-1)
     error = ((found - expected).norm() / expected.norm()).item()
     measured = (kl_T.median().item(), kl_T.mean().item(), error)
-    within = [value <= limit for value, limit in zip(measured, TOLERANCE[recipe], strict=True)]
-    assert all(within), f"{recipe=} {measured=} {TOLERANCE[recipe]=}"
+    within = [value <= limit for value, limit in zip(measured, tolerance, strict=True)]
+    assert all(within), f"{recipe=} {measured=} {tolerance=}"
 
 
 def decompressed_model(artifact: Path) -> DeepseekV3ForCausalLM:

@@ -3,6 +3,9 @@ right."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.accuracy import MODEL, Case, Row, cases, read_rows
-from bench.peers import Watch, peer_weights
+from bench.accuracy import MODEL, Case, cases
+from bench.peers import MARK, Watch, peer_weights
 from deepseek.checkpoint import CheckpointReader
 from quant_jobs.folding import wanted_sets
 
@@ -88,21 +91,20 @@ def test_modelopt_packs_as_we_unpack(tmp_path: Path, codes: Tensor, scale: Tenso
     from modelopt.torch.export.quant_utils import pack_int4_in_uint8
 
     weight = expected(codes, scale)
-    packed = pack_int4_in_uint8(weight, scale.float())
+    packed = pack_int4_in_uint8(weight, scale.float(), GROUP)
     save_file({"a.weight": packed, "a.weight_scale": scale}, tmp_path / "model.safetensors")
     assert torch.equal(dict(peer_weights(tmp_path))["a.weight"], weight)
 
 
-def test_a_job_is_watched_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is not ours by descent counts by its mark alone."""
-    import subprocess
-    import sys
-
-    from bench.peers import MARK
-
-    hold = "import time; kept = bytearray(b'x' * 100_000_000); time.sleep(2)"
+def test_a_job_is_watched_with_all_that_bears_its_mark() -> None:
+    """By its mark alone: Ray's daemons are nobody's children."""
+    hold = "import time; kept = bytearray(b'x' * 100_000_000); time.sleep(1)"
     with Watch("one-mark") as watch:
-        monkeypatch.setenv(MARK, "one-mark")
-        subprocess.run([sys.executable, "-c", hold], check=True, start_new_session=True)
+        subprocess.run(
+            [sys.executable, "-c", hold],
+            env=os.environ | {MARK: "one-mark"},
+            check=True,
+            start_new_session=True,
+        )
     assert 100_000_000 <= watch.anonymous <= watch.resident < 200_000_000
     assert watch.cpu_s > 0

@@ -1,0 +1,136 @@
+"""docs/quantize-671b.md: the paper model of quantizing the whole DeepSeek-V3."""
+
+from __future__ import annotations
+
+from cluster.estimate import LEVERS, Estimate, gb, make_estimate, minutes, with_levers
+from cluster.job_model import PHASES, bytes_read, bytes_written, peak_bytes
+from cluster.job_rates import GPU, inputs
+from cluster.job_work import pieces
+from deepseek.config import DEEPSEEK_V3
+from deepseek.recipe import load_recipe
+
+_RECIPES = (
+    *("int4", "int8-smoothquant", "int4-awq", "int4-gptq"),
+    *("int4-all", "int4-all-awq", "int4-all-gptq"),
+)
+_NODES = (1, 2, 4)
+#: GPTQ, 4 bits, groups of 128, R1-671B, 512 x 4096 tokens, 8 x H100 [IST-DASLab/MoE-Quant].
+_MOE_QUANT_S = 2 * 3600.0
+
+_BUILT = (
+    "**What is built.** The schedule (`quant_jobs/layer_run.py`), the sharing of reading, solving "
+    "and packing, the exchange through Ray's object store, waves, background writing: built, and "
+    "tested on CPU workers over several raylets. **What is not:** no flag puts a worker on a GPU "
+    "yet (`WorkerJob.device` exists, dense layers fail there), nothing was run on one, and none of "
+    "the changes below is made. So these times are of the present schedule on hardware that it has "
+    "not seen."
+)
+
+
+def quantize_page(notice: str) -> str:
+    """The page. `notice` is its first line."""
+    made = {
+        (name, nodes): make_estimate(DEEPSEEK_V3, load_recipe(name), nodes)
+        for name in _RECIPES
+        for nodes in _NODES
+    }
+    gptq = made["int4-gptq", 1]
+    measured = pieces()
+    lines = [
+        notice,
+        "# Quantizing 671B: time and memory, on paper",
+        "",
+        f"`python -m cluster estimate --recipe RECIPE --nodes N` on nodes of 8 {GPU.name}, "
+        f"{gptq.job.num_blocks} x {gptq.job.block_tokens} calibration tokens, storage "
+        f"{gptq.storage / 1e9:g} GB/s a node. *Floor*: no job of this schedule is faster on "
+        "hardware of these peaks. *Expected*: with the fractions and overheads of the table of "
+        "inputs. GB are 1e9 bytes.",
+        "",
+        _BUILT,
+        "",
+        "## Time and memory",
+        "",
+        "| recipe | nodes | floor min | expected min | most of it | GPU GB | host GB "
+        "| of it object store | fits |",
+        "|---|---:|---:|---:|---|---:|---:|---:|---|",
+        *(_row(estimate) for estimate in made.values()),
+        "",
+        _against_moe_quant(gptq),
+        "",
+        "More nodes hardly help as long as the exchange is the limit: every node gets the "
+        "activations of all tokens, whatever its share of the experts. The list of changes below "
+        "says what would.",
+        "",
+        "## Where the time goes: `int4-gptq`",
+        "",
+        f"| minutes | {' | '.join(f'{n} nodes floor | expected' for n in _NODES)} |",
+        f"|---|{'---:|' * (2 * len(_NODES))}",
+        *(_phase_row(name, [made["int4-gptq", n] for n in _NODES]) for name in PHASES),
+        "",
+        "Reading and writing go on beside the rest. "
+        f"{gb(bytes_read(gptq.job))} GB are read, each byte once whatever the number of nodes; "
+        f"{gb(bytes_written(gptq.job)[0])} GB of artifact and {gb(bytes_written(gptq.job)[1])} GB "
+        "of boundaries, from which a killed job resumes, are written.",
+        "",
+        "## What would make it faster",
+        "",
+        "`int4-gptq`, expected minutes, each change on top of those above it.",
+        "",
+        f"| change | {' | '.join(f'{n} nodes' for n in _NODES)} |",
+        f"|---|{'---:|' * len(_NODES)}",
+        *_lever_rows([made["int4-gptq", n] for n in _NODES]),
+        "",
+        "## Inputs",
+        "",
+        f"Measured: {measured['machine']}. Work per weight (kernels, bytes, FLOP) was counted from "
+        "the operators that the solvers dispatch; shapes and bytes follow from the model.",
+        "",
+        "| input | value | unit | kind | where from |",
+        "|---|---:|---|---|---|",
+        *(
+            f"| {one.name} | {one.value:.4g} | {one.unit} | {one.source} | {one.where} |"
+            for one in inputs().values()
+        ),
+        "",
+        "## Held against a run",
+        "",
+        "`python bench/job_model.py` runs jobs of true-shape layers and compares, with the rates "
+        "of the machine it runs on. Bytes read agree exactly; the times have not been compared on "
+        "an idle machine yet, so no factor is claimed.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(estimate: Estimate) -> str:
+    host, store, gpu = peak_bytes(estimate.uses)
+    job, expected = estimate.job, estimate.expected
+    cells = [
+        f"`{job.recipe.name}`", str(job.nodes), minutes(estimate.floor.total),
+        minutes(expected.total), expected.limit, gb(gpu), gb(host + store), gb(store),
+        "yes" if estimate.fits else "no",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _against_moe_quant(gptq: Estimate) -> str:
+    ratio = gptq.expected.total / _MOE_QUANT_S
+    best = with_levers(gptq, len(LEVERS)).total / _MOE_QUANT_S
+    return (
+        "MoE-Quant reports 120 minutes for GPTQ of the experts, groups of 128, on as many tokens "
+        f"and 8 x H100, all experts resident: `int4-gptq` on one node is expected at {ratio:.2f}x "
+        f"that, {best:.2f}x with all changes below, and does not need the model to fit in memory."
+    )
+
+
+def _phase_row(name: str, estimates: list[Estimate]) -> str:
+    cells = [minutes(time.phase(name)) for one in estimates for time in (one.floor, one.expected)]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _lever_rows(estimates: list[Estimate]) -> list[str]:
+    rows = [f"| as it is | {' | '.join(minutes(one.expected.total) for one in estimates)} |"]
+    for number, (name, _) in enumerate(LEVERS, 1):
+        times = [minutes(with_levers(one, number).total) for one in estimates]
+        rows.append(f"| {name} | {' | '.join(times)} |")
+    return rows

@@ -133,7 +133,7 @@ class WorkerPool:
                 if is_loss(error):
                     lost.append(index)
                 else:
-                    failed = error
+                    failed = failed or error
         if lost:
             raise WorkersLost(lost)
         if failed is not None:

@@ -524,9 +524,9 @@ class Worker:
     def _routed_on_device(self, routed: Routed) -> Routed:
         if self._device.type == "cpu":
             return routed
-        assert routed.experts is not None
-        assert routed.weights is not None
         to = self._device
+        if routed.experts is None or routed.weights is None:  # a dense layer
+            return Routed(routed.z.to(to))
         return Routed(routed.z.to(to), routed.experts.to(to), routed.weights.to(to))
 
     def _count(self, step: str, seconds: float) -> None:

@@ -1,124 +1,192 @@
-"""`python -m cluster estimate` against real runs: bytes, and seconds at this machine's rates.
+"""`python -m cluster estimate` held against real jobs: bytes, and seconds at this machine's rates.
 
-    python bench/job_model.py [--recipe int4-gptq] [--workers 1] [--save]
+    python bench/pieces.py --save cluster/pieces.json && python bench/job_model.py [--save]
 
-Quantizes a synthetic model of true DeepSeek-V3 layers with few experts, and predicts the same job
-from `cluster/pieces.json`, which must have been measured on this very machine (`bench/pieces.py`).
-Bytes read must agree exactly, or the script fails. Seconds are of the layers, from the first
-attention to the last layer's file: starting Ray and loading libraries is not predicted. Prints
-Markdown; `--save` puts the result beside the pieces, for docs/quantize-671b.md.
+Quantizes a synthetic model (half of DeepSeek-V3's widths, few experts) with one worker in this
+process, without Ray, and predicts the same job from `cluster/pieces.json`, which must have been
+measured on this very machine. Bytes read must agree exactly, or the script fails. Seconds are CPU
+seconds of the worker, in the job as in the pieces, so that neighbours on a shared machine count
+little; what waits (Ray, disks, the network, overlap) is therefore not tested here. Prints Markdown;
+`--save` puts the result beside the pieces, for docs/quantize-671b.md.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
-from watched import ROOT, make_model, quantize, write_recipe
+from watched import ROOT, TEXT, write_recipe
 
-from cluster.job_model import JobTime, bytes_read, bytes_written, job_time
+from cluster.job_model import bytes_read, bytes_written, job_time
 from cluster.job_rates import machine_rates
 from cluster.job_work import PIECES, Job, pieces
 from deepseek.cli import make_app, run
-from deepseek.recipe import load_recipe
-from deepseek.synthetic import Size
+from deepseek.synthetic import Size, synthesize, synthetic_config
+from quant_jobs.quantize import JobFolder, Run, plan_job
+from quant_jobs.worker import Worker
 
-STEPS = ("attend", "solve", "carry")
+#: Calls of a worker -> the section of the schedule that they belong to.
+SECTION = {
+    **dict.fromkeys(("trunk", "attend", "observe"), "attend"),
+    **dict.fromkeys(("weigh", "lose", "solve", "keep"), "solve"),
+    **dict.fromkeys(("adopt", "reattend", "run_experts", "combine", "store"), "carry"),
+    "write": "write",
+}
+STEPS = ("read", "attend", "solve", "carry", "write")
 app = make_app(__doc__ or "")
+
+
+class TimedWorker:
+    """A pool of one worker in this process; CPU seconds of its calls add up by section."""
+
+    size, places = 1, [0]
+
+    def __init__(self) -> None:
+        self._worker = Worker()
+        self.seconds = dict.fromkeys(STEPS, 0.0)
+
+    def __len__(self) -> int:
+        return 1
+
+    def submit(self, call: Callable[..., Any], indices: Sequence[int] | None = None) -> list[Any]:
+        return [call(self, 0)] if indices is None or list(indices) else []
+
+    each = submit
+
+    def get(self, reference: Any) -> Any:
+        return reference
+
+    share = get
+
+    def admit(self) -> bool:
+        return False
+
+    def describe(self) -> str:
+        return "one worker in this process"
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._worker, name)
+
+        def timed(*arguments: Any) -> Any:
+            started = time.thread_time()
+            found = call(*arguments)
+            if name in SECTION:
+                self.seconds[SECTION[name]] += time.thread_time() - started
+            return found
+
+        return SimpleNamespace(remote=timed)
+
+    def count_reading(self) -> None:
+        """Have the thread that reads ahead be timed too."""
+        read = self._worker._read
+
+        def timed(layer: int, what: str) -> Any:
+            started = time.thread_time()
+            found = read(layer, what)
+            self.seconds["read"] += time.thread_time() - started
+            return found
+
+        self._worker._read = timed  # type: ignore[method-assign]
 
 
 @app.command()
 def main(
-    recipe: Annotated[list[str] | None, typer.Option(help="Default: int4, int4-gptq.")] = None,
-    workers: Annotated[list[int] | None, typer.Option(min=1, help="Default: 1.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Default: four.")] = None,
     layers: Annotated[int, typer.Option(min=2, help="One of them dense.")] = 3,
-    experts: Annotated[int, typer.Option(min=2)] = 4,
+    experts: Annotated[int, typer.Option(min=2)] = 8,
     num_blocks: Annotated[int, typer.Option(min=1)] = 4,
-    block_tokens: Annotated[int, typer.Option(min=16)] = 256,
+    block_tokens: Annotated[int, typer.Option(min=16)] = 512,
     save: Annotated[bool, typer.Option("--save")] = False,
     output: Annotated[Path, typer.Option()] = ROOT / "runs" / "bench-job-model",
 ) -> None:
     """See the module's docstring."""
-    output.mkdir(parents=True, exist_ok=True)
-    size = Size(layers=layers, experts=experts, vocab=258)
-    model = make_model(output / f"model-{layers}x{experts}", size)
-
-    typer.echo(
-        f"{layers} true-shape layers, {experts} experts, {num_blocks} x {block_tokens} tokens; "
-        f"load average {os.getloadavg()[0]:.1f}.\n\n"
-        "| recipe | workers | | attend s | solve s | carry s | layers s | read s | read bytes "
-        "| written bytes |\n|---|---:|---|" + "---:|" * 7
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    size = Size(
+        layers=layers, experts=experts, vocab=258, hidden=3584, intermediate=9216,
+        moe_intermediate=1024, heads=64,
+    )  # fmt: skip
+    synthesize(output / "model", synthetic_config(size))
+    shape = (
+        f"{layers} layers of half of DeepSeek-V3's widths, {experts} experts, {num_blocks} x "
+        f"{block_tokens} tokens"
     )
+    typer.echo(f"{shape}; load average {os.getloadavg()[0]:.1f}.\n\n{HEADER}")
     checks = []
-    for name in recipe or ["int4", "int4-gptq"]:
+    for name in recipe or ["int4", "int8-smoothquant", "int4-awq", "int4-gptq"]:
         path = write_recipe(output / f"{name}.yaml", name, num_blocks, block_tokens)
-        for count in workers or [1]:
-            job = Job(
-                config=model.config,
-                recipe=load_recipe(str(path)),
-                nodes=1,
-                per_node=count,
-                tokens=num_blocks * block_tokens,
-                block_tokens=block_tokens,
-            )
-            predicted = of_estimate(job)
-            shutil.rmtree(output / "artifact", ignore_errors=True)
-            found = of_report(quantize(model.directory, path, output / "artifact", count).report)
-            checks.append(
-                {"recipe": name, "workers": count, "predicted": predicted, "measured": found}
-            )
-            for kind, one in (("predicted", predicted), ("measured", found)):
-                typer.echo(row(name, count, kind, one))
-            if predicted["bytes_read"] != found["bytes_read"]:
-                raise SystemExit("bench: the estimate's bytes read are not those of the run")
-    shutil.rmtree(output / "artifact", ignore_errors=True)
+        checks.append({"recipe": name, **check(output, path)})
+        typer.echo("\n".join(rows(checks[-1])))
+        if checks[-1]["predicted_bytes_read"] != checks[-1]["bytes_read"]:
+            raise SystemExit("bench: the estimate's bytes read are not those of the run")
+    shutil.rmtree(output)
     if save:
-        shape = {"layers": layers, "experts": experts, "blocks": num_blocks, "tokens": block_tokens}
         content = pieces() | {"checks": {"shape": shape, "runs": checks}}
         PIECES.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def of_estimate(job: Job) -> dict[str, Any]:
-    time = job_time(job, machine_rates(pieces(), start=0.0))
-    written, boundaries = bytes_written(job)
-    return {
-        **{step: sum(layer.sections[step] for layer in time.layers) for step in STEPS},
-        "layers": layers_seconds(time),
-        "read": time.phase("read"),
-        "bytes_read": bytes_read(job),
-        "bytes_written": written + boundaries,
-    }
-
-
-def layers_seconds(time: JobTime) -> float:
-    return replace(time, start=0.0, carried=0.0).total
-
-
-def of_report(report: dict[str, Any]) -> dict[str, Any]:
-    """The driver's account by step; what it waits for a layer's file is part of `layers` only."""
-    steps = [layer["seconds"] for layer in report["layers"] if layer["layer"] != "globals"]
-    return {
-        **{step: sum(one.get(step, 0.0) for one in steps) for step in STEPS},
-        "layers": sum(sum(one.get(step, 0.0) for step in (*STEPS, "write")) for one in steps),
-        "read": max(worker["seconds"]["read"] for worker in report["workers"]),
-        "bytes_read": report["driver_bytes_read"]
-        + sum(worker["bytes_read"] for worker in report["workers"]),
-        "bytes_written": report["driver_bytes_written"]
-        + sum(worker["bytes_written"] for worker in report["workers"]),
-    }
-
-
-def row(recipe: str, workers: int, kind: str, one: dict[str, Any]) -> str:
-    seconds = " | ".join(f"{one[step]:.1f}" for step in (*STEPS, "layers", "read"))
-    return (
-        f"| `{recipe}` | {workers} | {kind} | {seconds} | {one['bytes_read']:,} "
-        f"| {one['bytes_written']:,} |"
+def check(folder: Path, recipe: Path) -> dict[str, Any]:
+    """One job, predicted and run; seconds by step, bytes."""
+    planned = plan_job(folder / "model", recipe=str(recipe), calibration=TEXT, output=folder / "a")
+    settings = planned.recipe.calibration
+    job = Job(
+        config=planned.source.config,
+        recipe=planned.recipe,
+        nodes=1,
+        per_node=1,
+        tokens=settings.num_blocks * settings.block_tokens,
+        block_tokens=settings.block_tokens,
     )
+    pool = TimedWorker()
+    pool.count_reading()
+    with JobFolder(planned.output, planned.fingerprint) as held:
+        Run(planned, held, pool, lambda _: None).run()  # type: ignore[arg-type]
+    report = json.loads((planned.output / "job_report.json").read_text())
+    shutil.rmtree(planned.output)
+    return {
+        "predicted": predicted_seconds(job),
+        "measured": pool.seconds,
+        "predicted_bytes_read": bytes_read(job),
+        "predicted_bytes_written": sum(bytes_written(job)),
+        **{
+            f"bytes_{what}": report[f"driver_bytes_{what}"]
+            + sum(worker[f"bytes_{what}"] for worker in report["workers"])
+            for what in ("read", "written")
+        },
+    }
+
+
+def predicted_seconds(job: Job) -> dict[str, float]:
+    """One worker's CPU seconds: nothing is put anywhere, and no call waits."""
+    rates = replace(machine_rates(pieces(), start=0.0), put=math.inf, call=0.0)
+    layers = job_time(job, rates).layers
+    found = {step: sum(layer.sections.get(step, 0.0) for layer in layers) for step in STEPS}
+    return found | {step: sum(layer.phases[step] for layer in layers) for step in ("read", "write")}
+
+
+HEADER = (
+    "| recipe | CPU seconds | read | attend | solve | carry | write | together | bytes read "
+    "| written |\n|---|---|" + "---:|" * 8
+)
+
+
+def rows(one: dict[str, Any]) -> list[str]:
+    found = []
+    for kind, prefix in (("predicted", "predicted_"), ("measured", "")):
+        seconds = [one[kind][step] for step in STEPS]
+        cells = [f"`{one['recipe']}`", kind, *(f"{s:.1f}" for s in (*seconds, sum(seconds)))]
+        cells += [f"{one[f'{prefix}bytes_{what}']:,}" for what in ("read", "written")]
+        found.append(f"| {' | '.join(cells)} |")
+    return found
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ inputs, ours folds all that it uses, and has none left over.
 
 "job" is loading, quantizing and saving; "whole" is the process with its imports, and with Ray. On
 a machine that is not idle look at CPU seconds, which count all of the job's processes.
-Memory is of all processes of the job (Ray's with ours), sampled ten times a second: "resident" is
-the sum of proportional set sizes, "of it anonymous" leaves out pages that are files' (mapped
+Memory is of all processes of the job (Ray's with ours), sampled five times a second, of gigabytes
+more rarely, so that watching costs 5 % of a core at most: "resident" is the sum of proportional set sizes, "of it anonymous" leaves out pages that are files' (mapped
 weights and libraries, which the kernel may drop).
 
 A random checkpoint of some gigabytes, where memory shows (its KL says nothing about a model that
@@ -70,7 +70,10 @@ JOBS = ROOT / "bench" / "peer_jobs.py"
 
 #: Set in the environment of a job, so that all of its processes are known, Ray's daemons too.
 MARK = "INTSERVE_BENCH_JOB"
-SAMPLE_S = 0.1
+#: Least time between two samples, and how many times its own cost the watch waits: the kernel walks
+#: a process's pages for each, which takes a tenth of a second per few gigabytes.
+SAMPLE_S = 0.2
+SAMPLE_REST = 20
 BLOCK_TOKENS = 512
 
 app = make_app(__doc__ or "")
@@ -319,7 +322,9 @@ class Watch:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
+        rest_s = SAMPLE_S
+        while not self._stop.wait(rest_s):
+            begun = time.monotonic()
             total = files = 0
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
@@ -333,6 +338,7 @@ class Watch:
                 files += sizes.get("Pss_File", 0)
             self.resident = max(self.resident, total)
             self.anonymous = max(self.anonymous, total - files)
+            rest_s = max(SAMPLE_S, SAMPLE_REST * (time.monotonic() - begun))
 
 
 def cpu_s(process: Path) -> float:

@@ -2,15 +2,17 @@
 
     python bench/memory_limit.py [--limit-gb 4.5] [--times 4] [--recipe int4] [--workers 1]
 
-Makes a synthetic model of true DeepSeek-V3 layers, `--times` as large as the limit, and quantizes
-it in a cgroup with that limit: driver, Ray with its object store, workers, and the page cache of
-all they read and write. Where no cgroup can be made, the limit is RLIMIT_AS of each process; the
-result says which it was. Prints Markdown; fails if the job does.
+Makes a synthetic model of true DeepSeek-V3 layers (or narrower ones, which need less time),
+`--times` as large as the limit, and quantizes it in a cgroup with that limit: driver, Ray with its
+object store, workers, and the page cache of all they read and write. Where no cgroup can be made,
+the limit is RLIMIT_AS of each process; the result says which it was. Prints Markdown; fails if the
+job does.
 """
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,10 @@ def main(
     recipe: Annotated[str, typer.Option(help="A built-in recipe.")] = "int4",
     workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
     experts: Annotated[int, typer.Option(min=2, help="Routed experts per MoE layer.")] = 12,
+    hidden: Annotated[int | None, typer.Option(help="True shapes without these four.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="Of the dense layer.")] = None,
+    moe_intermediate: Annotated[int | None, typer.Option(help="Of one expert.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Of the attention.")] = None,
     num_blocks: Annotated[int, typer.Option(min=4, help="Blocks of calibration text.")] = 4,
     block_tokens: Annotated[int, typer.Option(min=16, help="Tokens per block.")] = 64,
     output: Annotated[Path, typer.Option(help="Where model and artifact go.")] = ROOT
@@ -39,7 +45,15 @@ def main(
     """See the module's docstring."""
     output.mkdir(parents=True, exist_ok=True)
     limit = round(limit_gb * 1e9)
-    size = size_of_at_least(times * limit, experts)
+    widths = Size(
+        experts=experts,
+        vocab=258,
+        hidden=hidden,
+        intermediate=intermediate,
+        moe_intermediate=moe_intermediate,
+        heads=heads,
+    )
+    size = size_of_at_least(times * limit, widths)
     model = make_model(output / f"model-{size.layers}x{size.experts}", size)
     settings = write_recipe(output / "recipe.yaml", recipe, num_blocks, block_tokens)
     artifact = output / "artifact"
@@ -48,7 +62,7 @@ def main(
     written = sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
     largest = max(model.num_bytes(layer) for layer in range(size.layers))
     rows = {
-        "model": f"{size.layers} true-shape layers, {experts} experts, "
+        "model": f"{size.layers} layers, {experts} experts, width {model.config.hidden_size}, "
         f"{model.total_bytes / 1e9:.2f} GB, the largest layer {largest / 1e9:.2f} GB",
         "job": f"`{recipe}`, {num_blocks} x {block_tokens} tokens, {workers} workers",
         "limit": f"{limit / 1e9:.2f} GB by {done.limited_by}, a "
@@ -67,13 +81,11 @@ def main(
     shutil.rmtree(artifact)
 
 
-def size_of_at_least(num: float, experts: int) -> Size:
+def size_of_at_least(num: float, widths: Size) -> Size:
     """One dense layer and as many MoE layers as make `num` bytes."""
-    layers = 2
-    while (
-        num_bytes(synthetic_config(size := Size(layers=layers, experts=experts, vocab=258))) < num
-    ):
-        layers += 1
+    size = replace(widths, layers=2)
+    while num_bytes(synthetic_config(size)) < num:
+        size = replace(size, layers=size.layers + 1)
     return size
 
 

@@ -20,15 +20,17 @@ inputs, ours folds all that it uses, and has none left over.
 "job" is loading, quantizing and saving; "whole" is the process with its imports, and with Ray. On
 a machine that is not idle look at CPU seconds, which count all of the job's processes.
 Memory is of all processes of the job (Ray's with ours), sampled five times a second, of gigabytes
-more rarely, so that watching costs 5 % of a core at most: "resident" is the sum of proportional set sizes, "of it anonymous" leaves out pages that are files' (mapped
-weights and libraries, which the kernel may drop).
+more rarely, so that watching costs 5 % of a core at most: "resident" is the sum of proportional set
+sizes, "of it anonymous" leaves out pages that are files' (mapped weights and libraries, which the
+kernel may drop).
 
 A random checkpoint of some gigabytes, where memory shows (its KL says nothing about a model that
 was trained):
 
     python -m quant_jobs synthesize --output runs/wide --layers 6 --experts 32 --hidden 2048 \\
         --intermediate 4096 --moe-intermediate 1024 --heads 16 --vocab 1024
-    python bench/peers.py --model runs/wide --peer-python ... --blocks 16
+    python bench/peers.py --model runs/wide --peer-python ... --blocks 8 \\
+        --heldout-blocks 4 --only 'gptq, topk|awq, topk|awq_lite'
 """
 
 from __future__ import annotations

@@ -200,9 +200,9 @@ def sentences(estimate: Estimate) -> list[str]:
     most = largest_calibration(estimate.job)
     verdict = "Fits" if estimate.fits else "Does not fit"
     return [
-        f"Expected: {minutes(estimate.expected.total)} minutes, no less than "
-        f"{minutes(estimate.floor.total)} on any machine of these peaks. Most of it is {limit}: "
-        f"{MEANING[limit]}.",
+        f"Expected: {minutes(estimate.expected.total)} minutes; no less than "
+        f"{minutes(estimate.floor.total)} by this schedule at these GPUs' peaks. Most of it is "
+        f"{limit}: {MEANING[limit]}.",
         f"{verdict}: {gb(gpu)} GB on each GPU of {gb(GPU.memory_bytes)}, {gb(host + store)} GB on "
         f"each host, {gb(store)} GB of them in the object store. A GPU holds what enters the MLP "
         f"of at most {most:,} calibration tokens.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cluster.estimate import LEVERS, Estimate, gb, make_estimate, minutes, with_levers
 from cluster.job_model import PHASES, bytes_read, bytes_written, peak_bytes
 from cluster.job_rates import GPU, inputs
@@ -94,12 +96,43 @@ def quantize_page(notice: str) -> str:
         "",
         "## Held against a run",
         "",
-        "`python bench/job_model.py` runs jobs of true-shape layers and compares, with the rates "
-        "of the machine it runs on. Bytes read agree exactly; the times have not been compared on "
-        "an idle machine yet, so no factor is claimed.",
+        *_held_against(measured.get("checks")),
         "",
     ]
     return "\n".join(lines)
+
+
+def _held_against(checks: dict[str, Any] | None) -> list[str]:
+    """What `bench/job_model.py --save` found; of runs on a CPU."""
+    told = (
+        "`python bench/job_model.py` runs jobs on one CPU worker and predicts them with the rates "
+        "of `bench/pieces.py` on the same machine, in CPU seconds."
+    )
+    if checks is None:
+        return [f"{told} It has not been run since the pieces were measured."]
+    lines = [
+        f"{told} {checks['shape']}. This tests what is counted and the schedule's work; not the "
+        "overlap, Ray, the network, or anything of a GPU.",
+        "",
+        "| recipe, seconds predicted / measured | read | attend | solve | carry | write | together "
+        "| bytes read |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    ratios = []
+    for one in checks["runs"]:
+        both = [one[kind] for kind in ("predicted", "measured")]
+        pairs = list(zip(*(one_kind.values() for one_kind in both), strict=True))
+        pairs.append((sum(both[0].values()), sum(both[1].values())))
+        ratios.append(pairs[-1][0] / pairs[-1][1])
+        cells = " | ".join(f"{p:.1f} / {m:.1f}" for p, m in pairs)
+        equal = one["bytes_read"] == one["predicted_bytes_read"]
+        read = f"{one['bytes_read']:,}, {'as predicted' if equal else 'NOT as predicted'}"
+        lines.append(f"| `{one['recipe']}` | {cells} | {read} |")
+    return [
+        *lines,
+        "",
+        f"Predicted over measured, all steps together: {min(ratios):.2f} to {max(ratios):.2f}.",
+    ]
 
 
 def _row(estimate: Estimate) -> str:

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
-from cluster.job_shapes import F32, Unit, group_numel, share_out, wanted_together
+from cluster.job_shapes import F32, Unit, group_numel, share_out, units, wanted_together
 from cluster.job_work import (
     AWQ_CANDIDATES,
     SAMPLE_TOKENS,
@@ -32,6 +33,8 @@ from cluster.job_work import (
     Step,
     column_loop,
     factor,
+    gates,
+    observed,
     per_weight,
     pieces,
 )
@@ -45,13 +48,26 @@ class LayerWork:
 
     job: Job
     layer: int
-    shares: list[list[Unit]] = field(init=False)
-    numel: Mapping[str, int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        job = self.job
-        object.__setattr__(self, "shares", share_out(job.config, self.layer, job.workers))
-        object.__setattr__(self, "numel", group_numel(job.config, self.layer))
+    @cached_property
+    def shares(self) -> list[list[Unit]]:
+        """What workers solve; of workers with the same work, one."""
+        found: dict[object, list[Unit]] = {}
+        for share in share_out(self.job.config, self.layer, self.job.workers):
+            found.setdefault(tuple(self._kind(unit) for unit in share), share)
+        return list(found.values())
+
+    def _kind(self, unit: Unit) -> object:
+        linears = ((spec.role, spec.shape, self.job.scheme(spec)) for spec in unit.linears)
+        return unit.experts, tuple(linears)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        return units(self.job.config, self.layer)
+
+    @cached_property
+    def numel(self) -> Mapping[str, int]:
+        return group_numel(self.job.config, self.layer)
 
     @property
     def is_moe(self) -> bool:
@@ -99,13 +115,8 @@ class LayerWork:
             if unit.kind == "attention" and self._wants_gram(unit):
                 width = unit.linears[0].shape[1]
                 blocks = tokens / self.job.block_tokens
-                load += self._gram(tokens, width, blocks) + Load(pcie=tokens * width * F32)
+                load += self.job.gram(tokens, width, blocks) + Load(pcie=tokens * width * F32)
         return load
-
-    def _gram(self, tokens: float, width: int, additions: float) -> Load:
-        """x^T x of so many rows, added up in `additions` parts: each goes over the matrix."""
-        moved = self.job.gram_passes * F32 * width**2 * additions
-        return Load(gram=2 * tokens * width**2, moved=moved, launches=2 * additions)
 
     def _attention_block(self, *, quantized: bool) -> Load:
         """One block through attention and router. Linears are restored when they are used."""
@@ -147,13 +158,13 @@ class LayerWork:
         everything = Load(pcie=self._tokens * self._routed_row)
         weigh, lose = [], []
         for share in self.shares:
-            mine = [(unit, spec) for unit, spec in _gates(share)]
+            mine = [(unit, spec) for unit, spec in gates(share)]
             load = everything
             for unit, spec in mine:
                 load += self._restored(spec, quantized=False).times(unit.copies)
                 load += Load(moved=16 * spec.numel * unit.copies, launches=4 * unit.copies)
             if any(unit.is_trunk_mlp for unit in share):
-                load += self._observed(self._tokens, self.job.config.hidden_size)
+                load += observed(self._tokens, self.job.config.hidden_size)
             weigh.append({"statistics": load})
             load = everything
             for unit, spec in mine:
@@ -193,22 +204,19 @@ class LayerWork:
         )
         for spec in unit.linears:
             load += self._restored(spec, quantized=False).times(unit.copies)
-        load += self._observed(tokens, narrow)
+        load += observed(tokens, narrow)
         gate, *_, down = unit.linears
         if self.job.algorithm(down) == "gptq":
-            load += self._gram(tokens, narrow, adds)
+            load += self.job.gram(tokens, narrow, adds)
         if unit.experts and self.job.sees_all:
             return load
-        load += self._observed(tokens, wide)
-        return load + (self._gram(tokens, wide, adds) if self._is_gptq(gate) else Load())
+        load += observed(tokens, wide)
+        return load + (self.job.gram(tokens, wide, adds) if self._is_gptq(gate) else Load())
 
     def _whole_gram(self) -> Load:
         """Coverage policy `all`: one matrix serves every expert; each worker makes its own."""
         width = self.job.config.hidden_size
-        return self._gram(self._tokens, width, self.job.num_blocks)
-
-    def _observed(self, tokens: float, width: int) -> Load:
-        return Load(moved=16 * tokens * width)
+        return self.job.gram(self._tokens, width, self.job.num_blocks)
 
     def _unit(self, unit: Unit) -> Load:
         """What the algorithm does to the unit's linears."""
@@ -285,7 +293,7 @@ class LayerWork:
         """One block: experts' rows added up, the shared expert or the dense MLP."""
         job, config = self.job, self.job.config
         load = Load()
-        for unit in (unit for share in self.shares for unit in share if unit.is_trunk_mlp):
+        for unit in (unit for unit in self.units if unit.is_trunk_mlp):
             narrow = unit.linears[-1].shape[1]
             load += Load(
                 matmul=2 * job.block_tokens * sum(spec.numel for spec in unit.linears),
@@ -321,7 +329,7 @@ class LayerWork:
         return math.ceil(blocks / self.job.workers)
 
     def _attention(self) -> list[Unit]:
-        return [unit for share in self.shares for unit in share if unit.kind == "attention"]
+        return [unit for unit in self.units if unit.kind == "attention"]
 
     def _routed(self, unit: Unit) -> float:
         """Rows that all blocks send to a group of experts."""
@@ -347,10 +355,3 @@ class LayerWork:
 
     def _wants_gram(self, unit: Unit) -> bool:
         return any(self._is_gptq(spec) for spec in unit.linears)
-
-
-def _gates(share: list[Unit]) -> Iterator[tuple[Unit, TensorSpec]]:
-    """gate and up of the MLPs of a share."""
-    for unit in share:
-        if unit.kind == "mlp":
-            yield from ((unit, spec) for spec in unit.linears[:2])

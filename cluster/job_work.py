@@ -8,14 +8,14 @@ K inputs of a linear
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.hardware import GPUS_PER_NODE
-from cluster.job_shapes import F32
+from cluster.job_shapes import F32, Unit
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.inventory import TensorSpec
@@ -85,7 +85,23 @@ class Job:
 
     def scheme(self, spec: TensorSpec) -> Scheme:
         """Of one linear, `source` made concrete."""
-        return _scheme(self.recipe, bool(self.config.weight_block_size), spec)
+        if spec.module not in self._schemes:
+            found = self.recipe.scheme_for(spec)
+            self._schemes[spec.module] = self._native if found.weights == "source" else found
+        return self._schemes[spec.module]
+
+    def gram(self, tokens: float, width: int, additions: float) -> Load:
+        """x^T x of so many rows, added up in `additions` parts: each goes over the matrix."""
+        moved = self.gram_passes * F32 * width**2 * additions
+        return Load(gram=2 * tokens * width**2, moved=moved, launches=2 * additions)
+
+    @cached_property
+    def _schemes(self) -> dict[str, Scheme]:
+        return _known_schemes(self.recipe, self.config)
+
+    @cached_property
+    def _native(self) -> Scheme:
+        return Scheme(weights="fp8-block" if self.config.weight_block_size else "bf16")
 
     @property
     def sees_all(self) -> bool:
@@ -118,12 +134,10 @@ class Job:
         return self.scheme(spec).algorithm
 
 
-@lru_cache(maxsize=1 << 15)
-def _scheme(recipe: Recipe, is_fp8: bool, spec: TensorSpec) -> Scheme:
-    found = recipe.scheme_for(spec)
-    if found.weights != "source":
-        return found
-    return Scheme(weights="fp8-block" if is_fp8 else "bf16")
+@lru_cache(maxsize=8)
+def _known_schemes(recipe: Recipe, config: ModelConfig) -> dict[str, Scheme]:
+    """By module, as far as anybody has asked; for all jobs of one recipe."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,20 +155,19 @@ class Load:
     put: float = 0.0
 
     def __add__(self, other: Load) -> Load:
-        return _load(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Load(**{name: getattr(self, name) + getattr(other, name) for name in _WORK})
 
     def times(self, count: float) -> Load:
-        return _load(*(count * value for value in astuple(self)))
+        return Load(**{name: count * getattr(self, name) for name in _WORK})
 
 
-def _load(*values: float) -> Load:
-    return Load(**dict(zip(Load.__slots__, values, strict=True)))
+_WORK = tuple(one.name for one in fields(Load))
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Something that the driver waits for `repeat` times: the loads of each worker by phase, the
-    bytes that come into the fullest node, and the rounds of calls that it takes."""
+    """Something that the driver waits for `repeat` times: the loads of the workers that differ, by
+    phase, the bytes that come into the fullest node, and the rounds of calls that it takes."""
 
     section: Section
     workers: list[Mapping[Phase, Load]]
@@ -168,6 +181,18 @@ def per_weight(name: str, numel: float) -> Load:
     one = pieces()["work"][name]
     share = numel / one["weights"]
     return Load(matmul=one["flops"] * share, moved=one["bytes"] * share)
+
+
+def observed(tokens: float, width: int) -> Load:
+    """Magnitudes of an input, their largest and their sum."""
+    return Load(moved=16 * tokens * width)
+
+
+def gates(share: Iterable[Unit]) -> Iterator[tuple[Unit, TensorSpec]]:
+    """gate and up of the MLPs among these units."""
+    for unit in share:
+        if unit.kind == "mlp":
+            yield from ((unit, spec) for spec in unit.linears[:2])
 
 
 def factor(width: int) -> Load:

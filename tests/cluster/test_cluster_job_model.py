@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from cluster import job_shapes
 from cluster.__main__ import app
 from cluster.estimate import LEVERS, make_estimate, with_levers
+from cluster.job_layer import LayerWork
 from cluster.job_model import bytes_read, peak_bytes
-from cluster.job_work import AWQ_CANDIDATES, SAMPLE_TOKENS, WAVE_TOKENS
+from cluster.job_work import AWQ_CANDIDATES, SAMPLE_TOKENS, WAVE_TOKENS, Job
 from deepseek.config import DEEPSEEK_V3
 from deepseek.errors import DeployError
 from deepseek.inventory import tensors
 from deepseek.recipe import load_recipe
-from quant_jobs import calibrate, layer_run
+from quant_jobs import calibrate, layer_run, units
 from quant_jobs.awq import candidate_scales
 
 TOKENS = 64 * 4096
@@ -28,6 +31,40 @@ def test_restated_constants_are_those_of_the_job() -> None:
     assert WAVE_TOKENS == layer_run.WAVE_TOKENS
     assert SAMPLE_TOKENS == calibrate.SAMPLE_TOKENS
     assert len(candidate_scales(torch.ones(8), torch.ones(8))) == AWQ_CANDIDATES
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("workers", [1, 3, 8, 16, 32])
+def test_units_are_shared_out_as_the_job_does(layer: int, workers: int) -> None:
+    def seen(shares: list[list[Any]]) -> list[list[tuple[str, int, int]]]:
+        return [
+            sorted(
+                (unit.kind, unit.numel, len(one) if isinstance(one := unit.experts, tuple) else one)
+                for unit in share
+            )
+            for share in shares
+        ]
+
+    restated = job_shapes.share_out(DEEPSEEK_V3, layer, workers)
+    assert seen(restated) == seen(units.share_out(DEEPSEEK_V3, layer, workers))
+    assert job_shapes.EXPERT_GROUPS == units.MAX_EXPERT_GROUPS
+
+
+def test_gptq_of_one_layer_costs_what_its_formulas_say() -> None:
+    """By hand for one worker that solves a whole MoE layer: every routed row enters the Gram
+    matrices of its expert's two inputs; each of the 512 matrices takes 4/3 K^3 to factor; the
+    columns' updates are N K^2 FLOP of each linear."""
+    job = Job(
+        config=DEEPSEEK_V3, recipe=load_recipe("int4-gptq"), nodes=1, per_node=1, tokens=TOKENS
+    )
+    (solve,) = (step for step in LayerWork(job, 3).steps() if step.section == "solve")
+    (worker,) = solve.workers
+    rows = 8 * TOKENS
+    assert worker["statistics"].gram == pytest.approx(2 * rows * (7168**2 + 2048**2))
+    assert worker["solve"].factor == pytest.approx(256 * 4 / 3 * (7168**3 + 2048**3))
+    updates = 256 * (2 * 2048 * 7168**2 + 7168 * 2048**2)
+    errors = 4 * SAMPLE_TOKENS * 256 * 3 * 2048 * 7168
+    assert worker["solve"].matmul == pytest.approx(updates + errors)
 
 
 def test_every_source_byte_is_read_once_whatever_the_number_of_nodes() -> None:

@@ -112,7 +112,7 @@ def test_a_flipped_byte_is_named_with_its_tensor_and_a_deleted_file_is_made_agai
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-        with pytest.raises(ArtifactError, match=rf"{path.name} is damaged: tensor w is not as"):
+        with pytest.raises(ArtifactError, match=rf"{path.name} is damaged: tensor v is not as"):
             folder.load_parts()
         content[-1] ^= 1
         content[20] ^= 1

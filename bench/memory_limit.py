@@ -1,6 +1,6 @@
 """A model several times larger than the memory that the whole job may use.
 
-    python bench/memory_limit.py [--limit-gb 4.5] [--times 4] [--recipe int4] [--workers 1]
+    python bench/memory_limit.py [--limit-gb 6] [--times 4] [--recipe int4] [--workers 1]
 
 Makes a synthetic model of true DeepSeek-V3 layers (or narrower ones, which need less time),
 `--times` as large as the limit, and quantizes it in a cgroup with that limit: driver, Ray with its
@@ -27,7 +27,7 @@ app = make_app(__doc__ or "")
 
 @app.command()
 def main(
-    limit_gb: Annotated[float, typer.Option(min=0.5, help="Limit in 10^9 bytes.")] = 4.5,
+    limit_gb: Annotated[float, typer.Option(min=0.5, help="Limit in 10^9 bytes.")] = 6,
     times: Annotated[float, typer.Option(min=0.1, help="Size of the model over the limit.")] = 4,
     recipe: Annotated[str, typer.Option(help="A built-in recipe.")] = "int4",
     workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
@@ -65,8 +65,8 @@ def main(
         "model": f"{size.layers} layers, {experts} experts, width {model.config.hidden_size}, "
         f"{model.total_bytes / 1e9:.2f} GB, the largest layer {largest / 1e9:.2f} GB",
         "job": f"`{recipe}`, {num_blocks} x {block_tokens} tokens, {workers} workers",
-        "limit": f"{limit / 1e9:.2f} GB by {done.limited_by}, a "
-        f"{model.total_bytes / limit:.2f}th of the model",
+        "limit": f"{limit / 1e9:.2f} GB by {done.limited_by}; the model is "
+        f"{model.total_bytes / limit:.2f} times that",
         "wall time": f"{done.wall_s:.0f} s",
         "artifact": f"{written / 1e9:.2f} GB, `{done.digest[:16]}`",
         "peak, all processes": in_words(done.peak, limit),

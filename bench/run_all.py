@@ -23,7 +23,8 @@ COMMANDS = (
     "bench/serve_overhead.py",
     "bench/accuracy.py",
     "bench/workers.py",
-    "bench/memory_limit.py",
+    "bench/memory_limit.py --limit-gb 1.6 --hidden 2048 --intermediate 4096 --moe-intermediate 512"
+    " --heads 16 --experts 32",
     "bench/kill_rounds.py --rounds 20",
     "bench/pieces.py",
 )

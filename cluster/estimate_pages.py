@@ -24,7 +24,8 @@ _BUILT = (
     "and packing, the exchange through Ray's object store, waves, background writing: built, and "
     "tested on CPU workers over several raylets. **What is not:** no flag puts a worker on a GPU "
     "yet (`WorkerJob.device` and `WorkerPool(gpus=...)` are there), nothing was run on one, and "
-    "none of the changes below is made. So these times are of the present schedule on hardware "
+    "none of the changes below is made. Weights are dequantized on the host today; the model has "
+    "that on the GPU. So these times are of the present schedule on hardware "
     "that it has not seen."
 )
 

@@ -72,7 +72,7 @@ from quant_jobs.messages import (
 from quant_jobs.resume import load_blocks, save_blocks
 from quant_jobs.solve import modelopt_quantizer, use_one_thread
 from quant_jobs.solve_units import Scales, UnitSolver
-from quant_jobs.units import Unit, expert_specs, trunk_specs
+from quant_jobs.units import MLP_ROLES, Unit, expert_specs, trunk_specs
 
 #: What was read of a layer: tensors by name, and the digests of their stored bytes.
 Read = tuple[dict[str, SourceTensor], dict[str, str]]
@@ -235,16 +235,17 @@ class Worker:
         assert found is not None
         one, how = found
         brought: dict[str, tuple[Tensor, int]] = {}
+        solver = self._solver(layer, routed)
         with self._timed("solve"):
             for module in self._mine(layer, one.consumers):
-                weight = self._weight(layer, module)
+                weight = solver.weight(module)
                 if how.algorithm == "smoothquant":
                     brought[module] = weight.abs().amax(dim=0), 1
                 else:
                     brought[module] = weight_means(weight, self._schemes[module])
             if not self._mine(layer, [one.measured]):
                 return brought, None
-            return brought, self._solver(layer, routed).layer_input(gram=False)
+            return brought, solver.layer_input(gram=False)
 
     def lose(self, layer: int, candidates: Tensor, *routed: RoutedBlocks) -> dict[str, Tensor]:
         """AWQ's losses f64 [A] of candidates f32 [A, K] for the scale that the layer shares, by
@@ -257,7 +258,7 @@ class Worker:
             for module in self._mine(layer, found[0].consumers):
                 sample = solver.sample_of(module)
                 if sample is not None:
-                    weight = self._weight(layer, module)
+                    weight = solver.weight(module)
                     scheme = self._schemes[module]
                     losses[module] = scale_losses([weight], sample, candidates, scheme).cpu()
         return losses
@@ -388,7 +389,7 @@ class Worker:
             blocks = [(b, self._routed_on_device(r)) for b, r in in_block_order(iter(routed))]
             for unit in self._shares[layer]:
                 for block_name, expert in zip(unit.blocks, unit.experts, strict=False):
-                    modules = {role: f"{block_name}.{role}" for role in _ROLES}
+                    modules = {role: f"{block_name}.{role}" for role in MLP_ROLES}
                     weights = {
                         role: self._restore(quantized.packed, module, shape[module])
                         for role, module in modules.items()
@@ -495,9 +496,6 @@ class Worker:
         owned = {module for unit in self._shares[layer] for module in unit.modules}
         return [module for module in modules if module in owned]
 
-    def _weight(self, layer: int, module: str) -> Tensor:
-        return self._opened(layer).source[f"{module}.weight"].dequantize().to(self._device)
-
     def _restore(self, stored: Mapping[str, Tensor], module: str, shape: tuple[int, ...]) -> Tensor:
         scheme = self._schemes[module]
         parts = {name.removeprefix(f"{module}."): stored[name] for name in _names(stored, module)}
@@ -537,9 +535,6 @@ class Worker:
         begun = time.monotonic()
         yield
         self._count(step, time.monotonic() - begun)
-
-
-_ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
 def _names(stored: Mapping[str, Tensor], module: str) -> list[str]:

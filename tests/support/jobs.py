@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from support.quantizing import SmallModel, small_recipe
+from support.raylets import title
 
 #: Ray's own idle helpers, which outlive a raylet that was killed.
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -125,13 +126,6 @@ def descendants(pid: int) -> dict[int, tuple[str, str]]:
         wave = [child for child, (parent, _) in parents.items() if parent in wave]
         found |= {child: (parents[child][1], title(child)) for child in wave}
     return found
-
-
-def title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    except OSError:
-        return ""
 
 
 def alive(pid: int, process: tuple[str, str]) -> bool:

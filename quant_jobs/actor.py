@@ -55,8 +55,9 @@ class QuantizeWorker:
 
         self._worker = Worker()
 
-    def ready(self) -> None:
-        """Answered once the libraries are loaded."""
+    def ready(self) -> str:
+        """Answered once the libraries are loaded: Ray's name for this worker's node."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def begin(self, job: WorkerJob) -> None:
         self._worker.begin(job)
@@ -70,11 +71,14 @@ class QuantizeWorker:
     def trunk(self, layer: int) -> dict[str, SourceTensor]:
         return self._worker.trunk(layer)
 
-    @ray.method(num_returns=2)
     def attend(
-        self, layer: int, trunk: Mapping[str, SourceTensor], blocks: Sequence[int]
-    ) -> tuple[RoutedBlocks, AttentionShare]:
-        return self._worker.attend(layer, trunk, blocks)
+        self,
+        layer: int,
+        trunk: Mapping[str, SourceTensor],
+        blocks: Sequence[int],
+        inputs: Sequence[Sequence[str]],
+    ) -> tuple[RoutedBlocks | AttentionShare, ...]:
+        return self._worker.attend(layer, trunk, blocks, inputs)
 
     def observe(self, layer: int, *shares: AttentionShare) -> None:
         self._worker.observe(layer, *shares)
@@ -113,14 +117,21 @@ class QuantizeWorker:
     def reattend(self, layer: int, blocks: Sequence[int]) -> RoutedBlocks:
         return self._worker.reattend(layer, blocks)
 
-    def run_experts(self, layer: int, *routed: RoutedBlocks) -> Parts:
-        return self._worker.run_experts(layer, *routed)
+    def run_experts(
+        self, layer: int, homes: Sequence[Sequence[int]], *routed: RoutedBlocks
+    ) -> Parts | list[Parts]:
+        found = self._worker.run_experts(layer, homes, *routed)
+        return found if len(found) > 1 else found[0]  # Ray takes one returned value as it is
 
     def combine(self, layer: int, blocks: Sequence[int], *parts: Parts) -> None:
         self._worker.combine(layer, blocks, *parts)
 
-    def store(self, layer: int, boundary: Path) -> None:
-        self._worker.store(layer, boundary)
+    @ray.method(concurrency_group="write")
+    def store(self, layer: int, blocks: Sequence[int], file: Path, combined: None) -> None:
+        self._worker.store(layer, blocks, file, combined)
+
+    def advance(self, layer: int) -> None:
+        self._worker.advance(layer)
 
     def usage(self) -> Usage:
         return self._worker.usage()

@@ -7,10 +7,14 @@
     write     one worker the layer's file, while the next layer is read and attended
     carry     everybody's blocks through the quantized layer: attention here, experts at their
               owners, sums in the order of the experts
+    store     what comes out, wave by wave beside the next wave and the next layer
 
 Tensors go from worker to worker through the object store; what passes through this process is
-small. Blocks go in waves, so that what is under way is bounded. Nothing here depends on how many
-workers there are: owners add up in block order, sums over modules run in the order of the modules.
+small. What an expert makes of a token, and the rows that GPTQ needs of the attention's inputs, go
+to the node that waits for them and to no other. Blocks go in waves, two of them under way at a
+time, so that memory is bounded and nobody waits for the slowest of a wave. Nothing here depends on
+how many workers or nodes there are: owners add up in block order, sums over modules run in the
+order of the modules.
 """
 
 from __future__ import annotations
@@ -28,17 +32,20 @@ from deepseek.config import ModelConfig
 from deepseek.inventory import linears
 from deepseek.recipe import Recipe, Scheme
 from quant_jobs.awq import candidate_scales, note_fallbacks
-from quant_jobs.calibrate import InputStatistics
+from quant_jobs.calibrate import InputStatistics, input_of
 from quant_jobs.folding import FoldingSet, Smoothing, Wanted, foldable, wanted_sets
 from quant_jobs.input_scales import agree
 from quant_jobs.ledger import Ledger
 from quant_jobs.messages import Account
 from quant_jobs.pool import WorkerPool
+from quant_jobs.resume import boundary_files
 from quant_jobs.smoothquant import smoothing_scale
 from quant_jobs.units import share_out, trunk_reader
 
-#: Tokens that are between workers at a time.
+#: Tokens of a wave, and blocks of each worker in it where that is more: with fewer, a cluster would
+#: wait for the worker whose turn it is.
 WAVE_TOKENS = 1 << 16
+WAVE_BLOCKS = 4
 
 
 @dataclass(slots=True)
@@ -63,11 +70,13 @@ class LayerRun:
         recipe: Recipe,
         schemes: Mapping[str, Scheme],
         pool: WorkerPool,
+        wave_blocks: int | None = None,
     ) -> None:
         self._config, self._recipe, self._schemes, self._pool = config, recipe, schemes, pool
         settings = recipe.calibration
         self._blocks = range(settings.num_blocks)
-        self._per_wave = max(WAVE_TOKENS // settings.block_tokens, 1)
+        self._wave_blocks = wave_blocks
+        self._many = max(WAVE_TOKENS // settings.block_tokens, 1)
 
     def blocks_of(self, index: int) -> range:
         """The blocks that a worker holds."""
@@ -84,21 +93,58 @@ class LayerRun:
         self.prefetch(layer)
         reader = trunk_reader(layer, len(self._pool))
         (trunk,) = self._pool.submit(lambda worker, _: worker.trunk.remote(layer), [reader])
+        waves = self._waves()
+        sent = [self._attend_wave(layer, trunk, waves[0])]
+        if following is not None:
+            self.prefetch(following)
         routed: list[Any] = []
-        for wave in self._waves():
-            sent = self._attend_wave(layer, trunk, wave)
-            if following is not None:
-                self.prefetch(following)
-                following = None
-            routed += [blocks for blocks, _ in sent]
-            self._observe_wave(layer, [share for _, share in sent])
+        observed: list[Any] = []
+        for number in range(len(waves)):
+            if number + 1 < len(waves):
+                sent.append(self._attend_wave(layer, trunk, waves[number + 1]))
+            routed += [blocks for blocks, *_ in sent[number]]
+            shares = [by_node for _, *by_node in sent[number]]
+            sent[number] = []  # the object store may forget them
+            self._pool.gather(observed)  # of the wave before
+            observed = self._observe_wave(layer, shares)
+        self._pool.gather(observed)
         return routed
 
     def _attend_wave(self, layer: int, trunk: Any, wave: list[list[int]]) -> list[Any]:
-        return self._pool.submit(lambda worker, i: worker.attend.remote(layer, trunk, wave[i]))
+        inputs = self._inputs_by_node(layer)
+        return self._pool.submit(
+            lambda worker, i: worker.attend.options(num_returns=1 + len(inputs)).remote(
+                layer, trunk, wave[i], inputs
+            )
+        )
 
-    def _observe_wave(self, layer: int, shares: list[Any]) -> None:
-        self._pool.each(lambda worker, _: worker.observe.remote(layer, *shares))
+    def _inputs_by_node(self, layer: int) -> list[tuple[str, ...]]:
+        """node -> the inputs of the attention whose statistics are added up there."""
+        shares = share_out(self._config, layer, len(self._pool))
+        return [
+            tuple(
+                input_of(unit.modules[0])
+                for index in members
+                for unit in shares[index]
+                if unit.kind == "attention"
+            )
+            for members in self._members()
+        ]
+
+    def _observe_wave(self, layer: int, shares: list[list[Any]]) -> list[Any]:
+        """`shares` by worker that sent them, then by node that they are for."""
+        nodes = self._pool.nodes
+        return self._pool.submit(
+            lambda worker, i: worker.observe.remote(layer, *(one[nodes[i]] for one in shares))
+        )
+
+    def _members(self) -> list[list[int]]:
+        """node -> the workers on it."""
+        nodes = self._pool.nodes
+        return [
+            [index for index, node in enumerate(nodes) if node == wanted]
+            for wanted in range(max(nodes) + 1)
+        ]
 
     def agree(self, layer: int, routed: list[Any], ledger: Ledger) -> Smoothing:
         """The vector of the set that the router's norm feeds, if the recipe wants one."""
@@ -191,25 +237,65 @@ class LayerRun:
         shares = share_out(self._config, layer, len(self._pool))
         self._pool.each(lambda worker, i: worker.restore.remote(layer, published, shares[i]))
 
-    def carry(self, layer: int, files: Sequence[Path]) -> None:
-        """Everybody's blocks through the quantized layer, and stored, each worker's in its file."""
-        for wave in self._waves():
-            self._carry_wave(layer, wave)
-        self._pool.each(lambda worker, i: worker.store.remote(layer, files[i]))
+    def carry(self, layer: int, folder: Path, stored: list[Any]) -> None:
+        """Everybody's blocks through the quantized layer. What comes out is stored in `folder`, a
+        file for each worker and wave, beside whatever workers do next: references to those who
+        store are added to `stored`."""
+        pool, waves = self._pool, self._waves()
+        # A worker does what it is told in that order: the attention of later waves fills the time
+        # in which it would wait for others' experts.
+        routed = [self._reattend_wave(layer, wave) for wave in waves[:2]]
+        before: list[Any] = []
+        for number, wave in enumerate(waves):
+            parts = self._expert_wave(layer, wave, routed[number])
+            routed[number] = []  # the object store may forget them
+            if number + 2 < len(waves):
+                routed.append(self._reattend_wave(layer, waves[number + 2]))
+            combined = self._combine_wave(layer, wave, parts)
+            stored += self._store_wave(layer + 1, wave, folder, number, combined)
+            del parts
+            pool.gather(before)
+            before = combined
+        pool.gather(before)
+        pool.each(lambda worker, _: worker.advance.remote(layer))
 
-    def _carry_wave(self, layer: int, wave: list[list[int]]) -> None:
-        pool = self._pool
-        routed = pool.submit(lambda worker, i: worker.reattend.remote(layer, wave[i]))
-        parts: list[Any] = []
-        if self._config.is_moe(layer):
-            parts = pool.submit(lambda worker, _: worker.run_experts.remote(layer, *routed))
-        pool.each(lambda worker, i: worker.combine.remote(layer, wave[i], *parts))
+    def _reattend_wave(self, layer: int, wave: list[list[int]]) -> list[Any]:
+        return self._pool.submit(lambda worker, i: worker.reattend.remote(layer, wave[i]))
+
+    def _expert_wave(self, layer: int, wave: list[list[int]], routed: list[Any]) -> list[list[Any]]:
+        """What everybody's experts make of a wave, by worker, then by the node that it is for."""
+        if not self._config.is_moe(layer):
+            return []
+        homes = [[b for index in members for b in wave[index]] for members in self._members()]
+        parts = self._pool.submit(
+            lambda worker, _: worker.run_experts.options(num_returns=len(homes)).remote(
+                layer, homes, *routed
+            )
+        )
+        return parts if len(homes) > 1 else [[one] for one in parts]
+
+    def _combine_wave(self, layer: int, wave: list[list[int]], parts: list[list[Any]]) -> list[Any]:
+        nodes = self._pool.nodes
+        return self._pool.submit(
+            lambda worker, i: worker.combine.remote(
+                layer, wave[i], *(one[nodes[i]] for one in parts)
+            )
+        )
+
+    def _store_wave(
+        self, layer: int, wave: list[list[int]], folder: Path, number: int, combined: list[Any]
+    ) -> list[Any]:
+        files = boundary_files(folder, len(self._pool), number)
+        return self._pool.submit(
+            lambda worker, i: worker.store.remote(layer, wave[i], files[i], combined[i])
+        )
 
     def _waves(self) -> list[list[list[int]]]:
         """wave -> worker -> its blocks in it; waves follow each other in block order."""
         waves = []
-        for first in range(0, len(self._blocks), self._per_wave):
-            wave = self._blocks[first : first + self._per_wave]
+        size = self._wave_blocks or max(self._many, WAVE_BLOCKS * len(self._pool))
+        for first in range(0, len(self._blocks), size):
+            wave = self._blocks[first : first + size]
             waves.append(
                 [
                     [block for block in self.blocks_of(index) if block in wave]

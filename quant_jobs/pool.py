@@ -13,7 +13,7 @@ next run would wait for ever, and of two nodes lost and one returned, the return
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -50,11 +50,7 @@ _LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError, OutO
 
 
 class WorkersLost(Exception):
-    """Some workers died, or their nodes did; `indices` says which."""
-
-    def __init__(self, indices: Collection[int]) -> None:
-        super().__init__(f"lost workers {sorted(indices)}")
-        self.indices = sorted(indices)
+    """Some workers died, or their nodes did; `WorkerPool.recover` finds out which."""
 
 
 class WorkerPool:
@@ -79,6 +75,7 @@ class WorkerPool:
         self._actors: dict[int, Any] = {}  # by place
         self._awaited: dict[int, Any] = {}  # place -> answered when its worker is ready
         self._num_starts = [0] * size  # in vain, since a worker was last ready at this place
+        self._node_ids: dict[int, str] = {}  # place -> Ray's name for the worker's node
         for place in range(size):
             self._start(place)
         self._at_work = list(range(size))
@@ -98,6 +95,13 @@ class WorkerPool:
         """Who is at work: by index, the worker's place in the pool."""
         return list(self._at_work)
 
+    @property
+    def nodes(self) -> list[int]:
+        """By index, the node that the worker is on; nodes are numbered as they come up."""
+        ids = [self._node_ids[place] for place in self._at_work]
+        numbers = {node: number for number, node in enumerate(dict.fromkeys(ids))}
+        return [numbers[node] for node in ids]
+
     def describe(self) -> str:
         """`3 workers`, and that they must wait where the cluster is too small for now."""
         text = f"{len(self)} worker{'s' if len(self) > 1 else ''}"
@@ -113,7 +117,9 @@ class WorkerPool:
         indices = range(len(self)) if indices is None else indices
         return [call(self._actors[self._at_work[index]], index) for index in indices]
 
-    def each(self, call: Callable[[Any, int], Any], indices: Sequence[int] | None = None) -> Any:
+    def each(
+        self, call: Callable[[Any, int], Any], indices: Sequence[int] | None = None
+    ) -> list[Any]:
         """`submit`, and the results themselves.
 
         Raises:
@@ -121,33 +127,26 @@ class WorkerPool:
             IntServeError: what a worker raised as the user's mistake; or no place on the cluster.
         """
         self._begin()
-        indices = list(range(len(self)) if indices is None else indices)
-        pending = dict(zip(indices, self.submit(call, indices), strict=True))
-        results: dict[int, Any] = {}
-        lost: list[int] = []
+        return self.gather(self.submit(call, indices))
+
+    def gather(self, references: Sequence[Any]) -> list[Any]:
+        """The results of `submit`; raises as `each`."""
+        results: list[Any] = []
+        lost: RayTaskError | BaseException | None = None
         failed: RayTaskError | None = None
-        for index, reference in pending.items():
+        for reference in references:
             try:
-                results[index] = ray.get(reference)
+                results.append(ray.get(reference))
             except (*_LOST, RayTaskError) as error:
                 if is_loss(error):
-                    lost.append(index)
+                    lost = error
                 else:
                     failed = failed or error
-        if lost:
-            raise WorkersLost(lost)
+        if lost is not None:
+            raise WorkersLost from lost
         if failed is not None:
-            raise _cause(failed)
-        return [results[index] for index in indices]
-
-    def get(self, reference: Any) -> Any:
-        """One result of `submit`; raises as `each`."""
-        try:
-            return ray.get(reference)
-        except (*_LOST, RayTaskError) as error:
-            if is_loss(error):
-                raise WorkersLost([]) from error
-            raise _cause(error) from None
+            raise _cause(failed) from None
+        return results
 
     def share(self, value: Any) -> Any:
         """A reference to pass to several workers in place of a large argument: each node gets it
@@ -228,7 +227,7 @@ class WorkerPool:
     def _welcome(self, place: int) -> None:
         """A worker has ended its start, well or by dying; then another one is started."""
         try:
-            ray.get(self._awaited.pop(place))
+            node = ray.get(self._awaited.pop(place))
         except _LOST as error:
             self._num_starts[place] += 1
             if self._num_starts[place] >= MAX_STARTS:
@@ -240,6 +239,7 @@ class WorkerPool:
             self._start(place)
             return
         self._num_starts[place] = 0
+        self._node_ids[place] = node
         self._at_work = sorted({*self._at_work, place})
 
     def _has_place(self, place: int) -> bool:

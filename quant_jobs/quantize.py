@@ -3,7 +3,8 @@
 The steps of one layer are `layer_run.py`; here is what goes around them: what is done already,
 which worker holds which blocks, when a layer counts as published, and what to do when workers die.
 
-A layer is written while the next is read and attended, and is safe before the next is solved. Kill
+A layer is written, and so is what comes out of it, to resume from, while the next is read and
+attended; both are safe before the next is solved. Kill
 the job anywhere and run the same command again: it goes on after the last published layer and the
 output has the same bytes, whatever the number of workers then or now (`resume.py`). Workers that
 die are replaced, or the job goes on without them; blocks come back from the last boundary, and what
@@ -24,7 +25,7 @@ import hashlib
 import importlib.metadata
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,6 @@ from quant_jobs.resume import (
     FOLDER,
     JobFolder,
     PublishedPart,
-    boundary_files,
     check_same_run,
 )
 
@@ -213,17 +213,37 @@ class _Writing:
     account: Account
 
 
-class Run:
-    """One run of a job on a pool of workers. The job's folder is locked by the caller."""
+@dataclass(slots=True)
+class _Storing:
+    """What goes into a layer, while workers store it: references to who is done."""
 
-    def __init__(self, job: Job, folder: JobFolder, pool: WorkerPool, progress: Progress) -> None:
+    layer: int
+    files: list[Any]
+
+
+class Run:
+    """One run of a job on a pool of workers. The job's folder is locked by the caller.
+
+    `wave_blocks` is how many calibration blocks are between workers at a time, None for as many as
+    suit the cluster. The bytes do not depend on it.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: JobFolder,
+        pool: WorkerPool,
+        progress: Progress,
+        wave_blocks: int | None = None,
+    ) -> None:
         self._job, self._folder, self._pool, self._progress = job, folder, pool, progress
         self._config = job.source.config
         self._writer = ArtifactWriter(job.output, source=job.source, recipe=job.recipe)
-        self._layers = LayerRun(self._config, job.recipe, self._writer.schemes, pool)
+        self._layers = LayerRun(self._config, job.recipe, self._writer.schemes, pool, wave_blocks)
         self._blocks = job.blocks
         self._held: dict[int, tuple[int, ...]] = {}  # place -> the blocks that it holds
         self._writing: _Writing | None = None
+        self._storing: _Storing | None = None
         self._timings = Timings()
         self._parts = folder.load_parts()
         for part in self._parts.values():
@@ -255,7 +275,7 @@ class Run:
             try:
                 self._run_layer(layer, is_last=layer == last)
                 if layer == last:
-                    self._await_writing()
+                    self._await_files()
                 layer, losses = layer + 1, 0
             except WorkersLost:
                 losses += 1
@@ -263,12 +283,12 @@ class Run:
 
     def _run_layer(self, layer: int, is_last: bool) -> None:
         if self._pool.admit():
-            self._await_writing()  # all begin anew, and forget what they write
+            self._await_files()  # all begin anew, and forget what they write
             self._held.clear()
             self._progress(Event("joined", layer, detail=f"now on {self._pool.describe()}"))
         self._supply(layer)
         if layer in self._parts:
-            self._await_writing()
+            self._await_files()
             if not is_last:
                 with self._timings.step(layer, "carry"):
                     published = (self._job.output / layer_file(layer)).resolve()
@@ -282,8 +302,8 @@ class Run:
                 self._carry(layer)
 
     def _recover(self, layer: int, losses: int) -> int:
-        """Replace the dead; the layer to go on with, which is the one before where that was still
-        being written by one of them."""
+        """Replace the dead; the layer to go on with, which is the one before where that, or what
+        came out of it, was still being written by one of them."""
         lost = self._pool.recover()
         self._timings.workers_lost += len(lost)
         if losses > MAX_LOSSES_PER_LAYER:
@@ -293,17 +313,25 @@ class Run:
                 "memory; the job goes on at this layer"
             )
         self._held.clear()
-        try:
-            self._await_writing()
-        except WorkersLost:
-            assert self._writing is not None
-            layer = self._writing.layer
-        self._writing = None
+        # What of the layers before is not safe after all?
+        if self._writing is not None and not self._is_safe(self._await_writing):
+            layer = min(layer, self._writing.layer)
+        if self._storing is not None and not self._is_safe(self._await_storing):
+            layer = min(layer, self._storing.layer - 1)
+        self._writing = self._storing = None
         self._progress(
             Event("lost", layer, detail=f"lost workers {lost}; doing layer {layer} again on "
                   f"{self._pool.describe()}")
         )  # fmt: skip
         return layer
+
+    @staticmethod
+    def _is_safe(wait: Callable[[], None]) -> bool:
+        try:
+            wait()
+        except WorkersLost:
+            return False
+        return True
 
     def _supply(self, layer: int) -> None:
         """See to it that every worker holds what goes into this layer for its blocks."""
@@ -338,7 +366,7 @@ class Run:
             routed = self._layers.attend(layer, following)
         self._say("calibrated", layer)
         # The layer before is safe before this one costs much: a death costs one layer, not two.
-        self._await_writing()
+        self._await_files()
         with self._timings.step(layer, "solve"):
             shared = self._layers.agree(layer, routed, ledger)
             solution = self._layers.solve(layer, shared, routed, ledger)
@@ -351,9 +379,22 @@ class Run:
         """Activations through the quantized layer; boundaries that nothing needs any more go."""
         boundary = self._folder.boundary(layer + 1)
         boundary.mkdir(exist_ok=True)
-        files = [path.resolve() for path in boundary_files(boundary, len(self._pool))]
-        self._layers.carry(layer, files)
+        self._storing = _Storing(layer + 1, [])
+        self._layers.carry(layer, boundary.resolve(), self._storing.files)
         self._say("carried", layer)
+
+    def _await_files(self) -> None:
+        self._await_writing()
+        self._await_storing()
+
+    def _await_storing(self) -> None:
+        """Wait until what comes out of the layer before is stored."""
+        storing = self._storing
+        if storing is None:
+            return
+        with self._timings.step(storing.layer - 1, "write"):
+            self._pool.gather(storing.files)
+        self._storing = None
 
     def _await_writing(self) -> None:
         """Wait until the layer that is being written is published."""
@@ -361,7 +402,7 @@ class Run:
         if writing is None:
             return
         with self._timings.step(writing.layer, "write"):
-            record = self._pool.get(writing.record)
+            (record,) = self._pool.gather([writing.record])
         self._writer.adopt(record, verify=False)
         account = writing.account
         self._register(

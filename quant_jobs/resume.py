@@ -220,10 +220,11 @@ def check_same_run(output: Path, found: dict[str, Any], wanted: dict[str, Any]) 
         )
 
 
-def boundary_files(boundary: Path, num_workers: int) -> list[Path]:
-    """One file per worker. Any number of workers can read what any other number has written."""
+def boundary_files(boundary: Path, num_workers: int, wave: int = 0) -> list[Path]:
+    """One file per worker and wave. Any number of workers can read what any other number, in any
+    waves, has written."""
     return [
-        boundary / f"worker-{index:03d}-of-{num_workers:03d}.safetensors"
+        boundary / f"worker-{index:03d}-of-{num_workers:03d}-wave-{wave:03d}.safetensors"
         for index in range(num_workers)
     ]
 

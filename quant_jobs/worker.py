@@ -13,7 +13,8 @@ driver. The driver calls, per layer (`layer_run.py` has the order and who is cal
     keep         (one worker) norms and router, folded
     write        (one worker) the layer's file, while the next layer is in hand
     adopt        the quantized layer takes the original's place
-    reattend, run_experts, combine, store     this worker's blocks through the quantized layer
+    reattend, run_experts, combine, advance   this worker's blocks through the quantized layer
+    store        what comes out of it, to resume from, while the next layer is in hand
 
 Every call may be repeated: a layer is redone when some worker died in it. The inputs of the
 current layer therefore stay in memory until the driver moves on.
@@ -103,7 +104,8 @@ class _Quantized:
 
 
 class Worker:
-    """See the module. Not thread-safe; one call at a time, `write` apart."""
+    """See the module. Not thread-safe; one call at a time, `write` and `store` apart, of which
+    there is one at a time too."""
 
     def __init__(self) -> None:
         use_one_thread()
@@ -122,6 +124,7 @@ class Worker:
         self._device = torch.device(job.device)
         self._rotary = Rotary(self._config)
         self._inputs: dict[int, dict[int, Tensor]] = {}  # layer -> block -> f32 [T, D]
+        self._unsaved: dict[tuple[int, int], Tensor] = {}  # of them, by layer and block
         self._shares: dict[int, Sequence[Unit]] = {}
         self._reading: dict[tuple[int, str], Future[Read]] = {}
         self._original: _Original | None = None
@@ -182,10 +185,14 @@ class Worker:
     # --- statistics ---
 
     def attend(
-        self, layer: int, trunk: Mapping[str, SourceTensor], blocks: Sequence[int]
-    ) -> tuple[RoutedBlocks, AttentionShare]:
-        """Some of this worker's blocks through the original attention: what enters the MLP, and
-        what the attention's linears saw."""
+        self,
+        layer: int,
+        trunk: Mapping[str, SourceTensor],
+        blocks: Sequence[int],
+        inputs: Sequence[Sequence[str]],
+    ) -> tuple[RoutedBlocks | AttentionShare, ...]:
+        """Some of this worker's blocks through the original attention: what enters the MLP, then
+        what the attention's linears saw, for each node those whose `inputs` it adds up."""
         original = self._open(layer, trunk)
         self._inputs = {layer: self._inputs[layer]}
         routed: RoutedBlocks = {}
@@ -199,7 +206,7 @@ class Worker:
                     )
                 x_TD = self._inputs[layer][block].to(self._device)
                 _, routed[block] = original.trunk.attend(self._rotary, x_TD)
-        return routed, shares
+        return routed, *({name: shares.get(name, {}) for name in names} for names in inputs)
 
     def _see(
         self, share: dict[int, InputShare], name: str, block: int, num_rows: int
@@ -378,8 +385,11 @@ class Worker:
                 quantized.routed[block] = routed
         return {block: quantized.routed[block] for block in blocks}
 
-    def run_experts(self, layer: int, *routed: RoutedBlocks) -> Parts:
-        """Everybody's tokens of one wave through this worker's routed experts."""
+    def run_experts(
+        self, layer: int, homes: Sequence[Sequence[int]], *routed: RoutedBlocks
+    ) -> list[Parts]:
+        """Everybody's tokens of one wave through this worker's routed experts; `homes` are the
+        blocks of each node, which gets the rows of its own."""
         quantized = self._adopted(layer)
         parts: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         shape = {
@@ -403,7 +413,7 @@ class Worker:
                         found = run_expert(one, expert, weights, prepare)
                         if found is not None:
                             parts.setdefault(block, {})[expert] = found
-        return {block: Part(by_expert) for block, by_expert in parts.items()}
+        return [{block: Part(parts[block]) for block in home if block in parts} for home in homes]
 
     def combine(self, layer: int, blocks: Sequence[int], *parts: Parts) -> None:
         """The layer's outputs for some of this worker's blocks."""
@@ -414,16 +424,22 @@ class Worker:
                 h_TD, routed = quantized.residual.pop(block), quantized.routed.pop(block)
                 y_TD = quantized.trunk.combine(h_TD, routed, mine)
                 quantized.outputs[block] = y_TD.cpu()
+                self._unsaved[layer + 1, block] = quantized.outputs[block]
 
-    def store(self, layer: int, boundary: Path) -> None:
-        """Store what comes out of the layer, which goes into the next, in the file `boundary`.
+    def store(self, layer: int, blocks: Sequence[int], file: Path, combined: None) -> None:
+        """Store what goes into `layer`, of some of this worker's blocks. Runs beside other calls,
+        after that whose result `combined` is: the one that made those blocks.
 
-        Its folder must exist: a worker whose driver is gone must not bring it back.
+        The file's folder must exist: a worker whose driver is gone must not bring it back.
         """
-        quantized = self._adopted(layer)
-        with self._timed("write"):
-            self._bytes_written += save_blocks(boundary, quantized.outputs)
-        self._inputs[layer + 1] = quantized.outputs
+        begun = time.monotonic()
+        leaving = {block: self._unsaved.pop((layer, block)) for block in sorted(blocks)}
+        self._bytes_written += save_blocks(file, leaving)
+        self._count("write", time.monotonic() - begun)
+
+    def advance(self, layer: int) -> None:
+        """The layer is done: what came out of it goes into the next."""
+        self._inputs[layer + 1] = self._adopted(layer).outputs
         self._quantized = None
         self._packed = None
 

@@ -28,7 +28,7 @@ class WorkerHere:
         from quant_jobs.worker import Worker
 
         self._worker = Worker()
-        self.size, self.places = 1, [0]
+        self.size, self.places, self.nodes = 1, [0], [0]
 
     def __len__(self) -> int:
         return 1
@@ -38,8 +38,8 @@ class WorkerHere:
 
     each = submit
 
-    def get(self, reference: Any) -> Any:
-        return reference
+    def gather(self, references: Sequence[Any]) -> list[Any]:
+        return list(references)
 
     def share(self, value: Any) -> Any:
         return value
@@ -54,7 +54,18 @@ class WorkerHere:
         return "this process"
 
     def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=getattr(self._worker, name))
+        call = getattr(self._worker, name)
+
+        def single(*arguments: Any) -> Any:
+            (found,) = call(*arguments)
+            return found
+
+        return SimpleNamespace(
+            remote=call,
+            options=lambda num_returns: SimpleNamespace(
+                remote=single if num_returns == 1 else call
+            ),
+        )
 
 
 def kill_driver_when(

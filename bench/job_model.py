@@ -17,10 +17,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -31,8 +30,8 @@ from cluster.job_rates import machine_rates
 from cluster.job_work import PIECES, Job, pieces
 from deepseek.cli import make_app, run
 from deepseek.synthetic import Size, synthesize, synthetic_config
+from quant_jobs.here import WorkerHere
 from quant_jobs.quantize import JobFolder, Run, plan_job
-from quant_jobs.worker import Worker
 
 #: Calls of a worker -> the section of the schedule that they belong to.
 SECTION = {
@@ -45,36 +44,15 @@ STEPS = ("read", "attend", "solve", "carry", "write")
 app = make_app(__doc__ or "")
 
 
-class TimedWorker:
-    """A pool of one worker in this process; CPU seconds of its calls add up by section."""
-
-    size, places = 1, [0]
+class TimedWorker(WorkerHere):
+    """CPU seconds of its calls add up by section, in whatever thread they run."""
 
     def __init__(self) -> None:
-        self._worker = Worker()
+        super().__init__()
         self.seconds = dict.fromkeys(STEPS, 0.0)
 
-    def __len__(self) -> int:
-        return 1
-
-    def submit(self, call: Callable[..., Any], indices: Sequence[int] | None = None) -> list[Any]:
-        return [call(self, 0)] if indices is None or list(indices) else []
-
-    each = submit
-
-    def get(self, reference: Any) -> Any:
-        return reference
-
-    share = get
-
-    def admit(self) -> bool:
-        return False
-
-    def describe(self) -> str:
-        return "one worker in this process"
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._worker, name)
+    def method(self, name: str) -> Callable[..., Any]:
+        call = super().method(name)
 
         def timed(*arguments: Any) -> Any:
             started = time.thread_time()
@@ -83,7 +61,7 @@ class TimedWorker:
                 self.seconds[SECTION[name]] += time.thread_time() - started
             return found
 
-        return SimpleNamespace(remote=timed)
+        return timed
 
     def count_reading(self) -> None:
         """Have the thread that reads ahead be timed too."""
@@ -146,10 +124,9 @@ def check(folder: Path, recipe: Path) -> dict[str, Any]:
         tokens=settings.num_blocks * settings.block_tokens,
         block_tokens=settings.block_tokens,
     )
-    pool = TimedWorker()
-    pool.count_reading()
-    with JobFolder(planned.output, planned.fingerprint) as held:
-        Run(planned, held, pool, lambda _: None).run()  # type: ignore[arg-type]
+    with JobFolder(planned.output, planned.fingerprint) as held, TimedWorker() as pool:
+        pool.count_reading()
+        Run(planned, held, pool, lambda _: None).run()
     report = json.loads((planned.output / "job_report.json").read_text())
     shutil.rmtree(planned.output)
     return {

@@ -52,7 +52,12 @@ def quantize(
     ],
     output: Annotated[Path, typer.Option(help="Directory of the quantized checkpoint.")],
     workers: Annotated[
-        int, typer.Option(min=1, help="Ray workers; the output's bytes do not depend on it.")
+        int,
+        typer.Option(
+            min=0,
+            help="Ray workers; the output's bytes do not depend on it. 0: no Ray, one worker in "
+            "this process.",
+        ),
     ] = 1,
     as_json: JsonFlag = False,
 ) -> None:
@@ -94,7 +99,7 @@ def submit(
     recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
     calibration: Annotated[list[str], typer.Option(metavar="FILE[=WEIGHT]", help="As above.")],
     output: Annotated[Path, typer.Option(help="On storage that all nodes share.")],
-    workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Ray workers, at least 1.")] = 1,
     address: Annotated[
         str | None, typer.Option(help="Job server, http://HEAD:8265; without it, $RAY_ADDRESS.")
     ] = None,

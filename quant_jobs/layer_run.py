@@ -37,10 +37,10 @@ from quant_jobs.folding import FoldingSet, Smoothing, Wanted, foldable, wanted_s
 from quant_jobs.input_scales import agree
 from quant_jobs.ledger import Ledger
 from quant_jobs.messages import Account
-from quant_jobs.pool import WorkerPool
 from quant_jobs.resume import boundary_files
 from quant_jobs.smoothquant import smoothing_scale
 from quant_jobs.units import share_out, trunk_reader
+from quant_jobs.workers import Workers
 
 #: Tokens of a wave, and blocks of each worker in it where that is more: with fewer, a cluster would
 #: wait for the worker whose turn it is.
@@ -69,7 +69,7 @@ class LayerRun:
         config: ModelConfig,
         recipe: Recipe,
         schemes: Mapping[str, Scheme],
-        pool: WorkerPool,
+        pool: Workers,
         wave_blocks: int | None = None,
     ) -> None:
         self._config, self._recipe, self._schemes, self._pool = config, recipe, schemes, pool

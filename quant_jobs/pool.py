@@ -32,6 +32,7 @@ from cluster.connect import worker_placement
 from deepseek.errors import IntServeError
 from quant_jobs.actor import QuantizeWorker
 from quant_jobs.messages import travel_light
+from quant_jobs.workers import WorkersLost
 
 #: How long the first workers may wait for a place on the cluster and load their libraries.
 START_TIMEOUT_S = 600.0
@@ -47,10 +48,6 @@ MAX_STARTS = 4
 #: Ray's words for: a worker, its node, or what only they had in memory is gone. The memory monitor,
 #: which kills workers when a node runs short, has a word of its own.
 _LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)
-
-
-class WorkersLost(Exception):
-    """Some workers died, or their nodes did; `WorkerPool.recover` finds out which."""
 
 
 class WorkerPool:

@@ -33,7 +33,6 @@ from typing import Any
 
 from torch import Tensor
 
-from cluster.connect import connect
 from deepseek.artifact import (
     ArtifactWriter,
     CalibrationRecord,
@@ -62,7 +61,6 @@ from quant_jobs.job_report import (
 from quant_jobs.layer_run import LayerRun, Solution
 from quant_jobs.ledger import Ledger
 from quant_jobs.messages import Account, WorkerJob
-from quant_jobs.pool import WorkerPool, WorkersLost
 from quant_jobs.progress import Event, Progress, Step, TerminalProgress
 from quant_jobs.resume import (
     FOLDER,
@@ -70,6 +68,7 @@ from quant_jobs.resume import (
     PublishedPart,
     check_same_run,
 )
+from quant_jobs.workers import Workers, WorkersLost
 
 #: Times that workers may die within one layer before the job gives up.
 MAX_LOSSES_PER_LAYER = 3
@@ -128,8 +127,9 @@ def run_quantize(
 ) -> Manifest:
     """Quantize the checkpoint in `model` into `output`, or go on where a killed run stopped.
 
-    Connects to Ray (or starts a local one) for as long as it takes. A finished output of the same
-    inputs is returned as it is. `progress` None shows a progress line on stderr.
+    Connects to Ray (or starts a local one) for as long as it takes; `workers` 0 needs no Ray, one
+    worker in this process does it all. A finished output of the same inputs is returned as it is.
+    `progress` None shows a progress line on stderr.
 
     Raises:
         IntServeError: its subclasses, for what is wrong with each input, before any work is done;
@@ -138,13 +138,28 @@ def run_quantize(
     job = plan_job(model, recipe, calibration, output)
     if (done := finished(job)) is not None:
         return done
-    with JobFolder(output, job.fingerprint) as folder:
-        num_parts = len(layer_keys(job.source.config))
-        with connect(num_cpus=workers), WorkerPool(workers) as pool:
-            if progress is not None:
-                return Run(job, folder, pool, progress).run()
-            with TerminalProgress(num_parts) as terminal:
-                return Run(job, folder, pool, terminal).run()
+    with JobFolder(output, job.fingerprint) as folder, start_workers(workers) as pool:
+        if progress is not None:
+            return Run(job, folder, pool, progress).run()
+        with TerminalProgress(len(layer_keys(job.source.config))) as terminal:
+            return Run(job, folder, pool, terminal).run()
+
+
+@contextmanager
+def start_workers(number: int) -> Iterator[Workers]:
+    """The workers of a job, for as long as it takes. What the other kind needs (Ray here, what
+    computes there) is not even imported."""
+    if not number:
+        from quant_jobs.here import WorkerHere
+
+        with WorkerHere() as here:
+            yield here
+        return
+    from cluster.connect import connect
+    from quant_jobs.pool import WorkerPool
+
+    with connect(num_cpus=number), WorkerPool(number) as pool:
+        yield pool
 
 
 def plan_job(model: Path, recipe: Recipe | str, calibration: Calibration, output: Path) -> Job:
@@ -232,7 +247,7 @@ class Run:
         self,
         job: Job,
         folder: JobFolder,
-        pool: WorkerPool,
+        pool: Workers,
         progress: Progress,
         wave_blocks: int | None = None,
     ) -> None:

@@ -104,8 +104,14 @@ def make_submission(
     """A submission of what a user gave, with absolute paths: the job runs in another folder.
 
     Raises:
+        DeployError: no workers are wanted.
         RecipeError: there is no such recipe, or it is wrong.
     """
+    if workers < 1:
+        raise DeployError(
+            "--workers 0 is a job without Ray, which cannot be submitted to one: give --workers 1 "
+            "or more, or run quantize here"
+        )
     load_recipe(recipe)
     return Submission(
         model=model.absolute(),

@@ -1,8 +1,8 @@
 """One worker of a quantize job: holds some calibration blocks, and owns some units of every layer.
 
-A plain class; `pool.py` makes Ray actors of it, tests call it directly. A worker decides nothing
-that depends on others; what needs several of them (a scale that all experts share) goes through the
-driver. The driver calls, per layer (`layer_run.py` has the order and who is called):
+A plain class; `pool.py` makes Ray actors of it, `here.py` calls it directly. A worker decides
+nothing that depends on others; what needs several of them (a scale that all experts share) goes
+through the driver. The driver calls, per layer (`layer_run.py` has the order and who is called):
 
     prefetch     start to read the stored bytes of this worker's units
     trunk        (one worker) the trunk, for all to hold
@@ -113,6 +113,10 @@ class Worker:
         modelopt_quantizer(num_bits=8, axis=0)
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._seconds: dict[str, float] = {}
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self._ahead.shutdown(cancel_futures=True)
 
     def begin(self, job: WorkerJob) -> None:
         """Start on a job, forgetting the one before."""

@@ -19,7 +19,6 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.utils import match_name
 from safetensors.torch import load_file
 from support.engines import make_artifact, make_engine
-from support.jobs import WorkerHere
 from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -29,8 +28,7 @@ from deepseek.engine.options import EngineOptions
 from deepseek.engine.packed import pack_engine
 from deepseek.formats import fake_quantize_fp8
 from deepseek.recipe import Recipe, load_recipe
-from quant_jobs.quantize import Run, plan_job
-from quant_jobs.resume import JobFolder
+from quant_jobs.quantize import run_quantize
 
 #: Largest median and mean KL in nats per token, and largest relative error of the logits. The mean
 #: is larger because a rounding can send a token to other experts; few tokens make up most of it.
@@ -84,16 +82,8 @@ def test_artifacts_of_calibrated_jobs_are_read_alike(
         rule["act_order"] = rule["algorithm"] == "gptq" and recipe == "int4-all-gptq"
     content["calibration"] = {"num_blocks": 8, "block_tokens": 512}
     artifact = tmp_path / "artifact"
-    job = plan_job(
-        tiny_model, Recipe.model_validate(content), tiny_model / "calibration.txt", artifact
-    )
-    threads = torch.get_num_threads()
-    try:
-        with JobFolder(artifact, job.fingerprint) as folder:
-            Run(job, folder, WorkerHere(), lambda _: None).run()  # type: ignore[arg-type]
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(False)
+    tuned, text = Recipe.model_validate(content), tiny_model / "calibration.txt"
+    run_quantize(tiny_model, tuned, text, artifact, 0, lambda _: None)
     pack_engine(ArtifactReader(artifact), tmp_path / "engine")
     assert_agreement(artifact, tmp_path / "engine", token_ids, CALIBRATED[recipe], recipe)
 

@@ -114,6 +114,16 @@ def test_paths_become_absolute_and_the_command_survives_a_shell(
         make_submission(Path("m"), "int3", ["text"], Path("out"), 1)
 
 
+def test_a_job_without_ray_is_not_submitted_to_one(command: Callable[..., Ended]) -> None:
+    ended = command(
+        *("submit", "--model", "m", "--recipe", "int8", "--calibration", "text"),
+        *("--output", "out", "--workers", 0, "--address", "http://127.0.0.1:1"),
+    )
+    assert ended.code == 2
+    assert ended.err.startswith("error: --workers 0 is a job without Ray, which cannot be submitt")
+    assert ended.err.count("\n") == 1
+
+
 def test_the_same_command_attaches_submits_again_or_has_nothing_to_do() -> None:
     jobs, job = Jobs(), job_of()
     base = job.base_id

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.jobs import WorkerHere
 from support.quantizing import SmallModel, make_small_model, small_recipe
 
 from deepseek.errors import ArtifactError, CalibrationError
 from deepseek.synthetic import Size, synthesize, synthetic_config
 from quant_jobs.calibration_data import CalibrationSource, load_token_blocks
 from quant_jobs.job_report import REPORT_FILE
-from quant_jobs.quantize import Run, finished, plan_job
-from quant_jobs.resume import JobFolder
+from quant_jobs.quantize import finished, plan_job, run_quantize
 
 
 @pytest.fixture(scope="module")
@@ -251,13 +249,7 @@ def test_a_job_records_its_files_and_is_bound_to_them(
     sources = [CalibrationSource(three_files[0], 3), CalibrationSource(small.text)]
     output = tmp_path / "out"
     job = plan_job(model, small_recipe("int8"), sources, output)
-    threads = torch.get_num_threads()
-    try:
-        with JobFolder(output, job.fingerprint) as folder:
-            manifest = Run(job, folder, WorkerHere(), lambda _: None).run()  # type: ignore[arg-type]
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(False)
+    manifest = run_quantize(model, small_recipe("int8"), sources, output, 0, lambda _: None)
     assert manifest.calibration is not None
     assert [(one.weight, one.blocks) for one in manifest.calibration.files] == [(3, 3), (1, 1)]
     report = json.loads((output / REPORT_FILE).read_text())["calibration"]["sources"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.jobs import WorkerHere, driver_command, kill_driver_when, without_ray_address
+from support.jobs import driver_command, kill_driver_when, without_ray_address
 from support.quantizing import (
     NUM_LAYERS,
     SmallModel,
@@ -30,13 +30,15 @@ from deepseek.checkpoint import CheckpointReader
 from deepseek.errors import ArtifactError, CheckpointError, IntServeError, RecipeError
 from deepseek.formats import decompress
 from deepseek.recipe import Recipe
+from quant_jobs.here import WorkerHere
 from quant_jobs.job_report import REPORT_FILE
 from quant_jobs.messages import Account, Usage
-from quant_jobs.pool import WorkerPool, WorkersLost
+from quant_jobs.pool import WorkerPool
 from quant_jobs.progress import Event, Step
 from quant_jobs.quantize import Run, finished, plan_job, run_quantize, tools
 from quant_jobs.resume import JobFolder
 from quant_jobs.solve import modelopt_quantizer
+from quant_jobs.workers import Workers, WorkersLost
 
 #: Every algorithm and every format.
 RECIPES = (
@@ -62,12 +64,10 @@ def three(ray_here: None) -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="module")
-def one(three: WorkerPool) -> Iterator[WorkerPool]:
+def one(three: WorkerPool) -> Iterator[WorkerHere]:
     """`three` first: its processes load their libraries while this one does."""
-    threads = torch.get_num_threads()
-    yield WorkerHere()  # type: ignore[misc]
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+    with WorkerHere() as here:
+        yield here
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 
 def quantize(
-    small: SmallModel, recipe: Recipe, output: Path, pool: WorkerPool, *events: Event
+    small: SmallModel, recipe: Recipe, output: Path, pool: Workers, *events: Event
 ) -> list[Event]:
     """Run the job on a warm pool; stop at the first event equal to one of `events`."""
     seen: list[Event] = []
@@ -95,7 +95,7 @@ def quantize(
 
 @pytest.fixture(scope="module")
 def whole(
-    small: SmallModel, one: WorkerPool, tmp_path_factory: pytest.TempPathFactory
+    small: SmallModel, one: WorkerHere, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """Outputs of uninterrupted runs on one worker, by recipe."""
     outputs = {name: tmp_path_factory.mktemp(name) / "out" for name in RECIPES}
@@ -112,10 +112,27 @@ def test_three_workers_write_the_bytes_of_one(
     assert contents(tmp_path / "out") == contents(whole[name])
 
 
+@pytest.mark.parametrize("wave_blocks", [1, 2])
+def test_blocks_in_small_waves_give_the_same_bytes(
+    small: SmallModel,
+    whole: dict[str, Path],
+    three: WorkerPool,
+    tmp_path: Path,
+    wave_blocks: int,
+) -> None:
+    """In a wave of one or two blocks, of three workers some have none."""
+    recipe, output = small_recipe("int4-gptq"), tmp_path / "out"
+    assert recipe.calibration.num_blocks > wave_blocks
+    job = plan_job(small.directory, recipe, small.text, output)
+    with JobFolder(output, job.fingerprint) as folder:
+        Run(job, folder, three, lambda event: None, wave_blocks).run()
+    assert contents(output) == contents(whole["int4-gptq"])
+
+
 def test_stopped_after_every_step_and_resumed_it_writes_the_same_bytes(
     small: SmallModel,
     whole: dict[str, Path],
-    one: WorkerPool,
+    one: WorkerHere,
     three: WorkerPool,
     tmp_path: Path,
 ) -> None:
@@ -184,12 +201,12 @@ def test_a_worker_killed_in_any_layer_costs_that_layer_only(
 
 
 def test_workers_that_keep_dying_end_the_job_with_a_sentence(
-    small: SmallModel, whole: dict[str, Path], one: WorkerPool, tmp_path: Path
+    small: SmallModel, whole: dict[str, Path], one: WorkerHere, tmp_path: Path
 ) -> None:
     class Dying:
         """A pool whose worker dies in every solve. Replacing it changes nothing."""
 
-        def __init__(self, pool: WorkerPool) -> None:
+        def __init__(self, pool: Workers) -> None:
             self._pool, self.replaced = pool, 0
 
         def __len__(self) -> int:
@@ -201,7 +218,7 @@ def test_workers_that_keep_dying_end_the_job_with_a_sentence(
         def each(self, call: Callable[..., Any], indices: Any = None) -> list[Any]:
             found = self._pool.each(call, indices)
             if found and isinstance(found[0], Account):
-                raise WorkersLost([0])
+                raise WorkersLost
             return found
 
         def recover(self) -> list[int]:
@@ -221,7 +238,7 @@ def test_workers_that_keep_dying_end_the_job_with_a_sentence(
 
 
 def test_a_driver_killed_with_its_own_ray_leaves_no_process_and_resumes(
-    small: SmallModel, whole: dict[str, Path], one: WorkerPool, tmp_path: Path, root: Path
+    small: SmallModel, whole: dict[str, Path], one: WorkerHere, tmp_path: Path, root: Path
 ) -> None:
     output = tmp_path / "out"
     kill_driver_when(output / ".job" / "part-00000.json", small, "int8", output, tmp_path, root)
@@ -364,7 +381,7 @@ def test_a_source_with_nan_is_refused_by_the_module_that_met_it(
 
 
 def test_a_bf16_source_keeps_what_the_recipe_does_not_name(
-    small: SmallModel, one: WorkerPool, tmp_path: Path
+    small: SmallModel, one: WorkerHere, tmp_path: Path
 ) -> None:
     directory = tmp_path / "bf16"
     write_checkpoint(directory, layers=2, fp8=False)

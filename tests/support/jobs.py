@@ -1,4 +1,4 @@
-"""Quantize jobs to look at: on a worker in this process, or as a driver process to kill."""
+"""Quantize jobs as driver processes, to kill."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import yaml
 from support.quantizing import SmallModel, small_recipe
@@ -18,54 +15,6 @@ from support.raylets import title
 
 #: Ray's own idle helpers, which outlive a raylet that was killed.
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-
-
-class WorkerHere:
-    """One worker in this process, spoken to as a pool: the reference without Ray. Every call is
-    done when it returns, and what would be a reference is the result itself."""
-
-    def __init__(self) -> None:
-        from quant_jobs.worker import Worker
-
-        self._worker = Worker()
-        self.size, self.places, self.nodes = 1, [0], [0]
-
-    def __len__(self) -> int:
-        return 1
-
-    def submit(self, call: Callable[..., Any], indices: Sequence[int] | None = None) -> list[Any]:
-        return [call(self, 0)] if indices is None or list(indices) else []
-
-    each = submit
-
-    def gather(self, references: Sequence[Any]) -> list[Any]:
-        return list(references)
-
-    def share(self, value: Any) -> Any:
-        return value
-
-    def admit(self) -> bool:
-        return False
-
-    def recover(self) -> list[int]:
-        return [0]
-
-    def describe(self) -> str:
-        return "this process"
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._worker, name)
-
-        def single(*arguments: Any) -> Any:
-            (found,) = call(*arguments)
-            return found
-
-        return SimpleNamespace(
-            remote=call,
-            options=lambda num_returns: SimpleNamespace(
-                remote=single if num_returns == 1 else call
-            ),
-        )
 
 
 def kill_driver_when(

@@ -20,17 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 import yaml
-from support.jobs import WorkerHere
 from support.quantizing import SmallModel, contents, make_small_model
 from support.raylets import Raylets
 from support.synthetic import write_checkpoint
 
 from deepseek.manifest import MANIFEST_FILE
 from deepseek.recipe import Recipe, load_recipe
-from quant_jobs.quantize import Run, plan_job
-from quant_jobs.resume import JobFolder
+from quant_jobs.quantize import run_quantize
 
 What = Literal["raylet", "worker", "driver"]
 
@@ -119,14 +116,7 @@ def recipe_of(name: str) -> Recipe:
 
 def reference(model: SmallModel, recipe: Recipe, output: Path) -> dict[str, bytes]:
     """The contents of the output of an undisturbed run of one worker, in this process."""
-    threads = torch.get_num_threads()
-    job = plan_job(model.directory, recipe, model.text, output)
-    try:
-        with JobFolder(output, job.fingerprint) as folder:
-            Run(job, folder, WorkerHere(), lambda event: None).run()  # type: ignore[arg-type]
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(False)
+    run_quantize(model.directory, recipe, model.text, output, 0, lambda event: None)
     return contents(output)
 
 

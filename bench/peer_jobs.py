@@ -37,19 +37,15 @@ class Clock:
 def run_ours(spec: dict[str, Any], clock: Clock) -> None:
     """The steps of `run_quantize`, with Ray and the workers' libraries counted as imports. Loading
     and saving are part of quantizing: layers stream."""
-    import ray
-
-    from cluster.connect import connect
     from deepseek.recipe import parse_recipe
-    from quant_jobs.pool import WorkerPool
-    from quant_jobs.quantize import Run, plan_job
+    from quant_jobs.quantize import Run, plan_job, start_workers
     from quant_jobs.resume import JobFolder
 
-    del ray
     recipe = parse_recipe(spec["recipe"], where="bench/peers.py")
     output = Path(spec["output"])
-    with connect(num_cpus=spec["threads"]), WorkerPool(spec["threads"]) as pool:
-        pool.each(lambda worker, _: worker.ready.remote())
+    with start_workers(spec["threads"] if spec["on_ray"] else 0) as pool:
+        if spec["on_ray"]:
+            pool.each(lambda worker, _: worker.ready.remote())
         clock.lap("import")
         job = plan_job(Path(spec["source"]), recipe, Path(spec["calibration"]), output)
         with JobFolder(output, job.fingerprint) as folder:

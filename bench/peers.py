@@ -3,10 +3,12 @@
     python bench/peers.py --peer-python /tmp/peers/bin/python [--model DIR] [--save FILE]
 
 All quantize the routed experts of the same checkpoint to symmetric INT4 in groups of 128, on the
-same token ids, each in a process of its own (`peer_jobs.py`), one after the other, with the same
-number of threads: ours as workers of one thread each. Peers cannot read the FP8 release; they get
-a BF16 copy, which is made before and not counted. modelopt runs in this environment, its experts
-un-fused by hand; llm-compressor needs another transformers, and so an environment of its own:
+same token ids, each in a process of its own (`peer_jobs.py`), one after the other. Peers compute
+with `--threads` threads; ours with one (`--workers 0`: no Ray, as peers have none), or, in the rows
+that say so, on a Ray of its own with as many workers of one thread each. Peers cannot read the FP8
+release; they get a BF16 copy, which is made before and not counted. modelopt runs in this
+environment, its experts un-fused by hand; llm-compressor needs another transformers, and so an
+environment of its own:
 
     python -m venv /tmp/peers
     echo torch==2.13.0 > /tmp/constraints.txt
@@ -17,7 +19,7 @@ float32 and run by transformers in float32, against the source, dequantized, run
 KL is not quite like with like: modelopt keeps a scale per linear that the engine must apply to its
 inputs, ours folds all that it uses, and has none left over.
 
-"job" is loading, quantizing and saving; "whole" is the process with its imports, and with Ray. On
+"job" is loading, quantizing and saving; "whole" is the process with its imports, and its Ray. On
 a machine that is not idle look at CPU seconds, which count all of the job's processes.
 Memory is of all processes of the job (Ray's with ours), sampled five times a second, of gigabytes
 more rarely, so that watching costs 5 % of a core at most: "resident" is the sum of proportional set
@@ -83,17 +85,20 @@ app = make_app(__doc__ or "")
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One job. `method` is the tool's own name for it."""
+    """One job. `method` is the tool's own name for it; `on_ray` is ours on a Ray of its own, with
+    as many workers as there are threads, instead of all in one process, as peers are."""
 
     tool: str
     method: str
     coverage: str = "topk"
     act_order: bool = False
+    on_ray: bool = False
 
     @property
     def name(self) -> str:
         order = ", act order" if self.act_order else ""
-        return f"{self.method}, {self.coverage}{order}"
+        where = ", on Ray" if self.on_ray else ""
+        return f"{self.method}, {self.coverage}{order}{where}"
 
 
 #: Rows that are to be compared stand together, ours first. llm-compressor's own defaults are all
@@ -101,10 +106,12 @@ class Contender:
 CONTENDERS = (
     Contender("ours", "max"),
     Contender("ours", "gptq"),
+    Contender("ours", "gptq", on_ray=True),
     Contender("llm-compressor", "gptq"),
     Contender("ours", "gptq", "all", True),
     Contender("llm-compressor", "gptq", "all", True),
     Contender("ours", "awq"),
+    Contender("ours", "awq", on_ray=True),
     Contender("modelopt", "awq_lite"),
     Contender("modelopt", "awq_full"),
 )

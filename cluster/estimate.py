@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.job_model import (
+    COMPUTE,
     PHASES,
     JobTime,
     Use,
@@ -93,24 +94,6 @@ Change = Callable[[Job, Rates], tuple[Job, Rates]]
 #: In the order in which they are put on top of each other. None of them is built.
 LEVERS: tuple[tuple[str, Change], ...] = (
     (
-        "activations are stored beside the next layer, digested by 4 threads",
-        lambda job, rates: (
-            replace(job, boundary_hidden=True),
-            replace(rates, write_digest=4 * rates.write_digest, read_digest=4 * rates.read_digest),
-        ),
-    ),
-    (
-        "an expert's rows go to the node of their tokens only",
-        lambda job, rates: (replace(job, rows_to_owner=True), rates),
-    ),
-    (
-        "waves as large as the cluster (4 blocks a worker)",
-        lambda job, rates: (
-            replace(job, wave_tokens=max(job.wave_tokens, 4 * job.workers * job.block_tokens)),
-            rates,
-        ),
-    ),
-    (
         "activations travel as BF16 (changes results: to be judged)",
         lambda job, rates: (replace(job, row_bytes=2), rates),
     ),
@@ -126,9 +109,9 @@ LEVERS: tuple[tuple[str, Change], ...] = (
         ),
     ),
     (
-        "Gram matrices added up in place, and TF32 products (5x)",
+        "TF32 products (5x)",
         lambda job, rates: (
-            replace(job, gram_passes=2),
+            job,
             replace(rates, matmul=5 * rates.matmul, gram=5 * rates.gram),
         ),
     ),
@@ -215,7 +198,7 @@ def _times(estimate: Estimate) -> Table:
     for name in ("minutes", "floor", "expected"):
         table.add_column(name, justify="left" if name == "minutes" else "right")
     for name in PHASES:
-        beside = " (beside)" if name in ("read", "write") else ""
+        beside = "" if name in COMPUTE else " (beside)"
         floor, expected = estimate.floor.phase(name), estimate.expected.phase(name)
         table.add_row(name + beside, minutes(floor), minutes(expected))
     table.add_section()

@@ -21,12 +21,12 @@ _MOE_QUANT_S = 2 * 3600.0
 
 _BUILT = (
     "**What is built.** The schedule (`quant_jobs/layer_run.py`), the sharing of reading, solving "
-    "and packing, the exchange through Ray's object store, waves, background writing: built, and "
-    "tested on CPU workers over several raylets. **What is not:** no flag puts a worker on a GPU "
-    "yet (`WorkerJob.device` and `WorkerPool(gpus=...)` are there), nothing was run on one, and "
-    "none of the changes below is made. Weights are dequantized on the host today; the model has "
-    "that on the GPU. So these times are of the present schedule on hardware "
-    "that it has not seen."
+    "and packing, the exchange through Ray's object store (what an expert makes of a token goes to "
+    "its node only), waves, writing beside the next layer: built, and tested on CPU workers over "
+    "several raylets. **What is not:** no flag puts a worker on a GPU yet (`WorkerJob.device` and "
+    "`WorkerPool(gpus=...)` are there), nothing was run on one, and none of the changes below is "
+    "made. Weights are dequantized on the host today; the model has that on the GPU. So these "
+    "times are of the present schedule on hardware that it has not seen."
 )
 
 
@@ -60,9 +60,9 @@ def quantize_page(notice: str) -> str:
         "",
         _against_moe_quant(gptq),
         "",
-        "More nodes hardly help as long as the exchange is the limit: every node gets the "
-        "activations of all tokens, whatever its share of the experts. The list of changes below "
-        "says what would.",
+        "More nodes help less than they could as long as the exchange is the limit: a token's "
+        "experts are on most nodes, so every node gets what enters the MLP of all tokens. The list "
+        "of changes below says what would help.",
         "",
         "## Where the time goes: `int4-gptq`",
         "",
@@ -70,7 +70,7 @@ def quantize_page(notice: str) -> str:
         f"|---|{'---:|' * (2 * len(_NODES))}",
         *(_phase_row(name, [made["int4-gptq", n] for n in _NODES]) for name in PHASES),
         "",
-        "Reading and writing go on beside the rest. "
+        "Reading, boundaries and writing go on beside the rest. "
         f"{gb(bytes_read(gptq.job))} GB are read, each byte once whatever the number of nodes; "
         f"{gb(bytes_written(gptq.job)[0])} GB of artifact and {gb(bytes_written(gptq.job)[1])} GB "
         "of boundaries, from which a killed job resumes, are written.",

@@ -107,7 +107,10 @@ class LayerWork:
             {"forward A": attended, "statistics": self._observe(share, tokens)}
             for share in self.shares
         ]
-        return Step("attend", workers, tokens * (self._routed_row + sent) * job.remote, 2, repeat)
+        # The rows of an input go to the node of its owner; the busiest node owns the widest.
+        gathered = max((width * F32 for width, wanted in inputs if wanted), default=0)
+        fabric = tokens * (self._routed_row + max(gathered, sent / job.nodes)) * job.remote
+        return Step("attend", workers, fabric, 2, repeat)
 
     def _observe(self, share: list[Unit], tokens: int) -> Load:
         load = Load()
@@ -264,10 +267,9 @@ class LayerWork:
             experts: list[Mapping[Phase, Load]] = [
                 {"forward B": self._run_experts(share, tokens, blocks)} for share in self.shares
             ]
-            fabric = tokens * job.config.num_experts_per_tok * job.row * job.remote
-            yield Step(
-                "carry", experts, fabric / (job.nodes if job.rows_to_owner else 1), 1, repeat
-            )
+            # What experts make of a token goes to its node only.
+            fabric = tokens / job.nodes * job.config.num_experts_per_tok * job.row * job.remote
+            yield Step("carry", experts, fabric, 1, repeat)
         yield Step("carry", [{"forward B": self._combine().times(mine)}], repeat=repeat)
 
     def _run_experts(self, share: list[Unit], tokens: int, blocks: int) -> Load:

@@ -4,11 +4,12 @@ Arithmetic, no measurement: `job_work.py` counts what the schedule asks for, `jo
 fast it is served and where each figure comes from. The schedule, per layer (`quant_jobs/quantize`):
 
     attend -> wait for the layer before to be written -> solve -> carry
-    beside them: the next layer is read; this one is written, from its solving on
+    beside them: the next layer is read; this one is written, from its solving on, and so is what
+    comes out of it, as it is carried
 
-so a layer takes max(read, storage, solve + max(attend + carry, write)). Within a step the slowest
-worker counts, and the parts of its work are added up: products, elementwise kernels, launches,
-copies. That is pessimistic where a GPU overlaps them, which the code does not ask it to.
+so a layer takes max(read, storage, solve + max(attend + carry, write + boundary)). Within a step
+the slowest worker counts, and the parts of its work are added up: products, elementwise kernels,
+launches, copies. That is pessimistic where a GPU overlaps them, which the code does not ask it to.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from cluster.job_work import Job, Section, Step
 
 #: In the order of the table.
 PHASES = (
-    *("read", "forward A", "statistics", "solve", "forward B", "exchange", "boundary", "calls"),
-    "write",
+    *("read", "forward A", "statistics", "solve", "forward B", "exchange", "calls"),
+    *("boundary", "write"),
 )
 #: Those that follow each other.
-COMPUTE = PHASES[1:-1]
+COMPUTE = PHASES[1:-2]
 SECTIONS: tuple[Section, ...] = ("attend", "solve", "carry")
 
 
@@ -48,7 +49,8 @@ class LayerTime:
 
     @property
     def seconds(self) -> float:
-        around = max(self.sections["attend"] + self.sections["carry"], self.phases["write"])
+        files = self.phases["write"] + self.phases["boundary"]
+        around = max(self.sections["attend"] + self.sections["carry"], files)
         return max(self.phases["read"], self.storage, self.sections["solve"] + around)
 
 
@@ -80,7 +82,7 @@ class JobTime:
         longest phase of the compute."""
         hidden = [o for o in self.layers if o.seconds > 1.001 * sum(o.sections.values())]
         if len(hidden) * 2 > len(self.layers):
-            return "write" if self.phase("write") > self.phase("read") else "read"
+            return max(("read", "boundary", "write"), key=self.phase)
         return max(COMPUTE, key=self.phase)
 
 
@@ -111,8 +113,6 @@ def layer_time(job: Job, rates: Rates, layer: int) -> LayerTime:
             sections[step.section] += seconds
     if not work.is_last:
         phases["boundary"] = _boundary_seconds(job, rates)
-        if not job.boundary_hidden:
-            sections["carry"] += phases["boundary"]
     phases["read"], phases["write"] = (
         _read_seconds(job, rates, layer),
         _write_seconds(job, rates, layer),
@@ -204,9 +204,9 @@ def memory_use(job: Job) -> list[Use]:
     config, layer = job.config, job.config.first_k_dense_replace
     experts, trunk = layer_source_bytes(config, layer)
     out = layer_output_bytes(config, job.scheme, layer)
-    own, wave = job.activation_bytes // job.nodes, min(job.wave_tokens, job.tokens)
-    rows = wave * config.num_experts_per_tok * job.row
-    held = rows // job.nodes if job.rows_to_owner else rows
+    own = job.activation_bytes // job.nodes
+    waves = min(2 * job.waves[0][0] * job.block_tokens, job.tokens)  # two are under way at a time
+    rows = waves * config.num_experts_per_tok * job.row
     group = max(units(config, layer), key=lambda unit: unit.numel)
     grams = _gram_bytes(job, layer)
     heads = config.num_attention_heads * job.block_tokens**2 * F32
@@ -216,7 +216,7 @@ def memory_use(job: Job) -> list[Use]:
         Use("packed layer in hand, and the one being written", out // job.nodes, 2 * out),
         Use("activations into and out of the layer", 2 * own),
         Use("what enters the MLP, all blocks", 0, job.activation_bytes, job.activation_bytes),
-        Use("expert rows of one wave", rows // job.nodes, held),
+        Use("expert rows of two waves", rows // job.nodes, rows // job.nodes),
         Use("float32 weights of one unit, and GPTQ's copies", 0, 0, 4 * group.numel * F32),
         Use("Gram matrices of one unit, and their factors", 0, 0, 4 * grams),
         Use("attention scores of one block, if unfused", 0, 0, 2 * heads),

@@ -26,6 +26,7 @@ CALIBRATION_TOKENS, BLOCK_TOKENS = 512 * 4096, 4096
 
 #: Restated from `quant_jobs` (which this package may not import); a test holds them equal.
 WAVE_TOKENS = 1 << 16
+WAVE_BLOCKS = 4
 SAMPLE_TOKENS = 256
 AWQ_CANDIDATES = 20
 
@@ -44,13 +45,8 @@ def pieces() -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One quantize job on `nodes` of `per_node` workers. The last five fields are what the code
-    does now; other values answer what a change would bring.
-
-    `row_bytes` is the size of an exchanged or stored activation; `rows_to_owner` sends experts'
-    rows only to the node that holds their block; `gram_passes` is how often adding one block to a
-    Gram matrix goes over it; `boundary_hidden` stores activations beside the next layer.
-    """
+    """One quantize job on `nodes` of `per_node` workers. `row_bytes`, the size of an exchanged or
+    stored activation, is what the code has now; another value answers what a change would bring."""
 
     config: ModelConfig
     recipe: Recipe
@@ -59,11 +55,7 @@ class Job:
     tokens: int = CALIBRATION_TOKENS
     block_tokens: int = BLOCK_TOKENS
     imbalance: float = 1.0
-    wave_tokens: int = WAVE_TOKENS
     row_bytes: int = F32
-    rows_to_owner: bool = False
-    gram_passes: int = 4
-    boundary_hidden: bool = False
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -91,8 +83,9 @@ class Job:
         return self._schemes[spec.module]
 
     def gram(self, tokens: float, width: int, additions: float) -> Load:
-        """x^T x of so many rows, added up in `additions` parts: each goes over the matrix."""
-        moved = self.gram_passes * F32 * width**2 * additions
+        """x^T x of so many rows, added up in `additions` parts, each in place: it reads and writes
+        the matrix."""
+        moved = 2 * F32 * width**2 * additions
         return Load(gram=2 * tokens * width**2, moved=moved, launches=2 * additions)
 
     @cached_property
@@ -126,7 +119,7 @@ class Job:
     @cached_property
     def waves(self) -> tuple[tuple[int, int], ...]:
         """(blocks of a wave, how many such waves)."""
-        size = max(self.wave_tokens // self.block_tokens, 1)
+        size = max(WAVE_TOKENS // self.block_tokens, WAVE_BLOCKS * self.workers)
         full, rest = divmod(self.num_blocks, size)
         return tuple(pair for pair in ((size, full), (rest, 1 if rest else 0)) if pair[1])
 

@@ -122,8 +122,10 @@ class Accumulator:
         self._abs_sum = share.abs_sum if first else self._abs_sum + share.abs_sum  # type: ignore[operator]
         if self._wants_gram:
             assert share.rows is not None, f"{self._name}: a Gram matrix needs the rows"
-            product = share.rows.T @ share.rows
-            self._gram = product if self._gram is None else self._gram.add_(product)
+            if self._gram is None:
+                self._gram = share.rows.T @ share.rows
+            else:  # in place: the matrix is large, and is gone over once per block
+                self._gram.addmm_(share.rows.T, share.rows)
         if self._sampled < SAMPLE_TOKENS:
             self._samples.append(share.sample[: SAMPLE_TOKENS - self._sampled].clone())
             self._sampled += len(self._samples[-1])

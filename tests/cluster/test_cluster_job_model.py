@@ -14,7 +14,7 @@ from cluster.__main__ import app
 from cluster.estimate import LEVERS, make_estimate, with_levers
 from cluster.job_layer import LayerWork
 from cluster.job_model import bytes_read, peak_bytes
-from cluster.job_work import AWQ_CANDIDATES, SAMPLE_TOKENS, WAVE_TOKENS, Job
+from cluster.job_work import AWQ_CANDIDATES, SAMPLE_TOKENS, WAVE_BLOCKS, WAVE_TOKENS, Job
 from deepseek.config import DEEPSEEK_V3
 from deepseek.errors import DeployError
 from deepseek.inventory import tensors
@@ -29,6 +29,7 @@ def test_restated_constants_are_those_of_the_job() -> None:
     import torch
 
     assert WAVE_TOKENS == layer_run.WAVE_TOKENS
+    assert WAVE_BLOCKS == layer_run.WAVE_BLOCKS
     assert SAMPLE_TOKENS == calibrate.SAMPLE_TOKENS
     assert len(candidate_scales(torch.ones(8), torch.ones(8))) == AWQ_CANDIDATES
 

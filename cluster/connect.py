@@ -91,6 +91,9 @@ def connect(
     address = address or os.environ.get("RAY_ADDRESS") or None
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None or address == "local":
+        # A raylet adds 15 to the niceness of its workers unless its environment says otherwise: on
+        # a machine that others use too, the job would get what they leave.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         try:
             ray.init(
                 "local",

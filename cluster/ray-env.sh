@@ -12,6 +12,10 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="${RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:
 export RAY_SERVE_ENABLE_HA_PROXY="${RAY_SERVE_ENABLE_HA_PROXY:-1}"
 export RAY_SERVE_THROUGHPUT_OPTIMIZED="${RAY_SERVE_THROUGHPUT_OPTIMIZED:-1}"
 
+# Ray's workers yield to all else on their node (niceness 15, which keeps raylets responsive). Where
+# nodes are shared with other programs that starves a job; give it the raylet's own niceness there:
+# export RAY_worker_niceness=0
+
 # NCCL between nodes (tensor parallelism over 16 GPUs): name the fabric's devices.
 # export NCCL_IB_HCA=mlx5
 # export NCCL_SOCKET_IFNAME=bond0

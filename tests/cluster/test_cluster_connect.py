@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -32,6 +36,31 @@ def test_a_local_ray_is_started_and_stopped_and_nested_connections_share_it(no_r
         assert ours.describe() == f"started a local Ray at {ours.address}"
     assert not ray.is_initialized()
     ours.close()
+
+
+@pytest.mark.parametrize(("given", "added"), [(None, 0), ("3", 3)])
+def test_workers_of_a_local_ray_are_as_nice_as_their_driver_or_as_the_user_says(
+    given: str | None, added: int, root: Path
+) -> None:
+    """In a driver of its own, which is nicer than this process."""
+    program = (
+        "import os, ray\n"
+        "from cluster.connect import connect\n"
+        "with connect(num_cpus=1):\n"
+        "    theirs = ray.get(ray.remote(lambda: os.nice(0)).remote())\n"
+        "print(theirs - os.nice(0))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in
+                   ("RAY_ADDRESS", "RAY_worker_niceness")}  # fmt: skip
+    done = subprocess.run(
+        ["nice", "-n", "2", sys.executable, "-c", program],
+        cwd=root,
+        env=environment if given is None else environment | {"RAY_worker_niceness": given},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == f"{added}\n", done.stderr
 
 
 def test_a_foreign_ray_is_left_running(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,10 @@ def submit(
     The same command again finds the job: running, it is attached to; failed or stopped, it is
     submitted again and resumes. Exit code 1: with --wait, the job failed or was stopped.
 
+    The id follows from the output's path, the recipe, and the content of the calibration files and
+    of the model (its fingerprint, no weights are read); where a file cannot be read from here, from
+    its path.
+
     \b
     Examples:
       python -m quant_jobs submit --address http://head:8265 --working-dir . --wait \\

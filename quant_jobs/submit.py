@@ -1,15 +1,26 @@
 """`quantize` as a job of a Ray cluster: submitted under an id of its own, and never twice at once.
 
-The submission id follows from what the job is: output, model, recipe and calibration files, not the
-number of workers, which changes no byte. So the same command, given again, finds the job that it
-submitted before (whoever gave it, from wherever):
+The submission id follows from what decides the output, not from the number of workers, which
+changes no byte:
+
+    recipe       what it says
+    output       its path
+    model        the source's fingerprint, and the files that go along with its weights
+    calibration  each file's SHA-256, ending and weight, in the order given
+
+So another text under the same name is another job, and the same text under another name is not.
+Files are named as the cluster sees them and need not exist here, a recipe apart: a model or a text
+that cannot be read where the command is given counts by its path. Two machines of which only one
+can read it therefore give different ids, and the versions of the libraries, which are the nodes'
+affair, are in none. The output looks after itself then: its lock and the fingerprint that a job
+pins there (`resume.py`) let no other job in.
+
+The same command, given again, finds the job that it submitted before (whoever gave it):
 
     running              attached to: nothing is submitted
     failed or stopped    submitted again as ID-2, ID-3, ..., for Ray takes no id twice; quantize
                          goes on after the last published layer
     succeeded            nothing to do
-
-Files are named as the cluster sees them and need not exist here, a recipe apart.
 """
 
 from __future__ import annotations
@@ -26,8 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from deepseek.errors import DeployError
-from deepseek.files import canonical_json
+from deepseek.errors import CheckpointError, ConfigError, DeployError
+from deepseek.files import canonical_json, sha256_file
 from deepseek.recipe import builtin_recipes, load_recipe
 
 #: What became of a command: it made the job run, found it running, or found it done.
@@ -53,15 +64,17 @@ class Submission:
 
     @property
     def base_id(self) -> str:
-        """The id of the first submission; the same for the same job.
+        """The id of the first submission; the same for the same job. Reads the calibration files,
+        and of the model what its fingerprint takes: ask once per command.
 
         Raises:
             RecipeError: there is no such recipe, or it is wrong.
+            CalibrationError: a weight is not positive.
         """
         identity = {
-            "model": str(self.model),
+            "model": _identify_model(self.model),
             "recipe": load_recipe(self.recipe).model_dump(mode="json"),
-            "calibration": list(self.calibration),
+            "calibration": [_identify_text(given) for given in self.calibration],
             "output": str(self.output),
         }
         digest = hashlib.sha256(canonical_json(identity)).hexdigest()
@@ -106,13 +119,18 @@ def make_submission(
     Raises:
         DeployError: no workers are wanted.
         RecipeError: there is no such recipe, or it is wrong.
+        CalibrationError: a weight is not positive.
     """
+    from quant_jobs.calibration_data import CalibrationSource
+
     if workers < 1:
         raise DeployError(
             "--workers 0 is a job without Ray, which cannot be submitted to one: give --workers 1 "
             "or more, or run quantize here"
         )
     load_recipe(recipe)
+    for given in calibration:
+        CalibrationSource.parse(given)
     return Submission(
         model=model.absolute(),
         recipe=recipe if recipe in builtin_recipes() else str(Path(recipe).absolute()),
@@ -159,14 +177,15 @@ def submit(client: Any, job: Submission, working_dir: Path | None = None) -> Sub
     Raises:
         DeployError: the job server refuses.
     """
+    base_id = job.base_id
     while True:
-        known = _submissions(client, job.base_id)
+        known = _submissions(client, base_id)
         number, status = max(known.items(), default=(0, "none"))
         if status in _ALIVE:
-            return Submitted(_id(job, number), "running", status)
+            return Submitted(_id(base_id, number), "running", status)
         if status == "SUCCEEDED":
-            return Submitted(_id(job, number), "succeeded", status)
-        wanted = _id(job, number + 1)
+            return Submitted(_id(base_id, number), "succeeded", status)
+        wanted = _id(base_id, number + 1)
         try:
             client.submit_job(
                 entrypoint=job.entrypoint,
@@ -178,7 +197,7 @@ def submit(client: Any, job: Submission, working_dir: Path | None = None) -> Sub
                 entrypoint_num_cpus=0,
             )
         except (RuntimeError, ValueError) as error:
-            if number + 1 in _submissions(client, job.base_id):
+            if number + 1 in _submissions(client, base_id):
                 continue  # somebody gave the same command at the same moment
             raise DeployError(
                 f"the job server refuses {wanted}: {_first_line(error)}; see the logs of the head"
@@ -220,8 +239,39 @@ def _submissions(client: Any, base_id: str) -> dict[int, str]:
     return found
 
 
-def _id(job: Submission, number: int) -> str:
-    return job.base_id if number == 1 else f"{job.base_id}-{number}"
+def _id(base_id: str, number: int) -> str:
+    return base_id if number == 1 else f"{base_id}-{number}"
+
+
+def _identify_model(model: Path) -> dict[str, Any]:
+    """What a source checkpoint is by its content, or by its path where it cannot be opened here:
+    on a machine that has no more of it than config.json, or nothing, it may be whole on the nodes.
+    """
+    from deepseek.artifact import COPIED_FILES
+    from deepseek.checkpoint import CheckpointReader
+
+    try:
+        fingerprint = CheckpointReader(model).fingerprint
+        files = {name: model / name for name in COPIED_FILES if (model / name).is_file()}
+        return {
+            "fingerprint": fingerprint,
+            "files": {name: sha256_file(path) for name, path in files.items()},
+        }
+    except (OSError, CheckpointError, ConfigError):
+        return {"path": str(model)}
+
+
+def _identify_text(given: str) -> dict[str, Any]:
+    """What `FILE[=WEIGHT]` is by its content, or by its path where it cannot be read here."""
+    from quant_jobs.calibration_data import CalibrationSource
+
+    source = CalibrationSource.parse(given)
+    try:
+        # The ending says how the same bytes are read.
+        content = {"sha256": sha256_file(source.path), "ending": source.path.suffix}
+    except OSError:
+        content = {"path": str(source.path)}
+    return {"weight": source.weight, **content}
 
 
 def _status(client: Any, submission_id: str) -> str:

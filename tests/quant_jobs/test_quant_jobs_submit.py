@@ -27,7 +27,7 @@ from support.kill_rounds import reference
 from support.quantizing import SmallModel, contents, make_small_model, small_recipe
 from support.raylets import end
 
-from deepseek.errors import DeployError, RecipeError
+from deepseek.errors import CalibrationError, DeployError, RecipeError
 from quant_jobs.submit import Submission, connect_to_jobs, follow, make_submission, submit
 
 
@@ -98,6 +98,70 @@ def test_a_recipe_file_counts_by_what_it_says(tmp_path: Path) -> None:
     assert job_of(recipe=str(file)).base_id == before
     file.write_text(yaml.safe_dump(content | {"kv_cache": "int8"}))
     assert job_of(recipe=str(file)).base_id != before
+
+
+def test_a_text_counts_by_its_content_weight_and_ending(tmp_path: Path) -> None:
+    def of(*calibration: str) -> str:
+        return job_of(calibration=tuple(f"{tmp_path}/{given}" for given in calibration)).base_id
+
+    for name, text in {"a.txt": "one", "b.txt": "two", "c.jsonl": "one"}.items():
+        (tmp_path / name).write_text(text)
+    before = of("a.txt=3", "b.txt")
+    assert of("a.txt=3.0", "b.txt=1") == before
+    others = [of("a.txt=2", "b.txt"), of("b.txt", "a.txt=3"), of("c.jsonl=3", "b.txt")]
+    assert len({before, *others}) == 4
+
+    (tmp_path / "b.txt").write_text("another text under the same name")
+    assert of("a.txt=3", "b.txt") not in (before, *others)
+    (tmp_path / "d.txt").write_text("two")
+    assert of("a.txt=3", "d.txt") == before, "the name must not matter"
+
+
+def test_a_model_counts_by_its_content(tmp_path: Path) -> None:
+    small = make_small_model(tmp_path)
+    before = job_of(model=small.directory).base_id
+    shutil.copytree(small.directory, tmp_path / "copy")
+    assert job_of(model=tmp_path / "copy").base_id == before, "the path must not matter"
+
+    tokenizer = tmp_path / "copy" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("w95", "w96"))
+    with_another_tokenizer = job_of(model=tmp_path / "copy").base_id
+    shard = next(small.directory.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert len({before, with_another_tokenizer, job_of(model=small.directory).base_id}) == 3
+
+
+def test_what_cannot_be_read_here_counts_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "config.json").write_text("{}")
+    ids = [job_of(model=tmp_path / name).base_id for name in ("absent", "mount", "part")]
+    ids += [job_of(calibration=(f"{tmp_path}/{name}",)).base_id for name in ("absent", "mount")]
+    assert len(set(ids)) == 5
+    assert job_of(model=tmp_path / "absent").base_id == ids[0]
+
+    jobs, job = Jobs(), job_of(model=tmp_path / "absent")
+    assert [submit(jobs, job).outcome for _ in range(2)] == ["submitted", "running"]
+
+
+def test_a_text_that_changed_is_submitted_as_a_job_of_its_own(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    jobs, job = Jobs(), job_of(calibration=(str(text),))
+    first = submit(jobs, job)
+    assert submit(jobs, job).outcome == "running"
+    jobs.statuses[first.submission_id] = "SUCCEEDED"
+    text.write_text("two")
+    second = submit(jobs, job)
+    assert (second.outcome, len(jobs.submitted)) == ("submitted", 2)
+    assert second.submission_id != first.submission_id
+
+
+def test_a_weight_that_is_none_is_refused_before_anything_is_submitted() -> None:
+    with pytest.raises(CalibrationError, match="text=-1: the weight must be a positive number"):
+        make_submission(Path("m"), "int8", ["text=-1"], Path("out"), 1)
 
 
 def test_paths_become_absolute_and_the_command_survives_a_shell(

@@ -104,7 +104,11 @@ def submit(
         str | None, typer.Option(help="Job server, http://HEAD:8265; without it, $RAY_ADDRESS.")
     ] = None,
     working_dir: Annotated[
-        Path | None, typer.Option(help="Folder with the code, sent along; else the nodes have it.")
+        Path | None,
+        typer.Option(
+            help="Directory with the code, sent along (below 100 MiB; without .git, .venv, runs, "
+            "caches and what .gitignore or .rayignore names). Not given: the nodes have the code."
+        ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Show the log until the job ends.")] = False,
     as_json: JsonFlag = False,

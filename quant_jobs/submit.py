@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import re
 import shlex
@@ -46,6 +47,13 @@ Outcome = Literal["submitted", "running", "succeeded"]
 
 #: Ray's words for a job that may still do something.
 _ALIVE = ("PENDING", "RUNNING")
+
+#: What is never sent along with a working directory, whatever its .gitignore says: patterns as
+#: there, `/` the directory itself. Ray adds what .gitignore and .rayignore say.
+EXCLUDES = (
+    *(".git", ".venv", "venv", "/runs", "__pycache__", "*.egg-info"),
+    *(".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"),
+)
 
 #: How often a job is asked for its status while it is waited for.
 _POLL_S = 1.0
@@ -175,7 +183,7 @@ def submit(client: Any, job: Submission, working_dir: Path | None = None) -> Sub
     and holds the code; None: the nodes have it.
 
     Raises:
-        DeployError: the job server refuses.
+        DeployError: the job server refuses, or would refuse a working directory of that size.
     """
     base_id = job.base_id
     while True:
@@ -186,11 +194,15 @@ def submit(client: Any, job: Submission, working_dir: Path | None = None) -> Sub
         if status == "SUCCEEDED":
             return Submitted(_id(base_id, number), "succeeded", status)
         wanted = _id(base_id, number + 1)
+        runtime_env: dict[str, Any] = {}
+        if working_dir is not None:
+            check_working_dir(working_dir)
+            runtime_env = {"working_dir": str(working_dir.absolute()), "excludes": list(EXCLUDES)}
         try:
             client.submit_job(
                 entrypoint=job.entrypoint,
                 submission_id=wanted,
-                runtime_env={} if working_dir is None else {"working_dir": str(working_dir)},
+                runtime_env=runtime_env,
                 metadata={"output": str(job.output), "recipe": job.recipe},
                 # None of the CPUs that workers are placed on: the driver mostly waits. Without
                 # a request it runs on the head.
@@ -203,6 +215,68 @@ def submit(client: Any, job: Submission, working_dir: Path | None = None) -> Sub
                 f"the job server refuses {wanted}: {_first_line(error)}; see the logs of the head"
             ) from error
         return Submitted(wanted, "submitted", _status(client, wanted))
+
+
+def check_working_dir(working_dir: Path, limit_bytes: int | None = None) -> None:
+    """See that Ray's job server takes the directory, before anything is packed.
+
+    `limit_bytes` None: the server's own. It is smaller than what Ray's documentation says of
+    working directories (500 MiB): the job server takes no request of more than 100 MiB.
+
+    Raises:
+        DeployError: it is no directory, or what is not excluded is too large.
+    """
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
+
+    if not working_dir.is_dir():
+        raise DeployError(f"--working-dir {working_dir} is not a directory; name the checkout")
+    if limit_bytes is None:
+        limit_bytes = min(DASHBOARD_CLIENT_MAX_SIZE, GCS_STORAGE_MAX_SIZE)
+    sizes = packed_bytes(working_dir)
+    total = sum(sizes.values())
+    if total < limit_bytes:
+        return
+    largest = sorted(sizes.items(), key=lambda entry: (-entry[1], entry[0]))[:3]
+    named = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in largest)
+    raise DeployError(
+        f"--working-dir {working_dir} is {total / 2**20:.1f} MiB to send and Ray's job server "
+        f"takes less than {limit_bytes / 2**20:.0f} MiB; name what the code does not need in "
+        f"{working_dir / '.rayignore'} (as in a .gitignore), the largest being {named}"
+    )
+
+
+def packed_bytes(working_dir: Path) -> dict[str, int]:
+    """Bytes that Ray would send of a directory, by the first two parts of the files' paths.
+
+    By Ray's own walk and rules; it packs without compression, so the sum is the package's size to
+    within the archive's last record.
+    """
+    from ray._private.ray_constants import (
+        RAY_RUNTIME_ENV_IGNORE_GITIGNORE,
+        get_runtime_env_default_excludes,
+    )
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+
+    root = working_dir.absolute()
+    sizes: dict[str, int] = {}
+
+    def count(path: Path) -> None:
+        if path.is_file():
+            name = path.relative_to(root)
+            # Twice the name and 76 bytes: the file's two headers in a ZIP archive.
+            packed = path.stat().st_size + 2 * len(str(name).encode()) + 76
+            group = str(Path(*name.parts[:2]))
+            sizes[group] = sizes.get(group, 0) + packed
+
+    _dir_travel(
+        root,
+        [_get_excludes(root, [*get_runtime_env_default_excludes(), *EXCLUDES])],
+        count,
+        include_gitignore=os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1",
+        logger=logging.getLogger(__name__),
+    )
+    return sizes
 
 
 def follow(

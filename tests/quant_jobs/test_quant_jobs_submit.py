@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import yaml
@@ -28,7 +29,16 @@ from support.quantizing import SmallModel, contents, make_small_model, small_rec
 from support.raylets import end
 
 from deepseek.errors import CalibrationError, DeployError, RecipeError
-from quant_jobs.submit import Submission, connect_to_jobs, follow, make_submission, submit
+from quant_jobs.submit import (
+    EXCLUDES,
+    Submission,
+    check_working_dir,
+    connect_to_jobs,
+    follow,
+    make_submission,
+    packed_bytes,
+    submit,
+)
 
 
 class Jobs:
@@ -224,6 +234,70 @@ def test_a_refusal_of_the_server_is_one_sentence() -> None:
 
     with pytest.raises(DeployError, match="refuses quantize-out-.*no space; see the logs"):
         submit(Refusing(), job_of())
+
+
+def make_working_dir(folder: Path) -> Path:
+    """Two files to send, and something of everything that is not sent. No .gitignore."""
+    for name in ("code.py", "package/runs/kept.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("1\n")
+    unwanted = [".git/objects/a", ".venv/bin/python", "venv/b", "runs/out/c", "one.egg-info/d"]
+    unwanted += [f"package/{name}/e" for name in ("__pycache__", ".mypy_cache", ".ruff_cache")]
+    unwanted += [f"{name}/f" for name in (".pytest_cache", ".hypothesis")]
+    for name in unwanted:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(1 << 20))
+    return folder
+
+
+def test_what_is_sent_is_the_code_and_is_measured_as_ray_packs_it(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    tree = make_working_dir(tmp_path / "tree")
+    sizes = packed_bytes(tree)
+    assert sorted(sizes) == ["code.py", "package/runs"]
+    package = tmp_path / "package.zip"
+    create_package(str(tree), package, include_gitignore=True, excludes=list(EXCLUDES))
+    assert package.stat().st_size == sum(sizes.values()) + 22  # the archive's last record
+    with ZipFile(package) as archive:
+        assert sorted(archive.namelist()) == ["code.py", "package/runs/kept.py"]
+
+    (tree / ".rayignore").write_text("code.py\n")
+    assert sorted(packed_bytes(tree)) == [".rayignore", "package/runs"]
+
+
+def test_the_job_server_is_told_what_not_to_pack(tmp_path: Path) -> None:
+    jobs = Jobs()
+    submit(jobs, job_of(), make_working_dir(tmp_path))
+    assert jobs.submitted[0]["runtime_env"] == {
+        "working_dir": str(tmp_path),
+        "excludes": list(EXCLUDES),
+    }
+
+
+def test_a_working_directory_that_is_too_large_is_one_sentence_with_what_to_exclude(
+    tmp_path: Path,
+) -> None:
+    tree = make_working_dir(tmp_path)
+    for name, mib in {"data/a/x": 1, "data/a/y": 2, "weights.bin": 2, "notes": 1}.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(bytes(mib << 20))
+    with pytest.raises(DeployError) as refused:
+        check_working_dir(tree, limit_bytes=4 << 20)
+    assert str(refused.value) == (
+        f"--working-dir {tree} is 6.0 MiB to send and Ray's job server takes less than 4 MiB; name "
+        f"what the code does not need in {tree}/.rayignore (as in a .gitignore), the largest being "
+        "data/a (3.0 MiB), weights.bin (2.0 MiB), notes (1.0 MiB)"
+    )
+    (tree / ".rayignore").write_text("data\n")
+    check_working_dir(tree, limit_bytes=4 << 20)
+
+
+def test_a_working_directory_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    jobs = Jobs()
+    with pytest.raises(DeployError, match="--working-dir .*/absent is not a directory"):
+        submit(jobs, job_of(), tmp_path / "absent")
+    assert jobs.submitted == []
 
 
 def test_following_goes_on_when_the_log_ends_before_the_job() -> None:

@@ -9,6 +9,8 @@ file named after its step and is imported when the command runs, so that `--help
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -77,7 +79,8 @@ def quantize(
     from quant_jobs.quantize import run_quantize
 
     sources = [CalibrationSource.parse(given) for given in calibration]
-    manifest = run_quantize(model, recipe, sources, output, workers)
+    with redirect_stdout(sys.stderr):  # Ray would say there that a node has died
+        manifest = run_quantize(model, recipe, sources, output, workers)
     result = {
         "output": str(output),
         "recipe": manifest.recipe.name,

@@ -8,6 +8,10 @@ and repeats the layer.
 Every worker has a placement group of its own, of one bundle, and Ray spreads the groups evenly over
 the nodes. One group of all would be placed all or nothing: on a cluster that has lost a node the
 next run would wait for ever, and of two nodes lost and one returned, the returned one stays idle.
+A group that has lost its node is given up for a new one: Ray tries to place the old one again
+without a pause, which takes a core of the head for as long as there is no room for it (measured
+with Ray 2.60: workers on the head's machine took three times as long to start), and lets a new one
+wait until a node joins.
 """
 
 from __future__ import annotations
@@ -66,9 +70,8 @@ class WorkerPool:
         self.size, self._gpus = size, gpus
         self._start_timeout_s = start_timeout_s
         placement = worker_placement(size, gpus=gpus)
-        self._groups = [
-            placement_group([bundle], strategy=placement.strategy) for bundle in placement.bundles
-        ]
+        self._bundles, self._strategy = placement.bundles, placement.strategy
+        self._groups = [self._reserve(place) for place in range(size)]
         self._actors: dict[int, Any] = {}  # by place
         self._awaited: dict[int, Any] = {}  # place -> answered when its worker is ready
         self._num_starts = [0] * size  # in vain, since a worker was last ready at this place
@@ -210,7 +213,7 @@ class WorkerPool:
         now = time.monotonic()
         deadline, hopeless = now + timeout_s, now + patience_s
         while self._awaited:
-            if timeout_s and any(self._has_place(place) for place in self._awaited):
+            if self._seek_places() and timeout_s:
                 hopeless = time.monotonic() + patience_s
             left_s = max(0.0, min(deadline - time.monotonic(), 0.5))
             waiting = {reference: place for place, reference in self._awaited.items()}
@@ -239,9 +242,21 @@ class WorkerPool:
         self._node_ids[place] = node
         self._at_work = sorted({*self._at_work, place})
 
-    def _has_place(self, place: int) -> bool:
-        """Whether a node has room for this worker, as far as Ray knows by now."""
-        return bool(placement_group_table(self._groups[place])["state"] == "CREATED")
+    def _seek_places(self) -> bool:
+        """Whether a node has room for one of those that are awaited, as far as Ray knows by now.
+        Whoever has lost its node starts anew, for wherever there will be room."""
+        found = False
+        for place in list(self._awaited):
+            state = placement_group_table(self._groups[place])["state"]
+            found = found or state == "CREATED"
+            if state == "RESCHEDULING":
+                remove_placement_group(self._groups[place])
+                self._groups[place] = self._reserve(place)
+                self._start(place)
+        return found
+
+    def _reserve(self, place: int) -> Any:
+        return placement_group([self._bundles[place]], strategy=self._strategy)
 
     def _start(self, place: int) -> None:
         if (old := self._actors.get(place)) is not None:

@@ -71,7 +71,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a round went. `log` is the last driver's stderr; `lost` counts its and its
+    """How a round went. `printed` is the last driver's stdout; `lost` counts its and its
     predecessors' lines about lost workers."""
 
     plan: Plan
@@ -80,6 +80,7 @@ class Outcome:
     hits: list[Hit] = field(default_factory=list)
     joined: int = 0
     lost: int = 0
+    printed: str = ""
 
 
 def plan_round(seed: int) -> Plan:
@@ -137,6 +138,7 @@ class Round:
         self._random = random.Random(plan.seed)
         folder.mkdir()
         self.output, self._log = folder / "out", folder / "driver.log"
+        self._printed = folder / "driver.out"
         self._command = command(model, write_recipe(plan.recipe, folder), self.output, workers)
         self._marks: set[Path] = set()
         self._driver: subprocess.Popen[bytes] | None = None
@@ -171,6 +173,7 @@ class Round:
         assert code == 0, f"exit code {code}; {self.report()}"
         outcome.seconds = time.monotonic() - self._began
         outcome.lost = self._log.read_text().count("lost workers")
+        outcome.printed = self._printed.read_text()
         outcome.identical = contents(self.output) == expected
         return outcome
 
@@ -185,9 +188,9 @@ class Round:
 
     def _start(self) -> None:
         environment = {**os.environ, "RAY_ADDRESS": self._cluster.address}
-        with self._log.open("ab") as stream:
+        with self._log.open("ab") as log, self._printed.open("wb") as printed:
             self._driver = subprocess.Popen(
-                self._command, cwd=ROOT, env=environment, stdout=stream, stderr=stream
+                self._command, cwd=ROOT, env=environment, stdout=printed, stderr=log
             )
 
     def _poll(self) -> int | None:

@@ -45,6 +45,11 @@ from deepseek.recipe import builtin_recipes, load_recipe
 #: What became of a command: it made the job run, found it running, or found it done.
 Outcome = Literal["submitted", "running", "succeeded"]
 
+#: How long a head that has just started may take until it can start jobs: its server answers
+#: first. Each refusal takes the server 10 s.
+START_TIMEOUT_S = 60.0
+_STARTING = "No available agent"
+
 #: Ray's words for a job that may still do something.
 _ALIVE = ("PENDING", "RUNNING")
 
@@ -178,14 +183,20 @@ def connect_to_jobs(address: str | None = None) -> Any:
     return client
 
 
-def submit(client: Any, job: Submission, working_dir: Path | None = None) -> Submitted:
+def submit(
+    client: Any,
+    job: Submission,
+    working_dir: Path | None = None,
+    start_timeout_s: float = START_TIMEOUT_S,
+) -> Submitted:
     """Have the job run on the cluster, unless it runs or has succeeded. `working_dir` is sent along
-    and holds the code; None: the nodes have it.
+    and holds the code; None: the nodes have it. A head that is starting may take its time.
 
     Raises:
         DeployError: the job server refuses, or would refuse a working directory of that size.
     """
     base_id = job.base_id
+    deadline = time.monotonic() + start_timeout_s
     while True:
         known = _submissions(client, base_id)
         number, status = max(known.items(), default=(0, "none"))
@@ -211,6 +222,8 @@ def submit(client: Any, job: Submission, working_dir: Path | None = None) -> Sub
         except (RuntimeError, ValueError) as error:
             if number + 1 in _submissions(client, base_id):
                 continue  # somebody gave the same command at the same moment
+            if _STARTING in str(error) and time.monotonic() < deadline:
+                continue
             raise DeployError(
                 f"the job server refuses {wanted}: {_first_line(error)}; see the logs of the head"
             ) from error

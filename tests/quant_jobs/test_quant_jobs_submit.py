@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,6 +237,21 @@ def test_a_refusal_of_the_server_is_one_sentence() -> None:
         submit(Refusing(), job_of())
 
 
+def test_a_head_that_is_starting_is_asked_again_for_a_while() -> None:
+    class Starting(Jobs):
+        refusals = 0
+
+        def submit_job(self, **request: Any) -> str:
+            if self.refusals < 3:
+                self.refusals += 1
+                raise RuntimeError("status code 500: No available agent to submit job")
+            return super().submit_job(**request)
+
+    assert submit(Starting(), job_of()).outcome == "submitted"
+    with pytest.raises(DeployError, match="refuses quantize-out-.*No available agent"):
+        submit(Starting(), job_of(), start_timeout_s=0.0)
+
+
 def make_working_dir(folder: Path) -> Path:
     """Two files to send, and something of everything that is not sent. No .gitignore."""
     for name in ("code.py", "package/runs/kept.py"):
@@ -340,42 +356,47 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A head of one CPU, in a process of its own, with a token made for it."""
+    """A head of one CPU, with a token made for it and ports of its own: Ray's default for the agent
+    that starts jobs may be taken by another Ray of this machine."""
     folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = (
-        "import ray, sys\n"
-        "from ray._private.utils import write_ray_address\n"
-        "ray.init('local', num_cpus=1, include_dashboard=True, object_store_memory=100 << 20,\n"
-        f"         dashboard_port={port}, log_to_driver=False)\n"
-        # As `ray start` does: a job is told the last address that was written in this folder.
-        "write_ray_address(ray.get_runtime_context().gcs_address)\n"
-        "print('up', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
+    port, agent_port = free_ports(2)
     # The job's `python` is found by PATH, as on a node whose environment is activated.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment = {**os.environ, "PATH": path, "RAY_TMPDIR": str(folder), **token}
     environment.pop("RAY_ADDRESS", None)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [
+        *("ray", "start", "--head", "--block", "--port=0", "--num-cpus=1"),
+        *(f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent_port}"),
+        f"--object-store-memory={100 << 20}",
+    ]
+    with (folder / "start.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "up\n"
+        deadline = time.monotonic() + 120
+        while not listens(port):
+            assert process.poll() is None, (folder / "start.log").read_text()
+            assert time.monotonic() < deadline, (folder / "start.log").read_text()
+            time.sleep(0.1)
         yield Head(f"http://127.0.0.1:{port}", environment)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
         end(folder)
         shutil.rmtree(folder)
+
+
+def free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in held:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in held]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
 
 
 def submit_as_process(
@@ -438,6 +459,77 @@ def test_a_job_that_was_killed_is_submitted_again_resumes_and_writes_the_same_by
 
     undisturbed = reference(small, small_recipe("int4-gptq"), tmp_path / "plain")
     assert contents(tmp_path / "out") == undisturbed
+
+
+#: Said by every process that imports the uploaded code: where it found it, and what lies there.
+MARK = """
+def _mark() -> None:
+    import json, os
+    from pathlib import Path
+    place = Path(__file__).resolve()
+    said = {{"place": str(place), "beside": sorted(os.listdir(place.parent.parent))}}
+    Path({folder!r}, str(os.getpid())).write_text(json.dumps(said))
+
+_mark()
+"""
+
+
+@pytest.mark.slow
+def test_a_job_runs_from_the_working_directory_that_was_sent_along(
+    head: Head, tmp_path: Path, root: Path
+) -> None:
+    small = make_small_model(tmp_path)
+    tree, marks = make_working_dir(tmp_path / "tree"), tmp_path / "marks"
+    marks.mkdir()
+    for package in ("deepseek", "cluster", "quant_jobs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(root / package, tree / package, ignore=ignored)
+    with (tree / "quant_jobs" / "actor.py").open("a") as file:
+        file.write(MARK.format(folder=str(marks)))
+
+    ended = submit_as_process(
+        head, small, tmp_path, "--working-dir", str(tree), "--wait", root=root
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["status"] == "SUCCEEDED"
+    said = [json.loads(mark.read_text()) for mark in marks.iterdir()]
+    assert len(said) == 2, "the driver and its worker"
+    for one in said:
+        assert "_ray_pkg_" in one["place"]
+        assert one["beside"] == ["cluster", "code.py", "deepseek", "package", "quant_jobs"]
+    undisturbed = reference(small, small_recipe("int4-gptq"), tmp_path / "plain")
+    assert contents(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.slow
+def test_a_tree_is_refused_here_where_the_job_server_would_refuse_it(
+    head: Head, tmp_path: Path, root: Path
+) -> None:
+    small = make_small_model(tmp_path)
+    tree = make_working_dir(tmp_path / "tree")
+    with (tree / "weights.bin").open("wb") as file:
+        file.truncate(100 << 20)
+    ended = submit_as_process(head, small, tmp_path, "--working-dir", str(tree), root=root)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"error: --working-dir {tree} is 100.0 MiB to send and Ray's ")
+    assert "the largest being weights.bin (100.0 MiB), " in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+    program = (
+        "import sys\n"
+        "from ray.job_submission import JobSubmissionClient\n"
+        "client = JobSubmissionClient(sys.argv[1])\n"
+        "client.submit_job(entrypoint='true', runtime_env={'working_dir': sys.argv[2]})\n"
+    )
+    unchecked = subprocess.run(
+        [sys.executable, "-c", program, head.address, str(tree)],
+        env=head.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert unchecked.returncode == 1
+    assert "Maximum request body size 104857600 exceeded" in unchecked.stderr
 
 
 def wait_until(reached: Callable[[], bool]) -> None:

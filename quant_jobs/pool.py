@@ -55,21 +55,26 @@ _LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError, OutO
 
 
 class WorkerPool:
-    """Up to `size` workers of one CPU (and `gpus` GPUs) each, spread over the nodes. Ray must be
-    connected.
+    """Up to `size` workers, spread over the nodes, for each of which `cpus` and `gpus` are kept
+    free. Ray must be connected.
 
     Starting returns at once; the first `admit` or `each` waits for the workers' libraries to load.
     `len` and every index count the workers that are at work now.
     """
 
     def __init__(
-        self, size: int, *, gpus: float = 0, start_timeout_s: float = START_TIMEOUT_S
+        self,
+        size: int,
+        *,
+        cpus: int = 1,
+        gpus: float = 0,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         assert size > 0
         travel_light()
-        self.size, self._gpus = size, gpus
+        self.size, self._cpus, self._gpus = size, cpus, gpus
         self._start_timeout_s = start_timeout_s
-        placement = worker_placement(size, gpus=gpus)
+        placement = worker_placement(size, cpus=cpus, gpus=gpus)
         self._bundles, self._strategy = placement.bundles, placement.strategy
         self._groups = [self._reserve(place) for place in range(size)]
         self._actors: dict[int, Any] = {}  # by place
@@ -103,10 +108,16 @@ class WorkerPool:
         return [numbers[node] for node in ids]
 
     def describe(self) -> str:
-        """`3 workers`, and that they must wait where the cluster is too small for now."""
-        text = f"{len(self)} worker{'s' if len(self) > 1 else ''}"
-        if (found := _num_cpus()) < len(self):
-            text += f" (waiting for nodes: the cluster has {found:.0f} CPUs)"
+        """`3 workers`, what each takes if that is not one CPU, and that they must wait where the
+        cluster is too small for now."""
+        text, each = f"{len(self)} worker", ""
+        if len(self) > 1:
+            text, each = f"{text}s", " each"
+        if (self._cpus, self._gpus) != (1, 0):
+            text += f" of {self._amounts(self._cpus, self._gpus)}{each}"
+        wanted = {"CPU": self._cpus * len(self), "GPU": self._gpus * len(self)}
+        if any(_number_of(what) < number for what, number in wanted.items()):
+            text += f" (waiting for nodes: the cluster has {self._whole_cluster()})"
         return text
 
     def submit(
@@ -169,8 +180,7 @@ class WorkerPool:
         if not self._at_work:
             raise IntServeError(
                 f"no worker is left, and none could be started within {self._start_timeout_s:.0f} "
-                f"s (the cluster has {_num_cpus():.0f} CPUs in all); add nodes and run again, "
-                "which goes on at this layer"
+                f"s {self._shortage()}; add nodes and run again, which goes on at this layer"
             )
         return dead
 
@@ -202,8 +212,8 @@ class WorkerPool:
         self._gather(self._start_timeout_s, START_PATIENCE_S)
         if not self._at_work:
             raise IntServeError(
-                f"none of {self.size} workers started within {self._start_timeout_s:.0f} s (the "
-                f"cluster has {_num_cpus():.0f} CPUs in all); add nodes, and run again"
+                f"none of {self.size} workers started within {self._start_timeout_s:.0f} s "
+                f"{self._shortage()}; add nodes, and run again"
             )
 
     def _gather(self, timeout_s: float, patience_s: float) -> None:
@@ -258,6 +268,18 @@ class WorkerPool:
     def _reserve(self, place: int) -> Any:
         return placement_group([self._bundles[place]], strategy=self._strategy)
 
+    def _shortage(self) -> str:
+        wanted = self._amounts(self._cpus, self._gpus)
+        return f"(each takes {wanted} of a node; the cluster has {self._whole_cluster()} in all)"
+
+    def _whole_cluster(self) -> str:
+        return self._amounts(_number_of("CPU"), _number_of("GPU"))
+
+    def _amounts(self, cpus: float, gpus: float) -> str:
+        """For a sentence; GPUs only where workers take any."""
+        counts = {"CPU": cpus} | ({"GPU": gpus} if self._gpus else {})
+        return " and ".join(f"{n:.0f} {what}{'' if n == 1 else 's'}" for what, n in counts.items())
+
     def _start(self, place: int) -> None:
         if (old := self._actors.get(place)) is not None:
             ray.kill(old)
@@ -265,7 +287,7 @@ class WorkerPool:
             self._groups[place], placement_group_bundle_index=0
         )
         options = {
-            "num_cpus": 1,
+            "num_cpus": self._cpus,
             "num_gpus": self._gpus,
             "max_restarts": 0,
             "scheduling_strategy": where,
@@ -297,5 +319,6 @@ def _answers(actor: Any) -> bool:
     return True
 
 
-def _num_cpus() -> float:
-    return float(ray.cluster_resources().get("CPU", 0))
+def _number_of(resource: str) -> float:
+    """What the cluster has of it, whoever uses it."""
+    return float(ray.cluster_resources().get(resource, 0))

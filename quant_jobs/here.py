@@ -8,6 +8,8 @@ and its result is its own reference. What runs beside the others on Ray runs bes
 the worker reads ahead in a thread of its own, and what writes files goes to one more (hashing and
 writing let go of Python's lock), with a future as its reference.
 
+What a worker on a GPU returns comes to host memory, as through Ray's object store.
+
 The worker computes on one thread and with deterministic algorithms, which torch knows only for a
 whole process; closing puts back what was before.
 """
@@ -21,10 +23,13 @@ from typing import Any
 
 import torch
 
+from quant_jobs.messages import moved
 from quant_jobs.worker import Worker
 
 #: Calls of a worker that run beside the others, one after the other; on Ray, by `actor.py`.
 BACKGROUND = frozenset({"write", "store"})
+
+_HOST = torch.device("cpu")
 
 
 class WorkerHere:
@@ -34,7 +39,11 @@ class WorkerHere:
     size = 1
 
     def __init__(self) -> None:
-        self._before = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+        self._before = (
+            torch.get_num_threads(),
+            torch.get_deterministic_debug_mode(),
+            torch.get_float32_matmul_precision(),
+        )
         self._worker = Worker()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
 
@@ -48,9 +57,10 @@ class WorkerHere:
         """End the threads, what they have begun apart, and give torch's settings back."""
         self._background.shutdown(cancel_futures=True)
         self._worker.close()
-        num_threads, deterministic = self._before
+        num_threads, deterministic, precision = self._before
         torch.set_num_threads(num_threads)
         torch.set_deterministic_debug_mode(deterministic)
+        torch.set_float32_matmul_precision(precision)
 
     def __len__(self) -> int:
         return 1
@@ -97,7 +107,7 @@ class WorkerHere:
             given = [_result(argument) for argument in arguments]
             if name in BACKGROUND:
                 return self._background.submit(method, *given)
-            return method(*given)
+            return moved(method(*given), _HOST)
 
         def only(*arguments: Any) -> Any:
             (found,) = remote(*arguments)

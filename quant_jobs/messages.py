@@ -4,16 +4,17 @@ Apart from `worker.py`, so that the driver need not load transformers' modeling 
 
 Tensors travel through Ray's object store as plain buffers (`travel_light`): written once, mapped by
 every process of the node that asks, never pickled. What arrives is read-only memory: nobody may
-write into a tensor that came in a message.
+write into a tensor that came in a message. And it is host memory, whatever the sender computes on;
+a worker on a GPU moves (`moved`) what it is told to where it computes.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,19 +24,22 @@ from deepseek.files import ALIGNMENT
 from deepseek.manifest import Fallback
 from deepseek.recipe import Recipe
 from quant_jobs.calibrate import InputShare
+from quant_jobs.device import Device
 from quant_jobs.folding import Smoothing
+
+Message = TypeVar("Message")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerJob:
     """What a worker must know to work. `num_blocks` is of the whole job, not of this worker;
-    `device` is what it computes on, `cpu` or `cuda`."""
+    `device` is what it computes on."""
 
     model: Path
     output: Path
     recipe: Recipe
     num_blocks: int
-    device: str = "cpu"
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +112,31 @@ def in_block_order(shares: Iterator[Mapping[int, Any]]) -> Iterator[tuple[int, A
     yield from sorted(whole.items())
 
 
+def moved(value: Message, device: torch.device) -> Message:
+    """A message, or a part of one (of dicts, lists, tuples and dataclasses), with its tensors on
+    `device`; a tensor that is there already is not copied."""
+
+    def move(one: Any) -> Any:
+        match one:
+            case Tensor():
+                return one.to(device)
+            case dict():
+                return {key: move(part) for key, part in one.items()}
+            case list() | tuple():
+                return type(one)(move(part) for part in one)
+            case _ if is_dataclass(one) and not isinstance(one, type):
+                parts = {part.name: move(getattr(one, part.name)) for part in fields(one)}
+                return replace(one, **parts)
+            case _:
+                return one
+
+    return move(value)
+
+
 def travel_light() -> None:
-    """Have Ray move tensors as raw buffers. To be called once in every process that sends any;
-    torch's own pickling copies them twice and cannot read float8 back."""
+    """Have Ray move tensors as raw buffers of host memory. To be called once in every process that
+    sends any; torch's own pickling copies them twice, cannot read float8 back, and would bring a
+    tensor of a GPU back on one."""
     import ray
 
     ray.util.register_serializer(Tensor, serializer=_flatten, deserializer=_restore)

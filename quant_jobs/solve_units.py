@@ -37,7 +37,7 @@ from quant_jobs.folding import FoldingSet, Smoothing, Wanted, foldable
 from quant_jobs.gptq import Rounded, gptq, inverse_factor
 from quant_jobs.layer import hidden, tokens_of
 from quant_jobs.ledger import Ledger
-from quant_jobs.messages import Account, Routed, Tensors
+from quant_jobs.messages import Account, Routed, Tensors, moved
 from quant_jobs.smoothquant import smoothing_scale
 from quant_jobs.solve import solve_linear
 from quant_jobs.units import MLP_ROLES, Unit
@@ -303,7 +303,7 @@ class UnitSolver:
             CheckpointError: it is to be quantized, and cannot be.
         """
         name = f"{module}.weight"
-        weight = self._source[name].dequantize().to(self._device)
+        weight = moved(self._source[name], self._device).dequantize()
         if self._schemes[module].is_quantized:
             # Here, where its name is known: the searches on several weights would not say whose.
             try:

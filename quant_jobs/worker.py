@@ -21,7 +21,9 @@ current layer therefore stay in memory until the driver moves on.
 
 Memory: the stored bytes of this worker's units of two layers and of one trunk, what it has packed
 of one layer, the float32 weights of one group of experts, and the activations of its blocks. What
-others made (`Routed`, `Part`) lies in the node's object store, once for all workers of the node.
+others made (`Routed`, `Part`) lies in the node's object store, once for all workers of the node. On
+`cuda` all of that is host memory too; on the GPU is what is computed with: one weight or group of
+experts, the blocks of a wave, and to solve a layer what entered its MLP.
 """
 
 from __future__ import annotations
@@ -56,19 +58,21 @@ from quant_jobs.calibrate import (
     observe,
     rows_per_block,
 )
+from quant_jobs.device import make_repeatable
 from quant_jobs.folding import FoldingSet, Smoothing, Wanted, wanted_sets
 from quant_jobs.layer import Prepare, Rotary, Trunk, preparation, run_expert
 from quant_jobs.messages import (
     Account,
     AttentionShare,
+    Message,
     Part,
     Parts,
-    Routed,
     RoutedBlocks,
     Tensors,
     Usage,
     WorkerJob,
     in_block_order,
+    moved,
 )
 from quant_jobs.resume import load_blocks, save_blocks
 from quant_jobs.solve import modelopt_quantizer, use_one_thread
@@ -126,6 +130,7 @@ class Worker:
         self._schemes: dict[str, Scheme] = job.recipe.resolve(self._config)
         self._writer: ArtifactWriter | None = None
         self._device = torch.device(job.device)
+        make_repeatable(job.device)
         self._rotary = Rotary(self._config)
         self._inputs: dict[int, dict[int, Tensor]] = {}  # layer -> block -> f32 [T, D]
         self._unsaved: dict[tuple[int, int], Tensor] = {}  # of them, by layer and block
@@ -234,7 +239,7 @@ class Worker:
                 if name not in original.inputs:
                     original.inputs[name] = Accumulator(name, gram=self._wants_gram(name))
                 for block, share in in_block_order(one[name] for one in shares if name in one):
-                    original.inputs[name].add(block, share)
+                    original.inputs[name].add(block, self._moved(share))
 
     def weigh(
         self, layer: int, *routed: RoutedBlocks
@@ -264,6 +269,7 @@ class Worker:
         found = self._shared_set(layer)
         assert found is not None
         losses: dict[str, Tensor] = {}
+        candidates = self._moved(candidates)
         solver = self._solver(layer, routed)
         with self._timed("solve"):
             for module in self._mine(layer, found[0].consumers):
@@ -271,7 +277,7 @@ class Worker:
                 if sample is not None:
                     weight = solver.weight(module)
                     scheme = self._schemes[module]
-                    losses[module] = scale_losses([weight], sample, candidates, scheme).cpu()
+                    losses[module] = scale_losses([weight], sample, candidates, scheme)
         return losses
 
     # --- solving ---
@@ -288,6 +294,7 @@ class Worker:
         """
         with self._timed("solve"):
             solver = self._solver(layer, routed)
+            smoothing = self._moved(smoothing)
             trunk: Tensors = {}
             experts: Tensors = {}
             for unit in self._shares[layer]:
@@ -375,7 +382,7 @@ class Worker:
             return self._restore(trunk, module, linears[module].shape)
 
         prepare = {m: p for m in linears if (p := self._preparation(m, input_scales)) is not None}
-        module = Trunk(self._config, layer, self._on_device(high), load, prepare)
+        module = Trunk(self._config, layer, self._moved(high), load, prepare)
         self._quantized = _Quantized(layer, module, packed, input_scales)
 
     def reattend(self, layer: int, blocks: Sequence[int]) -> RoutedBlocks:
@@ -400,7 +407,7 @@ class Worker:
             s.module: s.shape for s in layer_tensors(self._config, layer) if s.expert is not None
         }
         with self._timed("forward"), torch.no_grad():
-            blocks = [(b, self._routed_on_device(r)) for b, r in in_block_order(iter(routed))]
+            blocks = [(b, self._moved(r)) for b, r in in_block_order(iter(routed))]
             for unit in self._shares[layer]:
                 for block_name, expert in zip(unit.blocks, unit.experts, strict=False):
                     modules = {role: f"{block_name}.{role}" for role in MLP_ROLES}
@@ -472,9 +479,9 @@ class Worker:
         high = {n: t.data for n, t in trunk.items() if t.spec.kind != "linear"}
 
         def load(module: str) -> Tensor:
-            return trunk[f"{module}.weight"].dequantize().to(self._device)
+            return self._moved(trunk[f"{module}.weight"]).dequantize()
 
-        module = Trunk(self._config, layer, self._on_device(high), load)
+        module = Trunk(self._config, layer, self._moved(high), load)
         self._original = _Original(layer, {**trunk, **experts}, module, digests)
         return self._original
 
@@ -490,7 +497,7 @@ class Worker:
 
     def _solver(self, layer: int, routed: Sequence[RoutedBlocks]) -> UnitSolver:
         original = self._opened(layer)
-        blocks = [(b, self._routed_on_device(r)) for b, r in in_block_order(iter(routed))]
+        blocks = [(b, self._moved(r)) for b, r in in_block_order(iter(routed))]
         attention = {name: inputs.finish() for name, inputs in original.inputs.items()}
         scales = Scales(wanted_sets(self._config, self._schemes, layer), self._shared_set(layer))
         return UnitSolver(
@@ -519,7 +526,7 @@ class Worker:
     def _restore(self, stored: Mapping[str, Tensor], module: str, shape: tuple[int, ...]) -> Tensor:
         scheme = self._schemes[module]
         parts = {name.removeprefix(f"{module}."): stored[name] for name in _names(stored, module)}
-        return decompress(parts, scheme, (shape[0], shape[1])).to(self._device)
+        return decompress(self._moved(parts), scheme, (shape[0], shape[1]))
 
     def _preparation(self, module: str, input_scales: Mapping[str, float]) -> Prepare | None:
         scale = input_scales.get(module)
@@ -536,16 +543,8 @@ class Worker:
         readers = [name, *([f"{parent}.kv_a_proj_with_mqa"] if role == "q_a_proj" else [])]
         return any(self._schemes[reader].algorithm == "gptq" for reader in readers)
 
-    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
-
-    def _routed_on_device(self, routed: Routed) -> Routed:
-        if self._device.type == "cpu":
-            return routed
-        to = self._device
-        if routed.experts is None or routed.weights is None:  # a dense layer
-            return Routed(routed.z.to(to))
-        return Routed(routed.z.to(to), routed.experts.to(to), routed.weights.to(to))
+    def _moved(self, value: Message) -> Message:
+        return moved(value, self._device)
 
     def _count(self, step: str, seconds: float) -> None:
         self._seconds[step] = self._seconds.get(step, 0.0) + seconds

@@ -7,9 +7,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from support.elsewhere import Elsewhere
 from torch import Tensor
 
-from quant_jobs.messages import Routed, _flatten, _restore, in_block_order
+from quant_jobs.folding import Smoothing
+from quant_jobs.messages import Account, Routed, _flatten, _restore, in_block_order, moved
 
 DTYPES = [
     *(torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64),
@@ -80,3 +82,25 @@ def test_a_block_held_twice_is_our_bug() -> None:
     one = Routed(torch.zeros(1, 2))
     with pytest.raises(AssertionError, match="two workers held the same block"):
         list(in_block_order(iter([{0: one, 3: one}, {3: one}])))
+
+
+def test_what_is_made_elsewhere_arrives_in_host_memory() -> None:
+    with Elsewhere():
+        sent = torch.arange(6.0, dtype=torch.bfloat16).view(2, 3).to("cuda").T
+        assert sent.is_cuda
+        got = hop(sent)
+        assert type(got) is Tensor
+        assert torch.equal(got, torch.arange(6.0, dtype=torch.bfloat16).view(2, 3).T)
+
+
+def test_a_message_is_moved_with_all_that_is_in_it() -> None:
+    with Elsewhere():
+        there, here = torch.device("cuda"), torch.device("cpu")
+        smoothing = Smoothing({"a.weight": torch.ones(2)}, {})
+        sent = {3: (Routed(torch.ones(2)), [Account({"a": 0.5}, smoothing=smoothing)], None, "a")}
+        routed, (account,), *rest = moved(sent, there)[3]
+        assert routed.z.is_cuda
+        assert account.smoothing.columns["a.weight"].is_cuda
+        assert (account.errors, rest) == ({"a": 0.5}, [None, "a"])
+        assert moved(moved(sent, there), here)[3][0].z.device == here
+    assert moved(sent, here)[3][0].z is sent[3][0].z

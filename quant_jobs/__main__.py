@@ -35,6 +35,18 @@ app = make_app(
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 EngineOption = Annotated[Path, typer.Option("--engine", help="Engine directory made by `build`.")]
+DeviceOption = Annotated[
+    Literal["cpu", "cuda"],
+    typer.Option(help="What workers compute on; cuda: one GPU each. Decides bytes of the output."),
+]
+CpusOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="CPUs of Ray that each worker reserves; it computes on one thread all the same. More "
+        "of them: fewer workers on a node, more memory for each.",
+    ),
+]
 EvaluationOption = Annotated[
     Path, typer.Option("--evaluation", help="Directory made by `evaluate`.")
 ]
@@ -61,6 +73,8 @@ def quantize(
             "this process.",
         ),
     ] = 1,
+    device: DeviceOption = "cpu",
+    cpus_per_worker: CpusOption = 1,
     as_json: JsonFlag = False,
 ) -> None:
     """Quantize a checkpoint layer by layer, on Ray.
@@ -80,7 +94,9 @@ def quantize(
 
     sources = [CalibrationSource.parse(given) for given in calibration]
     with redirect_stdout(sys.stderr):  # Ray would say there that a node has died
-        manifest = run_quantize(model, recipe, sources, output, workers)
+        manifest = run_quantize(
+            model, recipe, sources, output, workers, device=device, cpus_per_worker=cpus_per_worker
+        )
     result = {
         "output": str(output),
         "recipe": manifest.recipe.name,
@@ -103,6 +119,8 @@ def submit(
     calibration: Annotated[list[str], typer.Option(metavar="FILE[=WEIGHT]", help="As above.")],
     output: Annotated[Path, typer.Option(help="On storage that all nodes share.")],
     workers: Annotated[int, typer.Option(min=0, help="Ray workers, at least 1.")] = 1,
+    device: DeviceOption = "cpu",
+    cpus_per_worker: CpusOption = 1,
     address: Annotated[
         str | None, typer.Option(help="Job server, http://HEAD:8265; without it, $RAY_ADDRESS.")
     ] = None,
@@ -133,7 +151,7 @@ def submit(
     """
     from quant_jobs import submit as jobs
 
-    job = jobs.make_submission(model, recipe, calibration, output, workers)
+    job = jobs.make_submission(model, recipe, calibration, output, workers, device, cpus_per_worker)
     client = jobs.connect_to_jobs(address)
     found = jobs.submit(client, job, working_dir)
     if wait and found.outcome != "succeeded":

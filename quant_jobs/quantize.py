@@ -14,9 +14,9 @@ with their parent, workers end with their raylet; two idle agents of Ray's take 
 a cluster, Ray ends its workers. What such a worker may still write in its last moments are boundary
 files that the next run would write with the same bytes.
 
-The bytes depend on the source, the recipe, the calibration tokens and the versions of the tools,
-all pinned in the manifest. Only the recorded output errors may differ in their last digit between
-kinds of CPU.
+The bytes depend on the source, the recipe, the calibration tokens, the device (`device.py`) and the
+versions of the tools, all pinned in the manifest. Only the recorded output errors may differ in
+their last digit between kinds of CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import importlib.metadata
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,13 @@ from deepseek.artifact import (
     store_tensor,
 )
 from deepseek.checkpoint import CheckpointReader, content_digest
-from deepseek.errors import IntServeError
+from deepseek.errors import DeployError, IntServeError
 from deepseek.files import canonical_json
 from deepseek.inventory import linears
 from deepseek.manifest import MANIFEST_FILE, CalibrationFile, LayerKey
 from deepseek.recipe import Recipe, load_recipe
 from quant_jobs.calibration_data import CalibrationSource, TokenBlocks, load_token_blocks
+from quant_jobs.device import Device, check_gpus
 from quant_jobs.folding import wanted_sets
 from quant_jobs.job_report import (
     CalibrationAccount,
@@ -88,6 +89,7 @@ class Job:
     recipe: Recipe
     blocks: TokenBlocks
     output: Path
+    device: Device = "cpu"
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -96,6 +98,7 @@ class Job:
             "source checkpoint": self.source.fingerprint,
             "recipe": self.recipe.model_dump(mode="json"),
             "calibration text": _digest(self.calibration),
+            "device": self.device,
             "tools": tools(),
         }
 
@@ -124,29 +127,53 @@ def run_quantize(
     output: Path,
     workers: int,
     progress: Progress | None = None,
+    *,
+    device: Device = "cpu",
+    cpus_per_worker: int = 1,
 ) -> Manifest:
     """Quantize the checkpoint in `model` into `output`, or go on where a killed run stopped.
 
     Connects to Ray (or starts a local one) for as long as it takes; `workers` 0 needs no Ray, one
     worker in this process does it all. A finished output of the same inputs is returned as it is.
-    `progress` None shows a progress line on stderr.
+    `progress` None shows a progress line on stderr. On `device` cuda every worker has a GPU of its
+    own. `cpus_per_worker` is what each reserves of Ray's CPUs; it computes on one thread.
 
     Raises:
         IntServeError: its subclasses, for what is wrong with each input, before any work is done;
             itself when workers keep dying.
     """
-    job = plan_job(model, recipe, calibration, output)
+    if not workers and cpus_per_worker != 1:
+        raise DeployError(
+            "--cpus-per-worker reserves CPUs of Ray, and --workers 0 uses none; leave one of the "
+            "two out"
+        )
+    job = plan_job(model, recipe, calibration, output, device)
     if (done := finished(job)) is not None:
         return done
-    with JobFolder(output, job.fingerprint) as folder, start_workers(workers) as pool:
+    with ExitStack() as stack:
+        if device == "cuda":  # before the output is bound to it
+            if workers:
+                stack.enter_context(_ray(workers * cpus_per_worker))
+            check_gpus(on_ray=workers > 0)
+        folder = stack.enter_context(JobFolder(output, job.fingerprint))
+        pool = stack.enter_context(start_workers(workers, device, cpus_per_worker))
         if progress is not None:
             return Run(job, folder, pool, progress).run()
         with TerminalProgress(len(layer_keys(job.source.config))) as terminal:
             return Run(job, folder, pool, terminal).run()
 
 
+def _ray(num_cpus: int) -> AbstractContextManager[object]:
+    """The Ray of a job; within another one of these, that one."""
+    from cluster.connect import connect
+
+    return connect(num_cpus=num_cpus)
+
+
 @contextmanager
-def start_workers(number: int) -> Iterator[Workers]:
+def start_workers(
+    number: int, device: Device = "cpu", cpus_per_worker: int = 1
+) -> Iterator[Workers]:
     """The workers of a job, for as long as it takes. What the other kind needs (Ray here, what
     computes there) is not even imported."""
     if not number:
@@ -155,14 +182,23 @@ def start_workers(number: int) -> Iterator[Workers]:
         with WorkerHere() as here:
             yield here
         return
-    from cluster.connect import connect
     from quant_jobs.pool import WorkerPool
 
-    with connect(num_cpus=number), WorkerPool(number) as pool:
+    gpus = 1 if device == "cuda" else 0
+    with (
+        _ray(number * cpus_per_worker),
+        WorkerPool(number, cpus=cpus_per_worker, gpus=gpus) as pool,
+    ):
         yield pool
 
 
-def plan_job(model: Path, recipe: Recipe | str, calibration: Calibration, output: Path) -> Job:
+def plan_job(
+    model: Path,
+    recipe: Recipe | str,
+    calibration: Calibration,
+    output: Path,
+    device: Device = "cpu",
+) -> Job:
     """Check all inputs; reads headers and the text, no weights, and writes nothing."""
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
@@ -172,7 +208,7 @@ def plan_job(model: Path, recipe: Recipe | str, calibration: Calibration, output
         wanted_sets(source.config, schemes, layer)
     settings = recipe.calibration
     blocks = load_token_blocks(calibration, model, settings.num_blocks, settings.block_tokens)
-    return Job(source, recipe, blocks, output)
+    return Job(source, recipe, blocks, output, device)
 
 
 def finished(job: Job) -> Manifest | None:
@@ -188,7 +224,8 @@ def finished(job: Job) -> Manifest | None:
         "source checkpoint": manifest.source.fingerprint,
         "recipe": manifest.recipe.model_dump(mode="json"),
         "calibration text": _digest(manifest.calibration),
-        "tools": manifest.tools,
+        "device": manifest.tools.get("device", "cpu"),
+        "tools": {name: manifest.tools[name] for name in manifest.tools if name != "device"},
     }
     check_same_run(job.output, found, job.fingerprint)
     if (job.output / FOLDER).exists():  # killed between the manifest and the end
@@ -360,6 +397,7 @@ class Run:
             self._job.output.resolve(),
             self._job.recipe,
             len(self._blocks.ids),
+            self._job.device,
         )
         boundary = self._folder.boundary(layer).resolve()
 
@@ -481,7 +519,7 @@ class Run:
             calibration=self._job.calibration,
             coverage={k: list(part.coverage) for k, part in layers.items() if part.coverage},
             fallbacks=list(ledger.entries()),
-            tools=tools(),
+            tools=tools() | ({} if self._job.device == "cpu" else {"device": self._job.device}),
             kv_latent_amax={
                 k: part.kv_latent_amax
                 for k, part in layers.items()

@@ -1,12 +1,13 @@
 """`quantize` as a job of a Ray cluster: submitted under an id of its own, and never twice at once.
 
-The submission id follows from what decides the output, not from the number of workers, which
-changes no byte:
+The submission id follows from what decides the output, not from the number of workers or their
+CPUs, which change no byte:
 
     recipe       what it says
     output       its path
     model        the source's fingerprint, and the files that go along with its weights
     calibration  each file's SHA-256, ending and weight, in the order given
+    device       cpu or cuda
 
 So another text under the same name is another job, and the same text under another name is not.
 Files are named as the cluster sees them and need not exist here, a recipe apart: a model or a text
@@ -41,6 +42,7 @@ from typing import Any, Literal, TextIO
 from deepseek.errors import CheckpointError, ConfigError, DeployError
 from deepseek.files import canonical_json, sha256_file
 from deepseek.recipe import builtin_recipes, load_recipe
+from quant_jobs.device import Device
 
 #: What became of a command: it made the job run, found it running, or found it done.
 Outcome = Literal["submitted", "running", "succeeded"]
@@ -74,6 +76,8 @@ class Submission:
     calibration: tuple[str, ...]
     output: Path
     workers: int = 1
+    device: Device = "cpu"
+    cpus_per_worker: int = 1
 
     @property
     def base_id(self) -> str:
@@ -89,6 +93,7 @@ class Submission:
             "recipe": load_recipe(self.recipe).model_dump(mode="json"),
             "calibration": [_identify_text(given) for given in self.calibration],
             "output": str(self.output),
+            "device": self.device,
         }
         digest = hashlib.sha256(canonical_json(identity)).hexdigest()
         name = re.sub(r"[^A-Za-z0-9]+", "-", self.output.name).strip("-")[:40] or "output"
@@ -102,6 +107,7 @@ class Submission:
         for given in self.calibration:
             words += ["--calibration", given]
         words += ["--output", str(self.output), "--workers", str(self.workers)]
+        words += ["--device", self.device, "--cpus-per-worker", str(self.cpus_per_worker)]
         return shlex.join(words)
 
 
@@ -125,7 +131,13 @@ class Submitted:
 
 
 def make_submission(
-    model: Path, recipe: str, calibration: Sequence[str], output: Path, workers: int
+    model: Path,
+    recipe: str,
+    calibration: Sequence[str],
+    output: Path,
+    workers: int,
+    device: Device = "cpu",
+    cpus_per_worker: int = 1,
 ) -> Submission:
     """A submission of what a user gave, with absolute paths: the job runs in another folder.
 
@@ -150,6 +162,8 @@ def make_submission(
         calibration=tuple(os.path.abspath(given) for given in calibration),
         output=output.absolute(),
         workers=workers,
+        device=device,
+        cpus_per_worker=cpus_per_worker,
     )
 
 

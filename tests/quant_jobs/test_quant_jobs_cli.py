@@ -113,6 +113,11 @@ def test_a_failed_gate_exits_1_with_one_line_per_reason(fresh: Chain, command: C
             "no recipe 'int3'; use a YAML file or one of int4,",
         ),
         (
+            ("quantize", "--model", "SOURCE", "--recipe", "int8", "--calibration", "DATA",
+             "--output", "OUT", "--workers", "0", "--cpus-per-worker", "2"),
+            "--workers 0 uses none; leave one of the two out",
+        ),
+        (
             ("report", "--engine", "ENGINE", "--evaluation", "EVALUATION", "--output", "r.json"),
             "name an .html file",
         ),

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,8 +96,10 @@ def test_the_id_follows_from_what_the_job_is_and_not_from_its_workers() -> None:
         job_of(recipe="int8"),
         job_of(output="/else/out"),
         job_of(calibration=("/data/a.txt", "/data/b.txt")),
+        replace(job_of(), device="cuda"),
     ]
-    assert len({base, *(other.base_id for other in others)}) == 5
+    assert replace(job_of(), cpus_per_worker=4).base_id == base
+    assert len({base, *(other.base_id for other in others)}) == 6
 
 
 def test_a_recipe_file_counts_by_what_it_says(tmp_path: Path) -> None:
@@ -183,8 +185,11 @@ def test_paths_become_absolute_and_the_command_survives_a_shell(
     assert job.model == tmp_path / "a model"
     assert job.entrypoint == (
         f"python -m quant_jobs quantize --model '{tmp_path}/a model' --recipe int8 "
-        f"--calibration {tmp_path}/text=2 --output {tmp_path}/out --workers 3"
+        f"--calibration {tmp_path}/text=2 --output {tmp_path}/out --workers 3 "
+        "--device cpu --cpus-per-worker 1"
     )
+    job = make_submission(Path("m"), "int8", ["t"], Path("out"), 3, "cuda", 4)
+    assert job.entrypoint.endswith(" --workers 3 --device cuda --cpus-per-worker 4")
     with pytest.raises(RecipeError, match="no recipe 'int3'"):
         make_submission(Path("m"), "int3", ["text"], Path("out"), 1)
 

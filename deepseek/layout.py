@@ -66,7 +66,8 @@ def store_tensor(tensor: SourceTensor, scheme: Scheme | None) -> dict[str, Tenso
         stored = {"weight": tensor.data, "weight_scale": tensor.scale_inv}
     else:
         try:
-            stored = compress(tensor.dequantize(), scheme)
+            plain = tensor.data if tensor.scale_inv is None else tensor.dequantize()
+            stored = compress(plain, scheme)
         except CheckpointError as error:
             raise CheckpointError(f"tensor {spec.name} {error}") from error
     return {f"{spec.module}.{suffix}": value for suffix, value in stored.items()}

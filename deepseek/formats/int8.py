@@ -99,8 +99,9 @@ def pack_int8(q: Tensor) -> Tensor:
     assert sys.byteorder == "little", "packing views bytes as int32"
     num_words = math.ceil(q.shape[1] / 4)
     packed = torch.zeros((q.shape[0], num_words * 4), dtype=torch.uint8, device=q.device)
-    # Adding 128 modulo 256 flips the sign bit.
-    packed[:, : q.shape[1]] = q.view(torch.uint8) ^ 0x80
+    for rows in row_chunks(q):
+        # Adding 128 modulo 256 flips the sign bit.
+        packed[rows, : q.shape[1]] = q[rows].view(torch.uint8) ^ 0x80
     return packed.view(torch.int32)
 
 

@@ -38,6 +38,12 @@ def assert_shapes(shape: tuple[int, ...], *given: Tensor | None) -> None:
         assert tensor is None or tuple(tensor.shape) == shape, (tuple(tensor.shape), shape)
 
 
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude [], NaN where any value is; unlike abs() without a copy of x."""
+    low, high = x.aminmax()
+    return torch.maximum(-low, high)
+
+
 def check_magnitude(peak: Tensor) -> None:
     """Refuse a weight by the amax of its parts.
 

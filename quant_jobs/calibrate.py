@@ -26,11 +26,14 @@ from deepseek.errors import CheckpointError
 #: Tokens per linear on which its output error is measured, over all blocks.
 SAMPLE_TOKENS = 256
 
+#: Elements of an input that are summed up at once.
+_BAND_ELEMENTS = 1 << 22
+
 #: Linears that see the input of another one, which stands for both.
 _SHARES_INPUT_WITH = {"kv_a_proj_with_mqa": "q_a_proj", "up_proj": "gate_proj"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InputStatistics:
     """What came into one linear, over all tokens: `amax` and `mean_abs` f32 [K] are the largest and
     the mean magnitude of each channel, `sample` f32 [R, K] some of the tokens, `gram` f32 [K, K]
@@ -85,14 +88,22 @@ def spread(num_tokens: int, num_rows: int) -> Tensor:
 
 def observe(x_TK: Tensor, num_rows: int, *, keep_rows: bool = False) -> InputShare:
     """Statistics of one block's input to one linear: f32 [T, K], T at least 1."""
-    magnitude = x_TK.abs()
+    # In bands of channels: a sum in float64 begins with a float64 copy of what it adds up.
+    width = max(_BAND_ELEMENTS // len(x_TK) // 64, 1) * 64
+    bands = [_magnitudes(band) for band in torch.split(x_TK, width, dim=1)]
     return InputShare(
-        amax=magnitude.amax(dim=0),
-        abs_sum=magnitude.sum(dim=0, dtype=torch.float64),
+        amax=torch.cat([amax for amax, _ in bands]),
+        abs_sum=torch.cat([abs_sum for _, abs_sum in bands]),
         sample=x_TK[spread(len(x_TK), num_rows)],
         tokens=len(x_TK),
         rows=x_TK if keep_rows else None,
     )
+
+
+def _magnitudes(band: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest magnitude f32 [k] and the sum of magnitudes f64 [k] of channels f32 [T, k]."""
+    magnitude = band.abs()
+    return magnitude.amax(dim=0), magnitude.sum(dim=0, dtype=torch.float64)
 
 
 class Accumulator:

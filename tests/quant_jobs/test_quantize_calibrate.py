@@ -52,6 +52,18 @@ def test_sums_are_those_of_all_tokens_at_once() -> None:
     assert {found.amax.dtype, found.mean_abs.dtype, found.gram.dtype} == {torch.float32}
 
 
+@pytest.mark.parametrize("band", [1 << 8, 1 << 14, 1 << 20])
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 640), (100, 192), (257, 1088), (900, 64)])
+def test_bands_of_channels_add_up_to_the_whole_to_the_bit(
+    tokens: int, channels: int, band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant_jobs.calibrate._BAND_ELEMENTS", band)
+    (x_TK,) = blocks([tokens], channels)
+    found = observe(x_TK, 8)
+    assert torch.equal(found.amax, x_TK.abs().amax(dim=0))
+    assert torch.equal(found.abs_sum, x_TK.abs().sum(dim=0, dtype=torch.float64))
+
+
 def test_many_small_magnitudes_are_not_lost_in_a_large_sum() -> None:
     """A float32 sum would stop growing at 2^24 times its addend."""
     given = [torch.full((2, 1), 2.0**25), *[torch.full((4096, 1), 1.0)] * 64]

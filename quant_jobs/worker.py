@@ -45,7 +45,7 @@ from torch import Tensor
 from deepseek.artifact import ArtifactWriter, LayerRecord
 from deepseek.checkpoint import CheckpointReader, SourceTensor, source_digests
 from deepseek.config import ModelConfig
-from deepseek.formats import decompress
+from deepseek.formats import decompress, stored_shapes
 from deepseek.inventory import layer_tensors
 from deepseek.recipe import Scheme
 from quant_jobs.awq import scale_losses, weight_means
@@ -524,9 +524,14 @@ class Worker:
         return [module for module in modules if module in owned]
 
     def _restore(self, stored: Mapping[str, Tensor], module: str, shape: tuple[int, ...]) -> Tensor:
-        scheme = self._schemes[module]
-        parts = {name.removeprefix(f"{module}."): stored[name] for name in _names(stored, module)}
-        return decompress(self._moved(parts), scheme, (shape[0], shape[1]))
+        scheme, (outputs, inputs) = self._schemes[module], shape
+        # A static input scale is not among the tensors of a layer that was just solved.
+        parts = {
+            suffix: stored[name]
+            for suffix in stored_shapes(scheme, outputs, inputs)
+            if (name := f"{module}.{suffix}") in stored
+        }
+        return decompress(self._moved(parts), scheme, (outputs, inputs))
 
     def _preparation(self, module: str, input_scales: Mapping[str, float]) -> Prepare | None:
         scale = input_scales.get(module)
@@ -554,11 +559,3 @@ class Worker:
         begun = time.monotonic()
         yield
         self._count(step, time.monotonic() - begun)
-
-
-def _names(stored: Mapping[str, Tensor], module: str) -> list[str]:
-    suffixes = (
-        *("weight", "weight_scale", "weight_packed", "weight_shape"),
-        *("weight_zero_point", "input_scale"),
-    )
-    return [name for suffix in suffixes if (name := f"{module}.{suffix}") in stored]

@@ -31,7 +31,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ from deepseek.inventory import layer_tensors
 from deepseek.recipe import Scheme
 from quant_jobs.awq import candidate_scales, scale_losses, search_clip
 from quant_jobs.calibrate import SAMPLE_TOKENS, Accumulator, observe
-from quant_jobs.gptq import gptq, inverse_factor
+from quant_jobs.gptq import Rounded, gptq, inverse_factor
 from quant_jobs.layer import Rotary, Trunk, hidden, run_expert, tokens_of
 from quant_jobs.messages import Routed, travel_light
 from quant_jobs.solve import use_one_thread
@@ -222,9 +221,12 @@ def solver_work(repeats: int) -> dict[str, Work]:
     }
     work = {name: count(call, weight.numel(), repeats) for name, call in pieces.items()}
     batch = torch.randn((2, EDGE // 4, EDGE // 4), generator=generator)
-    factor = inverse_factor(batch.mT @ batch, damping=0.01)
-    gptq_call = partial(gptq, batch, factor, INT4)
-    return work | {"gptq": count(gptq_call, batch.numel(), repeats, columns=EDGE // 4)}
+    factors = [inverse_factor(one.T @ one, damping=0.01) for one in batch]
+
+    def round_copy() -> list[Rounded]:
+        return gptq(batch.clone(), factors, INT4)
+
+    return work | {"gptq": count(round_copy, batch.numel(), repeats, columns=EDGE // 4)}
 
 
 def layer_launches(model: Path) -> dict[str, int]:
@@ -252,7 +254,7 @@ def layer_launches(model: Path) -> dict[str, int]:
 
 
 def _measure(routed: Routed, expert: int, gate: Tensor, up: Tensor) -> None:
-    """As `UnitSolver._open` does for one block."""
+    """As `UnitSolver._open` and `_down` do for one block."""
     len(tokens_of(routed, expert)[0])
     x = routed.z[tokens_of(routed, expert)[0]]
     Accumulator("input", gram=False).add(0, observe(x, 1))

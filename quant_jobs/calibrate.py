@@ -45,6 +45,12 @@ class InputStatistics:
     mean_abs: Tensor
     gram: Tensor | None = None
 
+    def take_gram(self) -> Tensor:
+        """The Gram matrix, for whoever overwrites it: from now on there is none here."""
+        assert self.gram is not None, "no Gram matrix, or taken already"
+        gram, self.gram = self.gram, None
+        return gram
+
 
 @dataclass(frozen=True, slots=True)
 class InputShare:

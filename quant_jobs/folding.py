@@ -83,20 +83,27 @@ class Smoothing:
             self.columns[one.router] = scale
         self.rows[one.divided] = scale
 
-    def fold(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor as the folded layer has it, same shape and dtype.
+    def changes(self, name: str) -> bool:
+        """Whether folding changes the tensor of this name."""
+        return name in self.columns or name in self.rows
+
+    def fold(self, name: str, tensor: Tensor, *, in_place: bool = False) -> Tensor:
+        """The tensor as the folded layer has it, same shape and dtype; a float32 one may be
+        overwritten if the caller says so.
 
         A float32 tensor, a weight about to be quantized, takes any scale. What is stored in less
         (norms, router) must hold its part exactly, or it is our bug.
         """
-        if name not in self.columns and name not in self.rows:
+        if not self.changes(name):
             return tensor
         folded = tensor.float()
+        if folded is tensor and not in_place:
+            folded = tensor.clone()
         if name in self.columns:
-            folded = folded * self.columns[name]
+            folded.mul_(self.columns[name])
         if name in self.rows:
             divisor = self.rows[name]
-            folded = folded / (divisor if tensor.ndim == 1 else divisor[:, None])
+            folded.div_(divisor if tensor.ndim == 1 else divisor[:, None])
         stored = folded.to(tensor.dtype)
         exact = tensor.dtype == torch.float32 or torch.allclose(
             stored.float(), folded, rtol=_TOLERANCE, atol=0.0

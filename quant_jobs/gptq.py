@@ -10,6 +10,10 @@ the weights as updated by then; a channel's range (INT8) once, before.
 Many weights are solved at once, one batch entry each: the experts of a layer take as many kernel
 launches as one of them does. Entries never touch each other.
 
+Everything is done in place, for the matrices are what a worker's memory has to hold (18,432 inputs:
+1.36 GB): a Gram matrix becomes its factor, beside one more matrix of its size; weights become what
+they are rounded to.
+
 Deviations from the paper: an input that was never active (a zero on the diagonal) has its weights
 rounded to nearest instead of set to zero, for an expert sees more tokens than calibration showed
 it; `act_order` keeps the groups of the original order and chooses their ranges up front, so that no
@@ -26,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepseek.formats.scales import largest
 from deepseek.recipe import Scheme
 from quant_jobs.ranges import Range, choose_range, code_limits
 
@@ -38,15 +43,14 @@ MAX_DAMPING = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """`upper` f32 [n, K, K] with H^-1 = U^T U of the damped H, its inputs in the order int64 [n, K]
-    where `act_order` asks for one. By entry: `damping` as it was used, whether the matrix was given
-    up (`failed`: U is the identity, so rounding is to nearest), and the number of `dead` inputs."""
+    """`upper` f32 [K, K] with H^-1 = U^T U of the damped H, its inputs in the order int64 [K] where
+    `act_order` asks for one; the `damping` as it was used, and whether the matrix was given up
+    (`failed`: U is the identity, so rounding is to nearest)."""
 
     upper: Tensor
     order: Tensor | None
-    damping: tuple[float, ...]
-    failed: tuple[bool, ...]
-    dead: tuple[int, ...]
+    damping: float
+    failed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,82 +72,89 @@ class Rounded:
 
 
 def inverse_factor(gram: Tensor, damping: float, *, act_order: bool = False) -> Factor:
-    """Damp and invert Gram matrices f32 [n, K, K]. `damping` is a share of the mean diagonal.
+    """Damp and invert a Gram matrix f32 [K, K], in place: its memory becomes the factor's.
+    `damping` is a share of the mean diagonal.
 
     Serves every linear that reads the input, gate and up alike; and with coverage policy `all`,
-    where all experts see the same tokens, a whole layer (n = 1).
+    where all experts see the same tokens, a whole layer.
     """
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    order = diagonal.argsort(dim=1, descending=True, stable=True) if act_order else None
-    uppers, dampings, failed = [], [], []
-    for index, matrix in enumerate(gram):
-        if order is not None:
-            matrix = matrix[order[index]][:, order[index]]
-        upper, used = _invert(matrix, damping)
-        failed.append(upper is None)
-        uppers.append(torch.eye(len(matrix), device=gram.device) if upper is None else upper)
-        dampings.append(used)
-    dead = (diagonal == 0).sum(dim=1).tolist()
-    return Factor(torch.stack(uppers), order, tuple(dampings), tuple(failed), tuple(dead))
+    order = None
+    if act_order:
+        order = gram.diagonal().argsort(descending=True, stable=True)
+        torch.index_select(gram[order], 1, order, out=gram)
+    used = _invert(gram, damping)
+    if used is None:
+        gram.zero_().fill_diagonal_(1.0)
+    return Factor(gram, order, damping if used is None else used, used is None)
 
 
-def _invert(gram: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """Upper Cholesky factor of the inverse of one damped matrix [K, K], and the damping used."""
+def _invert(gram: Tensor, damping: float) -> float | None:
+    """Make one matrix [K, K] the upper Cholesky factor of its damped inverse; the damping used.
+    None where that cannot be had: then the matrix is as it was."""
+    if not bool(largest(gram).isfinite()):
+        return None
     diagonal = gram.diagonal()
-    if not bool(gram.isfinite().all()):
-        return None, damping
     dead = diagonal == 0
     mean = float(diagonal.double().mean())
+    # Column by column, as LAPACK wants it: each step then works in this one piece of memory.
+    work = torch.empty_like(gram).mT
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
     while damping <= MAX_DAMPING:
-        damped = gram.clone()
+        work.copy_(gram)
         # A dead input stands alone: its row and column are zero but for the 1 on the diagonal.
-        damped.diagonal().add_(damping * mean).masked_fill_(dead, 1.0)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        work.diagonal().add_(damping * mean).masked_fill_(dead, 1.0)
+        torch.linalg.cholesky_ex(work, out=(work, info))
         if not int(info):
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(info) and bool(upper.isfinite().all()):
-                return upper, damping
+            torch.cholesky_inverse(work, out=work)
+            torch.linalg.cholesky_ex(work, upper=True, out=(work, info))
+            if not int(info) and bool(largest(work).isfinite()):
+                gram.copy_(work)
+                return damping
         damping *= 10
-    return None, damping
+    return None
 
 
-def gptq(weight: Tensor, factor: Factor, scheme: Scheme) -> list[Rounded]:
-    """Round weights f32 [n, N, K] under the factors of their inputs (n of them, or one for all).
+def gptq(weight: Tensor, factors: Sequence[Factor], scheme: Scheme) -> list[Rounded]:
+    """Round weights f32 [n, N, K], contiguous, under the factors of their inputs (n of them, or one
+    for all), in place: the results' weights are parts of `weight`.
 
     Raises:
         CheckpointError: a weight is NaN, infinite or beyond the format's range.
     """
     num, _, inputs = weight.shape
-    upper = factor.upper.expand(num, inputs, inputs)
+    if len(factors) == 1:
+        factors = [factors[0]] * num
+    upper = [factor.upper for factor in factors]
+    orders = [factor.order for factor in factors if factor.order is not None]
     size = scheme.group_size or inputs
-    grouped = weight.reshape(num, len(weight[0]), -1, size)
-    if factor.order is None:
+    grouped = weight.view(num, len(weight[0]), -1, size)
+    if not orders:
         known = None if scheme.group_size else choose_range(grouped, scheme)
         group = torch.arange(inputs, device=weight.device).expand(num, -1) // size
-        restored, ranges = _round_columns(weight.clone(), upper, group, known, size, scheme)
+        ranges = _round_columns(weight, upper, group, known, size, scheme)
     else:
-        order = factor.order.expand(num, inputs)
+        order = torch.stack(orders)
         known = choose_range(grouped, scheme)
         place = order[:, None].expand_as(weight)
         moved = weight.gather(2, place)
-        moved, ranges = _round_columns(moved, upper, order // size, known, size, scheme)
-        restored = torch.empty_like(weight).scatter_(2, place, moved)
+        ranges = _round_columns(moved, upper, order // size, known, size, scheme)
+        weight.scatter_(2, place, moved)
     zero_points = ranges.zero_point
     return [
-        Rounded(restored[i], ranges.scale[i], None if zero_points is None else zero_points[i])
+        Rounded(weight[i], ranges.scale[i], None if zero_points is None else zero_points[i])
         for i in range(num)
     ]
 
 
 def _round_columns(
     weight: Tensor,
-    upper: Tensor,
+    upper: Sequence[Tensor],
     group: Tensor,
     known: Range | None,
     size: int,
     scheme: Scheme,
-) -> tuple[Tensor, Range]:
-    """The column loop, in place: `weight` [n, N, K] becomes what it is rounded to.
+) -> Range:
+    """The column loop, in place: `weight` [n, N, K] becomes what it is rounded to; its ranges.
 
     `group` int64 [n, K] is the group of each column. `known` ranges [n, N, K/g], or None: each is
     chosen when its first column is reached.
@@ -156,7 +167,7 @@ def _round_columns(
         last = min(first + BLOCK, inputs)
         # Columns lie together here: [n, columns, N].
         block = weight[:, :, first:last].transpose(1, 2).contiguous()
-        inverse = upper[:, first:last, first:last]
+        inverse = torch.stack([entry[first:last, first:last] for entry in upper])
         errors = torch.empty_like(block)
         for column in range(last - first):
             if known is None and (first + column) % size == 0:
@@ -185,10 +196,10 @@ def _round_columns(
             # Entry by entry: a batched product may round differently with the size of the batch.
             for entry in range(num):
                 weight[entry, :, last:].addmm_(
-                    errors[entry].T, upper[entry, first:last, last:], alpha=-1
+                    errors[entry].T, upper[entry][first:last, last:], alpha=-1
                 )
     if known is not None:
-        return weight, known
+        return known
     zero_points = [one.zero_point for one in chosen if one.zero_point is not None]
     scales = torch.stack([one.scale for one in chosen], dim=-1)
-    return weight, Range(scales, torch.stack(zero_points, dim=-1) if zero_points else None)
+    return Range(scales, torch.stack(zero_points, dim=-1) if zero_points else None)

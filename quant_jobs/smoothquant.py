@@ -20,6 +20,12 @@ from quant_jobs.folding import MAX_EXPONENT
 from quant_jobs.ledger import Ledger
 
 
+def column_amax(weight: Tensor) -> Tensor:
+    """The largest magnitude in each column, f32 [K] of a weight f32 [N, K]; unlike abs() without a
+    copy of it."""
+    return torch.maximum(-weight.amin(dim=0), weight.amax(dim=0))
+
+
 def smoothing_scale(
     amax_x: Tensor, amax_w: Tensor, strength: float, module: str, layer: int, ledger: Ledger
 ) -> Tensor:

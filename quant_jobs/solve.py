@@ -16,6 +16,7 @@ Scales of channels (SmoothQuant, AWQ) have changed the weight before: `folding.p
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from deepseek.checkpoint import SourceTensor
 from deepseek.errors import CheckpointError
 from deepseek.formats import compress, decompress
+from deepseek.formats.scales import largest, row_chunks
 from deepseek.layout import store_tensor
 from deepseek.recipe import Scheme
 from quant_jobs.awq import search_clip
@@ -48,26 +50,34 @@ class SolvedLinear:
 
 def solve_linear(
     source: SourceTensor,
-    weight: Tensor,
+    weight: Callable[[], Tensor],
     scheme: Scheme,
     seen: InputStatistics | None,
     smoothing: Smoothing,
     ledger: Ledger,
     rounded: Rounded | None = None,
 ) -> SolvedLinear:
-    """Quantize one linear. `weight` is `source` dequantized, float32 [N, K]; `seen` is None where
-    no calibration token reached it, which is then rounded to nearest. `rounded` is GPTQ's result
-    for the folded weight.
+    """Quantize one linear. `weight()` is `source` dequantized, float32 [N, K], on the device to
+    work on; `seen` is None where no calibration token reached it, which is then rounded to nearest.
+    `rounded` is GPTQ's result for the folded weight.
+
+    One float32 copy of the weight is held at a time: the original, folded, restored.
 
     Raises:
         CheckpointError: the weight cannot be represented.
     """
     name, module = source.spec.name, source.spec.module
-    folded = smoothing.fold(name, weight)
-    if not scheme.is_quantized and folded is weight:
+    if not scheme.is_quantized and not smoothing.changes(name):
+        # Perhaps nobody else looks at it: the last layer computes nothing with its down_proj.
+        if not all(bool(largest(band.dequantize()).isfinite()) for band in source.bands()):
+            raise _damaged(name)
         return SolvedLinear(store_tensor(source, scheme), None)
-    if not bool(folded.isfinite().all()):  # modelopt asserts that, in words for its developers
-        raise CheckpointError(f"tensor {name} holds NaN or infinity; repair the source")
+    folded = weight()
+    wanted = None if seen is None else seen.sample @ folded.T
+    # A source in float32 gives its own memory.
+    folded = smoothing.fold(name, folded, in_place=source.data.dtype != torch.float32)
+    if not bool(largest(folded).isfinite()):  # modelopt asserts that, in words for its developers
+        raise _damaged(name)
     try:
         if rounded is not None:
             stored = compress(
@@ -84,13 +94,29 @@ def solve_linear(
     except CheckpointError as refusal:
         raise CheckpointError(f"tensor {name} {refusal}") from refusal
     if scheme.is_quantized:
-        empty = folded.view(len(folded), -1, scheme.group_size or folded.shape[1])
-        zeros = int((empty == 0).all(dim=-1).sum())
-        ledger.note("zero_scale", source.spec.layer, module, zeros)
-    shape = (weight.shape[0], weight.shape[1])
+        ledger.note("zero_scale", source.spec.layer, module, _count_empty(folded, scheme))
+    shape = (folded.shape[0], folded.shape[1])
+    del folded
     restored = decompress(stored, scheme, shape)
-    error = output_error(name, weight, restored, scheme, seen, smoothing)
+    if seen is None or wanted is None:
+        error = weight_error(name, weight(), restored, smoothing)
+    else:
+        error = output_error(name, wanted, restored, scheme, seen, smoothing)
     return SolvedLinear({f"{module}.{suffix}": value for suffix, value in stored.items()}, error)
+
+
+def _damaged(name: str) -> CheckpointError:
+    return CheckpointError(f"tensor {name} holds NaN or infinity; repair the source")
+
+
+def _count_empty(weight: Tensor, scheme: Scheme) -> int:
+    """Rows or groups that are all zero."""
+    count = 0
+    for rows in row_chunks(weight):
+        part = weight[rows]
+        groups = part.view(len(part), -1, scheme.group_size or part.shape[1])
+        count += int((groups == 0).all(dim=-1).sum())
+    return count
 
 
 def _compress_within(weight: Tensor, scheme: Scheme, chosen: Range) -> dict[str, Tensor]:
@@ -99,27 +125,34 @@ def _compress_within(weight: Tensor, scheme: Scheme, chosen: Range) -> dict[str,
 
 def output_error(
     name: str,
-    weight: Tensor,
+    wanted: Tensor,
     restored: Tensor,
     scheme: Scheme,
-    seen: InputStatistics | None,
+    seen: InputStatistics,
     smoothing: Smoothing,
 ) -> float:
-    """||y' - y|| / ||y|| over the sampled tokens, six digits; `restored` is the folded weight as
-    it will be read back. For an unseen expert: the weight's own relative error, which is the
-    expected output error on white inputs."""
+    """||y' - y|| / ||y|| over the sampled tokens, six digits. `wanted` f32 [R, N] is y; `restored`
+    is the folded weight as it will be read back, and is overwritten."""
     columns, rows = smoothing.columns.get(name), smoothing.rows.get(name)
     if rows is not None:
-        restored = restored * rows[:, None]
-    if seen is None:
-        restored = restored if columns is None else restored / columns
-        return _relative(restored, weight)
+        restored.mul_(rows[:, None])
     x = seen.sample if columns is None else seen.sample / columns
     if scheme.activations == "int8":  # a static FP8 scale is not known yet
         prepare = preparation(scheme)
         assert prepare is not None
         x = prepare(x)
-    return _relative(x @ restored.T, seen.sample @ weight.T)
+    return _relative(x @ restored.T, wanted)
+
+
+def weight_error(name: str, weight: Tensor, restored: Tensor, smoothing: Smoothing) -> float:
+    """Of an unseen expert: the weight's own relative error, which is the expected output error on
+    white inputs. `restored` is overwritten."""
+    columns, rows = smoothing.columns.get(name), smoothing.rows.get(name)
+    if rows is not None:
+        restored.mul_(rows[:, None])
+    if columns is not None:
+        restored.div_(columns)
+    return _relative(restored, weight)
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

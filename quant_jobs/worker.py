@@ -75,6 +75,7 @@ from quant_jobs.messages import (
     moved,
 )
 from quant_jobs.resume import load_blocks, save_blocks
+from quant_jobs.smoothquant import column_amax
 from quant_jobs.solve import modelopt_quantizer, use_one_thread
 from quant_jobs.solve_units import Scales, UnitSolver
 from quant_jobs.units import MLP_ROLES, Unit, expert_specs, trunk_specs
@@ -256,7 +257,7 @@ class Worker:
             for module in self._mine(layer, one.consumers):
                 weight = solver.weight(module)
                 if how.algorithm == "smoothquant":
-                    brought[module] = weight.abs().amax(dim=0), 1
+                    brought[module] = column_amax(weight), 1
                 else:
                     brought[module] = weight_means(weight, self._schemes[module])
             if not self._mine(layer, [one.measured]):
@@ -295,6 +296,7 @@ class Worker:
         with self._timed("solve"):
             solver = self._solver(layer, routed)
             smoothing = self._moved(smoothing)
+            self._opened(layer).inputs.clear()  # the solver uses the Gram matrices up
             trunk: Tensors = {}
             experts: Tensors = {}
             for unit in self._shares[layer]:

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.allocations import peak_bytes
 from torch import Tensor
 
 from deepseek.errors import CheckpointError
 from deepseek.formats import compress, decompress
 from deepseek.recipe import Scheme
-from quant_jobs.gptq import MAX_DAMPING, Rounded, gptq, inverse_factor
+from quant_jobs.gptq import MAX_DAMPING, Factor, Rounded, gptq, inverse_factor
 from quant_jobs.ranges import group_ranges, grouped, nearest
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -59,10 +60,20 @@ def gram_of(x: Tensor) -> Tensor:
     return x.mT @ x
 
 
+def factors_of(gram: Tensor, scheme: Scheme) -> list[Factor]:
+    """Of matrices [n, K, K], which are left as they are."""
+    return [inverse_factor(one.clone(), scheme.damping, act_order=scheme.act_order) for one in gram]
+
+
+def rounded(weight: Tensor, factors: list[Factor], scheme: Scheme) -> list[Rounded]:
+    """`gptq` on a copy."""
+    return gptq(weight.clone(), factors, scheme)
+
+
 def solve(weight: Tensor, x: Tensor, scheme: Scheme) -> list[Rounded]:
-    factor = inverse_factor(gram_of(x), scheme.damping, act_order=scheme.act_order)
-    assert not any(factor.failed)
-    return gptq(weight, factor, scheme)
+    factors = factors_of(gram_of(x), scheme)
+    assert not any(factor.failed for factor in factors)
+    return rounded(weight, factors, scheme)
 
 
 def loss(weight: Tensor, restored: Tensor, x: Tensor) -> float:
@@ -167,11 +178,11 @@ def test_a_batch_is_its_entries_one_by_one_to_the_bit(name: str) -> None:
 def test_one_factor_serves_many_weights() -> None:
     scheme = scheme_of("int4-g64")
     weight, x = case(num=3)
-    factor = inverse_factor(gram_of(x[:1]), scheme.damping)
-    together = gptq(weight, factor, scheme)
-    stacked = gptq(weight.flatten(0, 1)[None], factor, scheme)[0].split(3)
+    factor = factors_of(gram_of(x[:1]), scheme)
+    together = rounded(weight, factor, scheme)
+    stacked = rounded(weight.flatten(0, 1)[None], factor, scheme)[0].split(3)
     for entry, one in enumerate(together):
-        assert_equal(one, gptq(weight[entry, None], factor, scheme)[0])
+        assert_equal(one, rounded(weight[entry, None], factor, scheme)[0])
         # Stacked along their outputs, products have another shape and may round differently.
         share = (one.weight != stacked[entry].weight).float().mean()
         assert share < 0.01
@@ -207,17 +218,14 @@ def test_what_is_stored_reads_back_to_the_bit(name: str) -> None:
 
 
 @every_scheme
-def test_inputs_are_not_written_to(name: str) -> None:
-    weight, x = case()
-    gram = gram_of(x)
-    kept, gram_kept = weight.clone(), gram.clone()
+def test_weights_are_rounded_where_they_lie_and_factors_only_read(name: str) -> None:
+    weight, x = case(num=2)
     scheme = scheme_of(name)
-    factor = inverse_factor(gram, scheme.damping, act_order=scheme.act_order)
-    upper = factor.upper.clone()
-    gptq(weight, factor, scheme)
-    assert torch.equal(weight, kept)
-    assert torch.equal(gram, gram_kept)
-    assert torch.equal(factor.upper, upper)
+    factors = factors_of(gram_of(x), scheme)
+    uppers = [factor.upper.clone() for factor in factors]
+    for entry, one in enumerate(gptq(weight, factors, scheme)):
+        assert one.weight.data_ptr() == weight[entry].data_ptr()
+    assert all(torch.equal(f.upper, upper) for f, upper in zip(factors, uppers, strict=True))
 
 
 # --- the factor ---
@@ -227,22 +235,55 @@ def test_inputs_are_not_written_to(name: str) -> None:
 def test_the_factor_is_that_of_the_inverse_in_float64(act_order: bool) -> None:
     _, x = case(num=3, columns=96)
     gram = gram_of(x)
-    factor = inverse_factor(gram, 0.01, act_order=act_order)
-    assert (factor.order is not None) == act_order
-    assert (factor.damping, factor.failed, factor.dead) == ((0.01,) * 3, (False,) * 3, (0,) * 3)
     for entry in range(3):
         matrix = gram[entry].double()
+        factor = inverse_factor(gram[entry], 0.01, act_order=act_order)
+        assert factor.upper.data_ptr() == gram[entry].data_ptr()
+        assert (factor.order is not None) == act_order
+        assert (factor.damping, factor.failed) == (0.01, False)
         if factor.order is not None:
-            order = factor.order[entry]
+            order = factor.order
             assert sorted(order.tolist()) == list(range(96))
             activity = matrix.diagonal()[order]
             assert (activity[1:] <= activity[:-1]).all()
             matrix = matrix[order][:, order]
         damped = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(96, dtype=torch.float64)
         wanted = torch.linalg.inv(damped)
-        upper = factor.upper[entry].double()
+        upper = factor.upper.double()
         assert torch.equal(upper, upper.triu())
         assert (upper.T @ upper - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def out_of_place(gram: Tensor, damping: float) -> Tensor:
+    """The same steps with a matrix of its own for each."""
+    damped = gram + damping * float(gram.diagonal().double().mean()) * torch.eye(len(gram))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+@pytest.mark.parametrize("columns", [96, 512, 700])
+def test_the_factor_made_in_place_is_that_of_copies_to_the_bit(columns: int) -> None:
+    _, x = case(columns=columns)
+    gram = gram_of(x)[0]
+    wanted = out_of_place(gram, 0.01)
+    assert torch.equal(inverse_factor(gram, 0.01).upper, wanted)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_factor_takes_one_matrix_beside_its_own(act_order: bool) -> None:
+    gram = gram_of(case(columns=512)[1])[0]
+    taken = peak_bytes(lambda: inverse_factor(gram, 0.01, act_order=act_order))
+    assert gram.nbytes <= taken < 1.02 * gram.nbytes
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "int4-g32-order"])
+def test_rounding_takes_a_few_columns_beside_the_weight(name: str) -> None:
+    scheme = scheme_of(name)
+    weight, x = case(rows=256, columns=1024, tokens=100)
+    factors = factors_of(gram_of(x), scheme)
+    taken = peak_bytes(lambda: gptq(weight, factors, scheme))
+    # In another order the columns, and an index of them, are moved.
+    assert taken < (1.65 if scheme.act_order else 0.65) * weight.nbytes, taken / weight.nbytes
 
 
 def test_dead_inputs_are_rounded_to_nearest_and_the_rest_as_without_them() -> None:
@@ -252,9 +293,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_the_rest_as_without_them() -> No
     x[:, :, dead] = 0.0
     # The channel's range is made by an input that is alive.
     weight[:, :, 50] = 0.5
-    factor = inverse_factor(gram_of(x), scheme.damping)
-    assert (factor.dead, factor.failed) == ((3,), (False,))
-    (found,) = gptq(weight, factor, scheme)
+    (found,) = solve(weight, x, scheme)
     assert torch.equal(found.weight[:, dead], plain(weight[0], scheme)[:, dead])
     alive = [column for column in range(128) if column not in dead]
     # The mean of the diagonal, and so the damping, counts the dead.
@@ -271,35 +310,35 @@ def test_dead_inputs_are_rounded_to_nearest_and_the_rest_as_without_them() -> No
 def test_without_any_active_input_all_is_rounded_to_nearest() -> None:
     scheme = scheme_of("int4-g32")
     weight, _ = case()
-    factor = inverse_factor(torch.zeros(1, 256, 256), scheme.damping)
-    assert (factor.dead, factor.failed) == ((256,), (False,))
-    (found,) = gptq(weight, factor, scheme)
+    factors = factors_of(torch.zeros(1, 256, 256), scheme)
+    assert not factors[0].failed
+    (found,) = rounded(weight, factors, scheme)
     assert torch.equal(found.weight, plain(weight[0], scheme))
 
 
 def test_damping_grows_until_the_matrix_is_positive_definite() -> None:
-    """By tenfold steps; other entries keep what was asked."""
-    _, x = case(num=2, columns=64)
-    gram = gram_of(x)
-    mean = float(gram[0].diagonal().mean())
+    """By tenfold steps."""
+    _, x = case(columns=64)
+    gram = gram_of(x)[0]
+    mean = float(gram.diagonal().mean())
     # One eigenvalue at -0.05 of the mean diagonal: 0.001 and 0.01 do not lift it, 0.1 does.
-    values, vectors = torch.linalg.eigh(gram[0].double())
+    values, vectors = torch.linalg.eigh(gram.double())
     values[0] = -0.05 * mean
     broken = (vectors @ values.diag() @ vectors.T).float()
-    factor = inverse_factor(torch.stack([broken, gram[1]]), 0.001)
-    assert factor.failed == (False, False)
-    assert list(factor.damping) == pytest.approx([0.1, 0.001])
+    factor = inverse_factor(broken.clone(), 0.001)
+    assert not factor.failed
+    assert factor.damping == pytest.approx(0.1)
     damped = broken.double() + 0.1 * broken.diagonal().mean() * torch.eye(64, dtype=torch.float64)
-    wanted, upper = torch.linalg.inv(damped), factor.upper[0].double()
+    wanted, upper = torch.linalg.inv(damped), factor.upper.double()
     assert (upper.T @ upper - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def test_fewer_tokens_than_inputs_need_no_more_damping_than_asked() -> None:
     scheme = scheme_of("int4-g64")
     weight, x = case(tokens=20)
-    factor = inverse_factor(gram_of(x), scheme.damping)
-    assert (factor.failed, factor.damping) == ((False,), (scheme.damping,))
-    (found,) = gptq(weight, factor, scheme)
+    (factor,) = factors_of(gram_of(x), scheme)
+    assert (factor.failed, factor.damping) == (False, scheme.damping)
+    (found,) = rounded(weight, [factor], scheme)
     assert loss(weight[0], found.weight, x[0]) < loss(weight[0], plain(weight[0], scheme), x[0])
 
 
@@ -317,11 +356,11 @@ def test_a_matrix_beyond_damping_is_given_up_and_rounded_to_nearest(
         gram[1, 0, 0] = 1e-3
     else:
         gram[1, 5, 9] = float(what)
-    factor = inverse_factor(gram, scheme.damping, act_order=act_order)
-    assert factor.failed == (False, True, False)
-    assert max(factor.damping) <= MAX_DAMPING * 10
-    assert torch.equal(factor.upper[1], torch.eye(256))
-    solved = gptq(weight, factor, scheme)
+    factors = factors_of(gram, scheme)
+    assert [factor.failed for factor in factors] == [False, True, False]
+    assert max(factor.damping for factor in factors) <= MAX_DAMPING * 10
+    assert torch.equal(factors[1].upper, torch.eye(256))
+    solved = rounded(weight, factors, scheme)
     assert torch.equal(solved[1].weight, plain(weight[1], scheme))
     for entry in (0, 2):  # the others do not notice
         (alone,) = solve(weight[entry, None], x[entry, None], scheme)

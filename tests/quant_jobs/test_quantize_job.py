@@ -380,6 +380,22 @@ def test_a_source_with_nan_is_refused_by_the_module_that_met_it(
         quantize(damaged, small_recipe("int8"), tmp_path / "out", three)
 
 
+def test_a_damaged_weight_that_nothing_computes_with_is_refused_by_name(
+    small: SmallModel, one: WorkerHere, tmp_path: Path
+) -> None:
+    directory = tmp_path / "damaged"
+    shutil.copytree(small.directory, directory)
+    stored = random_tensors(small.config)
+    last = small.config.num_hidden_layers - 1
+    damaged = stored[f"model.layers.{last}.mlp.shared_experts.down_proj.weight"]
+    damaged.view(torch.uint8)[3, 3] = 0x7F  # e4m3's NaN
+    for path in directory.glob("*.safetensors"):
+        path.unlink()
+    write_shards(directory, stored)
+    with pytest.raises(CheckpointError, match=r"shared_experts.down_proj.weight holds NaN"):
+        quantize(SmallModel(directory, small.text), small_recipe("int4"), tmp_path / "out", one)
+
+
 def test_a_bf16_source_keeps_what_the_recipe_does_not_name(
     small: SmallModel, one: WorkerHere, tmp_path: Path
 ) -> None:

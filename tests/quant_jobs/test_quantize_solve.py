@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.allocations import peak_bytes
 from torch import Tensor
 
 from deepseek.checkpoint import SourceTensor
@@ -13,6 +14,7 @@ from deepseek.errors import CheckpointError
 from deepseek.formats import compress, decompress, quantize_fp8_block, quantize_int4
 from deepseek.inventory import TensorSpec
 from deepseek.recipe import Scheme
+from quant_jobs import ranges
 from quant_jobs.awq import search_clip
 from quant_jobs.calibrate import Accumulator, InputStatistics, observe
 from quant_jobs.folding import Smoothing
@@ -58,7 +60,7 @@ def solve(
     source = source or a_source()
     return solve_linear(
         source,
-        source.dequantize(),
+        source.dequantize,
         scheme,
         seen,
         smoothing or Smoothing(),
@@ -156,8 +158,8 @@ def test_what_gptq_rounded_is_stored_as_it_is_and_errs_less(scheme: Scheme) -> N
     scheme = scheme.model_copy(update={"algorithm": "gptq"})
     seen, source = a_statistic(), a_source()
     assert seen.gram is not None
-    factor = inverse_factor(seen.gram[None], scheme.damping)
-    (rounded,) = gptq(source.dequantize()[None], factor, scheme)
+    factor = inverse_factor(seen.gram, scheme.damping)
+    (rounded,) = gptq(source.dequantize()[None], [factor], scheme)
     solved, plain = solve(scheme, source, seen, rounded=rounded), solve(scheme, source, seen)
     assert torch.equal(restore(solved, scheme), rounded.weight)
     assert solved.error is not None
@@ -253,3 +255,41 @@ def test_a_weight_of_zeros_errs_by_nothing() -> None:
     assert solve(INT4, source, a_statistic(), ledger=ledger).error == 0.0
     assert solve(INT8, source, None, ledger=ledger).error == 0.0
     assert [entry.count for entry in ledger.entries()] == [192, 96]
+
+
+@pytest.mark.parametrize("smoothed", [False, True], ids=["plain", "smoothed"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *(INT8, W8A8, INT8_ASYM, INT4, INT4_ASYM),
+        INT4.model_copy(update={"clip": "mse"}),
+        INT8.model_copy(update={"clip": "percentile", "percentile": 99.0}),
+        INT4.model_copy(update={"algorithm": "awq"}),
+    ],
+    ids=lambda s: f"{s.label}-{s.clip}-{s.algorithm}",
+)
+def test_one_float32_copy_of_a_weight_is_held_at_a_time(
+    scheme: Scheme, smoothed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside it are codes and what is packed, up to half of it, and a few rows in work."""
+    monkeypatch.setattr("deepseek.formats.scales._CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setitem(ranges._CHUNK_ELEMENTS, "cpu", 1 << 14)
+    modelopt_quantizer(num_bits=8, axis=0)  # its import is not what is measured
+    rows = columns = 1024
+    source, seen = a_source(rows, columns), a_statistic(columns)
+    name, twos = f"{NAME}.weight", torch.full((1024,), 2.0)
+    smoothing = Smoothing({name: twos}, {name: twos}) if smoothed else Smoothing()
+    taken = peak_bytes(lambda: solve(scheme, source, seen, smoothing))
+    assert taken < 1.75 * rows * columns * 4, taken / (rows * columns * 4)
+
+
+def test_a_source_in_float32_is_not_folded_where_it_lies() -> None:
+    weight = a_source().dequantize()
+    source = SourceTensor(a_source().spec, weight.clone())
+    columns, rows = torch.full((256,), 2.0), torch.full((96,), 4.0)
+    smoothing = Smoothing({f"{NAME}.weight": columns}, {f"{NAME}.weight": rows})
+    found = solve(INT8, source, a_statistic(), smoothing)
+    assert torch.equal(source.data, weight)
+    wanted = solve(INT8, a_source(), a_statistic(), smoothing)
+    assert found.error == wanted.error
+    assert all(torch.equal(found.tensors[name], one) for name, one in wanted.tensors.items())

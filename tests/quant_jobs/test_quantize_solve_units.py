@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.allocations import peak_bytes
 from support.synthetic import config_dict, random_tensors
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from deepseek.recipe import Recipe, Scheme, load_recipe
 from quant_jobs.awq import scale_losses
 from quant_jobs.calibrate import Accumulator, InputStatistics, input_of, observe, rows_per_block
 from quant_jobs.folding import FoldingSet, Smoothing, Wanted, foldable, wanted_sets
-from quant_jobs.gptq import gptq, inverse_factor
+from quant_jobs.gptq import Factor, gptq, inverse_factor
 from quant_jobs.layer import Rotary, Trunk, hidden, run_expert, tokens_of
 from quant_jobs.ledger import Ledger
 from quant_jobs.messages import Account, Part, Routed, Tensors
@@ -122,7 +124,7 @@ def a_solver(one: Layer, recipe: Recipe) -> UnitSolver:
         schemes,
         one.layer,
         one.source,
-        one.attention,
+        {name: copy.deepcopy(seen) for name, seen in one.attention.items()},
         one.blocks,
         Scales(wanted, shared),
         NUM_BLOCKS,
@@ -198,8 +200,8 @@ def brute_force(one: Layer, expert: int, tokens: Sequence[Tensor]) -> dict[str, 
             if role == "down_proj":
                 x = hidden(x, weights["gate_proj"], weights["up_proj"])
             gram += x.T @ x
-        factor = inverse_factor(gram[None], scheme.damping)
-        restored[role] = gptq(weights[role][None], factor, scheme)[0].weight
+        factor = inverse_factor(gram, scheme.damping)
+        restored[role] = gptq(weights[role][None].clone(), [factor], scheme)[0].weight
     return restored
 
 
@@ -514,6 +516,65 @@ def test_experts_solved_together_are_those_solved_alone_to_the_bit(rule: dict[st
     assert_same(packed, {name: t for name, t in alone.items() if ".experts." in name})
     assert account.errors.items() <= every.errors.items()
     assert account.tokens.items() <= every.tokens.items()
+
+
+@pytest.mark.parametrize("rule", [GPTQ, AWQ, PLAIN], ids=["gptq", "awq", "max"])
+def test_a_unit_of_many_experts_takes_the_memory_of_one(rule: dict[str, Any]) -> None:
+    """On a CPU: statistics and weights of one at a time. What is packed of the others remains."""
+    one, recipe = a_layer(MOE), a_recipe(rule)
+    together = all_experts(one)
+    each = [unit for unit in units(one.config, MOE) if unit.experts]
+    peaks = [
+        peak_bytes(lambda unit=unit: a_solver(one, recipe).solve(unit, shared_scale(one, recipe)))
+        for unit in (*each, together)
+    ]
+    packed = sum(t.nbytes for t in solve(one, recipe, [together])[0].values())
+    assert peaks[-1] <= max(peaks[:-1]) + packed
+
+
+@pytest.mark.parametrize("layer", [DENSE, MOE])
+def test_what_no_rule_quantizes_is_passed_on_and_never_whole_in_float32(
+    layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, recipe = a_layer(layer), a_recipe({"weights": "source"})
+    monkeypatch.setattr(UnitSolver, "weight", None)
+    packed, account, _ = solve(one, recipe)
+    for spec in linears(one.config, layer):
+        assert packed[spec.name] is one.source[spec.name].data
+    assert not account.errors
+    assert set(account.tokens) == {spec.module for spec in linears(one.config, layer)}
+
+
+def test_one_input_is_inverted_once_for_all_that_damp_it_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """q_a and kv_a are of different shapes; under `all`, every expert has the layer's input."""
+    one = a_layer(MOE)
+    inverted: list[int] = []
+
+    def counted(gram: Tensor, *args: Any, **kwargs: Any) -> Factor:
+        inverted.append(len(gram))
+        return inverse_factor(gram, *args, **kwargs)
+
+    monkeypatch.setattr("quant_jobs.solve_units.inverse_factor", counted)
+    solve(one, a_recipe(GPTQ), units(one.config, MOE)[:1])
+    assert inverted == [256]
+    inverted.clear()
+    solve(one, a_recipe(GPTQ, policy="all"), [u for u in units(one.config, MOE) if u.blocks])
+    hidden_size, intermediate = one.config.hidden_size, one.config.moe_intermediate_size
+    assert sorted(inverted) == sorted([*[intermediate] * 9, hidden_size])
+
+
+def test_one_input_damped_in_two_ways_serves_both() -> None:
+    """The first must leave the second its matrix."""
+    one = a_layer(DENSE)
+    more = GPTQ | {"damping": 0.1}
+    up = f"model.layers.{DENSE}.mlp.up_proj"
+    mixed, _, _ = solve(one, a_recipe(GPTQ, {"match": up, **more}))
+    wanted, _, _ = solve(one, a_recipe(more))
+    found, scheme = restore(one, mixed, up, Scheme(**more)), Scheme(**more)
+    # Alone it is a product of another shape than stacked with its gate.
+    assert (found != restore(one, wanted, up, scheme)).float().mean() < 0.01
 
 
 def test_schemes_may_differ_from_one_linear_to_the_next() -> None:

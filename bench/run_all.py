@@ -23,6 +23,7 @@ COMMANDS = (
     "bench/serve_overhead.py",
     "bench/accuracy.py",
     "bench/workers.py",
+    "bench/worker_memory.py",
     "bench/memory_limit.py --limit-gb 1.6 --hidden 2048 --intermediate 4096 --moe-intermediate 512"
     " --heads 16 --experts 32",
     "bench/kill_rounds.py --rounds 20",

@@ -217,8 +217,10 @@ def memory_use(job: Job) -> list[Use]:
         Use("activations into and out of the layer", 2 * own),
         Use("what enters the MLP, all blocks", 0, job.activation_bytes, job.activation_bytes),
         Use("expert rows of two waves", rows // job.nodes, rows // job.nodes),
-        Use("float32 weights of one unit, and GPTQ's copies", 0, 0, 4 * group.numel * F32),
-        Use("Gram matrices of one unit, and their factors", 0, 0, 4 * grams),
+        # GPTQ stacks weights, and moves them where `act_order` asks for that.
+        Use("float32 weights of one unit, and GPTQ's copy", 0, 0, 2 * group.numel * F32),
+        # A factor takes the place of its matrix; one more is in work at a time.
+        Use("Gram matrices of one unit, and one in work", 0, 0, 2 * grams),
         Use("attention scores of one block, if unfused", 0, 0, 2 * heads),
         Use("CUDA context and fragmentation", 0, 0, reserved),
     ]

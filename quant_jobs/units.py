@@ -18,8 +18,8 @@ from typing import Literal
 from deepseek.config import ModelConfig
 from deepseek.inventory import TensorSpec, layer_tensors, linears
 
-#: A layer's routed experts are cut into at most this many groups. GPTQ runs a group as one batch
-#: (8 experts of DeepSeek-V3's 256); more workers than groups find no more work in a layer.
+#: A layer's routed experts are cut into at most this many groups. On a GPU GPTQ runs a group as one
+#: batch (8 experts of DeepSeek-V3's 256); more workers than groups find no more work in a layer.
 MAX_EXPERT_GROUPS = 32
 
 MLP_ROLES = ("gate_proj", "up_proj", "down_proj")

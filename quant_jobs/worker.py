@@ -20,10 +20,11 @@ Every call may be repeated: a layer is redone when some worker died in it. The i
 current layer therefore stay in memory until the driver moves on.
 
 Memory: the stored bytes of this worker's units of two layers and of one trunk, what it has packed
-of one layer, the float32 weights of one group of experts, and the activations of its blocks. What
-others made (`Routed`, `Part`) lies in the node's object store, once for all workers of the node. On
-`cuda` all of that is host memory too; on the GPU is what is computed with: one weight or group of
-experts, the blocks of a wave, and to solve a layer what entered its MLP.
+of one layer, at most three float32 weights of one MLP and what GPTQ needs for it (`gptq.py`; on a
+GPU those of a group of experts), and the activations of its blocks. What others made (`Routed`,
+`Part`) lies in the node's object store, once for all workers of the node. On `cuda` all of that is
+host memory but for what is computed with: weights in work, the blocks of a wave, and to solve a
+layer what entered its MLP.
 """
 
 from __future__ import annotations

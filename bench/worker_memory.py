@@ -1,0 +1,113 @@
+"""The memory of one worker at DeepSeek-V3's true widths, and the step in which it is fullest.
+
+    python bench/worker_memory.py --recipe int4-gptq [--experts 16] [--groups 2]
+
+Runs a job in this process, without Ray, on a synthetic model of one dense and one MoE layer, and
+looks at its anonymous and shared memory a hundred times a second. `--groups` cuts the experts into
+so many units, for 8 of them in a unit are what DeepSeek-V3's 256 make. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from watched import ROOT, TEXT, make_model, write_recipe
+
+from deepseek.cli import make_app, run
+from deepseek.synthetic import Size
+from quant_jobs import units
+from quant_jobs.__main__ import app as quant_jobs
+
+INTERVAL_S = 0.01
+#: Files whose functions name a step.
+STEPS = ("worker.py", "solve_units.py", "solve.py", "gptq.py")
+
+app = make_app(__doc__ or "")
+
+
+@app.command()
+def main(
+    recipe: Annotated[str, typer.Option(help="A built-in recipe.")] = "int4-gptq",
+    experts: Annotated[int, typer.Option(min=2, help="Of the MoE layer.")] = 16,
+    groups: Annotated[int, typer.Option(min=1, help="Units of experts.")] = 2,
+    num_blocks: Annotated[int, typer.Option(min=4, help="Blocks of calibration text.")] = 8,
+    block_tokens: Annotated[int, typer.Option(min=16, help="Tokens per block.")] = 256,
+    hidden: Annotated[int | None, typer.Option(help="True shapes without it.")] = None,
+    output: Annotated[Path, typer.Option(help="Where model and artifact go.")] = ROOT
+    / "runs"
+    / "bench-worker-memory",
+) -> None:
+    """See the module's docstring."""
+    output.mkdir(parents=True, exist_ok=True)
+    size = Size(layers=2, experts=experts, vocab=258, hidden=hidden)
+    model = make_model(output / f"model-{experts}-{hidden or 'true'}", size)
+    settings = write_recipe(output / "recipe.yaml", recipe, num_blocks, block_tokens)
+    artifact = output / "artifact"
+    shutil.rmtree(artifact, ignore_errors=True)
+    units.MAX_EXPERT_GROUPS = groups
+    words = ["quantize", "--model", model.directory, "--recipe", settings, "--calibration", TEXT]
+    words += ["--output", artifact, "--workers", 0]
+    watch, begun, cpu = Watch(threading.get_ident()), time.monotonic(), time.process_time()
+    with watch:
+        quant_jobs([str(word) for word in words], standalone_mode=False)
+    typer.echo(
+        f"\n`{recipe}`, {experts} experts in {groups} units, {num_blocks} x {block_tokens} tokens, "
+        f"{time.monotonic() - begun:.0f} s, {time.process_time() - cpu:.0f} s of CPU\n\n"
+        "| GB at most | step |\n|---:|---|"
+    )
+    for step, peak in sorted(watch.peaks.items(), key=lambda item: -item[1])[:6]:
+        typer.echo(f"| {peak / 1e9:.2f} | {step} |")
+    shutil.rmtree(artifact)
+
+
+@dataclass(slots=True)
+class Watch:
+    """Samples this process while the block runs; `peaks` in bytes, by what a thread is doing."""
+
+    thread: int
+    peaks: dict[str, int] = field(default_factory=dict)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _sampler: threading.Thread | None = None
+
+    def __enter__(self) -> Watch:
+        self._sampler = threading.Thread(target=self._run, daemon=True)
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        assert self._sampler is not None
+        self._sampler.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            step, used = self._step(), own_memory()
+            self.peaks[step] = max(used, self.peaks.get(step, 0))
+
+    def _step(self) -> str:
+        """`solve > _gptq > inverse_factor`: our functions on the stack, the last three of them."""
+        frame, names = sys._current_frames().get(self.thread), []
+        while frame is not None and len(names) < 3:
+            path = Path(frame.f_code.co_filename)
+            if path.parent.name == "quant_jobs" and path.name in STEPS:
+                names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return " > ".join(reversed(names)) or "between steps"
+
+
+def own_memory() -> int:
+    """Anonymous and shared memory of this process, in bytes; not the pages of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = [line.split()[1] for line in lines if line.startswith(("RssAnon:", "RssShmem:"))]
+    return sum(int(kib) * 1024 for kib in found)
+
+
+if __name__ == "__main__":
+    run(app)

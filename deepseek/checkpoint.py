@@ -54,11 +54,6 @@ class SourceTensor:
     data: Tensor
     scale_inv: Tensor | None = None
 
-    def to(self, device: torch.device) -> SourceTensor:
-        """The same on a device, as stored: a quarter of the bytes of what `dequantize` gives."""
-        scale_inv = None if self.scale_inv is None else self.scale_inv.to(device)
-        return SourceTensor(self.spec, self.data.to(device), scale_inv)
-
     def bands(self) -> Iterator[SourceTensor]:
         """A matrix in bands of rows, for whoever need not have it whole in float32."""
         for rows in row_chunks(self.data, multiple=FP8_BLOCK):

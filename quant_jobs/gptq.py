@@ -107,7 +107,8 @@ def _invert(gram: Tensor, damping: float) -> float | None:
         if not int(info):
             torch.cholesky_inverse(work, out=work)
             torch.linalg.cholesky_ex(work, upper=True, out=(work, info))
-            if not int(info) and bool(largest(work).isfinite()):
+            # Row by row again: torch would copy the other to find its extremes.
+            if not int(info) and bool(largest(work.mT).isfinite()):
                 gram.copy_(work)
                 return damping
         damping *= 10

@@ -51,9 +51,11 @@ from quant_jobs.calibrate import SAMPLE_TOKENS, Accumulator, observe
 from quant_jobs.gptq import Rounded, gptq, inverse_factor
 from quant_jobs.layer import Rotary, Trunk, hidden, run_expert, tokens_of
 from quant_jobs.messages import Routed, travel_light
+from quant_jobs.ranges import group_ranges
 from quant_jobs.solve import use_one_thread
 
 INT4 = Scheme(weights="int4", group_size=128)
+INT4_MSE = Scheme(weights="int4", group_size=128, clip="mse")
 INT8 = Scheme(weights="int8")
 #: [N, K] of the weight that a solver is counted and timed on: K as gate_proj's, N cut short so that
 #: it is one chunk of `quant_jobs/ranges.py`; elementwise work is proportional to N.
@@ -218,6 +220,7 @@ def solver_work(repeats: int) -> dict[str, Work]:
         "decompress_int8": lambda: decompress(coded, INT8, (ROWS, WIDTH)),
         "awq_candidate": lambda: scale_losses([weight], x, candidates[:1], INT4),
         "awq_clip": lambda: search_clip(weight, x, INT4),
+        "mse_clip": lambda: group_ranges(weight, INT4_MSE),
     }
     work = {name: count(call, weight.numel(), repeats) for name, call in pieces.items()}
     batch = torch.randn((2, EDGE // 4, EDGE // 4), generator=generator)

@@ -230,7 +230,10 @@ class LayerWork:
                 shared = unit.experts and self.job.sees_all and readers[0].role != "down_proj"
                 load += factor(width).times(1 if shared else unit.copies)
                 rows = sum(spec.shape[0] for spec in readers)
-                load += column_loop(rows, width, unit.copies)
+                scheme = self.job.scheme(readers[0])
+                size = scheme.group_size or width
+                searches = width // size if scheme.clip == "mse" else 0
+                load += column_loop(rows, width, unit.copies, searches)
         for spec in unit.linears:
             load += self._linear(spec, unit)
         return load
@@ -245,6 +248,8 @@ class LayerWork:
         load += Load(matmul=4 * SAMPLE_TOKENS * numel, launches=30 * unit.copies)
         load += per_weight(f"compress_int{scheme.bits}", numel)
         load += self._restored(spec, quantized=True).times(unit.copies)
+        if scheme.clip == "mse":
+            load += per_weight("mse_clip", numel)
         if scheme.algorithm != "awq":
             return load
         if unit.kind == "attention" or spec.role == "down_proj":

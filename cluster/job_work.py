@@ -193,13 +193,16 @@ def factor(width: int) -> Load:
     return Load(factor=4 / 3 * width**3, launches=20)
 
 
-def column_loop(rows: int, width: int, batch: int) -> Load:
+def column_loop(rows: int, width: int, batch: int, searches: int) -> Load:
     """GPTQ's column loop over `batch` weights [rows, width] at once. Behind each block of columns
-    all later ones are updated: rows * width^2 FLOPs in all."""
-    one = pieces()["work"]["gptq"]
+    all later ones are updated: rows * width^2 FLOPs in all. On its way it searches `searches` times
+    for the range of a group: kernels only here, for `per_weight` has their work."""
+    work = pieces()["work"]
+    one, search = work["gptq"], work["mse_clip"]
     numel = rows * width * batch
+    launches = one["launches"] / one["columns"] * width + width / 128 * batch
     return Load(
         matmul=rows * width**2 * batch,
         moved=one["bytes"] / one["weights"] * numel,
-        launches=one["launches"] / one["columns"] * width + width / 128 * batch,
+        launches=launches + search["launches"] * searches,
     )

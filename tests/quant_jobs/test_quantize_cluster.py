@@ -145,9 +145,8 @@ def test_twenty_rounds_of_kills_of_raylets_workers_and_drivers_change_no_byte(
         one = Round(cluster, model, plan, tmp_path / f"round-{seed}", NUM_MARKS)
         outcomes.append(one.run(expected[plan.recipe]))
         assert outcomes[-1].identical, one.report()
-    # A kill that is due after a pause may find the job at its end.
+        assert outcomes[-1].hits, one.report()
     hits = [hit.what for outcome in outcomes for hit in outcome.hits]
-    assert len(hits) >= NUM_ROUNDS
     assert {what: hits.count(what) > 0 for what in ("raylet", "worker", "driver")} == {
         "raylet": True,
         "worker": True,

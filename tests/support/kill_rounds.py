@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 RECIPES = ("int4-gptq", "int4-awq", "int8-smoothquant")
 NUM_WORKERS = 3
+#: The share of its files that a job brings forth before its workers are ready.
+LOADING = 0.09
 #: Main layers of the model: more than the small model's, so that kills fall into many layers.
 NUM_LAYERS = 8
 #: A round that takes longer hangs: an undisturbed one takes 15 s on an idle machine.
@@ -92,7 +94,7 @@ def plan_round(seed: int) -> Plan:
         # The first one early enough to find the job at work for certain.
         at = random_.uniform(0.0, 0.9 if number else 0.7)
         # While the workers load their libraries no file appears for seconds.
-        delay = random_.uniform(0.0, 8.0) if random_.random() < 0.2 else random_.uniform(0.0, 0.3)
+        delay = random_.uniform(0.0, 8.0 if at < LOADING else 0.3)
         kills.append(Kill(what, at, delay))
     rejoin_s = random_.choice((None, random_.uniform(0.0, 10.0)))
     kills.sort(key=lambda kill: kill.at)

@@ -26,13 +26,12 @@ more rarely, so that watching costs 5 % of a core at most: "resident" is the sum
 sizes, "of it anonymous" leaves out pages that are files' (mapped weights and libraries, which the
 kernel may drop).
 
-A random checkpoint of some gigabytes, where memory shows (its KL says nothing about a model that
-was trained):
+A random checkpoint, where memory shows (its KL says nothing about a model that was trained):
 
-    python -m quant_jobs synthesize --output runs/wide --layers 6 --experts 32 --hidden 2048 \\
+    python -m quant_jobs synthesize --output runs/wide --layers 4 --experts 16 --hidden 2048 \\
         --intermediate 4096 --moe-intermediate 1024 --heads 16 --vocab 1024
-    python bench/peers.py --model runs/wide --peer-python ... --blocks 8 \\
-        --heldout-blocks 4 --only 'gptq, topk|awq, topk|awq_lite'
+    python bench/peers.py --model runs/wide --peer-python ... --threads 1 --blocks 8 \\
+        --heldout-blocks 4 --only 'gptq, topk$|awq, topk$|awq_lite'
 """
 
 from __future__ import annotations

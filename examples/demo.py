@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +25,10 @@ from typing import Any
 
 import httpx
 import openai
-from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.table import Table
+
+from quant_jobs.submit import connect_to_jobs, make_submission, submit
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-deepseek-v3"
@@ -103,48 +106,52 @@ def plan(recipe: str) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def local_ray_with_jobs() -> Iterator[JobSubmissionClient]:
-    """A local Ray with its job server, stopped by the handle that started it."""
-    import ray
-
-    context = ray.init(
-        address="local",  # never a cluster that RAY_ADDRESS happens to name
-        num_cpus=4,  # slots for both jobs at once, however few cores there are
-        include_dashboard=True,
-        dashboard_port=free_port(),
-        log_to_driver=False,
-        logging_level="warning",
-    )
-    try:
-        yield JobSubmissionClient(f"http://{context.address_info['webui_url']}")
-    finally:
-        ray.shutdown()
-
-
-def submit_quantize(jobs: JobSubmissionClient, recipe: str) -> str:
-    """What `ray job submit -- python -m quant_jobs quantize ...` does."""
-    words = [
-        sys.executable,
-        *("-m", "quant_jobs", "quantize"),
-        *("--model", str(MODEL), "--recipe", recipe),
-        *("--calibration", str(MODEL / "calibration.txt")),
-        *("--output", str(OUT / recipe / "checkpoint"), "--workers", "1"),
+def local_ray_with_jobs() -> Iterator[Any]:
+    """A client of a Ray head that was started for this, with a folder, ports and a token of its
+    own: other Rays of this machine neither hold its ports nor are taken for it."""
+    folder = Path(tempfile.mkdtemp(prefix="demo-", dir="/tmp"))  # its sockets need short names
+    url = f"http://127.0.0.1:{free_port()}"
+    # Of this process too: Ray's client reads the token where it is imported.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    bin_ = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "RAY_TMPDIR": str(folder),
+        "RAY_worker_niceness": "0",
+        "PATH": f"{bin_}:{os.environ['PATH']}",  # a job's `python` is this one
+        "PYTHONPATH": str(ROOT),
+    }
+    environment.pop("RAY_ADDRESS", None)
+    command = [
+        *(str(bin_ / "ray"), "start", "--head", "--block", "--port=0"),
+        "--num-cpus=4",  # slots for both jobs at once, however few cores there are
+        f"--dashboard-port={url.rpartition(':')[2]}",
+        f"--dashboard-agent-listen-port={free_port()}",
     ]
-    return str(
-        jobs.submit_job(
-            entrypoint=subprocess.list2cmdline(words),
-            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}},
-        )
-    )
+    with (OUT / "ray.log").open("wb") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        wait_until_there(head, url, f"the Ray head ({OUT.relative_to(ROOT)}/ray.log)")
+        yield connect_to_jobs(url)
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for_job(jobs: JobSubmissionClient, recipe: str, job_id: str) -> None:
+def submit_quantize(jobs: Any, recipe: str) -> str:
+    """What `python -m quant_jobs submit` does."""
+    text, output = MODEL / "calibration.txt", OUT / recipe / "checkpoint"
+    return submit(jobs, make_submission(MODEL, recipe, [str(text)], output, 1)).submission_id
+
+
+def wait_for_job(jobs: Any, recipe: str, job_id: str) -> None:
     while not (status := jobs.get_job_status(job_id)).is_terminal():
         time.sleep(0.2)
-    if status != JobStatus.SUCCEEDED:
+    if status.value != "SUCCEEDED":
         sys.stderr.write(jobs.get_job_logs(job_id))
-        raise SystemExit(f"demo: the quantize job for {recipe} ended as {status}")
-    say.print(f"  {recipe}: {job_id} {status}")
+        raise SystemExit(f"demo: the quantize job for {recipe} ended as {status.value}")
+    say.print(f"  {recipe}: {job_id} {status.value}")
 
 
 # --- build, evaluate, gate, report ---------------------------------------------------------------
@@ -221,7 +228,7 @@ def served(engine: Path) -> Iterator[str]:
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_healthy(process, url)
+        wait_until_there(process, f"{url}/health", "the server")
         yield url
     finally:
         os.kill(process.pid, signal.SIGINT)
@@ -230,18 +237,20 @@ def served(engine: Path) -> Iterator[str]:
         raise SystemExit(f"demo: the server ended with {process.returncode}")
 
 
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str, patience_s: float = 120) -> None:
+def wait_until_there(
+    process: subprocess.Popen[bytes], url: str, what: str, patience_s: float = 120
+) -> None:
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise SystemExit(f"demo: the server ended with {process.returncode} before it answered")
+            raise SystemExit(f"demo: {what} ended with {process.returncode} before it answered")
         try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+            if httpx.get(url, timeout=2).status_code == 200:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.25)
-    raise SystemExit(f"demo: the server did not answer within {patience_s:.0f} s")
+    raise SystemExit(f"demo: {what} did not answer within {patience_s:.0f} s")
 
 
 def ask_three_questions(url: str) -> None:

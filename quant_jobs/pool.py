@@ -10,8 +10,7 @@ the nodes. One group of all would be placed all or nothing: on a cluster that ha
 next run would wait for ever, and of two nodes lost and one returned, the returned one stays idle.
 A group that has lost its node is given up for a new one: Ray tries to place the old one again
 without a pause, which takes a core of the head for as long as there is no room for it (measured
-with Ray 2.60: workers on the head's machine took three times as long to start), and lets a new one
-wait until a node joins.
+with Ray 2.60), and lets a new one wait until a node joins.
 """
 
 from __future__ import annotations

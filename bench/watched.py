@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def quantize(
             preexec_fn=group.enter,  # before any thread of ours runs
         )
         watch = Watch(job.pid, group)
-        with watch:
+        with repeatedly(watch.sample, INTERVAL_S):
             out, _ = job.communicate()
         wall_s = time.monotonic() - started
         oom_kills = group.oom_kills()
@@ -212,42 +212,47 @@ def _pairs(path: Path) -> dict[str, int]:
 # --- watching ---
 
 
+@contextlib.contextmanager
+def repeatedly(call: Callable[[], None], interval_s: float) -> Iterator[None]:
+    """Call it in a thread, every so often, while the block runs."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(interval_s):
+            call()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 @dataclass(slots=True)
 class Watch:
-    """Samples the memory of a job's processes while the block runs."""
+    """What samples of the memory of a job's processes have shown."""
 
     driver: int
     group: Group
     peak: int | None = None
     at_peak: dict[str, int] = field(default_factory=dict)
     private: dict[str, int] = field(default_factory=dict)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def __enter__(self) -> Watch:
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        assert self._thread is not None
-        self._thread.join()
 
     def describe(self) -> str:
         return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in self.at_peak.items())
 
-    def _run(self) -> None:
-        while not self._stop.wait(INTERVAL_S):
-            now = anonymous_by_kind(self.driver)
-            for kind, size in now.items():
-                self.private[kind] = max(size, self.private.get(kind, 0))
-            if (used := self.group.memory()) is None:
-                continue
-            total = used["anonymous"] + used["shared"]
-            if total > (self.peak or 0):
-                self.peak = total
-                self.at_peak = {**now, "object store": used["shared"]}
+    def sample(self) -> None:
+        now = anonymous_by_kind(self.driver)
+        for kind, size in now.items():
+            self.private[kind] = max(size, self.private.get(kind, 0))
+        if (used := self.group.memory()) is None:
+            return
+        total = used["anonymous"] + used["shared"]
+        if total > (self.peak or 0):
+            self.peak = total
+            self.at_peak = {**now, "object store": used["shared"]}
 
 
 def anonymous_by_kind(driver: int) -> dict[str, int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from watched import ROOT, TEXT, make_model, write_recipe
+from watched import ROOT, TEXT, make_model, repeatedly, write_recipe
 
 from deepseek.cli import make_app, run
 from deepseek.synthetic import Size
@@ -55,7 +55,7 @@ def main(
     words = ["quantize", "--model", model.directory, "--recipe", settings, "--calibration", TEXT]
     words += ["--output", artifact, "--workers", 0]
     watch, begun, cpu = Watch(threading.get_ident()), time.monotonic(), time.process_time()
-    with watch:
+    with repeatedly(watch.sample, INTERVAL_S):
         quant_jobs([str(word) for word in words], standalone_mode=False)
     typer.echo(
         f"\n`{recipe}`, {experts} experts in {groups} units, {num_blocks} x {block_tokens} tokens, "
@@ -69,27 +69,14 @@ def main(
 
 @dataclass(slots=True)
 class Watch:
-    """Samples this process while the block runs; `peaks` in bytes, by what a thread is doing."""
+    """What samples of this process have shown: `peaks` in bytes, by what a thread is doing."""
 
     thread: int
     peaks: dict[str, int] = field(default_factory=dict)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _sampler: threading.Thread | None = None
 
-    def __enter__(self) -> Watch:
-        self._sampler = threading.Thread(target=self._run, daemon=True)
-        self._sampler.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        assert self._sampler is not None
-        self._sampler.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(INTERVAL_S):
-            step, used = self._step(), own_memory()
-            self.peaks[step] = max(used, self.peaks.get(step, 0))
+    def sample(self) -> None:
+        step, used = self._step(), own_memory()
+        self.peaks[step] = max(used, self.peaks.get(step, 0))
 
     def _step(self) -> str:
         """`solve > _gptq > inverse_factor`: our functions on the stack, the last three of them."""

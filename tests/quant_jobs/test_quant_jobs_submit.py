@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ import pytest
 import yaml
 from support.chain import Ended
 from support.kill_rounds import reference
+from support.ports import free_ports
 from support.quantizing import SmallModel, contents, make_small_model, small_recipe
 from support.raylets import end
 
@@ -389,14 +389,6 @@ def head() -> Iterator[Head]:
         process.wait()
         end(folder)
         shutil.rmtree(folder)
-
-
-def free_ports(number: int) -> list[int]:
-    with ExitStack() as stack:
-        held = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in held]
 
 
 def listens(port: int) -> bool:

@@ -17,12 +17,13 @@ from support.jobs import driver_command, kill_driver_when, without_ray_address
 from support.quantizing import (
     NUM_LAYERS,
     SmallModel,
+    changed_model,
     contents,
     make_small_model,
     small_recipe,
     starve_expert,
 )
-from support.synthetic import random_tensors, write_checkpoint, write_shards
+from support.synthetic import write_checkpoint
 
 from cluster.connect import connect
 from deepseek.artifact import ArtifactReader, layer_file
@@ -368,14 +369,10 @@ def test_a_starved_expert_is_in_the_coverage_and_a_counted_fallback_of_smoothing
 def test_a_source_with_nan_is_refused_by_the_module_that_met_it(
     small: SmallModel, three: WorkerPool, tmp_path: Path
 ) -> None:
-    directory = tmp_path / "damaged"
-    shutil.copytree(small.directory, directory)
-    stored = random_tensors(small.config)
-    stored["model.layers.1.self_attn.kv_a_layernorm.weight"][3] = float("nan")
-    for path in directory.glob("*.safetensors"):
-        path.unlink()
-    write_shards(directory, stored)
-    damaged = SmallModel(directory, small.text)
+    def damage(stored: dict[str, torch.Tensor]) -> None:
+        stored["model.layers.1.self_attn.kv_a_layernorm.weight"][3] = float("nan")
+
+    damaged = changed_model(small, tmp_path / "damaged", damage)
     with pytest.raises(CheckpointError, match=r"layers.1.self_attn.kv_b_proj: its input is not f"):
         quantize(damaged, small_recipe("int8"), tmp_path / "out", three)
 
@@ -383,17 +380,15 @@ def test_a_source_with_nan_is_refused_by_the_module_that_met_it(
 def test_a_damaged_weight_that_nothing_computes_with_is_refused_by_name(
     small: SmallModel, one: WorkerHere, tmp_path: Path
 ) -> None:
-    directory = tmp_path / "damaged"
-    shutil.copytree(small.directory, directory)
-    stored = random_tensors(small.config)
     last = small.config.num_hidden_layers - 1
-    damaged = stored[f"model.layers.{last}.mlp.shared_experts.down_proj.weight"]
-    damaged.view(torch.uint8)[3, 3] = 0x7F  # e4m3's NaN
-    for path in directory.glob("*.safetensors"):
-        path.unlink()
-    write_shards(directory, stored)
+
+    def damage(stored: dict[str, torch.Tensor]) -> None:
+        weight = stored[f"model.layers.{last}.mlp.shared_experts.down_proj.weight"]
+        weight.view(torch.uint8)[3, 3] = 0x7F  # e4m3's NaN
+
+    damaged = changed_model(small, tmp_path / "damaged", damage)
     with pytest.raises(CheckpointError, match=r"shared_experts.down_proj.weight holds NaN"):
-        quantize(SmallModel(directory, small.text), small_recipe("int4"), tmp_path / "out", one)
+        quantize(damaged, small_recipe("int4"), tmp_path / "out", one)
 
 
 def test_a_bf16_source_keeps_what_the_recipe_does_not_name(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from ray import serve
+from support.ports import free_port
 
 from cluster.connect import connect
 
@@ -76,12 +76,6 @@ def _plain(value: Any) -> Any:
     if kind == "array_value":
         return [_plain(item) for item in value.array_value.values]
     return getattr(value, kind)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

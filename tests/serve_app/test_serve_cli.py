@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import free_port
+from support.ports import free_port
 
 from deepseek.checkpoint import CheckpointReader
 from deepseek.engine.packed import pack_engine

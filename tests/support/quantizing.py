@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from support.synthetic import random_tensors, write_checkpoint, write_shards
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.recipe import Recipe, load_recipe
@@ -40,16 +42,26 @@ def make_small_model(root: Path) -> SmallModel:
     return SmallModel(directory, text)
 
 
-def starve_expert(model: SmallModel, root: Path, layer: int, expert: int) -> SmallModel:
-    """The same model, but no token is ever routed to one expert: its correction bias is -9."""
-    directory = root / "starving"
+def changed_model(
+    model: SmallModel, directory: Path, change: Callable[[dict[str, Tensor]], None]
+) -> SmallModel:
+    """The same model in another folder, `change` applied to its stored tensors."""
     directory.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (directory / name).write_bytes((model.directory / name).read_bytes())
     stored = random_tensors(model.config)
-    stored[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"][expert] = -9.0
+    change(stored)
     write_shards(directory, stored)
     return SmallModel(directory, model.text)
+
+
+def starve_expert(model: SmallModel, root: Path, layer: int, expert: int) -> SmallModel:
+    """The same model, but no token is ever routed to one expert: its correction bias is -9."""
+
+    def starve(stored: dict[str, Tensor]) -> None:
+        stored[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"][expert] = -9.0
+
+    return changed_model(model, root / "starving", starve)
 
 
 def small_recipe(name: str, **changes: object) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from support.synthetic import config_dict, random_tensors, write_checkpoint, wri
 from deepseek.checkpoint import CheckpointReader, content_digest
 from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError, ConfigError, IntServeError
+from deepseek.files import read_header
 from deepseek.formats import dequantize_fp8_block
 
 Q_A = "model.layers.1.self_attn.q_a_proj.weight"
@@ -225,10 +227,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_index(lambda index: index["weight_map"].pop(Q_A)),
         f"tensor {Q_A} is not listed in {INDEX}",
     ),
-    "index total": (
-        edit_index(lambda index: index["metadata"].update(total_size=12)),
-        "total_size is 12, but the shards hold",
-    ),
     "index without map": (edit_index(lambda index: index.pop("weight_map")), "not a safetensors"),
     "index leaves the directory": (
         edit_index(lambda index: index["weight_map"].update({Q_A: "../other.safetensors"})),
@@ -255,6 +253,33 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence_that_names_it(
         CheckpointReader(tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def twice_the_elements(index: dict, directory: Path) -> int:  # type: ignore[type-arg]
+    """What DeepSeek-V3's own index says: neither the bytes of its tensors nor of its files."""
+    headers = [read_header(directory / shard) for shard in set(index["weight_map"].values())]
+    return 2 * sum(math.prod(e.shape) for header in headers for e in header.tensors.values())
+
+
+@pytest.mark.parametrize("metadata", ["released", {"total_size": 0}, {"total_size": 12}, {}, None])
+def test_the_total_size_of_an_index_is_a_note_in_the_log_and_never_an_error(
+    tmp_path: Path, metadata: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    tensor_bytes = index["metadata"]["total_size"]
+    if metadata == "released":
+        metadata = {"total_size": twice_the_elements(index, tmp_path)}
+    (tmp_path / INDEX).write_text(json.dumps(index | {"metadata": metadata}))
+    with caplog.at_level("INFO", logger="deepseek"):
+        reader = CheckpointReader(tmp_path)
+    read_all(reader)
+    reader.finish()
+    assert reader.total_bytes == tensor_bytes
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    notes = [] if total is None else [f"says total_size {total}; the shards hold {tensor_bytes}"]
+    assert len(caplog.messages) == len(notes)
+    assert all(note in message for note, message in zip(notes, caplog.messages, strict=True))
 
 
 def test_several_missing_tensors_are_counted(tmp_path: Path) -> None:

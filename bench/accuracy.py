@@ -33,20 +33,20 @@ import typer
 from torch import Tensor
 
 from cluster.connect import connect
-from deepseek.artifact import ArtifactReader
+from deepseek.artifact.checkpoint import ArtifactReader
+from deepseek.artifact.manifest import Manifest
 from deepseek.cli import make_app, make_progress, run
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.packed import pack_engine
 from deepseek.files import write_atomic
-from deepseek.manifest import Manifest
 from deepseek.recipe import Recipe, parse_recipe
-from quant_jobs.calibration_data import TokenBlocks, load_token_blocks
-from quant_jobs.metrics import Interval, TokenScores, compare_logits, estimate
-from quant_jobs.pool import WorkerPool
-from quant_jobs.progress import Event
+from quant_jobs.calibration.token_blocks import TokenBlocks, load_token_blocks
+from quant_jobs.evaluation.metrics import Interval, TokenScores, compare_logits, estimate
+from quant_jobs.job.folder import JobFolder
+from quant_jobs.job.progress import Event
 from quant_jobs.quantize import Run, plan_job
-from quant_jobs.resume import JobFolder
+from quant_jobs.workers.pool import WorkerPool
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-deepseek-v3"

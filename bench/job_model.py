@@ -1,9 +1,9 @@
-"""`python -m cluster estimate` held against real jobs: bytes, and seconds at this machine's rates.
+"""`quant_jobs estimate` held against real jobs: bytes, and seconds at this machine's rates.
 
-    python bench/pieces.py --save cluster/pieces.json && python bench/job_model.py [--save]
+    python bench/pieces.py --save quant_jobs/cost/pieces.json && python bench/job_model.py [--save]
 
 Quantizes a synthetic model (half of DeepSeek-V3's widths, few experts) with one worker in this
-process, without Ray, and predicts the same job from `cluster/pieces.json`, which must have been
+process, without Ray, and predicts the same job from `cost/pieces.json`, which must have been
 measured on this very machine. Bytes read must agree exactly, or the script fails. Seconds are CPU
 seconds of the worker, in the job as in the pieces, so that neighbours on a shared machine count
 little; what waits (Ray, disks, the network, overlap) is therefore not tested here. Prints Markdown;
@@ -25,13 +25,13 @@ from typing import Annotated, Any
 import typer
 from watched import ROOT, TEXT, write_recipe
 
-from cluster.job_model import bytes_read, bytes_written, job_time
-from cluster.job_rates import machine_rates
-from cluster.job_work import PIECES, Job, pieces
 from deepseek.cli import make_app, run
-from deepseek.synthetic import Size, synthesize, synthetic_config
-from quant_jobs.here import WorkerHere
+from deepseek.source.synthetic import Size, synthesize, synthetic_config
+from quant_jobs.cost.model import bytes_read, bytes_written, job_time
+from quant_jobs.cost.rates import machine_rates
+from quant_jobs.cost.work import PIECES, Job, pieces
 from quant_jobs.quantize import JobFolder, Run, plan_job
+from quant_jobs.workers.in_process import WorkerHere
 
 #: Calls of a worker -> the section of the schedule that they belong to.
 SECTION = {

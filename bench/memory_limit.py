@@ -20,7 +20,7 @@ import typer
 from watched import ROOT, make_model, quantize, write_recipe
 
 from deepseek.cli import make_app, run
-from deepseek.synthetic import Size, num_bytes, synthetic_config
+from deepseek.source.synthetic import Size, num_bytes, synthetic_config
 
 app = make_app(__doc__ or "")
 

@@ -38,8 +38,8 @@ def run_ours(spec: dict[str, Any], clock: Clock) -> None:
     """The steps of `run_quantize`, with Ray and the workers' libraries counted as imports. Loading
     and saving are part of quantizing: layers stream."""
     from deepseek.recipe import parse_recipe
+    from quant_jobs.job.folder import JobFolder
     from quant_jobs.quantize import Run, plan_job, start_workers
-    from quant_jobs.resume import JobFolder
 
     recipe = parse_recipe(spec["recipe"], where="bench/peers.py")
     output = Path(spec["output"])

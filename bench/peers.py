@@ -58,14 +58,14 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import safe_open
 from torch import Tensor
 
-from deepseek.artifact import COPIED_FILES, ArtifactReader, pop_linear
-from deepseek.checkpoint import CheckpointReader
+from deepseek.artifact.checkpoint import COPIED_FILES, ArtifactReader, pop_linear
 from deepseek.cli import make_app, run
 from deepseek.files import save_tensors
 from deepseek.formats import decompress
 from deepseek.inventory import linears
-from quant_jobs.calibration_data import TokenBlocks, load_token_blocks
-from quant_jobs.metrics import Interval, compare_logits, estimate
+from deepseek.source.checkpoint import CheckpointReader
+from quant_jobs.calibration.token_blocks import TokenBlocks, load_token_blocks
+from quant_jobs.evaluation.metrics import Interval, compare_logits, estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-deepseek-v3"

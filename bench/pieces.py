@@ -1,6 +1,6 @@
-"""The pieces of a quantize job, each measured alone: what `python -m cluster estimate` is made of.
+"""The pieces of a quantize job, each measured alone: what `quant_jobs estimate` is made of.
 
-    python bench/pieces.py [--save cluster/pieces.json] [--repeats 5] [--gib 1]
+    python bench/pieces.py [--save quant_jobs/cost/pieces.json] [--repeats 5] [--gib 1]
 
 One thread, true DeepSeek-V3 widths where a CPU can bear them. Results:
 
@@ -46,19 +46,19 @@ from deepseek.files import read_header, read_tensor, save_tensors, tensor_bytes,
 from deepseek.formats import compress, decompress, dequantize_fp8_block, quantize_fp8_block
 from deepseek.inventory import layer_tensors
 from deepseek.recipe import Scheme
-from quant_jobs.awq import candidate_scales, scale_losses, search_clip
-from quant_jobs.calibrate import SAMPLE_TOKENS, Accumulator, observe
-from quant_jobs.gptq import Rounded, gptq, inverse_factor
-from quant_jobs.layer import Rotary, Trunk, hidden, run_expert, tokens_of
-from quant_jobs.messages import Routed, travel_light
-from quant_jobs.ranges import group_ranges
-from quant_jobs.solve import use_one_thread
+from quant_jobs.algorithms.awq import candidate_scales, scale_losses, search_clip
+from quant_jobs.algorithms.gptq import Rounded, gptq, inverse_factor
+from quant_jobs.algorithms.linear import use_one_thread
+from quant_jobs.algorithms.ranges import group_ranges
+from quant_jobs.calibration.forward import Rotary, Trunk, hidden, run_expert, tokens_of
+from quant_jobs.calibration.statistics import SAMPLE_TOKENS, Accumulator, observe
+from quant_jobs.workers.messages import Routed, travel_light
 
 INT4 = Scheme(weights="int4", group_size=128)
 INT4_MSE = Scheme(weights="int4", group_size=128, clip="mse")
 INT8 = Scheme(weights="int8")
 #: [N, K] of the weight that a solver is counted and timed on: K as gate_proj's, N cut short so that
-#: it is one chunk of `quant_jobs/ranges.py`; elementwise work is proportional to N.
+#: it is one chunk of `quant_jobs/algorithms/ranges.py`; elementwise work is proportional to N.
 ROWS, WIDTH = 128, 7168
 #: Edge of the matrices of the float32 peak, and of the Gram matrix (down_proj's) that is inverted.
 EDGE = 2048

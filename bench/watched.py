@@ -23,9 +23,9 @@ from typing import Any
 
 import yaml
 
-from deepseek.checkpoint import CheckpointReader
 from deepseek.recipe import load_recipe
-from deepseek.synthetic import Size, synthesize, synthetic_config
+from deepseek.source.checkpoint import CheckpointReader
+from deepseek.source.synthetic import Size, synthesize, synthetic_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples" / "tiny-deepseek-v3" / "calibration.txt"

@@ -21,9 +21,9 @@ import typer
 from watched import ROOT, TEXT, make_model, repeatedly, write_recipe
 
 from deepseek.cli import make_app, run
-from deepseek.synthetic import Size
-from quant_jobs import units
+from deepseek.source.synthetic import Size
 from quant_jobs.__main__ import app as quant_jobs
+from quant_jobs.calibration import units
 
 INTERVAL_S = 0.01
 #: Files whose functions name a step.

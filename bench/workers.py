@@ -18,7 +18,7 @@ import typer
 from watched import ROOT, Run, make_model, quantize, write_recipe
 
 from deepseek.cli import make_app, run
-from deepseek.synthetic import Size
+from deepseek.source.synthetic import Size
 
 app = make_app(__doc__ or "")
 

@@ -1,5 +1,4 @@
-"""`python -m cluster plan` and `estimate`: what fits which machines, and what quantizing on them
-takes, before anything is read or rented."""
+"""`python -m cluster plan`: what fits which machines, before anything is read or rented."""
 
 from __future__ import annotations
 
@@ -10,11 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cluster.estimate import as_json as estimate_as_json
-from cluster.estimate import make_estimate, print_estimate
 from cluster.hardware import parse_hardware
-from cluster.job_rates import STORAGE
-from cluster.job_work import BLOCK_TOKENS, CALIBRATION_TOKENS
 from cluster.plan import better_recipes, make_plan
 from cluster.show import as_json, print_plan
 from deepseek.cli import make_app, run
@@ -24,11 +19,14 @@ from deepseek.recipe import builtin_recipes, load_recipe
 app = make_app(
     """Plan DeepSeek-V3 on machines, before anything is read or rented.
 
-    \b
-    plan       serving: bytes per GPU, what fits, what the target loads
-    estimate   quantizing: minutes, and bytes of memory and storage
+    What quantizing takes there: `python -m quant_jobs estimate`.
     """
 )
+
+
+@app.callback()
+def commands() -> None:
+    """Keeps the word `plan` in the command line, though it is the only command."""
 
 
 @app.command()
@@ -78,45 +76,6 @@ def plan(
     else:
         print_plan(answer, model, alternatives, Console())
     raise typer.Exit(0 if answer.good else 1)
-
-
-@app.command()
-def estimate(
-    recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
-    nodes: Annotated[int, typer.Option(help="Nodes of 8 x H800-80GB.")],
-    model: Annotated[
-        str, typer.Option(help="deepseek-v3 (shapes built in), or a checkpoint directory.")
-    ] = "deepseek-v3",
-    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = CALIBRATION_TOKENS,
-    block_tokens: Annotated[int, typer.Option(help="Tokens of one block.")] = BLOCK_TOKENS,
-    storage: Annotated[
-        float, typer.Option(help="GB/s of one node's storage, reads and writes together.")
-    ] = STORAGE / 1e9,
-    as_machine: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout.")
-    ] = False,
-) -> None:
-    """How long quantizing takes on nodes of GPUs, and how much memory: on paper.
-
-    Exit code 0: fits in memory; 1: does not; 2: a mistake in the command.
-
-    \b
-    Examples:
-      python -m cluster estimate --nodes 1 --recipe int4-gptq
-      python -m cluster estimate --nodes 2 --recipe int8-smoothquant --tokens 131072 \\
-          --block-tokens 2048 --storage 2 --json
-    """
-    config = DEEPSEEK_V3 if model == "deepseek-v3" else ModelConfig.from_directory(model)
-    rules = load_recipe(recipe)
-    rules.resolve(config)  # says which rule does not suit the model
-    found = make_estimate(
-        config, rules, nodes, tokens=tokens, block_tokens=block_tokens, storage=storage * 1e9
-    )
-    if as_machine:
-        sys.stdout.write(json.dumps(estimate_as_json(found, model), indent=2) + "\n")
-    else:
-        print_estimate(found, model, Console())
-    raise typer.Exit(0 if found.fits else 1)
 
 
 if __name__ == "__main__":

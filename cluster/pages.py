@@ -1,4 +1,4 @@
-"""The generated pages of docs/: what plans say, what each target loads, what a job takes.
+"""The generated pages of docs/: what plans say, what each target loads.
 
     python -m cluster.pages docs
 
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.deployability import check, served_schemes
-from cluster.estimate_pages import quantize_page
 from cluster.hardware import parse_hardware
 from cluster.matrix import (
     FORMATS,
@@ -140,7 +139,6 @@ def deployability_page() -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "plans.md": plans_page,
     "deployability.md": deployability_page,
-    "quantize-671b.md": lambda: quantize_page(_NOTICE),
 }
 
 

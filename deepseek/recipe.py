@@ -3,7 +3,7 @@
 A recipe is YAML: ordered rules from a name pattern to a weight format and an algorithm, down to a
 single layer, last match wins; then the KV format, calibration settings, expert coverage and the
 gate's limits. It lives on the ground floor because the planner, the quantizer, the builder and the
-server all read it; the built-in ones are `quant_jobs/recipes/*.yaml`, reached as data.
+server all read it; the built-in ones are `deepseek/recipes/*.yaml`, reached as data.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Algorithm = Literal["max", "smoothquant", "awq", "gptq"]
 Clip = Literal["max", "percentile", "mse"]
 KVFormat = Literal["bf16", "int8", "fp8"]
 
-RECIPES = Path(__file__).resolve().parent.parent / "quant_jobs" / "recipes"
+RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
 #: Activation format -> the one weight format that some target multiplies it with.

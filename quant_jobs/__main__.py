@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from deepseek.cli import make_app, run
+from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS, STORAGE
 
 app = make_app(
     """Quantize DeepSeek-V3, build an engine of the result, and prove that it is still good.
@@ -29,6 +30,7 @@ app = make_app(
     evaluate   engine against the source   -> evaluation.json
     gate       evaluation against limits   -> verdict beside the engine; exit 1 if it fails
     report     all of it                   -> one HTML page
+    estimate   recipe, number of nodes     -> minutes, memory and storage of quantize, on paper
     synthesize sizes                       -> a source of random weights, to measure with
     """
 )
@@ -89,7 +91,7 @@ def quantize(
           --recipe int4 --calibration /data/text.jsonl=3 --calibration /data/code.jsonl=1 \\
           --output /data/v3-int4 --workers 8
     """
-    from quant_jobs.calibration_data import CalibrationSource
+    from quant_jobs.calibration.token_blocks import CalibrationSource
     from quant_jobs.quantize import run_quantize
 
     sources = [CalibrationSource.parse(given) for given in calibration]
@@ -284,6 +286,44 @@ def report(
     _show(result.model_dump(mode="json"), as_json, f"{output} and {output.with_suffix('.json')}")
 
 
+@app.command()
+def estimate(
+    recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
+    nodes: Annotated[int, typer.Option(help="Nodes of 8 x H800-80GB.")],
+    model: Annotated[
+        str, typer.Option(help="deepseek-v3 (shapes built in), or a checkpoint directory.")
+    ] = "deepseek-v3",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = CALIBRATION_TOKENS,
+    block_tokens: Annotated[int, typer.Option(help="Tokens of one block.")] = BLOCK_TOKENS,
+    storage: Annotated[
+        float, typer.Option(help="GB/s of one node's storage, reads and writes together.")
+    ] = STORAGE / 1e9,
+    as_json: JsonFlag = False,
+) -> None:
+    """How long quantizing takes on nodes of GPUs, and how much memory: on paper.
+
+    Exit code 0: fits in memory; 1: does not; 2: a mistake in the command.
+
+    \b
+    Examples:
+      python -m quant_jobs estimate --nodes 1 --recipe int4-gptq
+      python -m quant_jobs estimate --nodes 2 --recipe int8-smoothquant --tokens 131072 \\
+          --block-tokens 2048 --storage 2 --json
+    """
+    from quant_jobs.cost.estimate import as_json as as_json_object
+    from quant_jobs.cost.estimate import print_estimate
+    from quant_jobs.estimate import run_estimate
+
+    found = run_estimate(
+        model, recipe, nodes, tokens=tokens, block_tokens=block_tokens, storage_gb=storage
+    )
+    if as_json:
+        typer.echo(json.dumps(as_json_object(found, model), indent=2))
+    else:
+        print_estimate(found, model)
+    raise typer.Exit(0 if found.fits else 1)
+
+
 @app.command(name="synthesize")
 def synthesize_command(
     output: Annotated[Path, typer.Option(help="Directory of the checkpoint; absent or empty.")],
@@ -318,7 +358,7 @@ def synthesize_command(
       python -m quant_jobs synthesize --output runs/v3-layers --layers 4 --experts 16 --vocab 1024
       python -m quant_jobs synthesize --output runs/small --preset small --layers 3 --experts 8
     """
-    from deepseek.synthetic import Size
+    from deepseek.source.synthetic import Size
     from quant_jobs.synthesize import run_synthesize
 
     size = Size(

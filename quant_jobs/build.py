@@ -18,15 +18,15 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.deployability import check, require_target, served_schemes
 from cluster.hardware import parse_hardware
-from deepseek.artifact import ArtifactReader
-from deepseek.checkpoint import CheckpointReader
+from deepseek.artifact.checkpoint import ArtifactReader
+from deepseek.artifact.manifest import MANIFEST_FILE, Manifest, read_manifest
 from deepseek.cli import make_progress
 from deepseek.config import ModelConfig
 from deepseek.engine.packed import UNQUANTIZED, pack_engine, read_engine_manifest
 from deepseek.engine.packing import schemes_of
 from deepseek.errors import ArtifactError, DeployError
-from deepseek.manifest import MANIFEST_FILE, Manifest, read_manifest
 from deepseek.recipe import Scheme
+from deepseek.source.checkpoint import CheckpointReader
 
 
 class BuildResult(BaseModel):

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deepseek.checkpoint import CheckpointReader, scale_name
 from deepseek.cli import make_progress
 from deepseek.config import ModelConfig
 from deepseek.engine.engine import LLMEngine
@@ -30,9 +29,11 @@ from deepseek.files import read_header, save_tensors
 from deepseek.formats import stored_bytes
 from deepseek.inventory import tensors
 from deepseek.recipe import Scheme
+from deepseek.source.checkpoint import CheckpointReader, scale_name
 from quant_jobs.build import read_engine
-from quant_jobs.calibration_data import load_token_blocks
-from quant_jobs.evaluation import (
+from quant_jobs.calibration.token_blocks import load_token_blocks
+from quant_jobs.evaluation.metrics import TokenScores, compare_logits, estimate
+from quant_jobs.evaluation.record import (
     EVALUATION,
     TOKENS,
     Divergence,
@@ -42,8 +43,7 @@ from quant_jobs.evaluation import (
     HeldOut,
     write_evaluation,
 )
-from quant_jobs.metrics import TokenScores, compare_logits, estimate
-from quant_jobs.speed import BATCH_SIZES, measure_decode
+from quant_jobs.evaluation.speed import BATCH_SIZES, measure_decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

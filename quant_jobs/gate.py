@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek.artifact.manifest import Manifest
+from deepseek.artifact.verdict import GateVerdict, write_verdict
 from deepseek.errors import ArtifactError
-from deepseek.manifest import Manifest
 from deepseek.recipe import GateLimits
-from deepseek.verdict import GateVerdict, write_verdict
 from quant_jobs.build import read_engine
-from quant_jobs.evaluation import Evaluation, read_evaluation
+from quant_jobs.evaluation.record import Evaluation, read_evaluation
 
 #: Fewer judged tokens say nothing: at a KL near 0.01 nats the standard error of the mean would be
 #: as large as the difference between a good and a bad recipe.

@@ -33,7 +33,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepseek.artifact import (
+from deepseek.artifact.checkpoint import (
     ArtifactWriter,
     CalibrationRecord,
     Manifest,
@@ -42,16 +42,24 @@ from deepseek.artifact import (
     read_manifest,
     store_tensor,
 )
-from deepseek.checkpoint import CheckpointReader, content_digest
+from deepseek.artifact.manifest import MANIFEST_FILE, CalibrationFile, LayerKey
 from deepseek.errors import DeployError, IntServeError
 from deepseek.files import canonical_json
 from deepseek.inventory import linears
-from deepseek.manifest import MANIFEST_FILE, CalibrationFile, LayerKey
 from deepseek.recipe import Recipe, load_recipe
-from quant_jobs.calibration_data import CalibrationSource, TokenBlocks, load_token_blocks
-from quant_jobs.device import Device, check_gpus
-from quant_jobs.folding import wanted_sets
-from quant_jobs.job_report import (
+from deepseek.source.checkpoint import CheckpointReader, content_digest
+from quant_jobs.algorithms.folding import wanted_sets
+from quant_jobs.algorithms.ledger import Ledger
+from quant_jobs.calibration.token_blocks import CalibrationSource, TokenBlocks, load_token_blocks
+from quant_jobs.job.folder import (
+    FOLDER,
+    JobFolder,
+    PublishedPart,
+    check_same_run,
+)
+from quant_jobs.job.layer_run import LayerRun, Solution
+from quant_jobs.job.progress import Event, Progress, Step, TerminalProgress
+from quant_jobs.reports.job_report import (
     CalibrationAccount,
     JobRecord,
     LayerAccount,
@@ -59,17 +67,9 @@ from quant_jobs.job_report import (
     WorkerAccount,
     write_job_report,
 )
-from quant_jobs.layer_run import LayerRun, Solution
-from quant_jobs.ledger import Ledger
-from quant_jobs.messages import Account, WorkerJob
-from quant_jobs.progress import Event, Progress, Step, TerminalProgress
-from quant_jobs.resume import (
-    FOLDER,
-    JobFolder,
-    PublishedPart,
-    check_same_run,
-)
-from quant_jobs.workers import Workers, WorkersLost
+from quant_jobs.workers.devices import Device, check_gpus
+from quant_jobs.workers.messages import Account, WorkerJob
+from quant_jobs.workers.protocol import Workers, WorkersLost
 
 #: Times that workers may die within one layer before the job gives up.
 MAX_LOSSES_PER_LAYER = 3
@@ -177,12 +177,12 @@ def start_workers(
     """The workers of a job, for as long as it takes. What the other kind needs (Ray here, what
     computes there) is not even imported."""
     if not number:
-        from quant_jobs.here import WorkerHere
+        from quant_jobs.workers.in_process import WorkerHere
 
         with WorkerHere() as here:
             yield here
         return
-    from quant_jobs.pool import WorkerPool
+    from quant_jobs.workers.pool import WorkerPool
 
     gpus = 1 if device == "cuda" else 0
     with (

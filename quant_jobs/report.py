@@ -11,15 +11,15 @@ from pathlib import Path
 from markupsafe import Markup
 from torch import Tensor
 
+from deepseek.artifact.manifest import Manifest, read_manifest
+from deepseek.artifact.verdict import VERDICT_FILE, GateVerdict, read_verdict
 from deepseek.errors import ArtifactError
 from deepseek.files import write_atomic
-from deepseek.manifest import Manifest, read_manifest
-from deepseek.verdict import VERDICT_FILE, GateVerdict, read_verdict
-from quant_jobs import figures
 from quant_jobs.build import BuiltEngine, read_engine
-from quant_jobs.evaluation import Evaluation, read_evaluation, read_tokens
-from quant_jobs.findings import Report, assemble, show_bytes
-from quant_jobs.page import render_page
+from quant_jobs.evaluation.record import Evaluation, read_evaluation, read_tokens
+from quant_jobs.reports import figures
+from quant_jobs.reports.findings import Report, assemble, show_bytes
+from quant_jobs.reports.page import render_page
 
 
 def run_report(

@@ -42,7 +42,7 @@ from typing import Any, Literal, TextIO
 from deepseek.errors import CheckpointError, ConfigError, DeployError
 from deepseek.files import canonical_json, sha256_file
 from deepseek.recipe import builtin_recipes, load_recipe
-from quant_jobs.device import Device
+from quant_jobs.workers.devices import Device
 
 #: What became of a command: it made the job run, found it running, or found it done.
 Outcome = Literal["submitted", "running", "succeeded"]
@@ -146,7 +146,7 @@ def make_submission(
         RecipeError: there is no such recipe, or it is wrong.
         CalibrationError: a weight is not positive.
     """
-    from quant_jobs.calibration_data import CalibrationSource
+    from quant_jobs.calibration.token_blocks import CalibrationSource
 
     if workers < 1:
         raise DeployError(
@@ -348,8 +348,8 @@ def _identify_model(model: Path) -> dict[str, Any]:
     """What a source checkpoint is by its content, or by its path where it cannot be opened here:
     on a machine that has no more of it than config.json, or nothing, it may be whole on the nodes.
     """
-    from deepseek.artifact import COPIED_FILES
-    from deepseek.checkpoint import CheckpointReader
+    from deepseek.artifact.checkpoint import COPIED_FILES
+    from deepseek.source.checkpoint import CheckpointReader
 
     try:
         fingerprint = CheckpointReader(model).fingerprint
@@ -364,7 +364,7 @@ def _identify_model(model: Path) -> dict[str, Any]:
 
 def _identify_text(given: str) -> dict[str, Any]:
     """What `FILE[=WEIGHT]` is by its content, or by its path where it cannot be read here."""
-    from quant_jobs.calibration_data import CalibrationSource
+    from quant_jobs.calibration.token_blocks import CalibrationSource
 
     source = CalibrationSource.parse(given)
     try:

@@ -1,4 +1,5 @@
-"""A checkpoint of random weights to measure with: `deepseek/synthetic.py` and a progress bar."""
+"""A checkpoint of random weights, to measure with: `deepseek/source/synthetic.py` and a progress
+bar."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pydantic import BaseModel
 
 from deepseek.cli import make_progress
 from deepseek.inventory import count_parameters
-from deepseek.synthetic import Preset, Size, num_bytes, synthesize, synthetic_config
+from deepseek.source.synthetic import Preset, Size, num_bytes, synthesize, synthetic_config
 
 
 class SynthesizeResult(BaseModel):

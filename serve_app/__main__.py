@@ -65,8 +65,10 @@ def main(
     }
     settings = load_config(config, {k: v for k, v in given.items() if v is not None})
 
-    from serve_app.gating import check_gate  # Ray and torch are slow to import: mistakes first
     from serve_app.local import check_port, serving
+    from serve_app.replica.gating import (
+        check_gate,  # Ray and torch are slow to import: mistakes first
+    )
 
     check_port(settings.host, settings.port)
     if settings.engine is not None:

@@ -14,8 +14,8 @@ from ray.serve import Application
 
 from serve_app.config import ServeConfig
 from serve_app.engines.echo import EchoEngine
-from serve_app.ingress import Ingress
-from serve_app.replica import INGRESS, EngineFactory, EngineReplica
+from serve_app.openai.ingress import Ingress
+from serve_app.replica.replica import INGRESS, EngineFactory, EngineReplica
 
 #: The ingress never queues: it must be free to say 429. Serve's own cap is only a last resort.
 _INGRESS_MAX_ONGOING = 4096

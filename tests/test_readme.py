@@ -52,7 +52,7 @@ def test_the_tree_in_the_readme_exists(root: Path) -> None:
             folder = line.split()[0]
             assert (root / folder).exists(), folder
             continue
-        for name in re.findall(r"\b([a-z_]+\.py|engine/|formats/)", line):
+        for name in re.findall(r"(?<![\w/])([a-z_]+(?:\.py|/))(?= )", line):
             assert (root / folder / name).exists(), f"{folder}{name}"
 
 

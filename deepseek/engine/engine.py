@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deepseek.checkpoint import CheckpointReader
 from deepseek.engine.batch import Span, make_batch
 from deepseek.engine.detokenizer import Detokenizer, Tokenizer, load_tokenizer
 from deepseek.engine.kv_cache import LatentCache, check_cache_format
@@ -39,6 +38,7 @@ from deepseek.engine.request import (
 from deepseek.engine.sampler import Choice, Draw, choose
 from deepseek.engine.scheduler import Chunk, Schedule, Scheduler
 from deepseek.errors import DeployError, RequestError
+from deepseek.source.checkpoint import CheckpointReader
 
 LOG = logging.getLogger(__name__)
 

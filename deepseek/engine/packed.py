@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepseek import __version__
-from deepseek.artifact import COPIED_FILES, ArtifactReader
+from deepseek.artifact.checkpoint import COPIED_FILES, ArtifactReader
+from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.config import ModelConfig
 from deepseek.engine.kv_cache import CacheFormat, check_cache_format
 from deepseek.engine.packing import Progress, Source, pack_tensors, schemes_of
@@ -46,7 +47,6 @@ from deepseek.files import (
     write_atomic,
     write_json,
 )
-from deepseek.manifest import MANIFEST_FILE
 from deepseek.recipe import Scheme
 
 ENGINE_FILE = "engine.json"

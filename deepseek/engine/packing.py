@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from deepseek.artifact import ArtifactReader, pop_linear
-from deepseek.checkpoint import CheckpointReader
+from deepseek.artifact.checkpoint import ArtifactReader, pop_linear
 from deepseek.config import ModelConfig
 from deepseek.engine.packed_layout import (
     PackedLinear,
@@ -28,6 +27,7 @@ from deepseek.errors import ArtifactError
 from deepseek.formats import decompress, int8_codes, unpack_int4, unpack_zero_point
 from deepseek.inventory import TensorSpec, linears
 from deepseek.recipe import Scheme
+from deepseek.source.checkpoint import CheckpointReader
 
 Source = ArtifactReader | CheckpointReader
 #: Called with layers done and layers in all.

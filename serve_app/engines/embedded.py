@@ -32,7 +32,7 @@ from serve_app.engines.protocol import (
     Tokens,
 )
 from serve_app.errors import EngineUnavailable
-from serve_app.gating import check_gate
+from serve_app.replica.gating import check_gate
 
 log = logging.getLogger("ray.serve")
 

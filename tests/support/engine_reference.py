@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from deepseek.artifact import ArtifactReader, pop_linear
-from deepseek.checkpoint import CheckpointReader
+from deepseek.artifact.checkpoint import ArtifactReader, pop_linear
 from deepseek.config import ModelConfig
 from deepseek.formats import decompress
 from deepseek.inventory import linears
+from deepseek.source.checkpoint import CheckpointReader
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from support.quantizing import SmallModel, contents, make_small_model
 from support.raylets import Raylets
 from support.synthetic import write_checkpoint
 
-from deepseek.manifest import MANIFEST_FILE
+from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.recipe import Recipe, load_recipe
 from quant_jobs.quantize import run_quantize
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from support.raylets import HEALTH_CHECKS, OBJECT_STORE_BYTES, title
 
 from deepseek.files import canonical_json
-from quant_jobs.actor import QuantizeWorker
+from quant_jobs.workers.actor import QuantizeWorker
 
 PORT = 6379
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.recipe import Recipe, load_recipe
-from quant_jobs.job_report import PAGE_FILE, REPORT_FILE
+from quant_jobs.reports.job_report import PAGE_FILE, REPORT_FILE
 
 #: 1 dense and 2 MoE layers, then MTP.
 NUM_LAYERS = 3

@@ -19,7 +19,7 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from quant_jobs.actor import QuantizeWorker
+from quant_jobs.workers.actor import QuantizeWorker
 
 #: Ray's smallest store is 75 MiB.
 OBJECT_STORE_BYTES = 100 << 20

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from deepseek.artifact import ArtifactWriter, Manifest, store_tensor
-from deepseek.checkpoint import CheckpointReader, content_digest, scale_name
+from deepseek.artifact.checkpoint import ArtifactWriter, Manifest, store_tensor
 from deepseek.config import ModelConfig
 from deepseek.formats import quantize_fp8_block
 from deepseek.inventory import tensors
 from deepseek.recipe import Recipe
+from deepseek.source.checkpoint import CheckpointReader, content_digest, scale_name
 
 #: Static scale of FP8 inputs where nothing is calibrated.
 INPUT_SCALE = torch.tensor([48 / 448])

@@ -1,0 +1,1 @@
+"""The quantized checkpoint and what is bound to it: tensors, manifest, writer, reader, verdict."""

@@ -1,0 +1,373 @@
+"""The quantized checkpoint: a compressed-tensors directory that describes and defends itself.
+
+    config.json                     the source's, with compressed-tensors' quantization_config
+    model-layer-00000.safetensors   one file per decoder layer, MTP layers included
+    model-globals.safetensors       embeddings, final norm, head
+    model.safetensors.index.json    for loaders that are not ours
+    tokenizer files                 copied
+    intserve.json                   the manifest (deepseek/artifact/manifest.py); written last
+
+`quant_jobs` writes it (any process may publish a layer; one finishes), `build`, `evaluate` and the
+engine read it. The presence of intserve.json means that the artifact is complete. Reading verifies
+every byte that it hands out against the manifest and keeps account that nothing is left unread.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deepseek.artifact.compressed_tensors import quantization_config
+from deepseek.artifact.manifest import (
+    MANIFEST_FILE,
+    CalibrationRecord,
+    Fallback,
+    LayerKey,
+    LayerRecord,
+    Manifest,
+    SourceRecord,
+    read_manifest,
+    write_manifest,
+)
+from deepseek.artifact.tensors import (
+    expected_tensors,
+    layer_file,
+    layer_keys,
+    mismatch,
+    pop_linear,
+    store_tensor,
+)
+from deepseek.artifact.verdict import GateVerdict, read_verdict, require_passed, write_verdict
+from deepseek.config import ModelConfig
+from deepseek.errors import ArtifactError
+from deepseek.files import (
+    DamagedFileError,
+    read_header,
+    remove_scraps,
+    save_tensors,
+    sha256_file,
+    tensor_digest,
+    write_atomic,
+    write_json,
+)
+from deepseek.recipe import Recipe
+from deepseek.source.checkpoint import INDEX_FILE, CheckpointReader
+
+__all__ = [
+    "ArtifactReader",
+    "ArtifactWriter",
+    "CalibrationRecord",
+    "Fallback",
+    "GateVerdict",
+    "LayerKey",
+    "LayerRecord",
+    "Manifest",
+    "SourceRecord",
+    "expected_tensors",
+    "layer_file",
+    "layer_keys",
+    "pop_linear",
+    "read_manifest",
+    "read_verdict",
+    "require_passed",
+    "store_tensor",
+    "write_verdict",
+]
+
+#: Files that go along with the weights, where the source has them. No code is ever copied.
+COPIED_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+_OUR_SHARDS = re.compile(r"model-(layer-\d{5}|globals)[.]safetensors")
+#: Keys of the source's config.json that would be untrue of, or harmful in, the artifact.
+_DROPPED_KEYS = ("auto_map", "_name_or_path", "quantization_config")
+
+
+class ArtifactWriter:
+    """Writes one quantized checkpoint, part by part, each part whole or absent.
+
+    Any process may hold a writer for the directory and publish parts; the one that finishes learns
+    of the others' through `adopt`. Whoever runs the job keeps two jobs out of one directory; the
+    writer itself refuses a directory that holds the result of something else.
+
+    Raises on opening:
+        ArtifactError: the directory belongs to another recipe, source or tool.
+        RecipeError: the recipe does not fit the model.
+    """
+
+    def __init__(self, directory: Path | str, *, source: CheckpointReader, recipe: Recipe) -> None:
+        self.directory = Path(directory)
+        self.recipe = recipe
+        self.config = source.config
+        self.schemes = recipe.resolve(source.config)
+        self._source_dir = source.directory
+        self._source = SourceRecord(
+            fingerprint=source.fingerprint,
+            config_sha256=sha256_file(source.directory / "config.json"),
+            weight_block_size=source.config.weight_block_size,
+        )
+        self._records: dict[LayerKey, LayerRecord] = {}
+        self._refuse_foreign_directory()
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def publish_layer(
+        self,
+        layer: LayerKey,
+        tensors: Mapping[str, Tensor],
+        *,
+        source_sha256: str,
+        errors: Mapping[str, float] | None = None,
+    ) -> LayerRecord:
+        """Write one part atomically and return its record, which `finish` will need.
+
+        `tensors` must be exactly `expected_tensors`; a difference is a bug of the caller's.
+        `source_sha256` is `checkpoint.content_digest` of what the part was made from; `errors`
+        is the relative output error by module, see `LayerRecord`.
+        """
+        given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        wrong = mismatch(given, expected_tensors(self.config, self.schemes, layer))
+        assert wrong is None, f"layer {layer}: {wrong}"
+        name = layer_file(layer)
+        saved = save_tensors(self.directory / name, tensors, {"format": "pt"})
+        record = LayerRecord(
+            layer=layer,
+            file=name,
+            num_bytes=saved.num_bytes,
+            sha256=saved.sha256,
+            header_sha256=saved.header_sha256,
+            source_sha256=source_sha256,
+            tensors=saved.tensors,
+            errors=dict(sorted((errors or {}).items())),
+        )
+        self._records[layer] = record
+        return record
+
+    def adopt(self, record: LayerRecord, *, verify: bool = True) -> None:
+        """Take over a part that another process, or a run that was cut off, has published.
+
+        `verify` False spares reading the file where a worker of this very run has just written it.
+
+        Raises:
+            ArtifactError: the file is absent or not the one that the record describes.
+        """
+        path = self.directory / layer_file(record.layer)
+        known = record.file == path.name and path.is_file()
+        if not known or (verify and sha256_file(path) != record.sha256):
+            raise ArtifactError(
+                f"{path} is not the file that was published for layer {record.layer}; delete "
+                "it and quantize again, which redoes this layer only"
+            )
+        self._records[record.layer] = record
+
+    def finish(
+        self,
+        *,
+        calibration: CalibrationRecord | None,
+        coverage: Mapping[int, list[int]],
+        fallbacks: list[Fallback],
+        tools: Mapping[str, str],
+        kv_latent_amax: Mapping[int, float] | None = None,
+    ) -> Manifest:
+        """Write config, index, tokenizer and, last, the manifest. Every part must be published."""
+        keys = layer_keys(self.config)
+        missing = [key for key in keys if key not in self._records]
+        assert not missing, f"finish before layer {missing[0]} was published or adopted"
+        records = tuple(self._records[key] for key in keys)
+        remove_scraps(self.directory)
+        self._write_config()
+        self._write_index(records)
+        written = ["config.json", INDEX_FILE]
+        for name in COPIED_FILES:
+            if (self._source_dir / name).is_file():
+                write_atomic(self.directory / name, (self._source_dir / name).read_bytes())
+                written.append(name)
+        manifest = Manifest(
+            recipe=self.recipe,
+            source=self._source,
+            calibration=calibration,
+            layers=records,
+            coverage={layer: tuple(coverage[layer]) for layer in sorted(coverage)},
+            fallbacks=tuple(fallbacks),
+            tools=dict(sorted(tools.items())),
+            files={name: sha256_file(self.directory / name) for name in sorted(written)},
+            kv_latent_amax=dict(sorted((kv_latent_amax or {}).items())),
+        )
+        write_manifest(self.directory, manifest)
+        return manifest
+
+    def _write_config(self) -> None:
+        content = json.loads((self._source_dir / "config.json").read_bytes())
+        for key in _DROPPED_KEYS:
+            content.pop(key, None)
+        quantization = quantization_config(self.config, self.schemes)
+        if quantization is not None:
+            content["quantization_config"] = quantization
+        write_json(self.directory / "config.json", content)
+
+    def _write_index(self, records: tuple[LayerRecord, ...]) -> None:
+        weight_map = {name: record.file for record in records for name in record.tensors}
+        headers = (read_header(self.directory / record.file) for record in records)
+        total = sum(entry.num_bytes for header in headers for entry in header.tensors.values())
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(self.directory / INDEX_FILE, content)
+
+    def _refuse_foreign_directory(self) -> None:
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ArtifactError(f"{self.directory} is a file; --output must name a directory")
+        if self.directory.resolve() == self._source_dir.resolve():
+            raise ArtifactError(
+                f"{self.directory} is the source checkpoint itself; choose another --output"
+            )
+        if (self.directory / MANIFEST_FILE).exists():
+            other = read_manifest(self.directory)
+            for what, theirs, ours in (
+                ("recipe", other.recipe, self.recipe),
+                ("source checkpoint", other.source, self._source),
+            ):
+                if theirs != ours:
+                    raise ArtifactError(
+                        f"{self.directory} is an output folder of another run: its {what} "
+                        "differs; choose another --output or delete it"
+                    )
+        known = {layer_file(key) for key in layer_keys(self.config)}
+        for path in sorted(self.directory.glob("*.safetensors")):
+            if path.name not in known:
+                raise ArtifactError(
+                    f"{self.directory} is an output folder of another run: it holds {path.name}; "
+                    "choose another --output or delete it"
+                )
+
+
+class ArtifactReader:
+    """A finished quantized checkpoint, verified as it is read.
+
+    Raises on opening:
+        ArtifactError: unfinished, edited, incomplete, or holding a file that is not its own.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.manifest = read_manifest(self.directory)
+        #: The artifact's digest: the manifest's, which covers every byte that can be read here.
+        self.digest = self.manifest.digest
+        self.recipe = self.manifest.recipe
+        self._check_files()
+        # The schemes follow from the *source's* config, which had FP8 blocks where this has none.
+        self.config = replace(
+            ModelConfig.from_directory(self.directory),
+            weight_block_size=self.manifest.source.weight_block_size,
+        )
+        self.schemes = self.recipe.resolve(self.config)
+        self._check_config()
+        self._unread: set[LayerKey] = set(layer_keys(self.config))
+
+    def read_layer(self, layer: int) -> dict[str, Tensor]:
+        """All tensors of one decoder layer by full name, each verified against the manifest.
+
+        Raises:
+            ArtifactError: the file is damaged; the sentence names the tensor and the file.
+        """
+        assert 0 <= layer < self.config.num_layers_with_mtp
+        return self._read(layer)
+
+    def read_globals(self) -> dict[str, Tensor]:
+        """The tensors outside the decoder layers, verified; see `read_layer`."""
+        return self._read("globals")
+
+    def finish(self) -> None:
+        """Raise ArtifactError when some part was never read: what was made of it lacks it."""
+        if self._unread:
+            first = min(self._unread, key=str)
+            raise ArtifactError(f"{self.directory}: {layer_file(first)} was never read")
+
+    def _read(self, layer: LayerKey) -> dict[str, Tensor]:
+        record = self.manifest.record(layer)
+        path = self.directory / record.file
+        try:
+            header = read_header(path)
+            if header.sha256 != record.header_sha256:
+                raise DamagedFileError("has a header other than the one that was published")
+            entries = {name: (entry.shape, entry.dtype) for name, entry in header.tensors.items()}
+            if wrong := mismatch(entries, expected_tensors(self.config, self.schemes, layer)):
+                raise DamagedFileError(f"does not hold what config.json describes: {wrong}")
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in header.tensors}
+        except (DamagedFileError, SafetensorError) as error:
+            raise ArtifactError(f"{path} {error}; restore the file or quantize again") from error
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error.strerror})") from error
+        for name, tensor in tensors.items():
+            if tensor_digest(tensor) != record.tensors.get(name):
+                raise ArtifactError(
+                    f"tensor {name} in {path} is damaged: its bytes are not those that were "
+                    "published; restore the file or quantize again"
+                )
+        self._unread.discard(layer)
+        return tensors
+
+    def _check_files(self) -> None:
+        listed = {record.file: record.num_bytes for record in self.manifest.layers}
+        for name, num_bytes in listed.items():
+            path = self.directory / name
+            if Path(name).name != name or not _OUR_SHARDS.fullmatch(name) or not path.is_file():
+                raise ArtifactError(f"{path} is absent; restore it or quantize again")
+            if path.stat().st_size != num_bytes:
+                raise ArtifactError(
+                    f"{path} has {path.stat().st_size} bytes instead of {num_bytes}; restore it "
+                    "or quantize again"
+                )
+        for path in sorted(self.directory.glob("*.safetensors")):
+            if path.name not in listed:
+                raise ArtifactError(
+                    f"{path} is not part of this artifact, yet loaders would take it for a shard; "
+                    "remove it"
+                )
+        for name, sha256 in self.manifest.files.items():
+            path = self.directory / name
+            if Path(name).name != name or not path.is_file():
+                raise ArtifactError(f"{path} is absent; restore it or quantize again")
+            if sha256_file(path) != sha256:
+                raise ArtifactError(
+                    f"{path} differs from what {MANIFEST_FILE} records; restore it or quantize "
+                    "again"
+                )
+
+    def _check_config(self) -> None:
+        """The manifest's own contents against the model that config.json describes."""
+        records = {record.layer: record for record in self.manifest.layers}
+        keys = layer_keys(self.config)
+        if [record.layer for record in self.manifest.layers] != keys:
+            raise ArtifactError(
+                f"{self.directory}: {MANIFEST_FILE} lists {len(records)} parts, but config.json "
+                f"describes a model of {len(keys)}"
+            )
+        for key in keys:
+            expected = expected_tensors(self.config, self.schemes, key)
+            if different := sorted(expected.keys() ^ records[key].tensors.keys()):
+                state = "lacks" if different[0] in expected else "has the unknown"
+                raise ArtifactError(
+                    f"{self.directory}: {MANIFEST_FILE} {state} tensor {different[0]} for the "
+                    "model that config.json describes"
+                )
+        raw: Any = json.loads((self.directory / "config.json").read_bytes())
+        if raw.get("quantization_config") != quantization_config(self.config, self.schemes):
+            raise ArtifactError(
+                f"{self.directory}: quantization_config in config.json does not describe the "
+                f"recipe {self.recipe.name!r} of {MANIFEST_FILE}"
+            )

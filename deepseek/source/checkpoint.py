@@ -1,0 +1,353 @@
+"""The source checkpoint, streamed: a Hugging Face directory in the release's layout.
+
+Opening reads every shard's header (not its data) and holds all names, shapes and types against the
+inventory: what is missing, extra or misshapen is named before an hour is spent. Reading a layer
+reads that layer's bytes and no others. Two kinds of source: the release's FP8 e4m3 blocks with a
+`weight_scale_inv` per linear, and plain BF16/FP16/FP32. Not for quantized checkpoints of ours;
+those are `deepseek.artifact.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deepseek.config import ModelConfig
+from deepseek.errors import CheckpointError
+from deepseek.files import (
+    DTYPE_NAMES,
+    DamagedFileError,
+    Header,
+    read_header,
+    read_tensor,
+    tensor_digest,
+)
+from deepseek.formats import FP8_BLOCK, dequantize_fp8_block
+from deepseek.formats.scales import row_chunks
+from deepseek.inventory import TensorSpec, global_tensors, layer_tensors, tensors
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_log = logging.getLogger(__name__)
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_EDGE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """One tensor as the source stores it.
+
+    `data` has the spec's shape; `scale_inv` is f32 [ceil(N/128), ceil(K/128)], the multiplier of
+    each FP8 block (the release's name, though it is not an inverse), None where `data` is not FP8.
+    """
+
+    spec: TensorSpec
+    data: Tensor
+    scale_inv: Tensor | None = None
+
+    def bands(self) -> Iterator[SourceTensor]:
+        """A matrix in bands of rows, for whoever need not have it whole in float32."""
+        for rows in row_chunks(self.data, multiple=FP8_BLOCK):
+            blocks = slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
+            scale_inv = None if self.scale_inv is None else self.scale_inv[blocks]
+            yield SourceTensor(self.spec, self.data[rows], scale_inv)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values in `dtype`, same shape; FP8 blocks are multiplied out in FP32 first."""
+        if self.scale_inv is None:
+            return self.data.to(dtype)
+        return dequantize_fp8_block(self.data, self.scale_inv).to(dtype)
+
+
+def source_digests(source: Mapping[str, SourceTensor]) -> dict[str, str]:
+    """Digest of each tensor's stored values by name, block scales included."""
+    return {
+        name: tensor_digest(tensor.data)
+        + ("" if tensor.scale_inv is None else f"*{tensor_digest(tensor.scale_inv)}")
+        for name, tensor in source.items()
+    }
+
+
+def join_digests(digests: Mapping[str, str]) -> str:
+    """SHA-256 in hex over `source_digests`, whoever read which of the tensors."""
+    lines = (f"{name}={digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def content_digest(source: Mapping[str, SourceTensor]) -> str:
+    """SHA-256 in hex over names and stored values of what was read, scales included."""
+    return join_digests(source_digests(source))
+
+
+class CheckpointReader:
+    """A checked source checkpoint, read layer by layer.
+
+    Raises on opening:
+        ConfigError: config.json is absent or asks for what is not implemented.
+        CheckpointError: a shard is absent or damaged, or a tensor is missing, extra, of a wrong
+            shape or of a wrong type; the sentence names it.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        if (self.directory / "intserve.json").exists():
+            raise CheckpointError(
+                f"{self.directory} is a quantized checkpoint of IntServe; --model must name the "
+                "source checkpoint that it was made from"
+            )
+        self.config = ModelConfig.from_directory(self.directory)
+        self._index_bytes, shards = _list_shards(self.directory)
+        self._headers = {name: _open_shard(self.directory / name) for name in sorted(shards)}
+        self._shard_of = self._locate(shards)
+        self._check_inventory()
+        self._unread = set(self._shard_of)
+        #: Bytes that `load` has read from storage so far.
+        self.bytes_read = 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over config.json, the index, and each shard's header, size, first and
+        last 64 KiB. Cheap enough for 700 GB; the content digest of a layer is `content_digest`."""
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        digest.update(self._index_bytes)
+        for name, header in self._headers.items():
+            digest.update(f"\n{name} {header.file_bytes}\n".encode())
+            digest.update(header.raw)
+            with (self.directory / name).open("rb") as file:
+                digest.update(file.read(_EDGE_BYTES))
+                file.seek(max(0, header.file_bytes - _EDGE_BYTES))
+                digest.update(file.read(_EDGE_BYTES))
+        return digest.hexdigest()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(e.num_bytes for h in self._headers.values() for e in h.tensors.values())
+
+    def num_bytes(self, layer: int | Literal["globals"]) -> int:
+        """Bytes, as stored, of one decoder layer or of the tensors outside the layers."""
+        specs = (
+            global_tensors(self.config) if layer == "globals" else layer_tensors(self.config, layer)
+        )
+        names = {name for spec in specs for name in (spec.name, scale_name(spec.name))}
+        return sum(
+            self._headers[self._shard_of[name]].tensors[name].num_bytes
+            for name in names & self._shard_of.keys()
+        )
+
+    def read_layer(self, layer: int) -> dict[str, SourceTensor]:
+        """All tensors of one decoder layer by name (MTP layers come after the main ones)."""
+        assert 0 <= layer < self.config.num_layers_with_mtp
+        return self._read(list(layer_tensors(self.config, layer)))
+
+    def read_globals(self) -> dict[str, SourceTensor]:
+        """The tensors outside the decoder layers: embeddings, final norm, head."""
+        return self._read(global_tensors(self.config))
+
+    def load(self, specs: Iterable[TensorSpec]) -> dict[str, SourceTensor]:
+        """These tensors by name, read at once into memory of their own.
+
+        Where `read_layer` maps files, whose pages come when they are touched, this is for threads
+        that read ahead: when it returns, the bytes are here, and they are counted.
+        """
+        specs = list(specs)
+        names = [spec.name for spec in specs]
+        names += [s for name in names if (s := scale_name(name)) in self._shard_of]
+        stored: dict[str, Tensor] = {}
+        for shard in sorted({self._shard_of[name] for name in names}):
+            path, entries = self.directory / shard, self._headers[shard].tensors
+            try:
+                with path.open("rb", buffering=0) as file:
+                    for name in names:
+                        if self._shard_of[name] == shard:
+                            stored[name] = read_tensor(file, entries[name])
+                            self.bytes_read += entries[name].num_bytes
+            except (OSError, EOFError) as error:
+                raise CheckpointError(
+                    f"{path} changed or became unreadable while it was in use ({error})"
+                ) from error
+        self._unread -= set(names)
+        return _with_scales(specs, stored)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding for token ids int64 [T]: float32 [T, D]. Reads those rows only."""
+        name = "model.embed_tokens.weight"
+        path = self.directory / self._shard_of[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return cast(Tensor, file.get_tensor(name)[ids].float())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} changed or became unreadable while it was in use ({error})"
+            ) from error
+
+    def finish(self) -> None:
+        """Raise CheckpointError when some tensor was never read: it would be lost silently."""
+        if self._unread:
+            raise CheckpointError(
+                f"{self.directory}: {_name_first(self._unread)} never read, so the output would "
+                "lack it"
+            )
+
+    def _read(self, specs: list[TensorSpec]) -> dict[str, SourceTensor]:
+        stored: dict[str, Tensor] = {}
+        names = [spec.name for spec in specs]
+        names += [s for name in names if (s := scale_name(name)) in self._shard_of]
+        for shard in sorted({self._shard_of[name] for name in names}):
+            path = self.directory / shard
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in names:
+                        if self._shard_of[name] == shard:
+                            stored[name] = file.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{path} changed or became unreadable while it was in use ({error})"
+                ) from error
+        self._unread -= set(names)
+        return _with_scales(specs, stored)
+
+    def _locate(self, shards: dict[str, set[str] | None]) -> dict[str, str]:
+        """Shard of every tensor, held against what the index says of each shard."""
+        where: dict[str, str] = {}
+        for shard, indexed in shards.items():
+            path = self.directory / shard
+            present = set(self._headers[shard].tensors)
+            if indexed is not None and (lost := indexed - present):
+                raise CheckpointError(
+                    f"{path}: {INDEX_FILE} says that {_name_first(lost)} here, but the shard "
+                    "does not hold it; download the shard again"
+                )
+            if indexed is not None and (extra := present - indexed):
+                raise CheckpointError(
+                    f"{path}: {_name_first(extra)} not listed in {INDEX_FILE}; index and shards "
+                    "are of different checkpoints"
+                )
+            where |= dict.fromkeys(present, shard)
+        total = _index_total(self._index_bytes)
+        if total is not None and total != self.total_bytes:
+            _log.info(
+                "%s says total_size %s; the shards hold %d bytes of tensors",
+                self.directory / INDEX_FILE, total, self.total_bytes,
+            )  # fmt: skip
+        return where
+
+    def _check_inventory(self) -> None:
+        expected = expected_source(self.config)
+        found = {n: h.tensors[n] for h in self._headers.values() for n in h.tensors}
+        if missing := set(expected) - set(found):
+            raise CheckpointError(
+                f"{self.directory}: {_name_first(missing)} missing; config.json announces it"
+            )
+        if extra := set(found) - set(expected):
+            raise CheckpointError(
+                f"{self.directory}: {_name_first(extra)} not part of the model that config.json "
+                "describes"
+            )
+        for name, (shape, dtypes) in expected.items():
+            if found[name].shape != shape:
+                raise CheckpointError(
+                    f"{self.directory}: tensor {name} has the shape {list(found[name].shape)}; "
+                    f"config.json asks for {list(shape)}"
+                )
+            if found[name].dtype not in dtypes:
+                allowed = " or ".join(DTYPE_NAMES[dtype] for dtype in dtypes)
+                raise CheckpointError(
+                    f"{self.directory}: tensor {name} is {DTYPE_NAMES[found[name].dtype]}; "
+                    f"expected {allowed} (quantization_config in config.json decides)"
+                )
+
+
+def _with_scales(specs: list[TensorSpec], stored: dict[str, Tensor]) -> dict[str, SourceTensor]:
+    return {
+        spec.name: SourceTensor(spec, stored[spec.name], stored.get(scale_name(spec.name)))
+        for spec in specs
+    }
+
+
+def scale_name(name: str) -> str:
+    """Name of the FP8 block scales that belong to the tensor `name`."""
+    return f"{name}_scale_inv"
+
+
+def expected_source(
+    config: ModelConfig,
+) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """Shape and admissible types of every tensor of the source, block scales included."""
+    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
+    for spec in tensors(config):
+        if spec.kind == "linear" and config.weight_block_size:
+            rows, columns = config.weight_block_size
+            blocks = (-(-spec.shape[0] // rows), -(-spec.shape[1] // columns))
+            expected[spec.name] = (spec.shape, (torch.float8_e4m3fn,))
+            expected[scale_name(spec.name)] = (blocks, (torch.float32,))
+        else:
+            expected[spec.name] = (spec.shape, _FLOATS)
+    return expected
+
+
+def _list_shards(directory: Path) -> tuple[bytes, dict[str, set[str] | None]]:
+    """The index's bytes (empty without one) and, by shard, the names that it lists (None: any)."""
+    path = directory / INDEX_FILE
+    if not path.exists():
+        if not (directory / SINGLE_FILE).is_file():
+            raise CheckpointError(
+                f"{directory} holds neither {INDEX_FILE} nor {SINGLE_FILE}; only safetensors "
+                "checkpoints are read"
+            )
+        return b"", {SINGLE_FILE: None}
+    content = path.read_bytes()
+    try:
+        weight_map = json.loads(content)["weight_map"]
+        shards: dict[str, set[str] | None] = {}
+        for name, shard in weight_map.items():
+            names = shards.setdefault(shard, set())
+            assert names is not None
+            names.add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors index ({error!r})") from error
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{path} names the shard {shard!r} outside its own directory")
+        if not (directory / shard).is_file():
+            raise CheckpointError(
+                f"{path} names the shard {shard}, which is absent; download it again"
+            )
+    return content, shards
+
+
+def _open_shard(path: Path) -> Header:
+    try:
+        return read_header(path)
+    except DamagedFileError as error:
+        raise CheckpointError(f"{path} {error}; download it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _index_total(index: bytes) -> Any:
+    """What the index gives as `total_size`; None where it gives nothing.
+
+    Of no consequence, whatever it is: by convention the bytes of the tensors, but DeepSeek-V3's own
+    index says twice its elements, others 0 or the bytes of the files. What binds is `weight_map`.
+    """
+    metadata = json.loads(index).get("metadata") if index else None
+    return metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _name_first(names: set[str]) -> str:
+    """`tensor a is`, or `tensor a (and 3 more) is`."""
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"tensor {min(names)}{more} is"

@@ -1,0 +1,269 @@
+"""Makes checkpoints of random weights in the release's format: DeepSeek-V3's shapes, any depth.
+
+For measuring, not for answers: how fast and in how much memory a job runs on true-shape layers,
+without the 688 GB of the release. Names, shapes and types are the inventory's; linears are e4m3 in
+128x128 blocks with an FP32 `weight_scale_inv`, the rest BF16, the router's bias FP32. What the
+values are is told in `synthetic_weights.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.errors import CheckpointError, ConfigError
+from deepseek.files import stream_tensors, write_atomic, write_json
+from deepseek.formats import FP8_BLOCK
+from deepseek.inventory import TensorSpec, tensors
+from deepseek.source.checkpoint import INDEX_FILE, scale_name
+from deepseek.source.synthetic_weights import WeightMaker
+
+Preset = Literal["deepseek-v3", "small"]
+
+#: Bytes of one shard at most, if no tensor is larger; the release's are as large.
+SHARD_BYTES = 4 << 30
+#: BOS, EOS, and a token per byte.
+MIN_VOCAB = 258
+
+_BOS, _EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+
+#: A model of a few megabytes, for tests: every dimension a little odd.
+_SMALL = replace(
+    DEEPSEEK_V3,
+    vocab_size=MIN_VOCAB,
+    hidden_size=256,
+    intermediate_size=512,
+    moe_intermediate_size=128,
+    num_attention_heads=2,
+    q_lora_rank=128,
+    kv_lora_rank=128,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much of a preset a model has. None keeps the preset's value; layers and experts are few
+    by default, so that the model fits a disk."""
+
+    layers: int = 4
+    dense_layers: int = 1
+    mtp_layers: int = 0
+    experts: int = 16
+    experts_per_token: int | None = None
+    vocab: int | None = None
+    hidden: int | None = None
+    intermediate: int | None = None
+    moe_intermediate: int | None = None
+    heads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What `synthesize` wrote."""
+
+    config: ModelConfig
+    num_shards: int
+    num_bytes: int
+
+
+def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
+    """The preset's shapes with other counts. With fewer experts than 8 groups of two, there are as
+    many groups as divide them, half of which a token may reach, as in the release.
+
+    Raises:
+        ConfigError: the sizes contradict each other, or the vocabulary cannot hold all bytes.
+    """
+    base = DEEPSEEK_V3 if preset == "deepseek-v3" else _SMALL
+    groups = next((n for n in (8, 4, 2) if size.experts % n == 0 and size.experts >= 2 * n), 1)
+    reachable = size.experts // groups * max(groups // 2, 1)
+    asked: dict[str, int | None] = {
+        "vocab_size": size.vocab,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "moe_intermediate_size": size.moe_intermediate,
+        "num_attention_heads": size.heads,
+        "num_experts_per_tok": size.experts_per_token,
+    }
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    given.setdefault("num_experts_per_tok", min(base.num_experts_per_tok, reachable))
+    config = replace(
+        base,
+        num_hidden_layers=size.layers,
+        first_k_dense_replace=size.dense_layers,
+        num_nextn_predict_layers=size.mtp_layers,
+        n_routed_experts=size.experts,
+        n_group=groups,
+        topk_group=max(groups // 2, 1),
+        **given,
+    )
+    if config.vocab_size < MIN_VOCAB:
+        raise ConfigError(
+            f"a vocabulary of {config.vocab_size} cannot hold BOS, EOS and all bytes; "
+            f"--vocab must be at least {MIN_VOCAB}"
+        )
+    return config
+
+
+def synthesize(
+    output: Path,
+    config: ModelConfig,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Made:
+    """Write a checkpoint into `output`, config.json last: without it, a killed run's directory is
+    no checkpoint to anybody. Memory: the maker's pool and a few rows of one tensor.
+
+    `advance` hears of every piece written, in bytes; `num_bytes(config)` is their sum.
+
+    Raises:
+        CheckpointError: `output` is a file or holds something, or the disk is too small.
+    """
+    assert config.weight_block_size == (FP8_BLOCK, FP8_BLOCK)
+    _check_place(output, num_bytes(config))
+    output.mkdir(parents=True, exist_ok=True)
+    maker = WeightMaker(config, seed)
+    shards = shard_layouts(config, shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, layout in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+
+        def make(tensor: str) -> Iterator[Tensor]:
+            for piece in maker.pieces(tensor):
+                yield piece
+                if advance is not None:
+                    advance(piece.nbytes)
+
+        stream_tensors(output / name, layout, make, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(layout, name)
+    total = num_bytes(config)
+    write_json(output / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file, text in _tokenizer_files(config).items():
+        write_atomic(output / file, text.encode())
+    write_json(output / "config.json", config_json(config))
+    return Made(config, len(shards), total)
+
+
+def num_bytes(config: ModelConfig) -> int:
+    """Bytes of all tensors as they will be stored."""
+    return sum(
+        math.prod(shape) * dtype.itemsize
+        for shard in shard_layouts(config)
+        for dtype, shape in shard.values()
+    )
+
+
+def shard_layouts(
+    config: ModelConfig, shard_bytes: int = SHARD_BYTES
+) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """Type and shape of every tensor by name, in checkpoint order, cut into shards of
+    `shard_bytes` at most, a single tensor larger than that apart."""
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for spec in tensors(config):
+        found = _stored(spec)
+        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in found.values())
+        if filled and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1] |= found
+        filled += size
+    return shards
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model in FP8 blocks, with the release's keys."""
+    renamed = ("yarn", "weight_block_size")
+    raw: dict[str, Any] = {
+        key: getattr(config, key) for key in config.__slots__ if key not in renamed
+    }
+    raw |= {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "hidden_act": "silu",
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "moe_layer_freq": 1,
+        "num_key_value_heads": config.num_attention_heads,
+        "torch_dtype": "bfloat16",
+        "rope_scaling": None,
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        },
+    }
+    if config.yarn is not None:
+        scaling = {key: getattr(config.yarn, key) for key in config.yarn.__slots__}
+        raw["rope_scaling"] = {"type": "yarn", **scaling}
+    return raw
+
+
+# --- files ---
+
+
+def _check_place(output: Path, wanted: int) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        finished = (output / "config.json").exists()
+        what = "a checkpoint" if finished else "files that are no checkpoint, or not a whole one"
+        raise CheckpointError(f"{output} already holds {what}; remove it, or give another --output")
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output} is a file; --output must name a directory")
+    parent = next(place for place in (output, *output.absolute().parents) if place.exists())
+    free = shutil.disk_usage(parent).free
+    if free < wanted:
+        raise CheckpointError(
+            f"{output}: the checkpoint takes {wanted / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
+            "are free; lower --layers, --experts or --vocab, or give another --output"
+        )
+
+
+def _stored(spec: TensorSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    if spec.kind == "float32":
+        return {spec.name: (torch.float32, spec.shape)}
+    if spec.kind == "high":
+        return {spec.name: (torch.bfloat16, spec.shape)}
+    blocks = tuple(-(-size // FP8_BLOCK) for size in spec.shape)
+    return {
+        spec.name: (torch.float8_e4m3fn, spec.shape),
+        scale_name(spec.name): (torch.float32, blocks),
+    }
+
+
+def _tokenizer_files(config: ModelConfig) -> dict[str, str]:
+    """A tokenizer of bytes: ids 0 and 1 are BOS and EOS, a byte's id follows."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {_BOS: 0, _EOS: 1} | {letter: 2 + place for place, letter in enumerate(alphabet)}
+    assert len(vocab) == MIN_VOCAB
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(_BOS, special=True), AddedToken(_EOS, special=True)])
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": _BOS,
+        "eos_token": _EOS,
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "tokenizer.json": str(tokenizer.to_str(pretty=True)) + "\n",
+        "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False) + "\n",
+    }

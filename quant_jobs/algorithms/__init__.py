@@ -1,0 +1,1 @@
+"""The quantization algorithms: functions of tensors. No files, no processes, no layers."""

@@ -1,0 +1,202 @@
+"""The solver of each linear: its weight and what was measured of its input -> what is stored.
+
+    max, smoothquant   the nearest code under a range chosen from the weight (`ranges.py`)
+    awq                the same under the range that AWQ's clip search finds (`awq.py`)
+    gptq               codes and ranges come from `gptq.py`, which solves many linears at once
+
+For the plain range, `clip: max`, modelopt's TensorQuantizer gives the amax of every row or group;
+those are the numerics of record. The codes are made by `deepseek.formats`, whose scale is the one
+that will be stored (BF16 for INT4), so they are nearest for the reader; modelopt's fake
+quantization agrees with them within that rounding (tested). Zero points have no counterpart in
+modelopt: the asymmetric formats are ours alone.
+
+Scales of channels (SmoothQuant, AWQ) have changed the weight before: `folding.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from deepseek.artifact.tensors import store_tensor
+from deepseek.errors import CheckpointError
+from deepseek.formats import compress, decompress
+from deepseek.formats.scales import largest, row_chunks
+from deepseek.recipe import Scheme
+from deepseek.source.checkpoint import SourceTensor
+from quant_jobs.algorithms.awq import search_clip
+from quant_jobs.algorithms.folding import Smoothing
+from quant_jobs.algorithms.gptq import Rounded
+from quant_jobs.algorithms.ledger import Ledger
+from quant_jobs.algorithms.ranges import Range, group_ranges
+from quant_jobs.calibration.forward import preparation
+from quant_jobs.calibration.statistics import InputStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedLinear:
+    """`tensors` by full name, as the artifact stores them (an `input_scale` apart, which the whole
+    layer agrees on later); `error` is ||y' - y|| / ||y|| on the sampled tokens, None where the
+    weight is only carried through."""
+
+    tensors: dict[str, Tensor]
+    error: float | None
+
+
+def solve_linear(
+    source: SourceTensor,
+    weight: Callable[[], Tensor],
+    scheme: Scheme,
+    seen: InputStatistics | None,
+    smoothing: Smoothing,
+    ledger: Ledger,
+    rounded: Rounded | None = None,
+) -> SolvedLinear:
+    """Quantize one linear. `weight()` is `source` dequantized, float32 [N, K], on the device to
+    work on; `seen` is None where no calibration token reached it, which is then rounded to nearest.
+    `rounded` is GPTQ's result for the folded weight.
+
+    One float32 copy of the weight is held at a time: the original, folded, restored.
+
+    Raises:
+        CheckpointError: the weight cannot be represented.
+    """
+    name, module = source.spec.name, source.spec.module
+    if not scheme.is_quantized and not smoothing.changes(name):
+        # Perhaps nobody else looks at it: the last layer computes nothing with its down_proj.
+        if not all(bool(largest(band.dequantize()).isfinite()) for band in source.bands()):
+            raise _damaged(name)
+        return SolvedLinear(store_tensor(source, scheme), None)
+    folded = weight()
+    wanted = None if seen is None else seen.sample @ folded.T
+    # A source in float32 gives its own memory.
+    folded = smoothing.fold(name, folded, in_place=source.data.dtype != torch.float32)
+    if not bool(largest(folded).isfinite()):  # modelopt asserts that, in words for its developers
+        raise _damaged(name)
+    try:
+        if rounded is not None:
+            stored = compress(
+                rounded.weight, scheme, scale=rounded.scale, zero_point=rounded.zero_point
+            )
+        elif scheme.algorithm == "awq" and seen is not None:
+            columns = smoothing.columns.get(name)
+            x = seen.sample if columns is None else seen.sample / columns
+            stored = _compress_within(folded, scheme, search_clip(folded, x, scheme))
+        elif scheme.is_quantized and scheme.clip != "max":
+            stored = _compress_within(folded, scheme, group_ranges(folded, scheme))
+        else:
+            stored = compress(folded, scheme, amax=_amax(folded, scheme))
+    except CheckpointError as refusal:
+        raise CheckpointError(f"tensor {name} {refusal}") from refusal
+    if scheme.is_quantized:
+        ledger.note("zero_scale", source.spec.layer, module, _count_empty(folded, scheme))
+    shape = (folded.shape[0], folded.shape[1])
+    del folded
+    restored = decompress(stored, scheme, shape)
+    if seen is None or wanted is None:
+        error = weight_error(name, weight(), restored, smoothing)
+    else:
+        error = output_error(name, wanted, restored, scheme, seen, smoothing)
+    return SolvedLinear({f"{module}.{suffix}": value for suffix, value in stored.items()}, error)
+
+
+def _damaged(name: str) -> CheckpointError:
+    return CheckpointError(f"tensor {name} holds NaN or infinity; repair the source")
+
+
+def _count_empty(weight: Tensor, scheme: Scheme) -> int:
+    """Rows or groups that are all zero."""
+    count = 0
+    for rows in row_chunks(weight):
+        part = weight[rows]
+        groups = part.view(len(part), -1, scheme.group_size or part.shape[1])
+        count += int((groups == 0).all(dim=-1).sum())
+    return count
+
+
+def _compress_within(weight: Tensor, scheme: Scheme, chosen: Range) -> dict[str, Tensor]:
+    return compress(weight, scheme, scale=chosen.scale, zero_point=chosen.zero_point)
+
+
+def output_error(
+    name: str,
+    wanted: Tensor,
+    restored: Tensor,
+    scheme: Scheme,
+    seen: InputStatistics,
+    smoothing: Smoothing,
+) -> float:
+    """||y' - y|| / ||y|| over the sampled tokens, six digits. `wanted` f32 [R, N] is y; `restored`
+    is the folded weight as it will be read back, and is overwritten."""
+    columns, rows = smoothing.columns.get(name), smoothing.rows.get(name)
+    if rows is not None:
+        restored.mul_(rows[:, None])
+    x = seen.sample if columns is None else seen.sample / columns
+    if scheme.activations == "int8":  # a static FP8 scale is not known yet
+        prepare = preparation(scheme)
+        assert prepare is not None
+        x = prepare(x)
+    return _relative(x @ restored.T, wanted)
+
+
+def weight_error(name: str, weight: Tensor, restored: Tensor, smoothing: Smoothing) -> float:
+    """Of an unseen expert: the weight's own relative error, which is the expected output error on
+    white inputs. `restored` is overwritten."""
+    columns, rows = smoothing.columns.get(name), smoothing.rows.get(name)
+    if rows is not None:
+        restored.mul_(rows[:, None])
+    if columns is not None:
+        restored.div_(columns)
+    return _relative(restored, weight)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    error = float((found - wanted).double().norm())
+    size = float(wanted.double().norm())
+    # Zero weights or inputs give exactly zero; anything else is infinitely wrong, but a manifest
+    # holds no infinity.
+    return float(f"{error / size if size else min(error, 1.0):.6g}")
+
+
+def _amax(weight: Tensor, scheme: Scheme) -> Tensor | None:
+    """amax of every output channel [N, 1] (int8) or group [N, K/g] (int4); None where the format
+    decides: zero points have no modelopt counterpart, and BF16 has no scale."""
+    match scheme.weights:
+        case "int8":
+            return _modelopt_amax(weight, num_bits=8, axis=0)
+        case "int4":
+            amax = _modelopt_amax(weight, num_bits=4, block_sizes={-1: scheme.group_size})
+            return amax.view(len(weight), -1)
+        case _:
+            return None
+
+
+def _modelopt_amax(weight: Tensor, **attributes: Any) -> Tensor:
+    quantizer = modelopt_quantizer(**attributes)
+    quantizer.disable_quant()
+    quantizer.enable_calib()
+    quantizer(weight)
+    quantizer.load_calib_amax()
+    return cast(Tensor, quantizer.amax).float()
+
+
+def modelopt_quantizer(**attributes: Any) -> Any:
+    """modelopt's TensorQuantizer with these attributes (`num_bits`, `axis`, `block_sizes`)."""
+    with warnings.catch_warnings():
+        # Importing modelopt 0.47 warns of transformers above 5.15 and of its own use of deprecated
+        # torch functions; what we use of it is tested.
+        warnings.simplefilter("ignore")
+        from modelopt.torch.quantization.config import QuantizerAttributeConfig
+        from modelopt.torch.quantization.nn import TensorQuantizer
+    return TensorQuantizer(QuantizerAttributeConfig(**attributes))
+
+
+def use_one_thread() -> None:
+    """What the results of this process must not depend on: thread counts, and random choices."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)

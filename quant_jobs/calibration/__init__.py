@@ -1,0 +1,1 @@
+"""What enters every linear of a layer, measured on calibration blocks."""

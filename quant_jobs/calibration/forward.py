@@ -1,0 +1,222 @@
+"""One decoder layer to calibrate on, in two halves that may live on different workers.
+
+The `Trunk` is transformers' DeepSeek-V3 layer without its routed experts, every linear replaced by
+a `LazyLinear`, whose weight is restored when it is used: resident are the stored bytes of the layer
+and one float32 weight. Routed experts are plain functions of their three weights. transformers 5
+fuses them into 3-D parameters, which no algorithm of modelopt 0.47 reaches (97.5 % of the
+parameters, skipped in silence); here each is its own. `combine` puts the halves together. The
+arithmetic is transformers' to the bit (a test compares with its eager experts).
+
+Everything is float32 on one thread: the forward pass of a block must not depend on the machine that
+runs it beyond its instruction set, and an expert always sees the rows of one block at a time. Only
+workers import this module: transformers' modeling code takes seconds to load, and the driver does
+not need it.
+
+T tokens · D hidden size · I intermediate size · k experts per token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3DecoderLayer,
+    DeepseekV3RotaryEmbedding,
+)
+
+from deepseek.config import ModelConfig
+from deepseek.formats import dequantize_int8, fake_quantize_fp8, quantize_tokens_int8
+from deepseek.recipe import Scheme
+from quant_jobs.workers.messages import Part, Routed
+
+#: Input of a linear -> what its kernel makes of it, same shape.
+Prepare = Callable[[Tensor], Tensor]
+
+
+def to_hf_config(config: ModelConfig, attention: str = "sdpa") -> Any:
+    """transformers' configuration of the same model; `attention` is its attention implementation.
+
+    The one place where our names become transformers'.
+    """
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.yarn is not None:
+        rope = {
+            "rope_type": "yarn",
+            "rope_theta": config.rope_theta,
+            "factor": config.yarn.factor,
+            "original_max_position_embeddings": config.yarn.original_max_position_embeddings,
+            "beta_fast": config.yarn.beta_fast,
+            "beta_slow": config.yarn.beta_slow,
+            "mscale": config.yarn.mscale,
+            "mscale_all_dim": config.yarn.mscale_all_dim,
+        }
+    same = (
+        *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
+        *("num_hidden_layers", "num_attention_heads", "n_shared_experts", "n_routed_experts"),
+        *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob"),
+        *("routed_scaling_factor", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
+        *("rms_norm_eps", "bos_token_id", "eos_token_id"),
+    )
+    hf = DeepseekV3Config(
+        **{name: getattr(config, name) for name in same},
+        num_key_value_heads=config.num_attention_heads,
+        num_mtp_layers=config.num_nextn_predict_layers,
+        rope_parameters=rope,
+        rope_interleave=True,
+        attention_bias=False,
+        hidden_act="silu",
+        tie_word_embeddings=False,
+    )
+    hf._attn_implementation = attention
+    return hf
+
+
+class Rotary:
+    """Cosines and sines of positions 0..T-1 by transformers' own rotary module, kept per T."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._module = DeepseekV3RotaryEmbedding(to_hf_config(config))
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def table(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if num_tokens not in self._tables:
+            positions = torch.arange(num_tokens)[None]
+            cos, sin = self._module(torch.zeros(1), positions)
+            self._tables[num_tokens] = cos.to(device), sin.to(device)
+        return self._tables[num_tokens]
+
+
+class LazyLinear(nn.Module):
+    """y = prepare(x) W^T with W restored by `load()` at every call: f32 [N, K].
+
+    `seen` is called with every input x, f32 [..., K], before `prepare` (activation quantization).
+    """
+
+    def __init__(self, load: Callable[[], Tensor], prepare: Prepare | None = None) -> None:
+        super().__init__()
+        self._load, self._prepare = load, prepare
+        self.seen: Callable[[Tensor], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seen is not None:
+            self.seen(x)
+        return F.linear(x if self._prepare is None else self._prepare(x), self._load())
+
+
+class Trunk:
+    """Attention, norms, router and shared expert (or dense MLP) of one decoder layer.
+
+    `high` holds what is not a linear, by full name, in any float type; `load` restores the weight
+    of a linear by full module name; `prepare` gives its activation quantization, if it has one.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        high: Mapping[str, Tensor],
+        load: Callable[[str], Tensor],
+        prepare: Mapping[str, Prepare] | None = None,
+    ) -> None:
+        self._prefix = f"model.layers.{layer}."
+        self.is_moe = config.is_moe(layer)
+        with torch.device("meta"):
+            module = DeepseekV3DecoderLayer(to_hf_config(config), layer)
+            if self.is_moe:
+                module.mlp.experts = nn.Identity()
+        self._linears: dict[str, LazyLinear] = {}
+        for name, part in list(module.named_modules()):
+            if isinstance(part, nn.Linear):
+                full = self._prefix + name
+                lazy = LazyLinear(partial(load, full), (prepare or {}).get(full))
+                module.set_submodule(name, lazy)
+                self._linears[full] = lazy
+        local = {name.removeprefix(self._prefix): t.float() for name, t in high.items()}
+        module.load_state_dict(local, strict=True, assign=True)
+        module.requires_grad_(False)
+        self._module: Any = module.eval()
+
+    def watch(self, module: str, seen: Callable[[Tensor], None]) -> None:
+        """Call `seen` with every input, f32 [1, T, K], of a linear by full module name."""
+        self._linears[module].seen = seen
+
+    @torch.no_grad()
+    def attend(self, rotary: Rotary, x_TD: Tensor) -> tuple[Tensor, Routed]:
+        """One block of T tokens, causal, alone in its batch -> the residual stream after attention,
+        f32 [T, D], and what enters the MLP."""
+        part = self._module
+        attended, _ = part.self_attn(
+            hidden_states=part.input_layernorm(x_TD[None]),
+            attention_mask=None,  # without a mask, transformers' SDPA path is causal
+            position_embeddings=rotary.table(len(x_TD), x_TD.device),
+        )
+        h_TD = (x_TD[None] + attended)[0]
+        z_TD = part.post_attention_layernorm(h_TD)
+        if not self.is_moe:
+            return h_TD, Routed(z_TD)
+        _, weights, experts = part.mlp.gate(z_TD)
+        return h_TD, Routed(z_TD, experts, weights)
+
+    @torch.no_grad()
+    def combine(self, h_TD: Tensor, routed: Routed, parts: list[Part]) -> Tensor:
+        """The layer's output f32 [T, D]: experts' parts in the order of the experts, then the
+        shared expert, then the residual, as transformers adds them."""
+        if not self.is_moe:
+            return h_TD + self._module.mlp(routed.z)
+        y_TD = torch.zeros_like(h_TD)
+        whole: dict[int, tuple[Tensor, Tensor]] = {}
+        for part in parts:
+            whole |= part.by_expert
+        for expert in sorted(whole):
+            token, rows = whole[expert]
+            y_TD.index_add_(0, token.to(y_TD.device), rows.to(y_TD.device))
+        return h_TD + (y_TD + self._module.mlp.shared_experts(routed.z))
+
+
+def tokens_of(routed: Routed, expert: int) -> tuple[Tensor, Tensor]:
+    """Which tokens of a block go to an expert, int64 [n], and as which of their k choices; ordered
+    by choice, then by token, as transformers gathers them."""
+    assert routed.experts is not None
+    token, choice = torch.where((routed.experts == expert).T)[::-1]
+    return token, choice
+
+
+def hidden(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """What enters down_proj: silu(x gate^T) * (x up^T), f32 [T, I] from x f32 [T, D]."""
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def run_expert(
+    routed: Routed, expert: int, weights: Mapping[str, Tensor], prepare: Mapping[str, Prepare]
+) -> tuple[Tensor, Tensor] | None:
+    """One routed expert on its tokens of one block -> (tokens int64 [n], rows f32 [n, D] weighted
+    by the router); None where it has none. `weights` and `prepare` are by role."""
+    token, choice = tokens_of(routed, expert)
+    if not len(token):
+        return None
+    assert routed.weights is not None
+
+    def linear(role: str, x: Tensor) -> Tensor:
+        return F.linear(prepare[role](x) if role in prepare else x, weights[role])
+
+    x = routed.z[token]
+    y = linear("down_proj", F.silu(linear("gate_proj", x)) * linear("up_proj", x))
+    return token, y * routed.weights[token, choice, None]
+
+
+def preparation(scheme: Scheme, input_scale: Tensor | None = None) -> Prepare | None:
+    """How a linear of this scheme sees its input: as INT8 with one dynamic scale per token, as FP8
+    with its static scale, or (None) as it is. As the engine's kernels do."""
+    if scheme.activations == "int8":
+        return lambda x: dequantize_int8(*quantize_tokens_int8(x))
+    if scheme.activations == "fp8":
+        assert input_scale is not None
+        return lambda x: fake_quantize_fp8(x, input_scale)
+    return None

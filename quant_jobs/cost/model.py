@@ -1,0 +1,262 @@
+"""What quantizing a whole model takes, on paper: seconds, bytes and memory.
+
+Arithmetic, no measurement: `work.py` counts what the schedule asks for, `rates.py` says how
+fast it is served and where each figure comes from. The schedule, per layer (`quant_jobs/quantize`):
+
+    attend -> wait for the layer before to be written -> solve -> carry
+    beside them: the next layer is read; this one is written, from its solving on, and so is what
+    comes out of it, as it is carried
+
+so a layer takes max(read, storage, solve + max(attend + carry, write + boundary)). Within a step
+the slowest worker counts, and the parts of its work are added up: products, elementwise kernels,
+launches, copies. That is pessimistic where a GPU overlaps them, which the code does not ask it to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from quant_jobs.cost.layer import LayerWork
+from quant_jobs.cost.rates import GPU, Rates
+from quant_jobs.cost.shapes import (
+    F32,
+    layer_output_bytes,
+    layer_source_bytes,
+    source_bytes,
+    units,
+    untouched_bytes,
+)
+from quant_jobs.cost.work import Job, Section, Step
+
+#: In the order of the table.
+PHASES = (
+    *("read", "forward A", "statistics", "solve", "forward B", "exchange", "calls"),
+    *("boundary", "write"),
+)
+#: Those that follow each other.
+COMPUTE = PHASES[1:-2]
+SECTIONS: tuple[Section, ...] = ("attend", "solve", "carry")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """Seconds of one decoder layer by phase and, without `read` and `write`, by section."""
+
+    phases: dict[str, float]
+    sections: dict[str, float]
+    storage: float  # of one node's bytes, reads and writes together
+
+    @property
+    def seconds(self) -> float:
+        files = self.phases["write"] + self.phases["boundary"]
+        around = max(self.sections["attend"] + self.sections["carry"], files)
+        return max(self.phases["read"], self.storage, self.sections["solve"] + around)
+
+
+@dataclass(frozen=True, slots=True)
+class JobTime:
+    """Seconds of a whole job. `carried`: embeddings, head and MTP layer, copied by the driver while
+    the workers start; `exposed`: the first layer's read and the last one's write."""
+
+    layers: tuple[LayerTime, ...]
+    start: float
+    carried: float
+
+    @property
+    def exposed(self) -> float:
+        return self.layers[0].phases["read"] + self.layers[-1].phases["write"]
+
+    @property
+    def total(self) -> float:
+        layers = sum(one.seconds for one in self.layers)
+        return max(self.start, self.carried) + self.exposed + layers
+
+    def phase(self, name: str) -> float:
+        """Of all layers, hidden or not."""
+        return sum(one.phases[name] for one in self.layers)
+
+    @property
+    def limit(self) -> str:
+        """What most of the time goes to: reading or writing where they hide the rest, else the
+        longest phase of the compute."""
+        hidden = [o for o in self.layers if o.seconds > 1.001 * sum(o.sections.values())]
+        if len(hidden) * 2 > len(self.layers):
+            return max(("read", "boundary", "write"), key=self.phase)
+        return max(COMPUTE, key=self.phase)
+
+
+def job_time(job: Job, rates: Rates) -> JobTime:
+    """Seconds of a job. Equal layers are counted once; the last one is not carried through."""
+    kinds: dict[object, LayerTime] = {}
+    layers = []
+    last = job.config.num_hidden_layers - 1
+    for layer in range(last + 1):
+        linears = (spec for unit in units(job.config, layer) for spec in unit.linears)
+        kind = layer == last, tuple((spec.shape, job.scheme(spec)) for spec in linears)
+        if kind not in kinds:
+            kinds[kind] = layer_time(job, rates, layer)
+        layers.append(kinds[kind])
+    size = untouched_bytes(job.config)
+    carried = size * (2 / rates.storage + 1 / rates.read_digest + 1 / rates.write_digest)
+    return JobTime(tuple(layers), rates.start, carried)
+
+
+def layer_time(job: Job, rates: Rates, layer: int) -> LayerTime:
+    """Seconds of one layer."""
+    phases = dict.fromkeys(PHASES, 0.0)
+    sections: dict[str, float] = dict.fromkeys(SECTIONS, 0.0)
+    work = LayerWork(job, layer)
+    for step in work.steps():
+        for name, seconds in _step_seconds(step, rates).items():
+            phases[name] += seconds
+            sections[step.section] += seconds
+    if not work.is_last:
+        phases["boundary"] = _boundary_seconds(job, rates)
+    phases["read"], phases["write"] = (
+        _read_seconds(job, rates, layer),
+        _write_seconds(job, rates, layer),
+    )
+    return LayerTime(phases, sections, _storage_bytes(job, layer) / rates.storage)
+
+
+def _step_seconds(step: Step, rates: Rates) -> dict[str, float]:
+    """Of all repeats: the busiest worker's seconds by phase, the network's, and the calls'."""
+    best: dict[str, float] = {}
+    for worker in step.workers:
+        found: dict[str, float] = {"exchange": 0.0}
+        for phase, load in worker.items():
+            found[phase] = rates.compute(load)
+            found["exchange"] += rates.copies(load)
+        if sum(found.values()) >= sum(best.values()):
+            best = found
+    best["exchange"] += step.fabric / rates.network
+    best["calls"] = step.rounds * rates.call
+    return {name: seconds * step.repeat for name, seconds in best.items()}
+
+
+def _read_seconds(job: Job, rates: Rates, layer: int) -> float:
+    """The trunk's reader: its share of the experts too. Digests follow in the same thread."""
+    experts, trunk = layer_source_bytes(job.config, layer)
+    own = trunk
+    if experts:
+        owned = max(sum(unit.experts for unit in share) for share in LayerWork(job, layer).shares)
+        own += experts * owned // job.config.n_routed_experts
+    return (experts / job.nodes + trunk) / rates.storage + own / rates.read_digest
+
+
+def _write_seconds(job: Job, rates: Rates, layer: int) -> float:
+    """One worker writes the layer, digesting as it goes; what others solved on other nodes comes
+    over the network."""
+    size = layer_output_bytes(job.config, job.scheme, layer)
+    return size * (1 / rates.storage + 1 / rates.write_digest + job.remote / rates.network)
+
+
+def _boundary_bytes(job: Job) -> float:
+    """Of one node."""
+    return job.activation_bytes / job.nodes
+
+
+def _boundary_seconds(job: Job, rates: Rates) -> float:
+    """Every worker writes its own blocks; those of a node share its storage."""
+    size = _boundary_bytes(job)
+    # `save_blocks` takes each block's digest once more than `save_tensors` does.
+    digest = 1 / rates.write_digest + 1 / rates.read_digest
+    return size / rates.storage + size / job.per_node * digest
+
+
+def _storage_bytes(job: Job, layer: int) -> float:
+    """Through the storage of the node that reads the trunk or writes the layer."""
+    experts, trunk = layer_source_bytes(job.config, layer)
+    written = layer_output_bytes(job.config, job.scheme, layer)
+    return experts / job.nodes + trunk + written + _boundary_bytes(job)
+
+
+def bytes_read(job: Job) -> int:
+    """From storage by the whole cluster: every stored byte once."""
+    return source_bytes(job.config)
+
+
+def bytes_written(job: Job) -> tuple[int, int]:
+    """(the artifact's tensors, all boundaries), without the headers of their files."""
+    last = job.config.num_hidden_layers - 1
+    tensors = sum(layer_output_bytes(job.config, job.scheme, n) for n in range(last + 1))
+    stored = job.tokens // job.block_tokens * job.block_tokens * job.config.hidden_size * F32
+    return tensors + untouched_bytes(job.config), stored * last
+
+
+# --- memory ---
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One thing held where memory is fullest: bytes in the processes of one node, in its object
+    store, and on one GPU."""
+
+    name: str
+    host: int = 0
+    store: int = 0
+    gpu: int = 0
+
+
+def memory_use(job: Job) -> list[Use]:
+    """A MoE layer: the host while it is carried through, a GPU while it is solved."""
+    config, layer = job.config, job.config.first_k_dense_replace
+    experts, trunk = layer_source_bytes(config, layer)
+    out = layer_output_bytes(config, job.scheme, layer)
+    own = job.activation_bytes // job.nodes
+    waves = min(2 * job.waves[0][0] * job.block_tokens, job.tokens)  # two are under way at a time
+    rows = waves * config.num_experts_per_tok * job.row
+    group = max(units(config, layer), key=lambda unit: unit.numel)
+    grams = _gram_bytes(job, layer)
+    heads = config.num_attention_heads * job.block_tokens**2 * F32
+    reserved = int(GPU.memory_bytes * (1 - GPU.usable_fraction))
+    return [
+        Use("source of two layers, as stored", 2 * experts // job.nodes, 2 * trunk),
+        Use("packed layer in hand, and the one being written", out // job.nodes, 2 * out),
+        Use("activations into and out of the layer", 2 * own),
+        Use("what enters the MLP, all blocks", 0, job.activation_bytes, job.activation_bytes),
+        Use("expert rows of two waves", rows // job.nodes, rows // job.nodes),
+        # GPTQ stacks weights, and moves them where `act_order` asks for that.
+        Use("float32 weights of one unit, and GPTQ's copy", 0, 0, 2 * group.numel * F32),
+        # A factor takes the place of its matrix; one more is in work at a time.
+        Use("Gram matrices of one unit, and one in work", 0, 0, 2 * grams),
+        Use("attention scores of one block, if unfused", 0, 0, 2 * heads),
+        Use("CUDA context and fragmentation", 0, 0, reserved),
+    ]
+
+
+def _gram_bytes(job: Job, layer: int) -> int:
+    """The largest unit's, float32."""
+    sizes = [0]
+    for unit in units(job.config, layer):
+        size = 0
+        for readers in unit.inputs:
+            if any(job.algorithm(spec) == "gptq" for spec in readers):
+                shared = unit.experts and job.sees_all and readers[0].role != "down_proj"
+                size += readers[0].shape[1] ** 2 * F32 * (1 if shared else unit.copies)
+        sizes.append(size)
+    return max(sizes)
+
+
+def peak_bytes(uses: Iterable[Use]) -> tuple[int, int, int]:
+    """(processes of one node, its object store, one GPU). On a GPU, attention is over before what
+    enters the MLP is brought there to solve."""
+    uses = list(uses)
+    scores = sum(use.gpu for use in uses if use.name.startswith("attention scores"))
+    reserved = sum(use.gpu for use in uses if use.name.startswith("CUDA"))
+    gpu = sum(use.gpu for use in uses) - scores
+    stored = sum(use.store for use in uses)
+    return sum(use.host for use in uses), stored, max(gpu, scores + reserved)
+
+
+def largest_calibration(job: Job) -> int:
+    """Tokens, in whole blocks, with which a GPU's memory is not exceeded; 0 where none are."""
+    blocks, step = 0, 1 << 14
+    while step:
+        tried = replace(job, tokens=(blocks + step) * job.block_tokens)
+        if peak_bytes(memory_use(tried))[2] <= GPU.memory_bytes:
+            blocks += step
+        else:
+            step //= 2
+    return blocks * job.block_tokens

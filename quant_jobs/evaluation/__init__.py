@@ -1,0 +1,1 @@
+"""How good an engine is: scores, speed, the recipe's limits, and the record of them."""

@@ -1,0 +1,1 @@
+"""The quantize job: driver, the steps of one layer, the job folder, progress."""

@@ -1,0 +1,311 @@
+"""What a killed job leaves behind, and how the next run of the same command takes it up.
+
+    OUTPUT/.job/lock                                     held by flock: dies with its driver
+    OUTPUT/.job/job.json                                 what the output is made of
+    OUTPUT/.job/part-00003.json                          layer 3 is published: what is known of it
+    OUTPUT/.job/boundary-00004/worker-*.safetensors      what goes into layer 4, by block
+
+A layer counts as published when its part file exists, which is written after the layer's own file.
+A boundary counts when it has all blocks; boundary 0 is the embedding and is never stored. Old
+boundaries go once the next is complete, and all of .job goes last of all, after intserve.json.
+
+On disk beside the output: one boundary, two while the next is being written; B*T*D*4 bytes each
+(float32: 2.1 M tokens of DeepSeek-V3 are 60 GB).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deepseek.artifact.checkpoint import Fallback, LayerKey, LayerRecord
+from deepseek.artifact.manifest import MANIFEST_FILE
+from deepseek.errors import ArtifactError
+from deepseek.files import (
+    DamagedFileError,
+    read_header,
+    save_tensors,
+    sha256_file,
+    tensor_digest,
+    write_json,
+)
+
+FOLDER = ".job"
+#: Times that a folder is deleted before that which keeps appearing in it is an error.
+_REMOVALS = 10
+
+
+class PublishedPart(BaseModel):
+    """One published file and what was learned on the way, as the manifest will need it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    record: LayerRecord
+    coverage: tuple[int, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    kv_latent_amax: float | None = None
+
+
+class JobFolder:
+    """OUTPUT/.job of one running job; opening it takes the lock.
+
+    Raises on opening:
+        ArtifactError: another process writes this output, or it holds another run's work.
+    """
+
+    def __init__(self, output: Path, fingerprint: dict[str, Any]) -> None:
+        self.output = output
+        self.path = output / FOLDER
+        self._refuse_strangers()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = self._take_lock()
+        try:
+            self._pin(fingerprint)
+        except BaseException:
+            self.release()
+            raise
+
+    def __enter__(self) -> JobFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give up the lock; everything else stays for the next run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def remove(self) -> None:
+        """The job is done: delete the folder, the lock last of all."""
+        for path in sorted(self.path.iterdir()):
+            if path.name != "lock":
+                _remove_folder(path) if path.is_dir() else path.unlink()
+        (self.path / "lock").unlink()
+        self.path.rmdir()
+        self.release()
+
+    # --- published parts ---
+
+    def save_part(self, part: PublishedPart) -> None:
+        write_json(self._part_file(part.record.layer), part.model_dump(mode="json"))
+
+    def load_parts(self) -> dict[LayerKey, PublishedPart]:
+        """Every published part whose file is still there, verified byte by byte.
+
+        A file that was deleted is simply made again.
+
+        Raises:
+            ArtifactError: a file is not the one that was published; names it and the tensor.
+        """
+        parts: dict[LayerKey, PublishedPart] = {}
+        for path in sorted(self.path.glob("part-*.json")):
+            try:
+                part = PublishedPart.model_validate_json(path.read_bytes())
+            except ValidationError as error:
+                raise ArtifactError(f"{path} is damaged; delete it and run again") from error
+            file = self.output / part.record.file
+            if not file.exists():
+                path.unlink()
+                continue
+            if sha256_file(file) != part.record.sha256:
+                raise ArtifactError(
+                    f"{file} is damaged: {_damaged_tensor(file, part.record)} not as it was "
+                    "published; delete that file and run again, which makes it anew"
+                )
+            parts[part.record.layer] = part
+        return parts
+
+    def _part_file(self, layer: LayerKey) -> Path:
+        return self.path / f"part-{layer if layer == 'globals' else f'{layer:05d}'}.json"
+
+    # --- boundaries ---
+
+    def boundary(self, layer: int) -> Path:
+        """Folder of what goes into this layer."""
+        return self.path / f"boundary-{layer:05d}"
+
+    def last_boundary(self, num_blocks: int, at_most: int) -> int:
+        """The last complete boundary up to layer `at_most`; 0, the embedding, is always there."""
+        wanted = {_block_name(block) for block in range(num_blocks)}
+        for layer in range(at_most, 0, -1):
+            if wanted <= _stored_blocks(self.boundary(layer)):
+                return layer
+        return 0
+
+    def drop_boundaries(self, *, before: int) -> None:
+        for path in sorted(self.path.glob("boundary-*")):
+            if path.name < self.boundary(before).name:
+                _remove_folder(path)
+
+    # --- whose folder is it? ---
+
+    def _refuse_strangers(self) -> None:
+        if not self.output.is_dir() or self.path.is_dir():
+            return
+        if (self.output / MANIFEST_FILE).exists():
+            return
+        strangers = sorted(path.name for path in self.output.iterdir())
+        if strangers:
+            raise ArtifactError(
+                f"{self.output} is not empty ({strangers[0]}) and not an output of quantize; "
+                "choose another --output"
+            )
+
+    def _take_lock(self) -> int:
+        path = self.path / "lock"
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
+                os.close(handle)
+                raise ArtifactError(
+                    f"{self.output} is being written by another quantize (process {owner}); wait "
+                    "for it or choose another --output"
+                ) from None
+            # The file may have been deleted, by a job that ended, between opening and locking.
+            if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+                break
+            os.close(handle)
+            self.path.mkdir(exist_ok=True)
+        os.truncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        return handle
+
+    def _pin(self, fingerprint: dict[str, Any]) -> None:
+        path = self.path / "job.json"
+        wanted = json.loads(json.dumps(fingerprint))
+        if not path.exists():
+            write_json(path, wanted)
+            return
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ArtifactError(f"{path} is damaged; delete {self.output}") from error
+        check_same_run(self.output, found, wanted)
+
+
+def check_same_run(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Hold the fingerprint of the run in `output` against this run's; keys are what they name.
+
+    Raises:
+        ArtifactError: they differ; the sentence says in what.
+    """
+    for what in sorted(found.keys() | wanted.keys()):
+        theirs, ours = found.get(what), wanted.get(what)
+        if theirs == ours:
+            continue
+        name = f"recipe {_recipe_name(found)}"
+        if what == "recipe" and _recipe_name(found) != _recipe_name(wanted):
+            difference = f"not {_recipe_name(wanted)}"
+        elif what == "recipe":
+            difference = "whose rules or settings have changed since"
+        else:
+            difference = f"with another {what} ({_short(theirs)}, now {_short(ours)})"
+        raise ArtifactError(
+            f"{output} holds a run of {name}, {difference}; choose another --output or delete it"
+        )
+
+
+def boundary_files(boundary: Path, num_workers: int, wave: int = 0) -> list[Path]:
+    """One file per worker and wave. Any number of workers can read what any other number, in any
+    waves, has written."""
+    return [
+        boundary / f"worker-{index:03d}-of-{num_workers:03d}-wave-{wave:03d}.safetensors"
+        for index in range(num_workers)
+    ]
+
+
+def save_blocks(path: Path, blocks: Mapping[int, Tensor]) -> int:
+    """Store what goes into a layer, f32 [T, D] by block; whole or not at all. Bytes written."""
+    named = {_block_name(block): x_TD for block, x_TD in blocks.items()}
+    digests = {name: tensor_digest(x_TD) for name, x_TD in named.items()}
+    return save_tensors(path, named, digests).num_bytes
+
+
+def load_blocks(boundary: Path, blocks: Sequence[int]) -> dict[int, Tensor]:
+    """These blocks of a complete boundary.
+
+    Raises:
+        ArtifactError: a file is damaged.
+    """
+    found: dict[int, Tensor] = {}
+    for path in sorted(boundary.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                digests = file.metadata() or {}
+                for block in blocks:
+                    name = _block_name(block)
+                    if block in found or name not in digests:
+                        continue
+                    x_TD = file.get_tensor(name).clone()
+                    if tensor_digest(x_TD) != digests[name]:
+                        raise SafetensorError(f"{name} has other bytes than were written")
+                    found[block] = x_TD
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{path} is damaged ({error}); delete {boundary} and run again, which goes "
+                "through the published layers once more"
+            ) from error
+    return {block: found[block] for block in blocks}
+
+
+def _stored_blocks(boundary: Path) -> set[str]:
+    names: set[str] = set()
+    for path in boundary.glob("*.safetensors"):
+        try:
+            names |= read_header(path).tensors.keys()
+        except DamagedFileError as error:
+            raise ArtifactError(
+                f"{path} {error}; delete {boundary} and run again, which goes through the "
+                "published layers once more"
+            ) from error
+    return names
+
+
+def _remove_folder(path: Path) -> None:
+    """Delete a boundary, also while a worker that was given up for dead still writes into it: on a
+    node that lost its link, one ends its last call."""
+    for _ in range(_REMOVALS):
+        with contextlib.suppress(OSError):  # not empty after all
+            shutil.rmtree(path)
+            return
+    shutil.rmtree(path)
+
+
+def _block_name(block: int) -> str:
+    return f"block-{block:05d}"
+
+
+def _damaged_tensor(file: Path, record: LayerRecord) -> str:
+    """`tensor a is`, for the first tensor whose bytes differ from the record's."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name, digest in record.tensors.items():
+                if tensor_digest(opened.get_tensor(name)) != digest:
+                    return f"tensor {name} is"
+    except SafetensorError:
+        pass
+    return "its header is"
+
+
+def _recipe_name(fingerprint: dict[str, Any]) -> str:
+    return str((fingerprint.get("recipe") or {}).get("name"))
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text[:12] if len(text) == 64 else text

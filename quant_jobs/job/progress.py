@@ -1,0 +1,75 @@
+"""What a quantize run tells while it runs: events, and how a terminal shows them.
+
+The driver calls one function with every event and nothing else; tests pass their own, the command
+passes `TerminalProgress`. Events carry no tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from deepseek.artifact.manifest import LayerKey
+from deepseek.cli import make_progress
+from quant_jobs.job.folder import PublishedPart
+
+Step = Literal[
+    "started", "calibrated", "solved", "published", "carried", "lost", "joined", "finished"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Step `step` of part `layer` is complete. `part` with `published`; `detail` is for people."""
+
+    step: Step
+    layer: LayerKey
+    part: PublishedPart | None = None
+    detail: str = ""
+
+
+Progress = Callable[[Event], None]
+
+
+class TerminalProgress:
+    """A bar over the layers with an ETA on stderr, and a line per published layer."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._bar = make_progress()
+        self._task = self._bar.add_task("quantize", total=num_layers)
+        self._started = time.monotonic()
+
+    def __enter__(self) -> TerminalProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        if event.detail:
+            self._bar.console.print(event.detail, markup=False, soft_wrap=True)
+        if event.part is not None:
+            seconds = time.monotonic() - self._started
+            line = f"[{seconds:6.1f} s] {describe(event.part)}"
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._bar.advance(self._task)
+
+
+def describe(part: PublishedPart) -> str:
+    """One line about a published part: size, output errors, coverage, fallbacks."""
+    record = part.record
+    name = "globals" if record.layer == "globals" else f"layer {record.layer}"
+    words = [f"{name}: {record.num_bytes / 1e6:.2f} MB"]
+    if record.errors:
+        worst = max(record.errors, key=lambda module: record.errors[module])
+        mean = sum(record.errors.values()) / len(record.errors)
+        short = worst.partition(".")[2].partition(".")[2].partition(".")[2]
+        words.append(f"output error mean {mean:.4f}, worst {record.errors[worst]:.4f} ({short})")
+    if part.coverage:
+        words.append(f"tokens per expert {min(part.coverage)}..{max(part.coverage)}")
+    if part.fallbacks:
+        words.append(f"{sum(entry.count for entry in part.fallbacks)} fallbacks")
+    return ", ".join(words)

@@ -1,0 +1,1 @@
+"""HTML pages and JSON files about a job and about an engine."""

@@ -1,0 +1,250 @@
+"""What the report says, as data: `report.json`. The page is drawn from it and adds nothing.
+
+Collected from the manifest, the evaluation and the verdict; decides nothing. Held-out text is shown
+where the two models disagree; it is public by nature. No prompt is. Called by `report` alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from deepseek.artifact.manifest import Manifest
+from deepseek.artifact.verdict import GateVerdict
+from deepseek.inventory import linears
+from quant_jobs.build import BuiltEngine
+from quant_jobs.evaluation.record import Evaluation
+from quant_jobs.gate import judge, measure
+
+NUM_WORST = 12
+CONTEXT_TOKENS = 10
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Check(_Strict):
+    """One limit, as text: what was measured, its interval, the limit, and whether it is kept."""
+
+    name: str
+    measured: str
+    interval: str
+    limit: str
+    kept: bool
+
+
+class WorstToken(_Strict):
+    """A held-out token on which the two models disagree, with the text before it."""
+
+    block: int
+    position: int
+    before: str
+    text: str
+    kl: float
+    source_nll: float
+    quantized_nll: float
+
+
+class RuleRow(_Strict):
+    """One rule of the recipe and how many linears it decided."""
+
+    match: str
+    format: str
+    activations: str
+    algorithm: str
+    linears: int
+
+
+class FallbackRow(_Strict):
+    """One entry of the manifest's ledger."""
+
+    kind: str
+    layer: str
+    module: str
+    count: int
+    detail: str
+
+
+class Report(_Strict):
+    """`report.json`. `coverage` is calibration tokens per routed expert, by layer."""
+
+    format_version: Literal[1] = 1
+    title: str
+    description: str
+    verdict: Literal["pass", "fail", "open"]
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...]
+    coverage: dict[int, tuple[int, ...]]
+    coverage_note: str
+    errors: dict[str, float]
+    worst_tokens: tuple[WorstToken, ...]
+    rules: tuple[RuleRow, ...]
+    fallbacks: tuple[FallbackRow, ...]
+    provenance: dict[str, str]
+    evaluation: Evaluation
+
+
+def assemble(
+    engine: BuiltEngine,
+    evaluation: Evaluation,
+    tokens: dict[str, Tensor],
+    verdict: GateVerdict | None,
+) -> Report:
+    """Everything the page says, as data."""
+    manifest = engine.manifest
+    state: Literal["pass", "fail", "open"] = "open"
+    if verdict is not None:
+        state = "pass" if verdict.passed else "fail"
+    return Report(
+        title=evaluation.recipe,
+        description=manifest.recipe.description if manifest else "Engine of the source itself.",
+        verdict=state,
+        reasons=tuple(verdict.reasons) if verdict else (),
+        checks=_checks(evaluation, manifest) if manifest else (),
+        coverage=manifest.coverage if manifest else {},
+        coverage_note=_coverage_note(manifest) if manifest else "",
+        errors=_errors(manifest) if manifest else {},
+        worst_tokens=_worst_tokens(tokens, engine.directory),
+        rules=_rules(engine, manifest) if manifest else (),
+        fallbacks=_fallbacks(manifest) if manifest else (),
+        provenance=_provenance(engine, evaluation),
+        evaluation=evaluation,
+    )
+
+
+def _checks(evaluation: Evaluation, manifest: Manifest) -> tuple[Check, ...]:
+    """The limits beside the measured values; `kept` is the gate's own comparison."""
+    limits, measured = manifest.recipe.gate, measure(evaluation, manifest)
+    broken = judge(measured, limits)
+    ratio, kl, top1 = evaluation.perplexity_ratio, evaluation.kl.mean, evaluation.top1
+    rows = [
+        ("perplexity_ratio", "Perplexity ratio", f"{measured.perplexity_ratio:.5f}",
+         f"{ratio.low:.5f} – {ratio.high:.5f}", f"≤ {limits.max_perplexity_ratio:g}"),
+        ("mean_kl", "Mean KL, nats per token", f"{measured.mean_kl:.5f}",
+         f"{kl.low:.5f} – {kl.high:.5f}", f"≤ {limits.max_mean_kl:g}"),
+        ("top1", "Top-1 agreement", f"{measured.top1:.4f}",
+         f"{top1.low:.4f} – {top1.high:.4f}", f"≥ {limits.min_top1:g}"),
+        ("fallbacks", "Fallbacks", str(measured.fallbacks), "", f"≤ {limits.max_fallbacks}"),
+        ("starved_experts", "Starved experts", f"{measured.starved_experts:.1%}", "",
+         f"≤ {limits.max_starved_experts:.1%}"),
+    ]  # fmt: skip
+    return tuple(
+        Check(name=name, measured=value, interval=interval, limit=limit, kept=key not in broken)
+        for key, name, value, interval, limit in rows
+    )
+
+
+def _coverage_note(manifest: Manifest) -> str:
+    floor = manifest.recipe.expert_coverage.floor_tokens
+    starved = [
+        f"{layer}.{expert}"
+        for layer, experts in manifest.coverage.items()
+        for expert, tokens in enumerate(experts)
+        if tokens < floor
+    ]
+    if not starved:
+        return f"Every expert saw at least {floor} tokens."
+    names = ", ".join(starved[:12]) + (", …" if len(starved) > 12 else "")
+    return f"{len(starved)} saw fewer than {floor} and are crossed (layer.expert: {names})."
+
+
+def _errors(manifest: Manifest) -> dict[str, float]:
+    """Relative output error by module, over all layers."""
+    return {module: error for layer in manifest.layers for module, error in layer.errors.items()}
+
+
+def _worst_tokens(tokens: dict[str, Tensor], engine_dir: Path) -> tuple[WorstToken, ...]:
+    """The tokens with the largest KL. Logits at t judge token t+1, hence the shift."""
+    tokenizer = Tokenizer.from_file(str(engine_dir / "tokenizer.json"))
+    ids_BT, kl = tokens["token_ids"], tokens["kl"]
+    worst = kl.flatten().argsort(descending=True, stable=True)[:NUM_WORST].tolist()
+    rows = []
+    for flat in worst:
+        block, step = divmod(flat, kl.shape[1])
+        position = step + 1
+        before = ids_BT[block, max(0, position - CONTEXT_TOKENS) : position].tolist()
+        rows.append(
+            WorstToken(
+                block=block,
+                position=position,
+                before=_visible(tokenizer.decode(before, skip_special_tokens=False)),
+                text=_visible(tokenizer.decode([int(ids_BT[block, position])])),
+                kl=float(kl[block, step]),
+                source_nll=float(tokens["source_nll"][block, step]),
+                quantized_nll=float(tokens["quantized_nll"][block, step]),
+            )
+        )
+    return tuple(rows)
+
+
+def _visible(text: str) -> str:
+    """White space that a table would swallow, as signs."""
+    return text.replace("\n", "⏎").replace("\t", "⇥")
+
+
+def _rules(engine: BuiltEngine, manifest: Manifest) -> tuple[RuleRow, ...]:
+    """The recipe's rules, and how many linears of this model each decided (the MTP layer's are
+    carried through, whatever the rules say)."""
+    counts: Counter[int] = Counter()
+    for layer in range(engine.config.num_hidden_layers):
+        for spec in linears(engine.config, layer):
+            matching = [
+                index
+                for index, rule in enumerate(manifest.recipe.rules)
+                if fnmatchcase(spec.module, rule.match)
+            ]
+            counts.update(matching[-1:])
+    return tuple(
+        RuleRow(
+            match=rule.match,
+            format=rule.label,
+            activations="dynamic int8 per token" if rule.activations == "int8" else "none",
+            algorithm=rule.algorithm if rule.is_quantized else "carried through",
+            linears=counts[index],
+        )
+        for index, rule in enumerate(manifest.recipe.rules)
+    )
+
+
+def _fallbacks(manifest: Manifest) -> tuple[FallbackRow, ...]:
+    return tuple(
+        FallbackRow(
+            kind=item.kind,
+            layer="" if item.layer is None else str(item.layer),
+            module=item.module,
+            count=item.count,
+            detail=item.detail,
+        )
+        for item in manifest.fallbacks
+    )
+
+
+def _provenance(engine: BuiltEngine, evaluation: Evaluation) -> dict[str, str]:
+    facts = {
+        "Engine digest": engine.digest,
+        "Artifact digest": evaluation.artifact_digest,
+        "Source fingerprint": evaluation.reference_fingerprint,
+        "Held-out token ids": evaluation.data.digest,
+    }
+    if engine.manifest and engine.manifest.calibration:
+        calibration = engine.manifest.calibration
+        facts["Calibration digest"] = calibration.digest
+        facts["Calibration tokens"] = f"{calibration.num_tokens:,}"
+    facts["KV cache"] = evaluation.kv_cache
+    facts["Engine on disk"] = show_bytes(evaluation.engine_bytes)
+    return facts | {f"Tool: {name}": version for name, version in evaluation.tools.items()}
+
+
+def show_bytes(count: int) -> str:
+    """SI units, three digits: 12.3 MB, 356 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"

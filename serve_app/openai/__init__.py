@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API: routes, requests, answers, streams, tokenizer."""

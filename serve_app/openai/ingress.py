@@ -1,0 +1,59 @@
+"""The ingress deployment: http_app.py inside Serve, with a handle to the engines.
+
+Serve builds the ASGI application once the replica exists (`__serve_build_asgi_app__`), so that it
+is never pickled and can hold the replica's own objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from serve_app.config import ServeConfig
+from serve_app.engines.protocol import ReplicaStatus
+from serve_app.openai.routes import Service, make_app
+from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
+from serve_app.routing.replica_client import ReplicaClient, StatusBoard
+from serve_app.telemetry.tracing import Telemetry
+
+
+def load_tokenizer(config: ServeConfig) -> Tokenizer:
+    """The tokenizer that goes with the configured engine."""
+    return ByteTokenizer() if config.engine is None else HfTokenizer(config.engine)
+
+
+class Ingress:
+    """The Serve deployment; Serve asks for the ASGI application once the replica exists."""
+
+    # Serve wants the constructor of an ingress to be a coroutine; mypy knows no such thing.
+    async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
+        self._board = StatusBoard()
+        client = ReplicaClient(engines, self._board)
+        self._service = Service(
+            config, load_tokenizer(config), client, Telemetry.from_environment()
+        )
+        self._context = serve.get_replica_context()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._service, self._all_snapshots)
+
+    async def note_status(self, status: ReplicaStatus) -> None:
+        """An engine replica's heartbeat."""
+        self._board.note(status)
+
+    async def metrics_snapshot(self) -> tuple[str, str]:
+        """This replica's id and metrics text."""
+        return self._context.replica_id.unique_id, self._service.metrics.snapshot()
+
+    async def _all_snapshots(self) -> dict[str, str]:
+        if self._service.config.ingress_replicas == 1:
+            return dict([await self.metrics_snapshot()])
+        peers = serve.get_deployment_handle(self._context.deployment, self._context.app_name)
+        answers = await peers.broadcast("metrics_snapshot").results_async(return_exceptions=True)
+        return dict([a for a in answers if isinstance(a, tuple)])
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_service"):
+            self._service.telemetry.shutdown()

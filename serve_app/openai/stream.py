@@ -1,0 +1,225 @@
+"""From the streams of a request's choices to its answer, streamed or whole: one path for both.
+
+`open_stream` starts every choice and awaits the first event of each, so that refusal, overload and
+a dead engine are known while the status can still say so. Behind it, `Merged` gives events of all
+choices in order of arrival; each choice ends in exactly one `Done`, whatever happened to its
+engine or to the deadline. `sse` and `collect` turn that into bytes or into one object.
+
+Cleaning up is synchronous (`close` only cancels the pump tasks, and each pump closes its own engine
+stream): a disconnect arrives as a cancellation, under which awaiting anything is not reliable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from serve_app.engines.protocol import Done, Event, GenerateRequest, Tokens
+from serve_app.errors import ApiError, DeadlineExceeded, to_api_error
+from serve_app.openai.answers import ChoiceState, Format, usage
+
+log = logging.getLogger(__name__)
+
+#: How the engine's reasons are called in OpenAI's API, which knows no abort and no error.
+FINISH_REASONS = {"stop": "stop", "length": "length"}
+
+#: Pumps at work; the event loop itself only holds weak references to tasks.
+_pumps: set[asyncio.Task[None]] = set()
+
+
+class Source(Protocol):
+    """Where events come from: the actor hop in service, an engine itself in tests. It must be an
+    async generator, whose `aclose` aborts the request."""
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]: ...
+
+
+class Merged:
+    """Events of several choices, in order of arrival, each choice ending in exactly one `Done`."""
+
+    def __init__(self, source: Source, requests: Sequence[GenerateRequest], deadline: float):
+        """`deadline` is on the running loop's clock."""
+        self._queue: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
+        self._requests = requests
+        self._deadline = deadline
+        self._open = set(range(len(requests)))
+        self._produced = [0] * len(requests)
+        #: Why a choice ended in an error, by index; complete once iteration has ended.
+        self.errors: dict[int, ApiError] = {}
+        self._early: list[tuple[int, Event]] = []
+        self._tasks = [
+            asyncio.create_task(self._pump(source, index, request))
+            for index, request in enumerate(requests)
+        ]
+        for task in self._tasks:
+            _pumps.add(task)
+            task.add_done_callback(_pumps.discard)
+
+    async def _pump(self, source: Source, index: int, request: GenerateRequest) -> None:
+        try:
+            async with aclosing(source.generate(request)) as events:
+                async for event in events:
+                    self._queue.put_nowait((index, event))
+                    if isinstance(event, Done):
+                        return
+            raise RuntimeError("the engine's stream ended without a final event")
+        except Exception as error:
+            self._queue.put_nowait((index, error))
+
+    async def open(self) -> None:
+        """Await the first event of every choice.
+
+        Raises:
+            ApiError: a choice was refused, its engine failed first, or the deadline passed.
+        """
+        waiting = set(self._open)
+        while waiting:
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    index, event = await self._queue.get()
+            except TimeoutError:
+                raise DeadlineExceeded("the request's deadline passed before any token") from None
+            if isinstance(event, BaseException):
+                raise _logged(event)
+            first = index in waiting
+            if first and isinstance(event, Done) and event.reason in ("error", "abort"):
+                raise _engine_failed(event)
+            self._early.append((index, event))
+            waiting.discard(index)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        for index, event in self._early:
+            yield index, self._noted(index, event)
+        while self._open:
+            index, event = await self._next()
+            if index in self._open:
+                yield index, self._noted(index, event)
+
+    async def _next(self) -> tuple[int, Event]:
+        try:
+            if self._queue.empty():
+                async with asyncio.timeout_at(self._deadline):
+                    index, event = await self._queue.get()
+            else:
+                index, event = self._queue.get_nowait()
+        except TimeoutError:
+            index = min(self._open)
+            self._tasks[index].cancel()
+            event = DeadlineExceeded("the request's deadline passed; the answer is incomplete")
+        if isinstance(event, BaseException):
+            return index, self._failed(index, _logged(event))
+        return index, event
+
+    def _noted(self, index: int, event: Event) -> Event:
+        if isinstance(event, Done):
+            self._open.discard(index)
+            if event.reason not in FINISH_REASONS:
+                self.errors.setdefault(index, _engine_failed(event))
+        else:
+            self._produced[index] += len(event.token_ids)
+        return event
+
+    def _failed(self, index: int, error: ApiError) -> Done:
+        self.errors[index] = error
+        prompt_tokens = len(self._requests[index].prompt_ids)
+        return Done("error", prompt_tokens, self._produced[index], error=str(error))
+
+    def close(self) -> None:
+        """Abort what still runs. Idempotent; safe after a normal end."""
+        for task in self._tasks:
+            task.cancel()
+
+
+def _engine_failed(done: Done) -> ApiError:
+    return ApiError(done.error or "the engine gave up this request", code="engine_failed")
+
+
+def _logged(error: BaseException) -> ApiError:
+    """As an ApiError; what nobody foresaw leaves its traceback in the log."""
+    known = to_api_error(error)
+    if type(known) is ApiError and known is not error:
+        log.error("generation failed", exc_info=error)
+    return known
+
+
+async def open_stream(
+    source: Source, requests: Sequence[GenerateRequest], deadline: float
+) -> Merged:
+    """Start every choice and await its first event; see `Merged.open` for the errors."""
+    merged = Merged(source, requests, deadline)
+    try:
+        await merged.open()
+    except BaseException:
+        merged.close()
+        raise
+    return merged
+
+
+class Answer:
+    """Folds events into choices; tells the observer about each, once."""
+
+    def __init__(
+        self, merged: Merged, form: Format, num_choices: int, observe: Callable[[Event], None]
+    ) -> None:
+        self.merged = merged
+        self.form = form
+        self.choices = [ChoiceState(index) for index in range(num_choices)]
+        self._observe = observe
+
+    async def _events(self) -> AsyncIterator[tuple[ChoiceState, Event]]:
+        async for index, event in self.merged:
+            self._observe(event)
+            choice = self.choices[index]
+            if isinstance(event, Done):
+                choice.done = event
+            yield choice, event
+
+    async def collect(self, prompt_tokens: int) -> dict[str, Any]:
+        """The unstreamed answer.
+
+        Raises:
+            ApiError: a choice ended in an error or was aborted.
+        """
+        async for choice, event in self._events():
+            if isinstance(event, Done):
+                if choice.index in self.merged.errors:
+                    raise self.merged.errors[choice.index]
+            else:
+                choice.text.append(event.text)
+                choice.logprobs.extend(event.logprobs)
+        done = [(c, FINISH_REASONS[c.done.reason]) for c in self.choices if c.done is not None]
+        return {
+            **self.form.envelope(streamed=False),
+            "choices": [self.form.whole(choice, reason) for choice, reason in done],
+            "usage": usage(self.choices, prompt_tokens),
+        }
+
+    async def sse(self, prompt_tokens: int, *, include_usage: bool) -> AsyncIterator[bytes]:
+        """Server-sent events, ending in `[DONE]`; an error ends the stream in their place."""
+        envelope = self.form.envelope(streamed=True)
+        if include_usage:  # OpenAI: the field is there, and null, on all chunks but the last
+            envelope["usage"] = None
+        async for choice, event in self._events():
+            if isinstance(event, Tokens):
+                if not event.text and not event.logprobs and choice.started:
+                    continue  # held back: the text may yet become a stop string
+                piece = self.form.piece(choice, event)
+                choice.started = True
+            elif event.reason in FINISH_REASONS:
+                piece = self.form.last(choice, FINISH_REASONS[event.reason])
+            else:
+                yield _frame(self.merged.errors[choice.index].body())
+                return
+            yield _frame({**envelope, "choices": [piece]})
+        if include_usage:
+            yield _frame({**envelope, "choices": [], "usage": usage(self.choices, prompt_tokens)})
+        yield b"data: [DONE]\n\n"
+
+
+def _frame(payload: dict[str, Any]) -> bytes:
+    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()

@@ -1,0 +1,1 @@
+"""The engine deployment: one engine behind the actor hop."""

@@ -1,0 +1,98 @@
+"""The engine deployment: one replica is one engine behind the actor hop.
+
+One message crosses the hop per flush (coalesce.py), not one per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from serve_app.config import ReplicaLimits
+from serve_app.engines.protocol import Engine, Event, GenerateRequest, ReplicaStatus
+from serve_app.errors import ApiError, Overloaded
+from serve_app.replica.coalesce import coalesce, flush_interval
+from serve_app.routing.replica_client import HEARTBEAT_S
+from serve_app.telemetry.tracing import Telemetry
+
+log = logging.getLogger("ray.serve")
+
+EngineFactory = Callable[[], Engine]
+
+#: The name of the deployment that the heartbeats go to.
+INGRESS = "ingress"
+
+#: Why a heartbeat may not arrive: the ingress starts or stops, or the engine itself is not well.
+_NO_INGRESS = (RayServeException, RayError, TimeoutError, ApiError)
+
+
+class EngineReplica:
+    """Wraps one engine. Serve calls `check_health`, `reconfigure` and `__del__`."""
+
+    # Serve awaits a constructor that is a coroutine; mypy knows no such thing.
+    async def __init__(self, make_engine: EngineFactory) -> None:  # type: ignore[misc]
+        self._telemetry = Telemetry.from_environment()
+        self._limits = ReplicaLimits()
+        self._num_streams = 0
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        self._engine = make_engine()
+        self._info = await self._engine.start()
+        if not self._info.gated:
+            log.warning("UNGATED: %s has not passed its accuracy gate", self._info.model_id)
+        self._heartbeat = asyncio.create_task(self._send_heartbeats())
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take limits that may change while serving; anything else needs a new deployment."""
+        self._limits = ReplicaLimits.model_validate(user_config)
+
+    async def check_health(self) -> None:
+        await self._engine.check()
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[Event, ...], None]:
+        """Events in order, several per message. Raises Overloaded before the first."""
+        waiting, most = self._engine.load().waiting, self._limits.max_waiting_requests
+        if most is not None and waiting > most:
+            raise Overloaded(f"{waiting} requests are waiting for this engine; retry later")
+        self._num_streams += 1
+        try:
+            with self._telemetry.generation(request) as span:
+                events = coalesce(self._engine.generate(request), self._flush_interval_s)
+                async with aclosing(events):
+                    async for batch in events:
+                        span.note(batch)
+                        yield batch
+        finally:
+            self._num_streams -= 1
+
+    def _flush_interval_s(self) -> float:
+        return flush_interval(self._num_streams, self._limits.max_flushes_per_s)
+
+    async def _send_heartbeats(self) -> None:
+        """Tell every ingress how this replica is, for as long as it is well."""
+        context = serve.get_replica_context()
+        ingress = serve.get_deployment_handle(INGRESS, context.app_name)
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._engine.check()
+                    status = ReplicaStatus(self._replica_id, self._info, self._engine.load())
+                    beat = ingress.broadcast("note_status", status)
+                    await beat.results_async(return_exceptions=True)
+            except _NO_INGRESS as error:
+                log.debug("heartbeat not delivered: %s", error)
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_heartbeat"):
+            self._heartbeat.cancel()
+        if hasattr(self, "_engine"):
+            await self._engine.shutdown()
+        if hasattr(self, "_telemetry"):
+            self._telemetry.shutdown()

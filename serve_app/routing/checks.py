@@ -1,0 +1,108 @@
+"""Who may ask, for what, and whether it can ever be served. Pure: values in, values or errors out.
+
+What is decided here needs no waiting: the key, the model's name, token ids that exist, and whether
+prompt and completion fit the context and the KV cache at all. Whether there is room *now* is the
+engine's and Serve's to say, and comes back as 429.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+
+from pydantic import SecretStr
+
+from serve_app.engines.protocol import EngineInfo, GenerateRequest
+from serve_app.errors import InvalidRequest, ModelNotFound, Unauthorized
+from serve_app.openai.requests import MAX_CHOICES, AnyRequest
+
+
+def check_key(keys: Sequence[SecretStr], headers: Mapping[str, str]) -> None:
+    """Compare the bearer token with every key, in time that tells nothing about them.
+
+    Raises:
+        Unauthorized: keys are configured and none was given.
+    """
+    if not keys:
+        return
+    given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+    matches = [secrets.compare_digest(given, key.get_secret_value().encode()) for key in keys]
+    if not any(matches):
+        raise Unauthorized("give a valid API key: Authorization: Bearer KEY")
+
+
+def check_model(given: str, served: str) -> None:
+    """Raises ModelNotFound unless the request names the model that is served."""
+    if given != served:
+        raise ModelNotFound(f"model {given[:200]!r} is not served here; use {served!r}")
+
+
+def choose_max_tokens(
+    num_prompt_tokens: int, asked: int | None, default: int, info: EngineInfo
+) -> int:
+    """Tokens to generate at most: as asked, or the default cut to what the context leaves.
+
+    Raises:
+        InvalidRequest: prompt and completion cannot fit, whatever else is running.
+    """
+    limit = min(info.max_model_len, info.kv_tokens_total)
+    what = "model's context" if info.max_model_len <= info.kv_tokens_total else "KV cache"
+    room = limit - num_prompt_tokens
+    if room < 1:
+        raise InvalidRequest(
+            f"the prompt has {num_prompt_tokens} tokens and the {what} holds {limit}, completion "
+            "included; shorten the prompt",
+            code="context_length_exceeded",
+        )
+    if asked is None:
+        return min(default, room)
+    if asked > room:
+        raise InvalidRequest(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens asks for {asked} more, but "
+            f"the {what} holds {limit}; shorten the prompt or ask for at most {room}",
+            code="context_length_exceeded",
+        )
+    return asked
+
+
+def make_requests(
+    body: AnyRequest,
+    prompts: Sequence[Sequence[int]],
+    *,
+    request_id: str,
+    info: EngineInfo,
+    vocab_size: int,
+    default_max_tokens: int,
+    trace_context: dict[str, str],
+) -> list[GenerateRequest]:
+    """One engine request per prompt and choice, in the order of the answer's indices.
+
+    Raises:
+        InvalidRequest: a prompt is empty, too long, or holds an id outside the vocabulary; or the
+            request has more choices in total than one request may.
+    """
+    if len(prompts) * body.num_choices > MAX_CHOICES and len(prompts) > 1:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts with n {body.num_choices} are more than {MAX_CHOICES} "
+            "choices; send several requests",
+            param="n",
+        )
+    requests: list[GenerateRequest] = []
+    for prompt in prompts:
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+        if (largest := max(prompt)) >= vocab_size:
+            raise InvalidRequest(
+                f"token id {largest} is outside the vocabulary of {vocab_size}", param="prompt"
+            )
+        max_tokens = choose_max_tokens(len(prompt), body.completion_limit, default_max_tokens, info)
+        for choice in range(body.num_choices):
+            requests.append(
+                GenerateRequest(
+                    request_id=f"{request_id}-{len(requests)}",
+                    prompt_ids=tuple(prompt),
+                    sampling=body.sampling(max_tokens=max_tokens, choice=choice),
+                    trace_context=trace_context,
+                )
+            )
+    return requests

@@ -1,0 +1,141 @@
+"""One request as the operator sees it: its SERVER span and its metrics, finished exactly once.
+
+The ingress tells it what happened (`describe`, `event`, `finish`); nothing here decides anything,
+and nothing here ever sees a prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from serve_app.engines.protocol import Done, Event, GenerateRequest
+from serve_app.errors import ApiError
+from serve_app.openai.requests import AnyRequest
+from serve_app.telemetry.metrics import RequestMetrics
+from serve_app.telemetry.tracing import Telemetry, propagate, set_error
+
+
+class Observation:
+    """From arrival to last byte."""
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        metrics: RequestMetrics,
+        *,
+        operation: str,
+        route: str,
+        headers: Mapping[str, str],
+    ) -> None:
+        self._metrics = metrics
+        self._operation = operation
+        self._model = ""
+        self._arrived = time.monotonic()
+        self._first: float | None = None
+        self._reasons: list[str] = []
+        self._tokens = {"input": 0, "cached_input": 0, "output": 0}
+        self._finished = False
+        self._span = telemetry.start_server_span(f"POST {route}", headers)
+        self._span.set_attributes(
+            {
+                "http.request.method": "POST",
+                "http.route": route,
+                "url.path": route,
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": "intserve",
+            }
+        )
+        metrics.in_flight(+1)
+
+    @property
+    def trace_context(self) -> dict[str, str]:
+        return propagate(self._span)
+
+    def describe(
+        self,
+        body: AnyRequest,
+        requests: Sequence[GenerateRequest],
+        *,
+        num_prompt_tokens: int,
+        response_id: str,
+    ) -> None:
+        """Once the request is known to be servable. Each prompt counts once, whatever `n` is."""
+        self._model = body.model
+        self._tokens["input"] = num_prompt_tokens
+        sampling = requests[0].sampling
+        self._span.update_name(f"{self._operation} {body.model}")
+        self._span.set_attributes(
+            {
+                "gen_ai.request.model": body.model,
+                "gen_ai.response.model": body.model,
+                "gen_ai.response.id": response_id,
+                "gen_ai.request.max_tokens": sampling.max_tokens,
+                "gen_ai.request.temperature": sampling.temperature,
+                "gen_ai.request.top_p": sampling.top_p,
+                "gen_ai.request.top_k": sampling.top_k,
+                "gen_ai.request.choice.count": body.num_choices,
+                "gen_ai.request.stream": bool(body.stream),
+            }
+        )
+        if body.seed is not None:
+            self._span.set_attribute("gen_ai.request.seed", body.seed)
+
+    def event(self, event: Event) -> None:
+        """An engine event on its way to the client."""
+        if isinstance(event, Done):
+            self._reasons.append(event.reason)
+            self._tokens["cached_input"] += event.cached_tokens
+            self._tokens["output"] += event.completion_tokens
+            if event.reason in ("stop", "length") and event.completion_tokens > 1:
+                self._metrics.observe(
+                    "gen_ai_server_time_per_output_token_seconds",
+                    event.decode_s / (event.completion_tokens - 1),
+                    self._operation,
+                    self._model,
+                )
+        elif self._first is None:
+            self._first = time.monotonic() - self._arrived
+            self._span.set_attribute("gen_ai.response.time_to_first_chunk", self._first)
+            self._metrics.observe(
+                "gen_ai_server_time_to_first_token_seconds",
+                self._first,
+                self._operation,
+                self._model,
+            )
+
+    def finish(self, error: ApiError | None, *, status: int, disconnected: bool = False) -> None:
+        """End the span and count the outcome. Later calls change nothing.
+
+        `status` is what the client saw: an error after the first byte leaves it at 200.
+        """
+        if self._finished:
+            return
+        self._finished = True
+        outcome = "disconnected" if disconnected else "ok" if error is None else str(error.code)
+        self._span.set_attributes(
+            {
+                "http.response.status_code": status,
+                "gen_ai.usage.input_tokens": self._tokens["input"],
+                "gen_ai.usage.output_tokens": self._tokens["output"],
+                "gen_ai.usage.cache_read.input_tokens": self._tokens["cached_input"],
+                "gen_ai.response.finish_reasons": self._reasons,
+                "intserve.outcome": outcome,
+            }
+        )
+        if error is not None:
+            set_error(self._span, outcome)
+        self._span.end()
+        seconds = time.monotonic() - self._arrived
+        error_type = "" if outcome == "ok" else outcome
+        self._metrics.observe(
+            "gen_ai_server_request_duration_seconds",
+            seconds,
+            self._operation,
+            self._model,
+            error_type,
+        )
+        self._metrics.count("intserve_requests_total", 1, self._operation, outcome)
+        for kind, amount in self._tokens.items():
+            self._metrics.count("intserve_tokens_total", amount, kind)
+        self._metrics.in_flight(-1)

@@ -1,0 +1,160 @@
+"""Bytes against what was published or computed by others, and against first principles."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from support.plans import plan_v3, recipe_of
+
+from cluster.hardware import parse_hardware
+from cluster.matrix import FORMATS
+from cluster.memory import GROUPS, kv_bytes_per_token_and_layer
+from cluster.plan import make_plan, tally_of
+from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.engine.kv_cache import token_bytes
+from deepseek.formats import stored_bytes
+from deepseek.inventory import tensors
+from deepseek.recipe import Recipe, load_recipe
+
+EXPERTS = "model.layers.*.mlp.experts.*"
+BF16 = {"match": "*", "weights": "bf16"}
+INT4_EXPERTS = {"match": EXPERTS, "weights": "int4", "group_size": 128}
+
+#: Total GB of weights, MTP excluded, embedding and head in BF16.
+PUBLISHED = {
+    "bf16": (recipe_of(BF16), 1342.0),
+    "fp8": (recipe_of(), 673.1),
+    "int8": (load_recipe("int8"), 673.4),
+    "int8-weight-only": (load_recipe("int8-weight-only"), 673.4),
+    "int4-experts-g32-bf16-rest": (recipe_of(BF16, INT4_EXPERTS | {"group_size": 32}), 402.0),
+    "int4-experts-bf16-rest": (recipe_of(BF16, INT4_EXPERTS), 371.4),
+    "int4-g64-asym": (recipe_of({"match": "*", "weights": "int4-asym", "group_size": 64}), 364.6),
+    "int4": (load_recipe("int4"), 356.3),
+    "int4-all": (load_recipe("int4-all"), 348.9),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_total_weights_agree_with_the_published_sizes_within_1_percent(name: str) -> None:
+    recipe, published_gb = PUBLISHED[name]
+    footprint = plan_v3(recipe, "8xH800-80GB").footprint
+    assert footprint.weights / 1e9 == pytest.approx(published_gb, rel=0.01)
+
+
+def test_int4_takes_44_to_47_gb_on_each_of_eight_gpus() -> None:
+    assert 44e9 <= plan_v3("int4", "8xH800-80GB").footprint.weights_per_gpu <= 47e9
+
+
+def test_the_mtp_layer_weighs_11_7_gb_and_counts_only_when_loaded() -> None:
+    without = plan_v3("int4", "8xH800-80GB").footprint
+    loaded = plan_v3("int4", "8xH800-80GB", mtp=True).footprint
+    assert loaded.weights - without.weights == pytest.approx(11.7e9, rel=0.01)
+    assert loaded.weights_per_gpu > without.weights_per_gpu
+    assert loaded.kv_bytes_per_token * 61 == without.kv_bytes_per_token * 62
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-asym"])
+def test_the_lines_add_up_to_what_the_formats_store(name: str) -> None:
+    schemes = load_recipe(name).resolve(DEEPSEEK_V3)
+    want = 0
+    for spec in tensors(DEEPSEEK_V3):
+        if spec.group == "mtp":
+            continue
+        if spec.kind == "linear":
+            want += stored_bytes(schemes[spec.module], spec.shape[0], spec.shape[1])
+        else:
+            want += spec.numel * (4 if spec.kind == "float32" else 2)
+    plan = plan_v3(name, "8xH800-80GB")
+    assert plan.footprint.weights == want
+    assert sum(line.total_bytes for line in plan.lines if line.name != "mtp") == want
+
+
+def test_tensor_parallelism_replicates_what_cannot_be_split() -> None:
+    groups = {tp: tally_of(DEEPSEEK_V3, recipe_of(BF16)).gpu_footprint(tp, "bf16") for tp in (1, 8)}
+    one, eight = groups[1].groups, groups[8].groups
+    for name in ("router", "norms"):
+        assert eight[name].values_per_gpu == one[name].values, name
+    hidden, layers = DEEPSEEK_V3.hidden_size, 61
+    copied = 2 * layers * hidden * (DEEPSEEK_V3.q_lora_rank + DEEPSEEK_V3.latent_dim)
+    split = (one["attention"].values - copied) // 8
+    assert eight["attention"].values_per_gpu == copied + split
+    for name in ("routed_experts", "shared_experts", "dense_mlp", "embeddings"):
+        assert eight[name].values_per_gpu * 8 == one[name].values, name
+
+
+def test_scales_of_int8_down_projections_are_on_every_gpu() -> None:
+    only = recipe_of({"match": "*.shared_experts.down_proj", "weights": "int8"}, BF16)
+    last = recipe_of(BF16, {"match": "*.shared_experts.down_proj", "weights": "int8"})
+    assert plan_v3(only, "8xH800-80GB").footprint.groups["shared_experts"].scales == 0
+    group = plan_v3(last, "8xH800-80GB").footprint.groups["shared_experts"]
+    assert group.scales_per_gpu == group.scales > 0
+
+
+def test_a_split_never_cuts_an_fp8_block() -> None:
+    """The shared expert's 2048 columns are 16 blocks: at 32 GPUs each holds one block, twice."""
+    tally = tally_of(DEEPSEEK_V3, recipe_of())
+    at = {tp: tally.gpu_footprint(tp, "bf16").groups["shared_experts"] for tp in (16, 32)}
+    assert at[16].values_per_gpu == at[32].values_per_gpu == at[16].values // 16
+
+
+@pytest.mark.parametrize(("form", "size"), [("bf16", 1152), ("fp8", 656), ("int8", 644)])
+def test_a_cached_token_takes_the_published_bytes_per_layer(form: str, size: int) -> None:
+    assert kv_bytes_per_token_and_layer(DEEPSEEK_V3, form) == size
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_kv_bytes_are_those_of_the_embedded_cache(form: str, tiny_model: Path) -> None:
+    for config in (DEEPSEEK_V3, ModelConfig.from_directory(tiny_model)):
+        per_layer = kv_bytes_per_token_and_layer(config, form)
+        assert per_layer * config.num_hidden_layers == token_bytes(config, form)
+
+
+def test_the_latent_cache_is_replicated_on_every_gpu() -> None:
+    footprints = [plan_v3("int4", f"{n}xH800-80GB").footprint for n in (8, 16)]
+    assert footprints[0].kv_bytes(1000) == footprints[1].kv_bytes(1000)
+
+
+#: TensorRT-LLM's README: fewest GPUs for DeepSeek-V3 by GPU and format.
+MINIMUM = {
+    ("H100-80GB", "fp8"): 16,
+    ("H100-80GB", "int4"): 8,
+    ("H20-96GB", "fp8"): 8,
+    ("H20-96GB", "int4"): 4,
+    ("H20-141GB", "fp8"): 8,
+    ("H20-141GB", "int4"): 4,
+    ("H200-141GB", "fp8"): 8,
+    ("H200-141GB", "int4"): 4,
+}
+
+
+@pytest.mark.parametrize(("gpu", "form"), MINIMUM)
+def test_the_fewest_gpus_are_those_of_nvidias_table(gpu: str, form: str) -> None:
+    recipe: Recipe | str = recipe_of() if form == "fp8" else "int4"
+    fitting = [n for n in (1, 2, 4, 8, 16) if plan_v3(recipe, f"{n}x{gpu}", context=4096).fits]
+    assert fitting[0] == MINIMUM[gpu, form]
+
+
+def test_every_format_of_the_matrix_has_bytes(tiny_model: Path) -> None:
+    """A format that a recipe can name but the planner cannot weigh would fail only for users."""
+    config = ModelConfig.from_directory(tiny_model)
+    sizes = {}
+    for label in sorted(FORMATS):
+        given = re.fullmatch(r"(.+?)(?:-g(\d+))?(-a8|-afp8)?", label)
+        assert given is not None
+        weights, group, inputs = given.groups()
+        rule: dict[str, object] = {"match": EXPERTS, "weights": weights}
+        rule |= {"group_size": int(group)} if group else {}
+        rule |= {"activations": "fp8" if inputs == "-afp8" else "int8"} if inputs else {}
+        plan = make_plan(config, recipe_of(rule), parse_hardware("4xH800-80GB"))
+        assert {line.name for line in plan.lines} == {*GROUPS, "scales"}
+        sizes[label] = plan.footprint.weights
+    order = ["int4-g128", "int4-g64", "int4-g32", "int8", "bf16"]
+    assert sorted(order, key=sizes.__getitem__) == order
+    for more, than in (
+        ("int4-asym-g128", "int4-g128"),
+        ("int4-g128-afp8", "int4-g128"),
+        ("int8-asym", "int8"),
+    ):
+        assert sizes[more] > sizes[than], (more, than)

@@ -1,0 +1,62 @@
+"""Planned bytes against what a real engine allocates on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support.engines import make_engine
+from support.plans import recipe_of
+
+from cluster.hardware import parse_hardware
+from cluster.plan import Plan, make_plan
+from deepseek.config import ModelConfig
+from deepseek.engine.engine import LLMEngine
+from deepseek.engine.options import EngineOptions
+from deepseek.recipe import load_recipe
+
+KV_TOKENS = 2048
+
+
+def planned_bytes(plan: Plan) -> dict[str, int]:
+    """By the names of `LLMEngine.allocated_bytes`, without the groups that hold nothing."""
+    found = Counter(
+        {name: group.values + group.scales for name, group in plan.footprint.groups.items()}
+    )
+    found["kv_cache"] = plan.footprint.kv_bytes(KV_TOKENS)
+    return {name: size for name, size in found.items() if size}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "int4-asym", "w4a8"],
+)
+def test_a_quantized_engine_allocates_what_was_planned(
+    name: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = ModelConfig.from_directory(tiny_model)
+    plan = make_plan(config, load_recipe(name), parse_hardware("cpu"))
+    engine = LLMEngine.load(
+        make_engine(tiny_model, name, tmp_path_factory.getbasetemp()),
+        EngineOptions(max_kv_tokens=KV_TOKENS, max_model_len=KV_TOKENS),
+    )
+    allocated = engine.allocated_bytes()
+    planned = planned_bytes(plan)
+    assert planned.keys() == allocated.keys()
+    for group, size in allocated.items():
+        assert planned[group] == pytest.approx(size, rel=0.02), group
+
+
+@pytest.mark.parametrize("kv_cache", ["bf16", "int8"])
+def test_an_unquantized_engine_allocates_what_was_planned(kv_cache: str, tiny_model: Path) -> None:
+    config = ModelConfig.from_directory(tiny_model)
+    plan = make_plan(config, recipe_of(kv_cache=kv_cache), parse_hardware("cpu"))
+    engine = LLMEngine.from_checkpoint(
+        tiny_model,
+        EngineOptions(kv_cache=kv_cache, max_kv_tokens=KV_TOKENS, max_model_len=KV_TOKENS),
+    )
+    allocated = engine.allocated_bytes()
+    planned = planned_bytes(plan)
+    assert sum(planned.values()) == pytest.approx(sum(allocated.values()), rel=0.02)
+    assert planned["kv_cache"] == pytest.approx(allocated["kv_cache"], rel=0.02)

@@ -1,0 +1,257 @@
+"""The compressed-tensors library and transformers, as the oracle of what we write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils.match import match_name
+from safetensors.torch import load_file
+from support.synthetic import config_dict, quantize_plainly, write_checkpoint
+from transformers import CompressedTensorsConfig, DeepseekV3ForCausalLM
+
+from deepseek.artifact.checkpoint import ArtifactReader, pop_linear
+from deepseek.artifact.compressed_tensors import quantization_config
+from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.formats import decompress
+from deepseek.inventory import linears, tensors
+from deepseek.recipe import Recipe, load_recipe, parse_recipe
+
+RECIPES = ("int8", "int8-weight-only", "int4", "int4-all", "int4-asym")
+GATE = {"max_perplexity_ratio": 1.1, "max_mean_kl": 0.1, "min_top1": 0.9}
+
+
+def recipe_of(*rules: dict[str, Any]) -> Recipe:
+    return parse_recipe(
+        {"name": "t", "description": "", "rules": list(rules), "gate": GATE}, where="test"
+    )
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One artifact per recipe of one random model."""
+    root = tmp_path_factory.mktemp("oracle")
+    write_checkpoint(root / "source")
+    for name in RECIPES:
+        quantize_plainly(root / "source", load_recipe(name), root / name)
+    return root
+
+
+def scheme_by_library(config: QuantizationConfig, module: str) -> QuantizationScheme | None:
+    """The one group whose targets the library says match, unless ignored."""
+    if any(match_name(module, entry) for entry in config.ignore or []):
+        return None
+    hits = [
+        group
+        for group in config.config_groups.values()
+        if isinstance(group, QuantizationScheme)
+        and any(match_name(module, target) for target in group.targets)
+    ]
+    assert len(hits) <= 1, module
+    return hits[0] if hits else None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_library_accepts_the_config_without_changing_it(artifacts: Path, name: str) -> None:
+    raw = json.loads((artifacts / name / "config.json").read_text())["quantization_config"]
+    parsed = QuantizationConfig.model_validate(raw)
+    groups = raw["config_groups"]
+    for key, group in parsed.config_groups.items():
+        assert isinstance(group, QuantizationScheme)
+        dumped = group.model_dump(mode="json")
+        assert dumped["targets"] == groups[key]["targets"]
+        assert dumped["format"] == groups[key]["format"]
+        for part in ("weights", "input_activations"):
+            given = groups[key][part]
+            if given is not None:
+                assert given.items() <= dumped[part].items(), (key, part)
+    assert parsed.format == raw["format"]
+    assert parsed.quantization_status == "compressed"
+    wrapped = CompressedTensorsConfig.from_dict(raw)
+    assert wrapped.is_quantization_compressed
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_library_alone_decompresses_every_linear_to_our_weights(
+    artifacts: Path, name: str
+) -> None:
+    """Bit for bit: with the scales as stored, up to the library's rounding of its result to the
+    scale's own type; and exactly, when the scale is first widened to FP32."""
+    raw = json.loads((artifacts / name / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(raw)
+    reader = ArtifactReader(artifacts / name)
+    decompressed = 0
+    for layer in range(reader.config.num_layers_with_mtp):
+        ours = reader.read_layer(layer)
+        theirs = load_file(artifacts / name / f"model-layer-{layer:05d}.safetensors")
+        for spec in linears(reader.config, layer):
+            scheme = scheme_by_library(config, spec.module)
+            assert scheme is not None
+            compressor = BaseCompressor.get_value_from_registry(scheme.format)
+            wanted = decompress(
+                pop_linear(ours, spec.module, reader.schemes[spec.module]),
+                reader.schemes[spec.module],
+                (spec.shape[0], spec.shape[1]),
+            )
+            suffixes = compressor.compression_param_names(scheme)
+            stored = {suffix: theirs.pop(f"{spec.module}.{suffix}") for suffix in suffixes}
+            scale = stored["weight_scale"]
+            as_stored = compressor.decompress(stored, scheme)["weight"]
+            assert torch.equal(as_stored, wanted.to(scale.dtype)), spec.module
+            wide = compressor.decompress(stored | {"weight_scale": scale.float()}, scheme)
+            assert torch.equal(wide["weight"], wanted), spec.module
+            decompressed += 1
+        assert theirs.keys() == ours.keys(), "both leave the same tensors: norms, router, MTP head"
+    assert decompressed == len(reader.schemes)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-all", "int8-weight-only"])
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_transformers_loads_the_artifact_by_itself_into_our_weights(
+    artifacts: Path, name: str
+) -> None:
+    """Fused experts included. Of compressed-tensors' formats, transformers 5.23 can only fuse
+    experts from `pack-quantized` without zero points, hence three of the recipes."""
+    model = DeepseekV3ForCausalLM.from_pretrained(
+        artifacts / name,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    loaded = dict(model.named_parameters())
+    reader = ArtifactReader(artifacts / name)
+    for layer in range(reader.config.num_hidden_layers):
+        ours = reader.read_layer(layer)
+        for spec in linears(reader.config, layer):
+            scheme = reader.schemes[spec.module]
+            shape = (spec.shape[0], spec.shape[1])
+            wanted = decompress(pop_linear(ours, spec.module, scheme), scheme, shape)
+            if spec.expert is None:
+                found = loaded[spec.name]
+            else:
+                experts = f"model.layers.{layer}.mlp.experts"
+                if spec.role == "down_proj":
+                    found = loaded[f"{experts}.down_proj"][spec.expert]
+                else:
+                    gate, up = loaded[f"{experts}.gate_up_proj"][spec.expert].chunk(2)
+                    found = gate if spec.role == "gate_proj" else up
+            if scheme.weights == "int4":  # multiplied out in the scale's BF16 by the library
+                wanted = wanted.bfloat16().float()
+            assert torch.equal(found, wanted), spec.name
+
+
+def targets(quantization: dict[str, Any] | None) -> dict[str, list[str]]:
+    assert quantization is not None
+    return {group["format"]: group["targets"] for group in quantization["config_groups"].values()}
+
+
+@pytest.fixture(scope="module")
+def deepseek_v3_int4() -> dict[str, Any]:
+    config = quantization_config(DEEPSEEK_V3, load_recipe("int4").resolve(DEEPSEEK_V3))
+    assert config is not None
+    return config
+
+
+def test_deepseek_v3s_own_int4_config_is_short_enough_to_read(
+    deepseek_v3_int4: dict[str, Any],
+) -> None:
+    assert targets(deepseek_v3_int4) == {
+        "pack-quantized": [r"re:.*[.]layers[.](?!61[.])\d+[.]mlp[.]experts[.].*_proj$"],
+        "float-quantized": [
+            r"re:.*[.]layers[.](0|1|2|61)[.](self_attn|mlp)[.].*_proj\w*$",
+            r"re:.*[.]self_attn[.].*_proj\w*$",
+            r"re:.*[.]mlp[.]shared_.*_proj$",
+        ],
+    }
+    assert deepseek_v3_int4["format"] == "mixed-precision"
+
+
+def test_the_library_puts_deepseek_v3s_modules_where_the_recipe_does(
+    deepseek_v3_int4: dict[str, Any],
+) -> None:
+    config = QuantizationConfig.model_validate(deepseek_v3_int4)
+    formats: dict[str, str | None] = {}
+    for spec in tensors(DEEPSEEK_V3):
+        if spec.layer in (None, 0, 2, 3, 17, 60, 61) and spec.expert in (None, 0, 255):
+            scheme = scheme_by_library(config, spec.module)
+            formats[spec.module] = scheme.format if scheme else None
+    assert formats["model.layers.60.mlp.experts.255.down_proj"] == "pack-quantized"
+    assert formats["model.layers.61.mlp.experts.255.down_proj"] == "float-quantized"
+    assert formats["model.layers.17.mlp.shared_experts.down_proj"] == "float-quantized"
+    assert formats["model.layers.2.mlp.down_proj"] == "float-quantized"
+    assert formats["model.layers.17.self_attn.kv_a_proj_with_mqa"] == "float-quantized"
+    for high in ("lm_head", "model.layers.17.mlp.gate", "model.layers.61.eh_proj"):
+        assert formats[high] is None
+    assert formats["model.layers.61.shared_head.head"] is None
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [{"match": "*", "weights": "int8"}],
+        [
+            {"match": "*", "weights": "int8", "activations": "int8"},
+            {"match": "*.q_b_proj", "weights": "int8"},
+            {"match": "model.layers.1.*", "weights": "bf16"},
+            {"match": "*.mlp.experts.*.down_proj", "weights": "int8"},
+        ],
+        [
+            {"match": "*", "weights": "int4", "group_size": 64},
+            {"match": "*.mlp.experts.3.*", "weights": "int4", "group_size": 32},
+            {"match": "model.layers.3.mlp.experts.1.up_proj", "weights": "int8"},
+            {"match": "*.shared_experts.gate_proj", "weights": "int4-asym", "group_size": 128},
+            {"match": "model.layers.0.mlp.up_proj", "weights": "source"},
+        ],
+        [{"match": "*.experts.*.gate_proj", "weights": "int4", "group_size": 128}],
+    ],
+)
+@pytest.mark.parametrize("fp8", [True, False])
+def test_every_linear_falls_in_its_own_group_under_any_rules(
+    rules: list[dict[str, Any]], fp8: bool
+) -> None:
+    config = ModelConfig.from_dict(config_dict(layers=5, experts=4, fp8=fp8))
+    schemes = recipe_of(*rules).resolve(config)
+    raw = quantization_config(config, schemes)
+    assert raw is not None
+    parsed = QuantizationConfig.model_validate(raw)
+    bits = {"int8": 8, "fp8-block": 8, "int4": 4, "int4-asym": 4}
+    for spec in tensors(config):
+        scheme, found = schemes.get(spec.module), scheme_by_library(parsed, spec.module)
+        if scheme is None or scheme.weights == "bf16":
+            assert found is None, spec.module
+            continue
+        assert found is not None, spec.module
+        assert found.weights is not None
+        assert found.weights.num_bits == bits[scheme.weights], spec.module
+        assert (found.weights.type == "float") == (scheme.weights == "fp8-block"), spec.module
+        assert found.weights.symmetric == (scheme.weights != "int4-asym"), spec.module
+        assert found.weights.group_size == scheme.group_size, spec.module
+        if scheme.weights == "int8":
+            assert (found.input_activations is not None) == (scheme.activations == "int8")
+
+
+def test_an_artifact_of_bf16_only_has_no_quantization_config() -> None:
+    config = ModelConfig.from_dict(config_dict(fp8=False))
+    schemes = recipe_of({"match": "*", "weights": "source"}).resolve(config)
+    assert quantization_config(config, schemes) is None
+
+
+def test_one_format_is_named_and_two_are_mixed_precision() -> None:
+    config = ModelConfig.from_dict(config_dict(fp8=False, num_nextn_predict_layers=0))
+    one = quantization_config(config, load_recipe("int8").resolve(config))
+    assert one is not None
+    assert one["format"] == "int-quantized"
+    two = quantization_config(
+        config,
+        recipe_of(
+            {"match": "*", "weights": "int8", "activations": "int8"},
+            {"match": "*.experts.*", "weights": "int4", "group_size": 128},
+        ).resolve(config),
+    )
+    assert two is not None
+    assert two["format"] == "mixed-precision"
+    assert set(targets(two)) == {"int-quantized", "pack-quantized"}

@@ -1,0 +1,142 @@
+"""The inventory is the checkpoint: same names, same counts, same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from support.synthetic import config_dict
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
+
+from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.inventory import (
+    count_parameters,
+    global_tensors,
+    layer_tensors,
+    linears,
+    tensors,
+)
+from deepseek.source.checkpoint import expected_source
+
+
+@pytest.fixture(scope="module")
+def release() -> list:  # type: ignore[type-arg]
+    return list(tensors(DEEPSEEK_V3))
+
+
+def test_deepseek_v3_has_671_billion_parameters() -> None:
+    assert round(count_parameters(DEEPSEEK_V3) / 1e9, 1) == 671.0
+    # The release's README gives the MTP module 14 B: 11.6 B of its own, and copies of embedding
+    # (0.9 B) and head (0.9 B), which the checkpoint stores again.
+    assert round(count_parameters(DEEPSEEK_V3, with_mtp=True) / 1e9, 1) == 684.5
+
+
+def test_the_release_has_as_many_tensors_and_bytes_as_published() -> None:
+    """163 shards of 688 586 727 753 bytes on the Hub, of which the headers take about 12 MB."""
+    expected = expected_source(DEEPSEEK_V3)
+    num_bytes = 0
+    for name, (shape, dtypes) in expected.items():
+        bias = name.endswith("e_score_correction_bias")
+        dtype = torch.float32 if bias else dtypes[0]
+        num_bytes += torch.Size(shape).numel() * dtype.itemsize
+    published = 688_586_727_753
+    assert 0 < published - num_bytes < 150 * len(expected)
+
+
+def test_97_percent_of_the_parameters_are_routed_experts(release: list) -> None:  # type: ignore[type-arg]
+    by_group: Counter[str] = Counter()
+    for spec in release:
+        by_group[spec.group] += spec.numel
+    total = sum(count for group, count in by_group.items() if group != "mtp")
+    assert by_group["routed_experts"] / total == pytest.approx(0.975, abs=0.001)
+    assert set(by_group) == {
+        "routed_experts",
+        "shared_experts",
+        "attention",
+        "dense_mlp",
+        "embeddings",
+        "router",
+        "norms",
+        "mtp",
+    }
+
+
+def test_names_are_unique_and_layers_partition_them(release: list) -> None:  # type: ignore[type-arg]
+    names = [spec.name for spec in release]
+    assert len(set(names)) == len(names)
+    parts = [spec.name for spec in global_tensors(DEEPSEEK_V3)]
+    for layer in range(DEEPSEEK_V3.num_layers_with_mtp):
+        parts += [spec.name for spec in layer_tensors(DEEPSEEK_V3, layer)]
+    assert sorted(parts) == sorted(names)
+
+
+def test_the_example_models_index_holds_exactly_the_inventory(tiny_model: Path) -> None:
+    config = ModelConfig.from_directory(tiny_model)
+    index = json.loads((tiny_model / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(expected_source(config))
+
+
+def test_shapes_are_those_of_transformers_own_model() -> None:
+    """Up to the MTP layer, which it lacks, and the experts, which it fuses."""
+    raw = config_dict(layers=3, fp8=False, num_nextn_predict_layers=0)
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**raw))
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    config = ModelConfig.from_dict(raw)
+    fused: Counter[str] = Counter()
+    for spec in tensors(config):
+        if spec.expert is None:
+            assert theirs.pop(spec.name) == spec.shape, spec.name
+        else:
+            fused[f"model.layers.{spec.layer}.mlp.experts"] += spec.numel
+    for name, shape in theirs.items():
+        fused[name.rpartition(".")[0]] -= torch.Size(shape).numel()
+    assert set(fused.values()) == {0}
+    assert len(fused) == 2
+
+
+def test_linears_are_what_fp8_blocks_of_the_release_cover(tiny_model: Path) -> None:
+    config = ModelConfig.from_directory(tiny_model)
+    index = json.loads((tiny_model / "model.safetensors.index.json").read_text())
+    scaled = {n.removesuffix("_scale_inv") for n in index["weight_map"] if "_scale_inv" in n}
+    found = {
+        spec.name for layer in range(config.num_layers_with_mtp) for spec in linears(config, layer)
+    }
+    assert found == scaled
+
+
+def test_router_norms_embeddings_and_head_are_never_linears(release: list) -> None:  # type: ignore[type-arg]
+    for spec in release:
+        if spec.kind == "linear":
+            assert spec.role.endswith(("_proj", "_proj_with_mqa")), spec.name
+            assert spec.role != "eh_proj"
+            assert len(spec.shape) == 2
+    bias = [spec for spec in release if spec.kind == "float32"]
+    assert len(bias) == 59
+    assert all(spec.name.endswith("mlp.gate.e_score_correction_bias") for spec in bias)
+
+
+def test_splits_follow_the_direction_of_each_linear(release: list) -> None:  # type: ignore[type-arg]
+    split = {}
+    for spec in release:
+        if spec.layer in (0, 3) and spec.expert in (None, 0) and spec.kind == "linear":
+            split[spec.module.removeprefix(f"model.layers.{spec.layer}.")] = spec.split
+    replicated = {name for name, how in split.items() if how == "replicated"}
+    assert replicated == {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"}
+    assert split["self_attn.o_proj"] == split["mlp.down_proj"] == "row"
+    assert split["self_attn.kv_b_proj"] == split["mlp.shared_experts.up_proj"] == "column"
+    assert split["mlp.experts.0.gate_proj"] == split["mlp.experts.0.down_proj"] == "expert"
+
+
+def test_a_model_without_dense_layers_or_mtp_has_neither() -> None:
+    config = ModelConfig.from_dict(
+        config_dict(first_k_dense_replace=0, num_nextn_predict_layers=0, layers=2)
+    )
+    groups = {spec.group for spec in tensors(config)}
+    assert "dense_mlp" not in groups
+    assert "mtp" not in groups
+    assert count_parameters(config) == count_parameters(config, with_mtp=True)

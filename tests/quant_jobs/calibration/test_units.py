@@ -1,0 +1,142 @@
+"""Units: every linear once, whoever gets it; work shared out evenly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support.synthetic import config_dict
+
+from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.inventory import layer_tensors, linears
+from quant_jobs.calibration.statistics import input_of
+from quant_jobs.calibration.units import (
+    MAX_EXPERT_GROUPS,
+    Unit,
+    expert_specs,
+    share_out,
+    trunk_reader,
+    trunk_specs,
+    units,
+)
+
+WORKERS = [1, 2, 3, 7, 8, 32, 64, 100]
+
+
+def config_of(name: str) -> ModelConfig:
+    if name == "deepseek-v3":
+        return DEEPSEEK_V3
+    experts = int(name.removeprefix("small-"))
+    return ModelConfig.from_dict(config_dict(experts=experts, n_group=1, topk_group=1))
+
+
+CONFIGS = ["deepseek-v3", "small-2", "small-8", "small-33", "small-50"]
+
+
+def both_kinds(config: ModelConfig) -> tuple[int, int]:
+    """The last dense layer and the first MoE layer."""
+    return config.first_k_dense_replace - 1, config.first_k_dense_replace
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_units_hold_every_linear_once(name: str) -> None:
+    config = config_of(name)
+    for layer in both_kinds(config):
+        every = units(config, layer)
+        counted = Counter(module for unit in every for module in unit.modules)
+        assert counted == Counter(spec.module for spec in linears(config, layer))
+        size = {spec.module: spec.numel for spec in linears(config, layer)}
+        assert all(unit.numel == sum(size[module] for module in unit.modules) for unit in every)
+        assert len(set(every)) == len(every)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_cut_no_further_stays_together(name: str) -> None:
+    config = config_of(name)
+    for layer in both_kinds(config):
+        for unit in units(config, layer):
+            if unit.kind == "attention":
+                assert len({input_of(module) for module in unit.modules}) == 1
+                assert (unit.blocks, unit.experts) == ((), ())
+                continue
+            assert [module.rpartition(".")[0] for module in unit.modules[::3]] == list(unit.blocks)
+            roles = [module.rpartition(".")[2] for module in unit.modules]
+            assert roles == ["gate_proj", "up_proj", "down_proj"] * len(unit.blocks)
+            if unit.experts:
+                numbers = [int(block.rpartition(".")[2]) for block in unit.blocks]
+                assert numbers == list(unit.experts)
+    experts = [e for unit in units(config, config.first_k_dense_replace) for e in unit.experts]
+    assert experts == list(range(config.n_routed_experts))
+
+
+def test_the_experts_of_deepseek_v3_come_in_32_groups_of_8() -> None:
+    found = units(DEEPSEEK_V3, 3)
+    groups = [unit.experts for unit in found if unit.experts]
+    assert len(groups) == MAX_EXPERT_GROUPS == 32
+    assert {len(group) for group in groups} == {8}
+    assert len(found) == 4 + 1 + 32
+    assert len(units(DEEPSEEK_V3, 0)) == 4 + 1
+    assert len([unit for unit in units(config_of("small-33"), 1) if unit.experts]) == 17
+    for name in CONFIGS:
+        config = config_of(name)
+        groups = [unit.experts for unit in units(config, config.num_hidden_layers - 1)]
+        assert sum(bool(group) for group in groups) <= MAX_EXPERT_GROUPS
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_everything_is_given_to_somebody_once_and_evenly(name: str, num_workers: int) -> None:
+    config = config_of(name)
+    for layer in both_kinds(config):
+        every = units(config, layer)
+        shares = share_out(config, layer, num_workers)
+        assert shares == share_out(config, layer, num_workers)
+        assert len(shares) == num_workers
+        assert Counter(unit for share in shares for unit in share) == Counter(every)
+        for share in shares:  # in the order of the layer
+            assert share == [unit for unit in every if unit in share]
+        assert sum(bool(share) for share in shares) == min(num_workers, len(every))
+        loads = [sum(unit.numel for unit in share) for share in shares]
+        # Nobody has more than the least loaded but for the last unit that he was given.
+        for share, load in zip(shares, loads, strict=True):
+            if len(share) > 1:
+                assert load - min(unit.numel for unit in share) <= min(loads)
+        # "Largest first" is within 4/3 of the best split there is (Graham 1969).
+        assert max(loads) <= 4 / 3 * least_possible(every, num_workers)
+
+
+def least_possible(every: list[Unit], num_workers: int) -> float:
+    """No split has a smaller largest load: the mean, the largest unit, and, where there are more
+    units than workers, the two smallest of the largest `num_workers` + 1, of which two share."""
+    sizes = sorted((unit.numel for unit in every), reverse=True)
+    return max(sum(sizes) / num_workers, sizes[0], sum(sizes[num_workers - 1 : num_workers + 1]))
+
+
+@pytest.mark.parametrize(("num_workers", "most"), [(1, 1.0), (2, 1.01), (8, 1.07), (16, 1.15)])
+def test_deepseek_v3s_moe_layers_are_split_evenly(num_workers: int, most: float) -> None:
+    shares = share_out(DEEPSEEK_V3, 30, num_workers)
+    loads = [sum(unit.numel for unit in share) for share in shares]
+    assert max(loads) * num_workers / sum(loads) <= most
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_trunk_and_everybodys_experts_are_the_layer(name: str, num_workers: int) -> None:
+    config = config_of(name)
+    for layer in both_kinds(config):
+        shares = share_out(config, layer, num_workers)
+        found = Counter(spec.name for spec in trunk_specs(config, layer))
+        for share in shares:
+            mine = expert_specs(config, layer, share)
+            owned = {module for unit in share if unit.experts for module in unit.modules}
+            assert {spec.module for spec in mine} == owned
+            found.update(spec.name for spec in mine)
+        assert found == Counter(spec.name for spec in layer_tensors(config, layer))
+
+
+def test_the_trunk_is_read_by_each_in_turn(tiny_model: Path) -> None:
+    assert [trunk_reader(layer, 3) for layer in range(5)] == [0, 1, 2, 0, 1]
+    config = ModelConfig.from_directory(tiny_model)
+    assert not any(".experts." in spec.name for spec in trunk_specs(config, 1))
+    assert any(spec.name.endswith("e_score_correction_bias") for spec in trunk_specs(config, 1))

@@ -1,0 +1,155 @@
+"""The paper model: counted bytes against the inventory, and what must move which way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from deepseek.config import DEEPSEEK_V3
+from deepseek.errors import DeployError
+from deepseek.inventory import tensors
+from deepseek.recipe import load_recipe
+from quant_jobs.__main__ import app
+from quant_jobs.algorithms.awq import candidate_scales
+from quant_jobs.calibration import statistics as calibrate
+from quant_jobs.calibration import units
+from quant_jobs.cost import shapes as job_shapes
+from quant_jobs.cost.estimate import LEVERS, make_estimate, with_levers
+from quant_jobs.cost.layer import LayerWork
+from quant_jobs.cost.model import bytes_read, peak_bytes
+from quant_jobs.cost.work import AWQ_CANDIDATES, SAMPLE_TOKENS, WAVE_BLOCKS, WAVE_TOKENS, Job
+from quant_jobs.job import layer_run
+
+TOKENS = 64 * 4096
+
+
+def test_restated_constants_are_those_of_the_job() -> None:
+    import torch
+
+    assert WAVE_TOKENS == layer_run.WAVE_TOKENS
+    assert WAVE_BLOCKS == layer_run.WAVE_BLOCKS
+    assert SAMPLE_TOKENS == calibrate.SAMPLE_TOKENS
+    assert len(candidate_scales(torch.ones(8), torch.ones(8))) == AWQ_CANDIDATES
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("workers", [1, 3, 8, 16, 32])
+def test_units_are_shared_out_as_the_job_does(layer: int, workers: int) -> None:
+    def seen(shares: list[list[Any]]) -> list[list[tuple[str, int, int]]]:
+        return [
+            sorted(
+                (unit.kind, unit.numel, len(one) if isinstance(one := unit.experts, tuple) else one)
+                for unit in share
+            )
+            for share in shares
+        ]
+
+    restated = job_shapes.share_out(DEEPSEEK_V3, layer, workers)
+    assert seen(restated) == seen(units.share_out(DEEPSEEK_V3, layer, workers))
+    assert job_shapes.EXPERT_GROUPS == units.MAX_EXPERT_GROUPS
+
+
+def test_gptq_of_one_layer_costs_what_its_formulas_say() -> None:
+    """By hand for one worker that solves a whole MoE layer: every routed row enters the Gram
+    matrices of its expert's two inputs; each of the 512 matrices takes 4/3 K^3 to factor; the
+    columns' updates are N K^2 FLOP of each linear."""
+    job = Job(
+        config=DEEPSEEK_V3, recipe=load_recipe("int4-gptq"), nodes=1, per_node=1, tokens=TOKENS
+    )
+    (solve,) = (step for step in LayerWork(job, 3).steps() if step.section == "solve")
+    (worker,) = solve.workers
+    rows = 8 * TOKENS
+    assert worker["statistics"].gram == pytest.approx(2 * rows * (7168**2 + 2048**2))
+    assert worker["solve"].factor == pytest.approx(256 * 4 / 3 * (7168**3 + 2048**3))
+    updates = 256 * (2 * 2048 * 7168**2 + 7168 * 2048**2)
+    errors = 4 * SAMPLE_TOKENS * 256 * 3 * 2048 * 7168
+    assert worker["solve"].matmul == pytest.approx(updates + errors)
+
+
+def test_every_source_byte_is_read_once_whatever_the_number_of_nodes() -> None:
+    """688.6 GB is what the release's index file says: weights, scales, MTP layer."""
+    read = {
+        nodes: bytes_read(make_estimate(DEEPSEEK_V3, load_recipe("int4"), nodes, tokens=TOKENS).job)
+        for nodes in (1, 2, 4)
+    }
+    assert len(set(read.values())) == 1
+    linears = sum(spec.numel for spec in tensors(DEEPSEEK_V3) if spec.kind == "linear")
+    assert linears < read[1] < 1.03 * linears + 4 * 129280 * 7168 + 1e9
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8-smoothquant", "int4-all-awq", "int4-gptq"])
+def test_expected_is_above_the_floor_and_more_tokens_take_longer(recipe: str) -> None:
+    small, large = (
+        make_estimate(DEEPSEEK_V3, load_recipe(recipe), 2, tokens=tokens)
+        for tokens in (TOKENS, 4 * TOKENS)
+    )
+    for one in (small, large):
+        assert 0 < one.floor.total < one.expected.total
+        for name in ("statistics", "solve", "exchange", "boundary"):
+            assert one.floor.phase(name) <= one.expected.phase(name)
+    assert small.expected.total < large.expected.total
+    assert peak_bytes(small.uses)[2] < peak_bytes(large.uses)[2]
+
+
+def test_gptq_costs_more_than_rounding_and_nodes_share_its_solving() -> None:
+    plain = make_estimate(DEEPSEEK_V3, load_recipe("int4"), 1, tokens=TOKENS)
+    one, four = (
+        make_estimate(DEEPSEEK_V3, load_recipe("int4-gptq"), nodes, tokens=TOKENS)
+        for nodes in (1, 4)
+    )
+    assert one.expected.phase("solve") > plain.expected.phase("solve")
+    assert four.expected.phase("solve") == pytest.approx(one.expected.phase("solve") / 4, rel=0.1)
+
+
+def test_each_change_makes_it_no_slower() -> None:
+    estimate = make_estimate(DEEPSEEK_V3, load_recipe("int4-gptq"), 4)
+    times = [with_levers(estimate, number).total for number in range(len(LEVERS) + 1)]
+    assert times[0] == estimate.expected.total
+    assert times == sorted(times, reverse=True)
+    assert times[-1] > estimate.floor.total / 6  # below the floor only where the work is less
+
+
+def test_slow_storage_becomes_the_limit() -> None:
+    recipe = load_recipe("int4")
+    estimate = make_estimate(DEEPSEEK_V3, recipe, 1, tokens=TOKENS, storage=0.05e9)
+    # 689 GB in and 356 GB out at 50 MB/s are 5.8 hours; nothing may be hidden below that.
+    assert estimate.expected.total > 5.5 * 3600
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--nodes 0", "--nodes 0: at least one node"),
+        ("--nodes 1 --tokens 100", "at least one block of 4096"),
+        ("--nodes 1 --storage 0", "--storage 0: give GB/s"),
+    ],
+)
+def test_numbers_out_of_range_are_named(words: str, complaint: str) -> None:
+    done = CliRunner().invoke(app, ["estimate", "--recipe", "int4", *words.split()])
+    assert isinstance(done.exception, DeployError)
+    assert complaint in str(done.exception)
+
+
+def test_the_command_speaks_json() -> None:
+    done = CliRunner().invoke(app, ["estimate", "--recipe", "int4-gptq", "--nodes", "2", "--json"])
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert sorted(found) == [
+        *("boundary_bytes_written", "bytes_read", "bytes_written", "expected_s", "fits"),
+        *("floor_s", "gpu_bytes", "gpus", "host_bytes_per_node", "largest_calibration_tokens"),
+        *("limit", "model", "nodes", "object_store_bytes_per_node", "phases", "recipe"),
+        *("storage_bytes_per_s", "tokens"),
+    ]
+    assert found["gpus"] == 16
+    assert found["tokens"] == 512 * 4096
+
+
+def test_more_calibration_than_a_gpu_holds_does_not_fit(tmp_path: Path) -> None:
+    words = "estimate --recipe int4-gptq --nodes 1 --tokens 8388608"
+    done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == 1
+    assert "Does not fit" in done.stdout

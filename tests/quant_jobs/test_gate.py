@@ -1,0 +1,139 @@
+"""The gate: every limit alone, inclusive at its edge, and bound to one engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import nan
+from pathlib import Path
+
+import pytest
+from support.chain import Chain
+
+from deepseek.artifact.verdict import read_verdict, require_passed
+from deepseek.errors import ArtifactError
+from deepseek.recipe import GateLimits
+from quant_jobs.build import run_build
+from quant_jobs.evaluation.record import read_evaluation, write_evaluation
+from quant_jobs.gate import Measured, judge, run_gate, starved_share
+
+LIMITS = GateLimits(
+    max_perplexity_ratio=1.05,
+    max_mean_kl=0.02,
+    min_top1=0.9,
+    max_fallbacks=2,
+    max_starved_experts=0.25,
+)
+AT_THE_EDGE = Measured(
+    perplexity_ratio=1.05, mean_kl=0.02, top1=0.9, fallbacks=2, starved_experts=0.25
+)
+
+
+def test_limits_are_inclusive() -> None:
+    assert judge(AT_THE_EDGE, LIMITS) == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("perplexity_ratio", 1.0501, "perplexity ratio 1.05010 is above 1.05"),
+        ("mean_kl", 0.0201, "mean KL 0.02010 is above 0.02 nats per token"),
+        ("top1", 0.8999, "top-1 agreement 0.8999 is below 0.9"),
+        ("fallbacks", 3, "fallbacks in the ledger: 3, more than 2"),
+        (
+            "starved_experts",
+            0.26,
+            "26.0% of the experts saw too few calibration tokens, more than 25.0%",
+        ),
+    ],
+)
+def test_each_limit_fails_alone_with_its_own_sentence(
+    field: str, value: float, sentence: str
+) -> None:
+    assert judge(replace(AT_THE_EDGE, **{field: value}), LIMITS) == {field: sentence}
+
+
+@pytest.mark.parametrize("field", ["perplexity_ratio", "mean_kl", "top1", "starved_experts"])
+def test_a_nan_never_passes(field: str) -> None:
+    assert list(judge(replace(AT_THE_EDGE, **{field: nan}), LIMITS)) == [field]
+
+
+def test_every_broken_limit_is_reported() -> None:
+    worst = Measured(perplexity_ratio=9.0, mean_kl=3.0, top1=0.1, fallbacks=99, starved_experts=1.0)
+    assert len(judge(worst, LIMITS)) == 5
+
+
+@pytest.mark.parametrize(
+    ("coverage", "share"),
+    [
+        ({}, 0.0),
+        ({3: (16, 17)}, 0.0),
+        ({3: (15, 16), 4: (0, 100)}, 0.5),
+        ({3: (0, 0)}, 1.0),
+    ],
+)
+def test_starved_experts_are_those_below_the_floor(
+    coverage: dict[int, tuple[int, ...]], share: float
+) -> None:
+    assert starved_share(coverage, floor_tokens=16) == share
+
+
+def test_the_verdict_is_bound_to_both_digests_and_lets_the_server_in(fresh: Chain) -> None:
+    outcome = run_gate(fresh.engine, fresh.evaluation)
+    evaluation = read_evaluation(fresh.evaluation)
+    verdict = read_verdict(fresh.engine)
+    assert verdict == outcome.verdict
+    assert verdict.engine_digest == evaluation.engine_digest
+    assert verdict.artifact_digest == evaluation.artifact_digest
+    assert verdict.passed, verdict.reasons
+    require_passed(
+        fresh.engine,
+        engine_digest=evaluation.engine_digest,
+        artifact_digest=verdict.artifact_digest,
+    )
+
+
+def test_a_failure_is_written_too_and_keeps_the_server_out(fresh: Chain) -> None:
+    evaluation = read_evaluation(fresh.evaluation)
+    bad = evaluation.top1.model_copy(update={"value": 0.3})
+    write_evaluation(fresh.evaluation, evaluation.model_copy(update={"top1": bad}))
+    outcome = run_gate(fresh.engine, fresh.evaluation)
+    assert not outcome.verdict.passed
+    assert outcome.describe()[0].startswith("FAIL")
+    assert "top-1 agreement 0.3000 is below" in outcome.describe()[1]
+    with pytest.raises(ArtifactError, match="failed its accuracy gate: top-1"):
+        require_passed(
+            fresh.engine,
+            engine_digest=evaluation.engine_digest,
+            artifact_digest=outcome.verdict.artifact_digest,
+        )
+
+
+def test_an_evaluation_of_another_engine_is_refused(fresh: Chain) -> None:
+    evaluation = read_evaluation(fresh.evaluation)
+    write_evaluation(fresh.evaluation, evaluation.model_copy(update={"engine_digest": "0" * 64}))
+    with pytest.raises(ArtifactError, match="is an evaluation of engine 0000000000000000, not of"):
+        run_gate(fresh.engine, fresh.evaluation)
+    assert not (fresh.engine / "gate.json").exists()
+
+
+def test_a_short_evaluation_is_refused(fresh: Chain) -> None:
+    evaluation = read_evaluation(fresh.evaluation)
+    short = evaluation.data.model_copy(update={"num_blocks": 3})
+    write_evaluation(fresh.evaluation, evaluation.model_copy(update={"data": short}))
+    with pytest.raises(ArtifactError, match="judged 1533 tokens, a verdict needs 2000"):
+        run_gate(fresh.engine, fresh.evaluation)
+    assert not (fresh.engine / "gate.json").exists()
+
+
+def test_an_unquantized_engine_has_no_limits_to_be_judged_by(fresh: Chain, tmp_path: Path) -> None:
+    baseline = run_build(fresh.source, "embedded", 1, tmp_path / "baseline")
+    evaluation = read_evaluation(fresh.evaluation).model_copy(
+        update={
+            "engine_digest": baseline.engine_digest,
+            "artifact_digest": baseline.artifact_digest,
+            "recipe": baseline.recipe,
+        }
+    )
+    write_evaluation(fresh.evaluation, evaluation)
+    with pytest.raises(ArtifactError, match="no recipe whose limits"):
+        run_gate(tmp_path / "baseline", fresh.evaluation)

@@ -1,0 +1,121 @@
+"""A job without Ray: one worker in the driver's process does what any pool does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support.quantizing import SmallModel, contents, make_small_model, small_recipe
+
+from deepseek.errors import ArtifactError
+from quant_jobs.job.folder import JobFolder
+from quant_jobs.quantize import Run, plan_job, run_quantize
+from quant_jobs.reports.job_report import REPORT_FILE
+from quant_jobs.workers.in_process import WorkerHere
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    return make_small_model(tmp_path_factory.mktemp("small"))
+
+
+def quantize(small: SmallModel, recipe: str, output: Path, workers: int) -> dict[str, bytes]:
+    run_quantize(
+        small.directory, small_recipe(recipe), small.text, output, workers, lambda event: None
+    )
+    return contents(output)
+
+
+def test_it_writes_the_bytes_of_a_worker_on_ray(small: SmallModel, tmp_path: Path) -> None:
+    for recipe in ("int4-gptq", "w4a8"):
+        here = quantize(small, recipe, tmp_path / f"{recipe}-here", 0)
+        assert quantize(small, recipe, tmp_path / f"{recipe}-ray", 1) == here
+    report = json.loads((tmp_path / "w4a8-here" / REPORT_FILE).read_text())
+    assert report["num_workers"] == report["num_nodes"] == len(report["workers"]) == 1
+
+
+def test_the_command_does_not_even_import_ray(
+    small: SmallModel, tmp_path: Path, root: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe("int8").model_dump(mode="json")))
+    words = [
+        *("quantize", "--model", str(small.directory), "--recipe", str(recipe)),
+        *("--calibration", str(small.text), "--output", str(tmp_path / "out")),
+        *("--workers", "0", "--json"),
+    ]
+    code = (
+        "import sys\n"
+        "from quant_jobs.__main__ import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "assert 'modelopt' in sys.modules\n"
+        "assert 'ray' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recipe"] == "int8"
+    assert "int8 on one worker in this process: from the start" in done.stderr
+
+
+class Noting(WorkerHere):
+    """Notes in which thread each call runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where: dict[str, set[str]] = {}
+
+    def method(self, name: str) -> Callable[..., Any]:
+        call = super().method(name)
+
+        def noted(*arguments: Any) -> Any:
+            self.where.setdefault(name, set()).add(threading.current_thread().name)
+            return call(*arguments)
+
+        return noted
+
+
+def test_it_writes_a_layer_beside_its_other_calls(small: SmallModel, tmp_path: Path) -> None:
+    job = plan_job(small.directory, small_recipe("int8"), small.text, tmp_path / "out")
+    with JobFolder(job.output, job.fingerprint) as folder, Noting() as here:
+        Run(job, folder, here, lambda event: None).run()
+    assert here.where.pop("write") == here.where.pop("store") == {"background_0"}
+    assert set().union(*here.where.values()) == {threading.current_thread().name}
+
+
+def test_what_went_wrong_beside_the_other_calls_is_raised_when_it_is_asked_for() -> None:
+    class Full(WorkerHere):
+        def method(self, name: str) -> Callable[..., Any]:
+            def fail() -> None:
+                raise ArtifactError("the disk is full")
+
+            return fail
+
+    with Full() as here:
+        (reference,) = here.submit(lambda worker, _: worker.write.remote())
+        with pytest.raises(ArtifactError, match="the disk is full"):
+            here.gather([reference])
+
+
+def test_it_leaves_torch_and_the_process_as_they_were(small: SmallModel, tmp_path: Path) -> None:
+    def state() -> tuple[int, int, int]:
+        mode = torch.get_deterministic_debug_mode()
+        return torch.get_num_threads(), mode, threading.active_count()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        before = state()
+        quantize(small, "int8", tmp_path / "out", 0)
+        assert state() == before
+    finally:
+        torch.set_num_threads(threads)

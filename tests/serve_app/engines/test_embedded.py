@@ -1,0 +1,294 @@
+"""The embedded engine behind the service: the trained example model, unquantized, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from openai import OpenAI
+from ray import serve
+from support.serving import metric, wait_for
+
+from deepseek.artifact.verdict import GateVerdict, write_verdict
+from deepseek.engine.engine import LLMEngine
+from deepseek.engine.options import EngineOptions
+from deepseek.engine.packed import pack_engine, read_engine_manifest
+from deepseek.engine.request import Request, SamplingParams, StepOutput
+from deepseek.errors import ArtifactError, RequestError
+from deepseek.recipe import GateLimits
+from deepseek.source.checkpoint import CheckpointReader
+from serve_app.app import build
+from serve_app.config import ServeConfig
+from serve_app.engines.embedded import EmbeddedEngine
+from serve_app.engines.protocol import Done, GenerateRequest, Sampling, Tokens
+from serve_app.errors import EngineUnavailable
+from serve_app.openai.tokenizer import HfTokenizer
+from serve_app.replica.gating import check_gate
+
+QUESTION = [{"role": "user", "content": "What does a list comprehension return?"}]
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("serve") / "tiny"
+    pack_engine(CheckpointReader(tiny_model), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def settings(engine_dir: Path) -> ServeConfig:
+    return ServeConfig(
+        engine=engine_dir,
+        allow_ungated=True,
+        max_model_len=1024,
+        kv_tokens=4096,
+        num_threads=1,
+        graceful_shutdown_s=2.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def direct(engine_dir: Path) -> LLMEngine:
+    """The same engine without the service around it."""
+    torch.set_num_threads(1)
+    return LLMEngine.load(engine_dir, EngineOptions(max_model_len=1024, max_kv_tokens=4096))
+
+
+def run_direct(engine: LLMEngine, prompt_ids: list[int], **sampling: Any) -> list[StepOutput]:
+    request = Request(
+        request_id="direct", prompt_ids=tuple(prompt_ids), sampling=SamplingParams(**sampling)
+    )
+    engine.add_request(request)
+    outputs: list[StepOutput] = []
+    while engine.has_work:
+        outputs.extend(engine.step())
+    return outputs
+
+
+# The service: Ray Serve, HTTP, the openai client.
+
+
+@pytest.fixture(scope="module")
+def url(serve_url: str, settings: ServeConfig) -> Iterator[str]:
+    serve.run(build(settings), name="tiny", route_prefix="/tiny")
+    yield f"{serve_url}/tiny/v1"
+    serve.delete("tiny")
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def chat(client: OpenAI, **fields: Any) -> Any:
+    return client.chat.completions.create(model="tiny", messages=QUESTION, **fields)  # type: ignore[arg-type]
+
+
+def test_a_greedy_chat_is_what_the_engine_says(
+    client: OpenAI, direct: LLMEngine, engine_dir: Path
+) -> None:
+    prompt_ids = HfTokenizer(engine_dir).encode_chat(QUESTION)
+    outputs = run_direct(direct, prompt_ids, max_tokens=24, temperature=0.0, logprobs=2)
+    expected = "".join(output.text for output in outputs)
+    assert expected.strip()
+
+    answer = chat(client, max_tokens=24, temperature=0, logprobs=True, top_logprobs=2)
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason == outputs[-1].finish_reason
+    assert answer.usage.prompt_tokens == len(prompt_ids)
+    assert answer.usage.completion_tokens == outputs[-1].completion_tokens
+    told = answer.choices[0].logprobs.content
+    wanted = [item for output in outputs for item in output.logprobs]
+    assert [entry.token for entry in told] == [item.token for item in wanted]
+    assert [entry.logprob for entry in told] == pytest.approx([item.logprob for item in wanted])
+    assert all(entry.logprob == entry.top_logprobs[0].logprob <= 0.0 for entry in told)
+
+    with chat(client, max_tokens=24, temperature=0, stream=True) as stream:
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert "".join(pieces) == expected
+
+
+def test_a_seed_reproduces_an_answer_and_each_of_its_choices(client: OpenAI) -> None:
+    def say(**fields: Any) -> list[str]:
+        answer = chat(client, max_tokens=16, temperature=1.0, **fields)
+        return [choice.message.content for choice in answer.choices]
+
+    both = say(seed=5, n=2)
+    assert say(seed=5, n=2) == both
+    assert say(seed=5) == both[:1]
+    assert say(seed=6) == both[1:]
+    assert both[0] != both[1]
+
+
+def test_a_stop_string_ends_the_answer_before_it(client: OpenAI) -> None:
+    whole = chat(client, max_tokens=24, temperature=0).choices[0].message.content
+    stop = whole[5:9]
+    answer = chat(client, max_tokens=24, temperature=0, stop=[stop]).choices[0]
+    assert answer.message.content == whole[: whole.index(stop)]
+    assert answer.finish_reason == "stop"
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(url: str) -> None:
+    body = {"model": "tiny", "prompt": [5] * 1500}
+    answer = httpx.post(f"{url}/completions", json=body, timeout=30)
+    assert answer.status_code == 400
+    assert "1500 tokens" in answer.json()["error"]["message"]
+    assert "1024" in answer.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_gives_its_pages_back(url: str) -> None:
+    def used() -> float:
+        text = httpx.get(url.removesuffix("/v1") + "/metrics", timeout=10).text
+        return metric(text, "intserve_engine_kv_tokens_used")
+
+    body = {"model": "tiny", "prompt": "def main():", "max_tokens": 1000, "n": 2}
+    body |= {"ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=30) as answer:
+        lines = answer.iter_lines()  # closing this iterator would close the connection
+        next(lines)
+        wait_for(lambda: used() > 0)  # the gauge comes with a heartbeat
+    wait_for(lambda: used() == 0)
+
+
+def test_health_says_that_the_artifact_is_not_gated(url: str, engine_dir: Path) -> None:
+    health = httpx.get(url.removesuffix("/v1") + "/health", timeout=10).json()
+    assert health["gated"] is False
+    assert health["recipe"] == "unquantized"
+    assert health["artifact_digest"] == read_engine_manifest(engine_dir).artifact_digest
+
+
+# The adapter alone, in this process.
+
+
+class FailingSteps(LLMEngine):
+    """Fails in its fifth step, as a kernel might."""
+
+    steps = 0
+
+    def step(self) -> list[StepOutput]:
+        self.steps += 1
+        if self.steps == 5:
+            raise RuntimeError("the kernel failed")
+        return super().step()
+
+
+def asked(name: str, length: int = 5, **sampling: Any) -> GenerateRequest:
+    fields = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, **sampling}
+    return GenerateRequest(
+        request_id=name, prompt_ids=tuple(range(5, 5 + length)), sampling=Sampling(**fields)
+    )
+
+
+async def consume(engine: EmbeddedEngine, request: GenerateRequest) -> tuple[int, Done]:
+    *tokens, done = [event async for event in engine.generate(request)]
+    assert isinstance(done, Done)
+    return sum(len(event.token_ids) for event in tokens if isinstance(event, Tokens)), done
+
+
+async def test_a_failing_step_ends_every_request_once_and_fails_the_check(
+    settings: ServeConfig,
+) -> None:
+    engine = EmbeddedEngine(settings, load=FailingSteps.load)
+    await engine.start()
+    await engine.check()
+    ended = await asyncio.gather(*(consume(engine, asked(f"r{i}")) for i in range(3)))
+    for produced, done in ended:
+        assert (done.reason, done.completion_tokens) == ("error", produced)
+        assert done.error
+    with pytest.raises(EngineUnavailable):
+        await engine.check()
+    with pytest.raises(EngineUnavailable):
+        await consume(engine, asked("late"))
+    await engine.shutdown()
+
+
+async def test_requests_run_together_and_abort_ends_one_of_them(settings: ServeConfig) -> None:
+    engine = EmbeddedEngine(settings)
+    info = await engine.start()
+    assert info.max_model_len == 1024
+    endless = engine.generate(asked("endless", max_tokens=1000))
+    await anext(endless)
+    produced, done = await consume(engine, asked("short"))
+    assert (produced, done.reason) == (20, "length")
+    assert done.prefill_s > 0.0
+    assert done.decode_s > 0.0
+    await engine.abort(["endless", "unknown"])
+    rest = [event async for event in endless]
+    assert isinstance(rest[-1], Done)
+    assert rest[-1].reason == "abort"
+
+    left = engine.generate(asked("left", max_tokens=1000))
+    await anext(left)
+    await left.aclose()
+    async with asyncio.timeout(10):
+        while engine.load().kv_tokens_used:
+            await asyncio.sleep(0.001)
+    assert engine.load().running == engine.load().waiting == 0
+    await engine.shutdown()
+
+
+async def test_what_the_engine_refuses_is_the_clients_mistake(settings: ServeConfig) -> None:
+    engine = EmbeddedEngine(settings)
+    await engine.start()
+    with pytest.raises(RequestError, match="1500 tokens"):
+        await consume(engine, asked("long", length=1500))
+    await engine.shutdown()
+
+
+# The gate.
+
+
+def verdict(directory: Path, **changes: Any) -> GateVerdict:
+    manifest = read_engine_manifest(directory)
+    fields: dict[str, Any] = {
+        "passed": True,
+        "artifact_digest": manifest.artifact_digest,
+        "engine_digest": manifest.digest,
+        "measured": {"perplexity": 3.0},
+        "limits": GateLimits(max_perplexity_ratio=1.1, max_mean_kl=0.1, min_top1=0.9),
+        "reasons": (),
+    }
+    return GateVerdict(**fields | changes)
+
+
+async def test_only_a_gated_artifact_is_served_unless_loudly_overridden(
+    settings: ServeConfig, engine_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strict = settings.model_copy(update={"allow_ungated": False})
+    gate = engine_dir / "gate.json"
+    try:
+        for wrong, says in (
+            (None, "never gated"),
+            (verdict(engine_dir, passed=False, reasons=("perplexity is 9 % worse",)), "9 % worse"),
+            (verdict(engine_dir, engine_digest="0" * 64), "judges the engine"),
+        ):
+            if wrong is not None:
+                write_verdict(engine_dir, wrong)
+            with pytest.raises(ArtifactError, match=says):
+                await EmbeddedEngine(strict).start()
+            caplog.clear()
+            assert check_gate(engine_dir, allow_ungated=True) is False
+            assert "UNGATED" in caplog.text
+        write_verdict(engine_dir, verdict(engine_dir))
+        caplog.clear()
+        assert check_gate(engine_dir, allow_ungated=False) is True
+        assert caplog.text == ""
+    finally:
+        gate.unlink(missing_ok=True)
+
+
+async def test_the_chat_template_and_the_tokenizer_are_the_models(engine_dir: Path) -> None:
+    tokenizer = HfTokenizer(engine_dir)
+    ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    assert ids[0] == 0  # begin of sentence, once
+    assert ids.count(0) == 1
+    assert tokenizer.encode("hi")[0] == 0
+    assert tokenizer.vocab_size == 2048
+    with pytest.raises(ArtifactError, match=r"no tokenizer\.json"):
+        HfTokenizer(engine_dir / "nowhere")

@@ -1,0 +1,175 @@
+"""Request bodies: what is accepted, and the one sentence for what is not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from serve_app.errors import InvalidRequest
+from serve_app.openai.requests import UNSUPPORTED, ChatRequest, CompletionRequest, parse
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+TEXT: dict[str, Any] = {"model": "m", "prompt": "hi"}
+
+
+def parse_chat(**fields: Any) -> ChatRequest:
+    return parse(ChatRequest, json.dumps(CHAT | fields).encode())
+
+
+def parse_text(**fields: Any) -> CompletionRequest:
+    return parse(CompletionRequest, json.dumps(TEXT | fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 1.5}, "max_tokens", "valid integer"),
+        ({"n": "2"}, "n", "valid integer"),
+        ({"n": True}, "n", "valid integer"),
+        ({"n": 33}, "n", "less than or equal to 32"),
+        ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"seed": 2**63}, "seed", "less than"),
+        ({"stop": ""}, "stop", "a string or a list of strings"),
+        ({"stop": ["a", 1]}, "stop", "a string or a list of strings"),
+        ({"stop": ["a"] * 17}, None, "more than 16"),
+        ({"stream_options": {"include_usage": True}}, None, "needs stream"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
+        ({"model": None}, "model", "valid string"),
+        ({"ignore_eos": 1}, "ignore_eos", "valid boolean"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(fields: Any, param: str | None, says: str) -> None:
+    for parse_body in (parse_chat, parse_text):
+        with pytest.raises(InvalidRequest, match=says) as caught:
+            parse_body(**fields)
+        assert caught.value.param == param
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
+        ({"top_logprobs": 3}, None),
+        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 3}, None),
+    ],
+)
+def test_a_wrong_chat_field_is_refused(fields: Any, param: str | None) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat(**fields)
+    assert param is None or caught.value.param == param
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], ["a", 1], [-1], {"a": 1}, None, ["a"] * 65, [1.0]])
+def test_a_prompt_of_no_known_form_is_refused(prompt: Any) -> None:
+    with pytest.raises(InvalidRequest, match="prompt") as caught:
+        parse_text(prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_every_form_of_prompt_becomes_a_list_of_prompts(prompt: Any, prompts: Any) -> None:
+    assert parse_text(prompt=prompt).prompts() == prompts
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_unsupported_field_is_refused_by_name_unless_it_changes_nothing(name: str) -> None:
+    for value in UNSUPPORTED[name]:
+        assert parse_chat(**{name: value}).messages[0].text == "hi"
+        assert parse_text(**{name: value}).prompts() == ["hi"]
+    with pytest.raises(InvalidRequest, match=f"'{name}' is not supported") as caught:
+        parse_chat(**{name: "something else"})
+    assert (caught.value.param, caught.value.code) == (name, "unsupported_field")
+
+
+def test_a_neutral_field_does_not_hide_a_wrong_one() -> None:
+    with pytest.raises(InvalidRequest, match="temprature"):
+        parse_chat(frequency_penalty=0, temprature=0.5)
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        parse_chat(frequency_penalty=0, max_tokens=-1)
+
+
+def test_false_is_not_zero() -> None:
+    with pytest.raises(InvalidRequest, match="frequency_penalty"):
+        parse_chat(frequency_penalty=False)
+
+
+def test_a_misspelled_field_gets_a_suggestion() -> None:
+    with pytest.raises(InvalidRequest, match="did you mean 'temperature'") as caught:
+        parse_chat(temprature=0.5)
+    assert caught.value.code == "unknown_field"
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"a":}', b"{]"])
+def test_a_body_that_is_no_json_object_says_so(raw: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=r"JSON") as caught:
+        parse(ChatRequest, raw)
+    assert caught.value.code == "invalid_json"
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(InvalidRequest, match="'messages' is required"):
+        parse(ChatRequest, b'{"model": "m"}')
+    with pytest.raises(InvalidRequest, match="'prompt' is required"):
+        parse(CompletionRequest, b'{"model": "m"}')
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": "SECRET", "extra": "SECRET"}]},
+        {"messages": [{"role": "SECRET", "content": "SECRET"}]},
+        {"messages": "SECRET"},
+        {"stop": ["SECRET", 1]},
+        {"temperature": "SECRET"},
+    ],
+)
+def test_no_error_repeats_what_was_sent(fields: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_chat(**fields)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_choices_of_a_seeded_request_have_different_reproducible_seeds() -> None:
+    body = parse_chat(seed=2**63 - 1, n=2)
+    seeds = [body.sampling(max_tokens=1, choice=choice).seed for choice in range(2)]
+    assert seeds == [2**63 - 1, -(2**63)]
+    assert parse_chat().sampling(max_tokens=1, choice=1).seed is None
+
+
+def test_logprobs_mean_the_same_in_both_endpoints() -> None:
+    assert parse_chat().num_logprobs is None
+    assert parse_chat(logprobs=True).num_logprobs == 0
+    assert parse_chat(logprobs=True, top_logprobs=5).num_logprobs == 5
+    assert parse_text(logprobs=0).num_logprobs == 0
+    assert parse_text().num_logprobs is None
+
+
+def test_zero_temperature_is_kept_and_not_taken_for_unset() -> None:
+    assert parse_chat(temperature=0).sampling(max_tokens=1, choice=0).temperature == 0.0
+    assert parse_chat().sampling(max_tokens=1, choice=0).temperature == 1.0
+
+
+def test_content_parts_are_joined_and_developer_is_system() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = parse_chat(messages=[{"role": "developer", "content": parts}])
+    assert body.conversation() == [{"role": "system", "content": "ab"}]

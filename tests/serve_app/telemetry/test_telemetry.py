@@ -1,0 +1,155 @@
+"""Spans without a network: configuration from the environment, phases, and what is never told."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support.serving import FaultyEngine, client_of, make_service
+
+from deepseek.errors import ConfigError
+from serve_app.config import EchoOptions
+from serve_app.engines.protocol import Done, GenerateRequest, Sampling
+from serve_app.telemetry.tracing import Telemetry, propagate
+
+TEXT = "/v1/completions"
+CLIENT_TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = {"traceparent": f"00-{CLIENT_TRACE}-b7ad6b7169203331-01"}
+
+
+@pytest.fixture
+def spans() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+def telemetry(spans: InMemorySpanExporter) -> Telemetry:
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    return Telemetry(provider)
+
+
+def attributes(span: ReadableSpan) -> dict[str, Any]:
+    return dict(span.attributes or {})
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": ""},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_SDK_DISABLED": "true"},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_TRACES_EXPORTER": "none"},
+    ],
+)
+def test_nothing_is_traced_unless_an_endpoint_is_configured(environ: dict[str, str]) -> None:
+    telemetry = Telemetry.from_environment(environ)
+    assert not telemetry.start_server_span("x", {}).is_recording()
+    telemetry.shutdown()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, {"OTEL_TRACES_EXPORTER": "zipkin"}]
+)
+def test_what_is_not_installed_is_refused_and_not_ignored(wrong: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="http/protobuf"):
+        Telemetry.from_environment({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", **wrong})
+
+
+async def test_one_server_span_continues_the_clients_trace_and_tells_no_prompt(
+    telemetry: Telemetry, spans: InMemorySpanExporter
+) -> None:
+    service = make_service(telemetry=telemetry)
+    body = {"model": "echo", "prompt": "CANARY", "max_tokens": 4, "seed": 7, "n": 2}
+    async with client_of(service) as client:
+        await client.post(TEXT, json=body, headers=TRACEPARENT)
+    (span,) = spans.get_finished_spans()
+    assert (span.name, span.kind.name) == ("text_completion echo", "SERVER")
+    assert f"{span.context.trace_id:032x}" == CLIENT_TRACE
+    told = attributes(span)
+    expected = {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.request.model": "echo",
+        "gen_ai.request.max_tokens": 4,
+        "gen_ai.request.seed": 7,
+        "gen_ai.request.choice.count": 2,
+        "gen_ai.request.stream": False,
+        "gen_ai.usage.input_tokens": 6,
+        "gen_ai.usage.output_tokens": 8,
+        "gen_ai.response.finish_reasons": ("length", "length"),
+        "http.response.status_code": 200,
+        "intserve.outcome": "ok",
+    }
+    assert {key: told.get(key) for key in expected} == expected
+    assert "CANARY" not in span.to_json()
+
+
+@pytest.mark.parametrize("prompt", ["bug CANARY", "late-bug CANARY"])
+async def test_a_failure_marks_the_span_and_tells_no_detail(
+    telemetry: Telemetry, spans: InMemorySpanExporter, prompt: str
+) -> None:
+    service = make_service(FaultyEngine(EchoOptions()), telemetry)
+    async with client_of(service) as client:
+        await client.post(TEXT, json={"model": "echo", "prompt": prompt, "stream": True})
+        await client.post(TEXT, content=b"{")
+    failed, invalid = spans.get_finished_spans()
+    assert attributes(failed)["error.type"] == "internal_error"
+    assert failed.status.status_code.name == "ERROR"
+    assert "CANARY" not in failed.to_json()
+    assert (invalid.name, attributes(invalid)["error.type"]) == (f"POST {TEXT}", "invalid_json")
+
+
+def generation(telemetry: Telemetry, done: Done | None, error: BaseException | None = None) -> None:
+    parent = telemetry.start_server_span("root", {})
+    asked = GenerateRequest(
+        request_id="r-0",
+        prompt_ids=(1, 2, 3),
+        sampling=Sampling(max_tokens=9),
+        trace_context=propagate(parent),
+    )
+    expected = contextlib.nullcontext() if error is None else pytest.raises(type(error))
+    with expected, telemetry.generation(asked) as span:
+        if done is not None:
+            span.note([done])
+        if error is not None:
+            raise error
+    parent.end()
+
+
+def test_phases_lie_end_to_end_inside_the_generation(
+    telemetry: Telemetry, spans: InMemorySpanExporter
+) -> None:
+    generation(telemetry, Done("stop", 3, 5, 1, queue_s=0.1, prefill_s=0.2, decode_s=0.4))
+    found = {span.name: span for span in spans.get_finished_spans()}
+    assert list(found) == ["queue", "prefill", "decode", "engine.generate", "root"]
+    outer = found["engine.generate"]
+    assert outer.parent is not None
+    assert outer.parent.span_id == found["root"].context.span_id
+    at = outer.start_time
+    for name, seconds in (("queue", 0.1), ("prefill", 0.2), ("decode", 0.4)):
+        span = found[name]
+        assert span.parent is not None
+        assert span.parent.span_id == outer.context.span_id
+        assert span.start_time == at
+        assert span.end_time - span.start_time == pytest.approx(seconds * 1e9, abs=2)
+        at = span.end_time
+    assert attributes(found["prefill"])["gen_ai.usage.input_tokens"] == 3
+    assert attributes(found["prefill"])["intserve.tokens_computed"] == 2
+    assert attributes(found["decode"])["gen_ai.usage.output_tokens"] == 5
+
+
+def test_a_client_that_left_is_no_error_and_a_failed_engine_is_one(
+    telemetry: Telemetry, spans: InMemorySpanExporter
+) -> None:
+    generation(telemetry, None, GeneratorExit())
+    generation(telemetry, None, KeyError("x"))
+    generation(telemetry, Done("error", 3, 0, error="x"))
+    left, broken, failed = [s for s in spans.get_finished_spans() if s.name == "engine.generate"]
+    assert attributes(left)["intserve.outcome"] == "aborted"
+    assert left.status.is_ok or left.status.status_code.name == "UNSET"
+    assert attributes(broken)["error.type"] == "KeyError"
+    assert attributes(failed)["error.type"] == "engine_failed"

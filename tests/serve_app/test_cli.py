@@ -1,0 +1,103 @@
+"""`python -m serve_app` as users run it: mistakes in one sentence, one URL line, a clean end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from support.ports import free_port
+
+from deepseek.engine.packed import pack_engine
+from deepseek.source.checkpoint import CheckpointReader
+
+
+def run_cli(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "serve_app", *arguments]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+
+
+def assert_mistake(done: subprocess.CompletedProcess[str], says: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stdout == ""
+
+
+def test_a_port_in_use_is_one_sentence_before_anything_starts(root: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_cli(root, "--echo", "--port", str(port))
+    assert_mistake(done, f"cannot listen on 127.0.0.1:{port} (Address already in use)")
+
+
+def test_neither_engine_nor_echo_is_one_sentence(root: Path) -> None:
+    assert_mistake(run_cli(root, "--port", "9"), "give either an engine directory or echo")
+
+
+def test_an_unknown_setting_is_one_sentence(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text("echo: {}\ncolour: red\n")
+    done = run_cli(root, "--config", str(tmp_path / "serve.yaml"))
+    assert_mistake(done, "unknown key 'colour'")
+
+
+def test_a_directory_that_is_no_engine_is_one_sentence(root: Path, tmp_path: Path) -> None:
+    done = run_cli(root, "--engine", str(tmp_path), "--port", str(free_port()))
+    assert_mistake(done, str(tmp_path))
+
+
+def processes_of_session(session: int) -> list[str]:
+    """Commands of live processes that belong to a session, its leader excepted."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            if os.getsid(int(entry.name)) == session and int(entry.name) != session:
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except (ProcessLookupError, FileNotFoundError):
+            continue  # it ended while we looked
+    return [command for command in found if command]
+
+
+def test_it_prints_one_url_serves_and_leaves_nothing_behind(root: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "serve_app", "--echo", "--port", str(port)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line == f"serving echo at http://127.0.0.1:{port}/v1\n"
+        body = {"model": "echo", "prompt": "up"}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30)
+        assert answer.json()["choices"][0]["text"] == "up"
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert rest == ""
+    assert errors == "stopped\n"
+    assert processes_of_session(process.pid) == []
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
+
+
+def test_an_ungated_engine_is_refused_in_one_sentence(
+    root: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    pack_engine(CheckpointReader(tiny_model), tmp_path / "tiny")
+    done = run_cli(root, "--engine", str(tmp_path / "tiny"), "--port", str(free_port()))
+    assert_mistake(done, "was never gated")
+    assert "--allow-ungated" in done.stderr

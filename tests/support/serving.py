@@ -1,0 +1,111 @@
+"""What several tests of the service share: engines in this process, a faulty one, SSE reading."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import httpx
+
+from serve_app.config import EchoOptions, ServeConfig
+from serve_app.engines.echo import EchoEngine
+from serve_app.engines.protocol import (
+    Done,
+    Engine,
+    EngineInfo,
+    Event,
+    GenerateRequest,
+    ReplicaStatus,
+    Tokens,
+)
+from serve_app.errors import EngineUnavailable, Overloaded
+from serve_app.openai.routes import Service, make_app
+from serve_app.openai.tokenizer import ByteTokenizer
+from serve_app.telemetry.tracing import Telemetry
+
+
+class LocalEngines:
+    """An `EngineClient` without the actor hop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        return self.engine.generate(request)
+
+    async def statuses(self) -> list[ReplicaStatus]:
+        return [ReplicaStatus("local", await self.engine.start(), self.engine.load())]
+
+    async def info(self) -> EngineInfo:
+        return await self.engine.start()
+
+
+class FaultyEngine(EchoEngine):
+    """An echo that fails on request: the prompt's first word says how."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        fault = bytes(request.prompt_ids).decode().split()[0]
+        length = len(request.prompt_ids)
+        if fault == "overloaded":
+            raise Overloaded("no room", retry_after_s=7)
+        if fault == "unavailable":
+            raise EngineUnavailable("gone")
+        if fault == "bug":
+            raise KeyError("secret-detail")
+        if fault == "failed":
+            yield Done("error", length, 0, error="the step failed")
+            return
+        yield Tokens((104, 105), "hi")
+        if fault == "hang":
+            import asyncio
+
+            await asyncio.sleep(60)
+        if fault == "late-bug":
+            raise KeyError("secret-detail")
+        if fault == "late-failed":
+            yield Done("error", length, 2, error="the step failed")
+        # "silent": the stream just ends, against the protocol
+
+
+def make_service(
+    engine: Engine | None = None, telemetry: Telemetry | None = None, **settings: Any
+) -> Service:
+    """A service over an engine in this process."""
+    config = ServeConfig(**{"echo": EchoOptions(), **settings})
+    engine = engine or EchoEngine(config.echo or EchoOptions())
+    return Service(config, ByteTokenizer(), LocalEngines(engine), telemetry or Telemetry(None))
+
+
+def client_of(service: Service) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+def read_sse(text: str) -> list[Any]:
+    """The payloads of a whole event stream; `[DONE]` stays a string."""
+    frames = [frame for frame in text.split("\n\n") if frame]
+    assert all(frame.startswith("data: ") for frame in frames), text
+    payloads = [frame.removeprefix("data: ") for frame in frames]
+    return [item if item == "[DONE]" else json.loads(item) for item in payloads]
+
+
+def metric(text: str, name: str, **labels: str) -> float:
+    """Sum of the samples of one metric that carry these labels."""
+    total = 0.0
+    for line in text.splitlines():
+        if line.startswith(("#", " ")) or line.partition("{")[0].partition(" ")[0] != name:
+            continue
+        if all(f'{key}="{value}"' in line for key, value in labels.items()):
+            total += float(line.rpartition(" ")[2])
+    return total
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    """Poll a condition on the service until it holds."""
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < end, "the condition did not come about in time"
+        time.sleep(0.02)
+    return found

@@ -33,8 +33,8 @@ import typer
 from torch import Tensor
 
 from cluster.connect import connect
-from deepseek.artifact.checkpoint import ArtifactReader
 from deepseek.artifact.manifest import Manifest
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.cli import make_app, make_progress, run
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
@@ -43,9 +43,10 @@ from deepseek.files import write_atomic
 from deepseek.recipe import Recipe, parse_recipe
 from quant_jobs.calibration.token_blocks import TokenBlocks, load_token_blocks
 from quant_jobs.evaluation.metrics import Interval, TokenScores, compare_logits, estimate
+from quant_jobs.job.driver import Run
 from quant_jobs.job.folder import JobFolder
+from quant_jobs.job.job import plan_job
 from quant_jobs.job.progress import Event
-from quant_jobs.quantize import Run, plan_job
 from quant_jobs.workers.pool import WorkerPool
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,7 +30,9 @@ from deepseek.source.synthetic import Size, synthesize, synthetic_config
 from quant_jobs.cost.model import bytes_read, bytes_written, job_time
 from quant_jobs.cost.rates import machine_rates
 from quant_jobs.cost.work import PIECES, Job, pieces
-from quant_jobs.quantize import JobFolder, Run, plan_job
+from quant_jobs.job.driver import Run
+from quant_jobs.job.job import plan_job
+from quant_jobs.quantize import JobFolder
 from quant_jobs.workers.in_process import WorkerHere
 
 #: Calls of a worker -> the section of the schedule that they belong to.

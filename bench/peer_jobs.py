@@ -38,8 +38,10 @@ def run_ours(spec: dict[str, Any], clock: Clock) -> None:
     """The steps of `run_quantize`, with Ray and the workers' libraries counted as imports. Loading
     and saving are part of quantizing: layers stream."""
     from deepseek.recipe import parse_recipe
+    from quant_jobs.job.driver import Run
     from quant_jobs.job.folder import JobFolder
-    from quant_jobs.quantize import Run, plan_job, start_workers
+    from quant_jobs.job.job import plan_job
+    from quant_jobs.quantize import start_workers
 
     recipe = parse_recipe(spec["recipe"], where="bench/peers.py")
     output = Path(spec["output"])

@@ -58,12 +58,14 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import safe_open
 from torch import Tensor
 
-from deepseek.artifact.checkpoint import COPIED_FILES, ArtifactReader, pop_linear
+from deepseek.artifact.reader import ArtifactReader
+from deepseek.artifact.tensors import pop_linear
+from deepseek.artifact.writer import COPIED_FILES
 from deepseek.cli import make_app, run
-from deepseek.files import save_tensors
 from deepseek.formats import decompress
 from deepseek.inventory import linears
 from deepseek.source.checkpoint import CheckpointReader
+from deepseek.tensor_files import save_tensors
 from quant_jobs.calibration.token_blocks import TokenBlocks, load_token_blocks
 from quant_jobs.evaluation.metrics import Interval, compare_logits, estimate
 

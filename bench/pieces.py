@@ -42,17 +42,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.connect import connect
 from deepseek.config import ModelConfig
-from deepseek.files import read_header, read_tensor, save_tensors, tensor_bytes, tensor_digest
 from deepseek.formats import compress, decompress, dequantize_fp8_block, quantize_fp8_block
 from deepseek.inventory import layer_tensors
 from deepseek.recipe import Scheme
+from deepseek.tensor_files import (
+    read_header,
+    read_tensor,
+    save_tensors,
+    tensor_bytes,
+    tensor_digest,
+)
 from quant_jobs.algorithms.awq import candidate_scales, scale_losses, search_clip
 from quant_jobs.algorithms.gptq import Rounded, gptq, inverse_factor
 from quant_jobs.algorithms.linear import use_one_thread
 from quant_jobs.algorithms.ranges import group_ranges
-from quant_jobs.calibration.forward import Rotary, Trunk, hidden, run_expert, tokens_of
+from quant_jobs.calibration.forward import Rotary, Routed, Trunk, hidden, run_expert, tokens_of
 from quant_jobs.calibration.statistics import SAMPLE_TOKENS, Accumulator, observe
-from quant_jobs.workers.messages import Routed, travel_light
+from quant_jobs.workers.messages import travel_light
 
 INT4 = Scheme(weights="int4", group_size=128)
 INT4_MSE = Scheme(weights="int4", group_size=128, clip="mse")

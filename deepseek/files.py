@@ -1,11 +1,8 @@
 """Bytes on disk: whole or absent, and the same for the same content.
 
 Everything that IntServe publishes goes through here. A file is written under a temporary name in
-the same directory, synced, then renamed, so that a reader sees all of it or nothing. Safetensors
-files are written by our own few lines rather than by the library's `save_file`, for three reasons:
-tensors stream out one by one (no second copy of a layer in memory), the bytes do not depend on the
-order of a hash map, and the digests are computed on the way. Reading tensor data back is left to
-`safetensors.safe_open`; only the header is parsed here, because its bytes are part of digests.
+the same directory, synced, then renamed, so that a reader sees all of it or nothing. Tensors are in
+`tensor_files.py`: this file imports no torch, so that who only reads a manifest need not.
 """
 
 from __future__ import annotations
@@ -13,88 +10,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from io import FileIO
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
-
 from deepseek.errors import ArtifactError
 
-#: Safetensors' names of the data types that appear in our files.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-#: Bytes of a cache line. Kernels crash or round differently on tensors that begin elsewhere.
-ALIGNMENT = 64
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-_CHUNK_BYTES = 1 << 22
-
-
-class DamagedFileError(Exception):
-    """A safetensors file whose header cannot be trusted; callers say whose file it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor as a safetensors header announces it; `begin` and `end` are file offsets."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.end - self.begin
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The checked header of one safetensors file. `raw` is the length prefix and the JSON."""
-
-    tensors: dict[str, TensorEntry]
-    metadata: dict[str, str]
-    raw: bytes
-    file_bytes: int
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.raw).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class SavedFile:
-    """What `save_tensors` wrote: digests in hex, size in bytes, digest of each tensor by name."""
-
-    sha256: str
-    header_sha256: str
-    num_bytes: int
-    tensors: dict[str, str]
+#: Bytes of a file that are read at once.
+CHUNK_BYTES = 1 << 22
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that it appears whole or not at all, also after a power cut."""
-    with _published(path) as file:
+    with published_file(path) as file:
         file.write(data)
 
 
@@ -125,169 +55,23 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> SavedFile:
-    """Write a safetensors file atomically; equal tensors and metadata give equal bytes.
-
-    The data begin at a multiple of 64 bytes, and tensors of whole multiples of 64 bytes come first,
-    so that these can be mapped into memory and computed with; then it is descending item size and
-    name, so that each is aligned to its items. Tensors may have any strides and live on any device;
-    one at a time is copied to the host.
-    """
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    order, raw, num_bytes = _lay_out(layout, metadata)
-
-    whole = hashlib.sha256(raw)
-    digests: dict[str, str] = {}
-    with _published(path) as file:
-        file.write(raw)
-        for name in order:
-            tensor = tensors[name].detach().cpu()
-            data = tensor_bytes(tensor)
-            file.write(data)
-            whole.update(data)
-            digests[name] = _digest(tensor, data)
-    return SavedFile(
-        sha256=whole.hexdigest(),
-        header_sha256=hashlib.sha256(raw).hexdigest(),
-        num_bytes=num_bytes,
-        tensors=dict(sorted(digests.items())),
-    )
-
-
-def stream_tensors(
-    path: Path,
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    make: Callable[[str], Iterable[Tensor]],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """`save_tensors`, of tensors that do not exist yet: `layout` announces them, `make(name)` gives
-    the values of one, in row-major order, in as many pieces as it likes. No digests are taken."""
-    order, raw, num_bytes = _lay_out(layout, metadata)
-    with _published(path) as file:
-        file.write(raw)
-        for name in order:
-            for piece in make(name):
-                assert piece.dtype == layout[name][0], name
-                file.write(tensor_bytes(piece))
-        assert file.tell() == num_bytes, "a tensor is not as long as announced"
-
-
 def remove_scraps(directory: Path) -> None:
     """Delete temporary files that killed writers left; only when no other writer is at work."""
     for path in directory.glob(".*.tmp"):
         path.unlink()
 
 
-def read_header(path: Path) -> Header:
-    """Parse and check a safetensors header: known types, no gaps, no overlaps, nothing cut off.
-
-    Raises:
-        OSError: the file cannot be read.
-        DamagedFileError: it is not a complete safetensors file.
-    """
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
-            raise DamagedFileError("is not a safetensors file, or is cut off within its header")
-        text = file.read(length)
-    try:
-        parsed = json.loads(text, object_pairs_hook=_no_duplicates)
-        metadata = parsed.pop("__metadata__", {})
-        start = 8 + length
-        tensors = {name: _entry(name, value, start) for name, value in parsed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"is not a safetensors file ({error})") from error
-    position = start
-    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != position:
-            raise DamagedFileError(f"has a gap or an overlap before tensor {name}")
-        position = entry.end
-    if position != file_bytes:
-        raise DamagedFileError(
-            f"has {file_bytes} bytes where its header announces {position}; it is cut off or "
-            "was appended to"
-        )
-    return Header(tensors, metadata, prefix + text, file_bytes)
-
-
-def read_tensor(file: FileIO, entry: TensorEntry) -> Tensor:
-    """One tensor of an unbuffered safetensors file, into memory of its own.
-
-    Raises:
-        OSError: it cannot be read.
-        EOFError: the file has become shorter since its header was read.
-    """
-    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    view = memoryview(data.numpy().data)
-    position = 0
-    while position < entry.num_bytes:
-        chunk = view[position : position + _CHUNK_BYTES]
-        count = os.preadv(file.fileno(), [chunk], entry.begin + position)
-        if not count:
-            raise EOFError(f"it ends at {entry.begin + position} bytes")
-        position += count
-    return data.view(entry.dtype).view(entry.shape)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's values in row-major order as bytes, without a copy where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """BLAKE2b-128 in hex over type, shape and values of a host tensor."""
-    return _digest(tensor, tensor_bytes(tensor))
-
-
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file in hex, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def _lay_out(
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    metadata: Mapping[str, str] | None,
-) -> tuple[list[str], bytes, int]:
-    """Order of the tensors, the length prefix and the header, and the bytes of the whole file."""
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.items()}
-    order = sorted(
-        layout, key=lambda name: (sizes[name] % ALIGNMENT != 0, -layout[name][0].itemsize, name)
-    )
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in order:
-        dtype, shape = layout[name]
-        end = offset + sizes[name]
-        entries[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    raw = len(text).to_bytes(8, "little") + text
-    return order, raw, len(raw) + offset
-
-
-def _digest(tensor: Tensor, data: memoryview) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}".encode())
-    digest.update(data)
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
-def _published(path: Path) -> Iterator[BinaryIO]:
+def published_file(path: Path) -> Iterator[BinaryIO]:
     """A file under a temporary name that takes its own name only when the block ends well."""
     # Random, because processes of several nodes may share the directory.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -305,21 +89,3 @@ def _published(path: Path) -> Iterator[BinaryIO]:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name appears twice in its header")
-    return found
-
-
-def _entry(name: str, value: dict[str, Any], start: int) -> TensorEntry:
-    if value["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name} has the unknown type {value['dtype']!r}")
-    dtype = DTYPES[value["dtype"]]
-    shape = tuple(int(size) for size in value["shape"])
-    begin, end = value["data_offsets"]
-    if any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"tensor {name} has {end - begin} bytes, which its shape contradicts")
-    return TensorEntry(dtype, shape, start + begin, start + end)

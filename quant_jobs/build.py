@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.deployability import check, require_target, served_schemes
 from cluster.hardware import parse_hardware
-from deepseek.artifact.checkpoint import ArtifactReader
 from deepseek.artifact.manifest import MANIFEST_FILE, Manifest, read_manifest
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.cli import make_progress
 from deepseek.config import ModelConfig
 from deepseek.engine.packed import UNQUANTIZED, pack_engine, read_engine_manifest

@@ -10,39 +10,22 @@ Evaluating is not judging: `gate` compares the result with the recipe's limits.
 
 from __future__ import annotations
 
-import math
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from deepseek.cli import make_progress
-from deepseek.config import ModelConfig
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError
-from deepseek.files import read_header, save_tensors
-from deepseek.formats import stored_bytes
-from deepseek.inventory import tensors
-from deepseek.recipe import Scheme
-from deepseek.source.checkpoint import CheckpointReader, scale_name
+from deepseek.source.checkpoint import CheckpointReader
+from deepseek.tensor_files import save_tensors
 from quant_jobs.build import read_engine
 from quant_jobs.calibration.token_blocks import load_token_blocks
-from quant_jobs.evaluation.metrics import TokenScores, compare_logits, estimate
-from quant_jobs.evaluation.record import (
-    EVALUATION,
-    TOKENS,
-    Divergence,
-    Estimate,
-    Evaluation,
-    GroupBytes,
-    HeldOut,
-    write_evaluation,
-)
+from quant_jobs.evaluation.record import EVALUATION, TOKENS, Evaluation, HeldOut, write_evaluation
+from quant_jobs.evaluation.scorers import score_blocks, summarize, token_arrays
+from quant_jobs.evaluation.sizes import file_bytes, group_sizes, stored_sizes
 from quant_jobs.evaluation.speed import BATCH_SIZES, measure_decode
 
 
@@ -55,14 +38,6 @@ class Settings:
     block_tokens: int = 512
     decode_tokens: int = 32
     num_threads: int | None = None
-
-
-class Scorer(Protocol):
-    """The part of an engine that scoring needs."""
-
-    def score(self, token_ids: Tensor) -> Tensor:
-        """Logits float32 [T, V] of token ids int64 [T]."""
-        ...
 
 
 def run_evaluate(
@@ -123,98 +98,3 @@ def run_evaluate(
     )
     write_evaluation(output, evaluation)
     return evaluation
-
-
-def score_blocks(source: Scorer, quantized: Scorer, ids_BT: Tensor) -> list[TokenScores]:
-    """Both models on every block, with a progress line.
-
-    Raises:
-        ArtifactError: the quantized engine gave a logit that is not finite.
-    """
-    with make_progress() as progress:
-        blocks = progress.track(range(len(ids_BT)), description="evaluate")
-        return [_score_block(source, quantized, ids_BT[block], block) for block in blocks]
-
-
-def _score_block(source: Scorer, quantized: Scorer, ids_T: Tensor, block: int) -> TokenScores:
-    """A function of its own, so that the logits are gone before the next block's are made."""
-    source_TV, quantized_TV = source.score(ids_T), quantized.score(ids_T)
-    if not quantized_TV.isfinite().all():
-        raise ArtifactError(
-            f"the engine gave logits that are not finite in block {block} of the text; quantize "
-            "again with another recipe, and do not serve it"
-        )
-    return compare_logits(source_TV, quantized_TV, ids_T)
-
-
-def token_arrays(ids_BT: Tensor, scores: list[TokenScores]) -> dict[str, Tensor]:
-    """What `tokens.safetensors` holds; see `evaluation.read_tokens`."""
-    return {
-        "token_ids": ids_BT.to(torch.int32),
-        "source_nll": torch.stack([score.source_nll for score in scores]).float(),
-        "quantized_nll": torch.stack([score.quantized_nll for score in scores]).float(),
-        "kl": torch.stack([score.kl for score in scores]).float(),
-        "same_top1": torch.stack([score.same_top1 for score in scores]),
-    }
-
-
-def summarize(scores: list[TokenScores]) -> dict[str, Any]:
-    """The fields of `Evaluation` that follow from the tokens' scores alone."""
-    source_BT = torch.stack([score.source_nll for score in scores])
-    quantized_BT = torch.stack([score.quantized_nll for score in scores])
-    kl_BT = torch.stack([score.kl for score in scores])
-    same_BT = torch.stack([score.same_top1 for score in scores])
-    levels = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
-    p50, p90, p99 = torch.quantile(kl_BT.flatten(), levels).tolist()
-    return {
-        "perplexity": math.exp(float(quantized_BT.mean())),
-        "source_perplexity": math.exp(float(source_BT.mean())),
-        # Paired: the difference per block varies far less than either loss.
-        "perplexity_ratio": _estimate(quantized_BT - source_BT, math.exp),
-        "kl": Divergence(mean=_estimate(kl_BT), p50=p50, p90=p90, p99=p99, max=float(kl_BT.max())),
-        "top1": _estimate(same_BT),
-    }
-
-
-def _estimate(values_BT: Tensor, transform: Callable[[float], float] = float) -> Estimate:
-    return Estimate(**asdict(estimate(values_BT, transform)))
-
-
-def stored_sizes(directory: Path) -> dict[str, int]:
-    """Bytes of every tensor of a safetensors directory, by name, from the files' headers."""
-    return {
-        name: entry.num_bytes
-        for path in sorted(directory.glob("*.safetensors"))
-        for name, entry in read_header(path).tensors.items()
-    }
-
-
-def file_bytes(directory: Path) -> int:
-    """Bytes of the tensor files of a checkpoint directory."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-
-
-def group_sizes(
-    config: ModelConfig, source_bytes: Mapping[str, int], schemes: Mapping[str, Scheme]
-) -> tuple[GroupBytes, ...]:
-    """Bytes by group of tensors; what no scheme names (norms, router, embeddings, head) is stored
-    as in the source."""
-    rows: dict[str, list[int]] = {}
-    for spec in tensors(config):
-        source = source_bytes[spec.name] + source_bytes.get(scale_name(spec.name), 0)
-        artifact = source
-        if spec.kind == "linear" and schemes[spec.module].is_quantized:
-            artifact = stored_bytes(schemes[spec.module], *spec.shape)
-        row = rows.setdefault(spec.group, [0, 0, 0, 0])
-        for column, value in enumerate((spec.numel, 2 * spec.numel, source, artifact)):
-            row[column] += value
-    return tuple(
-        GroupBytes(
-            group=group,
-            parameters=parameters,
-            bf16_bytes=bf16,
-            source_bytes=source,
-            artifact_bytes=artifact,
-        )
-        for group, (parameters, bf16, source, artifact) in rows.items()
-    )

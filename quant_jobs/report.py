@@ -18,8 +18,8 @@ from deepseek.files import write_atomic
 from quant_jobs.build import BuiltEngine, read_engine
 from quant_jobs.evaluation.record import Evaluation, read_evaluation, read_tokens
 from quant_jobs.reports import figures
-from quant_jobs.reports.findings import Report, assemble, show_bytes
-from quant_jobs.reports.page import render_page
+from quant_jobs.reports.findings import Report, assemble
+from quant_jobs.reports.page import render_page, show_bytes
 
 
 def run_report(

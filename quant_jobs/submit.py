@@ -348,7 +348,7 @@ def _identify_model(model: Path) -> dict[str, Any]:
     """What a source checkpoint is by its content, or by its path where it cannot be opened here:
     on a machine that has no more of it than config.json, or nothing, it may be whole on the nodes.
     """
-    from deepseek.artifact.checkpoint import COPIED_FILES
+    from deepseek.artifact.writer import COPIED_FILES
     from deepseek.source.checkpoint import CheckpointReader
 
     try:

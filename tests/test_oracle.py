@@ -22,7 +22,7 @@ from support.engines import make_artifact, make_engine
 from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from deepseek.artifact.checkpoint import ArtifactReader
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.packed import pack_engine

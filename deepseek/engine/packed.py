@@ -28,26 +28,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepseek import __version__
-from deepseek.artifact.checkpoint import COPIED_FILES, ArtifactReader
 from deepseek.artifact.manifest import MANIFEST_FILE
+from deepseek.artifact.reader import ArtifactReader
+from deepseek.artifact.writer import COPIED_FILES
 from deepseek.config import ModelConfig
 from deepseek.engine.kv_cache import CacheFormat, check_cache_format
 from deepseek.engine.packing import Progress, Source, pack_tensors, schemes_of
 from deepseek.errors import ArtifactError, DeployError, first_problem
-from deepseek.files import (
+from deepseek.files import canonical_json, read_json_object, sha256_file, write_atomic, write_json
+from deepseek.recipe import Scheme
+from deepseek.tensor_files import (
     ALIGNMENT,
     DamagedFileError,
     SavedFile,
-    canonical_json,
     read_header,
-    read_json_object,
     save_tensors,
-    sha256_file,
     tensor_digest,
-    write_atomic,
-    write_json,
 )
-from deepseek.recipe import Scheme
 
 ENGINE_FILE = "engine.json"
 TENSOR_FILE = "rank-0.safetensors"

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from deepseek.artifact.checkpoint import ArtifactReader, pop_linear
+from deepseek.artifact.reader import ArtifactReader
+from deepseek.artifact.tensors import pop_linear
 from deepseek.config import ModelConfig
 from deepseek.engine.packed_layout import (
     PackedLinear,

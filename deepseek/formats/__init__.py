@@ -55,13 +55,7 @@ from deepseek.formats.int8 import (
     quantize_tokens_int8,
     unpack_int8,
 )
-from deepseek.formats.stored import (
-    compress,
-    decompress,
-    int8_codes,
-    stored_bytes,
-    stored_shapes,
-)
+from deepseek.formats.stored import compress, decompress, int8_codes, stored_bytes, stored_shapes
 from deepseek.formats.zero_points import pack_zero_point, unpack_zero_point
 
 __all__ = [

@@ -10,13 +10,7 @@ from torch import Tensor
 
 from deepseek.errors import ArtifactError
 from deepseek.formats.fp8 import dequantize_fp8_block, num_blocks, quantize_fp8_block
-from deepseek.formats.int4 import (
-    dequantize_int4,
-    num_groups,
-    pack_int4,
-    quantize_int4,
-    unpack_int4,
-)
+from deepseek.formats.int4 import dequantize_int4, num_groups, pack_int4, quantize_int4, unpack_int4
 from deepseek.formats.int8 import (
     dequantize_int8,
     pack_int8,

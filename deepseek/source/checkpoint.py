@@ -4,7 +4,7 @@ Opening reads every shard's header (not its data) and holds all names, shapes an
 inventory: what is missing, extra or misshapen is named before an hour is spent. Reading a layer
 reads that layer's bytes and no others. Two kinds of source: the release's FP8 e4m3 blocks with a
 `weight_scale_inv` per linear, and plain BF16/FP16/FP32. Not for quantized checkpoints of ours;
-those are `deepseek.artifact.checkpoint`.
+those are `deepseek.artifact.writer`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError
-from deepseek.files import (
+from deepseek.formats import FP8_BLOCK, dequantize_fp8_block
+from deepseek.formats.scales import row_chunks
+from deepseek.inventory import TensorSpec, global_tensors, layer_tensors, tensors
+from deepseek.tensor_files import (
     DTYPE_NAMES,
     DamagedFileError,
     Header,
@@ -32,9 +35,6 @@ from deepseek.files import (
     read_tensor,
     tensor_digest,
 )
-from deepseek.formats import FP8_BLOCK, dequantize_fp8_block
-from deepseek.formats.scales import row_chunks
-from deepseek.inventory import TensorSpec, global_tensors, layer_tensors, tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from deepseek.config import DEEPSEEK_V3, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
-from deepseek.files import stream_tensors, write_atomic, write_json
+from deepseek.files import write_atomic, write_json
 from deepseek.formats import FP8_BLOCK
 from deepseek.inventory import TensorSpec, tensors
 from deepseek.source.checkpoint import INDEX_FILE, scale_name
 from deepseek.source.synthetic_weights import WeightMaker
+from deepseek.tensor_files import stream_tensors
 
 Preset = Literal["deepseek-v3", "small"]
 

@@ -18,6 +18,7 @@ T tokens · D hidden size · I intermediate size · k experts per token
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,32 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from deepseek.config import ModelConfig
 from deepseek.formats import dequantize_int8, fake_quantize_fp8, quantize_tokens_int8
 from deepseek.recipe import Scheme
-from quant_jobs.workers.messages import Part, Routed
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """One block where it enters the MLP: `z` f32 [T, D], normed. In a MoE layer the router's choice
+    too: `experts` int64 [T, k] and `weights` f32 [T, k], None in a dense layer."""
+
+    z: Tensor
+    experts: Tensor | None = None
+    weights: Tensor | None = None
+
+
+#: Blocks by index, as one worker sends them.
+RoutedBlocks = dict[int, Routed]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Expert outputs for one block by some experts: expert -> (`token` int64 [n], `rows` f32
+    [n, D], weighted by the router)."""
+
+    by_expert: dict[int, tuple[Tensor, Tensor]]
+
+
+#: Parts by block, as one worker sends them.
+Parts = dict[int, Part]
 
 #: Input of a linear -> what its kernel makes of it, same shape.
 Prepare = Callable[[Tensor], Tensor]

@@ -29,11 +29,11 @@ _MOE_QUANT_S = 2 * 3600.0
 _BUILT = (
     "**What is built.** The schedule (`quant_jobs/job/layer_run.py`), the sharing of reading, "
     "solving and packing, the exchange through Ray's object store (what an expert makes of a "
-    "token goes to its node only), waves, writing beside the next layer: built, and tested on CPU "
-    "workers over several raylets. `quantize --device cuda` gives each worker a GPU, which "
-    "dequantizes its weights and solves them. **What is not:** no GPU has run that yet (tests hold "
-    "it against a stand-in that knows where each tensor is), and none of the changes below is made. So these "
-    "times are of the present schedule on hardware that it has not seen."
+    "token goes to its node only), waves, writing beside the next layer: built, and tested on "
+    "CPU workers over several raylets. `quantize --device cuda` gives each worker a GPU, which "
+    "dequantizes its weights and solves them. **What is not:** no GPU has run that yet (tests "
+    "hold it against a stand-in that knows where each tensor is), and none of the changes below"
+    " is made. So these times are of the present schedule on hardware that it has not seen."
 )
 
 

@@ -20,25 +20,17 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from deepseek.artifact.checkpoint import Fallback, LayerKey, LayerRecord
-from deepseek.artifact.manifest import MANIFEST_FILE
+from deepseek.artifact.manifest import MANIFEST_FILE, Fallback, LayerKey, LayerRecord
 from deepseek.errors import ArtifactError
-from deepseek.files import (
-    DamagedFileError,
-    read_header,
-    save_tensors,
-    sha256_file,
-    tensor_digest,
-    write_json,
-)
+from deepseek.files import sha256_file, write_json
+from deepseek.tensor_files import tensor_digest
+from quant_jobs.workers.boundary import _block_name, _stored_blocks
 
 FOLDER = ".job"
 #: Times that a folder is deleted before that which keeps appearing in it is an error.
@@ -220,62 +212,6 @@ def check_same_run(output: Path, found: dict[str, Any], wanted: dict[str, Any]) 
         )
 
 
-def boundary_files(boundary: Path, num_workers: int, wave: int = 0) -> list[Path]:
-    """One file per worker and wave. Any number of workers can read what any other number, in any
-    waves, has written."""
-    return [
-        boundary / f"worker-{index:03d}-of-{num_workers:03d}-wave-{wave:03d}.safetensors"
-        for index in range(num_workers)
-    ]
-
-
-def save_blocks(path: Path, blocks: Mapping[int, Tensor]) -> int:
-    """Store what goes into a layer, f32 [T, D] by block; whole or not at all. Bytes written."""
-    named = {_block_name(block): x_TD for block, x_TD in blocks.items()}
-    digests = {name: tensor_digest(x_TD) for name, x_TD in named.items()}
-    return save_tensors(path, named, digests).num_bytes
-
-
-def load_blocks(boundary: Path, blocks: Sequence[int]) -> dict[int, Tensor]:
-    """These blocks of a complete boundary.
-
-    Raises:
-        ArtifactError: a file is damaged.
-    """
-    found: dict[int, Tensor] = {}
-    for path in sorted(boundary.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                digests = file.metadata() or {}
-                for block in blocks:
-                    name = _block_name(block)
-                    if block in found or name not in digests:
-                        continue
-                    x_TD = file.get_tensor(name).clone()
-                    if tensor_digest(x_TD) != digests[name]:
-                        raise SafetensorError(f"{name} has other bytes than were written")
-                    found[block] = x_TD
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(
-                f"{path} is damaged ({error}); delete {boundary} and run again, which goes "
-                "through the published layers once more"
-            ) from error
-    return {block: found[block] for block in blocks}
-
-
-def _stored_blocks(boundary: Path) -> set[str]:
-    names: set[str] = set()
-    for path in boundary.glob("*.safetensors"):
-        try:
-            names |= read_header(path).tensors.keys()
-        except DamagedFileError as error:
-            raise ArtifactError(
-                f"{path} {error}; delete {boundary} and run again, which goes through the "
-                "published layers once more"
-            ) from error
-    return names
-
-
 def _remove_folder(path: Path) -> None:
     """Delete a boundary, also while a worker that was given up for dead still writes into it: on a
     node that lost its link, one ends its last call."""
@@ -284,10 +220,6 @@ def _remove_folder(path: Path) -> None:
             shutil.rmtree(path)
             return
     shutil.rmtree(path)
-
-
-def _block_name(block: int) -> str:
-    return f"block-{block:05d}"
 
 
 def _damaged_tensor(file: Path, record: LayerRecord) -> str:

@@ -38,7 +38,7 @@ from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.smoothquant import smoothing_scale
 from quant_jobs.calibration.statistics import InputStatistics, input_of
 from quant_jobs.calibration.units import share_out, trunk_reader
-from quant_jobs.job.folder import boundary_files
+from quant_jobs.workers.boundary import boundary_files
 from quant_jobs.workers.messages import Account
 from quant_jobs.workers.protocol import Workers
 

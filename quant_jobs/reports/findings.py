@@ -19,8 +19,9 @@ from deepseek.artifact.manifest import Manifest
 from deepseek.artifact.verdict import GateVerdict
 from deepseek.inventory import linears
 from quant_jobs.build import BuiltEngine
+from quant_jobs.evaluation.limits import judge, measure
 from quant_jobs.evaluation.record import Evaluation
-from quant_jobs.gate import judge, measure
+from quant_jobs.reports.page import show_bytes
 
 NUM_WORST = 12
 CONTEXT_TOKENS = 10
@@ -240,11 +241,3 @@ def _provenance(engine: BuiltEngine, evaluation: Evaluation) -> dict[str, str]:
     facts["KV cache"] = evaluation.kv_cache
     facts["Engine on disk"] = show_bytes(evaluation.engine_bytes)
     return facts | {f"Tool: {name}": version for name, version in evaluation.tools.items()}
-
-
-def show_bytes(count: int) -> str:
-    """SI units, three digits: 12.3 MB, 356 GB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"

@@ -20,8 +20,7 @@ from deepseek.artifact.manifest import Fallback, LayerKey
 from deepseek.files import write_atomic
 from quant_jobs.algorithms.ledger import MEANING, FallbackKind
 from quant_jobs.reports import job_figures
-from quant_jobs.reports.findings import show_bytes
-from quant_jobs.reports.page import render_page
+from quant_jobs.reports.page import render_page, show_bytes
 
 REPORT_FILE = "job_report.json"
 PAGE_FILE = "job_report.html"

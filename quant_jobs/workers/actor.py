@@ -14,16 +14,15 @@ from pathlib import Path
 import ray
 from torch import Tensor
 
-from deepseek.artifact.checkpoint import LayerRecord
+from deepseek.artifact.manifest import LayerRecord
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.folding import Smoothing
+from quant_jobs.calibration.forward import Parts, RoutedBlocks
 from quant_jobs.calibration.statistics import InputStatistics
 from quant_jobs.calibration.units import Unit
 from quant_jobs.workers.messages import (
     Account,
     AttentionShare,
-    Parts,
-    RoutedBlocks,
     Tensors,
     Usage,
     WorkerJob,

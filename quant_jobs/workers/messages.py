@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from deepseek.artifact.manifest import Fallback
-from deepseek.files import ALIGNMENT
 from deepseek.recipe import Recipe
+from deepseek.tensor_files import ALIGNMENT
 from quant_jobs.algorithms.folding import Smoothing
 from quant_jobs.calibration.statistics import InputShare
 from quant_jobs.workers.devices import Device
@@ -42,33 +42,8 @@ class WorkerJob:
     device: Device = "cpu"
 
 
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """One block where it enters the MLP: `z` f32 [T, D], normed. In a MoE layer the router's choice
-    too: `experts` int64 [T, k] and `weights` f32 [T, k], None in a dense layer."""
-
-    z: Tensor
-    experts: Tensor | None = None
-    weights: Tensor | None = None
-
-
-#: Blocks by index, as one worker sends them.
-RoutedBlocks = dict[int, Routed]
-
 #: What the attention's linears saw on one worker's blocks: by input, then by block.
 AttentionShare = dict[str, dict[int, InputShare]]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Expert outputs for one block by some experts: expert -> (`token` int64 [n], `rows` f32
-    [n, D], weighted by the router)."""
-
-    by_expert: dict[int, tuple[Tensor, Tensor]]
-
-
-#: Parts by block, as one worker sends them.
-Parts = dict[int, Part]
 
 
 @dataclass(slots=True)

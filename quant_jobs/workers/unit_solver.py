@@ -32,7 +32,7 @@ from quant_jobs.algorithms.gptq import Factor, Rounded, gptq, inverse_factor
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.linear import solve_linear
 from quant_jobs.algorithms.smoothquant import column_amax, smoothing_scale
-from quant_jobs.calibration.forward import hidden, tokens_of
+from quant_jobs.calibration.forward import Routed, hidden, tokens_of
 from quant_jobs.calibration.statistics import (
     SAMPLE_TOKENS,
     Accumulator,
@@ -43,7 +43,7 @@ from quant_jobs.calibration.statistics import (
     spread,
 )
 from quant_jobs.calibration.units import MLP_ROLES, Unit
-from quant_jobs.workers.messages import Account, Routed, Tensors, moved
+from quant_jobs.workers.messages import Account, Tensors, moved
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from deepseek.artifact.checkpoint import ArtifactWriter, LayerRecord
+from deepseek.artifact.manifest import LayerRecord
+from deepseek.artifact.writer import ArtifactWriter
 from deepseek.config import ModelConfig
 from deepseek.formats import decompress, stored_shapes
 from deepseek.inventory import layer_tensors
@@ -53,7 +54,16 @@ from quant_jobs.algorithms.awq import scale_losses, weight_means
 from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted, wanted_sets
 from quant_jobs.algorithms.linear import modelopt_quantizer, use_one_thread
 from quant_jobs.algorithms.smoothquant import column_amax
-from quant_jobs.calibration.forward import Prepare, Rotary, Trunk, preparation, run_expert
+from quant_jobs.calibration.forward import (
+    Part,
+    Parts,
+    Prepare,
+    Rotary,
+    RoutedBlocks,
+    Trunk,
+    preparation,
+    run_expert,
+)
 from quant_jobs.calibration.statistics import (
     SAMPLE_TOKENS,
     Accumulator,
@@ -64,15 +74,12 @@ from quant_jobs.calibration.statistics import (
     rows_per_block,
 )
 from quant_jobs.calibration.units import MLP_ROLES, Unit, expert_specs, trunk_specs
-from quant_jobs.job.folder import load_blocks, save_blocks
+from quant_jobs.workers.boundary import load_blocks, save_blocks
 from quant_jobs.workers.devices import make_repeatable
 from quant_jobs.workers.messages import (
     Account,
     AttentionShare,
     Message,
-    Part,
-    Parts,
-    RoutedBlocks,
     Tensors,
     Usage,
     WorkerJob,

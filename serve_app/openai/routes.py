@@ -24,13 +24,7 @@ from starlette.types import Send
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineClient
-from serve_app.errors import (
-    HTTP_REASONS,
-    ApiError,
-    BodyTooLarge,
-    EngineUnavailable,
-    to_api_error,
-)
+from serve_app.errors import HTTP_REASONS, ApiError, BodyTooLarge, EngineUnavailable, to_api_error
 from serve_app.openai.answers import ChatFormat, CompletionFormat
 from serve_app.openai.requests import AnyRequest, ChatRequest, CompletionRequest, parse
 from serve_app.openai.stream import Answer, open_stream

@@ -12,15 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from deepseek.files import (
-    DTYPES,
-    DamagedFileError,
-    read_header,
-    save_tensors,
-    sha256_file,
-    tensor_digest,
-    write_atomic,
-)
+from deepseek.files import sha256_file, write_atomic
+from deepseek.tensor_files import DTYPES, DamagedFileError, read_header, save_tensors, tensor_digest
 
 
 def example() -> dict[str, torch.Tensor]:

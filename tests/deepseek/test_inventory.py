@@ -13,13 +13,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 
 from deepseek.config import DEEPSEEK_V3, ModelConfig
-from deepseek.inventory import (
-    count_parameters,
-    global_tensors,
-    layer_tensors,
-    linears,
-    tensors,
-)
+from deepseek.inventory import count_parameters, global_tensors, layer_tensors, linears, tensors
 from deepseek.source.checkpoint import expected_source
 
 

@@ -17,8 +17,9 @@ from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError, CalibrationError
 from quant_jobs.build import run_build
-from quant_jobs.evaluate import Settings, run_evaluate, score_blocks
+from quant_jobs.evaluate import Settings, run_evaluate
 from quant_jobs.evaluation.record import TOKENS, read_evaluation, read_tokens
+from quant_jobs.evaluation.scorers import score_blocks
 from quant_jobs.evaluation.speed import BATCH_SIZES, NUM_RUNS
 
 SHORT = Settings(num_blocks=2, block_tokens=64, decode_tokens=0)

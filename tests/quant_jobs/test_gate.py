@@ -13,8 +13,9 @@ from deepseek.artifact.verdict import read_verdict, require_passed
 from deepseek.errors import ArtifactError
 from deepseek.recipe import GateLimits
 from quant_jobs.build import run_build
+from quant_jobs.evaluation.limits import Measured, judge, starved_share
 from quant_jobs.evaluation.record import read_evaluation, write_evaluation
-from quant_jobs.gate import Measured, judge, run_gate, starved_share
+from quant_jobs.gate import run_gate
 
 LIMITS = GateLimits(
     max_perplexity_ratio=1.05,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from deepseek.artifact.checkpoint import ArtifactReader, pop_linear
+from deepseek.artifact.reader import ArtifactReader
+from deepseek.artifact.tensors import pop_linear
 from deepseek.config import ModelConfig
 from deepseek.formats import decompress
 from deepseek.inventory import linears

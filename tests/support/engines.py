@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.synthetic import quantize_plainly
 
-from deepseek.artifact.checkpoint import ArtifactReader
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.packed import pack_engine
 from deepseek.engine.request import Request, SamplingParams, StepOutput

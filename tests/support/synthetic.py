@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from deepseek.artifact.checkpoint import ArtifactWriter, Manifest, store_tensor
+from deepseek.artifact.manifest import Manifest
+from deepseek.artifact.tensors import store_tensor
+from deepseek.artifact.writer import ArtifactWriter
 from deepseek.config import ModelConfig
 from deepseek.formats import quantize_fp8_block
 from deepseek.inventory import tensors

@@ -10,17 +10,10 @@ import pytest
 import torch
 from support.synthetic import TINY_TOKENIZER, quantize_plainly, write_checkpoint
 
-from deepseek.artifact.checkpoint import (
-    ArtifactReader,
-    ArtifactWriter,
-    CalibrationRecord,
-    Fallback,
-    expected_tensors,
-    layer_keys,
-    pop_linear,
-    read_manifest,
-    store_tensor,
-)
+from deepseek.artifact.manifest import CalibrationRecord, Fallback, read_manifest
+from deepseek.artifact.reader import ArtifactReader
+from deepseek.artifact.tensors import expected_tensors, layer_keys, pop_linear, store_tensor
+from deepseek.artifact.writer import ArtifactWriter
 from deepseek.errors import ArtifactError, CheckpointError
 from deepseek.files import sha256_file
 from deepseek.formats import decompress

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from support.synthetic import config_dict, quantize_plainly, write_checkpoint
 from transformers import CompressedTensorsConfig, DeepseekV3ForCausalLM
 
-from deepseek.artifact.checkpoint import ArtifactReader, pop_linear
 from deepseek.artifact.compressed_tensors import quantization_config
+from deepseek.artifact.reader import ArtifactReader
+from deepseek.artifact.tensors import pop_linear
 from deepseek.config import DEEPSEEK_V3, ModelConfig
 from deepseek.formats import decompress
 from deepseek.inventory import linears, tensors

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from support.synthetic import quantize_plainly, write_checkpoint
 
-from deepseek.artifact.checkpoint import ArtifactReader, Manifest
+from deepseek.artifact.manifest import Manifest
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError, IntServeError
 from deepseek.files import sha256_file, write_json
 from deepseek.recipe import load_recipe

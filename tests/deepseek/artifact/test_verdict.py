@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek.artifact.checkpoint import GateVerdict, read_verdict, require_passed, write_verdict
+from deepseek.artifact.verdict import GateVerdict, read_verdict, require_passed, write_verdict
 from deepseek.errors import ArtifactError
 from deepseek.recipe import GateLimits
 

@@ -12,7 +12,7 @@ from support.engine_reference import reference_logits
 from support.engines import make_artifact, make_engine
 from support.synthetic import write_checkpoint
 
-from deepseek.artifact.checkpoint import ArtifactReader
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import ModelConfig
 from deepseek.engine.engine import EngineOptions, LLMEngine
 from deepseek.engine.packed import (
@@ -24,16 +24,11 @@ from deepseek.engine.packed import (
     pack_engine,
     read_engine_manifest,
 )
-from deepseek.engine.packed_layout import (
-    packed_tensors,
-    planned_bytes,
-    projections,
-    source_schemes,
-)
+from deepseek.engine.packed_layout import packed_tensors, planned_bytes, projections, source_schemes
 from deepseek.errors import ArtifactError, DeployError
-from deepseek.files import read_header, save_tensors
 from deepseek.recipe import Rule, load_recipe
 from deepseek.source.checkpoint import CheckpointReader
+from deepseek.tensor_files import read_header, save_tensors
 
 RECIPES = ["int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "int4-asym", "w4a8"]
 #: Relative error of an engine's logits against transformers with the same artifact decompressed:

@@ -14,9 +14,9 @@ from support.synthetic import config_dict, random_tensors, write_checkpoint, wri
 
 from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError, ConfigError, IntServeError
-from deepseek.files import read_header
 from deepseek.formats import dequantize_fp8_block
 from deepseek.source.checkpoint import CheckpointReader, content_digest
+from deepseek.tensor_files import read_header
 
 Q_A = "model.layers.1.self_attn.q_a_proj.weight"
 DOWN = "model.layers.1.mlp.experts.2.down_proj.weight"

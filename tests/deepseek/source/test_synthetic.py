@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 
 from deepseek.config import DEEPSEEK_V3, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
-from deepseek.files import read_header, stream_tensors
 from deepseek.formats import dequantize_fp8_block
 from deepseek.inventory import layer_tensors
 from deepseek.source.checkpoint import CheckpointReader, expected_source
@@ -28,6 +27,7 @@ from deepseek.source.synthetic import (
     synthetic_config,
 )
 from deepseek.source.synthetic_weights import WeightMaker
+from deepseek.tensor_files import read_header, stream_tensors
 
 SMALL = Size(layers=3, mtp_layers=1, experts=8)
 

@@ -23,8 +23,7 @@ from quant_jobs.algorithms.folding import (
     folding_sets,
     wanted_sets,
 )
-from quant_jobs.calibration.forward import Rotary, Trunk, run_expert
-from quant_jobs.workers.messages import Part
+from quant_jobs.calibration.forward import Part, Rotary, Trunk, run_expert
 
 AWQ: dict[str, Any] = {"weights": "int4", "group_size": 32, "algorithm": "awq"}
 SMOOTH: dict[str, Any] = {"weights": "int8", "activations": "int8", "algorithm": "smoothquant"}

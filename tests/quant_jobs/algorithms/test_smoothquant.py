@@ -8,12 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek.formats import (
-    compress,
-    decompress,
-    dequantize_int8,
-    quantize_tokens_int8,
-)
+from deepseek.formats import compress, decompress, dequantize_int8, quantize_tokens_int8
 from deepseek.recipe import Scheme, load_recipe
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.algorithms.folding import Smoothing, folding_sets, wanted_sets

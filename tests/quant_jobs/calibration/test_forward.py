@@ -18,15 +18,16 @@ from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.calibration.forward import (
     LazyLinear,
+    Part,
     Prepare,
     Rotary,
+    Routed,
     Trunk,
     preparation,
     run_expert,
     to_hf_config,
     tokens_of,
 )
-from quant_jobs.workers.messages import Part, Routed
 
 ROLES = ("gate_proj", "up_proj", "down_proj")
 W8A8 = Scheme(weights="int8", activations="int8")

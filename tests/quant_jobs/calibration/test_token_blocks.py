@@ -13,7 +13,8 @@ from support.quantizing import SmallModel, make_small_model, small_recipe
 from deepseek.errors import ArtifactError, CalibrationError
 from deepseek.source.synthetic import Size, synthesize, synthetic_config
 from quant_jobs.calibration.token_blocks import CalibrationSource, load_token_blocks
-from quant_jobs.quantize import finished, plan_job, run_quantize
+from quant_jobs.job.job import finished, plan_job
+from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.job_report import REPORT_FILE
 
 

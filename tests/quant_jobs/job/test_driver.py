@@ -26,15 +26,18 @@ from support.quantizing import (
 from support.synthetic import write_checkpoint
 
 from cluster.connect import connect
-from deepseek.artifact.checkpoint import ArtifactReader, layer_file
+from deepseek.artifact.reader import ArtifactReader
+from deepseek.artifact.tensors import layer_file
 from deepseek.errors import ArtifactError, CheckpointError, IntServeError, RecipeError
 from deepseek.formats import decompress
 from deepseek.recipe import Recipe
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.algorithms.linear import modelopt_quantizer
+from quant_jobs.job.driver import Run
 from quant_jobs.job.folder import JobFolder
+from quant_jobs.job.job import finished, plan_job, tools
 from quant_jobs.job.progress import Event, Step
-from quant_jobs.quantize import Run, finished, plan_job, run_quantize, tools
+from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.job_report import REPORT_FILE
 from quant_jobs.workers.in_process import WorkerHere
 from quant_jobs.workers.messages import Account, Usage

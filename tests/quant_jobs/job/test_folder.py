@@ -10,18 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.artifact.checkpoint import LayerRecord
+from deepseek.artifact.manifest import LayerRecord
 from deepseek.artifact.tensors import layer_file
 from deepseek.errors import ArtifactError
-from deepseek.files import save_tensors
+from deepseek.tensor_files import save_tensors
 from quant_jobs.algorithms.ledger import Ledger
-from quant_jobs.job.folder import (
-    JobFolder,
-    PublishedPart,
-    boundary_files,
-    load_blocks,
-    save_blocks,
-)
+from quant_jobs.job.folder import JobFolder, PublishedPart
+from quant_jobs.workers.boundary import boundary_files, load_blocks, save_blocks
 
 RUN: dict[str, Any] = {"recipe": {"name": "int8", "rules": []}, "calibration text": "a" * 64}
 

@@ -12,12 +12,14 @@ import torch
 from support.elsewhere import Elsewhere, There
 from support.quantizing import SmallModel, contents, make_small_model, small_recipe
 
-from deepseek.artifact.checkpoint import ArtifactReader
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.recipe import Recipe
+from quant_jobs.job.driver import Run
 from quant_jobs.job.folder import JobFolder
+from quant_jobs.job.job import plan_job, tools
 from quant_jobs.job.progress import Event
-from quant_jobs.quantize import Run, plan_job, run_quantize, tools
+from quant_jobs.quantize import run_quantize
 from quant_jobs.workers.devices import Device, make_repeatable
 from quant_jobs.workers.in_process import WorkerHere
 

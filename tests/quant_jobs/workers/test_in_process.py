@@ -16,8 +16,10 @@ import yaml
 from support.quantizing import SmallModel, contents, make_small_model, small_recipe
 
 from deepseek.errors import ArtifactError
+from quant_jobs.job.driver import Run
 from quant_jobs.job.folder import JobFolder
-from quant_jobs.quantize import Run, plan_job, run_quantize
+from quant_jobs.job.job import plan_job
+from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.job_report import REPORT_FILE
 from quant_jobs.workers.in_process import WorkerHere
 

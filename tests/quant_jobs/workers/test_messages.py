@@ -11,7 +11,8 @@ from support.elsewhere import Elsewhere
 from torch import Tensor
 
 from quant_jobs.algorithms.folding import Smoothing
-from quant_jobs.workers.messages import Account, Routed, _flatten, _restore, in_block_order, moved
+from quant_jobs.calibration.forward import Routed
+from quant_jobs.workers.messages import Account, _flatten, _restore, in_block_order, moved
 
 DTYPES = [
     *(torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64),

@@ -14,8 +14,9 @@ from ray.util import placement_group_table
 from support.quantizing import make_small_model, small_recipe
 
 from deepseek.errors import DeployError, IntServeError
+from quant_jobs.job.driver import Run
 from quant_jobs.job.folder import JobFolder
-from quant_jobs.quantize import Run, plan_job
+from quant_jobs.job.job import plan_job
 from quant_jobs.workers.pool import WorkerPool
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there are real GPUs here")

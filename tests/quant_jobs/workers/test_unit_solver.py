@@ -25,7 +25,15 @@ from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted, foldabl
 from quant_jobs.algorithms.gptq import Factor, gptq, inverse_factor
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.smoothquant import smoothing_scale
-from quant_jobs.calibration.forward import Rotary, Trunk, hidden, run_expert, tokens_of
+from quant_jobs.calibration.forward import (
+    Part,
+    Rotary,
+    Routed,
+    Trunk,
+    hidden,
+    run_expert,
+    tokens_of,
+)
 from quant_jobs.calibration.statistics import (
     Accumulator,
     InputStatistics,
@@ -34,7 +42,7 @@ from quant_jobs.calibration.statistics import (
     rows_per_block,
 )
 from quant_jobs.calibration.units import MLP_ROLES, Unit, share_out, units
-from quant_jobs.workers.messages import Account, Part, Routed, Tensors
+from quant_jobs.workers.messages import Account, Tensors
 from quant_jobs.workers.unit_solver import Scales, UnitSolver
 
 NUM_BLOCKS, BLOCK_TOKENS = 4, 48

@@ -15,13 +15,9 @@ every byte that it hands out against the manifest and keeps account that nothing
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepseek.artifact.compressed_tensors import quantization_config
@@ -36,50 +32,12 @@ from deepseek.artifact.manifest import (
     read_manifest,
     write_manifest,
 )
-from deepseek.artifact.tensors import (
-    expected_tensors,
-    layer_file,
-    layer_keys,
-    mismatch,
-    pop_linear,
-    store_tensor,
-)
-from deepseek.artifact.verdict import GateVerdict, read_verdict, require_passed, write_verdict
-from deepseek.config import ModelConfig
+from deepseek.artifact.tensors import expected_tensors, layer_file, layer_keys, mismatch
 from deepseek.errors import ArtifactError
-from deepseek.files import (
-    DamagedFileError,
-    read_header,
-    remove_scraps,
-    save_tensors,
-    sha256_file,
-    tensor_digest,
-    write_atomic,
-    write_json,
-)
+from deepseek.files import remove_scraps, sha256_file, write_atomic, write_json
 from deepseek.recipe import Recipe
 from deepseek.source.checkpoint import INDEX_FILE, CheckpointReader
-
-__all__ = [
-    "ArtifactReader",
-    "ArtifactWriter",
-    "CalibrationRecord",
-    "Fallback",
-    "GateVerdict",
-    "LayerKey",
-    "LayerRecord",
-    "Manifest",
-    "SourceRecord",
-    "expected_tensors",
-    "layer_file",
-    "layer_keys",
-    "pop_linear",
-    "read_manifest",
-    "read_verdict",
-    "require_passed",
-    "store_tensor",
-    "write_verdict",
-]
+from deepseek.tensor_files import read_header, save_tensors
 
 #: Files that go along with the weights, where the source has them. No code is ever copied.
 COPIED_FILES = (
@@ -94,7 +52,6 @@ COPIED_FILES = (
     "vocab.json",
 )
 
-_OUR_SHARDS = re.compile(r"model-(layer-\d{5}|globals)[.]safetensors")
 #: Keys of the source's config.json that would be untrue of, or harmful in, the artifact.
 _DROPPED_KEYS = ("auto_map", "_name_or_path", "quantization_config")
 
@@ -252,122 +209,3 @@ class ArtifactWriter:
                     f"{self.directory} is an output folder of another run: it holds {path.name}; "
                     "choose another --output or delete it"
                 )
-
-
-class ArtifactReader:
-    """A finished quantized checkpoint, verified as it is read.
-
-    Raises on opening:
-        ArtifactError: unfinished, edited, incomplete, or holding a file that is not its own.
-    """
-
-    def __init__(self, directory: Path | str) -> None:
-        self.directory = Path(directory)
-        self.manifest = read_manifest(self.directory)
-        #: The artifact's digest: the manifest's, which covers every byte that can be read here.
-        self.digest = self.manifest.digest
-        self.recipe = self.manifest.recipe
-        self._check_files()
-        # The schemes follow from the *source's* config, which had FP8 blocks where this has none.
-        self.config = replace(
-            ModelConfig.from_directory(self.directory),
-            weight_block_size=self.manifest.source.weight_block_size,
-        )
-        self.schemes = self.recipe.resolve(self.config)
-        self._check_config()
-        self._unread: set[LayerKey] = set(layer_keys(self.config))
-
-    def read_layer(self, layer: int) -> dict[str, Tensor]:
-        """All tensors of one decoder layer by full name, each verified against the manifest.
-
-        Raises:
-            ArtifactError: the file is damaged; the sentence names the tensor and the file.
-        """
-        assert 0 <= layer < self.config.num_layers_with_mtp
-        return self._read(layer)
-
-    def read_globals(self) -> dict[str, Tensor]:
-        """The tensors outside the decoder layers, verified; see `read_layer`."""
-        return self._read("globals")
-
-    def finish(self) -> None:
-        """Raise ArtifactError when some part was never read: what was made of it lacks it."""
-        if self._unread:
-            first = min(self._unread, key=str)
-            raise ArtifactError(f"{self.directory}: {layer_file(first)} was never read")
-
-    def _read(self, layer: LayerKey) -> dict[str, Tensor]:
-        record = self.manifest.record(layer)
-        path = self.directory / record.file
-        try:
-            header = read_header(path)
-            if header.sha256 != record.header_sha256:
-                raise DamagedFileError("has a header other than the one that was published")
-            entries = {name: (entry.shape, entry.dtype) for name, entry in header.tensors.items()}
-            if wrong := mismatch(entries, expected_tensors(self.config, self.schemes, layer)):
-                raise DamagedFileError(f"does not hold what config.json describes: {wrong}")
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in header.tensors}
-        except (DamagedFileError, SafetensorError) as error:
-            raise ArtifactError(f"{path} {error}; restore the file or quantize again") from error
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read ({error.strerror})") from error
-        for name, tensor in tensors.items():
-            if tensor_digest(tensor) != record.tensors.get(name):
-                raise ArtifactError(
-                    f"tensor {name} in {path} is damaged: its bytes are not those that were "
-                    "published; restore the file or quantize again"
-                )
-        self._unread.discard(layer)
-        return tensors
-
-    def _check_files(self) -> None:
-        listed = {record.file: record.num_bytes for record in self.manifest.layers}
-        for name, num_bytes in listed.items():
-            path = self.directory / name
-            if Path(name).name != name or not _OUR_SHARDS.fullmatch(name) or not path.is_file():
-                raise ArtifactError(f"{path} is absent; restore it or quantize again")
-            if path.stat().st_size != num_bytes:
-                raise ArtifactError(
-                    f"{path} has {path.stat().st_size} bytes instead of {num_bytes}; restore it "
-                    "or quantize again"
-                )
-        for path in sorted(self.directory.glob("*.safetensors")):
-            if path.name not in listed:
-                raise ArtifactError(
-                    f"{path} is not part of this artifact, yet loaders would take it for a shard; "
-                    "remove it"
-                )
-        for name, sha256 in self.manifest.files.items():
-            path = self.directory / name
-            if Path(name).name != name or not path.is_file():
-                raise ArtifactError(f"{path} is absent; restore it or quantize again")
-            if sha256_file(path) != sha256:
-                raise ArtifactError(
-                    f"{path} differs from what {MANIFEST_FILE} records; restore it or quantize "
-                    "again"
-                )
-
-    def _check_config(self) -> None:
-        """The manifest's own contents against the model that config.json describes."""
-        records = {record.layer: record for record in self.manifest.layers}
-        keys = layer_keys(self.config)
-        if [record.layer for record in self.manifest.layers] != keys:
-            raise ArtifactError(
-                f"{self.directory}: {MANIFEST_FILE} lists {len(records)} parts, but config.json "
-                f"describes a model of {len(keys)}"
-            )
-        for key in keys:
-            expected = expected_tensors(self.config, self.schemes, key)
-            if different := sorted(expected.keys() ^ records[key].tensors.keys()):
-                state = "lacks" if different[0] in expected else "has the unknown"
-                raise ArtifactError(
-                    f"{self.directory}: {MANIFEST_FILE} {state} tensor {different[0]} for the "
-                    "model that config.json describes"
-                )
-        raw: Any = json.loads((self.directory / "config.json").read_bytes())
-        if raw.get("quantization_config") != quantization_config(self.config, self.schemes):
-            raise ArtifactError(
-                f"{self.directory}: quantization_config in config.json does not describe the "
-                f"recipe {self.recipe.name!r} of {MANIFEST_FILE}"
-            )

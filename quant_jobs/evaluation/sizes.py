@@ -1,0 +1,54 @@
+"""Bytes by group of tensors: in BF16, as the source stores them, as the artifact does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from deepseek.config import ModelConfig
+from deepseek.formats import stored_bytes
+from deepseek.inventory import tensors
+from deepseek.recipe import Scheme
+from deepseek.source.checkpoint import scale_name
+from deepseek.tensor_files import read_header
+from quant_jobs.evaluation.record import GroupBytes
+
+
+def stored_sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every tensor of a safetensors directory, by name, from the files' headers."""
+    return {
+        name: entry.num_bytes
+        for path in sorted(directory.glob("*.safetensors"))
+        for name, entry in read_header(path).tensors.items()
+    }
+
+
+def file_bytes(directory: Path) -> int:
+    """Bytes of the tensor files of a checkpoint directory."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def group_sizes(
+    config: ModelConfig, source_bytes: Mapping[str, int], schemes: Mapping[str, Scheme]
+) -> tuple[GroupBytes, ...]:
+    """Bytes by group of tensors; what no scheme names (norms, router, embeddings, head) is stored
+    as in the source."""
+    rows: dict[str, list[int]] = {}
+    for spec in tensors(config):
+        source = source_bytes[spec.name] + source_bytes.get(scale_name(spec.name), 0)
+        artifact = source
+        if spec.kind == "linear" and schemes[spec.module].is_quantized:
+            artifact = stored_bytes(schemes[spec.module], *spec.shape)
+        row = rows.setdefault(spec.group, [0, 0, 0, 0])
+        for column, value in enumerate((spec.numel, 2 * spec.numel, source, artifact)):
+            row[column] += value
+    return tuple(
+        GroupBytes(
+            group=group,
+            parameters=parameters,
+            bf16_bytes=bf16,
+            source_bytes=source,
+            artifact_bytes=artifact,
+        )
+        for group, (parameters, bf16, source, artifact) in rows.items()
+    )

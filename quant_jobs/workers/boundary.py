@@ -1,0 +1,72 @@
+"""What goes into a layer, stored block by block: a killed job resumes from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deepseek.errors import ArtifactError
+from deepseek.tensor_files import DamagedFileError, read_header, save_tensors, tensor_digest
+
+
+def boundary_files(boundary: Path, num_workers: int, wave: int = 0) -> list[Path]:
+    """One file per worker and wave. Any number of workers can read what any other number, in any
+    waves, has written."""
+    return [
+        boundary / f"worker-{index:03d}-of-{num_workers:03d}-wave-{wave:03d}.safetensors"
+        for index in range(num_workers)
+    ]
+
+
+def save_blocks(path: Path, blocks: Mapping[int, Tensor]) -> int:
+    """Store what goes into a layer, f32 [T, D] by block; whole or not at all. Bytes written."""
+    named = {_block_name(block): x_TD for block, x_TD in blocks.items()}
+    digests = {name: tensor_digest(x_TD) for name, x_TD in named.items()}
+    return save_tensors(path, named, digests).num_bytes
+
+
+def load_blocks(boundary: Path, blocks: Sequence[int]) -> dict[int, Tensor]:
+    """These blocks of a complete boundary.
+
+    Raises:
+        ArtifactError: a file is damaged.
+    """
+    found: dict[int, Tensor] = {}
+    for path in sorted(boundary.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                digests = file.metadata() or {}
+                for block in blocks:
+                    name = _block_name(block)
+                    if block in found or name not in digests:
+                        continue
+                    x_TD = file.get_tensor(name).clone()
+                    if tensor_digest(x_TD) != digests[name]:
+                        raise SafetensorError(f"{name} has other bytes than were written")
+                    found[block] = x_TD
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{path} is damaged ({error}); delete {boundary} and run again, which goes "
+                "through the published layers once more"
+            ) from error
+    return {block: found[block] for block in blocks}
+
+
+def _stored_blocks(boundary: Path) -> set[str]:
+    names: set[str] = set()
+    for path in boundary.glob("*.safetensors"):
+        try:
+            names |= read_header(path).tensors.keys()
+        except DamagedFileError as error:
+            raise ArtifactError(
+                f"{path} {error}; delete {boundary} and run again, which goes through the "
+                "published layers once more"
+            ) from error
+    return names
+
+
+def _block_name(block: int) -> str:
+    return f"block-{block:05d}"

@@ -31,15 +31,17 @@ from quant_jobs.cost.model import bytes_read, bytes_written, job_time
 from quant_jobs.cost.rates import machine_rates
 from quant_jobs.cost.work import PIECES, Job, pieces
 from quant_jobs.job.driver import Run
+from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job
-from quant_jobs.quantize import JobFolder
 from quant_jobs.workers.in_process import WorkerHere
 
 #: Calls of a worker -> the section of the schedule that they belong to.
 SECTION = {
     **dict.fromkeys(("trunk", "attend", "observe"), "attend"),
-    **dict.fromkeys(("weigh", "lose", "solve", "keep"), "solve"),
-    **dict.fromkeys(("adopt", "reattend", "run_experts", "combine", "store"), "carry"),
+    **dict.fromkeys(
+        ("receive", "scale_statistics", "scale_losses", "solve", "folded_norms"), "solve"
+    ),
+    **dict.fromkeys(("use_solved", "attend_quantized", "run_experts", "combine", "store"), "carry"),
     "write": "write",
 }
 STEPS = ("read", "attend", "solve", "carry", "write")

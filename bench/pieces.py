@@ -54,10 +54,10 @@ from deepseek.tensor_files import (
 )
 from quant_jobs.algorithms.awq import candidate_scales, scale_losses, search_clip
 from quant_jobs.algorithms.gptq import Rounded, gptq, inverse_factor
-from quant_jobs.algorithms.linear import use_one_thread
 from quant_jobs.algorithms.ranges import group_ranges
 from quant_jobs.calibration.forward import Rotary, Routed, Trunk, hidden, run_expert, tokens_of
 from quant_jobs.calibration.statistics import SAMPLE_TOKENS, Accumulator, observe
+from quant_jobs.workers.devices import use_one_thread
 from quant_jobs.workers.messages import travel_light
 
 INT4 = Scheme(weights="int4", group_size=128)
@@ -263,7 +263,7 @@ def layer_launches(model: Path) -> dict[str, int]:
 
 
 def _measure(routed: Routed, expert: int, gate: Tensor, up: Tensor) -> None:
-    """As `UnitSolver._open` and `_down` do for one block."""
+    """As `LayerInputs.mlp` and `down` do for one block."""
     len(tokens_of(routed, expert)[0])
     x = routed.z[tokens_of(routed, expert)[0]]
     Accumulator("input", gram=False).add(0, observe(x, 1))

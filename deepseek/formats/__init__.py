@@ -5,6 +5,7 @@
     pack_int4      eight codes per int32 (pack_int8: four), as compressed-tensors' `pack-quantized`
     compress       one linear's weight -> the named tensors of a compressed-tensors checkpoint
     decompress     and back; `stored_shapes` and `stored_bytes` say the same without any tensor
+    input_rounding what the kernel of a linear does to its input before the product
 
 The quantizer, the artifact, the engine, the exporters and the planner all come here, so a format
 has one definition. It is not a kernel (deepseek/engine/linear.py) and knows no file, module name or
@@ -27,6 +28,7 @@ Work is done in float32 in chunks of rows: beside its results a call needs less 
 large the weight; INT4 also needs its codes, a byte per weight, until they are packed.
 """
 
+from deepseek.formats.activations import RoundInput, input_rounding
 from deepseek.formats.fp8 import (
     FP8_BLOCK,
     FP8_MAX,
@@ -65,6 +67,7 @@ __all__ = [
     "INT4_MIN",
     "INT8_MAX",
     "INT8_MIN",
+    "RoundInput",
     "compress",
     "decompress",
     "dequantize_fp8_block",
@@ -72,6 +75,7 @@ __all__ = [
     "dequantize_int4",
     "dequantize_int8",
     "fake_quantize_fp8",
+    "input_rounding",
     "int8_codes",
     "pack_int4",
     "pack_int8",

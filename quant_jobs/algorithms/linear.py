@@ -25,7 +25,7 @@ from torch import Tensor
 
 from deepseek.artifact.tensors import store_tensor
 from deepseek.errors import CheckpointError
-from deepseek.formats import compress, decompress
+from deepseek.formats import compress, decompress, input_rounding
 from deepseek.formats.scales import largest, row_chunks
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import SourceTensor
@@ -34,8 +34,6 @@ from quant_jobs.algorithms.folding import Smoothing
 from quant_jobs.algorithms.gptq import Rounded
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.ranges import Range, group_ranges
-from quant_jobs.calibration.forward import preparation
-from quant_jobs.calibration.statistics import InputStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +50,15 @@ def solve_linear(
     source: SourceTensor,
     weight: Callable[[], Tensor],
     scheme: Scheme,
-    seen: InputStatistics | None,
+    sample: Tensor | None,
     smoothing: Smoothing,
     ledger: Ledger,
     rounded: Rounded | None = None,
 ) -> SolvedLinear:
     """Quantize one linear. `weight()` is `source` dequantized, float32 [N, K], on the device to
-    work on; `seen` is None where no calibration token reached it, which is then rounded to nearest.
-    `rounded` is GPTQ's result for the folded weight.
+    work on. `sample` f32 [R, K] are inputs of the calibration data, before folding; None where no
+    token reached the linear, which is then rounded to nearest. `rounded` is GPTQ's result for the
+    folded weight.
 
     One float32 copy of the weight is held at a time: the original, folded, restored.
 
@@ -73,7 +72,7 @@ def solve_linear(
             raise _damaged(name)
         return SolvedLinear(store_tensor(source, scheme), None)
     folded = weight()
-    wanted = None if seen is None else seen.sample @ folded.T
+    y = None if sample is None else sample @ folded.T
     # A source in float32 gives its own memory.
     folded = smoothing.fold(name, folded, in_place=source.data.dtype != torch.float32)
     if not bool(largest(folded).isfinite()):  # modelopt asserts that, in words for its developers
@@ -83,9 +82,9 @@ def solve_linear(
             stored = compress(
                 rounded.weight, scheme, scale=rounded.scale, zero_point=rounded.zero_point
             )
-        elif scheme.algorithm == "awq" and seen is not None:
+        elif scheme.algorithm == "awq" and sample is not None:
             columns = smoothing.columns.get(name)
-            x = seen.sample if columns is None else seen.sample / columns
+            x = sample if columns is None else sample / columns
             stored = _compress_within(folded, scheme, search_clip(folded, x, scheme))
         elif scheme.is_quantized and scheme.clip != "max":
             stored = _compress_within(folded, scheme, group_ranges(folded, scheme))
@@ -98,10 +97,10 @@ def solve_linear(
     shape = (folded.shape[0], folded.shape[1])
     del folded
     restored = decompress(stored, scheme, shape)
-    if seen is None or wanted is None:
+    if sample is None or y is None:
         error = weight_error(name, weight(), restored, smoothing)
     else:
-        error = output_error(name, wanted, restored, scheme, seen, smoothing)
+        error = output_error(name, y, restored, scheme, sample, smoothing)
     return SolvedLinear({f"{module}.{suffix}": value for suffix, value in stored.items()}, error)
 
 
@@ -125,23 +124,24 @@ def _compress_within(weight: Tensor, scheme: Scheme, chosen: Range) -> dict[str,
 
 def output_error(
     name: str,
-    wanted: Tensor,
+    y: Tensor,
     restored: Tensor,
     scheme: Scheme,
-    seen: InputStatistics,
+    sample: Tensor,
     smoothing: Smoothing,
 ) -> float:
-    """||y' - y|| / ||y|| over the sampled tokens, six digits. `wanted` f32 [R, N] is y; `restored`
-    is the folded weight as it will be read back, and is overwritten."""
+    """||y' - y|| / ||y|| over the sampled tokens, six digits. `y` f32 [R, N] is the original's
+    output for `sample` f32 [R, K]; `restored` f32 [N, K] is the folded weight as it will be read
+    back, and is overwritten."""
     columns, rows = smoothing.columns.get(name), smoothing.rows.get(name)
     if rows is not None:
         restored.mul_(rows[:, None])
-    x = seen.sample if columns is None else seen.sample / columns
+    x = sample if columns is None else sample / columns
     if scheme.activations == "int8":  # a static FP8 scale is not known yet
-        prepare = preparation(scheme)
-        assert prepare is not None
-        x = prepare(x)
-    return _relative(x @ restored.T, wanted)
+        round_input = input_rounding(scheme)
+        assert round_input is not None
+        x = round_input(x)
+    return _relative(x @ restored.T, y)
 
 
 def weight_error(name: str, weight: Tensor, restored: Tensor, smoothing: Smoothing) -> float:
@@ -155,9 +155,9 @@ def weight_error(name: str, weight: Tensor, restored: Tensor, smoothing: Smoothi
     return _relative(restored, weight)
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    error = float((found - wanted).double().norm())
-    size = float(wanted.double().norm())
+def _relative(value: Tensor, reference: Tensor) -> float:
+    error = float((value - reference).double().norm())
+    size = float(reference.double().norm())
     # Zero weights or inputs give exactly zero; anything else is infinitely wrong, but a manifest
     # holds no infinity.
     return float(f"{error / size if size else min(error, 1.0):.6g}")
@@ -194,9 +194,3 @@ def modelopt_quantizer(**attributes: Any) -> Any:
         from modelopt.torch.quantization.config import QuantizerAttributeConfig
         from modelopt.torch.quantization.nn import TensorQuantizer
     return TensorQuantizer(QuantizerAttributeConfig(**attributes))
-
-
-def use_one_thread() -> None:
-    """What the results of this process must not depend on: thread counts, and random choices."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)

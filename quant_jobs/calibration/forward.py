@@ -17,7 +17,7 @@ T tokens · D hidden size · I intermediate size · k experts per token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,8 +32,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from deepseek.config import ModelConfig
-from deepseek.formats import dequantize_int8, fake_quantize_fp8, quantize_tokens_int8
-from deepseek.recipe import Scheme
+from deepseek.formats import RoundInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +45,20 @@ class Routed:
     weights: Tensor | None = None
 
 
-#: Blocks by index, as one worker sends them.
+#: Routed calibration blocks by index, as one worker sends them.
 RoutedBlocks = dict[int, Routed]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Expert outputs for one block by some experts: expert -> (`token` int64 [n], `rows` f32
-    [n, D], weighted by the router)."""
+class ExpertOutputs:
+    """What some routed experts make of one block: expert -> (`token` int64 [n], `rows` f32 [n, D],
+    weighted by the router)."""
 
     by_expert: dict[int, tuple[Tensor, Tensor]]
 
 
-#: Parts by block, as one worker sends them.
-Parts = dict[int, Part]
-
-#: Input of a linear -> what its kernel makes of it, same shape.
-Prepare = Callable[[Tensor], Tensor]
+#: Expert outputs by calibration block, as one worker sends them.
+ExpertOutputsByBlock = dict[int, ExpertOutputs]
 
 
 def to_hf_config(config: ModelConfig, attention: str = "sdpa") -> Any:
@@ -120,27 +116,27 @@ class Rotary:
 
 
 class LazyLinear(nn.Module):
-    """y = prepare(x) W^T with W restored by `load()` at every call: f32 [N, K].
+    """y = round_input(x) W^T with W restored by `load()` at every call: f32 [N, K].
 
-    `seen` is called with every input x, f32 [..., K], before `prepare` (activation quantization).
+    `observer` is called with every input x, f32 [..., K], before it is rounded.
     """
 
-    def __init__(self, load: Callable[[], Tensor], prepare: Prepare | None = None) -> None:
+    def __init__(self, load: Callable[[], Tensor], round_input: RoundInput | None = None) -> None:
         super().__init__()
-        self._load, self._prepare = load, prepare
-        self.seen: Callable[[Tensor], None] | None = None
+        self._load, self._round_input = load, round_input
+        self.observer: Callable[[Tensor], None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.seen is not None:
-            self.seen(x)
-        return F.linear(x if self._prepare is None else self._prepare(x), self._load())
+        if self.observer is not None:
+            self.observer(x)
+        return F.linear(x if self._round_input is None else self._round_input(x), self._load())
 
 
 class Trunk:
     """Attention, norms, router and shared expert (or dense MLP) of one decoder layer.
 
     `high` holds what is not a linear, by full name, in any float type; `load` restores the weight
-    of a linear by full module name; `prepare` gives its activation quantization, if it has one.
+    of a linear by full module name; `round_input` gives its activation quantization, if it has one.
     """
 
     def __init__(
@@ -149,7 +145,7 @@ class Trunk:
         layer: int,
         high: Mapping[str, Tensor],
         load: Callable[[str], Tensor],
-        prepare: Mapping[str, Prepare] | None = None,
+        round_input: Mapping[str, RoundInput] | None = None,
     ) -> None:
         self._prefix = f"model.layers.{layer}."
         self.is_moe = config.is_moe(layer)
@@ -158,10 +154,10 @@ class Trunk:
             if self.is_moe:
                 module.mlp.experts = nn.Identity()
         self._linears: dict[str, LazyLinear] = {}
-        for name, part in list(module.named_modules()):
-            if isinstance(part, nn.Linear):
+        for name, submodule in list(module.named_modules()):
+            if isinstance(submodule, nn.Linear):
                 full = self._prefix + name
-                lazy = LazyLinear(partial(load, full), (prepare or {}).get(full))
+                lazy = LazyLinear(partial(load, full), (round_input or {}).get(full))
                 module.set_submodule(name, lazy)
                 self._linears[full] = lazy
         local = {name.removeprefix(self._prefix): t.float() for name, t in high.items()}
@@ -169,39 +165,39 @@ class Trunk:
         module.requires_grad_(False)
         self._module: Any = module.eval()
 
-    def watch(self, module: str, seen: Callable[[Tensor], None]) -> None:
-        """Call `seen` with every input, f32 [1, T, K], of a linear by full module name."""
-        self._linears[module].seen = seen
+    def watch(self, module: str, observer: Callable[[Tensor], None]) -> None:
+        """Call `observer` with every input, f32 [1, T, K], of a linear by full module name."""
+        self._linears[module].observer = observer
 
     @torch.no_grad()
     def attend(self, rotary: Rotary, x_TD: Tensor) -> tuple[Tensor, Routed]:
         """One block of T tokens, causal, alone in its batch -> the residual stream after attention,
         f32 [T, D], and what enters the MLP."""
-        part = self._module
-        attended, _ = part.self_attn(
-            hidden_states=part.input_layernorm(x_TD[None]),
+        module = self._module
+        attended, _ = module.self_attn(
+            hidden_states=module.input_layernorm(x_TD[None]),
             attention_mask=None,  # without a mask, transformers' SDPA path is causal
             position_embeddings=rotary.table(len(x_TD), x_TD.device),
         )
         h_TD = (x_TD[None] + attended)[0]
-        z_TD = part.post_attention_layernorm(h_TD)
+        z_TD = module.post_attention_layernorm(h_TD)
         if not self.is_moe:
             return h_TD, Routed(z_TD)
-        _, weights, experts = part.mlp.gate(z_TD)
+        _, weights, experts = module.mlp.gate(z_TD)
         return h_TD, Routed(z_TD, experts, weights)
 
     @torch.no_grad()
-    def combine(self, h_TD: Tensor, routed: Routed, parts: list[Part]) -> Tensor:
-        """The layer's output f32 [T, D]: experts' parts in the order of the experts, then the
+    def combine(self, h_TD: Tensor, routed: Routed, outputs: Sequence[ExpertOutputs]) -> Tensor:
+        """The layer's output f32 [T, D]: the experts' rows in the order of the experts, then the
         shared expert, then the residual, as transformers adds them."""
         if not self.is_moe:
             return h_TD + self._module.mlp(routed.z)
         y_TD = torch.zeros_like(h_TD)
-        whole: dict[int, tuple[Tensor, Tensor]] = {}
-        for part in parts:
-            whole |= part.by_expert
-        for expert in sorted(whole):
-            token, rows = whole[expert]
+        by_expert: dict[int, tuple[Tensor, Tensor]] = {}
+        for some in outputs:
+            by_expert |= some.by_expert
+        for expert in sorted(by_expert):
+            token, rows = by_expert[expert]
             y_TD.index_add_(0, token.to(y_TD.device), rows.to(y_TD.device))
         return h_TD + (y_TD + self._module.mlp.shared_experts(routed.z))
 
@@ -220,29 +216,21 @@ def hidden(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def run_expert(
-    routed: Routed, expert: int, weights: Mapping[str, Tensor], prepare: Mapping[str, Prepare]
+    routed: Routed,
+    expert: int,
+    weights: Mapping[str, Tensor],
+    round_input: Mapping[str, RoundInput],
 ) -> tuple[Tensor, Tensor] | None:
     """One routed expert on its tokens of one block -> (tokens int64 [n], rows f32 [n, D] weighted
-    by the router); None where it has none. `weights` and `prepare` are by role."""
+    by the router); None where it has none. `weights` and `round_input` are by role."""
     token, choice = tokens_of(routed, expert)
     if not len(token):
         return None
     assert routed.weights is not None
 
     def linear(role: str, x: Tensor) -> Tensor:
-        return F.linear(prepare[role](x) if role in prepare else x, weights[role])
+        return F.linear(round_input[role](x) if role in round_input else x, weights[role])
 
     x = routed.z[token]
     y = linear("down_proj", F.silu(linear("gate_proj", x)) * linear("up_proj", x))
     return token, y * routed.weights[token, choice, None]
-
-
-def preparation(scheme: Scheme, input_scale: Tensor | None = None) -> Prepare | None:
-    """How a linear of this scheme sees its input: as INT8 with one dynamic scale per token, as FP8
-    with its static scale, or (None) as it is. As the engine's kernels do."""
-    if scheme.activations == "int8":
-        return lambda x: dequantize_int8(*quantize_tokens_int8(x))
-    if scheme.activations == "fp8":
-        assert input_scale is not None
-        return lambda x: fake_quantize_fp8(x, input_scale)
-    return None

@@ -40,6 +40,11 @@ class Unit:
     experts: tuple[int, ...] = ()
     numel: int = 0
 
+    def numbered_mlps(self) -> list[tuple[str, int | None]]:
+        """Its MLPs by module name, each with the routed expert's number, or None."""
+        numbers = self.experts or (None,) * len(self.blocks)
+        return list(zip(self.blocks, numbers, strict=True))
+
 
 def units(config: ModelConfig, layer: int) -> list[Unit]:
     """All units of one decoder layer, in a fixed order."""

@@ -163,13 +163,13 @@ class Run:
             if not is_last:
                 with self._timings.step(layer, "carry"):
                     published = (self._job.output / layer_file(layer)).resolve()
-                    self._layers.restore(layer, published)
+                    self._layers.use_published(layer, published)
                     self._carry(layer)
             return
         solution = self._solve(layer)
         if not is_last:
             with self._timings.step(layer, "carry"):
-                self._layers.adopt(layer, solution)
+                self._layers.use_solved(layer, solution)
                 self._carry(layer)
 
     def _recover(self, layer: int, losses: int) -> int:
@@ -225,7 +225,9 @@ class Run:
 
         with self._timings.step(layer, "supply"):
             self._pool.each(lambda worker, _: worker.begin.remote(job), new)
-            self._pool.each(lambda worker, i: worker.hold.remote(layer, ids(i), boundary), new)
+            self._pool.each(
+                lambda worker, i: worker.load_boundary.remote(layer, ids(i), boundary), new
+            )
         self._held = wanted
 
     # --- the steps of one layer ---
@@ -235,13 +237,13 @@ class Run:
         following = next((n for n in later if n not in self._parts), None)
         ledger = Ledger()
         with self._timings.step(layer, "attend"):
-            routed = self._layers.attend(layer, following)
+            received = self._layers.attend(layer, following)
         self._say("calibrated", layer)
         # The layer before is safe before this one costs much: a death costs one layer, not two.
         self._await_files()
         with self._timings.step(layer, "solve"):
-            shared = self._layers.agree(layer, routed, ledger)
-            solution = self._layers.solve(layer, shared, routed, ledger)
+            shared = self._layers.shared_smoothing(layer, received, ledger)
+            solution = self._layers.solve(layer, shared, received, ledger)
         self._say("solved", layer)
         record = self._layers.write(layer, solution)
         self._writing = _Writing(layer, record, solution.account)

@@ -1,8 +1,9 @@
 """The steps of one layer, in their order, on a pool of workers.
 
     read      every worker its own experts, one the trunk; the next layer's while this one runs
-    attend    everybody's blocks through the original attention; each linear's owner adds up
-    agree     the one scale that router, shared and all routed experts have in common
+    attend    everybody's blocks through the original attention; each linear's owner adds up;
+              every worker receives what enters the MLP
+    smooth    the one scale that router, shared and all routed experts have in common
     solve     every worker its own units
     write     one worker the layer's file, while the next layer is read and attended
     carry     everybody's blocks through the quantized layer: attention here, experts at their
@@ -31,12 +32,11 @@ from deepseek.config import ModelConfig
 from deepseek.inventory import linears
 from deepseek.recipe import Recipe, Scheme
 from deepseek.source.checkpoint import join_digests
-from quant_jobs.algorithms.awq import candidate_scales, note_fallbacks
-from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted, foldable, wanted_sets
+from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted, wanted_sets
 from quant_jobs.algorithms.input_scales import agree
 from quant_jobs.algorithms.ledger import Ledger
-from quant_jobs.algorithms.smoothquant import smoothing_scale
-from quant_jobs.calibration.statistics import InputStatistics, input_of
+from quant_jobs.algorithms.scaling import WeightStatistics, choose_scale
+from quant_jobs.calibration.statistics import input_of
 from quant_jobs.calibration.units import share_out, trunk_reader
 from quant_jobs.workers.boundary import boundary_files
 from quant_jobs.workers.messages import Account
@@ -50,15 +50,16 @@ WAVE_BLOCKS = 4
 
 @dataclass(slots=True)
 class Solution:
-    """One solved layer. `parts` are references to packed tensors by full name, for the writer;
-    `trunk`, of those, what every worker needs to go on, `kept` norms and router."""
+    """One solved layer. `pieces` are references to packed tensors by full name, for the writer;
+    among them `trunk`, which every worker needs to go on, and `norms`, which are norms and
+    router."""
 
     account: Account
     source_sha256: str
     input_scales: dict[str, float]
-    kept: Any
+    norms: Any
     trunk: list[Any]
-    parts: list[Any]
+    pieces: list[Any]
 
 
 class LayerRun:
@@ -89,7 +90,8 @@ class LayerRun:
         self._pool.submit(lambda worker, i: worker.prefetch.remote(layer, shares[i], i == reader))
 
     def attend(self, layer: int, following: int | None) -> list[Any]:
-        """Statistics of the attention, and references to what enters the MLP."""
+        """Statistics of the attention; references, by worker, to its having received what enters
+        the MLP from all blocks. Begins to read the layer `following`."""
         self.prefetch(layer)
         reader = trunk_reader(layer, len(self._pool))
         (trunk,) = self._pool.submit(lambda worker, _: worker.trunk.remote(layer), [reader])
@@ -108,7 +110,7 @@ class LayerRun:
             self._pool.gather(observed)  # of the wave before
             observed = self._observe_wave(layer, shares)
         self._pool.gather(observed)
-        return routed
+        return self._pool.submit(lambda worker, _: worker.receive.remote(layer, *routed))
 
     def _attend_wave(self, layer: int, trunk: Any, wave: list[list[int]]) -> list[Any]:
         inputs = self._inputs_by_node(layer)
@@ -146,58 +148,62 @@ class LayerRun:
             for wanted in range(max(nodes) + 1)
         ]
 
-    def agree(self, layer: int, routed: list[Any], ledger: Ledger) -> Smoothing:
-        """The vector of the set that the router's norm feeds, if the recipe wants one."""
+    def shared_smoothing(self, layer: int, received: list[Any], ledger: Ledger) -> Smoothing:
+        """The scale of the group that the router's norm feeds, if the recipe wants one."""
         shared = Smoothing()
-        for one, how in wanted_sets(self._config, self._schemes, layer):
-            if one.router is not None:
-                shared.add(one, self._shared_scale(layer, one, how, routed, ledger))
+        for group, method in wanted_sets(self._config, self._schemes, layer):
+            if group.router is not None:
+                shared.add(group, self._shared_scale(layer, group, method, received, ledger))
         return shared
 
     def _shared_scale(
-        self, layer: int, one: FoldingSet, how: Wanted, routed: list[Any], ledger: Ledger
+        self, layer: int, group: FoldingSet, method: Wanted, received: list[Any], ledger: Ledger
     ) -> Tensor:
-        answers = self._pool.each(lambda worker, _: worker.weigh.remote(layer, *routed))
-        brought: dict[str, tuple[Tensor, int]] = {}
-        measured: InputStatistics | None = None
-        for weights, seen in answers:
-            brought |= weights
-            measured = seen or measured
-        assert measured is not None
-        ordered = [brought[module] for module in one.consumers]
-        if how.strength is not None:
-            amax_w = torch.stack([amax for amax, _ in ordered]).amax(dim=0)
-            return smoothing_scale(measured.amax, amax_w, how.strength, one.measured, layer, ledger)
-        total = torch.stack([each for each, _ in ordered]).sum(dim=0)
-        mean_w = (total / sum(count for _, count in ordered)).float()
-        candidates = foldable(candidate_scales(measured.mean_abs, mean_w), None, True)
-        losses: dict[str, Tensor] = {}
-        for found in self._pool.each(
-            lambda worker, _: worker.lose.remote(layer, candidates, *routed)
-        ):
-            losses |= found
-        whole = torch.stack([losses[m] for m in one.consumers if m in losses]).sum(dim=0)
-        scale = candidates[int(whole.argmin())]
-        note_fallbacks(scale, measured.mean_abs, one.measured, layer, ledger)
-        return scale
+        brought = self._pool.each(
+            lambda worker, i: worker.scale_statistics.remote(layer, received[i])
+        )
+        by_module: dict[str, WeightStatistics] = {}
+        for of_worker, _ in brought:
+            by_module |= of_worker
+        (measured,) = (statistics for _, statistics in brought if statistics is not None)
 
-    def solve(self, layer: int, shared: Smoothing, routed: list[Any], ledger: Ledger) -> Solution:
+        def losses_of(candidates: Tensor) -> list[Tensor]:
+            losses: dict[str, Tensor] = {}
+            for of_worker in self._pool.each(
+                lambda worker, _: worker.scale_losses.remote(layer, candidates)
+            ):
+                losses |= of_worker
+            return [losses[module] for module in group.consumers if module in losses]
+
+        return choose_scale(
+            group,
+            method,
+            [by_module[module] for module in group.consumers],
+            amax=measured.amax,
+            mean_abs=measured.mean_abs,
+            divided=None,
+            losses_of=losses_of,
+            layer=layer,
+            ledger=ledger,
+        )
+
+    def solve(self, layer: int, shared: Smoothing, received: list[Any], ledger: Ledger) -> Solution:
         """Every unit quantized and packed, in the object store."""
         given = self._pool.share(shared)
-        sent = self._pool.submit(lambda worker, _: worker.solve.remote(layer, given, *routed))
+        sent = self._pool.submit(lambda worker, i: worker.solve.remote(layer, given, received[i]))
         accounts = self._pool.each(lambda _, i: sent[i][2])
         whole = _join(accounts, shared)
         ledger.extend(whole.fallbacks)
-        (kept,) = self._pool.submit(
-            lambda worker, _: worker.keep.remote(layer, whole.smoothing), [0]
+        (norms,) = self._pool.submit(
+            lambda worker, _: worker.folded_norms.remote(layer, whole.smoothing), [0]
         )
         scales = self._input_scales(layer, whole, ledger)
         whole.fallbacks = ledger.entries()
         extra = {f"{module}.input_scale": torch.tensor([scale]) for module, scale in scales.items()}
-        trunk = [part for part, _, _ in sent]
-        parts = [kept, self._pool.share(extra), *trunk, *(experts for _, experts, _ in sent)]
+        trunk = [tensors for tensors, _, _ in sent]
+        pieces = [norms, self._pool.share(extra), *trunk, *(experts for _, experts, _ in sent)]
         digest = join_digests(whole.source_digests)
-        return Solution(whole, digest, scales, kept, trunk, parts)
+        return Solution(whole, digest, scales, norms, trunk, pieces)
 
     def _input_scales(self, layer: int, account: Account, ledger: Ledger) -> dict[str, float]:
         wanted = [
@@ -218,24 +224,24 @@ class LayerRun:
         """Have one worker, each in its turn, publish the layer; a reference to its record."""
         (record,) = self._pool.submit(
             lambda worker, _: worker.write.remote(
-                layer, solution.source_sha256, solution.account.errors, *solution.parts
+                layer, solution.source_sha256, solution.account.errors, *solution.pieces
             ),
             [layer % len(self._pool)],
         )
         return record
 
-    def adopt(self, layer: int, solution: Solution) -> None:
+    def use_solved(self, layer: int, solution: Solution) -> None:
         """The layer just solved takes the place of the original."""
         self._pool.each(
-            lambda worker, _: worker.adopt.remote(
-                layer, solution.input_scales, solution.kept, *solution.trunk
+            lambda worker, _: worker.use_solved.remote(
+                layer, solution.input_scales, solution.norms, *solution.trunk
             )
         )
 
-    def restore(self, layer: int, published: Path) -> None:
-        """`adopt`, from the layer's file."""
+    def use_published(self, layer: int, published: Path) -> None:
+        """`use_solved`, from the layer's file."""
         shares = share_out(self._config, layer, len(self._pool))
-        self._pool.each(lambda worker, i: worker.restore.remote(layer, published, shares[i]))
+        self._pool.each(lambda worker, i: worker.use_published.remote(layer, published, shares[i]))
 
     def carry(self, layer: int, folder: Path, stored: list[Any]) -> None:
         """Everybody's blocks through the quantized layer. What comes out is stored in `folder`, a
@@ -244,13 +250,13 @@ class LayerRun:
         pool, waves = self._pool, self._waves()
         # A worker does what it is told in that order: the attention of later waves fills the time
         # in which it would wait for others' experts.
-        routed = [self._reattend_wave(layer, wave) for wave in waves[:2]]
+        routed = [self._attend_quantized_wave(layer, wave) for wave in waves[:2]]
         before: list[Any] = []
         for number, wave in enumerate(waves):
             parts = self._expert_wave(layer, wave, routed[number])
             routed[number] = []  # the object store may forget them
             if number + 2 < len(waves):
-                routed.append(self._reattend_wave(layer, waves[number + 2]))
+                routed.append(self._attend_quantized_wave(layer, waves[number + 2]))
             combined = self._combine_wave(layer, wave, parts)
             stored += self._store_wave(layer + 1, wave, folder, number, combined)
             del parts
@@ -259,8 +265,8 @@ class LayerRun:
         pool.gather(before)
         pool.each(lambda worker, _: worker.advance.remote(layer))
 
-    def _reattend_wave(self, layer: int, wave: list[list[int]]) -> list[Any]:
-        return self._pool.submit(lambda worker, i: worker.reattend.remote(layer, wave[i]))
+    def _attend_quantized_wave(self, layer: int, wave: list[list[int]]) -> list[Any]:
+        return self._pool.submit(lambda worker, i: worker.attend_quantized.remote(layer, wave[i]))
 
     def _expert_wave(self, layer: int, wave: list[list[int]], routed: list[Any]) -> list[list[Any]]:
         """What everybody's experts make of a wave, by worker, then by the node that it is for."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from deepseek.artifact.manifest import LayerRecord
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.folding import Smoothing
-from quant_jobs.calibration.forward import Parts, RoutedBlocks
+from quant_jobs.algorithms.scaling import WeightStatistics
+from quant_jobs.calibration.forward import ExpertOutputsByBlock, RoutedBlocks
 from quant_jobs.calibration.statistics import InputStatistics
 from quant_jobs.calibration.units import Unit
 from quant_jobs.workers.messages import (
@@ -61,8 +62,8 @@ class QuantizeWorker:
     def begin(self, job: WorkerJob) -> None:
         self._worker.begin(job)
 
-    def hold(self, layer: int, ids: Mapping[int, Tensor], boundary: Path) -> None:
-        self._worker.hold(layer, ids, boundary)
+    def load_boundary(self, layer: int, ids: Mapping[int, Tensor], boundary: Path) -> None:
+        self._worker.load_boundary(layer, ids, boundary)
 
     def prefetch(self, layer: int, share: Sequence[Unit], with_trunk: bool) -> None:
         self._worker.prefetch(layer, share, with_trunk)
@@ -82,48 +83,51 @@ class QuantizeWorker:
     def observe(self, layer: int, *shares: AttentionShare) -> None:
         self._worker.observe(layer, *shares)
 
-    def weigh(
-        self, layer: int, *routed: RoutedBlocks
-    ) -> tuple[dict[str, tuple[Tensor, int]], InputStatistics | None]:
-        return self._worker.weigh(layer, *routed)
+    def receive(self, layer: int, *routed: RoutedBlocks) -> None:
+        self._worker.receive(layer, *routed)
 
-    def lose(self, layer: int, candidates: Tensor, *routed: RoutedBlocks) -> dict[str, Tensor]:
-        return self._worker.lose(layer, candidates, *routed)
+    def scale_statistics(
+        self, layer: int, received: None
+    ) -> tuple[dict[str, WeightStatistics], InputStatistics | None]:
+        return self._worker.scale_statistics(layer, received)
+
+    def scale_losses(self, layer: int, candidates: Tensor) -> dict[str, Tensor]:
+        return self._worker.scale_losses(layer, candidates)
 
     @ray.method(num_returns=3)
     def solve(
-        self, layer: int, smoothing: Smoothing, *routed: RoutedBlocks
+        self, layer: int, smoothing: Smoothing, received: None
     ) -> tuple[Tensors, Tensors, Account]:
-        return self._worker.solve(layer, smoothing, *routed)
+        return self._worker.solve(layer, smoothing, received)
 
-    def keep(self, layer: int, smoothing: Smoothing) -> Tensors:
-        return self._worker.keep(layer, smoothing)
+    def folded_norms(self, layer: int, smoothing: Smoothing) -> Tensors:
+        return self._worker.folded_norms(layer, smoothing)
 
     @ray.method(concurrency_group="write")
     def write(
-        self, layer: int, source_sha256: str, errors: Mapping[str, float], *parts: Tensors
+        self, layer: int, source_sha256: str, errors: Mapping[str, float], *pieces: Tensors
     ) -> LayerRecord:
-        return self._worker.write(layer, source_sha256, errors, *parts)
+        return self._worker.write(layer, source_sha256, errors, *pieces)
 
-    def adopt(
-        self, layer: int, input_scales: Mapping[str, float], kept: Tensors, *trunk: Tensors
+    def use_solved(
+        self, layer: int, input_scales: Mapping[str, float], norms: Tensors, *trunk: Tensors
     ) -> None:
-        self._worker.adopt(layer, input_scales, kept, *trunk)
+        self._worker.use_solved(layer, input_scales, norms, *trunk)
 
-    def restore(self, layer: int, published: Path, share: Sequence[Unit]) -> None:
-        self._worker.restore(layer, published, share)
+    def use_published(self, layer: int, published: Path, share: Sequence[Unit]) -> None:
+        self._worker.use_published(layer, published, share)
 
-    def reattend(self, layer: int, blocks: Sequence[int]) -> RoutedBlocks:
-        return self._worker.reattend(layer, blocks)
+    def attend_quantized(self, layer: int, blocks: Sequence[int]) -> RoutedBlocks:
+        return self._worker.attend_quantized(layer, blocks)
 
     def run_experts(
         self, layer: int, homes: Sequence[Sequence[int]], *routed: RoutedBlocks
-    ) -> Parts | list[Parts]:
-        found = self._worker.run_experts(layer, homes, *routed)
-        return found if len(found) > 1 else found[0]  # Ray takes one returned value as it is
+    ) -> ExpertOutputsByBlock | list[ExpertOutputsByBlock]:
+        outputs = self._worker.run_experts(layer, homes, *routed)
+        return outputs if len(outputs) > 1 else outputs[0]  # Ray takes one returned value as it is
 
-    def combine(self, layer: int, blocks: Sequence[int], *parts: Parts) -> None:
-        self._worker.combine(layer, blocks, *parts)
+    def combine(self, layer: int, blocks: Sequence[int], *outputs: ExpertOutputsByBlock) -> None:
+        self._worker.combine(layer, blocks, *outputs)
 
     @ray.method(concurrency_group="write")
     def store(self, layer: int, blocks: Sequence[int], file: Path, combined: None) -> None:

@@ -50,7 +50,7 @@ def check_gpus(*, on_ray: bool) -> None:
 def make_repeatable(device: Device) -> None:
     """Have this process compute the same on its device every time; before its first product.
 
-    The other half, `solve.use_one_thread`, is for both devices: without deterministic algorithms
+    The other half, `use_one_thread`, is for both devices: without deterministic algorithms
     CUDA adds the rows of experts (`index_add_`) in any order.
 
     Raises:
@@ -69,3 +69,11 @@ def make_repeatable(device: Device) -> None:
             f"PyTorch cannot use the GPU of a worker ({str(error).splitlines()[0]}); install its "
             "CUDA build and a driver for it on every node, or choose --device cpu"
         ) from error
+
+
+def use_one_thread() -> None:
+    """Make this process's results independent of thread counts and of random choices."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)

@@ -23,7 +23,7 @@ from quant_jobs.algorithms.folding import (
     folding_sets,
     wanted_sets,
 )
-from quant_jobs.calibration.forward import Part, Rotary, Trunk, run_expert
+from quant_jobs.calibration.forward import ExpertOutputs, Rotary, Trunk, run_expert
 
 AWQ: dict[str, Any] = {"weights": "int4", "group_size": 32, "algorithm": "awq"}
 SMOOTH: dict[str, Any] = {"weights": "int8", "activations": "int8", "algorithm": "smoothquant"}
@@ -71,7 +71,7 @@ def run_layer(
         mine = {role: weights[f"{prefix}.{expert}.{role}.weight"] for role in roles}
         if (rows := run_expert(routed, expert, mine, {})) is not None:
             parts[expert] = rows
-    return trunk.combine(h_TD, routed, [Part(parts)]), routed.experts
+    return trunk.combine(h_TD, routed, [ExpertOutputs(parts)]), routed.experts
 
 
 @pytest.mark.parametrize("layer", [0, 1])

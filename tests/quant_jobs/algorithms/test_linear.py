@@ -62,7 +62,7 @@ def solve(
         source,
         source.dequantize,
         scheme,
-        seen,
+        None if seen is None else seen.sample,
         smoothing or Smoothing(),
         ledger or Ledger(),
         rounded,

@@ -14,16 +14,15 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from deepseek.config import ModelConfig
+from deepseek.formats import RoundInput, input_rounding
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.calibration.forward import (
+    ExpertOutputs,
     LazyLinear,
-    Part,
-    Prepare,
     Rotary,
     Routed,
     Trunk,
-    preparation,
     run_expert,
     to_hf_config,
     tokens_of,
@@ -58,7 +57,7 @@ def trunk_of(
     config: ModelConfig,
     layer: int,
     weights: Mapping[str, Tensor],
-    prepare: Mapping[str, Prepare] | None = None,
+    prepare: Mapping[str, RoundInput] | None = None,
 ) -> Trunk:
     roles = ("proj", "proj_with_mqa")
     high = {
@@ -79,15 +78,15 @@ def run_experts(
     layer: int,
     weights: Mapping[str, Tensor],
     experts: list[int],
-    prepare: Mapping[str, Prepare] | None = None,
-) -> Part:
+    prepare: Mapping[str, RoundInput] | None = None,
+) -> ExpertOutputs:
     """What one worker that owns these experts contributes."""
     found = {}
     for expert in experts:
         rows = run_expert(routed, expert, expert_of(weights, layer, expert), prepare or {})
         if rows is not None:
             found[expert] = rows
-    return Part(found)
+    return ExpertOutputs(found)
 
 
 def run_layer(
@@ -222,7 +221,7 @@ def slow_int8(x: Tensor) -> Tensor:
     return torch.stack(rows).reshape(x.shape)
 
 
-def slow_fp8(scale: Tensor) -> Prepare:
+def slow_fp8(scale: Tensor) -> RoundInput:
     """The nearest of e4m3's 253 finite values, times the scale; beyond 448, 448."""
     values = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
     values = values[values.isfinite()].sort().values
@@ -250,12 +249,12 @@ def test_prepared_inputs_are_those_of_a_slow_reference(
     config, layer = reader.config, 1
     weights, x_TD = weights_of(reader, layer), an_input(config, 40)
     if which == "int8":
-        slow: Prepare = slow_int8
-        fast = preparation(W8A8)
+        slow: RoundInput = slow_int8
+        fast = input_rounding(W8A8)
     else:
         scale = FP8_SCALES[which == "fp8"]
         slow = slow_fp8(scale)
-        fast = preparation(W4A8, scale)
+        fast = input_rounding(W4A8, scale)
     assert fast is not None
     linears = {n.removesuffix(".weight") for n in weights if "_proj" in n}
     trunk = trunk_of(config, layer, weights, dict.fromkeys(linears, fast))
@@ -290,10 +289,10 @@ def test_prepared_inputs_are_those_of_a_slow_reference(
 
 
 def test_only_formats_with_quantized_activations_prepare() -> None:
-    assert preparation(Scheme(weights="int4", group_size=32)) is None
-    assert preparation(Scheme(weights="int8")) is None
+    assert input_rounding(Scheme(weights="int4", group_size=32)) is None
+    assert input_rounding(Scheme(weights="int8")) is None
     with pytest.raises(AssertionError):
-        preparation(W4A8)
+        input_rounding(W4A8)
 
 
 # --- the pieces ---
@@ -335,7 +334,7 @@ def test_every_linear_of_the_trunk_can_be_watched(reader: CheckpointReader, laye
 def test_a_watched_input_is_the_one_before_its_quantization() -> None:
     seen: list[Tensor] = []
     linear = LazyLinear(lambda: torch.eye(4), lambda x: x.round())
-    linear.seen = seen.append
+    linear.observer = seen.append
     x = torch.tensor([[0.4, 1.6, -2.2, 3.0]])
     assert linear(x).tolist() == [[0.0, 2.0, -2.0, 3.0]]
     assert torch.equal(seen[0], x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,7 +25,7 @@ from quant_jobs.algorithms.gptq import Factor, gptq, inverse_factor
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.smoothquant import smoothing_scale
 from quant_jobs.calibration.forward import (
-    Part,
+    ExpertOutputs,
     Rotary,
     Routed,
     Trunk,
@@ -42,8 +41,10 @@ from quant_jobs.calibration.statistics import (
     rows_per_block,
 )
 from quant_jobs.calibration.units import MLP_ROLES, Unit, share_out, units
-from quant_jobs.workers.messages import Account, Tensors
-from quant_jobs.workers.unit_solver import Scales, UnitSolver
+from quant_jobs.workers.context import LayerContext
+from quant_jobs.workers.messages import Account, AttentionShare, Tensors
+from quant_jobs.workers.original import OriginalLayer
+from quant_jobs.workers.unit_solver import UnitSolver
 
 NUM_BLOCKS, BLOCK_TOKENS = 4, 48
 DENSE, MOE = 0, 1
@@ -65,6 +66,7 @@ class Layer:
     source: dict[str, SourceTensor]
     inputs: list[Tensor]
     attention: dict[str, InputStatistics | None]
+    shares: AttentionShare
     blocks: list[tuple[int, Routed]]
 
     def weight(self, module: str) -> Tensor:
@@ -98,18 +100,19 @@ def a_layer(layer: int) -> Layer:
     trunk = trunk_of(config, layer, {n: t.dequantize() for n, t in source.items()}, source)
     names = [f"model.layers.{layer}.self_attn.{r}_proj" for r in ("q_a", "q_b", "kv_b", "o")]
     accumulators = {name: Accumulator(name, gram=True) for name in names}
+    shares: AttentionShare = {name: {} for name in names}
     rows, blocks = rows_per_block(256, NUM_BLOCKS), []
     for index, x in enumerate(inputs):
-        for name, one in accumulators.items():
-            trunk.watch(
-                name,
-                lambda x, one=one, index=index: one.add(  # type: ignore[misc]
-                    index, observe(x.flatten(0, -2), rows, keep_rows=True)
-                ),
-            )
+        for name in names:
+
+            def see(x: Tensor, name: str = name, index: int = index) -> None:
+                shares[name][index] = observe(x.flatten(0, -2), rows, keep_rows=True)
+                accumulators[name].add(index, shares[name][index])
+
+            trunk.watch(name, see)
         blocks.append((index, trunk.attend(Rotary(config), x)[1]))
     attention = {name: one.finish() for name, one in accumulators.items()}
-    return Layer(config, layer, source, inputs, attention, blocks)
+    return Layer(config, layer, source, inputs, attention, shares, blocks)
 
 
 def trunk_of(
@@ -130,20 +133,14 @@ def a_recipe(*rules: dict[str, Any], **coverage: Any) -> Recipe:
 
 
 def a_solver(one: Layer, recipe: Recipe) -> UnitSolver:
-    schemes = recipe.resolve(one.config)
-    wanted = wanted_sets(one.config, schemes, one.layer)
-    shared = next(((each, how) for each, how in wanted if each.router is not None), None)
-    return UnitSolver(
-        recipe,
-        schemes,
-        one.layer,
-        one.source,
-        {name: copy.deepcopy(seen) for name, seen in one.attention.items()},
-        one.blocks,
-        Scales(wanted, shared),
-        NUM_BLOCKS,
-        torch.device("cpu"),
-    )
+    """The solver of one worker that owns all units, fed as a worker is."""
+    config, cpu = one.config, torch.device("cpu")
+    schemes = recipe.resolve(config)
+    context = LayerContext(config, recipe, schemes, NUM_BLOCKS, cpu, Rotary(config))
+    original = OriginalLayer(context, one.layer, units(config, one.layer), one.source, {})
+    original.observe([one.shares])
+    original.receive([dict(one.blocks)])
+    return original.solver()
 
 
 def shared_scale(one: Layer, recipe: Recipe) -> Smoothing:
@@ -482,7 +479,7 @@ def run_layer(one: Layer, weights: dict[str, Tensor], x_TD: Tensor) -> tuple[Ten
         mine = {role: weights[f"{one.block(expert)}.{role}.weight"] for role in MLP_ROLES}
         if (rows := run_expert(routed, expert, mine, {})) is not None:
             parts[expert] = rows
-    return trunk.combine(h_TD, routed, [Part(parts)]), routed.experts
+    return trunk.combine(h_TD, routed, [ExpertOutputs(parts)]), routed.experts
 
 
 @pytest.mark.parametrize("layer", [DENSE, MOE])
@@ -551,7 +548,7 @@ def test_what_no_rule_quantizes_is_passed_on_and_never_whole_in_float32(
     layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, recipe = a_layer(layer), a_recipe({"weights": "source"})
-    monkeypatch.setattr(UnitSolver, "weight", None)
+    monkeypatch.setattr(OriginalLayer, "weight", None)
     packed, account, _ = solve(one, recipe)
     for spec in linears(one.config, layer):
         assert packed[spec.name] is one.source[spec.name].data

@@ -1,0 +1,25 @@
+"""How a linear of a scheme sees its input: what its kernel rounds before the product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from deepseek.formats.fp8 import fake_quantize_fp8
+from deepseek.formats.int8 import dequantize_int8, quantize_tokens_int8
+from deepseek.recipe import Scheme
+
+#: Input of a linear, f32 [..., K] -> the values that its kernel multiplies, same shape.
+RoundInput = Callable[[Tensor], Tensor]
+
+
+def input_rounding(scheme: Scheme, input_scale: Tensor | None = None) -> RoundInput | None:
+    """INT8 with one dynamic scale per token, FP8 with the static `input_scale` f32 [1], or None
+    where the input stays as it is. The same arithmetic as the engine's kernels."""
+    if scheme.activations == "int8":
+        return lambda x: dequantize_int8(*quantize_tokens_int8(x))
+    if scheme.activations == "fp8":
+        assert input_scale is not None, "a static FP8 scale is measured, not made up"
+        return lambda x: fake_quantize_fp8(x, input_scale)
+    return None

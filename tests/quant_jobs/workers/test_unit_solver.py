@@ -516,8 +516,7 @@ def all_experts(one: Layer) -> Unit:
     """The experts of the layer as one unit; a small layer's units have one expert each."""
     those = [unit for unit in units(one.config, one.layer) if unit.experts]
     assert len(those) == one.config.n_routed_experts
-    modules, blocks, experts = zip(*((u.modules, u.blocks, u.experts) for u in those), strict=True)
-    return Unit("mlp", sum(modules, ()), sum(blocks, ()), sum(experts, ()))
+    return Unit("mlp", tuple(linear_input for unit in those for linear_input in unit.inputs))
 
 
 @pytest.mark.parametrize(

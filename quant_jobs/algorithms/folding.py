@@ -40,7 +40,7 @@ _TOLERANCE = 2.0**-22
 
 
 @dataclass(frozen=True, slots=True)
-class FoldingSet:
+class FoldingGroup:
     """Linears that one vector serves. Module names, but for `divided`: the tensor that takes 1/s.
 
     `measured` names the linear whose input statistics are those of the whole set; `router` is the
@@ -54,7 +54,7 @@ class FoldingSet:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ScaleMethod:
     """What finds the vector of a set; `strength` is SmoothQuant's a, None for AWQ."""
 
     algorithm: Literal["smoothquant", "awq"]
@@ -75,7 +75,7 @@ class Smoothing:
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, one: FoldingSet, scale: Tensor) -> None:
+    def add(self, one: FoldingGroup, scale: Tensor) -> None:
         """Have `scale` f32 [K], foldable, serve a set: its consumers, router and `divided`."""
         for name in one.consumers:
             self.columns[f"{name}.weight"] = scale
@@ -129,16 +129,16 @@ def foldable(scale: Tensor, divided: Tensor | None, has_router: bool) -> Tensor:
     return (norm / stored).masked_fill(stored == 0, 1.0)
 
 
-def folding_sets(config: ModelConfig, layer: int) -> list[FoldingSet]:
+def folding_groups(config: ModelConfig, layer: int) -> list[FoldingGroup]:
     """All sets of one layer, whatever the recipe asks for."""
     prefix = f"model.layers.{layer}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
     q_a, kv_a = f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"
     q_b, kv_b = f"{attention}.q_b_proj", f"{attention}.kv_b_proj"
     sets = [
-        FoldingSet(f"{prefix}.input_layernorm.weight", (q_a, kv_a), q_a),
-        FoldingSet(f"{attention}.q_a_layernorm.weight", (q_b,), q_b),
-        FoldingSet(f"{attention}.kv_a_layernorm.weight", (kv_b,), kv_b),
+        FoldingGroup(f"{prefix}.input_layernorm.weight", (q_a, kv_a), q_a),
+        FoldingGroup(f"{attention}.q_a_layernorm.weight", (q_b,), q_b),
+        FoldingGroup(f"{attention}.kv_a_layernorm.weight", (kv_b,), kv_b),
     ]
     blocks, router, measured = [mlp], None, f"{mlp}.gate_proj"
     if config.is_moe(layer):
@@ -148,16 +148,16 @@ def folding_sets(config: ModelConfig, layer: int) -> list[FoldingSet]:
         router, measured = f"{mlp}.gate.weight", f"{mlp}.shared_experts.gate_proj"
     into = tuple(f"{block}.{role}" for block in blocks for role in ("gate_proj", "up_proj"))
     norm = f"{prefix}.post_attention_layernorm.weight"
-    sets.append(FoldingSet(norm, into, measured, router))
+    sets.append(FoldingGroup(norm, into, measured, router))
     for block in blocks:
         down = f"{block}.down_proj"
-        sets.append(FoldingSet(f"{block}.up_proj.weight", (down,), down))
+        sets.append(FoldingGroup(f"{block}.up_proj.weight", (down,), down))
     return sets
 
 
-def wanted_sets(
+def scaled_groups(
     config: ModelConfig, schemes: Mapping[str, Scheme], layer: int
-) -> list[tuple[FoldingSet, Wanted]]:
+) -> list[tuple[FoldingGroup, ScaleMethod]]:
     """The sets that the recipe scales, and how.
 
     AWQ leaves out a set that it cannot scale as a whole: one with a consumer that is not AWQ's (in
@@ -170,32 +170,32 @@ def wanted_sets(
             takes 1/s keeps the source's FP8 blocks, which cannot.
     """
     wanted = []
-    for one in folding_sets(config, layer):
+    for one in folding_groups(config, layer):
         asked = {name: _asked(schemes[name]) for name in one.consumers}
         first = one.consumers[0]
         how = asked[first]
         maker = schemes.get(one.divided.removesuffix(".weight"))
         if any(each is not None and each.algorithm == "smoothquant" for each in asked.values()):
             _check_smoothing(one, asked, maker)
-        elif set(asked.values()) != {Wanted("awq")} or (maker and not maker.is_quantized):
+        elif set(asked.values()) != {ScaleMethod("awq")} or (maker and not maker.is_quantized):
             continue
         assert how is not None
         wanted.append((one, how))
     return wanted
 
 
-def _asked(scheme: Scheme) -> Wanted | None:
+def _asked(scheme: Scheme) -> ScaleMethod | None:
     match scheme.algorithm:
         case "smoothquant":
-            return Wanted("smoothquant", scheme.smoothing)
+            return ScaleMethod("smoothquant", scheme.smoothing)
         case "awq":
-            return Wanted("awq")
+            return ScaleMethod("awq")
         case _:
             return None
 
 
 def _check_smoothing(
-    one: FoldingSet, asked: Mapping[str, Wanted | None], maker: Scheme | None
+    one: FoldingGroup, asked: Mapping[str, ScaleMethod | None], maker: Scheme | None
 ) -> None:
     first = one.consumers[0]
     for name, how in asked.items():

@@ -39,7 +39,7 @@ GUARD = 64.0
 _SHARED = {"up_proj": "gate_proj", "kv_a_proj_with_mqa": "q_a_proj"}
 
 
-def agree(
+def share_input_scales(
     amax: Mapping[str, float], tokens: Mapping[str, int], *, guard: float = GUARD
 ) -> tuple[dict[str, float], tuple[Fallback, ...]]:
     """The static scale of each linear's input by module, amax / 448, and what went into the ledger.

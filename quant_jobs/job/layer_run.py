@@ -32,8 +32,14 @@ from deepseek.inventory import linears
 from deepseek.recipe import Recipe, Scheme
 from deepseek.source.checkpoint import join_digests
 from quant_jobs.algorithms.awq import candidate_scales, note_fallbacks
-from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted, foldable, wanted_sets
-from quant_jobs.algorithms.input_scales import agree
+from quant_jobs.algorithms.folding import (
+    FoldingGroup,
+    ScaleMethod,
+    Smoothing,
+    foldable,
+    scaled_groups,
+)
+from quant_jobs.algorithms.input_scales import share_input_scales
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.smoothquant import smoothing_scale
 from quant_jobs.calibration.statistics import InputStatistics, input_of
@@ -149,13 +155,13 @@ class LayerRun:
     def agree(self, layer: int, routed: list[Any], ledger: Ledger) -> Smoothing:
         """The vector of the set that the router's norm feeds, if the recipe wants one."""
         shared = Smoothing()
-        for one, how in wanted_sets(self._config, self._schemes, layer):
+        for one, how in scaled_groups(self._config, self._schemes, layer):
             if one.router is not None:
                 shared.add(one, self._shared_scale(layer, one, how, routed, ledger))
         return shared
 
     def _shared_scale(
-        self, layer: int, one: FoldingSet, how: Wanted, routed: list[Any], ledger: Ledger
+        self, layer: int, one: FoldingGroup, how: ScaleMethod, routed: list[Any], ledger: Ledger
     ) -> Tensor:
         answers = self._pool.each(lambda worker, _: worker.weigh.remote(layer, *routed))
         brought: dict[str, tuple[Tensor, int]] = {}
@@ -207,7 +213,7 @@ class LayerRun:
         ]
         if not wanted:
             return {}
-        scales, fallbacks = agree(
+        scales, fallbacks = share_input_scales(
             {module: account.input_amax[module] for module in wanted},
             {module: account.tokens[module] for module in wanted},
         )

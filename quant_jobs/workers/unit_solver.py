@@ -27,7 +27,7 @@ from deepseek.formats.scales import check_magnitude, largest
 from deepseek.recipe import Recipe, Scheme
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import candidate_scales, note_fallbacks, scale_losses, weight_means
-from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted, foldable
+from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing, foldable
 from quant_jobs.algorithms.gptq import Factor, Rounded, gptq, inverse_factor
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.linear import solve_linear
@@ -51,10 +51,10 @@ class Scales:
     """The folding sets that the recipe wants of a layer; `shared` is the one among them that
     several workers agree on, through the driver."""
 
-    wanted: list[tuple[FoldingSet, Wanted]]
-    shared: tuple[FoldingSet, Wanted] | None
+    wanted: list[tuple[FoldingGroup, ScaleMethod]]
+    shared: tuple[FoldingGroup, ScaleMethod] | None
 
-    def within(self, modules: Sequence[str]) -> list[tuple[FoldingSet, Wanted]]:
+    def within(self, modules: Sequence[str]) -> list[tuple[FoldingGroup, ScaleMethod]]:
         """The sets whose consumers are all among these modules, the shared one apart."""
         mine = set(modules)
         return [
@@ -274,7 +274,9 @@ class UnitSolver:
 
     # --- scales of channels ---
 
-    def _scale_mlp(self, mlp: _Mlp, one: FoldingSet, how: Wanted, smoothing: Smoothing) -> None:
+    def _scale_mlp(
+        self, mlp: _Mlp, one: FoldingGroup, how: ScaleMethod, smoothing: Smoothing
+    ) -> None:
         role = one.measured.rpartition(".")[2]
         if mlp.is_starved and how.algorithm == "awq":
             return  # noted when its linears are rounded
@@ -293,8 +295,8 @@ class UnitSolver:
 
     def _scale(
         self,
-        one: FoldingSet,
-        how: Wanted,
+        one: FoldingGroup,
+        how: ScaleMethod,
         seen: InputStatistics,
         divided: Tensor | None,
     ) -> Tensor:

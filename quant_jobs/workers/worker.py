@@ -51,7 +51,7 @@ from deepseek.inventory import layer_tensors
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader, SourceTensor, source_digests
 from quant_jobs.algorithms.awq import scale_losses, weight_means
-from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted, wanted_sets
+from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing, scaled_groups
 from quant_jobs.algorithms.linear import modelopt_quantizer, use_one_thread
 from quant_jobs.algorithms.smoothquant import column_amax
 from quant_jobs.calibration.forward import (
@@ -509,7 +509,7 @@ class Worker:
         original = self._opened(layer)
         blocks = [(b, self._moved(r)) for b, r in in_block_order(iter(routed))]
         attention = {name: inputs.finish() for name, inputs in original.inputs.items()}
-        scales = Scales(wanted_sets(self._config, self._schemes, layer), self._shared_set(layer))
+        scales = Scales(scaled_groups(self._config, self._schemes, layer), self._shared_set(layer))
         return UnitSolver(
             self._job.recipe,
             self._schemes,
@@ -522,9 +522,9 @@ class Worker:
             self._device,
         )
 
-    def _shared_set(self, layer: int) -> tuple[FoldingSet, Wanted] | None:
+    def _shared_set(self, layer: int) -> tuple[FoldingGroup, ScaleMethod] | None:
         """The set whose consumers belong to several workers: what the router's norm feeds."""
-        for one, how in wanted_sets(self._config, self._schemes, layer):
+        for one, how in scaled_groups(self._config, self._schemes, layer):
             if one.router is not None:
                 return one, how
         return None

@@ -30,6 +30,10 @@ Group = Literal[
 #: or inside each expert (MoE-TP); the bytes per GPU are the same.
 Split = Literal["column", "row", "expert", "replicated"]
 
+#: The linears of an attention.
+ATTENTION_ROLES = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+#: The one among them that reads the latent which MLA caches; engines absorb it.
+LATENT_READER = "kv_b_proj"
 #: The linears of one MLP: dense, shared expert or routed expert.
 MLP_ROLES = ("gate_proj", "up_proj", "down_proj")
 
@@ -112,6 +116,11 @@ class LinearInput:
     def parent(self) -> str:
         """Module that holds the readers: the attention or one MLP."""
         return self.readers[0].parent
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether the readers are the attention's linears; else they are those of an MLP."""
+        return group_of(self.parent) == "attention"
 
     @property
     def expert(self) -> int | None:

@@ -14,7 +14,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCa
 
 from deepseek.config import DEEPSEEK_V3, ModelConfig
 from deepseek.inventory import (
+    ATTENTION_ROLES,
     FUSED,
+    LATENT_READER,
     MLP_ROLES,
     LinearInput,
     count_parameters,
@@ -209,6 +211,7 @@ def test_every_linear_reads_one_input_and_readers_agree_on_it(layer: int) -> Non
             assert input_of(spec.module) == linear_input.name == linear_input.modules[0]
             assert (spec.input_maker, spec.parent) == (linear_input.maker, linear_input.parent)
             assert spec.expert == linear_input.expert
+            assert linear_input.is_attention == spec.parent.endswith(".self_attn")
             assert spec.shape[1] == linear_input.width
         if linear_input.maker is not None:  # its elements or rows are the channels
             assert shapes[linear_input.maker][0] == linear_input.width
@@ -290,8 +293,18 @@ def test_a_name_says_what_the_inventory_states(release: list) -> None:  # type: 
                 assert group_of(spec.module) == group_of(spec.parent) == spec.group
 
 
-def test_an_mlp_has_three_linears_in_the_order_of_their_roles() -> None:
-    experts = [spec for spec in linears(DEEPSEEK_V3, 3) if spec.expert == 7]
-    assert (
-        tuple(spec.role for spec in experts) == MLP_ROLES == ("gate_proj", "up_proj", "down_proj")
+def test_roles_are_those_of_the_linears_in_their_order() -> None:
+    assert ATTENTION_ROLES == ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    assert MLP_ROLES == ("gate_proj", "up_proj", "down_proj")
+    for layer in (0, 3, 61):
+        roles: dict[str, tuple[str, ...]] = {}
+        for spec in linears(DEEPSEEK_V3, layer):
+            roles[spec.parent] = (*roles.get(spec.parent, ()), spec.role)
+        assert roles.pop(f"model.layers.{layer}.self_attn") == ATTENTION_ROLES
+        assert set(roles.values()) == {MLP_ROLES}
+    (latent_input,) = (
+        linear_input
+        for linear_input in layer_inputs(DEEPSEEK_V3, 3)
+        if linear_input.maker == "model.layers.3.self_attn.kv_a_layernorm.weight"
     )
+    assert [spec.role for spec in latent_input.readers] == [LATENT_READER]

@@ -17,7 +17,7 @@ from typing import Literal
 
 from deepseek.config import ModelConfig
 from deepseek.inventory import MLP_ROLES as MLP_ROLES
-from deepseek.inventory import LinearInput, TensorSpec, group_of, layer_inputs, layer_tensors
+from deepseek.inventory import LinearInput, TensorSpec, layer_inputs, layer_tensors
 
 #: A layer's routed experts are cut into at most this many groups. On a GPU GPTQ runs a group as one
 #: batch (8 experts of DeepSeek-V3's 256); more workers than groups find no more work in a layer.
@@ -67,7 +67,7 @@ def units(config: ModelConfig, layer: int) -> list[Unit]:
     routed: dict[int, list[LinearInput]] = {}
     group_size = -(-config.n_routed_experts // MAX_EXPERT_GROUPS)
     for linear_input in layer_inputs(config, layer):
-        if group_of(linear_input.parent) == "attention":
+        if linear_input.is_attention:
             attention.append(Unit("attention", (linear_input,)))
         elif linear_input.expert is None:
             trunk_mlp.append(linear_input)

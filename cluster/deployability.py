@@ -17,9 +17,8 @@ from cluster.hardware import GpuGeneration
 from cluster.matrix import GLOBS, KV_CACHE, MIXES, PARTS, ROWS, TARGETS, Row, Target
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
+from deepseek.inventory import FUSED, Group, group_of
 from deepseek.recipe import Scheme
-
-_ATTENTION = {"q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "o_proj"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +99,8 @@ def require_target(name: str) -> Target:
 
 def part_of(module: str) -> str:
     """Which part of a recipe a linear belongs to: `routed_experts`, `kv_b_proj`, ..."""
-    _, rest = _split(module)
-    role = rest.rpartition(".")[2]
-    if rest.startswith("self_attn.") and role in _ATTENTION:
-        return role
-    if rest.startswith("mlp.experts."):
-        return "routed_experts"
-    if rest.startswith("mlp.shared_experts."):
-        return "shared_experts"
-    assert rest.startswith("mlp."), f"{module} is no linear of a decoder layer"
-    return "dense_mlp"
+    group = group_of(module)
+    return module.rpartition(".")[2] if group == "attention" else group
 
 
 def find_row(target: Target, gpu: GpuGeneration, part: str, form: str) -> Row:
@@ -149,7 +140,7 @@ def _fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[R
     units: dict[tuple[int, str], set[str]] = {}
     for module, scheme in schemes.items():
         layer, rest = _split(module)
-        if unit := _fused_unit(rest):
+        if unit := _fused_unit(group_of(module), rest):
             units.setdefault((layer, unit), set()).add(scheme.label)
     wrong: dict[str, list[int]] = {}
     for (layer, unit), labels in units.items():
@@ -165,14 +156,14 @@ def _fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[R
         )
 
 
-def _fused_unit(rest: str) -> str | None:
-    parent, _, role = rest.rpartition(".")
-    if rest.startswith("mlp.experts."):
+def _fused_unit(group: Group, rest: str) -> str | None:
+    if group == "routed_experts":
         return "all routed experts"
-    if role in ("q_a_proj", "kv_a_proj_with_mqa"):
-        return "q_a_proj with kv_a_proj_with_mqa"
-    if role in ("gate_proj", "up_proj"):
-        return f"{parent}: gate_proj with up_proj"
+    parent, _, role = rest.rpartition(".")
+    for roles in FUSED.values():
+        if role in roles:
+            unit = " with ".join(roles)
+            return unit if group == "attention" else f"{parent}: {unit}"
     return None
 
 

@@ -1,8 +1,9 @@
 """Every tensor that a DeepSeek-V3 checkpoint must hold, by name, from its config alone.
 
 One list serves all: the checkpoint reader (what must be there, and nothing else), the recipe (which
-linears exist to quantize), and the memory planner (what each of them weighs, and how tensor
-parallelism splits it). No tensor values here.
+linears exist to quantize), the memory planner (what each of them weighs, and how tensor parallelism
+splits it), and the quantize job (which linears read one input, and which tensor makes it). What a
+module's name says (layer, group, expert, input) is also here. No tensor values.
 """
 
 from __future__ import annotations
@@ -29,6 +30,21 @@ Group = Literal[
 #: or inside each expert (MoE-TP); the bytes per GPU are the same.
 Split = Literal["column", "row", "expert", "replicated"]
 
+#: The linears of an attention.
+ATTENTION_ROLES = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+#: The one among them that reads the latent which MLA caches; engines absorb it.
+LATENT_READER = "kv_b_proj"
+#: The linears of one MLP: dense, shared expert or routed expert.
+MLP_ROLES = ("gate_proj", "up_proj", "down_proj")
+
+#: Linears of one parent module that read one input, in checkpoint order, by the name of the linear
+#: that engines fuse them into. The first one's name stands for the input.
+FUSED = {
+    "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+_FUSED_NAME = {role: name for name, roles in FUSED.items() for role in roles}
+
 #: `linear` may be quantized; `high` stays in BF16 (router weight, embeddings, head, eh_proj,
 #: norms); `float32` is the router's correction bias, FP32 in the release.
 Kind = Literal["linear", "high", "float32"]
@@ -39,7 +55,10 @@ class TensorSpec:
     """One tensor of the source checkpoint.
 
     `shape` is [out, in] for linears. `layer` is None outside the decoder layers. `module` is the
-    name without `.weight`. `expert` is set for routed experts only.
+    name without `.weight`. `expert` is set for routed experts only. `input_maker`, for linears and
+    the router, is the full name of the tensor that makes the channels of the input: the elements of
+    a norm, or the rows of a linear. It is None where no single tensor does (`o_proj` reads a mix of
+    values).
     """
 
     name: str
@@ -49,10 +68,16 @@ class TensorSpec:
     split: Split
     layer: int | None
     expert: int | None = None
+    input_maker: str | None = None
 
     @property
     def module(self) -> str:
         return self.name.removesuffix(".weight")
+
+    @property
+    def parent(self) -> str:
+        """Module that holds this one: `model.layers.3.self_attn`, `model.layers.3.mlp.experts.7`"""
+        return self.module.rpartition(".")[0]
 
     @property
     def role(self) -> str:
@@ -65,6 +90,59 @@ class TensorSpec:
         for size in self.shape:
             count *= size
         return count
+
+
+@dataclass(frozen=True, slots=True)
+class LinearInput:
+    """One input within a layer: `readers` are the linears that multiply it, in checkpoint order.
+
+    All of them see the same rows. The MLPs of a MoE layer are readers of different inputs (each
+    expert sees its own tokens), although one norm makes the channels of all.
+    """
+
+    readers: tuple[TensorSpec, ...]
+
+    @property
+    def name(self) -> str:
+        """Module name under which statistics of this input are kept."""
+        return input_of(self.readers[0].module)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Module names of the readers."""
+        return tuple(spec.module for spec in self.readers)
+
+    @property
+    def parent(self) -> str:
+        """Module that holds the readers: the attention or one MLP."""
+        return self.readers[0].parent
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether the readers are the attention's linears; else they are those of an MLP."""
+        return group_of(self.parent) == "attention"
+
+    @property
+    def expert(self) -> int | None:
+        """Number of the routed expert that the readers belong to."""
+        return self.readers[0].expert
+
+    @property
+    def maker(self) -> str | None:
+        """Tensor that makes the channels (`TensorSpec.input_maker`)."""
+        return self.readers[0].input_maker
+
+    @property
+    def width(self) -> int:
+        """Number of channels, K."""
+        return self.readers[0].shape[1]
+
+    @property
+    def fused(self) -> str | None:
+        """Module name of the one linear that engines make of the readers; None for one reader."""
+        if len(self.readers) == 1:
+            return None
+        return f"{self.parent}.{_FUSED_NAME[self.readers[0].role]}"
 
 
 def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
@@ -84,72 +162,78 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     is_mtp = layer >= config.num_hidden_layers
     prefix = f"model.layers.{layer}"
     hidden = config.hidden_size
+    mlp_norm = f"{prefix}.post_attention_layernorm.weight"
 
     def spec(
         name: str,
         shape: tuple[int, ...],
         group: Group,
-        kind: Kind = "linear",
+        kind: Kind = "high",
         split: Split = "replicated",
-        expert: int | None = None,
+        input_maker: str | None = None,
     ) -> TensorSpec:
+        group = "mtp" if is_mtp else group
         return TensorSpec(
-            f"{prefix}.{name}", shape, "mtp" if is_mtp else group, kind, split, layer, expert
+            f"{prefix}.{name}", shape, group, kind, split, layer, input_maker=input_maker
         )
 
-    def mlp(name: str, width: int, group: Group, expert: int | None = None) -> Iterator[TensorSpec]:
+    def linear(
+        name: str,
+        shape: tuple[int, int],
+        split: Split,
+        input_maker: str | None,
+        expert: int | None = None,
+    ) -> TensorSpec:
+        module = f"{prefix}.{name}"
+        group = "mtp" if is_mtp else group_of(module)
+        return TensorSpec(
+            f"{module}.weight", shape, group, "linear", split, layer, expert, input_maker
+        )
+
+    def mlp(name: str, width: int, expert: int | None = None) -> Iterator[TensorSpec]:
         column: Split = "column" if expert is None else "expert"
         row: Split = "row" if expert is None else "expert"
-        yield spec(f"{name}.gate_proj.weight", (width, hidden), group, "linear", column, expert)
-        yield spec(f"{name}.up_proj.weight", (width, hidden), group, "linear", column, expert)
-        yield spec(f"{name}.down_proj.weight", (hidden, width), group, "linear", row, expert)
+        # silu(gate) * up is linear in up: its rows make the channels that down reads.
+        up = f"{prefix}.{name}.up_proj.weight"
+        yield linear(f"{name}.gate_proj", (width, hidden), column, mlp_norm, expert)
+        yield linear(f"{name}.up_proj", (width, hidden), column, mlp_norm, expert)
+        yield linear(f"{name}.down_proj", (hidden, width), row, up, expert)
 
     if is_mtp:
         vocab = config.vocab_size
-        yield spec("embed_tokens.weight", (vocab, hidden), "mtp", "high", "column")
-        yield spec("enorm.weight", (hidden,), "mtp", "high")
-        yield spec("hnorm.weight", (hidden,), "mtp", "high")
-        yield spec("eh_proj.weight", (hidden, 2 * hidden), "mtp", "high")
-        yield spec("shared_head.norm.weight", (hidden,), "mtp", "high")
-        yield spec("shared_head.head.weight", (vocab, hidden), "mtp", "high", "column")
+        yield spec("embed_tokens.weight", (vocab, hidden), "mtp", split="column")
+        yield spec("enorm.weight", (hidden,), "mtp")
+        yield spec("hnorm.weight", (hidden,), "mtp")
+        yield spec("eh_proj.weight", (hidden, 2 * hidden), "mtp")
+        yield spec("shared_head.norm.weight", (hidden,), "mtp")
+        yield spec("shared_head.head.weight", (vocab, hidden), "mtp", split="column")
 
     heads, q_rank, kv_rank = config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
-    yield spec("input_layernorm.weight", (hidden,), "norms", "high")
-    yield spec("self_attn.q_a_proj.weight", (q_rank, hidden), "attention")
-    yield spec("self_attn.q_a_layernorm.weight", (q_rank,), "norms", "high")
-    yield spec(
-        "self_attn.q_b_proj.weight",
-        (heads * config.qk_head_dim, q_rank),
-        "attention",
-        split="column",
-    )
-    yield spec("self_attn.kv_a_proj_with_mqa.weight", (config.latent_dim, hidden), "attention")
-    yield spec("self_attn.kv_a_layernorm.weight", (kv_rank,), "norms", "high")
-    yield spec(
-        "self_attn.kv_b_proj.weight",
-        (heads * (config.qk_nope_head_dim + config.v_head_dim), kv_rank),
-        "attention",
-        split="column",
-    )
-    yield spec(
-        "self_attn.o_proj.weight", (hidden, heads * config.v_head_dim), "attention", split="row"
-    )
-    yield spec("post_attention_layernorm.weight", (hidden,), "norms", "high")
+    attention_norm = f"{prefix}.input_layernorm.weight"
+    q_norm, kv_norm = (f"{prefix}.self_attn.{part}_a_layernorm.weight" for part in ("q", "kv"))
+    q_b = heads * config.qk_head_dim, q_rank
+    kv_b = heads * (config.qk_nope_head_dim + config.v_head_dim), kv_rank
+    o = hidden, heads * config.v_head_dim
+    kv_a = config.latent_dim, hidden
+    yield spec("input_layernorm.weight", (hidden,), "norms")
+    yield linear("self_attn.q_a_proj", (q_rank, hidden), "replicated", attention_norm)
+    yield spec("self_attn.q_a_layernorm.weight", (q_rank,), "norms")
+    yield linear("self_attn.q_b_proj", q_b, "column", q_norm)
+    yield linear("self_attn.kv_a_proj_with_mqa", kv_a, "replicated", attention_norm)
+    yield spec("self_attn.kv_a_layernorm.weight", (kv_rank,), "norms")
+    yield linear("self_attn.kv_b_proj", kv_b, "column", kv_norm)
+    yield linear("self_attn.o_proj", o, "row", None)
+    yield spec("post_attention_layernorm.weight", (hidden,), "norms")
 
     if not config.is_moe(layer):
-        yield from mlp("mlp", config.intermediate_size, "dense_mlp")
+        yield from mlp("mlp", config.intermediate_size)
         return
-    yield spec("mlp.gate.weight", (config.n_routed_experts, hidden), "router", "high")
-    yield spec("mlp.gate.e_score_correction_bias", (config.n_routed_experts,), "router", "float32")
-    for expert in range(config.n_routed_experts):
-        yield from mlp(
-            f"mlp.experts.{expert}", config.moe_intermediate_size, "routed_experts", expert
-        )
-    yield from mlp(
-        "mlp.shared_experts",
-        config.moe_intermediate_size * config.n_shared_experts,
-        "shared_experts",
-    )
+    num_experts = config.n_routed_experts
+    yield spec("mlp.gate.weight", (num_experts, hidden), "router", input_maker=mlp_norm)
+    yield spec("mlp.gate.e_score_correction_bias", (num_experts,), "router", "float32")
+    for expert in range(num_experts):
+        yield from mlp(f"mlp.experts.{expert}", config.moe_intermediate_size, expert)
+    yield from mlp("mlp.shared_experts", config.moe_intermediate_size * config.n_shared_experts)
 
 
 def global_tensors(config: ModelConfig) -> list[TensorSpec]:
@@ -162,6 +246,53 @@ def linears(config: ModelConfig, layer: int) -> list[TensorSpec]:
     return [spec for spec in layer_tensors(config, layer) if spec.kind == "linear"]
 
 
+def layer_inputs(config: ModelConfig, layer: int) -> list[LinearInput]:
+    """The inputs of one layer's linears, in the order of their first readers: every linear is a
+    reader of one input. Attention first, then one MLP after the other."""
+    readers: dict[str, list[TensorSpec]] = {}
+    for spec in linears(config, layer):
+        readers.setdefault(input_of(spec.module), []).append(spec)
+    return [LinearInput(tuple(specs)) for specs in readers.values()]
+
+
 def count_parameters(config: ModelConfig, *, with_mtp: bool = False) -> int:
     """Parameters of the model; the released DeepSeek-V3 has 671.0 B without its MTP layer."""
     return sum(spec.numel for spec in tensors(config) if with_mtp or spec.group != "mtp")
+
+
+# --- what a module's name says ---
+
+
+def layer_of(module: str) -> int:
+    """Decoder layer of a module: `model.layers.3.mlp.experts.7` -> 3."""
+    return int(module.split(".", 3)[2])
+
+
+def group_of(module: str) -> Group:
+    """Group of a linear (or of the module that holds it) of a main layer, from its name:
+    `model.layers.3.mlp.experts.7.up_proj` -> `routed_experts`. An MTP layer's have the names of any
+    other layer's; only the config tells that their group is `mtp` (`layer_tensors`)."""
+    rest = module.split(".", 3)[3]
+    if rest.startswith("self_attn"):
+        return "attention"
+    if rest.startswith("mlp.experts."):
+        return "routed_experts"
+    if rest.startswith("mlp.shared_experts"):
+        return "shared_experts"
+    assert rest.startswith("mlp"), f"{module} is no linear of a decoder layer"
+    return "dense_mlp"
+
+
+def expert_of(module: str) -> int | None:
+    """Number of the routed expert that a module is or belongs to, from its name:
+    `model.layers.3.mlp.experts.7.up_proj` -> 7. None for other modules."""
+    _, _, rest = module.partition(".mlp.experts.")
+    return int(rest.partition(".")[0]) if rest else None
+
+
+def input_of(module: str) -> str:
+    """Module name that stands for the input of a linear: its own, or that of the first linear that
+    reads the same (`LinearInput.name`). `...kv_a_proj_with_mqa` -> `...q_a_proj`."""
+    parent, _, role = module.rpartition(".")
+    fused = _FUSED_NAME.get(role)
+    return module if fused is None else f"{parent}.{FUSED[fused][0]}"

@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import Any
 
 from deepseek.config import ModelConfig
-from deepseek.inventory import tensors
+from deepseek.inventory import ATTENTION_ROLES, tensors
 from deepseek.recipe import Scheme
 
 #: Fragments of module names below `layers.N.`, widest first. None of them can match what is never
@@ -37,10 +37,7 @@ _FRAGMENTS = (
     r"mlp[.]experts[.].*_proj",
     r"mlp[.]shared_.*_proj",
     r"mlp[.](gate|up|down)_proj",
-    *(
-        rf"self_attn[.]{name}"
-        for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-    ),
+    *(rf"self_attn[.]{role}" for role in ATTENTION_ROLES),
     r"mlp[.]experts[.]\d+[.](gate|up)_proj",
     *(rf"mlp[.]experts[.]\d+[.]{name}_proj" for name in ("gate", "up", "down")),
     r"mlp[.]shared_.*(gate|up)_proj",

@@ -23,15 +23,17 @@ import torch
 from deepseek.config import ModelConfig
 from deepseek.engine.kv_cache import CacheFormat, cache_bytes
 from deepseek.errors import DeployError
-from deepseek.inventory import Group, TensorSpec, global_tensors, layer_tensors, linears
+from deepseek.inventory import (
+    LATENT_READER,
+    Group,
+    TensorSpec,
+    global_tensors,
+    layer_inputs,
+    layer_tensors,
+    linears,
+)
 from deepseek.recipe import Scheme
 
-#: Fused name -> the roles that it is made of, in order.
-_FUSED = {
-    "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-_ABSORBED = "kv_b_proj"
 #: torch's INT4 operator works on tiles of this many outputs.
 _INT4_ROWS = 16
 
@@ -121,31 +123,23 @@ def projections(
     A projection has one part, or several where members of a fused one differ in scheme. The
     absorbed kv_b_proj is not among them.
     """
-    specs = {spec.module: spec for spec in linears(config, layer)}
-    found: dict[str, tuple[PackedLinear, ...]] = {}
-    for module, spec in specs.items():
-        parent, _, role = module.rpartition(".")
-        fused = next((name for name, roles in _FUSED.items() if role in roles), None)
-        if role == _ABSORBED:
+    made: dict[str, tuple[PackedLinear, ...]] = {}
+    for linear_input in layer_inputs(config, layer):
+        members = linear_input.readers
+        if members[0].role == LATENT_READER:
             continue
-        if fused is None:
-            found[module] = (PackedLinear(module, (spec,), schemes[module]),)
-            continue
-        members = tuple(specs[f"{parent}.{member}"] for member in _FUSED[fused])
-        kinds = [_as_computed(schemes[member.module]) for member in members]
-        if all(kind == kinds[0] for kind in kinds):
-            parts: tuple[PackedLinear, ...] = (
-                PackedLinear(f"{parent}.{fused}", members, schemes[members[0].module]),
-            )
-        else:
-            parts = tuple(PackedLinear(m.module, (m,), schemes[m.module]) for m in members)
-        found[f"{parent}.{fused}"] = parts
-    return found
+        parts = tuple(PackedLinear(m.module, (m,), schemes[m.module]) for m in members)
+        kinds = {_as_computed(part.scheme) for part in parts}
+        name = linear_input.fused
+        if name is not None and len(kinds) == 1:
+            parts = (PackedLinear(name, members, parts[0].scheme),)
+        made[name or members[0].module] = parts
+    return made
 
 
 def absorbed_spec(config: ModelConfig, layer: int) -> TensorSpec:
     """The kv_b_proj of one layer."""
-    return next(spec for spec in linears(config, layer) if spec.role == _ABSORBED)
+    return next(spec for spec in linears(config, layer) if spec.role == LATENT_READER)
 
 
 def plain_specs(config: ModelConfig, layer: int | None) -> list[TensorSpec]:

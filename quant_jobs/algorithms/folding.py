@@ -1,22 +1,24 @@
-"""Channel scales without a tensor of their own: what SmoothQuant and AWQ multiply into a weight is
-divided out of whatever makes its input.
+"""Folding: the scales of input channels that SmoothQuant and AWQ ask for, without a tensor of
+their own.
 
 A linear y = W x is left unchanged by multiplying column j of W and dividing channel j of x by s_j.
-The division goes into the tensor that makes the channel, so the artifact, and whoever serves it,
-knows nothing of s:
+The division is folded into the tensor that makes the channel (`deepseek/inventory.py` says which),
+so the artifact and its engines know nothing of s:
 
     input_layernorm            -> q_a_proj and kv_a_proj_with_mqa
     q_a_layernorm              -> q_b_proj
     kv_a_layernorm             -> kv_b_proj            (MLA caches this normed latent: consistent)
-    post_attention_layernorm   -> gate_proj and up_proj of the dense MLP; in a MoE layer one vector
+    post_attention_layernorm   -> gate_proj and up_proj of the dense MLP; in a MoE layer one scale
                                   serves the router and all routed and shared experts
     up_proj's rows             -> down_proj            (silu(gate) * up is linear in up)
 
 o_proj is left alone: its input is a mix of values, and no single tensor makes its channels.
 
 Folding changes no function. Norms and the router keep their bfloat16, so not every s can be folded
-into them; `foldable` turns any s into one that can (docs/decisions/0002 and 0004). How s is found
-is in `smoothquant.py` and `awq.py`.
+into them; `foldable` turns any s into one that can (docs/decisions/0002 and 0004). How s is
+computed is in `smoothquant.py` and `awq.py`.
+
+K inputs of a linear
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.errors import RecipeError
+from deepseek.inventory import LinearInput, layer_inputs, layer_tensors
 from deepseek.recipe import Scheme
 
 #: |log2 s| beyond this is clipped, and counted in the ledger.
@@ -40,11 +43,12 @@ _TOLERANCE = 2.0**-22
 
 
 @dataclass(frozen=True, slots=True)
-class FoldingSet:
-    """Linears that one vector serves. Module names, but for `divided`: the tensor that takes 1/s.
+class FoldingGroup:
+    """Linears that share one smoothing scale, because one tensor makes their input's channels.
 
-    `measured` names the linear whose input statistics are those of the whole set; `router` is the
-    router's weight where it reads the same input.
+    `divided` is the full name of that tensor, which takes 1/s. `consumers` are module names.
+    `measured` is the module whose input statistics are those of the whole group. `router` is the
+    full name of the router's weight where it reads the same channels.
     """
 
     divided: str
@@ -54,8 +58,9 @@ class FoldingSet:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What finds the vector of a set; `strength` is SmoothQuant's a, None for AWQ."""
+class ScaleMethod:
+    """How the smoothing scale of a folding group is computed; `strength` is SmoothQuant's a, None
+    for AWQ."""
 
     algorithm: Literal["smoothquant", "awq"]
     strength: float | None = None
@@ -66,7 +71,7 @@ class Wanted:
 
 @dataclass(slots=True)
 class Smoothing:
-    """The vectors of one layer, by the full name of the tensor that they change.
+    """The scales of one layer, by the full name of the tensor that they change.
 
     `columns[name]` multiplies the columns of a weight; `rows[name]` divides the rows of a weight or
     the elements of a norm. Float32, as `foldable` gives them.
@@ -75,24 +80,24 @@ class Smoothing:
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, one: FoldingSet, scale: Tensor) -> None:
-        """Have `scale` f32 [K], foldable, serve a set: its consumers, router and `divided`."""
-        for name in one.consumers:
-            self.columns[f"{name}.weight"] = scale
-        if one.router is not None:
-            self.columns[one.router] = scale
-        self.rows[one.divided] = scale
+    def add(self, group: FoldingGroup, scale: Tensor) -> None:
+        """Scale a group by `scale` f32 [K], foldable: its consumers, its router and `divided`."""
+        for module in group.consumers:
+            self.columns[f"{module}.weight"] = scale
+        if group.router is not None:
+            self.columns[group.router] = scale
+        self.rows[group.divided] = scale
 
     def changes(self, name: str) -> bool:
         """Whether folding changes the tensor of this name."""
         return name in self.columns or name in self.rows
 
     def fold(self, name: str, tensor: Tensor, *, in_place: bool = False) -> Tensor:
-        """The tensor as the folded layer has it, same shape and dtype; a float32 one may be
-        overwritten if the caller says so.
+        """The tensor as the folded layer has it, same shape and dtype. With `in_place` a float32
+        tensor is overwritten.
 
-        A float32 tensor, a weight about to be quantized, takes any scale. What is stored in less
-        (norms, router) must hold its part exactly, or it is our bug.
+        A float32 tensor, a weight about to be quantized, takes any scale. Tensors stored in fewer
+        bits (norms, router) must represent the folded values exactly; else it is our bug.
         """
         if not self.changes(name):
             return tensor
@@ -113,12 +118,12 @@ class Smoothing:
 
 
 def foldable(scale: Tensor, divided: Tensor | None, has_router: bool) -> Tensor:
-    """The vectors nearest to `scale` f32 [..., K] that can be folded exactly, f32 [..., K].
+    """The scales nearest to `scale` f32 [..., K] that can be folded exactly, f32 [..., K].
 
-    With a router: powers of two, which leave norm and router exact and routing as it was. Into a
+    With a router: powers of two, which keep norm and router exact and routing unchanged. Into a
     norm alone, `divided` [K]: norm' = norm / s is rounded to the norm's dtype, and norm / norm'
-    takes the place of s (1 where norm' would be 0). Into the rows of a weight that is quantized
-    anyway, `divided` None: as it is.
+    replaces s (1 where norm' would be 0). Into the rows of a weight that is quantized anyway,
+    `divided` None: `scale` itself.
     """
     if has_router:
         return torch.ldexp(torch.ones_like(scale), scale.log2().round().to(torch.int32))
@@ -129,83 +134,87 @@ def foldable(scale: Tensor, divided: Tensor | None, has_router: bool) -> Tensor:
     return (norm / stored).masked_fill(stored == 0, 1.0)
 
 
-def folding_sets(config: ModelConfig, layer: int) -> list[FoldingSet]:
-    """All sets of one layer, whatever the recipe asks for."""
-    prefix = f"model.layers.{layer}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    q_a, kv_a = f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"
-    q_b, kv_b = f"{attention}.q_b_proj", f"{attention}.kv_b_proj"
-    sets = [
-        FoldingSet(f"{prefix}.input_layernorm.weight", (q_a, kv_a), q_a),
-        FoldingSet(f"{attention}.q_a_layernorm.weight", (q_b,), q_b),
-        FoldingSet(f"{attention}.kv_a_layernorm.weight", (kv_b,), kv_b),
+def folding_groups(config: ModelConfig, layer: int) -> list[FoldingGroup]:
+    """All groups of one layer, whatever the recipe asks for, in the order of the linears."""
+    inputs: dict[str, list[LinearInput]] = {}
+    for linear_input in layer_inputs(config, layer):
+        if linear_input.maker is not None:
+            inputs.setdefault(linear_input.maker, []).append(linear_input)
+    routers = {
+        spec.input_maker: spec.name
+        for spec in layer_tensors(config, layer)
+        if spec.group == "router" and spec.input_maker is not None
+    }
+    return [
+        FoldingGroup(
+            divided=maker,
+            consumers=tuple(module for linear_input in made for module in linear_input.modules),
+            measured=_measured(made),
+            router=routers.get(maker),
+        )
+        for maker, made in inputs.items()
     ]
-    blocks, router, measured = [mlp], None, f"{mlp}.gate_proj"
-    if config.is_moe(layer):
-        # The shared expert sees every token, so its statistics are the whole layer's.
-        blocks = [f"{mlp}.experts.{expert}" for expert in range(config.n_routed_experts)]
-        blocks.append(f"{mlp}.shared_experts")
-        router, measured = f"{mlp}.gate.weight", f"{mlp}.shared_experts.gate_proj"
-    into = tuple(f"{block}.{role}" for block in blocks for role in ("gate_proj", "up_proj"))
-    norm = f"{prefix}.post_attention_layernorm.weight"
-    sets.append(FoldingSet(norm, into, measured, router))
-    for block in blocks:
-        down = f"{block}.down_proj"
-        sets.append(FoldingSet(f"{block}.up_proj.weight", (down,), down))
-    return sets
 
 
-def wanted_sets(
+def _measured(inputs: list[LinearInput]) -> str:
+    """The input among those of one folding group whose statistics are the group's. In a MoE layer
+    the shared expert's: every token passes it, so its statistics are the whole layer's."""
+    unrouted = (linear_input for linear_input in inputs if linear_input.expert is None)
+    return next(unrouted, inputs[0]).name
+
+
+def scaled_groups(
     config: ModelConfig, schemes: Mapping[str, Scheme], layer: int
-) -> list[tuple[FoldingSet, Wanted]]:
-    """The sets that the recipe scales, and how.
+) -> list[tuple[FoldingGroup, ScaleMethod]]:
+    """The groups that the recipe scales, and how.
 
-    AWQ leaves out a set that it cannot scale as a whole: one with a consumer that is not AWQ's (in
-    an experts-only recipe the shared expert keeps its FP8 blocks, and reads the same norm), or a
-    down_proj whose up_proj is not quantized and could take no 1/s. Such linears are still AWQ's:
+    AWQ leaves out a group that it cannot scale as a whole: one with a consumer that is not AWQ's
+    (in an experts-only recipe the shared expert keeps its FP8 blocks, and reads the same norm), or
+    a down_proj whose up_proj is not quantized and could take no 1/s. Such linears are still AWQ's:
     they get its clip search. SmoothQuant, of which nothing else would be left, refuses.
 
     Raises:
-        RecipeError: a recipe smooths part of a set, or with different strengths, or the weight that
-            takes 1/s keeps the source's FP8 blocks, which cannot.
+        RecipeError: a recipe smooths part of a group, or with different strengths, or the weight
+            that takes 1/s keeps the source's FP8 blocks, which cannot.
     """
-    wanted = []
-    for one in folding_sets(config, layer):
-        asked = {name: _asked(schemes[name]) for name in one.consumers}
-        first = one.consumers[0]
-        how = asked[first]
-        maker = schemes.get(one.divided.removesuffix(".weight"))
-        if any(each is not None and each.algorithm == "smoothquant" for each in asked.values()):
-            _check_smoothing(one, asked, maker)
-        elif set(asked.values()) != {Wanted("awq")} or (maker and not maker.is_quantized):
+    scaled = []
+    for group in folding_groups(config, layer):
+        methods = {module: _scale_method(schemes[module]) for module in group.consumers}
+        method = methods[group.consumers[0]]
+        divided = schemes.get(group.divided.removesuffix(".weight"))  # None for a norm
+        takes_scale = divided is None or divided.is_quantized
+        if any(other and other.algorithm == "smoothquant" for other in methods.values()):
+            _check_smoothing(group, methods, divided)
+        elif set(methods.values()) != {ScaleMethod("awq")} or not takes_scale:
             continue
-        assert how is not None
-        wanted.append((one, how))
-    return wanted
+        assert method is not None
+        scaled.append((group, method))
+    return scaled
 
 
-def _asked(scheme: Scheme) -> Wanted | None:
+def _scale_method(scheme: Scheme) -> ScaleMethod | None:
     match scheme.algorithm:
         case "smoothquant":
-            return Wanted("smoothquant", scheme.smoothing)
+            return ScaleMethod("smoothquant", scheme.smoothing)
         case "awq":
-            return Wanted("awq")
+            return ScaleMethod("awq")
         case _:
             return None
 
 
 def _check_smoothing(
-    one: FoldingSet, asked: Mapping[str, Wanted | None], maker: Scheme | None
+    group: FoldingGroup, methods: Mapping[str, ScaleMethod | None], divided: Scheme | None
 ) -> None:
-    first = one.consumers[0]
-    for name, how in asked.items():
-        if how != asked[first]:
+    first = group.consumers[0]
+    for module, method in methods.items():
+        if method != methods[first]:
             raise RecipeError(
-                f"{first} and {name} share one smoothing vector, but the recipe gives them "
-                f"{asked[first] or 'no smoothing'} and {how or 'no smoothing'}; give both the same"
+                f"{first} and {module} share one smoothing vector, but the recipe gives them "
+                f"{methods[first] or 'no smoothing'} and {method or 'no smoothing'}; "
+                "give both the same"
             )
-    if maker is not None and maker.weights == "fp8-block":
+    if divided is not None and divided.weights == "fp8-block":
         raise RecipeError(
-            f"smoothing {first} scales the rows of {one.divided.removesuffix('.weight')}, which "
+            f"smoothing {first} scales the rows of {group.divided.removesuffix('.weight')}, which "
             f"keeps the source's FP8 blocks; quantize it too, or use algorithm max for {first}"
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepseek.recipe import Scheme
 from quant_jobs.algorithms.awq import candidate_scales, note_fallbacks, weight_means
-from quant_jobs.algorithms.folding import FoldingSet, Wanted, foldable
+from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, foldable
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.smoothquant import column_amax, smoothing_scale
 
@@ -25,7 +25,7 @@ from quant_jobs.algorithms.smoothquant import column_amax, smoothing_scale
 WeightStatistics = tuple[Tensor, int]
 
 
-def weight_statistics(weight: Tensor, method: Wanted, scheme: Scheme) -> WeightStatistics:
+def weight_statistics(weight: Tensor, method: ScaleMethod, scheme: Scheme) -> WeightStatistics:
     """What a linear of weight f32 [N, K] brings to the scale of its group."""
     if method.strength is not None:
         return column_amax(weight), 1
@@ -33,8 +33,8 @@ def weight_statistics(weight: Tensor, method: Wanted, scheme: Scheme) -> WeightS
 
 
 def choose_scale(
-    group: FoldingSet,
-    method: Wanted,
+    group: FoldingGroup,
+    method: ScaleMethod,
     statistics: Sequence[WeightStatistics],
     *,
     amax: Tensor,

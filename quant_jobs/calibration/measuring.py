@@ -86,9 +86,9 @@ class MlpInput:
 class LayerInputs:
     """Adds up what calibration blocks bring to the linears of one layer.
 
-    `weight(module)` is the original weight f32 [N, K]; `wants_gram(module)` says whether a Gram
-    matrix of the linear's input is needed. Blocks come in ascending order, whoever computed them,
-    so that no number of workers shows in the sums.
+    `weight(module)` is the original weight f32 [N, K]; `wants_gram(name)` says whether the Gram
+    matrix of an input is needed (`LinearInput.name`). Blocks come in ascending order, whoever
+    computed them, so that no number of workers shows in the sums.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class LayerInputs:
     def mlp(self, mlp: str, expert: int | None) -> MlpInput:
         """What the MLP of that module name sees: on all tokens, or where `expert` is given on the
         tokens of the recipe's policy."""
-        gram = self._wants_gram(f"{mlp}.gate_proj") or self._wants_gram(f"{mlp}.up_proj")
+        gram = self._wants_gram(f"{mlp}.gate_proj")
         routed_tokens = sum(
             len(routed.z) if expert is None else len(tokens_of(routed, expert)[0])
             for _, routed in self._blocks

@@ -22,15 +22,13 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import CheckpointError
+from deepseek.inventory import input_of as input_of
 
 #: Tokens per linear on which its output error is measured, over all blocks.
 SAMPLE_TOKENS = 256
 
 #: Elements of an input that are summed up at once.
 _BAND_ELEMENTS = 1 << 22
-
-#: Linears that see the input of another one, which stands for both.
-_SHARES_INPUT_WITH = {"kv_a_proj_with_mqa": "q_a_proj", "up_proj": "gate_proj"}
 
 
 @dataclass(slots=True)
@@ -73,12 +71,6 @@ class InputShare:
                 f"{name}: its input is not finite on calibration block {block}; the source "
                 "weights before it are damaged"
             )
-
-
-def input_of(module: str) -> str:
-    """The linear under whose name the statistics of this linear's input are kept."""
-    parent, _, role = module.rpartition(".")
-    return f"{parent}.{_SHARES_INPUT_WITH.get(role, role)}"
 
 
 def rows_per_block(num_rows: int, num_blocks: int) -> int:

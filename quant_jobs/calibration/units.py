@@ -16,29 +16,47 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek.config import ModelConfig
-from deepseek.inventory import TensorSpec, layer_tensors, linears
+from deepseek.inventory import MLP_ROLES as MLP_ROLES
+from deepseek.inventory import LinearInput, TensorSpec, layer_inputs, layer_tensors
 
 #: A layer's routed experts are cut into at most this many groups. On a GPU GPTQ runs a group as one
 #: batch (8 experts of DeepSeek-V3's 256); more workers than groups find no more work in a layer.
 MAX_EXPERT_GROUPS = 32
 
-MLP_ROLES = ("gate_proj", "up_proj", "down_proj")
-
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Work that is not cut further.
+    """Work that is not cut further: some inputs of a layer with all linears that read them.
 
-    `attention`: the linears `modules` share one input. `mlp`: `blocks` are MLPs by module name
-    (`model.layers.3.mlp.experts.7`), `modules` all of their linears; `experts` are their numbers
-    where they are routed experts.
+    `attention`: one input. `mlp`: both inputs of one MLP, or of each MLP in a group of routed
+    experts, one MLP after the other.
     """
 
     kind: Literal["attention", "mlp"]
-    modules: tuple[str, ...]
-    blocks: tuple[str, ...] = ()
-    experts: tuple[int, ...] = ()
-    numel: int = 0
+    inputs: tuple[LinearInput, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Module names of the linears."""
+        return tuple(module for linear_input in self.inputs for module in linear_input.modules)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Module names of the MLPs (`model.layers.3.mlp.experts.7`); none in the attention."""
+        if self.kind == "attention":
+            return ()
+        return tuple(dict.fromkeys(linear_input.parent for linear_input in self.inputs))
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Numbers of the MLPs where they are routed experts."""
+        numbers = (linear_input.expert for linear_input in self.inputs)
+        return tuple(dict.fromkeys(number for number in numbers if number is not None))
+
+    @property
+    def numel(self) -> int:
+        """Weights of the linears."""
+        return sum(spec.numel for linear_input in self.inputs for spec in linear_input.readers)
 
     def numbered_mlps(self) -> list[tuple[str, int | None]]:
         """Its MLPs by module name, each with the routed expert's number, or None."""
@@ -47,38 +65,21 @@ class Unit:
 
 
 def units(config: ModelConfig, layer: int) -> list[Unit]:
-    """All units of one decoder layer, in a fixed order."""
-    size = {spec.module: spec.numel for spec in linears(config, layer)}
-    prefix = f"model.layers.{layer}"
-
-    def unit(
-        kind: Literal["attention", "mlp"],
-        modules: Sequence[str],
-        blocks: Sequence[str] = (),
-        experts: Sequence[int] = (),
-    ) -> Unit:
-        numel = sum(size[module] for module in modules)
-        return Unit(kind, tuple(modules), tuple(blocks), tuple(experts), numel)
-
-    def mlp(blocks: Sequence[str], experts: Sequence[int] = ()) -> Unit:
-        modules = [f"{block}.{role}" for block in blocks for role in MLP_ROLES]
-        return unit("mlp", modules, blocks, experts)
-
-    attention = f"{prefix}.self_attn"
-    found = [
-        unit("attention", [f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"]),
-        unit("attention", [f"{attention}.q_b_proj"]),
-        unit("attention", [f"{attention}.kv_b_proj"]),
-        unit("attention", [f"{attention}.o_proj"]),
-    ]
-    if not config.is_moe(layer):
-        return [*found, mlp([f"{prefix}.mlp"])]
-    found.append(mlp([f"{prefix}.mlp.shared_experts"]))
-    group = -(-config.n_routed_experts // MAX_EXPERT_GROUPS)
-    for first in range(0, config.n_routed_experts, group):
-        experts = range(first, min(first + group, config.n_routed_experts))
-        found.append(mlp([f"{prefix}.mlp.experts.{expert}" for expert in experts], experts))
-    return found
+    """All units of one decoder layer, in a fixed order: attention, the MLP that every token passes
+    (dense or shared expert), groups of routed experts."""
+    attention: list[Unit] = []
+    trunk_mlp: list[LinearInput] = []
+    routed: dict[int, list[LinearInput]] = {}
+    group_size = -(-config.n_routed_experts // MAX_EXPERT_GROUPS)
+    for linear_input in layer_inputs(config, layer):
+        if linear_input.is_attention:
+            attention.append(Unit("attention", (linear_input,)))
+        elif linear_input.expert is None:
+            trunk_mlp.append(linear_input)
+        else:
+            routed.setdefault(linear_input.expert // group_size, []).append(linear_input)
+    mlps = [trunk_mlp, *routed.values()]
+    return [*attention, *(Unit("mlp", tuple(inputs)) for inputs in mlps)]
 
 
 def share_out(config: ModelConfig, layer: int, num_workers: int) -> list[list[Unit]]:

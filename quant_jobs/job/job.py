@@ -19,7 +19,7 @@ from deepseek.artifact.manifest import (
 from deepseek.files import canonical_json
 from deepseek.recipe import Recipe, load_recipe
 from deepseek.source.checkpoint import CheckpointReader
-from quant_jobs.algorithms.folding import wanted_sets
+from quant_jobs.algorithms.folding import scaled_groups
 from quant_jobs.calibration.token_blocks import CalibrationSource, TokenBlocks, load_token_blocks
 from quant_jobs.job.folder import FOLDER, JobFolder, check_same_run
 from quant_jobs.workers.devices import Device
@@ -83,7 +83,7 @@ def plan_job(
     source = CheckpointReader(model)
     schemes = recipe.resolve(source.config)
     for layer in range(source.config.num_hidden_layers):
-        wanted_sets(source.config, schemes, layer)
+        scaled_groups(source.config, schemes, layer)
     settings = recipe.calibration
     blocks = load_token_blocks(calibration, model, settings.num_blocks, settings.block_tokens)
     return Job(source, recipe, blocks, output, device)

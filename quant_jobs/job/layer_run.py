@@ -32,11 +32,10 @@ from deepseek.config import ModelConfig
 from deepseek.inventory import linears
 from deepseek.recipe import Recipe, Scheme
 from deepseek.source.checkpoint import join_digests
-from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted, wanted_sets
-from quant_jobs.algorithms.input_scales import agree
+from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing, scaled_groups
+from quant_jobs.algorithms.input_scales import share_input_scales
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.scaling import WeightStatistics, choose_scale
-from quant_jobs.calibration.statistics import input_of
 from quant_jobs.calibration.units import share_out, trunk_reader
 from quant_jobs.workers.boundary import boundary_files
 from quant_jobs.workers.messages import Account
@@ -125,10 +124,11 @@ class LayerRun:
         shares = share_out(self._config, layer, len(self._pool))
         return [
             tuple(
-                input_of(unit.modules[0])
+                linear_input.name
                 for index in members
                 for unit in shares[index]
                 if unit.kind == "attention"
+                for linear_input in unit.inputs
             )
             for members in self._members()
         ]
@@ -151,13 +151,18 @@ class LayerRun:
     def shared_smoothing(self, layer: int, received: list[Any], ledger: Ledger) -> Smoothing:
         """The scale of the group that the router's norm feeds, if the recipe wants one."""
         shared = Smoothing()
-        for group, method in wanted_sets(self._config, self._schemes, layer):
+        for group, method in scaled_groups(self._config, self._schemes, layer):
             if group.router is not None:
                 shared.add(group, self._shared_scale(layer, group, method, received, ledger))
         return shared
 
     def _shared_scale(
-        self, layer: int, group: FoldingSet, method: Wanted, received: list[Any], ledger: Ledger
+        self,
+        layer: int,
+        group: FoldingGroup,
+        method: ScaleMethod,
+        received: list[Any],
+        ledger: Ledger,
     ) -> Tensor:
         brought = self._pool.each(
             lambda worker, i: worker.scale_statistics.remote(layer, received[i])
@@ -213,7 +218,7 @@ class LayerRun:
         ]
         if not wanted:
             return {}
-        scales, fallbacks = agree(
+        scales, fallbacks = share_input_scales(
             {module: account.input_amax[module] for module in wanted},
             {module: account.tokens[module] for module in wanted},
         )

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from deepseek.errors import CheckpointError
 from deepseek.formats.scales import check_magnitude, largest
+from deepseek.inventory import layer_inputs
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
-from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted, wanted_sets
+from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing, scaled_groups
 from quant_jobs.algorithms.scaling import WeightStatistics, weight_statistics
 from quant_jobs.calibration.forward import Routed, RoutedBlocks, Trunk
 from quant_jobs.calibration.measuring import LayerInputs, observe_attention
-from quant_jobs.calibration.statistics import InputShare, InputStatistics, input_of
+from quant_jobs.calibration.statistics import InputShare, InputStatistics
 from quant_jobs.calibration.units import Unit
 from quant_jobs.workers.context import LayerContext
 from quant_jobs.workers.messages import Account, AttentionShare, Tensors, in_block_order
@@ -59,7 +60,14 @@ class OriginalLayer:
             weight=self.weight,
             wants_gram=self._wants_gram,
         )
-        groups = wanted_sets(context.config, context.schemes, layer)
+        inputs = layer_inputs(context.config, layer)
+        self._attention_inputs = [x.name for x in inputs if x.is_attention]
+        self._gram_inputs = {
+            x.name
+            for x in inputs
+            if any(context.schemes[module].algorithm == "gptq" for module in x.modules)
+        }
+        groups = scaled_groups(context.config, context.schemes, layer)
         #: The folding group whose linears belong to several workers: what the router's norm feeds.
         self.shared = next((pair for pair in groups if pair[0].router is not None), None)
         self._own_groups = [pair for pair in groups if pair != self.shared]
@@ -69,14 +77,13 @@ class OriginalLayer:
     def attend(self, block: int, x_TD: Tensor) -> tuple[Routed, dict[str, InputShare]]:
         """One calibration block f32 [T, D] through the attention: what enters the MLP, and what the
         attention's linears saw, by input."""
-        prefix = f"model.layers.{self.layer}.self_attn"
         return observe_attention(
             self._trunk,
             self._context.rotary,
             x_TD.to(self._context.device),
             block=block,
             num_blocks=self._context.num_blocks,
-            inputs=[f"{prefix}.{role}" for role in ("q_a_proj", "q_b_proj", "kv_b_proj", "o_proj")],
+            inputs=self._attention_inputs,
             keeps_rows=self._wants_gram,
         )
 
@@ -85,7 +92,7 @@ class OriginalLayer:
         for unit in self.share:
             if unit.kind != "attention":
                 continue
-            name = input_of(unit.modules[0])
+            (name,) = (linear_input.name for linear_input in unit.inputs)
             of_input = (share[name] for share in shares if name in share)
             for block, share in in_block_order(of_input):
                 self._inputs.add_attention(name, block, self._context.moved(share))
@@ -182,7 +189,7 @@ class OriginalLayer:
                 raise CheckpointError(f"tensor {name} {refusal}") from refusal
         return weight
 
-    def _shared_group(self) -> tuple[FoldingSet, Wanted]:
+    def _shared_group(self) -> tuple[FoldingGroup, ScaleMethod]:
         assert self.shared is not None, "the driver asks only where the recipe scales this group"
         return self.shared
 
@@ -190,8 +197,6 @@ class OriginalLayer:
         owned = {module for unit in self.share for module in unit.modules}
         return [module for module in modules if module in owned]
 
-    def _wants_gram(self, name: str) -> bool:
-        """Whether GPTQ solves one of the linears that read the input of this one."""
-        parent, _, role = name.rpartition(".")
-        readers = [name, *([f"{parent}.kv_a_proj_with_mqa"] if role == "q_a_proj" else [])]
-        return any(self._context.schemes[reader].algorithm == "gptq" for reader in readers)
+    def _wants_gram(self, input_name: str) -> bool:
+        """Whether GPTQ solves one of the linears that read an input (`LinearInput.name`)."""
+        return input_name in self._gram_inputs

@@ -23,13 +23,13 @@ from torch import Tensor
 from deepseek.recipe import Recipe, Scheme
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
-from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted
+from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing
 from quant_jobs.algorithms.gptq import Factor, Rounded, gptq, inverse_factor
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.linear import solve_linear
 from quant_jobs.algorithms.scaling import choose_scale, weight_statistics
 from quant_jobs.calibration.measuring import LayerInputs, MlpInput
-from quant_jobs.calibration.statistics import InputStatistics, input_of
+from quant_jobs.calibration.statistics import InputStatistics
 from quant_jobs.calibration.units import MLP_ROLES, Unit
 from quant_jobs.workers.messages import Account, Tensors
 
@@ -72,7 +72,7 @@ class UnitSolver:
         layer: int,
         source: Mapping[str, SourceTensor],
         inputs: LayerInputs,
-        groups: Sequence[tuple[FoldingSet, Wanted]],
+        groups: Sequence[tuple[FoldingGroup, ScaleMethod]],
         weight: Callable[[str], Tensor],
         device: torch.device,
     ) -> None:
@@ -99,7 +99,8 @@ class UnitSolver:
     # --- attention ---
 
     def _solve_attention(self, unit: Unit) -> Tensors:
-        statistics = self._inputs.take_attention(input_of(unit.modules[0]))
+        (linear_input,) = unit.inputs
+        statistics = self._inputs.take_attention(linear_input.name)
         smoothing = Smoothing()
         for group, method in self._groups_within(unit.modules):
             divided = self._source[group.divided].data.to(self._device)
@@ -166,13 +167,13 @@ class UnitSolver:
 
     # --- scales of channels ---
 
-    def _groups_within(self, modules: Sequence[str]) -> list[tuple[FoldingSet, Wanted]]:
+    def _groups_within(self, modules: Sequence[str]) -> list[tuple[FoldingGroup, ScaleMethod]]:
         """The folding groups whose linears are all among these modules."""
         owned = set(modules)
         return [pair for pair in self._groups if owned.issuperset(pair[0].consumers)]
 
     def _scale_mlp(
-        self, mlp: _Mlp, group: FoldingSet, method: Wanted, smoothing: Smoothing
+        self, mlp: _Mlp, group: FoldingGroup, method: ScaleMethod, smoothing: Smoothing
     ) -> None:
         role = group.measured.rpartition(".")[2]
         if mlp.input.is_starved and method.algorithm == "awq":
@@ -191,8 +192,8 @@ class UnitSolver:
 
     def _scale(
         self,
-        group: FoldingSet,
-        method: Wanted,
+        group: FoldingGroup,
+        method: ScaleMethod,
         statistics: InputStatistics,
         divided: Tensor | None,
     ) -> Tensor:

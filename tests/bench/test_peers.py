@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.accuracy import MODEL, Case, cases
 from bench.peers import MARK, Watch, peer_weights
 from deepseek.source.checkpoint import CheckpointReader
-from quant_jobs.algorithms.folding import wanted_sets
+from quant_jobs.algorithms.folding import scaled_groups
 
 OUTPUTS, INPUTS, GROUP = 6, 256, 128
 
@@ -30,7 +30,7 @@ def test_every_recipe_of_the_accuracy_bench_can_be_run() -> None:
         assert case.baseline in found
         schemes = case.recipe(32).resolve(config)
         for layer in range(config.num_hidden_layers):
-            wanted_sets(config, schemes, layer)
+            scaled_groups(config, schemes, layer)
 
 
 def test_smoothquant_of_experts_smooths_what_they_share_with_nobody() -> None:

@@ -13,7 +13,23 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 
 from deepseek.config import DEEPSEEK_V3, ModelConfig
-from deepseek.inventory import count_parameters, global_tensors, layer_tensors, linears, tensors
+from deepseek.inventory import (
+    ATTENTION_ROLES,
+    FUSED,
+    LATENT_READER,
+    MLP_ROLES,
+    LinearInput,
+    count_parameters,
+    expert_of,
+    global_tensors,
+    group_of,
+    input_of,
+    layer_inputs,
+    layer_of,
+    layer_tensors,
+    linears,
+    tensors,
+)
 from deepseek.source.checkpoint import expected_source
 
 
@@ -134,3 +150,161 @@ def test_a_model_without_dense_layers_or_mtp_has_neither() -> None:
     assert "dense_mlp" not in groups
     assert "mtp" not in groups
     assert count_parameters(config) == count_parameters(config, with_mtp=True)
+
+
+def as_rows(inputs: list[LinearInput], prefix: str) -> list[tuple[object, ...]]:
+    """(readers, maker, fused name, width), names below `prefix`."""
+
+    def below(name: str | None) -> str | None:
+        return None if name is None else name.removeprefix(prefix)
+
+    return [
+        (tuple(below(m) for m in i.modules), below(i.maker), below(i.fused), i.width)
+        for i in inputs
+    ]
+
+
+ATTENTION_INPUTS = [
+    (
+        ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+        "input_layernorm.weight",
+        "self_attn.qkv_a_proj",
+        7168,
+    ),
+    (("self_attn.q_b_proj",), "self_attn.q_a_layernorm.weight", None, 1536),
+    (("self_attn.kv_b_proj",), "self_attn.kv_a_layernorm.weight", None, 512),
+    (("self_attn.o_proj",), None, None, 128 * 128),
+]
+
+
+def mlp_inputs(mlp: str, width: int) -> list[tuple[object, ...]]:
+    into, fused = (f"{mlp}.gate_proj", f"{mlp}.up_proj"), f"{mlp}.gate_up_proj"
+    return [
+        (into, "post_attention_layernorm.weight", fused, 7168),
+        ((f"{mlp}.down_proj",), f"{mlp}.up_proj.weight", None, width),
+    ]
+
+
+def test_the_inputs_of_a_dense_layer_of_deepseek_v3() -> None:
+    found = as_rows(layer_inputs(DEEPSEEK_V3, 0), "model.layers.0.")
+    assert found == ATTENTION_INPUTS + mlp_inputs("mlp", 18432)
+
+
+def test_the_inputs_of_a_moe_layer_of_deepseek_v3() -> None:
+    """The MTP layer's decoder is one too; its eh_proj is no linear that a recipe may quantize."""
+    for layer in (3, 60, 61):
+        found = as_rows(layer_inputs(DEEPSEEK_V3, layer), f"model.layers.{layer}.")
+        experts = [mlp_inputs(f"mlp.experts.{expert}", 2048) for expert in range(256)]
+        shared = mlp_inputs("mlp.shared_experts", 2048)
+        assert found == ATTENTION_INPUTS + sum(experts, []) + shared
+
+
+@pytest.mark.parametrize("layer", [0, 3, 61])
+def test_every_linear_reads_one_input_and_readers_agree_on_it(layer: int) -> None:
+    inputs = layer_inputs(DEEPSEEK_V3, layer)
+    readers = [spec for linear_input in inputs for spec in linear_input.readers]
+    every = linears(DEEPSEEK_V3, layer)
+    assert sorted(spec.name for spec in readers) == sorted(spec.name for spec in every)
+    shapes = {spec.name: spec.shape for spec in layer_tensors(DEEPSEEK_V3, layer)}
+    for linear_input in inputs:
+        for spec in linear_input.readers:
+            assert input_of(spec.module) == linear_input.name == linear_input.modules[0]
+            assert (spec.input_maker, spec.parent) == (linear_input.maker, linear_input.parent)
+            assert spec.expert == linear_input.expert
+            assert linear_input.is_attention == spec.parent.endswith(".self_attn")
+            assert spec.shape[1] == linear_input.width
+        if linear_input.maker is not None:  # its elements or rows are the channels
+            assert shapes[linear_input.maker][0] == linear_input.width
+
+
+def test_the_router_reads_what_the_experts_read() -> None:
+    maker = {spec.role: spec.input_maker for spec in layer_tensors(DEEPSEEK_V3, 3)}
+    assert maker["gate"] == "model.layers.3.post_attention_layernorm.weight"
+    others = [
+        spec
+        for spec in tensors(DEEPSEEK_V3)
+        if spec.kind != "linear" and spec.input_maker is not None
+    ]
+    assert len(others) == 59
+    assert all(spec.name.endswith("mlp.gate.weight") for spec in others)
+
+
+def test_fused_roles_are_the_readers_of_one_input() -> None:
+    assert FUSED == {
+        "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+    for linear_input in layer_inputs(DEEPSEEK_V3, 3):
+        if linear_input.fused is not None:
+            roles = tuple(spec.role for spec in linear_input.readers)
+            assert roles == FUSED[linear_input.fused.rpartition(".")[2]]
+
+
+@pytest.mark.parametrize(
+    ("module", "layer", "group", "expert", "input_name"),
+    [
+        ("model.layers.0.mlp.up_proj", 0, "dense_mlp", None, "model.layers.0.mlp.gate_proj"),
+        ("model.layers.2.mlp.down_proj", 2, "dense_mlp", None, "model.layers.2.mlp.down_proj"),
+        (
+            "model.layers.13.self_attn.kv_a_proj_with_mqa",
+            13,
+            "attention",
+            None,
+            "model.layers.13.self_attn.q_a_proj",
+        ),
+        (
+            "model.layers.3.self_attn.o_proj",
+            3,
+            "attention",
+            None,
+            "model.layers.3.self_attn.o_proj",
+        ),
+        (
+            "model.layers.60.mlp.experts.255.up_proj",
+            60,
+            "routed_experts",
+            255,
+            "model.layers.60.mlp.experts.255.gate_proj",
+        ),
+        (
+            "model.layers.4.mlp.shared_experts.up_proj",
+            4,
+            "shared_experts",
+            None,
+            "model.layers.4.mlp.shared_experts.gate_proj",
+        ),
+    ],
+)
+def test_what_a_modules_name_says(
+    module: str, layer: int, group: str, expert: int | None, input_name: str
+) -> None:
+    assert layer_of(module) == layer
+    assert group_of(module) == group
+    assert expert_of(module) == expert
+    assert input_of(module) == input_name
+
+
+def test_a_name_says_what_the_inventory_states(release: list) -> None:  # type: ignore[type-arg]
+    for spec in release:
+        if spec.kind == "linear":
+            assert layer_of(spec.module) == spec.layer
+            assert expert_of(spec.module) == expert_of(spec.parent) == spec.expert
+            if spec.group != "mtp":
+                assert group_of(spec.module) == group_of(spec.parent) == spec.group
+
+
+def test_roles_are_those_of_the_linears_in_their_order() -> None:
+    assert ATTENTION_ROLES == ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    assert MLP_ROLES == ("gate_proj", "up_proj", "down_proj")
+    for layer in (0, 3, 61):
+        roles: dict[str, tuple[str, ...]] = {}
+        for spec in linears(DEEPSEEK_V3, layer):
+            roles[spec.parent] = (*roles.get(spec.parent, ()), spec.role)
+        assert roles.pop(f"model.layers.{layer}.self_attn") == ATTENTION_ROLES
+        assert set(roles.values()) == {MLP_ROLES}
+    (latent_input,) = (
+        linear_input
+        for linear_input in layer_inputs(DEEPSEEK_V3, 3)
+        if linear_input.maker == "model.layers.3.self_attn.kv_a_layernorm.weight"
+    )
+    assert [spec.role for spec in latent_input.readers] == [LATENT_READER]

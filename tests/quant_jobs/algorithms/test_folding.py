@@ -16,12 +16,12 @@ from deepseek.inventory import layer_tensors
 from deepseek.recipe import Scheme, load_recipe, parse_recipe
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.algorithms.folding import (
-    FoldingSet,
+    FoldingGroup,
+    ScaleMethod,
     Smoothing,
-    Wanted,
     foldable,
-    folding_sets,
-    wanted_sets,
+    folding_groups,
+    scaled_groups,
 )
 from quant_jobs.calibration.forward import ExpertOutputs, Rotary, Trunk, run_expert
 
@@ -48,7 +48,7 @@ def stored_layer(reader: CheckpointReader, layer: int) -> dict[str, Tensor]:
 def fold_all(config: ModelConfig, layer: int, weights: dict[str, Tensor]) -> Smoothing:
     """Every set of the layer with an arbitrary vector, made foldable."""
     smoothing = Smoothing()
-    for seed, one in enumerate(folding_sets(config, layer)):
+    for seed, one in enumerate(folding_groups(config, layer)):
         divided = weights[one.divided]
         scale = random_scale(len(divided), seed)
         norm = divided if divided.ndim == 1 else None
@@ -156,7 +156,7 @@ def test_what_is_in_no_set_is_returned_as_it_is() -> None:
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_sets_cover_every_linear_but_o_proj_once(tiny_model: Path, layer: int) -> None:
     config = ModelConfig.from_directory(tiny_model)
-    sets = folding_sets(config, layer)
+    sets = folding_groups(config, layer)
     consumers = [name for one in sets for name in one.consumers]
     specs = list(layer_tensors(config, layer))
     linears = {spec.module for spec in specs if spec.kind == "linear"}
@@ -171,19 +171,19 @@ def resolve(config: ModelConfig, *rules: dict[str, Any]) -> dict[str, Scheme]:
     return parse_recipe(content, where="test").resolve(config)
 
 
-def wanted_of(config: ModelConfig, layer: int, *rules: dict[str, Any]) -> dict[str, Wanted]:
+def wanted_of(config: ModelConfig, layer: int, *rules: dict[str, Any]) -> dict[str, ScaleMethod]:
     """Divided tensor, without the layer's prefix -> how."""
-    found = wanted_sets(config, resolve(config, *rules), layer)
+    found = scaled_groups(config, resolve(config, *rules), layer)
     return {one.divided.removeprefix(f"model.layers.{layer}."): how for one, how in found}
 
 
 def test_a_whole_layer_is_awqs_or_smoothquants(tiny_model: Path) -> None:
     config = ModelConfig.from_directory(tiny_model)
-    every: list[FoldingSet] = folding_sets(config, 1)
-    for rule, how in ((AWQ, Wanted("awq")), (SMOOTH, Wanted("smoothquant", 0.5))):
-        found = wanted_sets(config, resolve(config, rule), 1)
+    every: list[FoldingGroup] = folding_groups(config, 1)
+    for rule, how in ((AWQ, ScaleMethod("awq")), (SMOOTH, ScaleMethod("smoothquant", 0.5))):
+        found = scaled_groups(config, resolve(config, rule), 1)
         assert found == [(one, how) for one in every]
-    assert wanted_sets(config, resolve(config, PLAIN), 1) == []
+    assert scaled_groups(config, resolve(config, PLAIN), 1) == []
 
 
 def test_awq_leaves_out_what_it_cannot_scale_as_a_whole(tiny_model: Path) -> None:
@@ -191,7 +191,7 @@ def test_awq_leaves_out_what_it_cannot_scale_as_a_whole(tiny_model: Path) -> Non
     # Experts only: the shared expert keeps its FP8 blocks and reads the same norm.
     experts = wanted_of(config, 1, KEPT, {"match": "*.mlp.experts.*", **AWQ})
     assert set(experts) == {f"mlp.experts.{expert}.up_proj.weight" for expert in range(16)}
-    assert set(experts.values()) == {Wanted("awq")}
+    assert set(experts.values()) == {ScaleMethod("awq")}
     # Another algorithm for one consumer is no reason to refuse either.
     mixed = wanted_of(config, 1, AWQ, {"match": "*kv_a_proj_with_mqa", **PLAIN})
     assert "input_layernorm.weight" not in mixed
@@ -201,14 +201,14 @@ def test_awq_leaves_out_what_it_cannot_scale_as_a_whole(tiny_model: Path) -> Non
     assert down == {}
     # One that is quantized in any way can.
     both = wanted_of(config, 0, PLAIN, {"match": "*.down_proj", **AWQ})
-    assert both == {"mlp.up_proj.weight": Wanted("awq")}
+    assert both == {"mlp.up_proj.weight": ScaleMethod("awq")}
 
 
 def test_awq_and_smoothquant_may_share_a_layer_but_not_a_set(tiny_model: Path) -> None:
     config = ModelConfig.from_directory(tiny_model)
     found = wanted_of(config, 0, SMOOTH, {"match": "*.down_proj", **AWQ})
-    assert found["mlp.up_proj.weight"] == Wanted("awq")
-    assert found["input_layernorm.weight"] == Wanted("smoothquant", 0.5)
+    assert found["mlp.up_proj.weight"] == ScaleMethod("awq")
+    assert found["input_layernorm.weight"] == ScaleMethod("smoothquant", 0.5)
     with pytest.raises(RecipeError, match=r"up_proj share .* smoothing 0\.5 and AWQ; give both"):
         wanted_of(config, 0, SMOOTH, {"match": "*.up_proj", **AWQ})
     with pytest.raises(RecipeError, match=r"q_a_proj and .* AWQ and smoothing 0\.5; give both"):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from quant_jobs.algorithms.input_scales import GUARD, agree
+from quant_jobs.algorithms.input_scales import GUARD, share_input_scales
 
 ROLES = ("gate_proj", "up_proj", "down_proj")
 FP8_MAX = 448.0
@@ -31,7 +31,7 @@ def module(expert: int, role: str, layer: int = 3) -> str:
 
 def test_experts_share_the_largest_scale_apart_for_gate_and_up_and_for_down() -> None:
     amax = experts([1.0, 4.0, 2.0])
-    scales, ledger = agree(amax, everywhere(amax))
+    scales, ledger = share_input_scales(amax, everywhere(amax))
     assert scales.keys() == amax.keys()
     for name, scale in scales.items():
         assert scale == (40.0 if "down" in name else 4.0) / FP8_MAX
@@ -40,30 +40,30 @@ def test_experts_share_the_largest_scale_apart_for_gate_and_up_and_for_down() ->
 
 def test_gate_and_up_share_a_scale_even_where_they_were_smoothed_apart() -> None:
     amax = experts([1.0, 1.0]) | {module(1, "up_proj"): 3.0}
-    scales, _ = agree(amax, everywhere(amax))
+    scales, _ = share_input_scales(amax, everywhere(amax))
     assert scales[module(0, "gate_proj")] == scales[module(1, "up_proj")] == 3.0 / FP8_MAX
 
 
 def test_an_outlier_is_clipped_at_the_guard_and_counted() -> None:
     amax = experts([1.0, 2.0, 1.5, 1000.0, 1.0])
-    scales, ledger = agree(amax, everywhere(amax))
+    scales, ledger = share_input_scales(amax, everywhere(amax))
     median = 1.5
     assert scales[module(0, "gate_proj")] == GUARD * median / FP8_MAX
     assert scales[module(3, "down_proj")] == GUARD * median * 10 / FP8_MAX
     noted = [(entry.kind, entry.layer, entry.module, entry.count) for entry in ledger]
     assert noted == [("outlier_input_scale", 3, "model.layers.3.mlp.experts.3", 2)]
     amax = experts([1.0, 2.0, 1.5, 1.0, 1.0]) | {module(3, "down_proj"): 1e5}
-    scales, ledger = agree(amax, everywhere(amax))
+    scales, ledger = share_input_scales(amax, everywhere(amax))
     assert scales[module(3, "gate_proj")] == 2.0 / FP8_MAX
     assert [entry.count for entry in ledger] == [1]
 
 
 def test_at_the_guard_itself_nothing_clips() -> None:
     amax = experts([1.0, 1.0, GUARD])
-    scales, ledger = agree(amax, everywhere(amax))
+    scales, ledger = share_input_scales(amax, everywhere(amax))
     assert scales[module(0, "up_proj")] == GUARD / FP8_MAX
     assert ledger == ()
-    _, ledger = agree(amax, everywhere(amax), guard=GUARD - 1)
+    _, ledger = share_input_scales(amax, everywhere(amax), guard=GUARD - 1)
     assert [entry.kind for entry in ledger] == ["outlier_input_scale"]
 
 
@@ -72,7 +72,7 @@ def test_an_expert_without_tokens_has_no_say_and_is_noted(unrouted: float) -> No
     amax = experts([1.0, unrouted, 2.0])
     tokens = everywhere(amax)
     tokens |= {module(1, role): 0 for role in ROLES}
-    scales, ledger = agree(amax, tokens)
+    scales, ledger = share_input_scales(amax, tokens)
     assert scales[module(1, "gate_proj")] == 2.0 / FP8_MAX
     noted = [(entry.kind, entry.layer, entry.module, entry.count) for entry in ledger]
     assert noted == [("unseen_input_scale", 3, "model.layers.3.mlp.experts.1", 1)]
@@ -81,17 +81,17 @@ def test_an_expert_without_tokens_has_no_say_and_is_noted(unrouted: float) -> No
 def test_zeros_do_not_pull_the_median_down() -> None:
     """An expert whose tokens are all zero on the way in says nothing about the others' size."""
     amax = experts([0.0, 0.0, 0.0, 1.0, 2.0])
-    scales, ledger = agree(amax, everywhere(amax))
+    scales, ledger = share_input_scales(amax, everywhere(amax))
     assert scales[module(0, "gate_proj")] == 2.0 / FP8_MAX
     assert ledger == ()
 
 
 def test_where_nothing_was_seen_the_scale_is_1() -> None:
     amax = experts([0.0, 0.0])
-    scales, ledger = agree(amax, everywhere(amax, 0))
+    scales, ledger = share_input_scales(amax, everywhere(amax, 0))
     assert set(scales.values()) == {1.0}
     assert [entry.kind for entry in ledger] == ["unseen_input_scale"] * 2
-    scales, ledger = agree(amax, everywhere(amax))
+    scales, ledger = share_input_scales(amax, everywhere(amax))
     assert set(scales.values()) == {1.0}
     assert ledger == ()
 
@@ -107,7 +107,7 @@ def test_what_is_no_routed_expert_keeps_its_own_scale() -> None:
         "model.layers.3.mlp.shared_experts.down_proj": 0.5,
         "model.layers.0.mlp.down_proj": 11.0,
     }
-    scales, ledger = agree(amax, everywhere(amax))
+    scales, ledger = share_input_scales(amax, everywhere(amax))
     assert scales[f"{attention}.q_a_proj"] == scales[f"{attention}.kv_a_proj_with_mqa"]
     assert scales[f"{attention}.q_a_proj"] == 7.0 / FP8_MAX
     assert scales[f"{attention}.q_b_proj"] == 1e6 / FP8_MAX
@@ -119,7 +119,7 @@ def test_what_is_no_routed_expert_keeps_its_own_scale() -> None:
 
 def test_layers_do_not_mix() -> None:
     amax = experts([1.0, 1.0], layer=3) | experts([500.0, 500.0], layer=14)
-    scales, ledger = agree(amax, everywhere(amax))
+    scales, ledger = share_input_scales(amax, everywhere(amax))
     assert scales[module(1, "up_proj", 3)] == 1.0 / FP8_MAX
     assert scales[module(1, "up_proj", 14)] == 500.0 / FP8_MAX
     assert ledger == ()
@@ -130,11 +130,11 @@ def test_the_order_of_the_modules_does_not_matter() -> None:
     peaks = [generator.lognormvariate(0, 3) for _ in range(40)]
     amax = experts(peaks)
     tokens = {name: generator.randrange(3) for name in amax}
-    wanted = agree(amax, tokens)
+    wanted = share_input_scales(amax, tokens)
     assert {entry.kind for entry in wanted[1]} == {"outlier_input_scale", "unseen_input_scale"}
     for _ in range(5):
         names = generator.sample(sorted(amax), len(amax))
-        found = agree({n: amax[n] for n in names}, {n: tokens[n] for n in names})
+        found = share_input_scales({n: amax[n] for n in names}, {n: tokens[n] for n in names})
         assert found == wanted
         assert list(found[0]) == list(wanted[0])
 
@@ -142,6 +142,6 @@ def test_the_order_of_the_modules_does_not_matter() -> None:
 def test_amax_and_tokens_are_of_the_same_modules() -> None:
     amax = experts([1.0])
     with pytest.raises(AssertionError):
-        agree(amax, {})
+        share_input_scales(amax, {})
     with pytest.raises(AssertionError):
-        agree(amax, everywhere(amax), guard=0.5)
+        share_input_scales(amax, everywhere(amax), guard=0.5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from deepseek.formats import compress, decompress, dequantize_int8, quantize_tokens_int8
 from deepseek.recipe import Scheme, load_recipe
 from deepseek.source.checkpoint import CheckpointReader
-from quant_jobs.algorithms.folding import Smoothing, folding_sets, wanted_sets
+from quant_jobs.algorithms.folding import Smoothing, folding_groups, scaled_groups
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.smoothquant import smoothing_scale
 
@@ -32,7 +32,7 @@ def smooth(tiny_model: Path, layer: int) -> tuple[Smoothing, dict[str, Tensor], 
     weights = {name: tensor.dequantize() for name, tensor in reader.read_layer(layer).items()}
     schemes = load_recipe("int8-smoothquant").resolve(reader.config)
     smoothing, inputs = Smoothing(), {}
-    for one, how in wanted_sets(reader.config, schemes, layer):
+    for one, how in scaled_groups(reader.config, schemes, layer):
         assert how.strength is not None
         peaks = [weights[f"{name}.weight"].abs().amax(dim=0) for name in one.consumers]
         amax_w = torch.stack(peaks).amax(dim=0)
@@ -48,7 +48,7 @@ def test_smoothing_is_in_powers_of_two_everywhere(tiny_model: Path, layer: int) 
     """With a router or without: any of norm, router and rows then folds to the bit."""
     smoothing, weights, _ = smooth(tiny_model, layer)
     vectors = [*smoothing.columns.values(), *smoothing.rows.values()]
-    assert len(smoothing.rows) == len(folding_sets(CheckpointReader(tiny_model).config, layer))
+    assert len(smoothing.rows) == len(folding_groups(CheckpointReader(tiny_model).config, layer))
     for vector in vectors:
         assert (torch.frexp(vector).mantissa == 0.5).all()
         assert (vector > 1.0).any()

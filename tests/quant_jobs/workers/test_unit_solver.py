@@ -20,7 +20,13 @@ from deepseek.inventory import layer_tensors, linears
 from deepseek.recipe import Recipe, Scheme, load_recipe
 from deepseek.source.checkpoint import SourceTensor, scale_name
 from quant_jobs.algorithms.awq import scale_losses
-from quant_jobs.algorithms.folding import FoldingSet, Smoothing, Wanted, foldable, wanted_sets
+from quant_jobs.algorithms.folding import (
+    FoldingGroup,
+    ScaleMethod,
+    Smoothing,
+    foldable,
+    scaled_groups,
+)
 from quant_jobs.algorithms.gptq import Factor, gptq, inverse_factor
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.smoothquant import smoothing_scale
@@ -146,13 +152,13 @@ def a_solver(one: Layer, recipe: Recipe) -> UnitSolver:
 def shared_scale(one: Layer, recipe: Recipe) -> Smoothing:
     """What the workers agree on: the formula's vector for SmoothQuant, some vector for AWQ."""
     shared = Smoothing()
-    for each, how in wanted_sets(one.config, recipe.resolve(one.config), one.layer):
+    for each, how in scaled_groups(one.config, recipe.resolve(one.config), one.layer):
         if each.router is not None:
             shared.add(each, _vector(one, each, how))
     return shared
 
 
-def _vector(one: Layer, each: FoldingSet, how: Wanted) -> Tensor:
+def _vector(one: Layer, each: FoldingGroup, how: ScaleMethod) -> Tensor:
     z = torch.cat([routed.z for _, routed in one.blocks])
     amax_w = torch.stack([one.weight(name).abs().amax(dim=0) for name in each.consumers])
     if how.strength is None:
@@ -380,7 +386,7 @@ def test_the_scale_that_awq_takes_never_loses_to_plain_rounding(layer: int) -> N
     _, _, whole = solved(layer, recipe)
     schemes = recipe.resolve(one.config)
     compared = 0
-    for each, _ in wanted_sets(one.config, schemes, layer):
+    for each, _ in scaled_groups(one.config, schemes, layer):
         if each.router is not None or each.divided.endswith("up_proj.weight"):
             continue
         scale = whole.rows[each.divided]
@@ -487,7 +493,7 @@ def test_smoothed_weights_are_the_folded_ones_to_half_a_step(layer: int) -> None
     one, recipe = a_layer(layer), a_recipe(SMOOTH)
     schemes = recipe.resolve(one.config)
     packed, account, whole = solved(layer, recipe)
-    for each, _ in wanted_sets(one.config, schemes, layer):
+    for each, _ in scaled_groups(one.config, schemes, layer):
         if each.divided.endswith("up_proj.weight"):
             continue
         assert (torch.frexp(whole.rows[each.divided]).mantissa == 0.5).all()
@@ -513,8 +519,7 @@ def all_experts(one: Layer) -> Unit:
     """The experts of the layer as one unit; a small layer's units have one expert each."""
     those = [unit for unit in units(one.config, one.layer) if unit.experts]
     assert len(those) == one.config.n_routed_experts
-    modules, blocks, experts = zip(*((u.modules, u.blocks, u.experts) for u in those), strict=True)
-    return Unit("mlp", sum(modules, ()), sum(blocks, ()), sum(experts, ()))
+    return Unit("mlp", tuple(linear_input for unit in those for linear_input in unit.inputs))
 
 
 @pytest.mark.parametrize(

@@ -65,14 +65,12 @@ def main(
     }
     settings = load_config(config, {k: v for k, v in given.items() if v is not None})
 
+    # Ray is slow to import: a mistake in the settings is reported before.
     from serve_app.local import check_port, serving
-    from serve_app.replica.gating import (
-        check_gate,  # Ray and torch are slow to import: mistakes first
-    )
+    from serve_app.replica.gating import check_gate
 
     check_port(settings.host, settings.port)
-    if settings.engine is not None:
-        check_gate(settings.engine, allow_ungated=settings.allow_ungated)
+    check_gate(settings.engine, allow_ungated=settings.allow_ungated)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     stdout = sys.stdout

@@ -24,7 +24,7 @@ _INGRESS_MAX_ONGOING = 4096
 def engine_factory(config: ServeConfig) -> EngineFactory:
     """How a replica makes its engine; evaluated inside the replica."""
     if config.echo is not None:
-        return partial(EchoEngine, config.echo, config.served_name)
+        return partial(EchoEngine, config.echo)
     from serve_app.engines.embedded import EmbeddedEngine  # brings torch
 
     return partial(EmbeddedEngine, config)
@@ -62,7 +62,8 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         ray_actor_options=_actor_options(config.ingress_cpus),
         **shared,
     )
-    app: Application = ingress.bind(config, engine.bind(make_engine))
+    replicas = engine.bind(make_engine, config.engine, allow_ungated=config.allow_ungated)
+    app: Application = ingress.bind(config, replicas)
     return app
 
 

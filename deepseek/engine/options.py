@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deepseek.engine.batch import BLOCK_TOKENS
+from deepseek.engine.pages import BLOCK_TOKENS
 from deepseek.errors import DeployError
 
 

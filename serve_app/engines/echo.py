@@ -15,25 +15,17 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from deepseek.engine.options import EngineLoad
+from deepseek.engine.request import FinishReason, TokenLogprob
 from serve_app.config import EchoOptions
-from serve_app.engines.protocol import (
-    Done,
-    EngineInfo,
-    Event,
-    FinishReason,
-    GenerateRequest,
-    Load,
-    TokenLogprob,
-    Tokens,
-)
+from serve_app.engines.protocol import Done, EngineInfo, Event, GenerateRequest, Tokens
 
 
 class EchoEngine:
     """Satisfies `Engine`. One event loop only; nothing here runs in threads."""
 
-    def __init__(self, options: EchoOptions, model_id: str = "echo") -> None:
+    def __init__(self, options: EchoOptions) -> None:
         self._options = options
-        self._model_id = model_id
         self._places = asyncio.Semaphore(options.max_running)
         self._waiting = 0
         self._running: dict[str, int] = {}
@@ -41,13 +33,11 @@ class EchoEngine:
 
     async def start(self) -> EngineInfo:
         return EngineInfo(
-            model_id=self._model_id,
             max_model_len=self._options.max_model_len,
             kv_tokens_total=self._options.max_running * self._options.max_model_len,
             recipe="none",
             artifact_digest="none",
             engine="echo",
-            gated=True,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -107,8 +97,8 @@ class EchoEngine:
     async def abort(self, request_ids: Sequence[str]) -> None:
         self._aborted.update(set(request_ids) & set(self._running))
 
-    def load(self) -> Load:
-        return Load(
+    def load(self) -> EngineLoad:
+        return EngineLoad(
             running=len(self._running),
             waiting=self._waiting,
             kv_tokens_used=sum(self._running.values()),

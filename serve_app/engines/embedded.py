@@ -18,21 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.engine.engine import LLMEngine
-from deepseek.engine.options import EngineOptions
-from deepseek.engine.request import Request, SamplingParams, StepOutput
+from deepseek.engine.options import EngineLoad, EngineOptions
+from deepseek.engine.request import Request, StepOutput
 from deepseek.errors import RequestError
 from serve_app.config import ServeConfig
-from serve_app.engines.protocol import (
-    Done,
-    EngineInfo,
-    Event,
-    GenerateRequest,
-    Load,
-    TokenLogprob,
-    Tokens,
-)
+from serve_app.engines.protocol import Done, EngineInfo, Event, GenerateRequest, Tokens
 from serve_app.errors import EngineUnavailable
-from serve_app.replica.gating import check_gate
 
 log = logging.getLogger("ray.serve")
 
@@ -85,22 +76,19 @@ class EmbeddedEngine:
         self._failed = False
 
     async def start(self) -> EngineInfo:
-        gated = check_gate(self._directory, allow_ungated=self._config.allow_ungated)
         self._loop = asyncio.get_running_loop()
         options = _engine_options(self._config)
         self._engine = await asyncio.to_thread(self._open, self._directory, options)
-        self._load = _to_load(self._engine)
+        self._load = self._engine.current_load()
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
         self._thread.start()
         identity = self._engine.identity
         return EngineInfo(
-            model_id=self._config.served_name,
             max_model_len=self._engine.max_model_len,
             kv_tokens_total=self._load.kv_tokens_total,
             recipe=identity.recipe,
             artifact_digest=identity.artifact_digest,
             engine="embedded",
-            gated=gated,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -128,7 +116,7 @@ class EmbeddedEngine:
                 self._inbox.put(_Abort(request_id))
                 mailbox.put(Done("abort", mailbox.prompt_tokens, mailbox.produced))
 
-    def load(self) -> Load:
+    def load(self) -> EngineLoad:
         return self._load
 
     async def check(self) -> None:
@@ -150,7 +138,7 @@ class EmbeddedEngine:
             while self._engine.failure is None and self._take_commands():
                 if self._engine.has_work:
                     self._step()
-                self._load = _to_load(self._engine)
+                self._load = self._engine.current_load()
         except Exception:
             log.exception("the engine's step loop failed")
             self._fail()
@@ -225,31 +213,15 @@ def _engine_options(config: ServeConfig) -> EngineOptions:
 
 
 def _to_engine(request: GenerateRequest) -> Request:
-    sampling = request.sampling
+    """The request without what only the service needs (its trace context)."""
     return Request(
-        request_id=request.request_id,
-        prompt_ids=request.prompt_ids,
-        sampling=SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            stop=sampling.stop,
-            stop_token_ids=sampling.stop_token_ids,
-            ignore_eos=sampling.ignore_eos,
-            logprobs=sampling.logprobs,
-        ),
+        request_id=request.request_id, prompt_ids=request.prompt_ids, sampling=request.sampling
     )
 
 
 def _to_events(output: StepOutput) -> Iterator[Event]:
     if output.token_ids or output.text:
-        logprobs = tuple(
-            TokenLogprob(item.token_id, item.token, item.logprob, item.top)
-            for item in output.logprobs
-        )
-        yield Tokens(output.token_ids, output.text, logprobs)
+        yield Tokens(output.token_ids, output.text, output.logprobs)
     if output.finish_reason is not None:
         yield Done(
             output.finish_reason,
@@ -260,13 +232,3 @@ def _to_events(output: StepOutput) -> Iterator[Event]:
             decode_s=output.decode_s,
             error=output.error,
         )
-
-
-def _to_load(engine: LLMEngine) -> Load:
-    load = engine.current_load()
-    return Load(
-        running=load.running,
-        waiting=load.waiting,
-        kv_tokens_used=load.kv_tokens_used,
-        kv_tokens_total=load.kv_tokens_total,
-    )

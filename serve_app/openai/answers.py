@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from serve_app.engines.protocol import Done, TokenLogprob, Tokens
+from deepseek.engine.request import TokenLogprob
+from serve_app.engines.protocol import Done, Tokens
 
 
 @dataclass(slots=True)

@@ -9,16 +9,16 @@ Extensions beyond OpenAI: `top_k`, `ignore_eos`, `stop_token_ids`.
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.engines.protocol import Sampling
+from deepseek.engine.request import MAX_LOGPROBS, SamplingParams
 from serve_app.errors import InvalidRequest
 
 MAX_CHOICES = 32
 MAX_PROMPTS = 64
-MAX_LOGPROBS = 20
 
 #: OpenAI's fields that are not implemented, with the values at which they change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -45,6 +45,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
+
+
+_SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)}
 
 
 class _Body(BaseModel):
@@ -102,21 +105,22 @@ class _Generation(_Body):
         """Alternatives per token to report; None for no logprobs."""
         raise NotImplementedError
 
-    def sampling(self, *, max_tokens: int, choice: int) -> Sampling:
-        """Parameters of one choice. With a seed, choice i gets seed + i, so that the choices of
-        one request differ and each of them is reproducible."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            seed=None if self.seed is None else _wrap(self.seed + choice),
-            stop=stop,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
-            logprobs=self.num_logprobs,
-        )
+    def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
+        """Sampling parameters of one choice.
+
+        A field passes through under its own name unless it is rewritten below; null leaves it at
+        the default of `SamplingParams`. With a seed, choice i gets seed + i, so that the choices
+        of one request differ and each of them is reproducible.
+        """
+        passed: dict[str, Any] = self.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
+        rewritten = {
+            "max_tokens": max_tokens,
+            "seed": None if self.seed is None else _wrap(self.seed + choice),
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "logprobs": self.num_logprobs,
+        }
+        return SamplingParams(**passed | rewritten)
 
 
 class TextPart(_Body):

@@ -209,7 +209,7 @@ def make_app(service: Service, snapshots: Any = None) -> FastAPI:
                 "engine": info.engine,
                 "recipe": info.recipe,
                 "artifact_digest": info.artifact_digest,
-                "gated": info.gated,
+                "gated": ready[0].gated,
                 "max_model_len": info.max_model_len,
             }
         )

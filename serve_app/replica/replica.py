@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -19,6 +20,7 @@ from serve_app.config import ReplicaLimits
 from serve_app.engines.protocol import Engine, Event, GenerateRequest, ReplicaStatus
 from serve_app.errors import ApiError, Overloaded
 from serve_app.replica.coalesce import coalesce, flush_interval
+from serve_app.replica.gating import check_gate
 from serve_app.routing.replica_client import HEARTBEAT_S
 from serve_app.telemetry.tracing import Telemetry
 
@@ -37,15 +39,20 @@ class EngineReplica:
     """Wraps one engine. Serve calls `check_health`, `reconfigure` and `__del__`."""
 
     # Serve awaits a constructor that is a coroutine; mypy knows no such thing.
-    async def __init__(self, make_engine: EngineFactory) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, make_engine: EngineFactory, engine_dir: Path | None, *, allow_ungated: bool
+    ) -> None:
+        self._gated = check_gate(
+            engine_dir, allow_ungated=allow_ungated
+        )  # before any engine exists
         self._telemetry = Telemetry.from_environment()
         self._limits = ReplicaLimits()
         self._num_streams = 0
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._engine = make_engine()
         self._info = await self._engine.start()
-        if not self._info.gated:
-            log.warning("UNGATED: %s has not passed its accuracy gate", self._info.model_id)
+        if not self._gated:  # said again behind the engine's own lines, where a log is read first
+            log.warning("UNGATED: %s has not passed its accuracy gate", engine_dir)
         self._heartbeat = asyncio.create_task(self._send_heartbeats())
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -74,6 +81,14 @@ class EngineReplica:
     def _flush_interval_s(self) -> float:
         return flush_interval(self._num_streams, self._limits.max_flushes_per_s)
 
+    def _status(self) -> ReplicaStatus:
+        return ReplicaStatus(
+            replica_id=self._replica_id,
+            info=self._info,
+            load=self._engine.load(),
+            gated=self._gated,
+        )
+
     async def _send_heartbeats(self) -> None:
         """Tell every ingress how this replica is, for as long as it is well."""
         context = serve.get_replica_context()
@@ -82,8 +97,7 @@ class EngineReplica:
             try:
                 async with asyncio.timeout(HEARTBEAT_S):
                     await self._engine.check()
-                    status = ReplicaStatus(self._replica_id, self._info, self._engine.load())
-                    beat = ingress.broadcast("note_status", status)
+                    beat = ingress.broadcast("note_status", self._status())
                     await beat.results_async(return_exceptions=True)
             except _NO_INGRESS as error:
                 log.debug("heartbeat not delivered: %s", error)

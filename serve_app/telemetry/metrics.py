@@ -146,7 +146,7 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
                 info.engine,
                 info.recipe,
                 info.artifact_digest,
-                str(info.gated).lower(),
+                str(status.gated).lower(),
             ],
             1,
         )

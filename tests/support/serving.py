@@ -36,7 +36,8 @@ class LocalEngines:
         return self.engine.generate(request)
 
     async def statuses(self) -> list[ReplicaStatus]:
-        return [ReplicaStatus("local", await self.engine.start(), self.engine.load())]
+        info = await self.engine.start()
+        return [ReplicaStatus(replica_id="local", info=info, load=self.engine.load(), gated=True)]
 
     async def info(self) -> EngineInfo:
         return await self.engine.start()

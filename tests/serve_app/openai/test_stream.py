@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from deepseek.engine.request import SamplingParams, TokenLogprob
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import (
@@ -15,8 +16,6 @@ from serve_app.engines.protocol import (
     Event,
     GenerateRequest,
     ReplicaStatus,
-    Sampling,
-    TokenLogprob,
     Tokens,
 )
 from serve_app.errors import ApiError, DeadlineExceeded, Overloaded
@@ -26,7 +25,7 @@ from serve_app.routing.replica_client import MAX_AGE_S, StatusBoard
 
 
 def request(text: str = "hello", name: str = "r", **sampling: object) -> GenerateRequest:
-    settings = Sampling(**{"max_tokens": 100, **sampling})  # type: ignore[arg-type]
+    settings = SamplingParams(**{"max_tokens": 100, **sampling})  # type: ignore[arg-type]
     return GenerateRequest(request_id=name, prompt_ids=tuple(text.encode()), sampling=settings)
 
 
@@ -213,7 +212,10 @@ async def test_a_replica_that_sends_no_heartbeat_is_forgotten() -> None:
     info = await engine.start()
     waiting = asyncio.create_task(board.first())
     await asyncio.sleep(0)
-    old, new = (ReplicaStatus(name, info, engine.load()) for name in ("old", "new"))
+    old, new = (
+        ReplicaStatus(replica_id=name, info=info, load=engine.load(), gated=True)
+        for name in ("old", "new")
+    )
     board.note(old)
     assert await waiting == old
     now += MAX_AGE_S

@@ -11,9 +11,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support.serving import FaultyEngine, client_of, make_service
 
+from deepseek.engine.request import SamplingParams
 from deepseek.errors import ConfigError
 from serve_app.config import EchoOptions
-from serve_app.engines.protocol import Done, GenerateRequest, Sampling
+from serve_app.engines.protocol import Done, GenerateRequest
 from serve_app.telemetry.tracing import Telemetry, propagate
 
 TEXT = "/v1/completions"
@@ -108,7 +109,7 @@ def generation(telemetry: Telemetry, done: Done | None, error: BaseException | N
     asked = GenerateRequest(
         request_id="r-0",
         prompt_ids=(1, 2, 3),
-        sampling=Sampling(max_tokens=9),
+        sampling=SamplingParams(max_tokens=9),
         trace_context=propagate(parent),
     )
     expected = contextlib.nullcontext() if error is None else pytest.raises(type(error))

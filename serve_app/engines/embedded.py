@@ -1,9 +1,9 @@
-"""The embedded engine behind the protocol: its steps in one thread, its clients in an event loop.
+"""The adapter of the embedded engine: its step loop runs in a thread, its clients in asyncio.
 
-The two sides share nothing but an inbox of commands and callbacks posted to the loop: the thread
-alone touches the engine, the loop alone touches the mailboxes, so neither needs a lock. A step that
-fails ends every request in `Done("error")`, and `check` raises from then on, which makes Serve
-replace the replica.
+The two sides share only an inbox of commands, and callbacks posted to the event loop. The thread
+alone touches the engine and the event loop alone touches the mailboxes, so neither needs a lock. A
+step that fails ends every request in `Done("error")`; `check` raises from then on, and Serve
+replaces the replica. Batching, KV pages and sampling are in deepseek/engine, not here.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class _Abort:
 
 
 class _Stop:
-    """Asks the step loop to end."""
+    """Ends the step loop."""
 
 
 @dataclass(slots=True)
 class _Mailbox:
-    """Where one request's events arrive, on the event loop."""
+    """The events of one request, on the event loop. `produced` counts its tokens so far."""
 
     prompt_tokens: int
     produced: int = 0
@@ -47,7 +47,8 @@ class _Mailbox:
     ended: bool = False
 
     def put(self, item: Event | Exception) -> None:
-        """Nothing follows the end: an abort may overtake tokens of the step under way."""
+        """Add an event, unless the request has ended: an abort may overtake the tokens of the step
+        under way."""
         if self.ended:
             return
         self.ended = not isinstance(item, Tokens)
@@ -57,9 +58,9 @@ class _Mailbox:
 
 
 class EmbeddedEngine:
-    """Satisfies `Engine`. `start` must be awaited on the loop that later generates.
+    """Implements `Engine`. `start` must be awaited on the event loop that later generates.
 
-    `load` opens the engine directory; tests pass the loader of an engine that fails.
+    `load` opens the engine directory; tests pass the `load` of an engine that fails.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class EmbeddedEngine:
         options = _engine_options(self._config)
         self._engine = await asyncio.to_thread(self._open, self._directory, options)
         self._load = self._engine.current_load()
-        self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
+        self._thread = threading.Thread(target=self._run_steps, name="engine-steps", daemon=True)
         self._thread.start()
         identity = self._engine.identity
         return EngineInfo(
@@ -131,9 +132,9 @@ class EmbeddedEngine:
         if self._failed:
             raise EngineUnavailable("the engine has failed and is being replaced; retry later")
 
-    # What follows up to `_deliver` runs in the step thread.
+    # The methods from here to `_deliver` run in the step thread.
 
-    def _run(self) -> None:
+    def _run_steps(self) -> None:
         try:
             while self._engine.failure is None and self._take_commands():
                 if self._engine.has_work:
@@ -151,7 +152,7 @@ class EmbeddedEngine:
         self._loop.call_soon_threadsafe(self._fail_all)
 
     def _take_commands(self) -> bool:
-        """Obey what waits in the inbox, waiting for it when idle. False ends the loop."""
+        """Execute the commands in the inbox; an idle engine blocks for one. False ends the loop."""
         idle = not self._engine.has_work
         while True:
             try:
@@ -180,7 +181,7 @@ class EmbeddedEngine:
         if items:  # one callback per step, not one per request
             self._loop.call_soon_threadsafe(self._deliver, items)
 
-    # Back on the event loop.
+    # These run on the event loop.
 
     def _deliver(self, items: list[tuple[str, Event | Exception]]) -> None:
         for request_id, item in items:
@@ -200,7 +201,7 @@ class EmbeddedEngine:
 
 
 def _engine_options(config: ServeConfig) -> EngineOptions:
-    """The engine's options; what the configuration leaves open is the engine's to choose."""
+    """The configured options; a setting that is None keeps the engine's default."""
     given: dict[str, Any] = {
         "kv_cache": config.kv_cache,
         "max_kv_tokens": config.kv_tokens,

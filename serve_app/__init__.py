@@ -2,13 +2,21 @@
 
     openai/      the HTTP API: routes, request bodies, streams, answers, tokenizer, the ingress
     routing/     admission checks; the client of the engine replicas
-    replica/     the engine deployment: the gate, the engine's owner, messages per second
+    replica/     the engine deployment: the gate, one engine, its messages and its heartbeats
     engines/     the engine protocol and its adapters
     telemetry/   spans and metrics: they wrap the steps of a request and decide nothing
 
-    HTTP -> openai/routes.py -> routing/checks.py -> openai/stream.py -> routing/replica_client.py
-         -> actor hop -> replica/replica.py -> engines/*.py; events return the same way,
-            and openai/answers.py writes them in OpenAI's words
+The hops of a request, in order; events return the same way, and openai/answers.py writes them in
+OpenAI's words:
 
-It imports deepseek and cluster, never quant_jobs: what it needs of a job is in the artifact.
+    answer        openai/routes.py            key, body and model; one recorded outcome
+    admit         routing/checks.py           what can never be served is refused
+    open_stream   openai/stream.py            every choice has its first event before the 200
+    generate      routing/replica_client.py   Serve picks a replica: the actor hop
+    generate      replica/replica.py          too many waiting is refused; one span per choice
+    coalesce      replica/coalesce.py         events that are ready share a message
+    generate      engines/embedded.py         from asyncio into the thread of the step loop
+    step          deepseek/engine/engine.py   one step of the whole batch
+
+serve_app imports deepseek and cluster, never quant_jobs: what it needs of a job is in the artifact.
 """

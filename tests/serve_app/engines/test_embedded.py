@@ -1,4 +1,4 @@
-"""The embedded engine behind the service: the trained example model, unquantized, over HTTP."""
+"""The embedded engine's adapter: over HTTP with the trained example model, and alone."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ def test_a_greedy_chat_is_what_the_engine_says(
     assert answer.usage.prompt_tokens == len(prompt_ids)
     assert answer.usage.completion_tokens == outputs[-1].completion_tokens
     told = answer.choices[0].logprobs.content
-    wanted = [item for output in outputs for item in output.logprobs]
-    assert [entry.token for entry in told] == [item.token for item in wanted]
-    assert [entry.logprob for entry in told] == pytest.approx([item.logprob for item in wanted])
+    logprobs = [item for output in outputs for item in output.logprobs]
+    assert [entry.token for entry in told] == [item.token for item in logprobs]
+    assert [entry.logprob for entry in told] == pytest.approx([item.logprob for item in logprobs])
     assert all(entry.logprob == entry.top_logprobs[0].logprob <= 0.0 for entry in told)
 
     with chat(client, max_tokens=24, temperature=0, stream=True) as stream:

@@ -1,4 +1,4 @@
-"""Request bodies: what is accepted, and the one sentence for what is not."""
+"""Request bodies: what is accepted, what reaches the engine, and one sentence for each refusal."""
 
 from __future__ import annotations
 

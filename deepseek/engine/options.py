@@ -1,4 +1,5 @@
-"""How an engine is to run, what it serves, and how busy it is: plain values."""
+"""How an engine is to run, what it serves, and how busy it is: plain values, without torch, because
+serve_app's ingress reads EngineLoad too."""
 
 from __future__ import annotations
 

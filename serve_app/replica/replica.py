@@ -48,9 +48,8 @@ class EngineReplica:
     async def __init__(  # type: ignore[misc]
         self, make_engine: EngineFactory, engine_dir: Path | None, *, allow_ungated: bool
     ) -> None:
-        self._gated = check_gate(
-            engine_dir, allow_ungated=allow_ungated
-        )  # before any engine exists
+        # Before an engine exists, so that no adapter has to know of gates.
+        self._gated = check_gate(engine_dir, allow_ungated=allow_ungated)
         self._telemetry = Telemetry.from_environment()
         self._limits = ReplicaLimits()
         self._num_streams = 0

@@ -1,4 +1,8 @@
-"""`python -m serve_app`: serve one engine on this machine until interrupted."""
+"""`python -m serve_app`: serve one engine on this machine until interrupted.
+
+Reads flags and settings, reports a user's mistakes, and waits for a signal. What is started and
+stopped is in local.py. A cluster does not use this command: `serve deploy` imports app.py.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +59,7 @@ def main(
     ] = False,
 ) -> None:
     """Serve one engine; flags override the file."""
-    given: dict[str, Any] = {
+    flags: dict[str, Any] = {
         "engine": engine,
         "host": host,
         "port": port,
@@ -63,21 +67,19 @@ def main(
         "echo": {} if echo else None,
         "allow_ungated": allow_ungated or None,
     }
-    settings = load_config(config, {k: v for k, v in given.items() if v is not None})
+    settings = load_config(config, {k: v for k, v in flags.items() if v is not None})
 
+    # Ray is slow to import: a mistake in the settings is reported before.
     from serve_app.local import check_port, serving
-    from serve_app.replica.gating import (
-        check_gate,  # Ray and torch are slow to import: mistakes first
-    )
+    from serve_app.replica.gating import check_gate
 
     check_port(settings.host, settings.port)
-    if settings.engine is not None:
-        check_gate(settings.engine, allow_ungated=settings.allow_ungated)
+    check_gate(settings.engine, allow_ungated=settings.allow_ungated)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     stdout = sys.stdout
     try:
-        # stdout is for one line of ours; what Ray prints there goes to stderr.
+        # stdout holds our one line; what Ray prints there goes to stderr.
         with redirect_stdout(sys.stderr), serving(settings) as url:
             # Ray replaces the handler of SIGTERM while it starts.
             signal.signal(signal.SIGTERM, _stop)

@@ -1,5 +1,8 @@
-"""The Serve application, from a ServeConfig: `serve run serve_app.app:build engine=DIR`, a
-`serve deploy` file with `import_path: serve_app.app:build`, or `python -m serve_app`.
+"""Builds the Serve application from a ServeConfig: two deployments, the ingress and the engine.
+
+Serve calls `build`: `serve run serve_app.app:build engine=DIR`, or a `serve deploy` file with
+`import_path: serve_app.app:build`. `python -m serve_app` calls it through local.py. It only
+describes the deployments; engines are made, and gates checked, inside the replicas.
 """
 
 # No `from __future__ import annotations` here: Serve reads the class in `build`'s annotation to
@@ -17,31 +20,32 @@ from serve_app.engines.echo import EchoEngine
 from serve_app.openai.ingress import Ingress
 from serve_app.replica.replica import INGRESS, EngineFactory, EngineReplica
 
-#: The ingress never queues: it must be free to say 429. Serve's own cap is only a last resort.
+#: The ingress never queues: it must stay free to answer 429. Serve's own cap is a last resort.
 _INGRESS_MAX_ONGOING = 4096
 
 
 def engine_factory(config: ServeConfig) -> EngineFactory:
-    """How a replica makes its engine; evaluated inside the replica."""
+    """The function that makes a replica's engine; it is pickled, and called in the replica."""
     if config.echo is not None:
-        return partial(EchoEngine, config.echo, config.served_name)
+        return partial(EchoEngine, config.echo)
     from serve_app.engines.embedded import EmbeddedEngine  # brings torch
 
     return partial(EmbeddedEngine, config)
 
 
 def build(config: ServeConfig) -> Application:
-    """The application for one configuration; Serve parses `args` of a deploy file into it."""
+    """The application of one configuration; Serve parses the `args` of a deploy file into it."""
     return build_with(config, engine_factory(config))
 
 
 def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
-    """`build` with another engine behind it; tests pass one that fails on purpose."""
+    """`build` with engines of the caller's; tests pass one that fails on purpose. An engine
+    directory in `config` must be gated, whatever `make_engine` makes."""
     shared: dict[str, Any] = {
         "graceful_shutdown_timeout_s": config.graceful_shutdown_s,
         "graceful_shutdown_wait_loop_s": min(0.2, config.graceful_shutdown_s),
         "health_check_period_s": config.health_check_period_s,
-        # Access lines of Serve's would double each request; they carry no prompt, only noise.
+        # Serve's access log repeats for every request what the metrics count.
         "logging_config": {"enable_access_log": False},
     }
     engine = serve.deployment(
@@ -62,13 +66,14 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         ray_actor_options=_actor_options(config.ingress_cpus),
         **shared,
     )
-    app: Application = ingress.bind(config, engine.bind(make_engine))
+    replicas = engine.bind(make_engine, config.engine, allow_ungated=config.allow_ungated)
+    app: Application = ingress.bind(config, replicas)
     return app
 
 
 def _actor_options(num_cpus: float) -> dict[str, Any]:
-    """Resources, and OpenTelemetry's variables of this process: a worker of an already running
-    cluster would otherwise not have them."""
+    """Resources, and this process's OpenTelemetry variables, which a worker of a cluster that runs
+    already would otherwise lack."""
     options: dict[str, Any] = {"num_cpus": num_cpus}
     otel = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
     if otel:

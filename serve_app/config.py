@@ -1,7 +1,7 @@
 """Every setting of the service in one strict model, read from YAML, flags or `serve deploy` args.
 
-Frozen and extra=forbid: a key that we do not know is an error that names it. API keys are
-`SecretStr`, so that no repr, log or traceback shows them.
+The models are frozen, and an unknown key is an error that names it. API keys are `SecretStr`, so
+that no repr, log or traceback shows them. How to start what is configured is in app.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ServeConfig(_Strict):
 
     #: Requests that one engine replica holds at a time; the engine batches among them.
     max_ongoing_requests: int = Field(default=64, ge=1)
-    #: Requests that wait at each ingress for a place; beyond it the answer is 429.
+    #: Requests that wait at each ingress for a place in a replica; further ones get a 429.
     max_queued_requests: int = Field(default=128, ge=0)
     #: 163,840 token ids are about 1.1 MB of JSON; the rest is room for \\uXXXX escapes.
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)
@@ -63,7 +63,7 @@ class ServeConfig(_Strict):
     graceful_shutdown_s: float = Field(default=30.0, gt=0.0, description="streams may finish")
     health_check_period_s: float = Field(default=10.0, gt=0.0)
 
-    #: The embedded engine's own settings; None means as the engine was built, or its default.
+    #: The embedded engine's own settings; None keeps what it was built with, or its default.
     max_model_len: int | None = Field(default=None, ge=2)
     kv_tokens: int | None = Field(default=None, ge=1)
     kv_cache: Literal["bf16", "int8"] | None = None
@@ -91,7 +91,7 @@ class ServeConfig(_Strict):
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
-    """Read the YAML file, if any, and lay the command line's values over it.
+    """Read the YAML file, if any; the command line's values in `overrides` win over it.
 
     Raises:
         ConfigError: unreadable, not YAML, or an unknown, missing or contradictory key, named.

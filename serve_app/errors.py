@@ -1,6 +1,6 @@
 """Every failure that a client can see, and the one table that turns it into HTTP.
 
-    ApiError                500 server_error          ours; the message says nothing about internals
+    ApiError                500 server_error          a bug of ours; the message tells no internals
       InvalidRequest        400 invalid_request_error a field, the JSON, or a length is wrong
       Unauthorized          401 authentication_error
       ModelNotFound         404 not_found_error
@@ -9,8 +9,8 @@
       EngineUnavailable     503 server_error          no replica can answer now; Retry-After too
       DeadlineExceeded      504 timeout_error         the request's own deadline passed
 
-`RequestError` of the ground floor (an engine refuses a request for good) is InvalidRequest here.
-They cross the actor hop, so that each must survive pickling with its attributes.
+An engine refuses a request for good with the ground floor's `RequestError`; a client sees it as
+InvalidRequest. Errors cross the actor hop, so each must survive pickling with its attributes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class DeadlineExceeded(ApiError):
     status, type, code = 504, "timeout_error", "deadline_exceeded"
 
 
-#: What a status means when the framework itself refuses (no such path, wrong method).
+#: Status -> (type, code) when the framework itself refuses: no such path, wrong method.
 HTTP_REASONS: dict[int, tuple[str, str]] = {
     404: ("not_found_error", "unknown_path"),
     405: ("invalid_request_error", "method_not_allowed"),
@@ -98,7 +98,7 @@ HTTP_REASONS: dict[int, tuple[str, str]] = {
 
 
 def to_api_error(error: BaseException) -> ApiError:
-    """The ApiError that stands for any exception; a bug of ours becomes a bare 500."""
+    """The ApiError that a client sees for any exception; an unforeseen one is a bare 500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):

@@ -1,7 +1,7 @@
-"""Serving on this machine: Ray, Serve and the application up, a URL, and everything down again.
+"""Serves on this machine: starts Ray, Serve and the application, and stops them again.
 
-For one host and for the demo. On a cluster, `serve deploy` with `serve_app.app:build` does this;
-this module refuses to touch a cluster where Serve already runs.
+`python -m serve_app` and the benchmarks call it. A cluster runs `serve deploy` with
+`serve_app.app:build` instead; this module refuses to touch a cluster where Serve already runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ APP_NAME = "intserve"
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise DeployError unless a server could listen there now."""
+    """Raises DeployError unless a server could listen on this address now."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
@@ -41,7 +41,8 @@ def check_port(host: str, port: int) -> None:
 
 @contextmanager
 def serving(config: ServeConfig) -> Iterator[str]:
-    """The service's URL, once it is healthy; leaving drains it and stops what was started.
+    """Start the service and give its URL once it is healthy. Leaving the context lets open streams
+    end and stops what was started.
 
     Raises:
         DeployError: Serve runs on this cluster already, or the engine did not start; says why.
@@ -58,8 +59,8 @@ def serving(config: ServeConfig) -> Iterator[str]:
         try:
             yield _start(config)
         finally:
-            # Serve 2.60 kills its controller while that still answers the call to shut down, and
-            # Ray prints this as a failure, on stdout.
+            # Serve 2.60 kills its controller while the controller still answers the call to shut
+            # down; Ray prints that as a failure, on stdout.
             with redirect_stdout(io.StringIO()):
                 serve.shutdown()
                 ray_connection.close()
@@ -81,5 +82,5 @@ def _start(config: ServeConfig) -> str:
 
 def _reason(message: str) -> str:
     """The last exception line of a traceback in Serve's message, else the message's last line."""
-    found = re.findall(r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (.+)$", message, re.MULTILINE)
-    return found[-1] if found else message.strip().splitlines()[-1]
+    exceptions = re.findall(r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (.+)$", message, re.MULTILINE)
+    return exceptions[-1] if exceptions else message.strip().splitlines()[-1]

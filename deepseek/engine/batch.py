@@ -14,11 +14,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from deepseek.engine.pages import ZERO_PAGE
-
-#: Context tokens per attention block. Fixed, so that a token's result does not depend on how long
-#: its neighbors' contexts are; see attention.py.
-BLOCK_TOKENS = 256
+from deepseek.engine.pages import BLOCK_TOKENS, ZERO_PAGE
 
 
 @dataclass(frozen=True, slots=True)

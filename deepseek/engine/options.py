@@ -1,10 +1,11 @@
-"""How an engine is to run, what it serves, and how busy it is: plain values."""
+"""How an engine is to run, what it serves, and how busy it is: plain values, without torch, because
+serve_app's ingress reads EngineLoad too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deepseek.engine.batch import BLOCK_TOKENS
+from deepseek.engine.pages import BLOCK_TOKENS
 from deepseek.errors import DeployError
 
 

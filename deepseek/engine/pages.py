@@ -10,6 +10,10 @@ from deepseek.engine.request import Sequence
 
 ZERO_PAGE = 0
 
+#: Context tokens per attention block, a multiple of every page size. Fixed, so that a token's
+#: result does not depend on how long its neighbors' contexts are; see attention.py.
+BLOCK_TOKENS = 256
+
 
 class PagePool:
     """Pages 1..num_pages, each free or owned by one sequence."""

@@ -1,6 +1,8 @@
 """The engine's nouns: what is asked, what is answered, and a sequence under way.
 
-Lengths are derived, never stored twice. No tensors, no clock: the engine passes times in.
+SamplingParams, TokenLogprob and FinishReason are the same types in serve_app, from the HTTP body to
+the sampler, so this file imports no torch. Lengths are derived, never stored twice. No tensors, no
+clock: the engine passes times in.
 """
 
 from __future__ import annotations

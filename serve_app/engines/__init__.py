@@ -1,1 +1,1 @@
-"""Engine adapters behind one small protocol (protocol.py): embedded, and echo for tests."""
+"""The engine protocol (protocol.py) and its adapters, one file each; app.py chooses one."""

@@ -1,10 +1,10 @@
-"""Says the prompt back, one token at a time: an engine without a model.
+"""The echo engine: repeats the prompt, one token at a time. It has no model.
 
-For HTTP tests and for measuring what the framework itself costs: `ttft_s` and `itl_s` fix the time
-to the first token and between tokens, on an absolute schedule, so that a late wake-up does not add
-up. Tokens are bytes (tokenizer.ByteTokenizer). It honors max_tokens, stop, ignore_eos (the prompt
-is then said again and again) and logprobs (each token was certain); a seed or a temperature cannot
-change what it says.
+HTTP tests use it, and benchmarks of what the service itself costs: `ttft_s` and `itl_s` fix the
+time to the first token and between tokens on an absolute schedule, so late wake-ups do not add up.
+A token is one byte (openai/tokenizer.py, ByteTokenizer). The engine honors max_tokens, stop,
+ignore_eos (the prompt then repeats without end) and logprobs (every token is certain); seed,
+temperature and the cuts change nothing.
 """
 
 from __future__ import annotations
@@ -15,25 +15,17 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from deepseek.engine.options import EngineLoad
+from deepseek.engine.request import FinishReason, TokenLogprob
 from serve_app.config import EchoOptions
-from serve_app.engines.protocol import (
-    Done,
-    EngineInfo,
-    Event,
-    FinishReason,
-    GenerateRequest,
-    Load,
-    TokenLogprob,
-    Tokens,
-)
+from serve_app.engines.protocol import Done, EngineInfo, Event, GenerateRequest, Tokens
 
 
 class EchoEngine:
-    """Satisfies `Engine`. One event loop only; nothing here runs in threads."""
+    """Implements `Engine` on one event loop, without threads."""
 
-    def __init__(self, options: EchoOptions, model_id: str = "echo") -> None:
+    def __init__(self, options: EchoOptions) -> None:
         self._options = options
-        self._model_id = model_id
         self._places = asyncio.Semaphore(options.max_running)
         self._waiting = 0
         self._running: dict[str, int] = {}
@@ -41,13 +33,11 @@ class EchoEngine:
 
     async def start(self) -> EngineInfo:
         return EngineInfo(
-            model_id=self._model_id,
             max_model_len=self._options.max_model_len,
             kv_tokens_total=self._options.max_running * self._options.max_model_len,
             recipe="none",
             artifact_digest="none",
             engine="echo",
-            gated=True,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -60,11 +50,11 @@ class EchoEngine:
         started = time.monotonic()
         sampling = request.sampling
         self._running[request.request_id] = len(request.prompt_ids) + sampling.max_tokens
-        speaker = _Speaker(sampling.stop)
+        detokenizer = _Detokenizer(sampling.stop)
         reason: FinishReason = "length"
         produced = 0
         try:
-            for token in _said(request):
+            for token in _repeat_prompt(request):
                 await self._wait_until(
                     started + self._options.ttft_s + produced * self._options.itl_s
                 )
@@ -77,14 +67,14 @@ class EchoEngine:
                 produced += 1
                 if produced == 1:
                     first = time.monotonic()
-                text = speaker.say(token)
-                yield Tokens((token,), text, _certain(token, sampling.logprobs))
-                if speaker.stopped:
+                text = detokenizer.push(token)
+                yield Tokens((token,), text, _certain_logprobs(token, sampling.logprobs))
+                if detokenizer.stopped:
                     reason = "stop"
                     break
                 if produced == sampling.max_tokens:
                     break
-            if not speaker.stopped and (rest := speaker.rest()):
+            if not detokenizer.stopped and (rest := detokenizer.flush()):
                 yield Tokens((), rest)
             ended = time.monotonic()
             first = first if produced else ended
@@ -107,8 +97,8 @@ class EchoEngine:
     async def abort(self, request_ids: Sequence[str]) -> None:
         self._aborted.update(set(request_ids) & set(self._running))
 
-    def load(self) -> Load:
-        return Load(
+    def load(self) -> EngineLoad:
+        return EngineLoad(
             running=len(self._running),
             waiting=self._waiting,
             kv_tokens_used=sum(self._running.values()),
@@ -122,15 +112,15 @@ class EchoEngine:
         """Nothing to release."""
 
 
-def _said(request: GenerateRequest) -> Iterator[int | None]:
-    """The prompt's tokens, then None for the end, unless ignore_eos asks to go on."""
+def _repeat_prompt(request: GenerateRequest) -> Iterator[int | None]:
+    """The prompt's tokens, then None for the end token; with ignore_eos the prompt repeats."""
     while True:
         yield from request.prompt_ids
         if not request.sampling.ignore_eos:
             yield None
 
 
-def _certain(token: int, num_alternatives: int | None) -> tuple[TokenLogprob, ...]:
+def _certain_logprobs(token: int, num_alternatives: int | None) -> tuple[TokenLogprob, ...]:
     if num_alternatives is None:
         return ()
     text = bytes([token]).decode("utf-8", errors="replace")
@@ -139,8 +129,8 @@ def _certain(token: int, num_alternatives: int | None) -> tuple[TokenLogprob, ..
 
 
 @dataclass
-class _Speaker:
-    """Bytes to text that may be shown: no half characters, nothing of a stop string."""
+class _Detokenizer:
+    """Turns bytes into text that may be shown: whole characters, and nothing of a stop string."""
 
     stop: tuple[str, ...]
     stopped: bool = False
@@ -149,13 +139,13 @@ class _Speaker:
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
     )
 
-    def say(self, token: int) -> str:
+    def push(self, token: int) -> str:
         self._held += self._decoder.decode(bytes([token]))
-        found = [at for stop in self.stop if (at := self._held.find(stop)) >= 0]
-        if found:
+        starts = [at for stop in self.stop if (at := self._held.find(stop)) >= 0]
+        if starts:
             self.stopped = True
-            return self._release(min(found))
-        keep = max(
+            return self._release(min(starts))
+        num_held = max(
             (
                 size
                 for stop in self.stop
@@ -164,9 +154,9 @@ class _Speaker:
             ),
             default=0,
         )
-        return self._release(len(self._held) - keep)
+        return self._release(len(self._held) - num_held)
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         self._held += self._decoder.decode(b"", final=True)
         return self._release(len(self._held))
 

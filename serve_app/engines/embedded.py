@@ -1,9 +1,9 @@
-"""The embedded engine behind the protocol: its steps in one thread, its clients in an event loop.
+"""The adapter of the embedded engine: its step loop runs in a thread, its clients in asyncio.
 
-The two sides share nothing but an inbox of commands and callbacks posted to the loop: the thread
-alone touches the engine, the loop alone touches the mailboxes, so neither needs a lock. A step that
-fails ends every request in `Done("error")`, and `check` raises from then on, which makes Serve
-replace the replica.
+The two sides share only an inbox of commands, and callbacks posted to the event loop. The thread
+alone touches the engine and the event loop alone touches the mailboxes, so neither needs a lock. A
+step that fails ends every request in `Done("error")`; `check` raises from then on, and Serve
+replaces the replica. Batching, KV pages and sampling are in deepseek/engine, not here.
 """
 
 from __future__ import annotations
@@ -18,21 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.engine.engine import LLMEngine
-from deepseek.engine.options import EngineOptions
-from deepseek.engine.request import Request, SamplingParams, StepOutput
+from deepseek.engine.options import EngineLoad, EngineOptions
+from deepseek.engine.request import Request, StepOutput
 from deepseek.errors import RequestError
 from serve_app.config import ServeConfig
-from serve_app.engines.protocol import (
-    Done,
-    EngineInfo,
-    Event,
-    GenerateRequest,
-    Load,
-    TokenLogprob,
-    Tokens,
-)
+from serve_app.engines.protocol import Done, EngineInfo, Event, GenerateRequest, Tokens
 from serve_app.errors import EngineUnavailable
-from serve_app.replica.gating import check_gate
 
 log = logging.getLogger("ray.serve")
 
@@ -43,12 +34,12 @@ class _Abort:
 
 
 class _Stop:
-    """Asks the step loop to end."""
+    """Ends the step loop."""
 
 
 @dataclass(slots=True)
 class _Mailbox:
-    """Where one request's events arrive, on the event loop."""
+    """The events of one request, on the event loop. `produced` counts its tokens so far."""
 
     prompt_tokens: int
     produced: int = 0
@@ -56,7 +47,8 @@ class _Mailbox:
     ended: bool = False
 
     def put(self, item: Event | Exception) -> None:
-        """Nothing follows the end: an abort may overtake tokens of the step under way."""
+        """Add an event, unless the request has ended: an abort may overtake the tokens of the step
+        under way."""
         if self.ended:
             return
         self.ended = not isinstance(item, Tokens)
@@ -66,9 +58,9 @@ class _Mailbox:
 
 
 class EmbeddedEngine:
-    """Satisfies `Engine`. `start` must be awaited on the loop that later generates.
+    """Implements `Engine`. `start` must be awaited on the event loop that later generates.
 
-    `load` opens the engine directory; tests pass the loader of an engine that fails.
+    `load` opens the engine directory; tests pass the `load` of an engine that fails.
     """
 
     def __init__(
@@ -85,22 +77,19 @@ class EmbeddedEngine:
         self._failed = False
 
     async def start(self) -> EngineInfo:
-        gated = check_gate(self._directory, allow_ungated=self._config.allow_ungated)
         self._loop = asyncio.get_running_loop()
         options = _engine_options(self._config)
         self._engine = await asyncio.to_thread(self._open, self._directory, options)
-        self._load = _to_load(self._engine)
-        self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
+        self._load = self._engine.current_load()
+        self._thread = threading.Thread(target=self._run_steps, name="engine-steps", daemon=True)
         self._thread.start()
         identity = self._engine.identity
         return EngineInfo(
-            model_id=self._config.served_name,
             max_model_len=self._engine.max_model_len,
             kv_tokens_total=self._load.kv_tokens_total,
             recipe=identity.recipe,
             artifact_digest=identity.artifact_digest,
             engine="embedded",
-            gated=gated,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -128,7 +117,7 @@ class EmbeddedEngine:
                 self._inbox.put(_Abort(request_id))
                 mailbox.put(Done("abort", mailbox.prompt_tokens, mailbox.produced))
 
-    def load(self) -> Load:
+    def load(self) -> EngineLoad:
         return self._load
 
     async def check(self) -> None:
@@ -143,14 +132,14 @@ class EmbeddedEngine:
         if self._failed:
             raise EngineUnavailable("the engine has failed and is being replaced; retry later")
 
-    # What follows up to `_deliver` runs in the step thread.
+    # The methods from here to `_deliver` run in the step thread.
 
-    def _run(self) -> None:
+    def _run_steps(self) -> None:
         try:
             while self._engine.failure is None and self._take_commands():
                 if self._engine.has_work:
                     self._step()
-                self._load = _to_load(self._engine)
+                self._load = self._engine.current_load()
         except Exception:
             log.exception("the engine's step loop failed")
             self._fail()
@@ -163,7 +152,7 @@ class EmbeddedEngine:
         self._loop.call_soon_threadsafe(self._fail_all)
 
     def _take_commands(self) -> bool:
-        """Obey what waits in the inbox, waiting for it when idle. False ends the loop."""
+        """Execute the commands in the inbox; an idle engine blocks for one. False ends the loop."""
         idle = not self._engine.has_work
         while True:
             try:
@@ -192,7 +181,7 @@ class EmbeddedEngine:
         if items:  # one callback per step, not one per request
             self._loop.call_soon_threadsafe(self._deliver, items)
 
-    # Back on the event loop.
+    # These run on the event loop.
 
     def _deliver(self, items: list[tuple[str, Event | Exception]]) -> None:
         for request_id, item in items:
@@ -212,7 +201,7 @@ class EmbeddedEngine:
 
 
 def _engine_options(config: ServeConfig) -> EngineOptions:
-    """The engine's options; what the configuration leaves open is the engine's to choose."""
+    """The configured options; a setting that is None keeps the engine's default."""
     given: dict[str, Any] = {
         "kv_cache": config.kv_cache,
         "max_kv_tokens": config.kv_tokens,
@@ -225,31 +214,15 @@ def _engine_options(config: ServeConfig) -> EngineOptions:
 
 
 def _to_engine(request: GenerateRequest) -> Request:
-    sampling = request.sampling
+    """The request without what only the service needs (its trace context)."""
     return Request(
-        request_id=request.request_id,
-        prompt_ids=request.prompt_ids,
-        sampling=SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            stop=sampling.stop,
-            stop_token_ids=sampling.stop_token_ids,
-            ignore_eos=sampling.ignore_eos,
-            logprobs=sampling.logprobs,
-        ),
+        request_id=request.request_id, prompt_ids=request.prompt_ids, sampling=request.sampling
     )
 
 
 def _to_events(output: StepOutput) -> Iterator[Event]:
     if output.token_ids or output.text:
-        logprobs = tuple(
-            TokenLogprob(item.token_id, item.token, item.logprob, item.top)
-            for item in output.logprobs
-        )
-        yield Tokens(output.token_ids, output.text, logprobs)
+        yield Tokens(output.token_ids, output.text, output.logprobs)
     if output.finish_reason is not None:
         yield Done(
             output.finish_reason,
@@ -260,13 +233,3 @@ def _to_events(output: StepOutput) -> Iterator[Event]:
             decode_s=output.decode_s,
             error=output.error,
         )
-
-
-def _to_load(engine: LLMEngine) -> Load:
-    load = engine.current_load()
-    return Load(
-        running=load.running,
-        waiting=load.waiting,
-        kv_tokens_used=load.kv_tokens_used,
-        kv_tokens_total=load.kv_tokens_total,
-    )

@@ -1,33 +1,22 @@
-"""The engine protocol: the few words that the ingress and any engine share.
+"""The engine protocol: what the ingress, the replica and every engine adapter say to each other.
 
-Two implementations stand behind it, the embedded engine and an echo engine for tests and overhead
-benchmarks; TensorRT-LLM in its own process is a later issue. Plain dataclasses cross the actor
-hop: they pickle cheaply and hide no iterators.
+An adapter implements `Engine`; `EngineReplica` owns one and drives it; the ingress sees all
+replicas through `EngineClient`. What a token, a sampling parameter or a load is, the ground floor
+defines (deepseek/engine/request.py and options.py); this file adds only what belongs to a service:
+ids, trace context, events, status. It imports neither torch nor Ray, and knows nothing of gates.
+
+Everything here that is not a Protocol crosses the actor hop and is a plain dataclass: it pickles
+without running its constructor, so values are checked once, where the request is admitted.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
-FinishReason = Literal["stop", "length", "abort", "error"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How to choose tokens. `temperature` 0 is greedy. `logprobs` is the number of alternatives
-    per token, None for no logprobs at all; 0 gives the chosen token's only."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
+from deepseek.engine.options import EngineLoad
+from deepseek.engine.request import FinishReason, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,26 +25,15 @@ class GenerateRequest:
 
     request_id: str
     prompt_ids: tuple[int, ...]
-    sampling: Sampling
+    sampling: SamplingParams
     #: W3C trace context (`traceparent`, `tracestate`), empty when the request is not traced.
     trace_context: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Natural-log probability of one token and its best alternatives, under the model's own
-    distribution (before temperature, top-k and top-p)."""
-
-    token_id: int
-    token: str
-    logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Tokens:
-    """New tokens since the last event. `text` is what may be shown now: a piece that could still
-    become a stop string, or half a UTF-8 character, is held back."""
+    """New tokens since the last event. `text` may be shown now: the engine holds back a piece that
+    could still become a stop string, and half of a UTF-8 character."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -64,7 +42,8 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The one final event of every accepted request. Times are seconds spent in each phase."""
+    """The final event: every accepted request gets exactly one. `queue_s`, `prefill_s` and
+    `decode_s` are the seconds spent in each phase; `error` is set when `reason` is "error"."""
 
     reason: FinishReason
     prompt_tokens: int
@@ -80,73 +59,80 @@ Event = Tokens | Done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What admission and autoscaling look at."""
-
-    running: int
-    waiting: int
-    kv_tokens_used: int
-    kv_tokens_total: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What the engine serves, known once it has started. `max_model_len` counts prompt and
-    completion together."""
+    """What an engine serves, known once it has started.
 
-    model_id: str
+    `max_model_len` counts prompt and completion together; `kv_tokens_total` is the capacity of the
+    KV cache in tokens. `engine` names the adapter: "embedded", "echo".
+    """
+
     max_model_len: int
     kv_tokens_total: int
     recipe: str
     artifact_digest: str
     engine: str
-    #: Whether the accuracy gate passed for exactly this artifact; an echo has nothing to gate.
-    gated: bool
 
 
 class Engine(Protocol):
-    """One model behind one replica."""
+    """One model behind one replica. All methods are called on the replica's event loop."""
 
     async def start(self) -> EngineInfo:
-        """Load the model. Raises an IntServeError that says why it cannot."""
+        """Load the model. Awaited once, before anything else.
+
+        Raises:
+            IntServeError: the model cannot be loaded; says why.
+        """
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Events in order, the last one `Done`. Closing the iterator early aborts the request and
-        frees its KV pages. Raises RequestError before the first event if it can never be served."""
+        """Yield the request's events in order, the last one `Done`. Closing the iterator early
+        aborts the request and frees its KV pages.
+
+        Raises:
+            RequestError: the request can never be served; raised before the first event.
+        """
         ...
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Stop these requests; their streams end in `Done("abort")`. Unknown ids are ignored."""
         ...
 
-    def load(self) -> Load: ...
-
-    async def check(self) -> None:
-        """Raise when the engine must be restarted."""
+    def load(self) -> EngineLoad:
+        """How busy the engine is now. Cheap: called for every request and every heartbeat."""
         ...
 
-    async def shutdown(self) -> None: ...
+    async def check(self) -> None:
+        """Raise when the engine must be replaced; Serve then restarts the replica."""
+        ...
+
+    async def shutdown(self) -> None:
+        """Release what `start` took. Safe after a `start` that failed."""
+        ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """What one engine replica says of itself."""
+    """What one engine replica reports about itself in each heartbeat.
+
+    `gated` says whether the accuracy gate passed for exactly the engine that the replica serves. It
+    is true for an engine without an artifact, which has nothing to gate.
+    """
 
     replica_id: str
     info: EngineInfo
-    load: Load
+    load: EngineLoad
+    gated: bool
 
 
 class EngineClient(Protocol):
     """What the ingress needs of the engines behind it."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Events of one request from some engine. Closing it aborts the request."""
+        """Yield the events of one request from some engine. Closing the iterator aborts it."""
         ...
 
     async def statuses(self) -> list[ReplicaStatus]:
-        """Of every replica that is alive. Raises EngineUnavailable where none is."""
+        """The status of every live replica. Raises EngineUnavailable when there is none."""
         ...
 
     async def info(self) -> EngineInfo:

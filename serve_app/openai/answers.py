@@ -1,8 +1,8 @@
-"""What a client reads: OpenAI's answer objects, made from engine events.
+"""OpenAI's answer objects, made from engine events. stream.py calls this file; it does no I/O.
 
-One class per endpoint, the same three methods: `piece` (a streamed chunk with new text), `last`
-(the chunk that carries the finish reason), `whole` (the unstreamed answer). Plain dicts, because a
-chunk is built for every flush of every stream.
+There is one class per endpoint, with the same three methods: `piece` makes a streamed choice with
+new text, `last` the streamed choice that carries the finish reason, `whole` the unstreamed choice.
+They make plain dicts, because one is built for every message of every stream.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from serve_app.engines.protocol import Done, TokenLogprob, Tokens
+from deepseek.engine.request import TokenLogprob
+from serve_app.engines.protocol import Done, Tokens
 
 
 @dataclass(slots=True)
 class ChoiceState:
-    """One choice as told so far; `Tokens` and the final `Done` are folded into it."""
+    """One choice so far. `text_offset` counts characters; `started` says that a piece is sent."""
 
     index: int
     text: list[str] = field(default_factory=list)
@@ -27,6 +28,8 @@ class ChoiceState:
 
 
 class Format(Protocol):
+    """How one endpoint writes its answers. `prefix` begins the answer's id."""
+
     prefix: str
 
     def piece(self, choice: ChoiceState, tokens: Tokens) -> dict[str, Any]: ...
@@ -39,7 +42,7 @@ class Format(Protocol):
 
 
 def usage(choices: list[ChoiceState], prompt_tokens: int) -> dict[str, Any]:
-    """Token counts of the whole request; each prompt counts once, however many choices it has."""
+    """Token counts of the whole request. A prompt counts once, however many choices it has."""
     done = [choice.done for choice in choices if choice.done is not None]
     completion = sum(item.completion_tokens for item in done)
     return {
@@ -125,7 +128,7 @@ class CompletionFormat(_Base):
 
 
 def _bytes(token: str) -> list[int] | None:
-    """UTF-8 of a token's text; None where the token is only a part of a character."""
+    """UTF-8 bytes of a token's text; None for a token that is only part of a character."""
     return None if "\ufffd" in token else list(token.encode())
 
 
@@ -152,7 +155,8 @@ def _chat_logprobs(logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> A
 def _text_logprobs(
     logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...], offset: int
 ) -> dict[str, Any] | None:
-    """OpenAI's older form. Offsets count the characters of the tokens themselves."""
+    """Logprobs as the completions endpoint writes them. Offsets count characters of the tokens,
+    from `offset` on."""
     if not logprobs:
         return None
     offsets = []

@@ -1,7 +1,8 @@
-"""The ingress deployment: http_app.py inside Serve, with a handle to the engines.
+"""The ingress deployment: routes.py inside Serve, with a handle to the engine replicas.
 
-Serve builds the ASGI application once the replica exists (`__serve_build_asgi_app__`), so that it
-is never pickled and can hold the replica's own objects.
+app.py deploys it. Serve builds the ASGI application once the replica exists
+(`__serve_build_asgi_app__`), so the application is never pickled and can hold the replica's own
+objects. Engine replicas report their status here (`note_status`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ def load_tokenizer(config: ServeConfig) -> Tokenizer:
 
 
 class Ingress:
-    """The Serve deployment; Serve asks for the ASGI application once the replica exists."""
+    """One HTTP server process of the application, with its metrics and its board of statuses."""
 
-    # Serve wants the constructor of an ingress to be a coroutine; mypy knows no such thing.
+    # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
     async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
@@ -40,7 +41,7 @@ class Ingress:
         return make_app(self._service, self._all_snapshots)
 
     async def note_status(self, status: ReplicaStatus) -> None:
-        """An engine replica's heartbeat."""
+        """Take in an engine replica's heartbeat."""
         self._board.note(status)
 
     async def metrics_snapshot(self) -> tuple[str, str]:

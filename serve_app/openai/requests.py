@@ -1,24 +1,27 @@
-"""What a client may ask: OpenAI's request bodies, read strictly, translated to our words.
+"""OpenAI's request bodies: read strictly, and translated to the engine's nouns.
 
-This is the only file that knows both vocabularies. Types are strict (`"n": "2"` is an error). A
-field of OpenAI's that this server does not implement is accepted at its neutral value, where it
-changes nothing, and refused by name otherwise; a field nobody knows is refused as a likely typo.
-Extensions beyond OpenAI: `top_k`, `ignore_eos`, `stop_token_ids`.
+Only this file knows both vocabularies; routes.py parses with it. Types are strict (`"n": "2"` is an
+error). A field of OpenAI's that this server does not implement is accepted at its neutral value,
+where it changes nothing, and refused by name otherwise. A field that nobody knows is refused as a
+likely typo. Extensions beyond OpenAI: `top_k`, `ignore_eos`, `stop_token_ids`.
+
+A new sampling parameter is one field of `SamplingParams` and one field of `_Generation` of the same
+name. What depends on the model (lengths, the vocabulary) is checked in routing/checks.py.
 """
 
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.engines.protocol import Sampling
+from deepseek.engine.request import MAX_LOGPROBS, SamplingParams
 from serve_app.errors import InvalidRequest
 
 MAX_CHOICES = 32
 MAX_PROMPTS = 64
-MAX_LOGPROBS = 20
 
 #: OpenAI's fields that are not implemented, with the values at which they change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -47,6 +50,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+_SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)}
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -59,7 +65,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class _Generation(_Body):
-    """What chat and text completions share."""
+    """The fields that chat and text completions share."""
 
     model: str
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -94,29 +100,30 @@ class _Generation(_Body):
 
     @property
     def completion_limit(self) -> int | None:
-        """Tokens asked for at most; None leaves it to the server."""
+        """Tokens to generate at most; None leaves the limit to the server."""
         return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """Alternatives per token to report; None for no logprobs."""
+        """Alternatives to report per token; None for no logprobs."""
         raise NotImplementedError
 
-    def sampling(self, *, max_tokens: int, choice: int) -> Sampling:
-        """Parameters of one choice. With a seed, choice i gets seed + i, so that the choices of
-        one request differ and each of them is reproducible."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            seed=None if self.seed is None else _wrap(self.seed + choice),
-            stop=stop,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
-            logprobs=self.num_logprobs,
-        )
+    def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
+        """Sampling parameters of one choice.
+
+        A field passes through under its own name unless it is rewritten below; null leaves it at
+        the default of `SamplingParams`. With a seed, choice i gets seed + i, so that the choices
+        of one request differ and each of them is reproducible.
+        """
+        passed: dict[str, Any] = self.model_dump(include=_SAMPLING_FIELDS, exclude_none=True)
+        rewritten = {
+            "max_tokens": max_tokens,
+            "seed": None if self.seed is None else _wrap(self.seed + choice),
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "logprobs": self.num_logprobs,
+        }
+        return SamplingParams(**passed | rewritten)
 
 
 class TextPart(_Body):
@@ -158,7 +165,7 @@ class ChatRequest(_Generation):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self) -> list[dict[str, str]]:
-        """Messages as chat templates know them; `developer` is OpenAI's newer name for system."""
+        """Messages as chat templates take them; `developer` is OpenAI's newer name for system."""
         roles = {"developer": "system"}
         return [{"role": roles.get(m.role, m.role), "content": m.text} for m in self.messages]
 
@@ -203,7 +210,7 @@ def parse(model: type[Body], raw: bytes) -> Body:
         return model.model_validate_json(raw)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False)
-    # A neutral unsupported field is dropped and the rest judged again; nothing else is forgiven.
+    # Neutral unsupported fields are dropped and the rest is validated again.
     neutral = {
         item["loc"][0] for item in errors if item["type"] == "extra_forbidden" and _is_neutral(item)
     }
@@ -222,7 +229,7 @@ def _is_neutral(item: Any) -> bool:
 
 
 class _TolerantChat(ChatRequest):
-    """Judges the rest of a body whose extra fields were all found neutral."""
+    """Validates the rest of a body whose extra fields are all neutral."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -238,8 +245,8 @@ _TOLERANT: dict[type[_Generation], type[_Generation]] = {
 
 
 def _explain(model: type[_Generation], item: Any) -> InvalidRequest:
-    """One sentence for pydantic's first complaint. The offending value is never repeated: it may
-    be part of a prompt."""
+    """One sentence for the first of pydantic's errors. It never repeats the value, which may be
+    part of a prompt."""
     place = _place(item["loc"])
     kind = item["type"]
     if kind == "json_invalid":
@@ -272,7 +279,7 @@ def _explain_extra(model: type[_Generation], loc: tuple[Any, ...], place: str) -
 
 
 def _place(loc: tuple[Any, ...]) -> str:
-    """`messages.0.content`, without the union branches that pydantic adds behind the field."""
+    """The field's path, like `messages.0.content`, without pydantic's names of union branches."""
     parts: list[str] = []
     for part in loc:
         if isinstance(part, str) and ("[" in part or part in _BRANCHES):
@@ -281,7 +288,7 @@ def _place(loc: tuple[Any, ...]) -> str:
     return ".".join(parts)
 
 
-#: For fields of several types, where the complaint of one branch alone would mislead.
+#: Messages for fields of several types, where pydantic's error of one branch would mislead.
 _EXPECTED = {
     "prompt": "must be a string, a list of strings, a list of token ids or a list of such lists, "
     f"none of the lists empty, at most {MAX_PROMPTS} prompts",

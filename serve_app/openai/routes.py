@@ -1,12 +1,13 @@
-"""OpenAI's HTTP surface: parse, admit, tokenize, and stream the answer back.
+"""The endpoints of OpenAI's HTTP API, and the path of one generation request through them.
 
-`make_app` is an ordinary FastAPI application over an `EngineClient`; it knows no Ray, and tests run
-it without. ingress.py is the Serve deployment around it. A request goes through `Service.answer`:
+`make_app` makes an ordinary FastAPI application over an `EngineClient`. It knows no Ray, and tests
+run it without; ingress.py is the Serve deployment around it. `Service.answer` calls, in this order:
 
-    key -> body -> parse -> model -> tokenize -> admit -> open the streams -> 200 -> answer
+    check_key -> read_body -> parse -> check_model -> tokenize -> admit -> open_stream
+              -> 200 and Answer.sse, or Answer.collect and 200
 
-Everything that can be refused is refused before the 200; what fails later is told in-band.
-FastAPI's own telemetry is off: the SERVER span is ours, and there is one of it.
+Everything that can be refused is refused before the 200; a later failure is reported in-band.
+FastAPI's own telemetry is off: a request has one SERVER span, and telemetry/request.py makes it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from serve_app.openai.answers import ChatFormat, CompletionFormat
 from serve_app.openai.requests import AnyRequest, ChatRequest, CompletionRequest, parse
 from serve_app.openai.stream import Answer, open_stream
 from serve_app.openai.tokenizer import Tokenizer
-from serve_app.routing.checks import check_key, check_model, make_requests
+from serve_app.routing.checks import admit, check_key, check_model
 from serve_app.telemetry.metrics import RequestMetrics, render
 from serve_app.telemetry.request import Observation
 from serve_app.telemetry.tracing import Telemetry
@@ -41,7 +42,7 @@ _BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
 
 
 class Service:
-    """What the endpoints share: configuration, tokenizer, engines, metrics, tracer."""
+    """The objects that the endpoints share: configuration, tokenizer, engines, metrics, tracer."""
 
     def __init__(
         self,
@@ -51,14 +52,18 @@ class Service:
         telemetry: Telemetry,
     ) -> None:
         self.config = config
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.engines = engines
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
         self.started = int(time.time())
 
     async def answer(self, request: Request, route: str) -> Response:
-        """Serve one generation request; ApiError becomes its response in the app's handler."""
+        """Answer one generation request, and record its outcome exactly once.
+
+        Raises:
+            ApiError: the request is refused; the application's handler makes the response.
+        """
         chat = _BODIES[route] is ChatRequest
         observation = Observation(
             self.telemetry,
@@ -71,7 +76,7 @@ class Service:
             check_key(self.config.api_keys, request.headers)
             body = parse(_BODIES[route], await read_body(request, self.config.max_body_bytes))
             check_model(body.model, self.config.served_name)
-            return await self._generate(body, observation)
+            return await self._respond(body, observation)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
             raise
@@ -80,16 +85,16 @@ class Service:
             observation.finish(known, status=known.status)
             raise
 
-    async def _generate(self, body: AnyRequest, observation: Observation) -> Response:
+    async def _respond(self, body: AnyRequest, observation: Observation) -> Response:
         deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
         request_id = uuid.uuid4().hex
         prompts = await asyncio.to_thread(self._tokenize, body)
-        requests = make_requests(
+        requests = admit(
             body,
             prompts,
             request_id=request_id,
             info=await self.engines.info(),
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=self._tokenizer.vocab_size,
             default_max_tokens=self.config.default_max_tokens,
             trace_context=observation.trace_context,
         )
@@ -116,10 +121,11 @@ class Service:
         return JSONResponse(whole)
 
     def _tokenize(self, body: AnyRequest) -> list[list[int]]:
+        """Token ids of each prompt of the body. Slow for long prompts: call it in a thread."""
         if isinstance(body, ChatRequest):
-            return [self.tokenizer.encode_chat(body.conversation())]
+            return [self._tokenizer.encode_chat(body.conversation())]
         return [
-            self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
         ]
 
@@ -133,7 +139,8 @@ class Service:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; however the connection ends, the engines and the observer learn of it."""
+    """Server-sent events. However the connection ends, open choices are aborted and the outcome is
+    recorded."""
 
     def __init__(
         self, chunks: AsyncIterator[bytes], answer: Answer, observation: Observation
@@ -209,7 +216,7 @@ def make_app(service: Service, snapshots: Any = None) -> FastAPI:
                 "engine": info.engine,
                 "recipe": info.recipe,
                 "artifact_digest": info.artifact_digest,
-                "gated": info.gated,
+                "gated": ready[0].gated,
                 "max_model_len": info.max_model_len,
             }
         )

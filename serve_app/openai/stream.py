@@ -1,12 +1,13 @@
-"""From the streams of a request's choices to its answer, streamed or whole: one path for both.
+"""From the event streams of a request's choices to its answer; one path for streamed and whole.
 
-`open_stream` starts every choice and awaits the first event of each, so that refusal, overload and
-a dead engine are known while the status can still say so. Behind it, `Merged` gives events of all
-choices in order of arrival; each choice ends in exactly one `Done`, whatever happened to its
-engine or to the deadline. `sse` and `collect` turn that into bytes or into one object.
+`open_stream` starts every choice and awaits its first event, so that a refusal, an overload or a
+dead engine is known while the HTTP status can still report it. `MergedStream` then yields the
+events of all choices in order of arrival; each choice ends in exactly one `Done`, whatever happens
+to its engine or to the deadline. `Answer.sse` makes bytes of them, `Answer.collect` one object.
+routes.py calls both. OpenAI's words are in answers.py; which replica answers is not known here.
 
-Cleaning up is synchronous (`close` only cancels the pump tasks, and each pump closes its own engine
-stream): a disconnect arrives as a cancellation, under which awaiting anything is not reliable.
+Cleaning up is synchronous: `close` only cancels the pump tasks, and each pump closes its own engine
+stream. A disconnect arrives as a cancellation, under which it is not reliable to await anything.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from serve_app.openai.answers import ChoiceState, Format, usage
 
 log = logging.getLogger(__name__)
 
-#: How the engine's reasons are called in OpenAI's API, which knows no abort and no error.
+#: Engine's finish reason -> OpenAI's. OpenAI has none for "abort" and "error".
 FINISH_REASONS = {"stop": "stop", "length": "length"}
 
-#: Pumps at work; the event loop itself only holds weak references to tasks.
+#: The running pumps: the event loop itself holds only weak references to tasks.
 _pumps: set[asyncio.Task[None]] = set()
 
 
 class Source(Protocol):
-    """Where events come from: the actor hop in service, an engine itself in tests. It must be an
-    async generator, whose `aclose` aborts the request."""
+    """Where events come from: the actor hop in service, an engine itself in tests. `generate` is an
+    async generator; its `aclose` aborts the request."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]: ...
 
 
-class Merged:
-    """Events of several choices, in order of arrival, each choice ending in exactly one `Done`."""
+class MergedStream:
+    """The events of several choices in order of arrival. Each choice ends in exactly one `Done`."""
 
     def __init__(self, source: Source, requests: Sequence[GenerateRequest], deadline: float):
         """`deadline` is on the running loop's clock."""
@@ -48,7 +49,7 @@ class Merged:
         self._deadline = deadline
         self._open = set(range(len(requests)))
         self._produced = [0] * len(requests)
-        #: Why a choice ended in an error, by index; complete once iteration has ended.
+        #: Errors of choices that failed, by index; complete once iteration has ended.
         self.errors: dict[int, ApiError] = {}
         self._early: list[tuple[int, Event]] = []
         self._tasks = [
@@ -129,7 +130,7 @@ class Merged:
         return Done("error", prompt_tokens, self._produced[index], error=str(error))
 
     def close(self) -> None:
-        """Abort what still runs. Idempotent; safe after a normal end."""
+        """Abort the choices that still run. Idempotent; safe after a normal end."""
         for task in self._tasks:
             task.cancel()
 
@@ -139,7 +140,7 @@ def _engine_failed(done: Done) -> ApiError:
 
 
 def _logged(error: BaseException) -> ApiError:
-    """As an ApiError; what nobody foresaw leaves its traceback in the log."""
+    """The error as an ApiError; the traceback of an unforeseen one goes to the log."""
     known = to_api_error(error)
     if type(known) is ApiError and known is not error:
         log.error("generation failed", exc_info=error)
@@ -148,9 +149,9 @@ def _logged(error: BaseException) -> ApiError:
 
 async def open_stream(
     source: Source, requests: Sequence[GenerateRequest], deadline: float
-) -> Merged:
-    """Start every choice and await its first event; see `Merged.open` for the errors."""
-    merged = Merged(source, requests, deadline)
+) -> MergedStream:
+    """Start every choice and await its first event; see `MergedStream.open` for the errors."""
+    merged = MergedStream(source, requests, deadline)
     try:
         await merged.open()
     except BaseException:
@@ -160,10 +161,10 @@ async def open_stream(
 
 
 class Answer:
-    """Folds events into choices; tells the observer about each, once."""
+    """The answer of one request: passes every event to `observe`, once, and into its choice."""
 
     def __init__(
-        self, merged: Merged, form: Format, num_choices: int, observe: Callable[[Event], None]
+        self, merged: MergedStream, form: Format, num_choices: int, observe: Callable[[Event], None]
     ) -> None:
         self.merged = merged
         self.form = form
@@ -199,7 +200,7 @@ class Answer:
         }
 
     async def sse(self, prompt_tokens: int, *, include_usage: bool) -> AsyncIterator[bytes]:
-        """Server-sent events, ending in `[DONE]`; an error ends the stream in their place."""
+        """Yield server-sent events, the last one `[DONE]`; or, after a failure, the error."""
         envelope = self.form.envelope(streamed=True)
         if include_usage:  # OpenAI: the field is there, and null, on all chunks but the last
             envelope["usage"] = None

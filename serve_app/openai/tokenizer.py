@@ -1,7 +1,8 @@
-"""Text to token ids, in the ingress: prompts, chat templates. The way back is the engine's work.
+"""Text to token ids, in the ingress: prompts and chat templates. routes.py calls it.
 
 `HfTokenizer` reads the tokenizer files that `build` copied into the engine directory, never remote
-code. `ByteTokenizer` goes with the echo engine: one token per UTF-8 byte, nothing to load.
+code. `ByteTokenizer` goes with the echo engine: one token per UTF-8 byte, and nothing to load. The
+engine turns token ids back into text.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a completion prompt, special tokens at the front as the model expects them."""
+        """Ids of a completion prompt, with the special tokens that the model expects in front."""
         ...
 
     def encode_chat(self, conversation: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation in the model's chat template, ready for the assistant's turn."""
+        """Ids of a conversation in the model's chat template, up to the assistant's turn."""
         ...
 
 

@@ -1,1 +1,1 @@
-"""The engine deployment: one engine behind the actor hop."""
+"""The engine deployment: the gate, one engine behind the actor hop, and its messages."""

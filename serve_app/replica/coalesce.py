@@ -1,9 +1,10 @@
-"""Several events as one message: what is ready when a flush is due goes out together.
+"""Joins the events of one stream into messages: a flush sends everything that is ready.
 
 A message costs about a millisecond of CPU on its way from the replica to the socket (actor hop,
-ingress, proxy), whatever it holds. A replica therefore spends a fixed budget of messages per second
-and shares it among its streams: one stream gets every token at once, a hundred get theirs in
-groups. The first flush of a stream is never delayed, nor is its end.
+ingress, proxy), whatever it holds. A replica therefore has a fixed budget of messages per second
+and shares it among its streams: a single stream sends every token at once, a hundred streams send
+theirs in groups. The first message of a stream is never delayed, nor is its end. replica.py calls
+it; it knows no Ray.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from contextlib import aclosing
 
 from serve_app.engines.protocol import Done, Event, Tokens
 
-#: A reader does not notice pauses up to about this.
+#: Longest pause between two messages of a stream; a reader hardly notices it.
 MAX_INTERVAL_S = 0.1
 
 
 def flush_interval(num_streams: int, max_flushes_per_s: float | None) -> float:
-    """Seconds between two flushes of one stream, so that all together keep to the budget."""
+    """Seconds between two messages of one stream that keep all streams within the budget."""
     if max_flushes_per_s is None:
         return 0.0
     return min(MAX_INTERVAL_S, num_streams / max_flushes_per_s)
@@ -28,10 +29,10 @@ def flush_interval(num_streams: int, max_flushes_per_s: float | None) -> float:
 async def coalesce(
     events: AsyncGenerator[Event, None], interval_s: Callable[[], float]
 ) -> AsyncGenerator[tuple[Event, ...], None]:
-    """Everything that is ready, as at most one `Tokens` and one `Done` per item.
+    """Yield everything that is ready, as at most one `Tokens` and one `Done` per message.
 
-    Two flushes with tokens only are at least `interval_s()` apart; `Done` does not wait. Closing it
-    closes `events`.
+    Two messages that hold tokens only are at least `interval_s()` apart; `Done` does not wait.
+    Closing this iterator closes `events`. An exception of `events` follows what came before it.
     """
     ready: list[Event] = []
     arrived = asyncio.Event()
@@ -72,21 +73,21 @@ async def coalesce(
 
 
 def merge_events(events: list[Event]) -> tuple[Event, ...]:
-    """Neighboring `Tokens` as one; order kept."""
+    """Join neighboring `Tokens`; the order stays."""
     merged: list[Event] = []
     run: list[Tokens] = []
     for event in events:
         if isinstance(event, Tokens):
             run.append(event)
             continue
-        merged.extend(_joined(run))
+        merged.extend(_join(run))
         run = []
         merged.append(event)
-    merged.extend(_joined(run))
+    merged.extend(_join(run))
     return tuple(merged)
 
 
-def _joined(run: list[Tokens]) -> list[Event]:
+def _join(run: list[Tokens]) -> list[Event]:
     if len(run) < 2:
         return list(run)
     token_ids = tuple(token for tokens in run for token in tokens.token_ids)

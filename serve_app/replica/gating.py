@@ -1,7 +1,9 @@
-"""Only an artifact whose accuracy gate passed is served; the override exists, and it is loud.
+"""The door: only an engine whose accuracy gate passed is served. The override exists and is loud.
 
-Called twice: by the command before anything starts, for one clear sentence, and by the replica that
-loads the engine, which is where the rule is enforced on a cluster.
+`EngineReplica` calls this before it makes an engine, so the rule holds for every adapter on every
+cluster, and no adapter knows of it. `python -m serve_app` calls it too, before it starts Ray, so
+that a user reads one sentence at once. What a verdict must say is in deepseek/artifact/verdict.py;
+`quant_jobs gate` writes it.
 """
 
 from __future__ import annotations
@@ -14,20 +16,23 @@ from deepseek.errors import ArtifactError
 log = logging.getLogger("ray.serve")
 
 
-def check_gate(directory: Path, *, allow_ungated: bool) -> bool:
-    """Whether the gate passed for exactly this engine.
+def check_gate(engine_dir: Path | None, *, allow_ungated: bool) -> bool:
+    """Whether the gate passed for exactly this engine. None is an engine that serves no artifact
+    (echo): it has nothing to gate, and passes.
 
     Raises:
-        ArtifactError: the directory is no engine, or its gate is missing, failed or judged another
+        ArtifactError: the directory is no engine; or its gate is missing, failed or judged another
             engine, and `allow_ungated` does not override that.
     """
+    if engine_dir is None:
+        return True
     from deepseek.artifact.verdict import require_passed
     from deepseek.engine.packed import read_engine_manifest  # torch is slow to import
 
-    manifest = read_engine_manifest(directory)
+    manifest = read_engine_manifest(engine_dir)
     try:
         require_passed(
-            directory, engine_digest=manifest.digest, artifact_digest=manifest.artifact_digest
+            engine_dir, engine_digest=manifest.digest, artifact_digest=manifest.artifact_digest
         )
     except ArtifactError as error:
         if not allow_ungated:

@@ -1,6 +1,8 @@
-"""The engine deployment: one replica is one engine behind the actor hop.
+"""The engine deployment: a replica owns one engine and answers for it across the actor hop.
 
-One message crosses the hop per flush (coalesce.py), not one per token.
+It checks the gate before it makes the engine, limits how many requests wait, sends the events of a
+request in messages (coalesce.py), and reports its status to every ingress. app.py deploys it,
+routing/replica_client.py calls it. It knows the engine protocol and no adapter.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -19,6 +22,7 @@ from serve_app.config import ReplicaLimits
 from serve_app.engines.protocol import Engine, Event, GenerateRequest, ReplicaStatus
 from serve_app.errors import ApiError, Overloaded
 from serve_app.replica.coalesce import coalesce, flush_interval
+from serve_app.replica.gating import check_gate
 from serve_app.routing.replica_client import HEARTBEAT_S
 from serve_app.telemetry.tracing import Telemetry
 
@@ -26,39 +30,51 @@ log = logging.getLogger("ray.serve")
 
 EngineFactory = Callable[[], Engine]
 
-#: The name of the deployment that the heartbeats go to.
+#: The name of the deployment that receives the heartbeats.
 INGRESS = "ingress"
 
-#: Why a heartbeat may not arrive: the ingress starts or stops, or the engine itself is not well.
+#: What a heartbeat may raise: the ingress is starting or stopping, or the engine has failed.
 _NO_INGRESS = (RayServeException, RayError, TimeoutError, ApiError)
 
 
 class EngineReplica:
-    """Wraps one engine. Serve calls `check_health`, `reconfigure` and `__del__`."""
+    """Owns one engine. Serve calls `check_health`, `reconfigure` and `__del__`.
 
-    # Serve awaits a constructor that is a coroutine; mypy knows no such thing.
-    async def __init__(self, make_engine: EngineFactory) -> None:  # type: ignore[misc]
+    The constructor raises ArtifactError when `engine_dir` has not passed its accuracy gate and
+    `allow_ungated` does not override that. `engine_dir` None serves no artifact (echo).
+    """
+
+    # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
+    async def __init__(  # type: ignore[misc]
+        self, make_engine: EngineFactory, engine_dir: Path | None, *, allow_ungated: bool
+    ) -> None:
+        # Before an engine exists, so that no adapter has to know of gates.
+        self._gated = check_gate(engine_dir, allow_ungated=allow_ungated)
         self._telemetry = Telemetry.from_environment()
         self._limits = ReplicaLimits()
         self._num_streams = 0
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._engine = make_engine()
         self._info = await self._engine.start()
-        if not self._info.gated:
-            log.warning("UNGATED: %s has not passed its accuracy gate", self._info.model_id)
+        if not self._gated:  # once more, below everything that the engine logged while it loaded
+            log.warning("UNGATED: %s has not passed its accuracy gate", engine_dir)
         self._heartbeat = asyncio.create_task(self._send_heartbeats())
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take limits that may change while serving; anything else needs a new deployment."""
+        """Apply limits that may change while serving; other settings need a new deployment."""
         self._limits = ReplicaLimits.model_validate(user_config)
 
     async def check_health(self) -> None:
         await self._engine.check()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[Event, ...], None]:
-        """Events in order, several per message. Raises Overloaded before the first."""
-        waiting, most = self._engine.load().waiting, self._limits.max_waiting_requests
-        if most is not None and waiting > most:
+        """Yield the request's messages: one or more events each, in order.
+
+        Raises:
+            Overloaded: too many requests wait in the engine; raised before the first message.
+        """
+        waiting, limit = self._engine.load().waiting, self._limits.max_waiting_requests
+        if limit is not None and waiting > limit:
             raise Overloaded(f"{waiting} requests are waiting for this engine; retry later")
         self._num_streams += 1
         try:
@@ -74,16 +90,23 @@ class EngineReplica:
     def _flush_interval_s(self) -> float:
         return flush_interval(self._num_streams, self._limits.max_flushes_per_s)
 
+    def _status(self) -> ReplicaStatus:
+        return ReplicaStatus(
+            replica_id=self._replica_id,
+            info=self._info,
+            load=self._engine.load(),
+            gated=self._gated,
+        )
+
     async def _send_heartbeats(self) -> None:
-        """Tell every ingress how this replica is, for as long as it is well."""
+        """Report the status to every ingress, for as long as the engine's check passes."""
         context = serve.get_replica_context()
         ingress = serve.get_deployment_handle(INGRESS, context.app_name)
         while True:
             try:
                 async with asyncio.timeout(HEARTBEAT_S):
                     await self._engine.check()
-                    status = ReplicaStatus(self._replica_id, self._info, self._engine.load())
-                    beat = ingress.broadcast("note_status", status)
+                    beat = ingress.broadcast("note_status", self._status())
                     await beat.results_async(return_exceptions=True)
             except _NO_INGRESS as error:
                 log.debug("heartbeat not delivered: %s", error)

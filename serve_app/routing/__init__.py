@@ -1,1 +1,1 @@
-"""Between HTTP and a replica: what may be asked, and which replica answers."""
+"""Between the HTTP API and the replicas: admission checks, and the client of the actor hop."""

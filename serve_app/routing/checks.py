@@ -1,8 +1,9 @@
-"""Who may ask, for what, and whether it can ever be served. Pure: values in, values or errors out.
+"""Admission checks: who may ask, for which model, and whether a request can ever be served.
 
-What is decided here needs no waiting: the key, the model's name, token ids that exist, and whether
-prompt and completion fit the context and the KV cache at all. Whether there is room *now* is the
-engine's and Serve's to say, and comes back as 429.
+Pure functions, called by openai/routes.py: values in, values or errors out. Nothing here waits. It
+checks the key, the model's name, that token ids exist, and that prompt and completion fit the
+context and the KV cache at all. Whether there is room *now* is decided by the engine and by Serve's
+queue, and a client sees that as a 429.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from serve_app.openai.requests import MAX_CHOICES, AnyRequest
 
 
 def check_key(keys: Sequence[SecretStr], headers: Mapping[str, str]) -> None:
-    """Compare the bearer token with every key, in time that tells nothing about them.
+    """Compare the bearer token with every key in constant time.
 
     Raises:
-        Unauthorized: keys are configured and none was given.
+        Unauthorized: keys are configured, and the token is none of them.
     """
     if not keys:
         return
@@ -31,41 +32,41 @@ def check_key(keys: Sequence[SecretStr], headers: Mapping[str, str]) -> None:
         raise Unauthorized("give a valid API key: Authorization: Bearer KEY")
 
 
-def check_model(given: str, served: str) -> None:
+def check_model(requested: str, served: str) -> None:
     """Raises ModelNotFound unless the request names the model that is served."""
-    if given != served:
-        raise ModelNotFound(f"model {given[:200]!r} is not served here; use {served!r}")
+    if requested != served:
+        raise ModelNotFound(f"model {requested[:200]!r} is not served here; use {served!r}")
 
 
 def choose_max_tokens(
-    num_prompt_tokens: int, asked: int | None, default: int, info: EngineInfo
+    num_prompt_tokens: int, requested: int | None, default: int, info: EngineInfo
 ) -> int:
-    """Tokens to generate at most: as asked, or the default cut to what the context leaves.
+    """Tokens to generate at most: as requested, or the default cut to what the context leaves.
 
     Raises:
         InvalidRequest: prompt and completion cannot fit, whatever else is running.
     """
     limit = min(info.max_model_len, info.kv_tokens_total)
-    what = "model's context" if info.max_model_len <= info.kv_tokens_total else "KV cache"
+    holder = "model's context" if info.max_model_len <= info.kv_tokens_total else "KV cache"
     room = limit - num_prompt_tokens
     if room < 1:
         raise InvalidRequest(
-            f"the prompt has {num_prompt_tokens} tokens and the {what} holds {limit}, completion "
+            f"the prompt has {num_prompt_tokens} tokens and the {holder} holds {limit}, completion "
             "included; shorten the prompt",
             code="context_length_exceeded",
         )
-    if asked is None:
+    if requested is None:
         return min(default, room)
-    if asked > room:
+    if requested > room:
         raise InvalidRequest(
-            f"the prompt has {num_prompt_tokens} tokens and max_tokens asks for {asked} more, but "
-            f"the {what} holds {limit}; shorten the prompt or ask for at most {room}",
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens asks for {requested} more, "
+            f"but the {holder} holds {limit}; shorten the prompt or ask for at most {room}",
             code="context_length_exceeded",
         )
-    return asked
+    return requested
 
 
-def make_requests(
+def admit(
     body: AnyRequest,
     prompts: Sequence[Sequence[int]],
     *,
@@ -75,11 +76,12 @@ def make_requests(
     default_max_tokens: int,
     trace_context: dict[str, str],
 ) -> list[GenerateRequest]:
-    """One engine request per prompt and choice, in the order of the answer's indices.
+    """The engine requests of a body: one per prompt and choice, in the order of the answer's
+    indices. `prompts` are token ids.
 
     Raises:
         InvalidRequest: a prompt is empty, too long, or holds an id outside the vocabulary; or the
-            request has more choices in total than one request may.
+            body asks for more choices in total than MAX_CHOICES.
     """
     if len(prompts) * body.num_choices > MAX_CHOICES and len(prompts) > 1:
         raise InvalidRequest(

@@ -1,8 +1,9 @@
-"""The actor hop as the ingress sees it: a handle of Serve's on one side, our words on the other.
+"""The client of the engine replicas: the actor hop as the ingress sees it.
 
-Requests go through the handle; Ray's exceptions are translated to ours. What the replicas say of
-themselves comes the other way, as a heartbeat that each sends to every ingress: asking them would
-queue behind the requests that they work on, so that a full service could not tell its own health.
+A request goes through a Serve deployment handle, which picks a replica; Ray's exceptions become
+ours. Status comes the other way: every replica sends a heartbeat to every ingress. Asking a replica
+for it would queue behind the requests that it works on, and a full service could not report its own
+health. The ingress (openai/ingress.py) makes the client; replica/replica.py is the other side.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from deepseek.errors import RequestError
 from serve_app.engines.protocol import EngineInfo, Event, GenerateRequest, ReplicaStatus
 from serve_app.errors import ApiError, EngineUnavailable, Overloaded
 
-#: Seconds between heartbeats, and the age at which a replica that sends none counts as gone.
+#: Seconds between heartbeats, and the age in seconds at which a silent replica counts as gone.
 HEARTBEAT_S = 1.0
 MAX_AGE_S = 5.0
-#: How long a request waits for the first heartbeat of a service that has just started.
+#: Seconds that a request waits for the first heartbeat of a service that has just started.
 PATIENCE_S = 10.0
 
 
@@ -31,33 +32,34 @@ class StatusBoard:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._noted: dict[str, tuple[float, ReplicaStatus]] = {}
-        self._news = asyncio.Event()
+        self._statuses: dict[str, tuple[float, ReplicaStatus]] = {}  # id -> arrival time, status
+        self._arrived = asyncio.Event()
 
     def note(self, status: ReplicaStatus) -> None:
-        self._noted[status.replica_id] = (self._clock(), status)
-        self._news.set()
+        """Take in a heartbeat."""
+        self._statuses[status.replica_id] = (self._clock(), status)
+        self._arrived.set()
 
     def fresh(self) -> list[ReplicaStatus]:
-        """Of the replicas that have been heard of lately; the others are forgotten."""
+        """The statuses that are at most MAX_AGE_S old; older ones are dropped."""
         oldest = self._clock() - MAX_AGE_S
-        self._noted = {name: item for name, item in self._noted.items() if item[0] >= oldest}
-        return [status for _, status in self._noted.values()]
+        self._statuses = {name: item for name, item in self._statuses.items() if item[0] >= oldest}
+        return [status for _, status in self._statuses.values()]
 
     async def first(self) -> ReplicaStatus:
-        """Any fresh status, waiting a little for one. Raises EngineUnavailable."""
+        """Any fresh status; waits up to PATIENCE_S for one. Raises EngineUnavailable."""
         try:
             async with asyncio.timeout(PATIENCE_S):
                 while not (fresh := self.fresh()):
-                    self._news.clear()
-                    await self._news.wait()
+                    self._arrived.clear()
+                    await self._arrived.wait()
         except TimeoutError:
             raise EngineUnavailable("no engine replica is ready; retry later") from None
         return fresh[0]
 
 
 class ReplicaClient:
-    """`EngineClient` over a Serve deployment handle."""
+    """Implements `EngineClient` over a Serve deployment handle."""
 
     def __init__(self, handle: Any, board: StatusBoard) -> None:
         self._stream = handle.options(stream=True, method_name="generate")
@@ -66,17 +68,17 @@ class ReplicaClient:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         response = self._stream.remote(request)
-        over = False
+        ended = False
         try:
             async for batch in response:
                 for event in batch:
                     yield event
-            over = True
+            ended = True
         except Exception as error:
-            over = True
+            ended = True
             raise translate(error) from error
         finally:
-            if not over:  # cancelling what Serve refused raises the refusal a second time
+            if not ended:  # cancelling a request that Serve refused raises the refusal again
                 response.cancel()
 
     async def statuses(self) -> list[ReplicaStatus]:
@@ -91,7 +93,7 @@ class ReplicaClient:
 
 
 def translate(error: Exception) -> Exception:
-    """Ray's exceptions as ours; an exception of the replica's own code is unwrapped."""
+    """The error of ours for an exception of Ray's; one that the replica raised is unwrapped."""
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause
         if isinstance(cause, ApiError | RequestError):

@@ -1,1 +1,1 @@
-"""Traces and metrics of requests. Prompts are never recorded."""
+"""Traces and metrics of requests; they decide nothing. Prompts are never recorded."""

@@ -1,9 +1,10 @@
-"""Prometheus metrics: one table of names, frozen by a test, and the merging of several ingresses.
+"""Prometheus metrics: one table of names, frozen by a test, joined over all ingresses.
 
-Histograms follow OpenTelemetry's GenAI server metrics, dots written as Prometheus writes them; the
-bounds go beyond the advised ones, which stop before a long context has been read. Each ingress
-counts its own requests; a scrape reaches any one of them and must see all, so that `render` joins
-the snapshots under an `ingress` label and adds each engine replica's gauges.
+Histograms follow OpenTelemetry's GenAI server metrics, with Prometheus' underscores for dots. Their
+bounds go beyond the advised ones, which end before a long prompt has been prefilled. Each ingress
+counts its own requests (request.py), but a scrape reaches only one of them and must report all:
+`render` joins the snapshots of all ingresses under an `ingress` label and adds the gauges of every
+engine replica. openai/routes.py serves the text.
 """
 
 from __future__ import annotations
@@ -80,37 +81,40 @@ class RequestMetrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        made: dict[str, Counter | Gauge | Histogram] = {}
+        self._metrics: dict[str, Counter | Gauge | Histogram] = {}
         for name, (kind, labels, bounds, text) in REQUEST_METRICS.items():
             if kind == "histogram":
                 assert bounds is not None
-                made[name] = Histogram(name, text, labels, registry=self.registry, buckets=bounds)
+                self._metrics[name] = Histogram(
+                    name, text, labels, registry=self.registry, buckets=bounds
+                )
             else:
                 metric_class = Counter if kind == "counter" else Gauge
-                made[name] = metric_class(name, text, labels, registry=self.registry)
-        self._made = made
+                self._metrics[name] = metric_class(name, text, labels, registry=self.registry)
 
     def observe(self, name: str, seconds: float, *labels: str) -> None:
-        metric = self._made[name]
+        metric = self._metrics[name]
         assert isinstance(metric, Histogram)
         metric.labels(*labels).observe(seconds)
 
     def count(self, name: str, amount: float, *labels: str) -> None:
-        metric = self._made[name]
+        metric = self._metrics[name]
         assert isinstance(metric, Counter)
         metric.labels(*labels).inc(amount)
 
     def in_flight(self, change: int) -> None:
-        metric = self._made["intserve_requests_in_flight"]
+        metric = self._metrics["intserve_requests_in_flight"]
         assert isinstance(metric, Gauge)
         metric.inc(change)
 
     def snapshot(self) -> str:
-        """The text of this process's metrics."""
+        """This process's metrics as Prometheus text."""
         return generate_latest(self.registry).decode()
 
 
-class _Joined(Collector):
+class _JoinedCollector(Collector):
+    """The samples of all ingresses, labeled, and the gauges of all engine replicas."""
+
     def __init__(self, snapshots: Mapping[str, str], replicas: Iterable[ReplicaStatus]) -> None:
         self._snapshots = snapshots
         self._replicas = replicas
@@ -146,7 +150,7 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
                 info.engine,
                 info.recipe,
                 info.artifact_digest,
-                str(info.gated).lower(),
+                str(status.gated).lower(),
             ],
             1,
         )
@@ -154,7 +158,7 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
 
 
 def render(snapshots: Mapping[str, str], replicas: Iterable[ReplicaStatus]) -> bytes:
-    """Prometheus text of all ingresses (id -> snapshot) and all engine replicas."""
+    """The Prometheus text of all ingresses (id -> snapshot) and all engine replicas."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Joined(snapshots, list(replicas)))
+    registry.register(_JoinedCollector(snapshots, list(replicas)))
     return generate_latest(registry)

@@ -1,7 +1,7 @@
 """One request as the operator sees it: its SERVER span and its metrics, finished exactly once.
 
-The ingress tells it what happened (`describe`, `event`, `finish`); nothing here decides anything,
-and nothing here ever sees a prompt.
+openai/routes.py reports to it what happens (`describe`, `event`, `finish`). It decides nothing and
+never sees the text of a prompt or an answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from serve_app.telemetry.tracing import Telemetry, propagate, set_error
 
 
 class Observation:
-    """From arrival to last byte."""
+    """The record of one request, from its arrival to its last byte."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Observation:
         self._operation = operation
         self._model = ""
         self._arrived = time.monotonic()
-        self._first: float | None = None
+        self._first_token_s: float | None = None
         self._reasons: list[str] = []
         self._tokens = {"input": 0, "cached_input": 0, "output": 0}
         self._finished = False
@@ -50,6 +50,7 @@ class Observation:
 
     @property
     def trace_context(self) -> dict[str, str]:
+        """W3C trace context of the span, for the actor hop."""
         return propagate(self._span)
 
     def describe(
@@ -60,7 +61,7 @@ class Observation:
         num_prompt_tokens: int,
         response_id: str,
     ) -> None:
-        """Once the request is known to be servable. Each prompt counts once, whatever `n` is."""
+        """Record what an admitted request asks for. A prompt counts once, whatever `n` is."""
         self._model = body.model
         self._tokens["input"] = num_prompt_tokens
         sampling = requests[0].sampling
@@ -82,7 +83,7 @@ class Observation:
             self._span.set_attribute("gen_ai.request.seed", body.seed)
 
     def event(self, event: Event) -> None:
-        """An engine event on its way to the client."""
+        """Record an engine event on its way to the client."""
         if isinstance(event, Done):
             self._reasons.append(event.reason)
             self._tokens["cached_input"] += event.cached_tokens
@@ -94,12 +95,12 @@ class Observation:
                     self._operation,
                     self._model,
                 )
-        elif self._first is None:
-            self._first = time.monotonic() - self._arrived
-            self._span.set_attribute("gen_ai.response.time_to_first_chunk", self._first)
+        elif self._first_token_s is None:
+            self._first_token_s = time.monotonic() - self._arrived
+            self._span.set_attribute("gen_ai.response.time_to_first_chunk", self._first_token_s)
             self._metrics.observe(
                 "gen_ai_server_time_to_first_token_seconds",
-                self._first,
+                self._first_token_s,
                 self._operation,
                 self._model,
             )
@@ -107,7 +108,8 @@ class Observation:
     def finish(self, error: ApiError | None, *, status: int, disconnected: bool = False) -> None:
         """End the span and count the outcome. Later calls change nothing.
 
-        `status` is what the client saw: an error after the first byte leaves it at 200.
+        `status` is the HTTP status that the client got: an error after the first byte leaves it at
+        200.
         """
         if self._finished:
             return

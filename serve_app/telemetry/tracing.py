@@ -1,15 +1,15 @@
 """OpenTelemetry spans: one trace from HTTP to the engine's phases.
 
-    chat {model}            SERVER, in the ingress, continues the client's `traceparent`
-      engine.generate       in the replica, one per choice
-        queue, prefill, decode    from the times in `Done`, with explicit start and end
+    chat {model}                  SERVER span of the ingress; continues the client's `traceparent`
+      engine.generate             in the replica, one per choice
+        queue, prefill, decode    made from the times in `Done`, with explicit start and end
 
 Configured by OpenTelemetry's own environment variables alone (OTEL_EXPORTER_OTLP_ENDPOINT,
 OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, OTEL_SDK_DISABLED ...); without an endpoint every span is a
-no-op. The provider is not made global: other libraries' automatic spans (FastAPI's, Ray's) would
-otherwise appear beside ours. Names follow the GenAI conventions, written out here because the
-Python constants are deprecated while the conventions move. Prompt and answer texts are never
-recorded.
+no-op. The provider is not global: automatic spans of other libraries (FastAPI, Ray) would otherwise
+appear beside ours. Names follow the GenAI conventions; they are written out here because the Python
+constants are deprecated while the conventions move. The text of prompts and answers is never
+recorded. telemetry/request.py makes the SERVER span, replica/replica.py the others.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Telemetry:
         """Read OpenTelemetry's variables.
 
         Raises:
-            ConfigError: a protocol or an exporter that is not installed is asked for.
+            ConfigError: the variables name a protocol or an exporter that is not installed.
         """
         endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get(
             "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -83,24 +83,24 @@ class Telemetry:
             self._provider = None
 
     def start_server_span(self, name: str, headers: Mapping[str, str]) -> Span:
-        """The root of our part of the trace; a child of the client's span where it sent one."""
+        """Start the root of our part of the trace; a child of the client's span if it sent one."""
         context = _W3C.extract(headers)
         return self.tracer.start_span(name, context=context, kind=SpanKind.SERVER)
 
     @contextmanager
     def generation(self, request: GenerateRequest) -> Iterator[GenerationSpan]:
-        """Wraps one choice in the replica."""
-        recorded = GenerationSpan(self.tracer, request)
+        """Trace one choice in the replica, from its request to its last event."""
+        span = GenerationSpan(self.tracer, request)
         try:
-            yield recorded
+            yield span
         except BaseException as error:
-            recorded.finish(type(error).__name__)
+            span.finish(type(error).__name__)
             raise
-        recorded.finish(None)
+        span.finish(None)
 
 
 def propagate(span: Span) -> dict[str, str]:
-    """`traceparent` (and `tracestate`) for the actor hop; empty when nothing is traced."""
+    """`traceparent` and `tracestate` for the actor hop; empty when nothing is traced."""
     carrier: dict[str, str] = {}
     _W3C.inject(carrier, context=set_span_in_context(span))
     return carrier
@@ -112,7 +112,7 @@ def set_error(span: Span, kind: str) -> None:
 
 
 class GenerationSpan:
-    """`engine.generate`, and its phases once `Done` has told how long they took."""
+    """The span `engine.generate`, and the spans of its phases once `Done` gives their times."""
 
     def __init__(self, tracer: Tracer, request: GenerateRequest) -> None:
         self._tracer = tracer
@@ -130,12 +130,14 @@ class GenerationSpan:
         self._done: Done | None = None
 
     def note(self, events: Iterable[Event]) -> None:
+        """Look for the final event."""
         for event in events:
             if isinstance(event, Done):
                 self._done = event
 
     def finish(self, error: str | None) -> None:
-        """End the span; without a `Done` the client left or the engine failed."""
+        """End the span. Without a `Done` the client left or the engine failed: `error` names the
+        exception."""
         done = self._done
         if done is not None:
             self._phases(done)
@@ -163,11 +165,11 @@ class GenerationSpan:
             ),
             ("decode", done.decode_s, {"gen_ai.usage.output_tokens": done.completion_tokens}),
         ]
-        at = self._start_ns
+        start_ns = self._start_ns
         for name, seconds, attributes in phases:
-            end = at + int(seconds * 1e9)
+            end_ns = start_ns + int(seconds * 1e9)
             span = self._tracer.start_span(
-                name, context=context, start_time=at, attributes=attributes
+                name, context=context, start_time=start_ns, attributes=attributes
             )
-            span.end(end_time=end)
-            at = end
+            span.end(end_time=end_ns)
+            start_ns = end_ns

@@ -1,4 +1,4 @@
-"""One Ray Serve instance and one OTLP receiver for all tests that need the real thing."""
+"""One Ray Serve instance and one OTLP receiver, shared by the tests that need real ones."""
 
 from __future__ import annotations
 

@@ -53,16 +53,16 @@ def test_a_directory_that_is_no_engine_is_one_sentence(root: Path, tmp_path: Pat
 
 def processes_of_session(session: int) -> list[str]:
     """Commands of live processes that belong to a session, its leader excepted."""
-    found = []
+    commands = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
         try:
             if os.getsid(int(entry.name)) == session and int(entry.name) != session:
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                commands.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except (ProcessLookupError, FileNotFoundError):
             continue  # it ended while we looked
-    return [command for command in found if command]
+    return [command for command in commands if command]
 
 
 def test_it_prints_one_url_serves_and_leaves_nothing_behind(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the service: strict, frozen, and silent about keys."""
+"""Settings of the service: strict, frozen, and no API key is ever shown."""
 
 from __future__ import annotations
 

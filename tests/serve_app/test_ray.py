@@ -1,4 +1,4 @@
-"""The service on a real Ray Serve instance, asked by real clients over real sockets."""
+"""The echo service on a real Ray Serve instance, with real clients over real sockets."""
 
 from __future__ import annotations
 

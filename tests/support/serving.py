@@ -1,4 +1,4 @@
-"""What several tests of the service share: engines in this process, a faulty one, SSE reading."""
+"""Shared by tests of the service: requests, engines in this process, a faulty one, SSE reading."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from deepseek.engine.request import SamplingParams
 from serve_app.config import EchoOptions, ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import (
@@ -26,8 +27,22 @@ from serve_app.openai.tokenizer import ByteTokenizer
 from serve_app.telemetry.tracing import Telemetry
 
 
+def make_request(text: str = "hello", name: str = "r", **sampling: Any) -> GenerateRequest:
+    """A request to an engine whose tokens are bytes."""
+    settings = SamplingParams(**{"max_tokens": 100, **sampling})
+    return GenerateRequest(request_id=name, prompt_ids=tuple(text.encode()), sampling=settings)
+
+
+async def read_answer(engine: Engine, request: GenerateRequest) -> tuple[str, Done]:
+    """The whole text of one request, and its final event."""
+    *tokens, done = [event async for event in engine.generate(request)]
+    assert isinstance(done, Done)
+    assert all(isinstance(event, Tokens) for event in tokens)
+    return "".join(event.text for event in tokens if isinstance(event, Tokens)), done
+
+
 class LocalEngines:
-    """An `EngineClient` without the actor hop."""
+    """Implements `EngineClient` without the actor hop."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -36,14 +51,15 @@ class LocalEngines:
         return self.engine.generate(request)
 
     async def statuses(self) -> list[ReplicaStatus]:
-        return [ReplicaStatus("local", await self.engine.start(), self.engine.load())]
+        info = await self.engine.start()
+        return [ReplicaStatus(replica_id="local", info=info, load=self.engine.load(), gated=True)]
 
     async def info(self) -> EngineInfo:
         return await self.engine.start()
 
 
 class FaultyEngine(EchoEngine):
-    """An echo that fails on request: the prompt's first word says how."""
+    """An echo that fails on request: the prompt's first word names the fault."""
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         fault = bytes(request.prompt_ids).decode().split()[0]
@@ -105,7 +121,7 @@ def metric(text: str, name: str, **labels: str) -> float:
 def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
     """Poll a condition on the service until it holds."""
     end = time.monotonic() + timeout_s
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < end, "the condition did not come about in time"
         time.sleep(0.02)
-    return found
+    return value

@@ -1,4 +1,4 @@
-"""The embedded engine behind the service: the trained example model, unquantized, over HTTP."""
+"""The embedded engine's adapter: over HTTP with the trained example model, and alone."""
 
 from __future__ import annotations
 
@@ -14,21 +14,18 @@ from openai import OpenAI
 from ray import serve
 from support.serving import metric, wait_for
 
-from deepseek.artifact.verdict import GateVerdict, write_verdict
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.packed import pack_engine, read_engine_manifest
 from deepseek.engine.request import Request, SamplingParams, StepOutput
 from deepseek.errors import ArtifactError, RequestError
-from deepseek.recipe import GateLimits
 from deepseek.source.checkpoint import CheckpointReader
 from serve_app.app import build
 from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine
-from serve_app.engines.protocol import Done, GenerateRequest, Sampling, Tokens
+from serve_app.engines.protocol import Done, GenerateRequest, Tokens
 from serve_app.errors import EngineUnavailable
 from serve_app.openai.tokenizer import HfTokenizer
-from serve_app.replica.gating import check_gate
 
 QUESTION = [{"role": "user", "content": "What does a list comprehension return?"}]
 
@@ -104,9 +101,9 @@ def test_a_greedy_chat_is_what_the_engine_says(
     assert answer.usage.prompt_tokens == len(prompt_ids)
     assert answer.usage.completion_tokens == outputs[-1].completion_tokens
     told = answer.choices[0].logprobs.content
-    wanted = [item for output in outputs for item in output.logprobs]
-    assert [entry.token for entry in told] == [item.token for item in wanted]
-    assert [entry.logprob for entry in told] == pytest.approx([item.logprob for item in wanted])
+    logprobs = [item for output in outputs for item in output.logprobs]
+    assert [entry.token for entry in told] == [item.token for item in logprobs]
+    assert [entry.logprob for entry in told] == pytest.approx([item.logprob for item in logprobs])
     assert all(entry.logprob == entry.top_logprobs[0].logprob <= 0.0 for entry in told)
 
     with chat(client, max_tokens=24, temperature=0, stream=True) as stream:
@@ -181,7 +178,7 @@ class FailingSteps(LLMEngine):
 def asked(name: str, length: int = 5, **sampling: Any) -> GenerateRequest:
     fields = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, **sampling}
     return GenerateRequest(
-        request_id=name, prompt_ids=tuple(range(5, 5 + length)), sampling=Sampling(**fields)
+        request_id=name, prompt_ids=tuple(range(5, 5 + length)), sampling=SamplingParams(**fields)
     )
 
 
@@ -241,46 +238,7 @@ async def test_what_the_engine_refuses_is_the_clients_mistake(settings: ServeCon
     await engine.shutdown()
 
 
-# The gate.
-
-
-def verdict(directory: Path, **changes: Any) -> GateVerdict:
-    manifest = read_engine_manifest(directory)
-    fields: dict[str, Any] = {
-        "passed": True,
-        "artifact_digest": manifest.artifact_digest,
-        "engine_digest": manifest.digest,
-        "measured": {"perplexity": 3.0},
-        "limits": GateLimits(max_perplexity_ratio=1.1, max_mean_kl=0.1, min_top1=0.9),
-        "reasons": (),
-    }
-    return GateVerdict(**fields | changes)
-
-
-async def test_only_a_gated_artifact_is_served_unless_loudly_overridden(
-    settings: ServeConfig, engine_dir: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    strict = settings.model_copy(update={"allow_ungated": False})
-    gate = engine_dir / "gate.json"
-    try:
-        for wrong, says in (
-            (None, "never gated"),
-            (verdict(engine_dir, passed=False, reasons=("perplexity is 9 % worse",)), "9 % worse"),
-            (verdict(engine_dir, engine_digest="0" * 64), "judges the engine"),
-        ):
-            if wrong is not None:
-                write_verdict(engine_dir, wrong)
-            with pytest.raises(ArtifactError, match=says):
-                await EmbeddedEngine(strict).start()
-            caplog.clear()
-            assert check_gate(engine_dir, allow_ungated=True) is False
-            assert "UNGATED" in caplog.text
-        write_verdict(engine_dir, verdict(engine_dir))
-        caplog.clear()
-        assert check_gate(engine_dir, allow_ungated=False) is True
-        assert caplog.text == ""
-    finally:
-        gate.unlink(missing_ok=True)
+# The tokenizer of its directory.
 
 
 async def test_the_chat_template_and_the_tokenizer_are_the_models(engine_dir: Path) -> None:

@@ -1,12 +1,14 @@
-"""Request bodies: what is accepted, and the one sentence for what is not."""
+"""Request bodies: what is accepted, what reaches the engine, and one sentence for each refusal."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
 
+from deepseek.engine.request import MAX_LOGPROBS, SamplingParams
 from serve_app.errors import InvalidRequest
 from serve_app.openai.requests import UNSUPPORTED, ChatRequest, CompletionRequest, parse
 
@@ -154,6 +156,72 @@ def test_choices_of_a_seeded_request_have_different_reproducible_seeds() -> None
     seeds = [body.sampling(max_tokens=1, choice=choice).seed for choice in range(2)]
     assert seeds == [2**63 - 1, -(2**63)]
     assert parse_chat().sampling(max_tokens=1, choice=1).seed is None
+
+
+#: Every sampling parameter as a client writes it, none at its default, and as the engine gets it.
+SAMPLING: dict[str, tuple[Any, Any]] = {
+    "max_tokens": (7, 7),
+    "temperature": (0.25, 0.25),
+    "top_p": (0.5, 0.5),
+    "top_k": (3, 3),
+    "seed": (11, 11),
+    "stop": (["a", "b"], ("a", "b")),
+    "stop_token_ids": ([4, 5], (4, 5)),
+    "ignore_eos": (True, True),
+    "logprobs": (2, 2),
+}
+
+
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
+def test_every_sampling_parameter_is_a_field_of_both_bodies(model: Any) -> None:
+    names = {field.name for field in fields(SamplingParams)}
+    assert names <= set(model.model_fields)
+    assert names == set(SAMPLING)
+
+
+def test_every_sampling_parameter_reaches_the_engine() -> None:
+    given = {name: value for name, (value, _) in SAMPLING.items()}
+    expected = {name: value for name, (_, value) in SAMPLING.items()}
+    plain = asdict(SamplingParams(max_tokens=1))
+    assert all(plain[name] != value for name, value in expected.items())
+    chat = given | {"logprobs": True, "top_logprobs": given["logprobs"]}
+    for body in (parse_text(**given), parse_chat(**chat)):
+        assert body.completion_limit == given["max_tokens"]
+        assert asdict(body.sampling(max_tokens=7, choice=0)) == expected
+
+
+def test_a_parameter_that_is_absent_or_null_has_the_engines_default() -> None:
+    null = dict.fromkeys(set(SAMPLING) - {"ignore_eos"})
+    for body in (parse_text(), parse_chat(), parse_text(**null), parse_chat(**null)):
+        assert body.sampling(max_tokens=3, choice=0) == SamplingParams(max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0},
+        {"temperature": 2},
+        {"top_p": 1e-300},
+        {"top_p": 1},
+        {"top_k": 0},
+        {"top_k": 2**70},
+        {"seed": -(2**63)},
+        {"stop": ["x"] * 16},
+        {"stop_token_ids": [2**70]},
+        {"logprobs": 0},
+        {"logprobs": MAX_LOGPROBS},
+    ],
+)
+def test_the_engine_refuses_no_value_that_the_body_accepts(fields: Any) -> None:
+    parse_text(**fields).sampling(max_tokens=1, choice=0)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_is_not_finite_is_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(CompletionRequest, f'{{"model": "m", "prompt": "hi", "{name}": {value}}}'.encode())
+    assert caught.value.param == name
 
 
 def test_logprobs_mean_the_same_in_both_endpoints() -> None:

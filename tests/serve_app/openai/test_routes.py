@@ -1,4 +1,4 @@
-"""The HTTP surface over an engine in this process: answers, errors, and what is left behind."""
+"""The HTTP API over an engine in this process: answers, errors, and that nothing is left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spans without a network: configuration from the environment, phases, and what is never told."""
+"""Spans without a network: configuration from the environment, phases, and what is not recorded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from support.serving import FaultyEngine, client_of, make_service
 
+from deepseek.engine.request import SamplingParams
 from deepseek.errors import ConfigError
 from serve_app.config import EchoOptions
-from serve_app.engines.protocol import Done, GenerateRequest, Sampling
+from serve_app.engines.protocol import Done, GenerateRequest
 from serve_app.telemetry.tracing import Telemetry, propagate
 
 TEXT = "/v1/completions"
@@ -108,7 +109,7 @@ def generation(telemetry: Telemetry, done: Done | None, error: BaseException | N
     asked = GenerateRequest(
         request_id="r-0",
         prompt_ids=(1, 2, 3),
-        sampling=Sampling(max_tokens=9),
+        sampling=SamplingParams(max_tokens=9),
         trace_context=propagate(parent),
     )
     expected = contextlib.nullcontext() if error is None else pytest.raises(type(error))
@@ -124,22 +125,22 @@ def test_phases_lie_end_to_end_inside_the_generation(
     telemetry: Telemetry, spans: InMemorySpanExporter
 ) -> None:
     generation(telemetry, Done("stop", 3, 5, 1, queue_s=0.1, prefill_s=0.2, decode_s=0.4))
-    found = {span.name: span for span in spans.get_finished_spans()}
-    assert list(found) == ["queue", "prefill", "decode", "engine.generate", "root"]
-    outer = found["engine.generate"]
+    by_name = {span.name: span for span in spans.get_finished_spans()}
+    assert list(by_name) == ["queue", "prefill", "decode", "engine.generate", "root"]
+    outer = by_name["engine.generate"]
     assert outer.parent is not None
-    assert outer.parent.span_id == found["root"].context.span_id
+    assert outer.parent.span_id == by_name["root"].context.span_id
     at = outer.start_time
     for name, seconds in (("queue", 0.1), ("prefill", 0.2), ("decode", 0.4)):
-        span = found[name]
+        span = by_name[name]
         assert span.parent is not None
         assert span.parent.span_id == outer.context.span_id
         assert span.start_time == at
         assert span.end_time - span.start_time == pytest.approx(seconds * 1e9, abs=2)
         at = span.end_time
-    assert attributes(found["prefill"])["gen_ai.usage.input_tokens"] == 3
-    assert attributes(found["prefill"])["intserve.tokens_computed"] == 2
-    assert attributes(found["decode"])["gen_ai.usage.output_tokens"] == 5
+    assert attributes(by_name["prefill"])["gen_ai.usage.input_tokens"] == 3
+    assert attributes(by_name["prefill"])["intserve.tokens_computed"] == 2
+    assert attributes(by_name["decode"])["gen_ai.usage.output_tokens"] == 5
 
 
 def test_a_client_that_left_is_no_error_and_a_failed_engine_is_one(

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from deepseek.artifact.manifest import Manifest
 from deepseek.artifact.verdict import GateVerdict
+from deepseek.config import ModelConfig
 from deepseek.inventory import linears
+from deepseek.recipe import ActivationFormat, Recipe
 from quant_jobs.build import BuiltEngine
 from quant_jobs.evaluation.limits import judge, measure
 from quant_jobs.evaluation.record import Evaluation
@@ -25,6 +27,13 @@ from quant_jobs.reports.page import show_bytes
 
 NUM_WORST = 12
 CONTEXT_TOKENS = 10
+
+#: How each activation format is called on the page.
+ACTIVATIONS: dict[ActivationFormat, str] = {
+    "none": "none",
+    "int8": "dynamic int8 per token",
+    "fp8": "static fp8 per tensor",
+}
 
 
 class _Strict(BaseModel):
@@ -113,7 +122,7 @@ def assemble(
         coverage_note=_coverage_note(manifest) if manifest else "",
         errors=_errors(manifest) if manifest else {},
         worst_tokens=_worst_tokens(tokens, engine.directory),
-        rules=_rules(engine, manifest) if manifest else (),
+        rules=rule_rows(manifest.recipe, engine.config) if manifest else (),
         fallbacks=_fallbacks(manifest) if manifest else (),
         provenance=_provenance(engine, evaluation),
         evaluation=evaluation,
@@ -153,7 +162,7 @@ def _coverage_note(manifest: Manifest) -> str:
     if not starved:
         return f"Every expert saw at least {floor} tokens."
     names = ", ".join(starved[:12]) + (", …" if len(starved) > 12 else "")
-    return f"{len(starved)} saw fewer than {floor} and are crossed (layer.expert: {names})."
+    return f"{len(starved)} saw fewer than {floor} and are red (layer.expert: {names})."
 
 
 def _errors(manifest: Manifest) -> dict[str, float]:
@@ -190,15 +199,17 @@ def _visible(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥")
 
 
-def _rules(engine: BuiltEngine, manifest: Manifest) -> tuple[RuleRow, ...]:
-    """The recipe's rules, and how many linears of this model each decided (the MTP layer's are
-    carried through, whatever the rules say)."""
+def rule_rows(recipe: Recipe, config: ModelConfig) -> tuple[RuleRow, ...]:
+    """The recipe's rules, with the number of linears that each decides: the last match wins.
+
+    Linears of MTP layers are not counted, because they are carried through whatever the rules say.
+    """
     counts: Counter[int] = Counter()
-    for layer in range(engine.config.num_hidden_layers):
-        for spec in linears(engine.config, layer):
+    for layer in range(config.num_hidden_layers):
+        for spec in linears(config, layer):
             matching = [
                 index
-                for index, rule in enumerate(manifest.recipe.rules)
+                for index, rule in enumerate(recipe.rules)
                 if fnmatchcase(spec.module, rule.match)
             ]
             counts.update(matching[-1:])
@@ -206,11 +217,11 @@ def _rules(engine: BuiltEngine, manifest: Manifest) -> tuple[RuleRow, ...]:
         RuleRow(
             match=rule.match,
             format=rule.label,
-            activations="dynamic int8 per token" if rule.activations == "int8" else "none",
+            activations=ACTIVATIONS[rule.activations],
             algorithm=rule.algorithm if rule.is_quantized else "carried through",
             linears=counts[index],
         )
-        for index, rule in enumerate(manifest.recipe.rules)
+        for index, rule in enumerate(recipe.rules)
     )
 
 

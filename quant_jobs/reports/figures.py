@@ -19,8 +19,9 @@ from typing import Any
 import matplotlib
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, StrMethodFormatter
 
-from deepseek.inventory import group_of
+from deepseek.inventory import group_of, layer_of
 
 # Drawn color -> CSS variable of templates/style.css.j2.
 INK, MUTED, GRID, PALE = "#010101", "#020202", "#030303", "#080808"
@@ -65,14 +66,15 @@ _TOKENS = LinearSegmentedColormap.from_list(
     "tokens", ["#f3e9d2", "#d9b26f", "#5f9ea0", "#2f6690", "#16324f"]
 ).with_extremes(under=_STARVED)
 
-#: Panels of the error plot, in order, with their colors. Routed experts have two: the input of
-#: `down_proj` is made inside the expert, and its errors are larger.
+#: Panels of the error plot, in order, with their colors. A layer has a dense MLP or a shared
+#: expert, never both, so the two share a panel. Routed experts have two panels: the input of
+#: `down_proj` is made inside the expert and its errors are larger, so that one median over all
+#: three linears would lie where none of them is.
 _ERROR_COLORS = {
     "attention": FIRST,
-    "dense MLP": FIFTH,
-    "shared experts": FOURTH,
-    "routed gate and up": THIRD,
-    "routed down": SECOND,
+    "dense MLP, shared expert": THIRD,
+    "routed gate and up": SECOND,
+    "routed down": FOURTH,
 }
 ERROR_GROUPS = tuple(_ERROR_COLORS)
 
@@ -117,14 +119,10 @@ def error_group(module: str) -> str:
     match group_of(module):
         case "attention":
             return "attention"
-        case "dense_mlp":
-            return "dense MLP"
-        case "shared_experts":
-            return "shared experts"
         case "routed_experts":
             return "routed down" if module.endswith(".down_proj") else "routed gate and up"
-        case group:
-            raise AssertionError(f"{module} of group {group} is no quantized linear")
+        case _:
+            return "dense MLP, shared expert"
 
 
 def errors_by_group(errors: Mapping[str, float]) -> dict[str, dict[int, list[float]]]:
@@ -132,8 +130,7 @@ def errors_by_group(errors: Mapping[str, float]) -> dict[str, dict[int, list[flo
     (`model.layers.N...`); groups and layers in order, groups without a linear left out."""
     grouped: dict[str, dict[int, list[float]]] = {group: {} for group in ERROR_GROUPS}
     for module, error in errors.items():
-        layer = int(module.split(".")[2])
-        grouped[error_group(module)].setdefault(layer, []).append(error)
+        grouped[error_group(module)].setdefault(layer_of(module), []).append(error)
     return {group: dict(sorted(layers.items())) for group, layers in grouped.items() if layers}
 
 
@@ -171,18 +168,22 @@ def layer_errors(errors: Mapping[str, float]) -> str:
 
 
 def coverage(counts: Mapping[int, Sequence[int]], floor_tokens: int) -> str:
-    """Calibration tokens per expert (columns) and layer (rows); below the floor in red."""
+    """Calibration tokens per routed expert (columns) and layer (rows), on a logarithmic scale from
+    the smallest count that reaches the floor. Experts below the floor or without tokens are red."""
+    rows = [list(experts) for experts in counts.values()]
+    smallest, largest = min(map(min, rows)), max(map(max, rows))
+    low = max(smallest, floor_tokens, 1)
+    high = max(low + 1, largest)
+    few = len(rows) <= 16
 
     def paint(axes: Any) -> None:
-        rows = [list(experts) for experts in counts.values()]
-        floor = max(floor_tokens, 1)
-        norm = LogNorm(floor, max(floor + 1, *map(max, rows)))
-        # One pixel per expert, enlarged by the browser; 0 has no logarithm, but is below the floor.
+        # One pixel per expert, enlarged by the browser. Starved experts get one value well below
+        # the scale, and the scale begins a little below `low`: the logarithm of `low` itself may
+        # round to either side of the limit.
         picture = axes.imshow(
-            [[max(tokens, 0.5) for tokens in row] for row in rows],
-            aspect="auto", cmap=_TOKENS, norm=norm, interpolation="none",
+            [[tokens if tokens >= low else low / 2 for tokens in row] for row in rows],
+            aspect="auto", cmap=_TOKENS, norm=LogNorm(0.99 * low, high), interpolation="none",
         )  # fmt: skip
-        few = len(rows) <= 16
         ticks = range(0, len(rows), 1 if few else 5)
         axes.set_yticks(list(ticks), [str(list(counts)[row]) for row in ticks])
         axes.set_xlabel("routed expert")
@@ -190,12 +191,22 @@ def coverage(counts: Mapping[int, Sequence[int]], floor_tokens: int) -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        bar = axes.figure.colorbar(picture, ax=axes, pad=0.02, aspect=14 if few else 30,
-                                   extend="min")  # fmt: skip
+        bar = axes.figure.colorbar(
+            picture, ax=axes, pad=0.02, aspect=14 if few else 30, ticks=_count_ticks(high / low),
+            format=StrMethodFormatter("{x:,.0f}"), extend="min" if smallest < low else "neither",
+        )  # fmt: skip
+        bar.minorticks_off()
         bar.set_label("calibration tokens")
         bar.outline.set_visible(False)
 
     return draw("coverage", 7.2, min(7.5, 0.3 * len(counts) + 1.3), paint)
+
+
+def _count_ticks(ratio: float) -> Locator:
+    """A few whole numbers on a logarithmic scale whose ends have this ratio."""
+    if ratio < 10:
+        return MaxNLocator(5, integer=True, min_n_ticks=1)
+    return LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 100 else (1.0,))
 
 
 def unit_of(largest: int) -> tuple[str, float]:

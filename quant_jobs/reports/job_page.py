@@ -12,6 +12,7 @@ from typing import Any, cast
 from markupsafe import Markup
 
 from deepseek.artifact.manifest import Fallback
+from deepseek.inventory import expert_of, layer_of
 from quant_jobs.algorithms.ledger import MEANING, FallbackKind
 from quant_jobs.reports import figures, job_figures
 from quant_jobs.reports.job_record import JobRecord
@@ -135,10 +136,9 @@ def _worst(record: JobRecord) -> list[dict[str, Any]]:
 
 
 def _tokens_of(module: str, coverage: dict[int, tuple[int, ...]]) -> int | None:
-    """Tokens of the routed expert that a module such as `model.layers.3.mlp.experts.7.up_proj`
-    belongs to."""
-    layer, _, expert = module.removeprefix("model.layers.").partition(".mlp.experts.")
-    return coverage[int(layer)][int(expert.partition(".")[0])] if expert else None
+    """Calibration tokens of the routed expert that a linear belongs to, None for other linears."""
+    expert = expert_of(module)
+    return None if expert is None else coverage[layer_of(module)][expert]
 
 
 def _starved(record: JobRecord) -> list[dict[str, Any]]:

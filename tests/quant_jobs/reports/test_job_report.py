@@ -102,8 +102,8 @@ def test_it_adds_up_what_workers_and_driver_moved() -> None:
     ("module", "group"),
     [
         ("model.layers.3.self_attn.kv_b_proj", "attention"),
-        ("model.layers.0.mlp.down_proj", "dense MLP"),
-        ("model.layers.3.mlp.shared_experts.up_proj", "shared experts"),
+        ("model.layers.0.mlp.down_proj", "dense MLP, shared expert"),
+        ("model.layers.3.mlp.shared_experts.up_proj", "dense MLP, shared expert"),
         ("model.layers.3.mlp.experts.12.up_proj", "routed gate and up"),
         ("model.layers.3.mlp.experts.12.down_proj", "routed down"),
     ],

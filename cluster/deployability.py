@@ -1,9 +1,9 @@
-"""What each serving engine can load: recipe part x target x GPU generation, and why not otherwise.
+"""What each serving engine can load: recipe part x target x GPU generation, with the reason if not.
 
-`check` is asked by the planner before anything is read and by `build` before anything is written.
-The facts are rows of data (`cluster/matrix.py`); here they are only looked up. A part is a kind of
-linear, since loaders treat them differently; beside the rows there are two questions about parts
-together: linears that an engine fuses must share one scheme, and SGLang takes one layout per model.
+The planner calls `check` before it reads weights, `build` before it writes any. The facts are rows
+of data (`cluster/matrix.py`); this file looks them up. A part is a kind of linear, because loaders
+treat kinds differently. Two rules concern several parts: linears that an engine fuses must have one
+scheme, and SGLang takes one layout per model.
 
 Not a promise about speed or accuracy, and not about memory (`cluster/plan.py`).
 """
@@ -17,9 +17,8 @@ from cluster.hardware import GpuGeneration
 from cluster.matrix import GLOBS, KV_CACHE, MIXES, PARTS, ROWS, TARGETS, Row, Target
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
+from deepseek.inventory import group_of, layer_of
 from deepseek.recipe import Scheme
-
-_ATTENTION = {"q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "o_proj"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +48,10 @@ class Findings:
 def check(
     schemes: Mapping[str, Scheme], kv_cache: str, target: str, gpu: GpuGeneration
 ) -> list[Refusal]:
-    """Everything that `target` on this GPU generation cannot load; an empty list means it loads.
+    """What `target` cannot load on this GPU generation; an empty list means that it loads all.
 
-    `schemes` is keyed by module name, none of them `source`: of the served layers only, so pass it
-    through `served_schemes` where the MTP layer is not to be loaded.
+    `schemes` maps module names of the served layers to resolved schemes (no `source`). Use
+    `served_schemes` to leave out the MTP layer.
 
     Raises:
         DeployError: the target is unknown.
@@ -63,7 +62,7 @@ def check(
 def examine(
     schemes: Mapping[str, Scheme], kv_cache: str, target: str, gpu: GpuGeneration
 ) -> Findings:
-    """As `check`, with the conditions of what loads."""
+    """Like `check`, with notes on the conditions under which the rest loads."""
     known = require_target(target)
     used = {(part_of(module), scheme.label) for module, scheme in schemes.items()}
     by_row: dict[Row, list[tuple[str, str]]] = {}
@@ -83,7 +82,8 @@ def served_schemes(
     """The schemes of the layers that an engine loads: without the MTP layer's unless `mtp`."""
     if mtp:
         return dict(schemes)
-    return {m: s for m, s in schemes.items() if _split(m)[0] < config.num_hidden_layers}
+    main = config.num_hidden_layers
+    return {module: scheme for module, scheme in schemes.items() if layer_of(module) < main}
 
 
 def require_target(name: str) -> Target:
@@ -100,35 +100,20 @@ def require_target(name: str) -> Target:
 
 def part_of(module: str) -> str:
     """Which part of a recipe a linear belongs to: `routed_experts`, `kv_b_proj`, ..."""
-    _, rest = _split(module)
-    role = rest.rpartition(".")[2]
-    if rest.startswith("self_attn.") and role in _ATTENTION:
-        return role
-    if rest.startswith("mlp.experts."):
-        return "routed_experts"
-    if rest.startswith("mlp.shared_experts."):
-        return "shared_experts"
-    assert rest.startswith("mlp."), f"{module} is no linear of a decoder layer"
-    return "dense_mlp"
+    group = group_of(module)
+    return module.rpartition(".")[2] if group == "attention" else group
 
 
 def find_row(target: Target, gpu: GpuGeneration, part: str, form: str) -> Row:
-    """The first row about this cell; the table is total (a test holds it to that)."""
+    """The first row about this cell. A test checks that every cell has one."""
     for row in ROWS:
         if row.target == target and gpu in row.gpus and part in row.parts and form in row.formats:
             return row
     raise AssertionError(f"no row about {target} {gpu} {part} {form}")
 
 
-def _split(module: str) -> tuple[int, str]:
-    """(layer, rest of the name); 46,000 times per question, hence no regular expression."""
-    model, layers, layer, rest = module.split(".", 3)
-    assert (model, layers) == ("model", "layers"), f"{module} is no linear of a decoder layer"
-    return int(layer), rest
-
-
 def _stops_everything(row: Row) -> bool:
-    """Whether the target does not run there at all, so that details would only be noise."""
+    """Whether the target does not run on that hardware at all, so that details do not matter."""
     return not row.loads and KV_CACHE in row.parts and len(row.parts) > 1
 
 
@@ -148,9 +133,8 @@ def _fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[R
     """Linears that the engine stores as one tensor must have one scheme."""
     units: dict[tuple[int, str], set[str]] = {}
     for module, scheme in schemes.items():
-        layer, rest = _split(module)
-        if unit := _fused_unit(rest):
-            units.setdefault((layer, unit), set()).add(scheme.label)
+        if unit := _fused_unit(module.split(".", 3)[3]):
+            units.setdefault((layer_of(module), unit), set()).add(scheme.label)
     wrong: dict[str, list[int]] = {}
     for (layer, unit), labels in units.items():
         if len(labels) > 1:
@@ -166,6 +150,8 @@ def _fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[R
 
 
 def _fused_unit(rest: str) -> str | None:
+    """The fused tensor that a linear becomes part of, in words, None for a tensor of its own;
+    `rest` is the module name without `model.layers.N.`."""
     parent, _, role = rest.rpartition(".")
     if rest.startswith("mlp.experts."):
         return "all routed experts"
@@ -179,7 +165,7 @@ def _fused_unit(rest: str) -> str | None:
 def _mix_refusals(
     used: set[tuple[str, str]], target: Target, gpu: GpuGeneration
 ) -> Iterator[Refusal]:
-    """Whether the formats of this model may stand side by side (BF16 always may)."""
+    """A refusal if the target cannot combine the formats of this model (BF16 goes with any)."""
     quantized = {(part, form) for part, form in used if form != "bf16"}
     mixes = [mix for mix in MIXES if mix.target == target]
     if not mixes or not quantized:
@@ -198,7 +184,7 @@ def _mix_refusals(
 
 def _and(words: Iterable[str], last: str = "and") -> str:
     """`a`, `a and b`, `a, b and c`; repeated words once."""
-    found = list(dict.fromkeys(words))
-    if len(found) < 2:
-        return "".join(found)
-    return f"{', '.join(found[:-1])} {last} {found[-1]}"
+    unique = list(dict.fromkeys(words))
+    if len(unique) < 2:
+        return "".join(unique)
+    return f"{', '.join(unique[:-1])} {last} {unique[-1]}"

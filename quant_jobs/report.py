@@ -22,10 +22,11 @@ from quant_jobs.reports.findings import Report, assemble
 def run_report(
     engine_dir: Path, evaluation_dir: Path, output: Path, *, checkpoint: Path | None = None
 ) -> Report:
-    """Write OUTPUT (HTML) and, beside it, the same with the suffix `.json`.
+    """Write the page to OUTPUT and the report's data beside it, with the suffix `.json`.
 
     Raises:
-        ArtifactError: a document is missing or belongs to another engine.
+        ArtifactError: a document is missing or belongs to another engine, or OUTPUT itself has the
+            suffix `.json`.
     """
     engine = read_engine(engine_dir)
     evaluation = read_evaluation(evaluation_dir)
@@ -57,7 +58,7 @@ def _check_checkpoint(checkpoint: Path, engine: BuiltEngine) -> None:
 
 
 def _verdict_of(engine: BuiltEngine, evaluation: Evaluation) -> GateVerdict | None:
-    """The verdict about this engine and this evaluation; None where `gate` has not run.
+    """The verdict on this engine and this evaluation; None where `gate` has not run.
 
     Raises:
         ArtifactError: the verdict is about another engine, or about other measurements.

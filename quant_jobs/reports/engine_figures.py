@@ -15,7 +15,7 @@ from quant_jobs.reports.figures import FIRST, INK, MUTED, PALE, SECOND, draw, un
 
 
 def sizes(groups: Sequence[GroupBytes]) -> str:
-    """Bytes by group: BF16, as the source stores it, as quantized."""
+    """Bytes by group of the model: in BF16, as the source stores them, and quantized."""
     unit, divisor = unit_of(max(group.bf16_bytes for group in groups))
 
     def paint(axes: Any) -> None:
@@ -44,7 +44,7 @@ def sizes(groups: Sequence[GroupBytes]) -> str:
 
 def kl_histogram(kl: Tensor, evaluation: Evaluation) -> str:
     """Distribution of the KL per token, on a logarithmic axis; [tokens] nats."""
-    smallest = 1e-9  # exact agreement (an unquantized engine) has no place on a logarithmic axis
+    smallest = 1e-9  # exact agreement (an engine of the source) has no place on a logarithmic axis
 
     def paint(axes: Any) -> None:
         values = kl.double().clamp_min(smallest)
@@ -75,7 +75,8 @@ def kl_histogram(kl: Tensor, evaluation: Evaluation) -> str:
 
 
 def block_differences(difference_B: Tensor, ratio: float) -> str:
-    """Loss of the quantized engine minus the source's, per block of text, in text order."""
+    """Loss of the quantized engine minus the source's by block of text, [blocks] nats per token, in
+    text order. `ratio` is the perplexity ratio, whose logarithm is the mean."""
 
     def paint(axes: Any) -> None:
         values = difference_B.tolist()

@@ -21,8 +21,8 @@ def draw_figures(
 ) -> dict[str, Markup]:
     """The page's plots by name. `errors` and `coverage` are empty for an engine without a manifest.
 
-    `tokens` are the per-token results of the evaluation, [blocks, tokens of a block]: `kl`,
-    `quantized_nll` and `source_nll`, in nats.
+    `tokens` holds the evaluation's results per token (`read_tokens`): `kl`, `source_nll` and
+    `quantized_nll` in nats, [B, T - 1].
     """
     evaluation = report.evaluation
     difference_BT = tokens["quantized_nll"].double() - tokens["source_nll"].double()

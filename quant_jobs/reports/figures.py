@@ -80,13 +80,15 @@ ERROR_GROUPS = tuple(_ERROR_COLORS)
 
 
 def draw(name: str, width: float, height: float, paint: Callable[[Any], None]) -> str:
-    """One figure with one axes, painted by `paint(axes)`, as an inline <svg> element. `name` makes
-    its ids unique on the page."""
+    """A figure with one pair of axes, which `paint(axes)` fills, as an inline <svg> element.
+
+    `width` and `height` are in inches. `name` makes the ids of the figure unique on the page.
+    """
     return draw_figure(name, width, height, lambda figure: paint(figure.add_subplot()))
 
 
 def draw_figure(name: str, width: float, height: float, paint: Callable[[Any], None]) -> str:
-    """The same with any number of axes, which `paint(figure)` makes."""
+    """Like `draw`, with any number of axes, which `paint(figure)` makes."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
@@ -96,7 +98,8 @@ def draw_figure(name: str, width: float, height: float, paint: Callable[[Any], N
 
 
 def _inline(svg: str, name: str) -> str:
-    """Strip what only a stand-alone file needs; colors to variables; ids to unique ids."""
+    """An <svg> element for a page from matplotlib's SVG file: without what only a file needs, with
+    CSS variables for the marker colors, and with ids that begin with `name`."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
     svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.S)

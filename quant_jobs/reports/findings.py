@@ -1,7 +1,8 @@
-"""What the report says, as data: `report.json`. The page is drawn from it and adds nothing.
+"""The content of `report.json`, from which the page about an engine is made.
 
-Collected from the manifest, the evaluation and the verdict; decides nothing. Held-out text is shown
-where the two models disagree; it is public by nature. No prompt is. Called by `report` alone.
+Collected from the manifest, the evaluation and the verdict; nothing is decided here. The report
+shows pieces of the held-out text, where the two models disagree; that text is public, and no
+prompt of a user is shown. Called by `report` alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class _Strict(BaseModel):
 
 
 class Check(_Strict):
-    """One limit, as text: what was measured, its interval, the limit, and whether it is kept."""
+    """One limit of the gate, as text: the measured value, its 95 % interval and the limit; `kept`
+    says whether the value is within it."""
 
     name: str
     measured: str
@@ -51,7 +53,8 @@ class Check(_Strict):
 
 
 class WorstToken(_Strict):
-    """A held-out token on which the two models disagree, with the text before it."""
+    """A held-out token on which the two models disagree, with the text before it. `kl` and the
+    losses are in nats."""
 
     block: int
     position: int
@@ -63,7 +66,7 @@ class WorstToken(_Strict):
 
 
 class RuleRow(_Strict):
-    """One rule of the recipe and how many linears it decided."""
+    """One rule of the recipe and the number of linears that it decided."""
 
     match: str
     format: str
@@ -83,7 +86,8 @@ class FallbackRow(_Strict):
 
 
 class Report(_Strict):
-    """`report.json`. `coverage` is calibration tokens per routed expert, by layer."""
+    """The content of `report.json`. `coverage` maps a layer to the calibration tokens of each
+    routed expert, `errors` the module name of a linear to its relative output error."""
 
     format_version: Literal[1] = 1
     title: str
@@ -107,7 +111,11 @@ def assemble(
     tokens: dict[str, Tensor],
     verdict: GateVerdict | None,
 ) -> Report:
-    """Everything the page says, as data."""
+    """The report of one engine; `verdict` is None where `gate` has not run.
+
+    `tokens` holds the evaluation's results per token (`read_tokens`): `token_ids` [B, T], and `kl`,
+    `source_nll` and `quantized_nll` in nats, [B, T - 1].
+    """
     manifest = engine.manifest
     state: Literal["pass", "fail", "open"] = "open"
     if verdict is not None:
@@ -130,7 +138,7 @@ def assemble(
 
 
 def _checks(evaluation: Evaluation, manifest: Manifest) -> tuple[Check, ...]:
-    """The limits beside the measured values; `kept` is the gate's own comparison."""
+    """One row per limit. `kept` comes from the gate's own comparison."""
     limits, measured = manifest.recipe.gate, measure(evaluation, manifest)
     broken = judge(measured, limits)
     ratio, kl, top1 = evaluation.perplexity_ratio, evaluation.kl.mean, evaluation.top1
@@ -152,6 +160,7 @@ def _checks(evaluation: Evaluation, manifest: Manifest) -> tuple[Check, ...]:
 
 
 def _coverage_note(manifest: Manifest) -> str:
+    """One sentence about the experts below the recipe's floor."""
     floor = manifest.recipe.expert_coverage.floor_tokens
     starved = [
         f"{layer}.{expert}"
@@ -171,7 +180,7 @@ def _errors(manifest: Manifest) -> dict[str, float]:
 
 
 def _worst_tokens(tokens: dict[str, Tensor], engine_dir: Path) -> tuple[WorstToken, ...]:
-    """The tokens with the largest KL. Logits at t judge token t+1, hence the shift."""
+    """The tokens with the largest KL. The logits at position t are about token t+1, hence `+ 1`."""
     tokenizer = Tokenizer.from_file(str(engine_dir / "tokenizer.json"))
     ids_BT, kl = tokens["token_ids"], tokens["kl"]
     worst = kl.flatten().argsort(descending=True, stable=True)[:NUM_WORST].tolist()
@@ -195,7 +204,7 @@ def _worst_tokens(tokens: dict[str, Tensor], engine_dir: Path) -> tuple[WorstTok
 
 
 def _visible(text: str) -> str:
-    """White space that a table would swallow, as signs."""
+    """Replace white space that HTML collapses by visible signs."""
     return text.replace("\n", "⏎").replace("\t", "⇥")
 
 

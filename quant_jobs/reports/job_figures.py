@@ -27,7 +27,7 @@ from quant_jobs.reports.figures import (
 
 
 def step_colors(steps: Iterable[str]) -> dict[str, str]:
-    """A color for each step, in order of appearance: the same step has one color on the page."""
+    """step -> color, in order of appearance, so that a step has one color on the whole page."""
     colors = (FIRST, THIRD, SECOND, FOURTH, FIFTH, SIXTH, INK, MUTED)
     busy = [step for step in dict.fromkeys(steps) if step != "wait"]
     chosen = {step: colors[index % len(colors)] for index, step in enumerate(busy)}
@@ -35,7 +35,7 @@ def step_colors(steps: Iterable[str]) -> dict[str, str]:
 
 
 def layer_times(layers: Mapping[int, Mapping[str, float]], colors: Mapping[str, str]) -> str:
-    """Driver's wall seconds per layer, by step. What an earlier run did is hatched."""
+    """The driver's wall seconds by layer and step. Layers that an earlier run did are hatched."""
 
     def paint(axes: Any) -> None:
         numbers = list(layers)
@@ -105,7 +105,8 @@ def workers(
 
 
 def moved_bytes(bars: Mapping[str, Sequence[int]]) -> str:
-    """One bar per name, of one segment per process: equal lengths say that no byte moved twice."""
+    """One bar per name, with one segment per process. Equal lengths of what was published and what
+    was moved for it show that no byte moved twice."""
 
     def paint(axes: Any) -> None:
         totals = [sum(parts) for parts in bars.values()]

@@ -70,11 +70,11 @@ def _figures(record: JobRecord) -> Iterator[tuple[str, str]]:
     yield "bytes", job_figures.moved_bytes(bars)
 
 
-# --- what the page says in words ---
+# --- tables and sentences ---
 
 
 def _tiles(record: JobRecord) -> list[dict[str, str]]:
-    """The figures that a reader came for."""
+    """The headline figures: time, memory, size, errors, fallbacks, starved experts."""
     errors = sorted(record.errors.values())
     starved = sum(map(len, record.starved.values()))
     experts = sum(map(len, record.coverage.values()))
@@ -101,7 +101,8 @@ def _tiles(record: JobRecord) -> list[dict[str, str]]:
 
 
 def _resumed(record: JobRecord) -> str:
-    """What is not known of this run because an earlier one did it; empty for a whole run."""
+    """A sentence about the figures that are of this run alone; empty where no earlier run published
+    a file."""
     earlier = [entry for entry in record.layers if not entry.is_of_this_run]
     if not earlier:
         return ""
@@ -113,7 +114,7 @@ def _resumed(record: JobRecord) -> str:
 
 
 def _time_note(record: JobRecord) -> str:
-    """How the workers' time divides, in one sentence; empty where no worker answered."""
+    """The share of each step in the workers' time, in words; empty where no worker answered."""
     totals: dict[str, float] = defaultdict(float)
     for worker in record.workers:
         for step, seconds in worker.seconds.items():
@@ -126,7 +127,7 @@ def _time_note(record: JobRecord) -> str:
 
 
 def _worst(record: JobRecord) -> list[dict[str, Any]]:
-    """The modules with the largest error, with the tokens that their expert saw."""
+    """The linears with the largest errors, with the calibration tokens of their expert."""
     coverage = record.coverage
     order = sorted(record.errors.items(), key=lambda item: -item[1])[:NUM_WORST]
     return [
@@ -142,7 +143,7 @@ def _tokens_of(module: str, coverage: dict[int, tuple[int, ...]]) -> int | None:
 
 
 def _starved(record: JobRecord) -> list[dict[str, Any]]:
-    """One row per layer with starved experts, the emptiest first."""
+    """One row per layer with starved experts; within a row, those with the fewest tokens first."""
     rows = []
     for layer, experts in record.starved.items():
         order = sorted(experts.items(), key=lambda item: (item[1], item[0]))

@@ -17,7 +17,7 @@ from cluster.hardware import GpuGeneration
 from cluster.matrix import GLOBS, KV_CACHE, MIXES, PARTS, ROWS, TARGETS, Row, Target
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
-from deepseek.inventory import group_of, layer_of
+from deepseek.inventory import FUSED, Group, group_of
 from deepseek.recipe import Scheme
 
 
@@ -82,8 +82,7 @@ def served_schemes(
     """The schemes of the layers that an engine loads: without the MTP layer's unless `mtp`."""
     if mtp:
         return dict(schemes)
-    main = config.num_hidden_layers
-    return {module: scheme for module, scheme in schemes.items() if layer_of(module) < main}
+    return {m: s for m, s in schemes.items() if _split(m)[0] < config.num_hidden_layers}
 
 
 def require_target(name: str) -> Target:
@@ -112,6 +111,13 @@ def find_row(target: Target, gpu: GpuGeneration, part: str, form: str) -> Row:
     raise AssertionError(f"no row about {target} {gpu} {part} {form}")
 
 
+def _split(module: str) -> tuple[int, str]:
+    """(layer, rest of the name); 46,000 times per question, hence no regular expression."""
+    model, layers, layer, rest = module.split(".", 3)
+    assert (model, layers) == ("model", "layers"), f"{module} is no linear of a decoder layer"
+    return int(layer), rest
+
+
 def _stops_everything(row: Row) -> bool:
     """Whether the target does not run on that hardware at all, so that details do not matter."""
     return not row.loads and KV_CACHE in row.parts and len(row.parts) > 1
@@ -133,8 +139,9 @@ def _fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[R
     """Linears that the engine stores as one tensor must have one scheme."""
     units: dict[tuple[int, str], set[str]] = {}
     for module, scheme in schemes.items():
-        if unit := _fused_unit(module.split(".", 3)[3]):
-            units.setdefault((layer_of(module), unit), set()).add(scheme.label)
+        layer, rest = _split(module)
+        if unit := _fused_unit(group_of(module), rest):
+            units.setdefault((layer, unit), set()).add(scheme.label)
     wrong: dict[str, list[int]] = {}
     for (layer, unit), labels in units.items():
         if len(labels) > 1:
@@ -149,16 +156,14 @@ def _fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[R
         )
 
 
-def _fused_unit(rest: str) -> str | None:
-    """The fused tensor that a linear becomes part of, in words, None for a tensor of its own;
-    `rest` is the module name without `model.layers.N.`."""
-    parent, _, role = rest.rpartition(".")
-    if rest.startswith("mlp.experts."):
+def _fused_unit(group: Group, rest: str) -> str | None:
+    if group == "routed_experts":
         return "all routed experts"
-    if role in ("q_a_proj", "kv_a_proj_with_mqa"):
-        return "q_a_proj with kv_a_proj_with_mqa"
-    if role in ("gate_proj", "up_proj"):
-        return f"{parent}: gate_proj with up_proj"
+    parent, _, role = rest.rpartition(".")
+    for roles in FUSED.values():
+        if role in roles:
+            unit = " with ".join(roles)
+            return unit if group == "attention" else f"{parent}: {unit}"
     return None
 
 

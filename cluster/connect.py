@@ -1,13 +1,13 @@
-"""How a job or the server gets a Ray, and where on it their actors go.
+"""Connects a job or the server to a Ray cluster, and says where on it their actors are placed.
 
-A Ray that somebody else runs (`ray start`, `ray up`, KubeRay, `ray job submit`) is used and left
-running; where there is none, one is started on this machine and stopped by whoever started it:
+A running cluster (`ray start`, `ray up`, KubeRay, `ray job submit`) is used and left running.
+Without one, a local Ray is started on this machine, and the process that started it stops it:
 
     with connect(num_cpus=4) as ray_connection:
         log(ray_connection.describe())
 
-Placement is two pure functions that return bundles; nothing is reserved here. Not a deployment
-tool: `cluster.yaml` and `manifests/` bring machines up.
+Placement is two pure functions that return bundles; the caller reserves them. This is no deployment
+tool: `cluster.yaml` and `manifests/` start machines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Literal
 
 from cluster.hardware import GPUS_PER_NODE
-from deepseek.errors import DeployError
+from deepseek.errors import DeployError, first_line
 
 #: How long a Ray head may take to accept a connection.
 PROBE_TIMEOUT_S = 10.0
@@ -30,7 +30,7 @@ Strategy = Literal["SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
 
 class RayConnection:
-    """A connected Ray. `started` says whether closing it stops a Ray of our own."""
+    """A connection to Ray. `started` says whether `connect` started that Ray; closing stops it."""
 
     def __init__(self, address: str, *, started: bool, attached: bool) -> None:
         self.address = address
@@ -38,14 +38,14 @@ class RayConnection:
         self._attached = attached
 
     def describe(self) -> str:
-        """One line for the log: which Ray this is."""
+        """One line for the log: the address, and whether the Ray was started here."""
         if self.started:
             return f"started a local Ray at {self.address}"
         return f"using the Ray at {self.address}"
 
     def close(self) -> None:
-        """Stop what `connect` started: a local Ray, or our own attachment to a foreign one. A Ray
-        that was connected before stays so. Closing twice does nothing."""
+        """Disconnect, and stop the Ray if `connect` started it. A process that was connected before
+        `connect` stays connected. Closing twice does nothing."""
         import ray
 
         if self._attached:
@@ -70,12 +70,12 @@ def connect(
     num_cpus: int | None = None,
     include_dashboard: bool = False,
 ) -> RayConnection:
-    """Attach to `address` or $RAY_ADDRESS; without either, start a Ray on this machine.
+    """Connect to `address` or $RAY_ADDRESS; without either, start a Ray on this machine.
 
     A process that is connected already keeps its connection. `num_cpus` (default: all) and
-    `include_dashboard` (the job server) shape only a Ray that is started here. A Ray that happens
-    to run on this machine is not used unless it is named: what a command does must not depend on
-    what somebody left behind.
+    `include_dashboard` (the job server) apply only to a Ray that is started here. A Ray that runs
+    on this machine is not used unless it is named, so that a command does the same whatever was
+    left running.
 
     Raises:
         DeployError: nothing answers at the address, or a local Ray cannot start.
@@ -91,8 +91,8 @@ def connect(
     address = address or os.environ.get("RAY_ADDRESS") or None
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None or address == "local":
-        # A raylet adds 15 to the niceness of its workers unless its environment says otherwise: on
-        # a machine that others use too, the job would get what they leave.
+        # A raylet adds 15 to the niceness of its workers unless its environment says otherwise. On
+        # a shared machine the job would then get only the CPU time that others leave.
         os.environ.setdefault("RAY_worker_niceness", "0")
         try:
             ray.init(
@@ -102,13 +102,13 @@ def connect(
                 **quiet,
             )
         except (RuntimeError, OSError, ValueError) as error:
-            raise DeployError(f"a local Ray did not start: {_first_line(error)}") from error
+            raise DeployError(f"a local Ray did not start: {first_line(error)}") from error
         return RayConnection(_current_address(), started=True, attached=True)
     _probe(address)
     try:
         ray.init(address, **quiet)
     except (RuntimeError, OSError, ValueError) as error:
-        raise _unreachable(address, _first_line(error)) from error
+        raise _unreachable(address, first_line(error)) from error
     return RayConnection(_current_address(), started=False, attached=True)
 
 
@@ -121,8 +121,8 @@ class Placement:
 
 
 def worker_placement(num_workers: int, *, cpus: float = 1, gpus: float = 0) -> Placement:
-    """One bundle per quantize worker, spread over the nodes: each reads its own share of the
-    source over its own link, and a lost node costs as few workers as possible."""
+    """One bundle per quantize worker, spread over the nodes: workers read their shares of the
+    source over different network links, and the loss of a node costs as few workers as possible."""
     assert num_workers > 0, "a job has at least one worker"
     bundle = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
     return Placement(tuple(dict(bundle) for _ in range(num_workers)), "SPREAD")
@@ -131,9 +131,9 @@ def worker_placement(num_workers: int, *, cpus: float = 1, gpus: float = 0) -> P
 def engine_placement(num_gpus: int, *, cpus_per_node: float = 8) -> Placement:
     """Bundles of one engine replica: one per node, with all the GPUs that it takes there.
 
-    Tensor parallelism up to 8 stays inside one node (STRICT_PACK), on NVLink. Above, whole nodes
-    are taken, each bundle on its own (STRICT_SPREAD): TP-16 is two bundles of 8 GPUs. The replica's
-    actor sits in bundle 0. Without GPUs it is one CPU bundle.
+    Tensor parallelism up to 8 stays inside one node (STRICT_PACK), on NVLink. Above, the replica
+    takes whole nodes, one bundle per node (STRICT_SPREAD): TP-16 is two bundles of 8 GPUs. The
+    replica's actor runs in bundle 0. Without GPUs there is one CPU bundle.
     """
     if num_gpus <= GPUS_PER_NODE:
         gpus = {"GPU": float(num_gpus)} if num_gpus else {}
@@ -145,16 +145,20 @@ def engine_placement(num_gpus: int, *, cpus_per_node: float = 8) -> Placement:
 
 
 def _probe(address: str) -> None:
-    """Refuse at once what Ray itself would try for minutes."""
+    """Open a TCP connection to the head, because Ray itself would retry for minutes.
+
+    Raises:
+        DeployError: the address is malformed, or nothing accepts a connection there.
+    """
     if address == "auto":
         return
-    found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
-    if not found:
+    match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
+    if not match:
         raise _unreachable(address, "it is not HOST:PORT of a Ray head")
     try:
-        socket.create_connection((found[1], int(found[2])), timeout=PROBE_TIMEOUT_S).close()
+        socket.create_connection((match[1], int(match[2])), timeout=PROBE_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        raise _unreachable(address, _first_line(error)) from error
+        raise _unreachable(address, first_line(error)) from error
 
 
 def _unreachable(address: str, reason: str) -> DeployError:
@@ -168,8 +172,3 @@ def _current_address() -> str:
     import ray
 
     return str(ray.get_runtime_context().gcs_address)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

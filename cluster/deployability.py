@@ -1,9 +1,9 @@
-"""What each serving engine can load: recipe part x target x GPU generation, and why not otherwise.
+"""What each serving engine can load: recipe part x target x GPU generation, with the reason if not.
 
-`check` is asked by the planner before anything is read and by `build` before anything is written.
-The facts are rows of data (`cluster/matrix.py`); here they are only looked up. A part is a kind of
-linear, since loaders treat them differently; beside the rows there are two questions about parts
-together: linears that an engine fuses must share one scheme, and SGLang takes one layout per model.
+The planner calls `check` before it reads weights, `build` before it writes any. The facts are rows
+of data (`cluster/matrix.py`); this file looks them up. A part is a kind of linear, because loaders
+treat kinds differently. Two rules concern several parts: linears that an engine fuses must have one
+scheme, and SGLang takes one layout per model.
 
 Not a promise about speed or accuracy, and not about memory (`cluster/plan.py`).
 """
@@ -48,10 +48,10 @@ class Findings:
 def check(
     schemes: Mapping[str, Scheme], kv_cache: str, target: str, gpu: GpuGeneration
 ) -> list[Refusal]:
-    """Everything that `target` on this GPU generation cannot load; an empty list means it loads.
+    """What `target` cannot load on this GPU generation; an empty list means that it loads all.
 
-    `schemes` is keyed by module name, none of them `source`: of the served layers only, so pass it
-    through `served_schemes` where the MTP layer is not to be loaded.
+    `schemes` maps module names of the served layers to resolved schemes (no `source`). Use
+    `served_schemes` to leave out the MTP layer.
 
     Raises:
         DeployError: the target is unknown.
@@ -62,7 +62,7 @@ def check(
 def examine(
     schemes: Mapping[str, Scheme], kv_cache: str, target: str, gpu: GpuGeneration
 ) -> Findings:
-    """As `check`, with the conditions of what loads."""
+    """Like `check`, with notes on the conditions under which the rest loads."""
     known = require_target(target)
     used = {(part_of(module), scheme.label) for module, scheme in schemes.items()}
     by_row: dict[Row, list[tuple[str, str]]] = {}
@@ -104,7 +104,7 @@ def part_of(module: str) -> str:
 
 
 def find_row(target: Target, gpu: GpuGeneration, part: str, form: str) -> Row:
-    """The first row about this cell; the table is total (a test holds it to that)."""
+    """The first row about this cell. A test checks that every cell has one."""
     for row in ROWS:
         if row.target == target and gpu in row.gpus and part in row.parts and form in row.formats:
             return row
@@ -119,7 +119,7 @@ def _split(module: str) -> tuple[int, str]:
 
 
 def _stops_everything(row: Row) -> bool:
-    """Whether the target does not run there at all, so that details would only be noise."""
+    """Whether the target does not run on that hardware at all, so that details do not matter."""
     return not row.loads and KV_CACHE in row.parts and len(row.parts) > 1
 
 
@@ -170,7 +170,7 @@ def _fused_unit(group: Group, rest: str) -> str | None:
 def _mix_refusals(
     used: set[tuple[str, str]], target: Target, gpu: GpuGeneration
 ) -> Iterator[Refusal]:
-    """Whether the formats of this model may stand side by side (BF16 always may)."""
+    """A refusal if the target cannot combine the formats of this model (BF16 goes with any)."""
     quantized = {(part, form) for part, form in used if form != "bf16"}
     mixes = [mix for mix in MIXES if mix.target == target]
     if not mixes or not quantized:
@@ -189,7 +189,7 @@ def _mix_refusals(
 
 def _and(words: Iterable[str], last: str = "and") -> str:
     """`a`, `a and b`, `a, b and c`; repeated words once."""
-    found = list(dict.fromkeys(words))
-    if len(found) < 2:
-        return "".join(found)
-    return f"{', '.join(found[:-1])} {last} {found[-1]}"
+    unique = list(dict.fromkeys(words))
+    if len(unique) < 2:
+        return "".join(unique)
+    return f"{', '.join(unique[:-1])} {last} {unique[-1]}"

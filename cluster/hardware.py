@@ -1,7 +1,7 @@
 """The machines that a plan is made for: memory, generation, peak rates. Data, and one parser.
 
 `8xH800-80GB` is eight GPUs in one node; more than eight are whole nodes of eight. `cpu` is the
-machine that the plan runs on. Rates are dense peaks of the SXM boards from NVIDIA's data sheets,
+machine that runs the command. Rates are dense peaks of the SXM boards from NVIDIA's data sheets,
 without sparsity; memory is what the driver reports (`nvidia-smi`, MiB), not the label.
 """
 
@@ -57,7 +57,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """`count` devices of one type, as they serve one replica of the model."""
+    """`count` devices of one type, which together serve one replica of the model."""
 
     hardware: Hardware
     count: int
@@ -119,8 +119,9 @@ _ALIASES = {"H200": "H200-141GB"}
 
 
 def local_cpu() -> Hardware:
-    """The host that runs this. Rates are of the reference machine (two cores of a Xeon without
-    AMX: DRAM reads 26 GB/s, FP32 0.3 TFLOP/s, INT8 1.2 TOP/s); memory is this host's own."""
+    """The host that runs this process. Memory is the host's own; rates are those of the reference
+    machine (two cores of a Xeon without AMX: DRAM reads 26 GB/s, FP32 0.3 TFLOP/s, INT8
+    1.2 TOP/s)."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(
         name="cpu",
@@ -138,10 +139,11 @@ def parse_hardware(text: str) -> Machines:
     """`8xH800-80GB`, `16xH800-80GB`, `4xH200`, `cpu` or `1xcpu`.
 
     Raises:
-        DeployError: the name is unknown, the count is missing, or it is no layout of nodes.
+        DeployError: the name is unknown, or the count is missing or neither 1, 2, 4 nor a multiple
+            of 8.
     """
-    found = re.fullmatch(r"(?:(\d+)x)?(\S+)", text.strip())
-    count, name = (found[1], found[2]) if found else (None, text)
+    match = re.fullmatch(r"(?:(\d+)x)?(\S+)", text.strip())
+    count, name = (match[1], match[2]) if match else (None, text)
     if name.lower() == "cpu":
         if count not in (None, "1"):
             raise DeployError(f"--hardware {text}: the engine runs on one CPU host; write cpu")

@@ -1,11 +1,11 @@
 """The deployability matrix: rows of facts about what each engine loads. Data, no logic.
 
-For a target, GPU generation, part and format the first matching row counts. `loads` rows may carry
-a note, a condition that the planner prints; the others carry the reason and what to change, where
-`{rules}` stands for recipe rules made of the parts' globs and `instead`.
+For a target, GPU generation, part and format the first matching row counts. A row that `loads` may
+have a note, which states a condition and which the planner prints. The others give the reason and
+what to change, where `{rules}` stands for recipe rules made of the parts' globs and `instead`.
 
 Versions: TensorRT-LLM 1.2.x (PyTorch backend), vLLM and SGLang as of autumn 2026. Nothing here was
-run on a GPU by us. `evidence` says how well a row is known:
+run on a GPU by us. `evidence` says what a row rests on:
 
     read      in the loader's own source
     reported  in the project's documentation, issue or pull request
@@ -231,8 +231,8 @@ ROWS: tuple[Row, ...] = (*_TRTLLM, *_VLLM, *_SGLANG, *_EMBEDDED)
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Cells (part, format) that one model may combine, BF16 aside. A target without any mixes
-    freely: per linear or, where it fuses linears, per fused unit."""
+    """Cells (part, format) that one model may combine; BF16 goes with any. A target without a Mix
+    combines all formats: per linear or, where it fuses linears, per fused unit."""
 
     target: Target
     name: str

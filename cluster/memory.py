@@ -1,10 +1,10 @@
-"""Bytes of a served model by group, on one GPU and in all; arithmetic on shapes, no tensors.
+"""Bytes of a served model by group, per GPU and in total; arithmetic on shapes, no tensors.
 
-On GPUs a weight takes what the quantized checkpoint stores (`deepseek.formats.stored_shapes`);
-tensor parallelism splits or replicates it as the inventory says. The embedded engine has its own
-layout and its own rule (`deepseek.engine.packed_layout`), so that planned and allocated bytes are
-the same number there. MLA's latent cache has one head: tensor parallelism *replicates* it, so more
-GPUs hold more KV tokens only through the weights that they no longer hold.
+On GPUs a weight takes the bytes that the quantized checkpoint stores
+(`deepseek.formats.stored_shapes`); tensor parallelism splits or replicates it as the inventory
+says. The embedded engine has its own layout (`deepseek.engine.packed_layout`), so that planned and
+allocated bytes are the same number there. MLA's latent cache has one head, and tensor parallelism
+*replicates* it: more GPUs hold more KV tokens only because each holds fewer weights.
 
 N outputs · K inputs · T tokens of one step · tp GPUs of one replica
 """
@@ -24,8 +24,8 @@ from deepseek.formats import stored_shapes
 from deepseek.inventory import Group, Split, TensorSpec, tensors
 from deepseek.recipe import KVFormat, Scheme
 
-#: Lines of the table, in order. Scales and zero points of all groups stand in their own line; those
-#: of the MTP layer are in its line, since both are loaded or left out together.
+#: Lines of the table, in order. Scales and zero points of all groups have their own line. Those of
+#: the MTP layer count in its line, because both are loaded or left out together.
 GROUPS: tuple[str, ...] = get_args(Group)
 
 #: FP8 block edge, and the group of the per-token FP8 cache layout (`fp8_ds_mla`).
@@ -44,8 +44,8 @@ _PACKED_SCALES = frozenset({"scale", "scale_zero", "zero_point", "input_scale"})
 
 @dataclass(frozen=True, slots=True)
 class GroupBytes:
-    """Weight bytes of one group: codes and high-precision values, and apart from them the scales
-    and zero points; in the whole model and on the fullest GPU."""
+    """Weight bytes of one group, in the whole model and on the fullest GPU. `values` are codes and
+    high-precision values, `scales` are scales and zero points."""
 
     values: int = 0
     values_per_gpu: int = 0
@@ -71,7 +71,8 @@ class GroupBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """What one replica takes. `groups` leaves `mtp` out of the sums unless it is loaded."""
+    """Memory of one replica, in bytes. `weights` and `weights_per_gpu` count the group `mtp` only
+    if `mtp_loaded`."""
 
     groups: Mapping[str, GroupBytes]
     mtp_loaded: bool
@@ -95,7 +96,7 @@ class Footprint:
         return sum(group.values_per_gpu + group.scales_per_gpu for group in self._loaded())
 
     def kv_tokens(self, usable_bytes: int) -> int:
-        """Tokens whose latents fit beside weights and workspace, in whole pages."""
+        """Tokens whose latents fit beside weights and workspace, in whole KV pages."""
         free = usable_bytes - self.weights_per_gpu - self.workspace_per_gpu
         pages = free // (self.kv_bytes_per_token * self.page_tokens) - self.spare_pages
         return max(0, pages) * self.page_tokens
@@ -108,7 +109,7 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Tensors that take the same bytes, whatever their names."""
+    """What decides the bytes of a tensor; tensors of one kind take the same."""
 
     group: str
     split: Split
@@ -118,13 +119,13 @@ class _Kind:
 
 
 class Tally:
-    """The tensors of one model under one recipe, counted by kind: 46,000 names become a dozen kinds
-    for DeepSeek-V3, so that every number of GPUs can be tried at no cost."""
+    """The tensors of one model under one recipe, counted by kind. DeepSeek-V3's 46,000 tensors are
+    a dozen kinds, so that a footprint for another number of GPUs costs nothing."""
 
     def __init__(self, config: ModelConfig, schemes: Mapping[str, Scheme]) -> None:
         self.config = config
         self.schemes = schemes
-        # Schemes are shared objects, and hashing 46,000 of them would take half a second.
+        # Schemes are shared objects, so their ids are counted: hashing 46,000 takes half a second.
         counts: Counter[tuple[object, ...]] = Counter()
         examples: dict[tuple[object, ...], TensorSpec] = {}
         for spec in tensors(config):
@@ -199,7 +200,8 @@ def _kind(spec: TensorSpec, schemes: Mapping[str, Scheme]) -> _Kind:
 
 
 def _is_shared_with_main(spec: TensorSpec) -> bool:
-    """The MTP layer's copies of embedding and head: engines use the main model's."""
+    """Whether the tensor is the MTP layer's copy of embedding or head: engines load the main
+    model's only."""
     return spec.group == "mtp" and spec.name.endswith(
         (".embed_tokens.weight", ".shared_head.head.weight")
     )
@@ -207,7 +209,7 @@ def _is_shared_with_main(spec: TensorSpec) -> bool:
 
 @lru_cache(maxsize=4096)
 def _bytes_of(kind: _Kind, tp: int, num_experts: int) -> GroupBytes:
-    """One tensor's bytes in all and on the fullest of `tp` GPUs."""
+    """Bytes of one tensor, in total and on the fullest of `tp` GPUs."""
     if kind.scheme is None:
         values, scales = math.prod(kind.shape) * kind.itemsize, 0
     else:
@@ -225,7 +227,7 @@ def _bytes_of(kind: _Kind, tp: int, num_experts: int) -> GroupBytes:
             return GroupBytes(values, -(-values // ways), scales, -(-scales // ways))
         case "row":
             ways = _ways(kind.shape[1], _granule(kind.scheme, "row"), tp)
-            # A scale per output channel is needed whole wherever a slice of the inputs lies.
+            # A scale per output channel does not split by inputs: every GPU needs all of them.
             split_scales = kind.scheme is not None and not kind.scheme.weights.startswith("int8")
             scales_per_gpu = -(-scales // ways) if split_scales else scales
             return GroupBytes(values, -(-values // ways), scales, scales_per_gpu)
@@ -244,7 +246,7 @@ def _stored(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _granule(scheme: Scheme | None, split: Split) -> int:
-    """The smallest piece of outputs (column) or inputs (row) that a GPU can take."""
+    """The smallest number of outputs (column) or inputs (row) that a weight is split by."""
     if scheme is None:
         return 1
     if scheme.weights == "fp8-block":
@@ -253,13 +255,13 @@ def _granule(scheme: Scheme | None, split: Split) -> int:
 
 
 def _ways(size: int, granule: int, tp: int) -> int:
-    """Over how many of `tp` GPUs a dimension spreads without cutting a block or group; the rest
-    hold copies, as TensorRT-LLM does with the shared expert (facts: gcd(inter / group, tp))."""
+    """Over how many of `tp` GPUs a dimension is split without cutting an FP8 tile or a group. The
+    others hold copies, as in TensorRT-LLM's shared expert: gcd(intermediate size / group, tp)."""
     return math.gcd(size // granule, tp) if size % granule == 0 else 1
 
 
 def _workspace(config: ModelConfig, tp: int, itemsize: int, tokens: int, max_batch: int) -> int:
-    """Activations of one step at the peak, on one GPU.
+    """Peak bytes of activations in one step, on one GPU.
 
     3 T D for the residual stream, its norm and a layer's output, plus the largest of
       attention   T (q_rank + latent + H/tp (2 qk + 2 v))
@@ -281,8 +283,8 @@ def _workspace(config: ModelConfig, tp: int, itemsize: int, tokens: int, max_bat
 
 
 def _absorbed_copies(config: ModelConfig, tp: int) -> int:
-    """kv_b_proj once more, in BF16 by head: TensorRT-LLM, vLLM and SGLang all keep W_UK and W_UV
-    beside the projection for decoding on the latents."""
+    """Bytes of a second, BF16 copy of kv_b_proj, on one GPU: TensorRT-LLM, vLLM and SGLang keep
+    W_UK and W_UV by head beside the projection, to decode on the latents."""
     heads = math.ceil(config.num_attention_heads / tp)
     width = config.qk_nope_head_dim + config.v_head_dim
     return 2 * config.num_hidden_layers * heads * width * config.kv_lora_rank

@@ -1,8 +1,8 @@
-"""The generated pages of docs/: what plans say, what each target loads.
+"""Generates pages of docs/: plans of the built-in recipes, and what each target loads.
 
     python -m cluster.pages docs
 
-A test regenerates them and compares, so the documentation is what the code says.
+A test regenerates the pages and compares, so that they cannot differ from the code.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _RECIPES = (
     *("int8", "int8-weight-only", "int4", "int4-all", "int4-asym", "int8-smoothquant"),
     *("int8-asym", "w4a8"),
 )
-#: Sets that have a shorter name.
+#: Shorter names for sets of parts and formats.
 _ALL = {
     PARTS: "every linear",
     PARTS | KV: "everything",
@@ -74,7 +74,7 @@ def plans_page() -> str:
     ]
     rows = [_plan_row(plan) for plan in plans]
     others = [load_recipe(name) for name in builtin_recipes()]
-    told = [
+    details = [
         f"`--recipe {plan.recipe} --hardware {plan.machines.label}`, exit code {int(not plan.good)}"
         f"\n\n{_bullets(sentences(plan, better_recipes(plan, DEEPSEEK_V3, others)))}"
         for plan in plans
@@ -95,7 +95,7 @@ def plans_page() -> str:
             "",
             "## In words",
             "",
-            "\n\n".join(told),
+            "\n\n".join(details),
             "",
         ]
     )

@@ -1,8 +1,8 @@
-"""Step 1, plan: does this recipe fit these machines, will the target load it, and what would.
+"""Step 1, plan: whether a recipe fits these machines, whether the target loads it, and what would.
 
-A pure function of the model's config, the recipe and the hardware; reads no weights and starts
-nothing. `fits` speaks of memory only, `loads` of the deployability matrix; a plan is good when both
-hold. One replica is planned: tensor parallelism over all its GPUs, experts whole per GPU.
+A pure function of the model's config, the recipe and the hardware; it reads no weights. `fits` is
+about memory only, `loads` about the deployability matrix; a plan is good when both hold. The plan
+is of one replica: tensor parallelism over all its GPUs, whole experts per GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from deepseek.recipe import Recipe
 
 #: In this order `auto` takes the first target that loads the recipe.
 GPU_TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang")
-#: What a request may hold when `--context` is not given, bounded by the model's own limit.
+#: Tokens of a request when `--context` is not given, unless the model's own limit is less.
 DEFAULT_CONTEXT = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the byte table; `scales` stands for those of all groups but MTP."""
+    """One line of the byte table. The line `scales` is the sum over all groups but MTP."""
 
     name: str
     total_bytes: int
@@ -36,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class SmallestFit:
-    """The fewest GPUs, one node's part or whole nodes of eight, that hold what was asked."""
+    """The fewest GPUs, of one node or as whole nodes of eight, that hold the requests."""
 
     gpus: int
     hardware: str
@@ -45,11 +45,11 @@ class SmallestFit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The answer. Bytes are decimal in everything that is printed (GB = 1e9).
+    """The answer for one recipe on one set of machines.
 
     `kv_tokens` and `max_concurrency` are what this hardware holds, 0 when the weights leave no
-    room; `refusals` are those of the targets that were passed over, and of the chosen one where
-    none loads the recipe.
+    room. `refusals` are those of the targets that `auto` passed over, and of the chosen target
+    where none loads the recipe.
     """
 
     recipe: str
@@ -105,14 +105,14 @@ def make_plan(
     tally = tally_of(config, recipe)
     chosen, loads, refusals, notes = _choose(config, recipe, machines, target, mtp)
     footprint = _footprint(tally, recipe, machines, mtp)
-    wanted = _wanted_tokens(footprint, context, concurrency)
+    requested = _paged_tokens(footprint, context, concurrency)
     kv_tokens = footprint.kv_tokens(machines.hardware.usable_bytes)
     return Plan(
         recipe=recipe.name,
         machines=machines,
         target=chosen,
         asked_auto=target == "auto",
-        fits=kv_tokens >= wanted,
+        fits=kv_tokens >= requested,
         loads=loads,
         context=context,
         concurrency=concurrency,
@@ -121,7 +121,7 @@ def make_plan(
         footprint=footprint,
         lines=_lines(footprint),
         kv_tokens=kv_tokens,
-        max_concurrency=kv_tokens // _wanted_tokens(footprint, context, 1),
+        max_concurrency=kv_tokens // _paged_tokens(footprint, context, 1),
         smallest_fit=_smallest_fit(config, tally, recipe, machines, context, concurrency, mtp),
         refusals=refusals,
         warnings=(*notes, *_warnings(machines)),
@@ -129,14 +129,14 @@ def make_plan(
 
 
 def better_recipes(plan: Plan, config: ModelConfig, recipes: Iterable[Recipe]) -> list[Plan]:
-    """Which of `recipes` would do what `plan` cannot, on the same hardware, target, context and
-    concurrency; the largest (the most precise) first. Empty when the plan is good.
+    """Plans with those of `recipes` that are good on the same hardware, target, context and
+    concurrency, the largest (most precise) first. Empty when `plan` itself is good.
 
-    Recipes that differ only in how they round are one here; the first stands for them.
+    Recipes that differ only in how they round have one plan, with the first of them.
     """
     if plan.good:
         return []
-    found = []
+    good = []
     for recipe in {_layout(recipe): recipe for recipe in reversed(list(recipes))}.values():
         other = make_plan(
             config,
@@ -148,19 +148,19 @@ def better_recipes(plan: Plan, config: ModelConfig, recipes: Iterable[Recipe]) -
             mtp=plan.mtp,
         )
         if other.good:
-            found.append(other)
-    return sorted(found, key=lambda other: (-round(other.footprint.weights / 1e8), other.recipe))
+            good.append(other)
+    return sorted(good, key=lambda other: (-round(other.footprint.weights / 1e8), other.recipe))
 
 
 def _layout(recipe: Recipe) -> tuple[object, ...]:
-    """All of a recipe that a plan depends on."""
+    """The fields of a recipe that a plan depends on."""
     rules = ((rule.match, rule.weights, rule.group_size, rule.activations) for rule in recipe.rules)
     return recipe.kv_cache, *rules
 
 
 @lru_cache(maxsize=12)
 def tally_of(config: ModelConfig, recipe: Recipe) -> Tally:
-    """The counted tensors of a model under a recipe; the one slow step of a plan (a second)."""
+    """The tensors of a model under a recipe, counted; the one slow step of a plan (a second)."""
     return Tally(config, recipe.resolve(config))
 
 
@@ -193,7 +193,7 @@ def _choose(
     asked: str,
     mtp: bool,
 ) -> tuple[Target, bool, tuple[Refusal, ...], tuple[str, ...]]:
-    """(target, whether it loads, refusals met on the way, its notes)."""
+    """(target, whether it loads, refusals of the targets that were tried, notes of the target)."""
     candidates: tuple[Target, ...]
     if asked != "auto":
         candidates = (require_target(asked),)
@@ -201,11 +201,11 @@ def _choose(
         candidates = GPU_TARGETS if machines.hardware.is_gpu else ("embedded",)
     met: list[Refusal] = []
     for candidate in candidates:
-        found = _findings(config, recipe, candidate, machines.hardware.generation, mtp)
-        refusals = [*found.refusals, *_mtp_refusals(candidate, mtp)]
+        findings = _findings(config, recipe, candidate, machines.hardware.generation, mtp)
+        refusals = [*findings.refusals, *_mtp_refusals(candidate, mtp)]
         met += refusals
         if not refusals:
-            return candidate, True, tuple(met), found.notes
+            return candidate, True, tuple(met), findings.notes
     return candidates[0], False, tuple(met), ()
 
 
@@ -230,7 +230,8 @@ def _footprint(tally: Tally, recipe: Recipe, machines: Machines, mtp: bool) -> F
     return tally.embedded_footprint(recipe.kv_cache)
 
 
-def _wanted_tokens(footprint: Footprint, context: int, concurrency: int) -> int:
+def _paged_tokens(footprint: Footprint, context: int, concurrency: int) -> int:
+    """Tokens of `concurrency` requests, each rounded up to whole KV pages."""
     pages = -(-context // footprint.page_tokens)
     return pages * footprint.page_tokens * concurrency
 
@@ -250,8 +251,8 @@ def _smallest_fit(
     for count in sorted(counts):
         candidate = machines.with_count(count)
         footprint = _footprint(tally, recipe, candidate, mtp)
-        wanted = _wanted_tokens(footprint, context, concurrency)
-        if footprint.kv_tokens(machines.hardware.usable_bytes) >= wanted:
+        requested = _paged_tokens(footprint, context, concurrency)
+        if footprint.kv_tokens(machines.hardware.usable_bytes) >= requested:
             return SmallestFit(candidate.num_gpus, candidate.label, footprint.weights_per_gpu)
     return None
 

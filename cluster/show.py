@@ -1,4 +1,4 @@
-"""A plan for people (a table and sentences) and for machines (one JSON object).
+"""Shows a plan: a table and sentences for people, one JSON object for machines.
 
 GB are decimal (1e9 bytes) everywhere; `per GPU` is the fullest GPU. The JSON keys are frozen by a
 test: scripts read them.
@@ -172,22 +172,22 @@ def _kv_sentences(plan: Plan) -> list[str]:
 
 
 def _target_sentences(plan: Plan, alternatives: Sequence[Plan]) -> list[str]:
-    found = []
+    verdict = []
     if plan.loads and plan.asked_auto and plan.machines.hardware.is_gpu:
-        found.append(
+        verdict.append(
             f"Target: {plan.target}, the first of {', '.join(GPU_TARGETS)} that loads this recipe."
         )
     elif plan.loads:
-        found.append(f"Target: {plan.target} loads this recipe.")
+        verdict.append(f"Target: {plan.target} loads this recipe.")
     else:
         others = ", ".join(other.recipe for other in alternatives)
         hint = f" Recipes that fit and load here: {others}." if others else ""
-        found.append(f"Refused: no target asked for loads this recipe.{hint}")
-    return found + [refusal.sentence() for refusal in plan.refusals]
+        verdict.append(f"Refused: no target asked for loads this recipe.{hint}")
+    return verdict + [refusal.sentence() for refusal in plan.refusals]
 
 
 def _kv_bytes(plan: Plan) -> int:
-    """Of what was asked for, per GPU; each request in whole pages."""
+    """KV bytes per GPU of the planned requests, each in whole KV pages."""
     page = plan.footprint.page_tokens
     return plan.footprint.kv_bytes(-(-plan.context // page) * page * plan.concurrency)
 

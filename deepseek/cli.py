@@ -1,7 +1,7 @@
-"""What every command of ours shares: errors as one sentence, exit codes, progress with an ETA.
+"""What all commands share: errors as one sentence, exit codes, progress with an ETA.
 
-Exit codes: 0 success, 1 the answer is no (a plan that does not fit, a gate that fails),
-2 the user's mistake, with one sentence that names it and says what to change.
+Exit codes: 0 success; 1 the answer is no (a plan does not fit, a gate fails); 2 the user's mistake,
+with one sentence that names it and says what to change.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run(app: typer.Typer) -> NoReturn:
 
 
 def make_app(help_text: str) -> typer.Typer:
-    """A typer application with our defaults: plain tracebacks for bugs, --help on no arguments."""
+    """A typer application with our defaults: plain tracebacks for bugs, help without arguments."""
     return typer.Typer(
         help=help_text,
         no_args_is_help=True,

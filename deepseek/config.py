@@ -1,12 +1,12 @@
 """DeepSeek-V3's config.json, read strictly: every key is understood, fixed, or known to be inert.
 
-A key that changes the forward pass must be implemented or refused by name. Keys are therefore
-sorted in three tables: fields of `ModelConfig`, `_FIXED` (one value implemented), and `_INERT`
-(no effect on the forward pass). Anything else is an error.
+A key that changes the forward pass is implemented or refused by name. Keys are therefore sorted
+into three tables: fields of `ModelConfig`, `_FIXED` (one value implemented), and `_INERT` (no
+effect on the forward pass). Any other key is an error.
 
-YaRN (arXiv 2309.00071) applies whenever the config carries it, whatever the serving limit is, as
-transformers does. DeepSeek's own inference code applies it only when its `max_seq_len` exceeds the
-original context, so the serving limit would change the model's answers; we never do that.
+YaRN (arXiv 2309.00071) applies whenever the config has it, as in transformers, whatever the serving
+limit is. DeepSeek's own inference code applies it only when its `max_seq_len` exceeds the original
+context, so that the serving limit changes the model's answers; here it does not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class YarnScaling:
 class ModelConfig:
     """Shapes and constants of one DeepSeek-V3-architecture model; names as in the release.
 
-    `weight_block_size` is the source's FP8 block (rows, columns), None for a BF16 source.
+    `weight_block_size` is the source's FP8 tile (rows, columns), None for a BF16 source.
     """
 
     vocab_size: int
@@ -107,7 +107,7 @@ class ModelConfig:
 
     @property
     def num_layers_with_mtp(self) -> int:
-        """Decoder layers in the checkpoint, the MTP layers behind the main ones included."""
+        """Decoder layers in the checkpoint: the main layers, then the MTP layers."""
         return self.num_hidden_layers + self.num_nextn_predict_layers
 
     def is_moe(self, layer: int) -> bool:
@@ -242,7 +242,8 @@ def _read_rope(given: dict[str, Any]) -> tuple[float, YarnScaling | None]:
 
 
 def _read_block_size(value: Any) -> tuple[int, int] | None:
-    """FP8 block of a source checkpoint. A compressed-tensors artifact is read by its manifest."""
+    """FP8 tile (rows, columns) of a source checkpoint; None for BF16 and for a compressed-tensors
+    artifact, whose manifest says how its weights are stored."""
     quantization = _as_dict(value, "quantization_config")
     if value is None or quantization.get("quant_method") == "compressed-tensors":
         return None
@@ -290,23 +291,27 @@ _MAY_BE_ZERO = {
 
 
 def _check_fields(config: ModelConfig | YarnScaling, prefix: str) -> None:
-    """Types and signs of all plain fields; a string in place of a number is named here."""
+    """Check types and signs of all plain fields.
+
+    Raises:
+        ConfigError: a value has the wrong type (a string in place of a number) or sign.
+    """
     for field in fields(config):
         value, kind = getattr(config, field.name), str(field.type)
         if kind.endswith(" | None") and value is None:
             continue
         kind = kind.removesuffix(" | None")
         if kind == "bool":
-            ok, wanted = isinstance(value, bool), "true or false"
+            ok, expected = isinstance(value, bool), "true or false"
         elif kind in ("int", "float"):
             zero_ok = field.name in _MAY_BE_ZERO
             number = type(value) is int or (kind == "float" and type(value) is float)
             ok = number and math.isfinite(value) and (value > 0 or (zero_ok and value == 0))
-            wanted = f"{'zero or ' if zero_ok else ''}a positive {kind}"
+            expected = f"{'zero or ' if zero_ok else ''}a positive {kind}"
         else:
             continue
         if not ok:
-            raise ConfigError(f"config.json: {prefix}{field.name} = {value!r} must be {wanted}")
+            raise ConfigError(f"config.json: {prefix}{field.name} = {value!r} must be {expected}")
 
 
 #: The released DeepSeek-V3 (671.0 B parameters, MTP layer excluded); R1, V3-0324 and V3.1 share it.

@@ -52,6 +52,12 @@ class RequestError(IntServeError):
     """A generation request that no amount of waiting would make servable."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type where the message is empty."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def first_problem(error: ValidationError) -> str:
     """`place: what is wrong` of the first thing that pydantic found in a file of ours."""
     first = error.errors()[0]

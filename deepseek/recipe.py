@@ -1,9 +1,9 @@
-"""What an artifact is to become: the recipe, read strictly, and resolved to a scheme per linear.
+"""The recipe: how an artifact is to be quantized. Read strictly, resolved to a scheme per linear.
 
-A recipe is YAML: ordered rules from a name pattern to a weight format and an algorithm, down to a
-single layer, last match wins; then the KV format, calibration settings, expert coverage and the
-gate's limits. It lives on the ground floor because the planner, the quantizer, the builder and the
-server all read it; the built-in ones are `deepseek/recipes/*.yaml`, reached as data.
+A recipe is YAML. Ordered rules map a pattern of module names to a weight format and an algorithm,
+and the last match wins, so that one rule may concern a single layer. Then come the KV format, the
+calibration settings, expert coverage and the gate's limits. Planner, quantizer, builder and server
+all read it. The built-in recipes are the files `deepseek/recipes/*.yaml`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from deepseek.config import ModelConfig
 from deepseek.errors import RecipeError
 from deepseek.inventory import TensorSpec, linears
 
-#: `source` keeps what the source has: FP8 128x128 blocks for the release, BF16 for a BF16 model.
+#: `source` keeps the format of the source: FP8 128x128 tiles for the release, else BF16.
 WeightFormat = Literal["source", "bf16", "fp8-block", "int8", "int8-asym", "int4", "int4-asym"]
 #: Activations entering the linear: none (weight-only), INT8 with one dynamic scale per token, or
 #: FP8 e4m3 with one static scale per tensor, measured (`input_scale` of the artifact).
 ActivationFormat = Literal["none", "int8", "fp8"]
 #: How a weight is rounded. `max` is round-to-nearest; the others read calibration statistics.
 Algorithm = Literal["max", "smoothquant", "awq", "gptq"]
-#: Where the range of a group or channel ends: at its largest weight, at a percentile of the
-#: magnitudes, or where the squared rounding error is least.
+#: Limit of the range of a group or channel: its largest weight, a percentile of the magnitudes, or
+#: the value with the least squared rounding error.
 Clip = Literal["max", "percentile", "mse"]
 KVFormat = Literal["bf16", "int8", "fp8"]
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
-#: Activation format -> the one weight format that some target multiplies it with.
+#: Activation format -> the only weight format with which a target multiplies it.
 _ACTIVATIONS_NEED: dict[ActivationFormat, WeightFormat] = {"int8": "int8", "fp8": "int4"}
 #: Setting -> the algorithm or clip that reads it.
 _ONLY_FOR = {
@@ -56,12 +56,12 @@ class Scheme(_Strict):
 
     `int8` and `int8-asym` have one scale (and zero point) per output channel; `int4` and
     `int4-asym` have one per output channel and group of `group_size` inputs; `fp8-block` has one
-    scale per 128x128.
+    scale per 128x128 tile.
 
-    `smoothing` is SmoothQuant's strength; `percentile` is of the magnitudes of one group or
-    channel; `damping` is GPTQ's, as a share of the Hessian's mean diagonal; `act_order` has GPTQ
-    round the most active inputs first (groups and their scales stay those of the original order, so
-    no target needs an index of groups).
+    `smoothing` is SmoothQuant's strength alpha. `percentile` is of the magnitudes of one group or
+    channel. `damping` is GPTQ's, as a share of the Hessian's mean diagonal. With `act_order` GPTQ
+    rounds the most active inputs first; groups and their scales stay those of the original order,
+    so that no target needs an index of groups.
     """
 
     weights: WeightFormat
@@ -135,22 +135,24 @@ class Rule(Scheme):
 
 
 class Calibration(_Strict):
-    """Calibration text is cut in blocks; statistics merge in block order, whoever held a block."""
+    """Calibration text is cut into blocks of `block_tokens`. Statistics are added in block order,
+    so that they do not depend on which worker held a block."""
 
     num_blocks: int = Field(default=32, ge=1)
     block_tokens: int = Field(default=512, ge=16)
 
 
 class ExpertCoverage(_Strict):
-    """Which tokens the statistics of a routed expert are taken of; forwarding is top-k always.
+    """Which tokens the statistics of a routed expert are taken from; forwarding is always top-k.
 
-    `topk`: those that the router sends. `all`: every token. `shrink`: those that the router sends
-    and `shrink_tokens` more, spread evenly over the whole layer's: H_e + shrink_tokens * H_layer
-    per token, which pulls an expert toward the layer the more, the fewer tokens it has.
+    `topk`: the tokens that the router sends. `all`: every token. `shrink`: the tokens that the
+    router sends, and `shrink_tokens` more that stand for the mean of the whole layer: H_e +
+    shrink_tokens * H_layer per token. The fewer tokens an expert has, the more this pulls its
+    statistics toward the layer's.
 
-    An expert that the router sent fewer than `floor_tokens` is starved: reported, counted against
-    the gate's `max_starved_experts`, and under `topk` rounded to nearest in place of AWQ or GPTQ
-    (counted in the ledger).
+    An expert that the router sent fewer than `floor_tokens` is starved. It is reported and counts
+    toward the gate's `max_starved_experts`; under `topk` it is rounded to nearest in place of AWQ
+    or GPTQ, which the ledger counts.
     """
 
     policy: Literal["topk", "all", "shrink"] = "topk"
@@ -159,7 +161,7 @@ class ExpertCoverage(_Strict):
 
 
 class GateLimits(_Strict):
-    """What a measured artifact must keep to be served; every limit is inclusive."""
+    """Limits that a measured artifact must keep to be served. Every limit is inclusive."""
 
     max_perplexity_ratio: float = Field(ge=1.0)
     max_mean_kl: float = Field(gt=0.0, description="nats per token, source against quantized")
@@ -169,6 +171,8 @@ class GateLimits(_Strict):
 
 
 class Recipe(_Strict):
+    """A whole recipe, as the YAML file gives it."""
+
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str
     rules: tuple[Rule, ...] = Field(min_length=1)
@@ -178,9 +182,9 @@ class Recipe(_Strict):
     gate: GateLimits
 
     def scheme_for(self, spec: TensorSpec) -> Scheme:
-        """The last rule that matches the linear; `source` where none does.
+        """The scheme of the last rule that matches the linear; `source` where none does.
 
-        The MTP layer is carried through as it is: nothing that we evaluate exercises it.
+        The MTP layer is always `source`, because no evaluation runs it.
         """
         if spec.group == "mtp":
             return _SOURCE
@@ -190,7 +194,7 @@ class Recipe(_Strict):
         return _SOURCE
 
     def resolve(self, config: ModelConfig) -> dict[str, Scheme]:
-        """Scheme of every linear (keyed by module name), `source` made concrete.
+        """Scheme of every linear by module name, with `source` replaced by the source's format.
 
         Raises:
             RecipeError: a rule matches nothing outside the MTP layers, a group size does not divide
@@ -239,7 +243,7 @@ def _compiled(glob: str) -> re.Pattern[str]:
 
 
 def builtin_recipes() -> list[str]:
-    """Names accepted by `--recipe` besides a file's path."""
+    """Names that `--recipe` accepts besides the path of a file."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -264,7 +268,11 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def parse_recipe(raw: object, *, where: str) -> Recipe:
-    """Validate a parsed recipe; `where` names it in the error."""
+    """Validate a parsed recipe; `where` names it in the error.
+
+    Raises:
+        RecipeError: a key is unknown, or a value is wrong or contradicts another.
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

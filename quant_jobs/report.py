@@ -1,34 +1,32 @@
 """Step 8, report: one HTML page for people, one JSON file for machines, from what the steps left.
 
-Reads, decides nothing: the manifest, the evaluation and the verdict are on disk by now. The page is
-self-contained (inline SVG and CSS, no script, nothing fetched) and works on light and dark paper.
+Reads the engine's manifest, the evaluation and the verdict, checks that they belong together, and
+writes the two files. What they say is `reports/findings.py`, how the page looks
+`reports/engine_page.py`; this step decides nothing about the engine.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from markupsafe import Markup
-from torch import Tensor
-
-from deepseek.artifact.manifest import Manifest, read_manifest
+from deepseek.artifact.manifest import read_manifest
 from deepseek.artifact.verdict import VERDICT_FILE, GateVerdict, read_verdict
 from deepseek.errors import ArtifactError
 from deepseek.files import write_atomic
 from quant_jobs.build import BuiltEngine, read_engine
 from quant_jobs.evaluation.record import Evaluation, read_evaluation, read_tokens
-from quant_jobs.reports import figures
+from quant_jobs.reports.engine_page import draw_figures, render
 from quant_jobs.reports.findings import Report, assemble
-from quant_jobs.reports.page import render_page, show_bytes
 
 
 def run_report(
     engine_dir: Path, evaluation_dir: Path, output: Path, *, checkpoint: Path | None = None
 ) -> Report:
-    """Write OUTPUT (HTML) and, beside it, the same with the suffix `.json`.
+    """Write the page to OUTPUT and the report's data beside it, with the suffix `.json`.
 
     Raises:
-        ArtifactError: a document is missing or belongs to another engine.
+        ArtifactError: a document is missing or belongs to another engine, or OUTPUT itself has the
+            suffix `.json`.
     """
     engine = read_engine(engine_dir)
     evaluation = read_evaluation(evaluation_dir)
@@ -60,7 +58,7 @@ def _check_checkpoint(checkpoint: Path, engine: BuiltEngine) -> None:
 
 
 def _verdict_of(engine: BuiltEngine, evaluation: Evaluation) -> GateVerdict | None:
-    """The verdict about this engine and this evaluation; None where `gate` has not run.
+    """The verdict on this engine and this evaluation; None where `gate` has not run.
 
     Raises:
         ArtifactError: the verdict is about another engine, or about other measurements.
@@ -75,94 +73,3 @@ def _verdict_of(engine: BuiltEngine, evaluation: Evaluation) -> GateVerdict | No
             f"{'evaluation' if same else 'engine'}; run `python -m quant_jobs gate` again"
         )
     return verdict
-
-
-def draw_figures(
-    report: Report, manifest: Manifest | None, tokens: dict[str, Tensor]
-) -> dict[str, Markup]:
-    """The page's plots by name; `errors` and `coverage` are empty where nothing is known."""
-    evaluation = report.evaluation
-    difference_BT = tokens["quantized_nll"].double() - tokens["source_nll"].double()
-    drawn = {
-        "kl": figures.kl_histogram(tokens["kl"].flatten(), evaluation),
-        "blocks": figures.block_differences(
-            difference_BT.mean(dim=1), evaluation.perplexity_ratio.value
-        ),
-        "sizes": figures.sizes(evaluation.sizes),
-        "errors": "",
-        "coverage": "",
-    }
-    if report.errors:
-        drawn["errors"] = figures.layer_errors(_errors_by_group(report.errors))
-    if report.coverage and manifest:
-        floor = manifest.recipe.expert_coverage.floor_tokens
-        drawn["coverage"] = figures.coverage(report.coverage, floor)
-    # Our own SVG, not user text: the one thing on the page that must not be escaped.
-    return {name: Markup(svg) for name, svg in drawn.items()}
-
-
-def render(report: Report, drawn: dict[str, Markup]) -> str:
-    """The page. Everything but the plots is escaped; an unknown name is an error."""
-    return render_page(
-        "report.html.j2",
-        report=report,
-        evaluation=report.evaluation,
-        tiles=_tiles(report.evaluation),
-        figures=drawn,
-    )
-
-
-def _tiles(result: Evaluation) -> list[dict[str, str]]:
-    """The five figures that a reader came for."""
-    ratio, kl, top1 = result.perplexity_ratio, result.kl, result.top1
-    tiles = [
-        {
-            "name": "Perplexity ratio",
-            "value": f"{ratio.value:.4f}",
-            "note": f"{result.source_perplexity:.3f} → {result.perplexity:.3f} "
-            f"(±{1.96 * ratio.standard_error:.4f})",
-        },
-        {
-            "name": "KL to the source",
-            "value": f"{kl.mean.value:.4f}",
-            "note": f"nats per token, p99 {kl.p99:.3f}",
-        },
-        {
-            "name": "Top-1 agreement",
-            "value": f"{top1.value:.2%}",
-            "note": f"{top1.low:.2%} to {top1.high:.2%}",
-        },
-        {
-            "name": "Size",
-            "value": f"{result.artifact_bytes / result.bf16_bytes:.1%}",
-            "note": f"{show_bytes(result.artifact_bytes)}, BF16 {show_bytes(result.bf16_bytes)}",
-        },
-    ]
-    if result.speed:
-        speed = result.speed[0]
-        tiles.append(
-            {
-                "name": "Decode speed",
-                "value": f"{speed.tokens_per_s / speed.source_tokens_per_s:.2f}x",
-                "note": f"{speed.tokens_per_s:.0f} tokens/s at batch {speed.batch_size}",
-            }
-        )
-    return tiles
-
-
-def _errors_by_group(errors: dict[str, float]) -> dict[str, dict[int, list[float]]]:
-    """group -> layer -> errors of its linears, for the plot."""
-    grouped: dict[str, dict[int, list[float]]] = {}
-    for module, error in errors.items():
-        layer = int(module.split(".")[2])
-        if ".self_attn." in module:
-            group = "attention"
-        elif ".experts." in module:
-            group = "routed_experts"
-        elif ".shared_experts." in module:
-            group = "shared_experts"
-        else:
-            group = "dense_mlp"
-        # A zero (a weight that the format holds exactly) has no place on a logarithmic axis.
-        grouped.setdefault(group, {}).setdefault(layer, []).append(max(error, 1e-9))
-    return {group: dict(sorted(layers.items())) for group, layers in sorted(grouped.items())}

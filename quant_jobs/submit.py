@@ -1,7 +1,7 @@
-"""`quantize` as a job of a Ray cluster: submitted under an id of its own, and never twice at once.
+"""Submits `quantize` as a job of a Ray cluster, under an id of its own and never twice at once.
 
-The submission id follows from what decides the output, not from the number of workers or their
-CPUs, which change no byte:
+The submission id is computed from what decides the output. The number of workers and their CPUs
+change no byte and are left out:
 
     recipe       what it says
     output       its path
@@ -10,18 +10,18 @@ CPUs, which change no byte:
     device       cpu or cuda
 
 So another text under the same name is another job, and the same text under another name is not.
-Files are named as the cluster sees them and need not exist here, a recipe apart: a model or a text
-that cannot be read where the command is given counts by its path. Two machines of which only one
-can read it therefore give different ids, and the versions of the libraries, which are the nodes'
-affair, are in none. The output looks after itself then: its lock and the fingerprint that a job
-pins there (`resume.py`) let no other job in.
+Paths are those of the cluster. Except for the recipe, the files need not exist on this machine: a
+model or a text that cannot be read here counts by its path. Two machines of which only one can read
+it therefore compute different ids. Library versions are those of the nodes and are in no id. In
+both cases the output folder is protected by its lock and by the fingerprint that a job pins there
+(`job/folder.py`): no other job writes into it.
 
-The same command, given again, finds the job that it submitted before (whoever gave it):
+The same command, given again on any machine, finds the job that was submitted before:
 
-    running              attached to: nothing is submitted
-    failed or stopped    submitted again as ID-2, ID-3, ..., for Ray takes no id twice; quantize
-                         goes on after the last published layer
-    succeeded            nothing to do
+    running              follows that job; submits nothing
+    failed or stopped    submits it again as ID-2, ID-3, ..., because Ray takes an id only once;
+                         quantize goes on after the last published layer
+    succeeded            does nothing
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from deepseek.errors import CheckpointError, ConfigError, DeployError
+from deepseek.errors import CheckpointError, ConfigError, DeployError, first_line
 from deepseek.files import canonical_json, sha256_file
 from deepseek.recipe import builtin_recipes, load_recipe
 from quant_jobs.workers.devices import Device
 
-#: What became of a command: it made the job run, found it running, or found it done.
+#: What a command did: it submitted the job, or found it running or succeeded.
 Outcome = Literal["submitted", "running", "succeeded"]
 
-#: How long a head that has just started may take until it can start jobs: its server answers
-#: first. Each refusal takes the server 10 s.
+#: How long a head that has just started may take until it can start jobs; its server answers
+#: earlier. The server takes 10 s for each refusal.
 START_TIMEOUT_S = 60.0
 _STARTING = "No available agent"
 
-#: Ray's words for a job that may still do something.
+#: Ray's status words for a job that has not ended.
 _ALIVE = ("PENDING", "RUNNING")
 
-#: What is never sent along with a working directory, whatever its .gitignore says: patterns as
-#: there, `/` the directory itself. Ray adds what .gitignore and .rayignore say.
+#: What is never sent with a working directory, whatever its .gitignore says. Patterns are those of
+#: a .gitignore; `/` is the directory itself. Ray adds what .gitignore and .rayignore name.
 EXCLUDES = (
     *(".git", ".venv", "venv", "/runs", "__pycache__", "*.egg-info"),
     *(".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"),
 )
 
-#: How often a job is asked for its status while it is waited for.
+#: Seconds between two requests for the status of a followed job.
 _POLL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One quantize command for a cluster. Paths are absolute, `recipe` is a built-in's name or an
-    absolute path."""
+    """One quantize command for a cluster. Paths are absolute; `recipe` is the name of a built-in
+    recipe or an absolute path."""
 
     model: Path
     recipe: str
@@ -81,8 +81,8 @@ class Submission:
 
     @property
     def base_id(self) -> str:
-        """The id of the first submission; the same for the same job. Reads the calibration files,
-        and of the model what its fingerprint takes: ask once per command.
+        """The id of the first submission; the same job has the same id. Reads the calibration files
+        and the parts of the model that its fingerprint covers: use it once per command.
 
         Raises:
             RecipeError: there is no such recipe, or it is wrong.
@@ -91,7 +91,7 @@ class Submission:
         identity = {
             "model": _identify_model(self.model),
             "recipe": load_recipe(self.recipe).model_dump(mode="json"),
-            "calibration": [_identify_text(given) for given in self.calibration],
+            "calibration": [_identify_text(argument) for argument in self.calibration],
             "output": str(self.output),
             "device": self.device,
         }
@@ -104,8 +104,8 @@ class Submission:
         """The shell command that the cluster runs."""
         words = ["python", "-m", "quant_jobs", "quantize", "--model", str(self.model)]
         words += ["--recipe", self.recipe]
-        for given in self.calibration:
-            words += ["--calibration", given]
+        for argument in self.calibration:
+            words += ["--calibration", argument]
         words += ["--output", str(self.output), "--workers", str(self.workers)]
         words += ["--device", self.device, "--cpus-per-worker", str(self.cpus_per_worker)]
         return shlex.join(words)
@@ -113,7 +113,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """Where a job is found, and what the command did about it. `status` is Ray's word."""
+    """The submission of a job, and what the command did. `status` is Ray's word."""
 
     submission_id: str
     outcome: Outcome
@@ -139,10 +139,11 @@ def make_submission(
     device: Device = "cpu",
     cpus_per_worker: int = 1,
 ) -> Submission:
-    """A submission of what a user gave, with absolute paths: the job runs in another folder.
+    """A submission from a user's arguments. Paths become absolute, because the job runs in another
+    working directory.
 
     Raises:
-        DeployError: no workers are wanted.
+        DeployError: `workers` is less than 1.
         RecipeError: there is no such recipe, or it is wrong.
         CalibrationError: a weight is not positive.
     """
@@ -154,12 +155,12 @@ def make_submission(
             "or more, or run quantize here"
         )
     load_recipe(recipe)
-    for given in calibration:
-        CalibrationSource.parse(given)
+    for argument in calibration:
+        CalibrationSource.parse(argument)
     return Submission(
         model=model.absolute(),
         recipe=recipe if recipe in builtin_recipes() else str(Path(recipe).absolute()),
-        calibration=tuple(os.path.abspath(given) for given in calibration),
+        calibration=tuple(os.path.abspath(argument) for argument in calibration),
         output=output.absolute(),
         workers=workers,
         device=device,
@@ -171,7 +172,7 @@ def connect_to_jobs(address: str | None = None) -> Any:
     """A client of the job server at `address` or $RAY_ADDRESS.
 
     Raises:
-        DeployError: neither is set, no job server answers there, or it does not let us in.
+        DeployError: neither is set, no job server answers there, or it refuses our token.
     """
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -191,7 +192,7 @@ def connect_to_jobs(address: str | None = None) -> Any:
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise DeployError(
-            f"no Ray job server answers at {address!r} ({_first_line(error)}); correct --address "
+            f"no Ray job server answers at {address!r} ({first_line(error)}); correct --address "
             "or RAY_ADDRESS, and see that the head runs with its dashboard"
         ) from error
     return client
@@ -203,11 +204,13 @@ def submit(
     working_dir: Path | None = None,
     start_timeout_s: float = START_TIMEOUT_S,
 ) -> Submitted:
-    """Have the job run on the cluster, unless it runs or has succeeded. `working_dir` is sent along
-    and holds the code; None: the nodes have it. A head that is starting may take its time.
+    """Submit the job to the cluster, unless it runs or has succeeded.
+
+    `working_dir` holds the code and is sent with the job; with None the nodes have the code. A head
+    that is starting may refuse jobs for `start_timeout_s` seconds.
 
     Raises:
-        DeployError: the job server refuses, or would refuse a working directory of that size.
+        DeployError: the job server refuses the job, or the working directory is too large for it.
     """
     base_id = job.base_id
     deadline = time.monotonic() + start_timeout_s
@@ -218,7 +221,7 @@ def submit(
             return Submitted(_id(base_id, number), "running", status)
         if status == "SUCCEEDED":
             return Submitted(_id(base_id, number), "succeeded", status)
-        wanted = _id(base_id, number + 1)
+        submission_id = _id(base_id, number + 1)
         runtime_env: dict[str, Any] = {}
         if working_dir is not None:
             check_working_dir(working_dir)
@@ -226,32 +229,34 @@ def submit(
         try:
             client.submit_job(
                 entrypoint=job.entrypoint,
-                submission_id=wanted,
+                submission_id=submission_id,
                 runtime_env=runtime_env,
                 metadata={"output": str(job.output), "recipe": job.recipe},
-                # None of the CPUs that workers are placed on: the driver mostly waits. Without
-                # a request it runs on the head.
+                # The driver mostly waits, so it takes none of the CPUs that workers are placed
+                # on. Without a request for resources it runs on the head.
                 entrypoint_num_cpus=0,
             )
         except (RuntimeError, ValueError) as error:
             if number + 1 in _submissions(client, base_id):
-                continue  # somebody gave the same command at the same moment
+                continue  # another process submitted the same job at the same moment
             if _STARTING in str(error) and time.monotonic() < deadline:
                 continue
             raise DeployError(
-                f"the job server refuses {wanted}: {_first_line(error)}; see the logs of the head"
+                f"the job server refuses {submission_id}: {first_line(error)}; see the logs of "
+                "the head"
             ) from error
-        return Submitted(wanted, "submitted", _status(client, wanted))
+        return Submitted(submission_id, "submitted", _status(client, submission_id))
 
 
 def check_working_dir(working_dir: Path, limit_bytes: int | None = None) -> None:
-    """See that Ray's job server takes the directory, before anything is packed.
+    """Check that Ray's job server takes the directory, before anything is packed.
 
-    `limit_bytes` None: the server's own. It is smaller than what Ray's documentation says of
-    working directories (500 MiB): the job server takes no request of more than 100 MiB.
+    `limit_bytes` None means the server's own limit. It is smaller than the 500 MiB that Ray's
+    documentation gives for working directories, because the job server takes no request of more
+    than 100 MiB.
 
     Raises:
-        DeployError: it is no directory, or what is not excluded is too large.
+        DeployError: it is no directory, or the files that are not excluded are too large.
     """
     from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
     from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
@@ -276,8 +281,8 @@ def check_working_dir(working_dir: Path, limit_bytes: int | None = None) -> None
 def packed_bytes(working_dir: Path) -> dict[str, int]:
     """Bytes that Ray would send of a directory, by the first two parts of the files' paths.
 
-    By Ray's own walk and rules; it packs without compression, so the sum is the package's size to
-    within the archive's last record.
+    Walks the directory with Ray's own function and rules. Ray packs without compression, so the sum
+    is the size of the package up to the archive's last record.
     """
     from ray._private.ray_constants import (
         RAY_RUNTIME_ENV_IGNORE_GITIGNORE,
@@ -291,7 +296,7 @@ def packed_bytes(working_dir: Path) -> dict[str, int]:
     def count(path: Path) -> None:
         if path.is_file():
             name = path.relative_to(root)
-            # Twice the name and 76 bytes: the file's two headers in a ZIP archive.
+            # The two headers of a file in a ZIP archive take twice its name and 76 bytes.
             packed = path.stat().st_size + 2 * len(str(name).encode()) + 76
             group = str(Path(*name.parts[:2]))
             sizes[group] = sizes.get(group, 0) + packed
@@ -312,7 +317,7 @@ def follow(
     out: TextIO = sys.stderr,
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Copy a job's log to `out` until the job ends; its last status, in Ray's words."""
+    """Copy a job's log to `out` until the job ends; returns its last status, in Ray's words."""
 
     async def tail() -> None:
         async for text in client.tail_job_logs(submission_id):
@@ -322,8 +327,8 @@ def follow(
     while True:
         try:
             asyncio.run(tail())
-        except RuntimeError as error:  # the connection broke: the job goes on
-            out.write(f"\nthe log broke off ({_first_line(error)})\n")
+        except RuntimeError as error:  # the connection broke; the job goes on
+            out.write(f"\nthe log broke off ({first_line(error)})\n")
         status = _status(client, submission_id)
         if status not in _ALIVE:
             return status
@@ -331,13 +336,13 @@ def follow(
 
 
 def _submissions(client: Any, base_id: str) -> dict[int, str]:
-    """Status by number of what was submitted for this job: 1 is the bare id."""
+    """Statuses of this job's submissions, by number: 1 is `base_id`, N is `base_id-N`."""
     pattern = re.compile(re.escape(base_id) + r"(?:-([1-9]\d*))?")
-    found: dict[int, str] = {}
+    statuses: dict[int, str] = {}
     for details in client.list_jobs():
         if details.submission_id and (match := pattern.fullmatch(details.submission_id)):
-            found[int(match[1] or 1)] = str(details.status.value)
-    return found
+            statuses[int(match[1] or 1)] = str(details.status.value)
+    return statuses
 
 
 def _id(base_id: str, number: int) -> str:
@@ -345,8 +350,9 @@ def _id(base_id: str, number: int) -> str:
 
 
 def _identify_model(model: Path) -> dict[str, Any]:
-    """What a source checkpoint is by its content, or by its path where it cannot be opened here:
-    on a machine that has no more of it than config.json, or nothing, it may be whole on the nodes.
+    """Identity of a source checkpoint: its fingerprint, or its path where it cannot be opened here.
+
+    A checkpoint that is absent or incomplete on this machine may be complete on the nodes.
     """
     from deepseek.artifact.writer import COPIED_FILES
     from deepseek.source.checkpoint import CheckpointReader
@@ -362,13 +368,13 @@ def _identify_model(model: Path) -> dict[str, Any]:
         return {"path": str(model)}
 
 
-def _identify_text(given: str) -> dict[str, Any]:
-    """What `FILE[=WEIGHT]` is by its content, or by its path where it cannot be read here."""
+def _identify_text(argument: str) -> dict[str, Any]:
+    """Identity of `FILE[=WEIGHT]`: weight and content, or the path where it cannot be read here."""
     from quant_jobs.calibration.token_blocks import CalibrationSource
 
-    source = CalibrationSource.parse(given)
+    source = CalibrationSource.parse(argument)
     try:
-        # The ending says how the same bytes are read.
+        # The ending decides how the bytes are read.
         content = {"sha256": sha256_file(source.path), "ending": source.path.suffix}
     except OSError:
         content = {"path": str(source.path)}
@@ -377,8 +383,3 @@ def _identify_text(given: str) -> dict[str, Any]:
 
 def _status(client: Any, submission_id: str) -> str:
     return str(client.get_job_status(submission_id).value)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -1,5 +1,5 @@
-"""A checkpoint of random weights, to measure with: `deepseek/source/synthetic.py` and a progress
-bar."""
+"""Writes a checkpoint of random weights to measure with: `deepseek/source/synthetic.py` behind a
+progress bar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from deepseek.source.synthetic import Preset, Size, num_bytes, synthesize, synth
 
 
 class SynthesizeResult(BaseModel):
-    """What `synthesize` prints with --json."""
+    """What `synthesize` prints with --json. `bytes` counts the tensors; `layers` and `experts` (of
+    a layer) are the model's, without the MTP layer; `parameters` include it."""
 
     output: str
     layers: int
@@ -36,18 +37,18 @@ def run_synthesize(output: Path, size: Size, preset: Preset, seed: int) -> Synth
         task = bar.add_task("synthesize, MB", total=num_bytes(config) // 10**6)
         written = 0
 
-        def advance(more: int) -> None:
+        def advance(num_bytes: int) -> None:
             nonlocal written
-            written += more
+            written += num_bytes
             bar.update(task, completed=written // 10**6)
 
-        made = synthesize(output, config, seed, advance)
+        checkpoint = synthesize(output, config, seed, advance)
     return SynthesizeResult(
         output=str(output),
         layers=config.num_hidden_layers,
         experts=config.n_routed_experts,
         parameters=count_parameters(config, with_mtp=True),
-        bytes=made.num_bytes,
-        shards=made.num_shards,
+        bytes=checkpoint.num_bytes,
+        shards=checkpoint.num_shards,
         seed=seed,
     )

@@ -42,14 +42,14 @@ from quant_jobs.job.folder import JobFolder, PublishedPart
 from quant_jobs.job.job import Job, tools
 from quant_jobs.job.layer_run import LayerRun, Solution
 from quant_jobs.job.progress import Event, Progress, Step
-from quant_jobs.reports.job_report import (
+from quant_jobs.reports.job_record import (
     CalibrationAccount,
     JobRecord,
     LayerAccount,
     SourceAccount,
     WorkerAccount,
-    write_job_report,
 )
+from quant_jobs.reports.job_report import write_job_report
 from quant_jobs.workers.messages import Account, WorkerJob
 from quant_jobs.workers.protocol import Workers, WorkersLost
 
@@ -410,7 +410,6 @@ class Run:
             driver_peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             driver_bytes_read=timings.bytes_read,
             driver_bytes_written=timings.bytes_written,
-            object_store_bytes=None,
             fallbacks=ledger.entries(),
         )
         write_job_report(self._job.output, record)

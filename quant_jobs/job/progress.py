@@ -1,7 +1,7 @@
-"""What a quantize run tells while it runs: events, and how a terminal shows them.
+"""Progress of a quantize run: the events that the driver reports, and how a terminal shows them.
 
-The driver calls one function with every event and nothing else; tests pass their own, the command
-passes `TerminalProgress`. Events carry no tensors.
+The driver calls one function with every event. The command passes `TerminalProgress`, tests pass a
+function of their own. Events carry no tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ Step = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Step `step` of part `layer` is complete. `part` with `published`; `detail` is for people."""
+    """Step `step` of `layer` is complete.
+
+    `part` is set with the step `published` only. `detail` is a sentence for people, empty for most
+    steps.
+    """
 
     step: Step
     layer: LayerKey
@@ -34,7 +38,7 @@ Progress = Callable[[Event], None]
 
 
 class TerminalProgress:
-    """A bar over the layers with an ETA on stderr, and a line per published layer."""
+    """A progress bar over the layers with an ETA on stderr, and a line per published layer."""
 
     def __init__(self, num_layers: int) -> None:
         self._bar = make_progress()

@@ -1,8 +1,11 @@
-"""The report's plots, as SVG that takes its colors from the page.
+"""Plots as SVG that takes its colors from the page: the style, and the plots of both pages.
 
 matplotlib draws with marker colors that are replaced by CSS variables, so that one drawing works on
-light and dark paper; text stays text. No pyplot: no global state, no display. The same numbers give
-the same bytes. The plots of a quantize run's account are in `job_figures.py`.
+a light and on a dark page; text stays text. No pyplot: no global state, no display. The same
+numbers give the same bytes. Plots of one page alone are in `job_figures.py`, `engine_figures.py`.
+
+The plots are made for 61 layers of 256 experts: an error plot holds three numbers per layer and
+group, the heat map is one embedded picture with a pixel per expert.
 """
 
 from __future__ import annotations
@@ -10,14 +13,15 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import matplotlib
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from torch import Tensor
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, StrMethodFormatter
 
-from quant_jobs.evaluation.record import Evaluation, GroupBytes
+from deepseek.inventory import group_of, layer_of
 
 # Drawn color -> CSS variable of templates/style.css.j2.
 INK, MUTED, GRID, PALE = "#010101", "#020202", "#030303", "#080808"
@@ -52,20 +56,39 @@ _STYLE = {
     "ytick.labelcolor": MUTED,
     "text.color": INK,
 }
-#: Few tokens to many; readable on light and on dark paper.
-_COVERAGE = LinearSegmentedColormap.from_list(
-    "coverage", ["#f3e9d2", "#d9b26f", "#5f9ea0", "#2f6690", "#16324f"]
-)
+#: Smallest error drawn: a linear whose weight the format holds exactly has error 0, which has no
+#: place on a logarithmic axis. 1e-6 lies below every real error (INT8 is at 1e-2) and leaves most
+#: of the axis to them.
+_SMALLEST_ERROR = 1e-6
+_STARVED = "#c0392b"
+#: Few tokens to many; an expert below the floor is _STARVED. Readable on light and dark pages.
+_TOKENS = LinearSegmentedColormap.from_list(
+    "tokens", ["#f3e9d2", "#d9b26f", "#5f9ea0", "#2f6690", "#16324f"]
+).with_extremes(under=_STARVED)
+
+#: Panels of the error plot, in order, with their colors. A layer has a dense MLP or a shared
+#: expert, never both, so the two share a panel. Routed experts have two panels: the input of
+#: `down_proj` is made inside the expert and its errors are larger, so that one median over all
+#: three linears would lie where none of them is.
+_ERROR_COLORS = {
+    "attention": FIRST,
+    "dense MLP, shared expert": THIRD,
+    "routed gate and up": SECOND,
+    "routed down": FOURTH,
+}
+ERROR_GROUPS = tuple(_ERROR_COLORS)
 
 
 def draw(name: str, width: float, height: float, paint: Callable[[Any], None]) -> str:
-    """One figure with one axes, painted by `paint(axes)`, as an inline <svg> element. `name` makes
-    its ids unique on the page."""
+    """A figure with one pair of axes, which `paint(axes)` fills, as an inline <svg> element.
+
+    `width` and `height` are in inches. `name` makes the ids of the figure unique on the page.
+    """
     return draw_figure(name, width, height, lambda figure: paint(figure.add_subplot()))
 
 
 def draw_figure(name: str, width: float, height: float, paint: Callable[[Any], None]) -> str:
-    """The same with any number of axes, which `paint(figure)` makes."""
+    """Like `draw`, with any number of axes, which `paint(figure)` makes."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
@@ -75,7 +98,8 @@ def draw_figure(name: str, width: float, height: float, paint: Callable[[Any], N
 
 
 def _inline(svg: str, name: str) -> str:
-    """Strip what only a stand-alone file needs; colors to variables; ids to unique ids."""
+    """An <svg> element for a page from matplotlib's SVG file: without what only a file needs, with
+    CSS variables for the marker colors, and with ids that begin with `name`."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
     svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.S)
@@ -93,142 +117,102 @@ def _inline(svg: str, name: str) -> str:
     return svg.replace("<svg", f'<svg role="img" class="figure" data-name="{name}"', 1)
 
 
-def sizes(groups: Sequence[GroupBytes]) -> str:
-    """Bytes by group: BF16, as the source stores it, as quantized."""
-    unit, divisor = _unit(max(group.bf16_bytes for group in groups))
-
-    def paint(axes: Any) -> None:
-        series = (("BF16", "bf16_bytes", PALE), ("source", "source_bytes", FIRST),
-                  ("quantized", "artifact_bytes", SECOND))  # fmt: skip
-        for index, (label, key, color) in enumerate(series):
-            values = [getattr(group, key) / divisor for group in groups]
-            rows = [row + (index - 1) * 0.27 for row in range(len(groups))]
-            axes.barh(rows, values, height=0.23, color=color, label=label)
-            if key == "artifact_bytes":
-                for row, value in zip(rows, values, strict=True):
-                    axes.annotate(
-                        f"{value:.3g}", (value, row), (3, 0), textcoords="offset points",
-                        va="center", fontsize=8, color=INK,
-                    )  # fmt: skip
-        axes.set_yticks(range(len(groups)), [group.group.replace("_", " ") for group in groups])
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.invert_yaxis()
-        axes.set_xlabel(unit)
-        axes.grid(axis="x")
-        axes.spines["left"].set_visible(False)
-        axes.legend(frameon=False, loc="lower right")
-
-    return draw("sizes", 7.2, 0.5 * len(groups) + 0.9, paint)
+def error_group(module: str) -> str:
+    """The one of ERROR_GROUPS that a quantized linear belongs to, by its module name."""
+    match group_of(module):
+        case "attention":
+            return "attention"
+        case "routed_experts":
+            return "routed down" if module.endswith(".down_proj") else "routed gate and up"
+        case _:
+            return "dense MLP, shared expert"
 
 
-def layer_errors(errors: Mapping[str, Mapping[int, Sequence[float]]]) -> str:
-    """Relative output error of each quantized linear: group -> layer -> one value per linear."""
+def errors_by_group(errors: Mapping[str, float]) -> dict[str, dict[int, list[float]]]:
+    """error group -> layer -> errors of its linears, from errors by module name
+    (`model.layers.N...`); groups and layers in order, groups without a linear left out."""
+    grouped: dict[str, dict[int, list[float]]] = {group: {} for group in ERROR_GROUPS}
+    for module, error in errors.items():
+        grouped[error_group(module)].setdefault(layer_of(module), []).append(error)
+    return {group: dict(sorted(layers.items())) for group, layers in grouped.items() if layers}
 
-    def paint(axes: Any) -> None:
-        colors = (FIRST, SECOND, THIRD, FOURTH)
-        offsets = [(index - (len(errors) - 1) / 2) * 0.17 for index in range(len(errors))]
-        for (group, layers), color, offset in zip(errors.items(), colors, offsets, strict=False):
-            spots = [(layer + offset, value) for layer, vs in layers.items() for value in vs]
-            axes.scatter(*zip(*spots, strict=True), s=7, color=color, alpha=0.35, linewidths=0)
-            middle = [sorted(vs)[len(vs) // 2] for vs in layers.values()]
-            axes.plot(
-                [layer + offset for layer in layers], middle, color=color, linewidth=1.4,
-                marker="o", markersize=5, label=group.replace("_", " "),
+
+def layer_errors(errors: Mapping[str, float]) -> str:
+    """Relative output error by layer, one panel per error group: the range from the smallest to the
+    largest, and the median. `errors` maps the module name of a linear to its error."""
+    groups = errors_by_group(errors)
+    num_rows = (len(groups) + 1) // 2
+
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(num_rows, 2, sharex=True, sharey=True, squeeze=False).flat
+        for axes, (group, layers) in zip(panels, groups.items(), strict=False):
+            color, numbers = _ERROR_COLORS[group], list(layers)
+            values = [sorted(max(e, _SMALLEST_ERROR) for e in layers[n]) for n in numbers]
+            axes.vlines(
+                numbers, [v[0] for v in values], [v[-1] for v in values], color=color,
+                linewidth=max(2.0, 7.0 - 0.1 * len(numbers)), alpha=0.3,
             )  # fmt: skip
-        axes.set_yscale("log")
-        axes.set_xlabel("layer")
-        axes.set_ylabel("relative output error")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(axis="y")
-        axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+            axes.plot(
+                numbers, [median(v) for v in values], color=color, linewidth=1.4, marker="o",
+                markersize=5 if len(numbers) < 16 else 2.5,
+            )  # fmt: skip
+            axes.set_title(group, loc="left", fontsize=9.5, color=INK)
+            axes.set_yscale("log")
+            axes.grid(axis="y")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(groups) % 2:  # the last place is empty: the panel above it is the lowest there
+            panels[-1].set_visible(False)
+            if num_rows > 1:
+                panels[-3].xaxis.set_tick_params(labelbottom=True)
+        figure.supxlabel("layer", fontsize=9.5, color=MUTED)
+        figure.supylabel("relative output error", fontsize=9.5, color=MUTED)
 
-    return draw("errors", 7.2, 3.4, paint)
+    return draw_figure("errors", 7.2, 2.1 * num_rows + 0.3, paint)
 
 
 def coverage(counts: Mapping[int, Sequence[int]], floor_tokens: int) -> str:
-    """Calibration tokens per expert (columns) and layer (rows); starved experts are crossed."""
+    """Calibration tokens per routed expert (columns) and layer (rows), on a logarithmic scale from
+    the smallest count that reaches the floor. Experts below the floor or without tokens are red."""
+    rows = [list(experts) for experts in counts.values()]
+    smallest, largest = min(map(min, rows)), max(map(max, rows))
+    low = max(smallest, floor_tokens, 1)
+    high = max(low + 1, largest)
+    few = len(rows) <= 16
 
     def paint(axes: Any) -> None:
-        rows = [list(experts) for experts in counts.values()]
-        picture = axes.imshow(rows, aspect="auto", cmap=_COVERAGE, vmin=0, interpolation="nearest")
-        starved = [
-            (expert, row)
-            for row, experts in enumerate(rows)
-            for expert, tokens in enumerate(experts)
-            if tokens < floor_tokens
-        ]
-        if starved:
-            axes.scatter(*zip(*starved, strict=True), marker="x", s=26, color="#c0392b")
-        axes.set_yticks(range(len(rows)), [str(layer) for layer in counts])
+        # One pixel per expert, enlarged by the browser. Starved experts get one value well below
+        # the scale, and the scale begins a little below `low`: the logarithm of `low` itself may
+        # round to either side of the limit.
+        picture = axes.imshow(
+            [[tokens if tokens >= low else low / 2 for tokens in row] for row in rows],
+            aspect="auto", cmap=_TOKENS, norm=LogNorm(0.99 * low, high), interpolation="none",
+        )  # fmt: skip
+        ticks = range(0, len(rows), 1 if few else 5)
+        axes.set_yticks(list(ticks), [str(list(counts)[row]) for row in ticks])
         axes.set_xlabel("routed expert")
         axes.set_ylabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        bar = axes.figure.colorbar(picture, ax=axes, pad=0.02, aspect=14)
+        bar = axes.figure.colorbar(
+            picture, ax=axes, pad=0.02, aspect=14 if few else 30, ticks=_count_ticks(high / low),
+            format=StrMethodFormatter("{x:,.0f}"), extend="min" if smallest < low else "neither",
+        )  # fmt: skip
+        bar.minorticks_off()
         bar.set_label("calibration tokens")
         bar.outline.set_visible(False)
 
-    return draw("coverage", 7.2, min(9.0, 0.36 * len(counts) + 1.1), paint)
+    return draw("coverage", 7.2, min(7.5, 0.3 * len(counts) + 1.3), paint)
 
 
-def kl_histogram(kl: Tensor, evaluation: Evaluation) -> str:
-    """Distribution of the KL per token, on a logarithmic axis; [tokens] nats."""
-    smallest = 1e-9  # exact agreement (an unquantized engine) has no place on a logarithmic axis
-
-    def paint(axes: Any) -> None:
-        values = kl.double().clamp_min(smallest)
-        exponents = values.log10()
-        low, high = float(exponents.min()), float(exponents.max())
-        edges = [10 ** (low + (high - low + 1e-6) * step / 48) for step in range(49)]
-        axes.hist(values.tolist(), bins=edges, color=FIRST, alpha=0.85)
-        axes.set_xscale("log")
-        axes.set_ylim(top=axes.get_ylim()[1] * 1.22)  # room for the three labels
-        marks = [("mean", evaluation.kl.mean.value), ("p50", evaluation.kl.p50),
-                 ("p99", evaluation.kl.p99)]  # fmt: skip
-        for row, (label, value) in enumerate(marks):
-            axes.axvline(max(value, smallest), color=SECOND, linewidth=1.2)
-            axes.annotate(
-                label,
-                (max(value, smallest), 1.0),
-                (3, -9 - 11 * row),  # one below the other, for they may coincide
-                xycoords=("data", "axes fraction"),
-                textcoords="offset points",
-                fontsize=8,
-                color=SECOND,
-            )
-        axes.set_xlabel("KL(source || quantized), nats per token")
-        axes.set_ylabel("tokens")
-        axes.grid(axis="y")
-
-    return draw("kl", 7.2, 2.7, paint)
+def _count_ticks(ratio: float) -> Locator:
+    """A few whole numbers on a logarithmic scale whose ends have this ratio."""
+    if ratio < 10:
+        return MaxNLocator(5, integer=True, min_n_ticks=1)
+    return LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 100 else (1.0,))
 
 
-def block_differences(difference_B: Tensor, ratio: float) -> str:
-    """Loss of the quantized engine minus the source's, per block of text, in text order."""
-
-    def paint(axes: Any) -> None:
-        values = difference_B.tolist()
-        axes.bar(
-            range(len(values)),
-            values,
-            color=[SECOND if v > 0 else FIRST for v in values],
-            width=0.8,
-        )
-        axes.axhline(0, color=MUTED, linewidth=0.8)
-        mean = sum(values) / len(values)
-        axes.axhline(mean, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"mean: ln {ratio:.5f}", (1.0, 1.0), (0, 2), xycoords="axes fraction",
-            textcoords="offset points", ha="right", fontsize=8, color=INK,
-        )  # fmt: skip
-        axes.set_xlabel("block of held-out text")
-        axes.set_ylabel("added loss, nats/token")
-        axes.grid(axis="y")
-
-    return draw("blocks", 7.2, 2.4, paint)
-
-
-def _unit(largest: int) -> tuple[str, float]:
-    """GB for a real model, MB for a small one."""
+def unit_of(largest: int) -> tuple[str, float]:
+    """The unit for an axis up to `largest` bytes, and its bytes: GB for a real model, MB for a
+    small one."""
     return ("GB", 1e9) if largest >= 2e9 else ("MB", 1e6)

@@ -1,7 +1,8 @@
-"""What the report says, as data: `report.json`. The page is drawn from it and adds nothing.
+"""The content of `report.json`, from which the page about an engine is made.
 
-Collected from the manifest, the evaluation and the verdict; decides nothing. Held-out text is shown
-where the two models disagree; it is public by nature. No prompt is. Called by `report` alone.
+Collected from the manifest, the evaluation and the verdict; nothing is decided here. The report
+shows pieces of the held-out text, where the two models disagree; that text is public, and no
+prompt of a user is shown. Called by `report` alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from deepseek.artifact.manifest import Manifest
 from deepseek.artifact.verdict import GateVerdict
+from deepseek.config import ModelConfig
 from deepseek.inventory import linears
+from deepseek.recipe import ActivationFormat, Recipe
 from quant_jobs.build import BuiltEngine
 from quant_jobs.evaluation.limits import judge, measure
 from quant_jobs.evaluation.record import Evaluation
@@ -26,13 +29,21 @@ from quant_jobs.reports.page import show_bytes
 NUM_WORST = 12
 CONTEXT_TOKENS = 10
 
+#: How each activation format is called on the page.
+ACTIVATIONS: dict[ActivationFormat, str] = {
+    "none": "none",
+    "int8": "dynamic int8 per token",
+    "fp8": "static fp8 per tensor",
+}
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Check(_Strict):
-    """One limit, as text: what was measured, its interval, the limit, and whether it is kept."""
+    """One limit of the gate, as text: the measured value, its 95 % interval and the limit; `kept`
+    says whether the value is within it."""
 
     name: str
     measured: str
@@ -42,7 +53,8 @@ class Check(_Strict):
 
 
 class WorstToken(_Strict):
-    """A held-out token on which the two models disagree, with the text before it."""
+    """A held-out token on which the two models disagree, with the text before it. `kl` and the
+    losses are in nats."""
 
     block: int
     position: int
@@ -54,7 +66,7 @@ class WorstToken(_Strict):
 
 
 class RuleRow(_Strict):
-    """One rule of the recipe and how many linears it decided."""
+    """One rule of the recipe and the number of linears that it decided."""
 
     match: str
     format: str
@@ -74,7 +86,8 @@ class FallbackRow(_Strict):
 
 
 class Report(_Strict):
-    """`report.json`. `coverage` is calibration tokens per routed expert, by layer."""
+    """The content of `report.json`. `coverage` maps a layer to the calibration tokens of each
+    routed expert, `errors` the module name of a linear to its relative output error."""
 
     format_version: Literal[1] = 1
     title: str
@@ -98,7 +111,11 @@ def assemble(
     tokens: dict[str, Tensor],
     verdict: GateVerdict | None,
 ) -> Report:
-    """Everything the page says, as data."""
+    """The report of one engine; `verdict` is None where `gate` has not run.
+
+    `tokens` holds the evaluation's results per token (`read_tokens`): `token_ids` [B, T], and `kl`,
+    `source_nll` and `quantized_nll` in nats, [B, T - 1].
+    """
     manifest = engine.manifest
     state: Literal["pass", "fail", "open"] = "open"
     if verdict is not None:
@@ -113,7 +130,7 @@ def assemble(
         coverage_note=_coverage_note(manifest) if manifest else "",
         errors=_errors(manifest) if manifest else {},
         worst_tokens=_worst_tokens(tokens, engine.directory),
-        rules=_rules(engine, manifest) if manifest else (),
+        rules=rule_rows(manifest.recipe, engine.config) if manifest else (),
         fallbacks=_fallbacks(manifest) if manifest else (),
         provenance=_provenance(engine, evaluation),
         evaluation=evaluation,
@@ -121,7 +138,7 @@ def assemble(
 
 
 def _checks(evaluation: Evaluation, manifest: Manifest) -> tuple[Check, ...]:
-    """The limits beside the measured values; `kept` is the gate's own comparison."""
+    """One row per limit. `kept` comes from the gate's own comparison."""
     limits, measured = manifest.recipe.gate, measure(evaluation, manifest)
     broken = judge(measured, limits)
     ratio, kl, top1 = evaluation.perplexity_ratio, evaluation.kl.mean, evaluation.top1
@@ -143,6 +160,7 @@ def _checks(evaluation: Evaluation, manifest: Manifest) -> tuple[Check, ...]:
 
 
 def _coverage_note(manifest: Manifest) -> str:
+    """One sentence about the experts below the recipe's floor."""
     floor = manifest.recipe.expert_coverage.floor_tokens
     starved = [
         f"{layer}.{expert}"
@@ -153,7 +171,7 @@ def _coverage_note(manifest: Manifest) -> str:
     if not starved:
         return f"Every expert saw at least {floor} tokens."
     names = ", ".join(starved[:12]) + (", …" if len(starved) > 12 else "")
-    return f"{len(starved)} saw fewer than {floor} and are crossed (layer.expert: {names})."
+    return f"{len(starved)} saw fewer than {floor} and are red (layer.expert: {names})."
 
 
 def _errors(manifest: Manifest) -> dict[str, float]:
@@ -162,7 +180,7 @@ def _errors(manifest: Manifest) -> dict[str, float]:
 
 
 def _worst_tokens(tokens: dict[str, Tensor], engine_dir: Path) -> tuple[WorstToken, ...]:
-    """The tokens with the largest KL. Logits at t judge token t+1, hence the shift."""
+    """The tokens with the largest KL. The logits at position t are about token t+1, hence `+ 1`."""
     tokenizer = Tokenizer.from_file(str(engine_dir / "tokenizer.json"))
     ids_BT, kl = tokens["token_ids"], tokens["kl"]
     worst = kl.flatten().argsort(descending=True, stable=True)[:NUM_WORST].tolist()
@@ -186,19 +204,21 @@ def _worst_tokens(tokens: dict[str, Tensor], engine_dir: Path) -> tuple[WorstTok
 
 
 def _visible(text: str) -> str:
-    """White space that a table would swallow, as signs."""
+    """Replace white space that HTML collapses by visible signs."""
     return text.replace("\n", "⏎").replace("\t", "⇥")
 
 
-def _rules(engine: BuiltEngine, manifest: Manifest) -> tuple[RuleRow, ...]:
-    """The recipe's rules, and how many linears of this model each decided (the MTP layer's are
-    carried through, whatever the rules say)."""
+def rule_rows(recipe: Recipe, config: ModelConfig) -> tuple[RuleRow, ...]:
+    """The recipe's rules, with the number of linears that each decides: the last match wins.
+
+    Linears of MTP layers are not counted, because they are carried through whatever the rules say.
+    """
     counts: Counter[int] = Counter()
-    for layer in range(engine.config.num_hidden_layers):
-        for spec in linears(engine.config, layer):
+    for layer in range(config.num_hidden_layers):
+        for spec in linears(config, layer):
             matching = [
                 index
-                for index, rule in enumerate(manifest.recipe.rules)
+                for index, rule in enumerate(recipe.rules)
                 if fnmatchcase(spec.module, rule.match)
             ]
             counts.update(matching[-1:])
@@ -206,11 +226,11 @@ def _rules(engine: BuiltEngine, manifest: Manifest) -> tuple[RuleRow, ...]:
         RuleRow(
             match=rule.match,
             format=rule.label,
-            activations="dynamic int8 per token" if rule.activations == "int8" else "none",
+            activations=ACTIVATIONS[rule.activations],
             algorithm=rule.algorithm if rule.is_quantized else "carried through",
             linears=counts[index],
         )
-        for index, rule in enumerate(manifest.recipe.rules)
+        for index, rule in enumerate(recipe.rules)
     )
 
 

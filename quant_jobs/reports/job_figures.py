@@ -1,16 +1,13 @@
-"""The plots of a quantize run's account, as SVG in the style of `figures.py`.
+"""The plots of the page about a job that no other page has: time, memory and bytes moved.
 
-Made for 61 layers x 256 experts x dozens of workers: an error plot holds three numbers per layer
-and group, the heat map is one embedded picture. Called by `job_report` alone.
+Made for 61 layers and dozens of workers. Called by `job_page.py` alone; the style and the shared
+plots are in `figures.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
 from typing import Any
-
-from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
 from quant_jobs.reports.figures import (
     FIFTH,
@@ -25,86 +22,20 @@ from quant_jobs.reports.figures import (
     THIRD,
     draw,
     draw_figure,
+    unit_of,
 )
-
-#: A zero (a weight that the format holds exactly) has no place on a logarithmic axis.
-_SMALLEST_ERROR = 1e-6
-_STARVED = "#c0392b"
-#: Few tokens to many; below the floor it is _STARVED. Readable on light and on dark paper.
-_TOKENS = LinearSegmentedColormap.from_list(
-    "tokens", ["#f3e9d2", "#d9b26f", "#5f9ea0", "#2f6690", "#16324f"]
-).with_extremes(under=_STARVED)
 
 
 def step_colors(steps: Iterable[str]) -> dict[str, str]:
-    """A color for each step, in order of appearance: the same step has one color on the page."""
+    """step -> color, in order of appearance, so that a step has one color on the whole page."""
     colors = (FIRST, THIRD, SECOND, FOURTH, FIFTH, SIXTH, INK, MUTED)
     busy = [step for step in dict.fromkeys(steps) if step != "wait"]
     chosen = {step: colors[index % len(colors)] for index, step in enumerate(busy)}
     return chosen | {"wait": PALE}
 
 
-def errors(groups: Mapping[str, Mapping[int, Sequence[float]]]) -> str:
-    """Relative output error by layer, one panel per group: smallest to largest, and the median."""
-
-    def paint(figure: Any) -> None:
-        panels = figure.subplots(
-            (len(groups) + 1) // 2, 2, sharex=True, sharey=True, squeeze=False
-        ).flat
-        colors = (FIRST, THIRD, SECOND, FOURTH)
-        for axes, (group, layers), color in zip(panels, groups.items(), colors, strict=False):
-            numbers = list(layers)
-            values = [sorted(max(e, _SMALLEST_ERROR) for e in layers[n]) for n in numbers]
-            axes.vlines(
-                numbers, [v[0] for v in values], [v[-1] for v in values], color=color,
-                linewidth=max(2.0, 7.0 - 0.1 * len(numbers)), alpha=0.3,
-            )  # fmt: skip
-            axes.plot(
-                numbers, [median(v) for v in values], color=color, linewidth=1.4, marker="o",
-                markersize=5 if len(numbers) < 16 else 2.5,
-            )  # fmt: skip
-            axes.set_title(group, loc="left", fontsize=9.5, color=INK)
-            axes.set_yscale("log")
-            axes.grid(axis="y")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        for axes in panels[len(groups) :]:
-            axes.set_visible(False)
-        figure.supxlabel("layer", fontsize=9.5, color=MUTED)
-        figure.supylabel("relative output error", fontsize=9.5, color=MUTED)
-
-    return draw_figure("errors", 7.2, 2.1 * ((len(groups) + 1) // 2) + 0.3, paint)
-
-
-def coverage(counts: Mapping[int, Sequence[int]], floor_tokens: int) -> str:
-    """Calibration tokens per expert (columns) and layer (rows); below the floor in red."""
-
-    def paint(axes: Any) -> None:
-        rows = [list(experts) for experts in counts.values()]
-        floor = max(floor_tokens, 1)
-        norm = LogNorm(floor, max(floor + 1, *map(max, rows)))
-        # One pixel per expert, enlarged by the browser; 0 has no logarithm, but is below the floor.
-        picture = axes.imshow(
-            [[max(tokens, 0.5) for tokens in row] for row in rows],
-            aspect="auto", cmap=_TOKENS, norm=norm, interpolation="none",
-        )  # fmt: skip
-        few = len(rows) <= 16
-        ticks = range(0, len(rows), 1 if few else 5)
-        axes.set_yticks(list(ticks), [str(list(counts)[row]) for row in ticks])
-        axes.set_xlabel("routed expert")
-        axes.set_ylabel("layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        bar = axes.figure.colorbar(picture, ax=axes, pad=0.02, aspect=14 if few else 30,
-                                   extend="min")  # fmt: skip
-        bar.set_label("tokens")
-        bar.outline.set_visible(False)
-
-    return draw("coverage", 7.2, min(7.5, 0.3 * len(counts) + 1.3), paint)
-
-
 def layer_times(layers: Mapping[int, Mapping[str, float]], colors: Mapping[str, str]) -> str:
-    """Driver's wall seconds per layer, by step. What an earlier run did is hatched."""
+    """The driver's wall seconds by layer and step. Layers that an earlier run did are hatched."""
 
     def paint(axes: Any) -> None:
         numbers = list(layers)
@@ -131,13 +62,13 @@ def layer_times(layers: Mapping[int, Mapping[str, float]], colors: Mapping[str, 
 
 def workers(
     rows: Mapping[str, tuple[Mapping[str, float], int]],
-    others: Mapping[str, int],
+    driver_peak_bytes: int,
     colors: Mapping[str, str],
     wall_s: float,
 ) -> str:
-    """Each worker's seconds by step (left, the wall time as a line) and peak bytes (right), with
-    the memory of `others`, which have no time of their own here."""
-    names = [*rows, *others]
+    """Seconds of each worker by step (left, with the wall time as a line) and its peak bytes
+    (right). The driver has a memory bar only: its time is in the plot by layer."""
+    names = [*rows, "driver"]
     size = 9.0 if len(names) <= 20 else 6.5
 
     def paint(figure: Any) -> None:
@@ -155,9 +86,9 @@ def workers(
         left.invert_yaxis()
         left.set_xlabel("seconds")
         left.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9)
-        peaks = [peak for _, peak in rows.values()] + list(others.values())
-        unit, divisor = _unit(max(peaks))
-        tones = [FIRST] * len(rows) + [PALE] * len(others)
+        peaks = [*(peak for _, peak in rows.values()), driver_peak_bytes]
+        unit, divisor = unit_of(max(peaks))
+        tones = [*([FIRST] * len(rows)), PALE]
         right.barh(range(len(names)), [peak / divisor for peak in peaks], color=tones, height=0.72)
         for place, peak in enumerate(peaks):
             right.annotate(
@@ -174,11 +105,12 @@ def workers(
 
 
 def moved_bytes(bars: Mapping[str, Sequence[int]]) -> str:
-    """One bar per name, of one segment per process: equal lengths say that no byte moved twice."""
+    """One bar per name, with one segment per process. Equal lengths of what was published and what
+    was moved for it show that no byte moved twice."""
 
     def paint(axes: Any) -> None:
         totals = [sum(parts) for parts in bars.values()]
-        unit, divisor = _unit(max(totals))
+        unit, divisor = unit_of(max(totals))
         for place, (parts, total) in enumerate(zip(bars.values(), totals, strict=True)):
             start, color = 0.0, (FIRST, FIRST, SECOND, SECOND)[place]
             for index, part in enumerate(part for part in parts if part):
@@ -200,8 +132,3 @@ def moved_bytes(bars: Mapping[str, Sequence[int]]) -> str:
         axes.spines["left"].set_visible(False)
 
     return draw("bytes", 7.2, 2.1, paint)
-
-
-def _unit(largest: int) -> tuple[str, float]:
-    """GB for a real model, MB for a small one."""
-    return ("GB", 1e9) if largest >= 2e9 else ("MB", 1e6)

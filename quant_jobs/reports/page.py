@@ -1,4 +1,4 @@
-"""An HTML page from a template of `templates/`. What it says is decided by the caller."""
+"""Fills in the HTML templates of `templates/`; the callers decide the content."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def show_bytes(count: int) -> str:
-    """SI units, three digits: 12.3 MB, 356 GB."""
+    """Bytes in SI units with three digits: 12.3 MB, 356 GB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

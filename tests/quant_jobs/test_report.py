@@ -14,7 +14,8 @@ from deepseek.errors import ArtifactError
 from quant_jobs.build import read_engine
 from quant_jobs.evaluation.record import read_evaluation, read_tokens
 from quant_jobs.gate import run_gate
-from quant_jobs.report import draw_figures, render, run_report
+from quant_jobs.report import run_report
+from quant_jobs.reports.engine_page import draw_figures, render
 from quant_jobs.reports.findings import Report
 
 

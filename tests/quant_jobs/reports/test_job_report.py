@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,15 @@ from pydantic import ValidationError
 from support.pages import check_self_contained
 
 from deepseek.artifact.manifest import Fallback
-from quant_jobs.reports.job_report import (
-    GROUPS,
-    PAGE_FILE,
-    REPORT_FILE,
+from quant_jobs.reports.figures import ERROR_GROUPS, error_group, errors_by_group
+from quant_jobs.reports.job_page import render, show_seconds
+from quant_jobs.reports.job_record import (
     CalibrationAccount,
     JobRecord,
     LayerAccount,
     WorkerAccount,
-    by_group,
-    group_of,
-    render,
-    show_seconds,
-    write_job_report,
 )
+from quant_jobs.reports.job_report import PAGE_FILE, REPORT_FILE, write_job_report
 
 STEPS = {"attend": 1.0, "solve": 2.0, "write": 0.5, "carry": 1.0}
 
@@ -84,7 +81,6 @@ def make_record(
         "driver_peak_rss_bytes": 1 << 28,
         "driver_bytes_read": 50,
         "driver_bytes_written": 50,
-        "object_store_bytes": None,
         "fallbacks": (Fallback(kind="starved_expert", layer=2, module="m", count=3),),
     }  # fmt: skip
     return JobRecord.model_validate(content | changes)
@@ -95,7 +91,7 @@ def test_it_adds_up_what_workers_and_driver_moved() -> None:
     assert (record.bytes_read, record.bytes_written) == (450, 650)
     assert record.starved == {2: {3: 3}}
     assert len(record.errors) == 1 + 2 * 8 * 3
-    assert {group: sorted(layers) for group, layers in by_group(record).items()} == {
+    assert {group: sorted(layers) for group, layers in errors_by_group(record.errors).items()} == {
         "attention": [0],
         "routed gate and up": [1, 2],
         "routed down": [1, 2],
@@ -113,8 +109,14 @@ def test_it_adds_up_what_workers_and_driver_moved() -> None:
     ],
 )
 def test_every_linear_has_its_group(module: str, group: str) -> None:
-    assert group_of(module) == group
-    assert group in GROUPS
+    assert error_group(module) == group
+    assert group in ERROR_GROUPS
+
+
+@pytest.mark.parametrize("module", ["quant_jobs.quantize", "quant_jobs.job.driver"])
+def test_a_job_loads_what_draws_its_page_only_when_it_writes_it(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_both_files_are_written_and_the_json_reads_back(tmp_path: Path) -> None:
@@ -123,6 +125,7 @@ def test_both_files_are_written_and_the_json_reads_back(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {REPORT_FILE, PAGE_FILE}
     text = (tmp_path / REPORT_FILE).read_text("utf-8")
     assert JobRecord.model_validate_json(text) == record
+    assert '"format_version": 2' in text
     with pytest.raises(ValidationError, match="surprise"):
         JobRecord.model_validate_json(text.replace('"recipe"', '"surprise": 1,\n "recipe"', 1))
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from deepseek.artifact.built_engine import read_engine
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.tensor_files import save_tensors
-from quant_jobs.build import read_engine
 from quant_jobs.calibration.token_blocks import load_token_blocks
 from quant_jobs.evaluation.record import EVALUATION, TOKENS, Evaluation, HeldOut, write_evaluation
 from quant_jobs.evaluation.scorers import score_blocks, summarize, token_arrays

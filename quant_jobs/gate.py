@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek.artifact.built_engine import read_engine
 from deepseek.artifact.verdict import GateVerdict, write_verdict
 from deepseek.errors import ArtifactError
-from quant_jobs.build import read_engine
 from quant_jobs.evaluation.limits import MIN_TOKENS, judge, measure
 from quant_jobs.evaluation.record import Evaluation, read_evaluation
 

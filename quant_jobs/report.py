@@ -11,11 +11,11 @@ from pathlib import Path
 from markupsafe import Markup
 from torch import Tensor
 
+from deepseek.artifact.built_engine import BuiltEngine, read_engine
 from deepseek.artifact.manifest import Manifest, read_manifest
 from deepseek.artifact.verdict import VERDICT_FILE, GateVerdict, read_verdict
 from deepseek.errors import ArtifactError
 from deepseek.files import write_atomic
-from quant_jobs.build import BuiltEngine, read_engine
 from quant_jobs.evaluation.record import Evaluation, read_evaluation, read_tokens
 from quant_jobs.reports import figures
 from quant_jobs.reports.findings import Report, assemble

@@ -15,10 +15,21 @@ import torch
 from torch import Tensor
 
 from deepseek.engine.pages import ZERO_PAGE
+from deepseek.errors import DeployError
 
 #: Context tokens per attention block. Fixed, so that a token's result does not depend on how long
-#: its neighbors' contexts are; see attention.py.
+#: its neighbors' contexts are; see attention.py. A KV page never crosses a block.
 BLOCK_TOKENS = 256
+
+
+def check_page_tokens(page_tokens: int) -> None:
+    """Check that a KV page of `page_tokens` tokens fits evenly into an attention block.
+
+    Raises:
+        DeployError: it does not.
+    """
+    if page_tokens < 1 or BLOCK_TOKENS % page_tokens:
+        raise DeployError(f"page_tokens must divide {BLOCK_TOKENS}, which {page_tokens} does not")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ def check_gate(directory: Path, *, allow_ungated: bool) -> bool:
         ArtifactError: the directory is no engine, or its gate is missing, failed or judged another
             engine, and `allow_ungated` does not override that.
     """
+    from deepseek.artifact.engine_manifest import read_engine_manifest
     from deepseek.artifact.verdict import require_passed
-    from deepseek.engine.packed import read_engine_manifest  # torch is slow to import
 
     manifest = read_engine_manifest(directory)
     try:

@@ -10,8 +10,8 @@ import pytest
 from support.chain import Chain
 from support.pages import Page, check_self_contained
 
+from deepseek.artifact.built_engine import read_engine
 from deepseek.errors import ArtifactError
-from quant_jobs.build import read_engine
 from quant_jobs.evaluation.record import read_evaluation, read_tokens
 from quant_jobs.gate import run_gate
 from quant_jobs.report import draw_figures, render, run_report

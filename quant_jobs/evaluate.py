@@ -21,12 +21,12 @@ from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError
 from deepseek.source.checkpoint import CheckpointReader
-from deepseek.tensor_files import save_tensors
 from quant_jobs.calibration.token_blocks import load_token_blocks
-from quant_jobs.evaluation.record import EVALUATION, TOKENS, Evaluation, HeldOut, write_evaluation
-from quant_jobs.evaluation.scorers import score_blocks, summarize, token_arrays
+from quant_jobs.evaluation.record import EVALUATION, Evaluation, HeldOut, write_evaluation
+from quant_jobs.evaluation.scorers import score_blocks, summarize
 from quant_jobs.evaluation.sizes import file_bytes, group_sizes, stored_sizes
 from quant_jobs.evaluation.speed import BATCH_SIZES, measure_decode
+from quant_jobs.evaluation.tokens import write_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def run_evaluate(
     output.mkdir(parents=True, exist_ok=True)
     # The old evaluation must not stand beside new tokens, should this end in between.
     (output / EVALUATION).unlink(missing_ok=True)
-    saved = save_tensors(output / TOKENS, token_arrays(ids_BT, scores))
+    tokens = write_tokens(output, ids_BT, scores)
     evaluation = Evaluation(
         engine_digest=built.digest,
         artifact_digest=built.artifact_digest,
@@ -89,7 +89,7 @@ def run_evaluate(
         sizes=group_sizes(config, stored_sizes(reference_dir), built.schemes),
         engine_bytes=built.num_bytes,
         speed=speed,
-        tokens_sha256=saved.sha256,
+        tokens_sha256=tokens.sha256,
         tools={
             "python": platform.python_version(),
             "torch": torch.__version__,

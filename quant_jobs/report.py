@@ -16,7 +16,8 @@ from deepseek.artifact.manifest import Manifest, read_manifest
 from deepseek.artifact.verdict import VERDICT_FILE, GateVerdict, read_verdict
 from deepseek.errors import ArtifactError
 from deepseek.files import write_atomic
-from quant_jobs.evaluation.record import Evaluation, read_evaluation, read_tokens
+from quant_jobs.evaluation.record import Evaluation, read_evaluation
+from quant_jobs.evaluation.tokens import read_tokens
 from quant_jobs.reports import figures
 from quant_jobs.reports.findings import Report, assemble
 from quant_jobs.reports.page import render_page, show_bytes

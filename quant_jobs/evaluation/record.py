@@ -1,8 +1,8 @@
 """`evaluation.json`: what was measured, of which engine, against which source, on which text.
 
-The contract between `evaluate`, which writes it, and `gate` and `report`, which read it. Beside it
-lies `tokens.safetensors` with one value per judged token, bound by its SHA-256. Losses and KL are
-in nats, sizes in bytes, speeds in generated tokens per second.
+`evaluate` writes it; `gate` and `report` read it. `tokens.safetensors` (tokens.py) lies beside it
+with one value per judged token, and its SHA-256 is recorded here. Losses and KL are in nats, sizes
+in bytes, speeds in generated tokens per second. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load as load_tensors
-from torch import Tensor
 
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import sha256_file, write_atomic
@@ -160,9 +158,3 @@ def read_evaluation(directory: Path) -> Evaluation:
     if not tokens.is_file() or sha256_file(tokens) != evaluation.tokens_sha256:
         raise ArtifactError(f"{tokens} is missing or is not the one {path} names; evaluate again")
     return evaluation
-
-
-def read_tokens(directory: Path) -> dict[str, Tensor]:
-    """Per-token values that `read_evaluation` has checked: `token_ids` int32 [B, T];
-    `source_nll`, `quantized_nll`, `kl` f32 [B, T-1]; `same_top1` bool [B, T-1]."""
-    return load_tensors((directory / TOKENS).read_bytes())

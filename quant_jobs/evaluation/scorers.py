@@ -46,17 +46,6 @@ def _score_block(source: Scorer, quantized: Scorer, ids_T: Tensor, block: int) -
     return compare_logits(source_TV, quantized_TV, ids_T)
 
 
-def token_arrays(ids_BT: Tensor, scores: list[TokenScores]) -> dict[str, Tensor]:
-    """What `tokens.safetensors` holds; see `evaluation.read_tokens`."""
-    return {
-        "token_ids": ids_BT.to(torch.int32),
-        "source_nll": torch.stack([score.source_nll for score in scores]).float(),
-        "quantized_nll": torch.stack([score.quantized_nll for score in scores]).float(),
-        "kl": torch.stack([score.kl for score in scores]).float(),
-        "same_top1": torch.stack([score.same_top1 for score in scores]),
-    }
-
-
 def summarize(scores: list[TokenScores]) -> dict[str, Any]:
     """The fields of `Evaluation` that follow from the tokens' scores alone."""
     source_BT = torch.stack([score.source_nll for score in scores])

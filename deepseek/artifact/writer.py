@@ -60,7 +60,7 @@ class ArtifactWriter:
     """Writes one quantized checkpoint, part by part, each part whole or absent.
 
     Any process may hold a writer for the directory and publish parts; the one that finishes learns
-    of the others' through `adopt`. Whoever runs the job keeps two jobs out of one directory; the
+    of the others' through `register`. Whoever runs the job keeps two jobs out of one directory; the
     writer itself refuses a directory that holds the result of something else.
 
     Raises on opening:
@@ -115,7 +115,7 @@ class ArtifactWriter:
         self._records[layer] = record
         return record
 
-    def adopt(self, record: LayerRecord, *, verify: bool = True) -> None:
+    def register(self, record: LayerRecord, *, verify: bool = True) -> None:
         """Take over a part that another process, or a run that was cut off, has published.
 
         `verify` False spares reading the file where a worker of this very run has just written it.
@@ -144,7 +144,7 @@ class ArtifactWriter:
         """Write config, index, tokenizer and, last, the manifest. Every part must be published."""
         keys = layer_keys(self.config)
         missing = [key for key in keys if key not in self._records]
-        assert not missing, f"finish before layer {missing[0]} was published or adopted"
+        assert not missing, f"finish before layer {missing[0]} was published or registered"
         records = tuple(self._records[key] for key in keys)
         remove_scraps(self.directory)
         self._write_config()

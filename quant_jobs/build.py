@@ -45,8 +45,8 @@ class BuildResult(BaseModel):
 def run_build(
     checkpoint: Path, target: str, tp: int, output: Path, *, hardware: str = "8xH800-80GB"
 ) -> BuildResult:
-    """Build OUTPUT from CHECKPOINT for one target. The same inputs give the same bytes, and an
-    output that holds this very engine is verified and kept.
+    """Build OUTPUT from CHECKPOINT for one target. The same inputs give the same bytes. An output
+    that already holds this very engine is verified and kept.
 
     Raises:
         DeployError: the target is unknown, cannot load this artifact, or is not built yet.
@@ -78,7 +78,7 @@ def run_build(
 
 
 def open_checkpoint(directory: Path) -> ArtifactReader | CheckpointReader:
-    """A quantized checkpoint of ours, or a source: whichever the directory holds.
+    """Open the quantized checkpoint or the source checkpoint that the directory holds.
 
     Raises:
         ArtifactError, CheckpointError, ConfigError: it is neither, or is damaged.
@@ -96,7 +96,7 @@ def open_checkpoint(directory: Path) -> ArtifactReader | CheckpointReader:
 def refuse_target(
     source: ArtifactReader | CheckpointReader, target: str, hardware: str
 ) -> NoReturn:
-    """Say why `target` is not built: it could never load the artifact, or not by this version.
+    """Raise the reason why `target` is not built: it cannot load the artifact, or has no builder.
 
     Raises:
         DeployError: always.

@@ -1,11 +1,11 @@
-"""Step 6, evaluate: how good is this engine, measured against the source it was made from?
+"""Step 6, evaluate: measures an engine against the source that it was made from.
 
-Both models run through the embedded engine, so that what is judged is what will be served: the
-quantized one with its own kernels and KV format, the source unquantized with a BF16 cache. One
-block of text at a time: no more than [block, vocabulary] logits of each model are held. Decode
-speed is measured in the same process, in turns (`speed.py`).
+Both models run in the embedded engine, so that the measured computation is the served one: the
+quantized model with its own kernels and KV format, the source unquantized with a BF16 cache. One
+block of text is scored at a time, so that logits [block, vocabulary] of each model are in memory.
+Decode speed is measured in the same process, in turns (`evaluation/speed.py`).
 
-Evaluating is not judging: `gate` compares the result with the recipe's limits.
+`evaluate` measures only; `gate` compares the result with the recipe's limits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from quant_jobs.evaluation.tokens import write_tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How much to measure. `decode_tokens` 0 skips the speed measurement; `num_threads` None is
+    """How much to measure. `decode_tokens` 0 skips the speed measurement; `num_threads` None takes
     all cores but one."""
 
     num_blocks: int = 24
@@ -43,7 +43,7 @@ class Settings:
 def run_evaluate(
     engine_dir: Path, reference_dir: Path, data: Path, output: Path, settings: Settings
 ) -> Evaluation:
-    """Measure, and write OUTPUT/evaluation.json and OUTPUT/tokens.safetensors.
+    """Measure an engine; write OUTPUT/evaluation.json and OUTPUT/tokens.safetensors.
 
     Raises:
         ArtifactError: the engine is incomplete, or was not made from this reference.
@@ -58,7 +58,7 @@ def run_evaluate(
             f"{reference_dir} ({reference.fingerprint[:16]}); --reference must be its own source"
         )
     config = reference.config
-    # Blocks spread evenly over the text, so that a long file is not judged by its beginning.
+    # Blocks are spread evenly over the text, so that they represent all of a long file.
     blocks = load_token_blocks(data, reference_dir, settings.num_blocks, settings.block_tokens)
     ids_BT = blocks.ids
     threads = settings.num_threads
@@ -70,7 +70,7 @@ def run_evaluate(
     speed = measure_decode(source, quantized, ids_BT, settings.decode_tokens, BATCH_SIZES)
 
     output.mkdir(parents=True, exist_ok=True)
-    # The old evaluation must not stand beside new tokens, should this end in between.
+    # Without this, a run killed between the two writes leaves the old evaluation and new tokens.
     (output / EVALUATION).unlink(missing_ok=True)
     tokens = write_tokens(output, ids_BT, scores)
     evaluation = Evaluation(

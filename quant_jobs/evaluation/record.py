@@ -46,8 +46,8 @@ class Divergence(_Strict):
 
 
 class GroupBytes(_Strict):
-    """Bytes of one group of tensors: in BF16, as the source stores it, and as the engine's
-    artifact does (scales and zero points included)."""
+    """Bytes of one group of tensors: in BF16, as the source stores it, and as the artifact stores
+    it (scales and zero points included)."""
 
     group: str
     parameters: int
@@ -67,7 +67,7 @@ class DecodeSpeed(_Strict):
 
 
 class HeldOut(_Strict):
-    """The text: digest of its token ids, and how it was cut."""
+    """The held-out text: digest of its token ids, and how it was cut into blocks."""
 
     digest: str
     num_blocks: int = Field(ge=2)
@@ -75,12 +75,12 @@ class HeldOut(_Strict):
 
     @property
     def judged_tokens(self) -> int:
-        """Tokens that were predicted: all but the first of each block."""
+        """Number of predicted tokens: all but the first of each block."""
         return self.num_blocks * (self.block_tokens - 1)
 
 
 class Evaluation(_Strict):
-    """See the module's docstring. `artifact_digest` is the source's fingerprint and `recipe`
+    """The whole of evaluation.json. `artifact_digest` is the source's fingerprint and `recipe`
     "unquantized" for an engine of the source itself. Sizes include the MTP layer, which the
     artifact carries too; `sizes` counts tensors, `artifact_bytes` files, headers included."""
 
@@ -109,7 +109,7 @@ class Evaluation(_Strict):
         return sum(size.bf16_bytes for size in self.sizes)
 
     def describe(self) -> list[str]:
-        """What a person wants to know, in a few lines."""
+        """A summary for a person, in lines of text."""
         ratio, kl, top1 = self.perplexity_ratio, self.kl, self.top1
         lines = [
             f"engine {self.engine_digest[:16]} ({self.recipe}), "
@@ -132,7 +132,7 @@ class Evaluation(_Strict):
 
 
 def write_evaluation(directory: Path, evaluation: Evaluation) -> None:
-    """Publish DIR/evaluation.json, whole or not at all. The tokens must already be there."""
+    """Write DIR/evaluation.json atomically. The tokens must already be written."""
     write_atomic(directory / EVALUATION, (evaluation.model_dump_json(indent=2) + "\n").encode())
 
 
@@ -140,7 +140,8 @@ def read_evaluation(directory: Path) -> Evaluation:
     """Read DIR/evaluation.json.
 
     Raises:
-        ArtifactError: it is absent, not valid, or the per-token values beside it are others.
+        ArtifactError: it is absent or not valid, or the per-token values beside it are not those
+            that it names.
     """
     path = directory / EVALUATION
     try:

@@ -1,11 +1,11 @@
-"""`engine.json`: what an engine directory says about itself, in one form for every target.
+"""`engine.json`: the manifest of an engine directory, in one form for every target.
 
-    format_version, target, ranks             which loader, on how many GPUs
+    format_version, target, ranks             the loader, and the number of GPUs
     recipe, artifact_digest,                  what the engine was built from
       source_fingerprint, schemes, kv_cache
-    versions, plan                            which tools built it; what a rank must hold
+    versions, plan                            the tools, and the bytes of each rank
     files, tensor_files                       everything else in the directory, by SHA-256
-    target_fields                             what only the target's own loader reads
+    target_fields                             values for the target's own loader only
     digest                                    SHA-256 of all of the above: the engine's digest
 
 `build` writes it; `evaluate`, `gate`, `report` and the server read the common part only. The loader
@@ -55,14 +55,15 @@ class RankLayout(_Record):
 
 
 class EnginePlan(_Record):
-    """What each rank must hold: bytes of weights in rank order, without the KV cache (its size is
-    chosen when the engine starts). A loader checks what it loads against this."""
+    """Bytes of weights of each rank, in rank order, without the KV cache, whose size is chosen when
+    the engine starts. A loader checks the weights that it loads against this."""
 
     rank_weight_bytes: tuple[int, ...]
 
 
 class TensorFile(_Record):
-    """One safetensors file of the engine: its size in bytes and its SHA-256 in hex."""
+    """One safetensors file of the engine: its size in bytes and its SHA-256 in hex. A target's
+    loader may verify finer digests of its own instead of reading the whole file first."""
 
     num_bytes: int = Field(ge=0)
     sha256: str

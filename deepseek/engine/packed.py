@@ -42,11 +42,11 @@ TENSOR_FILE = "rank-0.safetensors"
 class EmbeddedFields(BaseModel):
     """`target_fields` of an embedded engine: what its loader alone reads.
 
-    `dtype` is that of the activations between kernels. `page_tokens` is the size of a KV page in
-    tokens. `cpu_layout` is torch's CPU capability where the tensors suit one instruction set, else
-    None. `mtp` says whether the model has an MTP layer; the engine leaves it out. `header_sha256`
-    covers the header of the tensor file and `tensor_digests` each tensor (BLAKE2b-128 in hex), so
-    that a damaged tensor is named and no byte is read twice.
+    `dtype` is that of unquantized weights and of activations. `page_tokens` is the size of a KV
+    page in tokens. `cpu_layout` is torch's CPU capability where the tensors suit one instruction
+    set, else None. `mtp` is "skipped" where the model has an MTP layer, which the engine leaves
+    out. `header_sha256` covers the header of the tensor file and `tensor_digests` each tensor
+    (BLAKE2b-128 in hex), so that the loader names a damaged tensor and reads no byte twice.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -167,21 +167,21 @@ def packed_tensors(
     Raises:
         DeployError: a kernel cannot take the shape of a linear.
     """
-    found: dict[str, PackedTensor] = {}
+    packed: dict[str, PackedTensor] = {}
     for spec in _plain(config):
         is_table = spec.module == "model.embed_tokens"
         dtype = embedding_dtype if is_table else torch.float32
-        found[spec.name] = PackedTensor(spec.shape, dtype, spec.group)
+        packed[spec.name] = PackedTensor(spec.shape, dtype, spec.group)
     heads, latent = config.num_attention_heads, config.kv_lora_rank
     for layer in range(config.num_hidden_layers):
-        for parts in projections(config, layer, schemes).values():
-            for part in parts:
-                found |= part.tensors()
+        for kernels in projections(config, layer, schemes).values():
+            for linear in kernels:
+                packed |= linear.tensors()
         prefix = absorbed_prefix(layer)
         uk, uv = (heads, config.qk_nope_head_dim, latent), (heads, latent, config.v_head_dim)
-        found[f"{prefix}.w_uk"] = PackedTensor(uk, torch.float32, "attention")
-        found[f"{prefix}.w_uv"] = PackedTensor(uv, torch.float32, "attention")
-    return found
+        packed[f"{prefix}.w_uk"] = PackedTensor(uk, torch.float32, "attention")
+        packed[f"{prefix}.w_uv"] = PackedTensor(uv, torch.float32, "attention")
+    return packed
 
 
 def absorbed_prefix(layer: int) -> str:

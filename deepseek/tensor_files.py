@@ -139,7 +139,7 @@ def stream_tensors(
             for piece in make(name):
                 assert piece.dtype == layout[name][0], name
                 file.write(tensor_bytes(piece))
-        assert file.tell() == num_bytes, "a tensor differs in size from its layout"
+        assert file.tell() == num_bytes, "a tensor is not as long as announced"
 
 
 def read_header(path: Path) -> Header:

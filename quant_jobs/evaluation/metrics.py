@@ -77,7 +77,7 @@ def estimate(blocks_BT: Tensor, transform: Callable[[float], float] = float) -> 
     """
     means_B = blocks_BT.double().mean(dim=1)
     count = len(means_B)
-    assert count >= 2, "a standard error needs two blocks"
+    assert count >= 2, "an error bar needs two blocks"
     mean = float(means_B.mean())
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(count, (_RESAMPLES, count), generator=generator)

@@ -38,7 +38,6 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.cli import make_app, make_progress, run
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
-from deepseek.engine.packed import pack_engine
 from deepseek.files import write_atomic
 from deepseek.recipe import Recipe, parse_recipe
 from quant_jobs.calibration.token_blocks import TokenBlocks, load_token_blocks
@@ -47,6 +46,7 @@ from quant_jobs.job.driver import Run
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job
 from quant_jobs.job.progress import Event
+from quant_jobs.targets.embedded import pack_engine
 from quant_jobs.workers.pool import WorkerPool
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,8 +1,8 @@
-"""Bytes on disk: whole or absent, and the same for the same content.
+"""Files on disk: whole or absent, and the same bytes for the same content.
 
-Everything that IntServe publishes goes through here. A file is written under a temporary name in
-the same directory, synced, then renamed, so that a reader sees all of it or nothing. Tensors are in
-`tensor_files.py`: this file imports no torch, so that who only reads a manifest need not.
+IntServe publishes every file through this module. A file is written under a temporary name in the
+same directory, synced, then renamed, so that a reader sees all of it or nothing. Tensors are in
+`tensor_files.py`; this file imports no torch, so that a manifest can be read without it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from deepseek.errors import ArtifactError
 
-#: Bytes of a file that are read at once.
+#: Bytes per read.
 CHUNK_BYTES = 1 << 22
 
 
@@ -34,7 +34,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json_object(path: Path, hint: str) -> dict[str, Any]:
-    """The JSON object in a file of ours; `hint` says what to do when it is not there.
+    """Read a JSON object from a file that IntServe wrote; `hint` ends the sentence of the error
+    where the file cannot be read.
 
     Raises:
         ArtifactError: it cannot be read, is not JSON, or is not an object.
@@ -51,18 +52,18 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one serialization of a JSON value that digests are taken of."""
+    """The serialization of a JSON value from which digests are computed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 def remove_scraps(directory: Path) -> None:
-    """Delete temporary files that killed writers left; only when no other writer is at work."""
+    """Delete the temporary files of killed writers. The caller knows that no writer is running."""
     for path in directory.glob(".*.tmp"):
         path.unlink()
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file in hex, read in pieces."""
+    """SHA-256 of a file in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -72,8 +73,9 @@ def sha256_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def published_file(path: Path) -> Iterator[BinaryIO]:
-    """A file under a temporary name that takes its own name only when the block ends well."""
-    # Random, because processes of several nodes may share the directory.
+    """A writable file under a temporary name. It is renamed to `path` when the block ends without
+    an exception, and deleted otherwise."""
+    # The name is random because processes of several nodes may share the directory.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -1,9 +1,9 @@
 """Safetensors files: equal tensors give equal bytes, and a header is checked when it is read.
 
-They are written by our own few lines rather than by the library's `save_file`, for three reasons:
-tensors stream out one by one (no second copy of a layer in memory), the bytes do not depend on the
-order of a hash map, and the digests are computed on the way. Reading tensor data back is left to
-`safetensors.safe_open`; only the header is parsed here, because its bytes are part of digests.
+`save_tensors` replaces the library's `save_file` for three reasons: tensors are written one by one
+(no second copy of a layer in memory), the bytes do not depend on the order of a hash map, and the
+digests are computed while writing. Tensor data are read by `safetensors.safe_open`; only the header
+is parsed here, because its bytes are part of digests.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ DTYPES: dict[str, torch.dtype] = {
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-#: Bytes of a cache line. Kernels crash or round differently on tensors that begin elsewhere.
+#: Bytes of a cache line. Kernels crash or round differently on tensors that begin within one.
 ALIGNMENT = 64
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 class DamagedFileError(Exception):
-    """A safetensors file whose header cannot be trusted; callers say whose file it is."""
+    """A damaged safetensors file. The caller puts the name of the file before the message."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor as a safetensors header announces it; `begin` and `end` are file offsets."""
+    """One tensor as the header describes it; `begin` and `end` are byte offsets in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -67,7 +67,8 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The checked header of one safetensors file. `raw` is the length prefix and the JSON."""
+    """The checked header of one safetensors file. `raw` is the length prefix and the JSON text;
+    `sha256` is computed over it."""
 
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -94,15 +95,15 @@ def save_tensors(
 ) -> SavedFile:
     """Write a safetensors file atomically; equal tensors and metadata give equal bytes.
 
-    The data begin at a multiple of 64 bytes, and tensors of whole multiples of 64 bytes come first,
-    so that these can be mapped into memory and computed with; then it is descending item size and
-    name, so that each is aligned to its items. Tensors may have any strides and live on any device;
-    one at a time is copied to the host.
+    The data begin at a multiple of 64 bytes. Tensors whose size is a multiple of 64 bytes come
+    first, so that kernels can use them as they are mapped into memory. Within both groups the order
+    is descending item size, then name, so that each tensor is aligned to its items. Tensors may
+    have any strides and may be on any device; one tensor at a time is copied to the host.
     """
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     order, raw, num_bytes = _lay_out(layout, metadata)
 
-    whole = hashlib.sha256(raw)
+    file_digest = hashlib.sha256(raw)
     digests: dict[str, str] = {}
     with published_file(path) as file:
         file.write(raw)
@@ -110,10 +111,10 @@ def save_tensors(
             tensor = tensors[name].detach().cpu()
             data = tensor_bytes(tensor)
             file.write(data)
-            whole.update(data)
+            file_digest.update(data)
             digests[name] = _digest(tensor, data)
     return SavedFile(
-        sha256=whole.hexdigest(),
+        sha256=file_digest.hexdigest(),
         header_sha256=hashlib.sha256(raw).hexdigest(),
         num_bytes=num_bytes,
         tensors=dict(sorted(digests.items())),
@@ -126,8 +127,11 @@ def stream_tensors(
     make: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """`save_tensors`, of tensors that do not exist yet: `layout` announces them, `make(name)` gives
-    the values of one, in row-major order, in as many pieces as it likes. No digests are taken."""
+    """Write a safetensors file as `save_tensors` does, from tensors that are made one by one.
+
+    `layout` maps each name to its type and shape. `make(name)` yields the values of one tensor in
+    row-major order, in pieces of any size. No digests are computed.
+    """
     order, raw, num_bytes = _lay_out(layout, metadata)
     with published_file(path) as file:
         file.write(raw)
@@ -139,7 +143,7 @@ def stream_tensors(
 
 
 def read_header(path: Path) -> Header:
-    """Parse and check a safetensors header: known types, no gaps, no overlaps, nothing cut off.
+    """Parse a safetensors header and check it: known types, no gaps, no overlaps, complete data.
 
     Raises:
         OSError: the file cannot be read.
@@ -173,7 +177,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_tensor(file: FileIO, entry: TensorEntry) -> Tensor:
-    """One tensor of an unbuffered safetensors file, into memory of its own.
+    """Read one tensor of an unbuffered safetensors file into newly allocated memory.
 
     Raises:
         OSError: it cannot be read.
@@ -192,7 +196,7 @@ def read_tensor(file: FileIO, entry: TensorEntry) -> Tensor:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's values in row-major order as bytes, without a copy where it is contiguous."""
+    """The values of a host tensor in row-major order as bytes; no copy where it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
 
@@ -206,7 +210,7 @@ def _lay_out(
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str] | None,
 ) -> tuple[list[str], bytes, int]:
-    """Order of the tensors, the length prefix and the header, and the bytes of the whole file."""
+    """The order of the tensors, the length prefix with the header, and the file size in bytes."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.items()}
     order = sorted(
         layout, key=lambda name: (sizes[name] % ALIGNMENT != 0, -layout[name][0].itemsize, name)
@@ -236,10 +240,10 @@ def _digest(tensor: Tensor, data: memoryview) -> str:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name appears twice in its header")
-    return found
+    return entries
 
 
 def _entry(name: str, value: dict[str, Any], start: int) -> TensorEntry:

@@ -1,37 +1,34 @@
 """Step 5, build: the engine of one target, from a quantized checkpoint or from a source.
 
-Which target is the one choice made here; the layout itself belongs to the target
-(`deepseek/engine/packed.py` for the embedded engine). What a target could never load is refused
-with the deployability matrix's reason before a byte is written.
-
-`read_engine` is how the later steps see an engine: its manifest, and the manifest of the quantized
-checkpoint inside it, so that evaluate, gate and report need no other folder.
+The target is the one choice made here. `BUILDERS` maps a target to the function that builds its
+engine directory (`quant_jobs/targets/`); a new target adds a file there and a line here. A target
+without a builder is refused before a byte is written, with the deployability matrix's reason where
+it could never load the artifact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
 from cluster.deployability import check, require_target, served_schemes
 from cluster.hardware import parse_hardware
-from deepseek.artifact.manifest import MANIFEST_FILE, Manifest, read_manifest
+from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.cli import make_progress
-from deepseek.config import ModelConfig
-from deepseek.engine.packed import UNQUANTIZED, pack_engine, read_engine_manifest
 from deepseek.engine.packing import schemes_of
 from deepseek.errors import ArtifactError, DeployError
-from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
+from quant_jobs.targets import embedded
+
+BUILDERS = {"embedded": embedded.pack_engine}
 
 
 class BuildResult(BaseModel):
-    """What `build --json` prints. `artifact_digest` is the source's fingerprint and `recipe`
-    "unquantized" for a baseline engine; `bytes` counts the engine's tensors."""
+    """What `build --json` prints. `artifact_digest` is the source's fingerprint and `recipe` is
+    "unquantized" for a baseline engine; `bytes` is the size of the engine's tensor files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,28 +42,11 @@ class BuildResult(BaseModel):
     bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltEngine:
-    """An engine directory as the later steps see it. `config` is the source's, FP8 blocks included;
-    `manifest` is the quantized checkpoint's, None for an engine of an unquantized source."""
-
-    directory: Path
-    digest: str
-    artifact_digest: str
-    source_fingerprint: str
-    recipe: str
-    kv_cache: str
-    num_bytes: int
-    config: ModelConfig
-    schemes: Mapping[str, Scheme]
-    manifest: Manifest | None
-
-
 def run_build(
     checkpoint: Path, target: str, tp: int, output: Path, *, hardware: str = "8xH800-80GB"
 ) -> BuildResult:
-    """Build OUTPUT from CHECKPOINT for one target. The same inputs give the same bytes, and an
-    output that holds this very engine is verified and kept.
+    """Build OUTPUT from CHECKPOINT for one target. The same inputs give the same bytes. An output
+    that already holds this very engine is verified and kept.
 
     Raises:
         DeployError: the target is unknown, cannot load this artifact, or is not built yet.
@@ -75,29 +55,30 @@ def run_build(
     """
     known = require_target(target)
     source = open_checkpoint(checkpoint)
-    if known != "embedded":
-        refuse_target(source, target, hardware)
+    builder = BUILDERS.get(known)
+    if builder is None:
+        refuse_target(source, known, hardware)
     with make_progress() as progress:
         task = progress.add_task("build", total=None)
 
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        engine = pack_engine(source, output, tp=tp, progress=show)
+        engine = builder(source, output, tp=tp, progress=show)
     return BuildResult(
         output=str(output),
-        target=known,
-        tp=tp,
+        target=engine.target,
+        tp=engine.ranks.tp,
         recipe=engine.recipe,
         engine_digest=engine.digest,
         artifact_digest=engine.artifact_digest,
         kv_cache=engine.kv_cache,
-        bytes=engine.tensor_file.num_bytes,
+        bytes=engine.num_bytes,
     )
 
 
 def open_checkpoint(directory: Path) -> ArtifactReader | CheckpointReader:
-    """A quantized checkpoint of ours, or a source: whichever the directory holds.
+    """Open the quantized checkpoint or the source checkpoint that the directory holds.
 
     Raises:
         ArtifactError, CheckpointError, ConfigError: it is neither, or is damaged.
@@ -112,8 +93,10 @@ def open_checkpoint(directory: Path) -> ArtifactReader | CheckpointReader:
     return CheckpointReader(directory)
 
 
-def refuse_target(source: ArtifactReader | CheckpointReader, target: str, hardware: str) -> None:
-    """Say why `target` is not built: it could never load the artifact, or not by this version.
+def refuse_target(
+    source: ArtifactReader | CheckpointReader, target: str, hardware: str
+) -> NoReturn:
+    """Raise the reason why `target` is not built: it cannot load the artifact, or has no builder.
 
     Raises:
         DeployError: always.
@@ -126,36 +109,4 @@ def refuse_target(source: ArtifactReader | CheckpointReader, target: str, hardwa
     raise DeployError(
         f"{target} could load this artifact, but this version of IntServe builds embedded engines "
         "only; use --target embedded"
-    )
-
-
-def read_engine(directory: Path) -> BuiltEngine:
-    """Read an engine's documents; no tensors.
-
-    Raises:
-        ArtifactError: engine.json or intserve.json is absent, edited or of another engine.
-        ConfigError: config.json cannot be read.
-    """
-    engine = read_engine_manifest(directory)
-    config = ModelConfig.from_directory(directory)
-    manifest = None
-    if engine.recipe != UNQUANTIZED:
-        manifest = read_manifest(directory)
-        if manifest.digest != engine.artifact_digest:
-            raise ArtifactError(
-                f"{directory / MANIFEST_FILE} is of artifact {manifest.digest[:16]}, but the "
-                f"engine was built from {engine.artifact_digest[:16]}; build again"
-            )
-        config = replace(config, weight_block_size=manifest.source.weight_block_size)
-    return BuiltEngine(
-        directory=directory,
-        digest=engine.digest,
-        artifact_digest=engine.artifact_digest,
-        source_fingerprint=engine.source_fingerprint,
-        recipe=engine.recipe,
-        kv_cache=engine.kv_cache,
-        num_bytes=engine.tensor_file.num_bytes,
-        config=config,
-        schemes=engine.schemes,
-        manifest=manifest,
     )

@@ -1,11 +1,11 @@
-"""Step 6, evaluate: how good is this engine, measured against the source it was made from?
+"""Step 6, evaluate: measures an engine against the source that it was made from.
 
-Both models run through the embedded engine, so that what is judged is what will be served: the
-quantized one with its own kernels and KV format, the source unquantized with a BF16 cache. One
-block of text at a time: no more than [block, vocabulary] logits of each model are held. Decode
-speed is measured in the same process, in turns (`speed.py`).
+Both models run in the embedded engine, so that the measured computation is the served one: the
+quantized model with its own kernels and KV format, the source unquantized with a BF16 cache. One
+block of text is scored at a time, so that logits [block, vocabulary] of each model are in memory.
+Decode speed is measured in the same process, in turns (`evaluation/speed.py`).
 
-Evaluating is not judging: `gate` compares the result with the recipe's limits.
+`evaluate` measures only; `gate` compares the result with the recipe's limits.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path
 
 import torch
 
+from deepseek.artifact.built_engine import read_engine
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError
 from deepseek.source.checkpoint import CheckpointReader
-from deepseek.tensor_files import save_tensors
-from quant_jobs.build import read_engine
 from quant_jobs.calibration.token_blocks import load_token_blocks
-from quant_jobs.evaluation.record import EVALUATION, TOKENS, Evaluation, HeldOut, write_evaluation
-from quant_jobs.evaluation.scorers import score_blocks, summarize, token_arrays
+from quant_jobs.evaluation.record import EVALUATION, Evaluation, HeldOut, write_evaluation
+from quant_jobs.evaluation.scorers import score_blocks, summarize
 from quant_jobs.evaluation.sizes import file_bytes, group_sizes, stored_sizes
 from quant_jobs.evaluation.speed import BATCH_SIZES, measure_decode
+from quant_jobs.evaluation.tokens import write_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How much to measure. `decode_tokens` 0 skips the speed measurement; `num_threads` None is
+    """How much to measure. `decode_tokens` 0 skips the speed measurement; `num_threads` None takes
     all cores but one."""
 
     num_blocks: int = 24
@@ -43,7 +43,7 @@ class Settings:
 def run_evaluate(
     engine_dir: Path, reference_dir: Path, data: Path, output: Path, settings: Settings
 ) -> Evaluation:
-    """Measure, and write OUTPUT/evaluation.json and OUTPUT/tokens.safetensors.
+    """Measure an engine; write OUTPUT/evaluation.json and OUTPUT/tokens.safetensors.
 
     Raises:
         ArtifactError: the engine is incomplete, or was not made from this reference.
@@ -58,7 +58,7 @@ def run_evaluate(
             f"{reference_dir} ({reference.fingerprint[:16]}); --reference must be its own source"
         )
     config = reference.config
-    # Blocks spread evenly over the text, so that a long file is not judged by its beginning.
+    # Blocks are spread evenly over the text, so that they represent all of a long file.
     blocks = load_token_blocks(data, reference_dir, settings.num_blocks, settings.block_tokens)
     ids_BT = blocks.ids
     threads = settings.num_threads
@@ -70,9 +70,9 @@ def run_evaluate(
     speed = measure_decode(source, quantized, ids_BT, settings.decode_tokens, BATCH_SIZES)
 
     output.mkdir(parents=True, exist_ok=True)
-    # The old evaluation must not stand beside new tokens, should this end in between.
+    # Without this, a run killed between the two writes leaves the old evaluation and new tokens.
     (output / EVALUATION).unlink(missing_ok=True)
-    saved = save_tensors(output / TOKENS, token_arrays(ids_BT, scores))
+    tokens = write_tokens(output, ids_BT, scores)
     evaluation = Evaluation(
         engine_digest=built.digest,
         artifact_digest=built.artifact_digest,
@@ -89,7 +89,7 @@ def run_evaluate(
         sizes=group_sizes(config, stored_sizes(reference_dir), built.schemes),
         engine_bytes=built.num_bytes,
         speed=speed,
-        tokens_sha256=saved.sha256,
+        tokens_sha256=tokens.sha256,
         tools={
             "python": platform.python_version(),
             "torch": torch.__version__,

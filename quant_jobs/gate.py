@@ -1,9 +1,9 @@
-"""Step 7, gate: may this engine be served? The recipe's limits against what was measured.
+"""Step 7, gate: compares an evaluation with the limits of the recipe; may this engine be served?
 
-The limits are `evaluation/limits.py`. Around them: the evaluation must be of this very engine, the
-manifest must be the one that the engine was built from, and the text must have been long enough.
-Only then is `gate.json` written beside the engine, where `serve_app` looks for it. An evaluation
-that cannot be judged writes nothing, so that no verdict is ever about something else.
+`evaluation/limits.py` compares. Before that, the evaluation must be of this very engine, the
+manifest must be the one that the engine was built from, and the text must be long enough. Then
+`gate.json` is written beside the engine, where `serve_app` requires it. No verdict is written for
+an evaluation that cannot be judged. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek.artifact.built_engine import read_engine
 from deepseek.artifact.verdict import GateVerdict, write_verdict
 from deepseek.errors import ArtifactError
-from quant_jobs.build import read_engine
 from quant_jobs.evaluation.limits import MIN_TOKENS, judge, measure
 from quant_jobs.evaluation.record import Evaluation, read_evaluation
 
@@ -27,7 +27,7 @@ class Outcome:
     evaluation: Evaluation
 
     def summary(self) -> dict[str, Any]:
-        """What `gate --json` prints: the verdict, and one row of the demo's table."""
+        """What `gate --json` prints: the verdict and the figures of the demo's table."""
         result, speed = self.evaluation, self.evaluation.speed
         return {
             "verdict": "pass" if self.verdict.passed else "fail",
@@ -54,7 +54,7 @@ class Outcome:
 
 
 def run_gate(engine_dir: Path, evaluation_dir: Path) -> Outcome:
-    """Judge, and write ENGINE/gate.json atomically.
+    """Judge an evaluation and write ENGINE/gate.json atomically.
 
     Raises:
         ArtifactError: the evaluation is of another engine or artifact, judged fewer than

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deepseek.artifact.built_engine import BuiltEngine, read_engine
 from deepseek.artifact.manifest import read_manifest
 from deepseek.artifact.verdict import VERDICT_FILE, GateVerdict, read_verdict
 from deepseek.errors import ArtifactError
 from deepseek.files import write_atomic
-from quant_jobs.build import BuiltEngine, read_engine
-from quant_jobs.evaluation.record import Evaluation, read_evaluation, read_tokens
+from quant_jobs.evaluation.record import Evaluation, read_evaluation
+from quant_jobs.evaluation.tokens import read_tokens
 from quant_jobs.reports.engine_page import draw_figures, render
 from quant_jobs.reports.findings import Report, assemble
 

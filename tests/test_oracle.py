@@ -25,10 +25,10 @@ from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
-from deepseek.engine.packed import pack_engine
 from deepseek.formats import fake_quantize_fp8
 from deepseek.recipe import Recipe, load_recipe
 from quant_jobs.quantize import run_quantize
+from quant_jobs.targets.embedded import pack_engine
 
 #: Largest median and mean KL in nats per token, and largest relative error of the logits. The mean
 #: is larger because a rounding can send a token to other experts; few tokens make up most of it.

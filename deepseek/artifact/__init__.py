@@ -1,1 +1,2 @@
-"""The quantized checkpoint and what is bound to it: tensors, manifest, writer, reader, verdict."""
+"""The quantized checkpoint (tensors, manifest, writer, reader), and the documents of an engine (its
+manifest and verdict)."""

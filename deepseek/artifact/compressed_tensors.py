@@ -1,19 +1,21 @@
 """The `quantization_config` of config.json, as the compressed-tensors library and vLLM read it.
 
-One config group per scheme. Loaders find a linear's group by matching its module name against the
-group's `targets`, regular expressions applied from the start of the name; what must stay in high
-precision is in `ignore`. The targets are derived from the resolved schemes, not from the recipe's
-text, as few and as readable as a greedy cover finds them, and then held against every linear of the
-model: each matches its own group's targets and no other's, and nothing else matches any.
+There is one config group per scheme. Loaders find the group of a linear by matching its module name
+against the `targets` of each group, regular expressions that apply from the start of the name.
+Modules that stay in high precision are in `ignore`. The targets are derived from the resolved
+schemes, not from the text of the recipe, by a greedy cover, so that they are few and readable. Then
+they are checked against every linear of the model: each linear matches targets of its own group
+only, and nothing else matches any target.
 
 Formats (compressed-tensors 0.20): INT8 with INT8 activations is `int-quantized`, INT4 is
-`pack-quantized`, FP8 blocks are `float-quantized`; a mix is `mixed-precision` with the format said
-per group. INT8 without activations is packed too: no loader takes plain int8 there. INT4 with FP8
-activations is packed with static per-tensor input activations, `input_scale` beside each weight.
+`pack-quantized`, FP8 blocks are `float-quantized`; a mix is `mixed-precision` with the format named
+per group. INT8 without activations is packed too, because no loader takes plain int8 there. INT4
+with FP8 activations is packed with static per-tensor input activations, `input_scale` beside each
+weight.
 
 `kv_cache_scheme` is always null. vLLM reads static KV scales of compressed-tensors for its
-`Attention` only, not for `MLAAttention`, and TensorRT-LLM reads none for MLA: a scale written here
-would be read by nobody. What was measured is in the manifest (`kv_latent_amax`).
+`Attention` only, not for `MLAAttention`, and TensorRT-LLM reads none for MLA, so no loader would
+read a scale that is written here. The measured range is in the manifest (`kv_latent_amax`).
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from deepseek.config import ModelConfig
 from deepseek.inventory import ATTENTION_ROLES, tensors
 from deepseek.recipe import Scheme
 
-#: Fragments of module names below `layers.N.`, widest first. None of them can match what is never
-#: quantized (`mlp.gate`, the norms, `eh_proj`). transformers 5 takes a group for that of the routed
-#: experts when a target holds the word `experts`, so the shared expert is spelled without it.
+#: Fragments of module names below `layers.N.`, widest first. None of them matches a module that is
+#: never quantized (`mlp.gate`, the norms, `eh_proj`). transformers 5 takes a group for that of the
+#: routed experts when a target contains the word `experts`, so those of the shared expert avoid it.
 _FRAGMENTS = (
     r"(self_attn|mlp)[.].*_proj\w*",
     r"self_attn[.].*_proj\w*",
@@ -61,21 +63,21 @@ def quantization_config(
     for module, scheme in schemes.items():
         layer, rest = module.removeprefix("model.layers.").split(".", 1)
         places.setdefault(_as_stored(scheme), set()).add((int(layer), rest))
-    high = places.pop(Scheme(weights="bf16"), set())
+    high_precision = places.pop(Scheme(weights="bf16"), set())
     if not places:
         return None
-    everything = high.union(*places.values())
+    all_places = high_precision.union(*places.values())
 
     groups: dict[str, Any] = {}
-    # The largest group first: transformers takes the first one for whatever it cannot tell apart.
+    # The largest group first, because transformers takes the first group where it cannot decide.
     order = sorted(places, key=lambda scheme: (-len(places[scheme]), scheme.label))
     for number, scheme in enumerate(order):
-        groups[f"group_{number}"] = _group(scheme, _targets(places[scheme], everything))
+        groups[f"group_{number}"] = _group(scheme, _targets(places[scheme], all_places))
     ignore = ["lm_head", "re:.*[.]mlp[.]gate"]
     if config.num_nextn_predict_layers:
         ignore += ["re:.*[.]eh_proj", "re:.*[.]shared_head[.]head"]
     ignore = [f"{name}$" if name.startswith("re:") else name for name in ignore]
-    ignore += _targets(high, everything) if high else []
+    ignore += _targets(high_precision, all_places) if high_precision else []
     _verify(config, schemes, groups, ignore)
     formats = {group["format"] for group in groups.values()}
     return {
@@ -90,7 +92,7 @@ def quantization_config(
 
 
 def matches(target: str, name: str) -> bool:
-    """Whether a target or ignore entry names the module: compressed-tensors' and vLLM's rule."""
+    """Whether a target or ignore entry names the module (rule of compressed-tensors and vLLM)."""
     if target.startswith("re:"):
         return _compiled(target[3:]).match(name) is not None
     return target == name
@@ -98,7 +100,7 @@ def matches(target: str, name: str) -> bool:
 
 @lru_cache
 def _as_stored(scheme: Scheme) -> Scheme:
-    """Without how the weight was rounded, which a loader need not know."""
+    """The scheme without the settings of rounding, which a loader does not need."""
     return Scheme(
         weights=scheme.weights, group_size=scheme.group_size, activations=scheme.activations
     )
@@ -154,32 +156,33 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _targets(wanted: set[_Place], everything: set[_Place]) -> list[str]:
-    """Few patterns that together match `wanted` and nothing else of `everything` (greedy cover)."""
+def _targets(places: set[_Place], all_places: set[_Place]) -> list[str]:
+    """A few patterns that together match `places` and no other of `all_places` (greedy cover)."""
     candidates: dict[str, set[_Place]] = {}
     for fragment in _FRAGMENTS:
-        matched = {place for place in everything if _compiled(fragment + "$").match(place[1])}
+        matched = {place for place in all_places if _compiled(fragment + "$").match(place[1])}
         by_layer: dict[int, set[_Place]] = {}
         for place in matched:
             by_layer.setdefault(place[0], set()).add(place)
-        pure = {layer for layer, those in by_layer.items() if those <= wanted}
+        pure = {layer for layer, matches_of_layer in by_layer.items() if matches_of_layer <= places}
         if pure:
             pattern = _layer_pattern(pure, set(by_layer)) + fragment + "$"
             candidates[pattern] = {place for place in matched if place[0] in pure}
     chosen: list[str] = []
-    left = set(wanted)
-    while left:
-        best = max(candidates, key=lambda p: (len(candidates[p] & left), -len(p), p), default=None)
-        if best is None or not candidates[best] & left:
-            chosen += _expert_patterns(left)
+    rest = set(places)
+    while rest:
+        best = max(candidates, key=lambda p: (len(candidates[p] & rest), -len(p), p), default=None)
+        if best is None or not candidates[best] & rest:
+            chosen += _expert_patterns(rest)
             break
         chosen.append(best)
-        left -= candidates.pop(best)
+        rest -= candidates.pop(best)
     return [f"re:{pattern}" for pattern in chosen]
 
 
 def _layer_pattern(layers: set[int], all_layers: set[int]) -> str:
-    """Prefix for `layers` out of those where the fragment occurs at all; the shorter wording."""
+    """The shorter prefix that matches `layers` and no other of `all_layers`, the layers where the
+    fragment occurs."""
     if layers == all_layers:
         return ".*[.]"
     others = all_layers - layers
@@ -194,27 +197,27 @@ def _any_of(numbers: Iterable[int]) -> str:
     return words[0] if len(words) == 1 else f"({'|'.join(words)})"
 
 
-def _expert_patterns(left: Iterable[_Place]) -> list[str]:
+def _expert_patterns(places: Iterable[_Place]) -> list[str]:
     """Patterns for single experts, where no fragment is pure: one per layer and projection."""
     experts: dict[tuple[int, str], list[int]] = {}
-    for layer, rest in left:
-        *_, number, role = rest.split(".")
+    for layer, name in places:
+        *_, number, role = name.split(".")
         experts.setdefault((layer, role), []).append(int(number))
     return [
-        rf".*[.]layers[.]{layer}[.]mlp[.]experts[.]{_any_of(those)}[.]{role}$"
-        for (layer, role), those in sorted(experts.items())
+        rf".*[.]layers[.]{layer}[.]mlp[.]experts[.]{_any_of(numbers)}[.]{role}$"
+        for (layer, role), numbers in sorted(experts.items())
     ]
 
 
 def _verify(
     config: ModelConfig, schemes: Mapping[str, Scheme], groups: dict[str, Any], ignore: list[str]
 ) -> None:
-    """Every module in exactly its own place; a violation is a bug of this file."""
-    by_form = {name: group["targets"] for name, group in groups.items()}
+    """Check that every module matches its own group only; a violation is a bug of this file."""
+    targets_of = {name: group["targets"] for name, group in groups.items()}
     owner: dict[Scheme, str] = {}
     for spec in tensors(config):
         name = spec.module
-        hits = [g for g, targets in by_form.items() if any(matches(t, name) for t in targets)]
+        hits = [g for g, targets in targets_of.items() if any(matches(t, name) for t in targets)]
         ignored = any(matches(entry, name) for entry in ignore)
         scheme = schemes.get(name)
         if scheme is None or scheme.weights == "bf16":

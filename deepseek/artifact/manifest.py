@@ -1,9 +1,10 @@
 """What a quantized checkpoint says about itself: the records of intserve.json.
 
-The manifest names what the artifact was made of (source, recipe, calibration), what was written
-(files and the digest of every tensor) and what went less than perfectly (output errors, expert
-coverage, fallbacks). It holds no time stamps and no paths: the same inputs give the same bytes. Its
-digest is *the artifact's digest*, the value that an engine, a gate verdict and the server refer to.
+The manifest names the inputs (source, recipe, calibration), the published files with the digest of
+every tensor, and the quality figures of the job (output errors, expert coverage, fallbacks). It
+holds no time stamps and no paths: the same inputs give the same bytes. Its digest is *the
+artifact's digest*; an engine, a gate verdict and the server refer to the artifact by it. This file
+imports no torch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class SourceRecord(_Record):
 
 
 class CalibrationFile(_Record):
-    """A file of calibration text, by digest: its weight among the others and what it gave."""
+    """A file of calibration text, by digest, with its sampling weight and the number of blocks and
+    tokens that were drawn from it."""
 
     sha256: str
     weight: float = Field(gt=0)
@@ -47,8 +49,8 @@ class CalibrationFile(_Record):
 
 
 class CalibrationRecord(_Record):
-    """The calibration data that was used: digest of the token ids, how they were cut, and the files
-    that they come from."""
+    """The calibration data: SHA-256 of the token ids, how they were cut into blocks, and the files
+    that they were drawn from."""
 
     digest: str
     num_tokens: int = Field(ge=1)
@@ -58,11 +60,13 @@ class CalibrationRecord(_Record):
 
 
 class LayerRecord(_Record):
-    """One published file: its digests, the digest of each tensor, each module's output error.
+    """One published file: its digests, the digest of each tensor, and the output error of each
+    module.
 
     `header_sha256` covers the safetensors header and the tensor digests cover all other bytes, so
-    that a reader can verify what it reads without reading it twice; `sha256` is for other tools.
-    `errors` is the relative error of a module's output on the calibration data, ||y' - y|| / ||y||.
+    that a reader verifies what it reads without reading it twice; `sha256` is for other tools.
+    `source_sha256` is the digest of the source tensors that the file was made from. `errors` is the
+    relative error of a module's output on the calibration data, ||y' - y|| / ||y||.
     """
 
     layer: LayerKey
@@ -76,7 +80,8 @@ class LayerRecord(_Record):
 
 
 class Fallback(_Record):
-    """Something that was done in place of what the recipe asked for; the gate counts these."""
+    """A substitute for what the recipe asked for, and how often it was taken. The gate counts
+    fallbacks."""
 
     kind: str
     layer: int | None
@@ -88,11 +93,11 @@ class Fallback(_Record):
 class Manifest(_Record):
     """The whole of intserve.json.
 
-    `coverage` is, per MoE layer, the number of calibration tokens that reached each routed expert.
-    `files` maps each copied or derived file (config.json, index, tokenizer) to its SHA-256.
-    `kv_latent_amax` is, per layer, the largest magnitude of the latent that is cached (the output
-    of kv_a_layernorm, folded smoothing included) over the calibration tokens; the rotary key, which
-    is cached beside it, is not in it. A static FP8 scale of the latent would be 1/448 of it.
+    `coverage` maps each MoE layer to the number of calibration tokens that reached each routed
+    expert. `files` maps each copied or derived file (config.json, index, tokenizer) to its SHA-256.
+    `kv_latent_amax` maps each layer to the largest magnitude of the cached latent (the output of
+    kv_a_layernorm, folded smoothing included) over the calibration tokens; the rotary key is not
+    included. A static FP8 scale of the latent would be 1/448 of this value.
     """
 
     format_version: Literal[1] = 1
@@ -108,7 +113,7 @@ class Manifest(_Record):
 
     @property
     def kv_cache(self) -> KVFormat:
-        """Format of the KV cache that the recipe asks an engine for."""
+        """Format of the KV cache that the recipe requests."""
         return self.recipe.kv_cache
 
     @property
@@ -122,7 +127,8 @@ class Manifest(_Record):
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
 
     def record(self, layer: LayerKey) -> LayerRecord:
-        """The record of one layer; absent is a bug, for readers check completeness on opening."""
+        """The record of one layer, or of the globals. An absent record is a bug: a reader checks on
+        opening that all are present."""
         return next(record for record in self.layers if record.layer == layer)
 
 

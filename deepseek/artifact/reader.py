@@ -1,4 +1,7 @@
-"""A finished quantized checkpoint, verified as it is read."""
+"""Reads a finished quantized checkpoint (writer.py describes its files).
+
+Every tensor is verified against the manifest, and `finish` checks that every file was read.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class ArtifactReader:
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
-        #: The artifact's digest: the manifest's, which covers every byte that can be read here.
+        #: The artifact's digest: that of the manifest, which covers every byte of the tensors.
         self.digest = self.manifest.digest
         self.recipe = self.manifest.recipe
         self._check_files()
@@ -59,7 +62,11 @@ class ArtifactReader:
         return self._read("globals")
 
     def finish(self) -> None:
-        """Raise ArtifactError when some part was never read: what was made of it lacks it."""
+        """Check that every published file was read.
+
+        Raises:
+            ArtifactError: one was not, so the consumer's output lacks it.
+        """
         if self._unread:
             first = min(self._unread, key=str)
             raise ArtifactError(f"{self.directory}: {layer_file(first)} was never read")
@@ -71,9 +78,9 @@ class ArtifactReader:
             header = read_header(path)
             if header.sha256 != record.header_sha256:
                 raise DamagedFileError("has a header other than the one that was published")
-            entries = {name: (entry.shape, entry.dtype) for name, entry in header.tensors.items()}
-            if wrong := mismatch(entries, expected_tensors(self.config, self.schemes, layer)):
-                raise DamagedFileError(f"does not hold what config.json describes: {wrong}")
+            actual = {name: (entry.shape, entry.dtype) for name, entry in header.tensors.items()}
+            if difference := mismatch(actual, expected_tensors(self.config, self.schemes, layer)):
+                raise DamagedFileError(f"does not hold what config.json describes: {difference}")
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in header.tensors}
         except (DamagedFileError, SafetensorError) as error:
@@ -117,7 +124,7 @@ class ArtifactReader:
                 )
 
     def _check_config(self) -> None:
-        """The manifest's own contents against the model that config.json describes."""
+        """Check the contents of the manifest against the model that config.json describes."""
         records = {record.layer: record for record in self.manifest.layers}
         keys = layer_keys(self.config)
         if [record.layer for record in self.manifest.layers] != keys:

@@ -1,7 +1,7 @@
-"""Which tensors an artifact holds: names, shapes and types, part by part.
+"""Which tensors each published file of an artifact holds: names, shapes and types.
 
-The writer checks against it before publishing, the reader before reading, and whoever consumes a
-layer takes its linears out with `pop_linear`. No files here.
+The writer checks tensors against it before publishing and the reader before reading. A consumer
+takes the linears out of a layer with `pop_linear`. No file is opened here.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def layer_file(layer: LayerKey) -> str:
 
 
 def layer_keys(config: ModelConfig) -> list[LayerKey]:
-    """Every part of an artifact, in the order of its records."""
+    """The key of every published file of an artifact, in the order of the records."""
     return [*range(config.num_layers_with_mtp), "globals"]
 
 
 def expected_tensors(
     config: ModelConfig, schemes: Mapping[str, Scheme], layer: LayerKey
 ) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Shape and admissible types of every tensor of one part of an artifact, by full name."""
+    """Shape and admissible types of every tensor of one published file, by full name."""
     specs = global_tensors(config) if layer == "globals" else layer_tensors(config, layer)
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
     for spec in specs:
@@ -55,8 +55,11 @@ def expected_tensors(
 def store_tensor(tensor: SourceTensor, scheme: Scheme | None) -> dict[str, Tensor]:
     """A source tensor as the artifact stores it, by full name, with no calibration.
 
-    `scheme` is None for what is not a linear (carried as it is). FP8 blocks that stay FP8 blocks
-    keep their bits; anything else is rounded to nearest in the scheme's format.
+    `scheme` is None for a tensor that is not a linear; it keeps its values. FP8 blocks that stay
+    FP8 blocks keep their bits; every other linear is rounded to nearest in the scheme's format.
+
+    Raises:
+        CheckpointError: the format cannot hold the values; the sentence names the tensor.
     """
     spec = tensor.spec
     if scheme is None:
@@ -74,22 +77,23 @@ def store_tensor(tensor: SourceTensor, scheme: Scheme | None) -> dict[str, Tenso
 
 
 def pop_linear(tensors: dict[str, Tensor], module: str, scheme: Scheme) -> dict[str, Tensor]:
-    """Take the stored tensors of one linear out of a layer, by suffix, so that a consumer can
-    show at the end that nothing is left over."""
+    """Remove the stored tensors of one linear from a layer and return them by suffix. A consumer
+    that pops every linear can check that no tensor is left over."""
     return {suffix: tensors.pop(f"{module}.{suffix}") for suffix in stored_shapes(scheme, 128, 128)}
 
 
 def mismatch(
-    found: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    actual: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     expected: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
 ) -> str | None:
-    """What is wrong with the tensors of one part, naming the first, or None where nothing is."""
-    for name in sorted(found.keys() ^ expected.keys()):
+    """How the tensors of one published file differ from the expected ones: a phrase that names the
+    first difference, or None where there is none."""
+    for name in sorted(actual.keys() ^ expected.keys()):
         return f"tensor {name} is {'missing' if name in expected else 'unknown'}"
     for name, (shape, dtypes) in expected.items():
-        found_shape, found_dtype = found[name]
-        if found_shape != shape:
-            return f"tensor {name} has the shape {list(found_shape)}, not {list(shape)}"
-        if found_dtype not in dtypes:
-            return f"tensor {name} is {found_dtype}, not {' or '.join(map(str, dtypes))}"
+        actual_shape, actual_dtype = actual[name]
+        if actual_shape != shape:
+            return f"tensor {name} has the shape {list(actual_shape)}, not {list(shape)}"
+        if actual_dtype not in dtypes:
+            return f"tensor {name} is {actual_dtype}, not {' or '.join(map(str, dtypes))}"
     return None

@@ -1,7 +1,8 @@
-"""The gate's verdict, and the rule that the server enforces: no passing verdict, no serving.
+"""The gate's verdict on an engine. The server serves an engine only with a passing verdict.
 
-`quant_jobs` writes gate.json into the engine directory that it measured; `serve_app` requires it.
-A verdict names the digests of the artifact and of the engine, so it cannot be moved to another one.
+`gate` writes gate.json into the engine directory that was evaluated; `serve_app` requires it. A
+verdict names the digests of the artifact and of the engine, so it is refused beside another engine.
+This file imports no torch.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ VERDICT_FILE = "gate.json"
 
 
 class GateVerdict(BaseModel):
-    """What was measured on one engine, against which limits, and what follows.
+    """What was measured on one engine, the limits, and the decision.
 
-    `artifact_digest` is the manifest's (or, for an unquantized engine, the source's fingerprint).
-    `measured` holds plain figures by name: perplexity, source_perplexity, mean_kl, top1, ...
-    `reasons` says, one sentence each, why a failed verdict failed.
+    `artifact_digest` is the quantized checkpoint's (or, for an unquantized engine, the source's
+    fingerprint). `measured` maps names to figures: perplexity, mean_kl, top1, and others.
+    `reasons` holds one sentence for each broken limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,7 +43,7 @@ def write_verdict(engine_dir: Path | str, verdict: GateVerdict) -> None:
 
 
 def read_verdict(engine_dir: Path | str) -> GateVerdict:
-    """The verdict of an engine directory.
+    """Read the verdict of an engine directory.
 
     Raises:
         ArtifactError: there is none, or it cannot be understood.
@@ -64,22 +65,22 @@ def read_verdict(engine_dir: Path | str) -> GateVerdict:
 def require_passed(
     engine_dir: Path | str, *, engine_digest: str, artifact_digest: str
 ) -> GateVerdict:
-    """The verdict, when it passed and is about exactly this engine and this artifact.
+    """Read the verdict and check that it passed and is about exactly this engine and artifact.
 
     Raises:
         ArtifactError: no verdict, a failed one, or one about another engine or artifact.
     """
     verdict = read_verdict(engine_dir)
-    for what, judged, present in (
+    for subject, judged, present in (
         ("engine", verdict.engine_digest, engine_digest),
         ("artifact", verdict.artifact_digest, artifact_digest),
     ):
         if judged != present:
             raise ArtifactError(
-                f"{engine_dir}: {VERDICT_FILE} judges the {what} {judged[:16]}, but this one is "
+                f"{engine_dir}: {VERDICT_FILE} judges the {subject} {judged[:16]}, but this one is "
                 f"{present[:16]}; run evaluate and gate again"
             )
     if not verdict.passed:
-        why = "; ".join(verdict.reasons) or "no reason was recorded"
-        raise ArtifactError(f"{engine_dir} failed its accuracy gate: {why}")
+        reasons = "; ".join(verdict.reasons) or "no reason was recorded"
+        raise ArtifactError(f"{engine_dir} failed its accuracy gate: {reasons}")
     return verdict

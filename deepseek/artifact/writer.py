@@ -1,4 +1,4 @@
-"""The quantized checkpoint: a compressed-tensors directory that describes and defends itself.
+"""Writes the quantized checkpoint: a compressed-tensors directory with a manifest.
 
     config.json                     the source's, with compressed-tensors' quantization_config
     model-layer-00000.safetensors   one file per decoder layer, MTP layers included
@@ -7,9 +7,8 @@
     tokenizer files                 copied
     intserve.json                   the manifest (deepseek/artifact/manifest.py); written last
 
-`quant_jobs` writes it (any process may publish a layer; one finishes), `build`, `evaluate` and the
-engine read it. The presence of intserve.json means that the artifact is complete. Reading verifies
-every byte that it hands out against the manifest and keeps account that nothing is left unread.
+`quantize` writes it: any process may publish a file, and one process finishes. The presence of
+intserve.json means that the artifact is complete. `reader.py` reads it back and verifies it.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from deepseek.recipe import Recipe
 from deepseek.source.checkpoint import INDEX_FILE, CheckpointReader
 from deepseek.tensor_files import read_header, save_tensors
 
-#: Files that go along with the weights, where the source has them. No code is ever copied.
+#: Files that are copied from the source where it has them. No code is ever copied.
 COPIED_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -57,11 +56,11 @@ _DROPPED_KEYS = ("auto_map", "_name_or_path", "quantization_config")
 
 
 class ArtifactWriter:
-    """Writes one quantized checkpoint, part by part, each part whole or absent.
+    """Writes one quantized checkpoint file by file; each file is whole or absent.
 
-    Any process may hold a writer for the directory and publish parts; the one that finishes learns
-    of the others' through `adopt`. Whoever runs the job keeps two jobs out of one directory; the
-    writer itself refuses a directory that holds the result of something else.
+    Several processes may each have a writer for the directory and publish files. The process that
+    finishes registers the files of the others (`register`). The caller keeps two jobs out of one
+    directory; the writer refuses a directory that holds another job's result.
 
     Raises on opening:
         ArtifactError: the directory belongs to another recipe, source or tool.
@@ -91,15 +90,16 @@ class ArtifactWriter:
         source_sha256: str,
         errors: Mapping[str, float] | None = None,
     ) -> LayerRecord:
-        """Write one part atomically and return its record, which `finish` will need.
+        """Write the file of one layer (or of the globals) atomically; register and return its
+        record.
 
-        `tensors` must be exactly `expected_tensors`; a difference is a bug of the caller's.
-        `source_sha256` is `checkpoint.content_digest` of what the part was made from; `errors`
-        is the relative output error by module, see `LayerRecord`.
+        `tensors` must be exactly `expected_tensors`; a difference is a bug of the caller.
+        `source_sha256` is `content_digest` of the source tensors that the file was made from;
+        `errors` is the relative output error by module, see `LayerRecord`.
         """
-        given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        wrong = mismatch(given, expected_tensors(self.config, self.schemes, layer))
-        assert wrong is None, f"layer {layer}: {wrong}"
+        actual = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        difference = mismatch(actual, expected_tensors(self.config, self.schemes, layer))
+        assert difference is None, f"layer {layer}: {difference}"
         name = layer_file(layer)
         saved = save_tensors(self.directory / name, tensors, {"format": "pt"})
         record = LayerRecord(
@@ -115,17 +115,17 @@ class ArtifactWriter:
         self._records[layer] = record
         return record
 
-    def adopt(self, record: LayerRecord, *, verify: bool = True) -> None:
-        """Take over a part that another process, or a run that was cut off, has published.
+    def register(self, record: LayerRecord, *, verify: bool = True) -> None:
+        """Take over a file that another process, or an interrupted run, has published.
 
-        `verify` False spares reading the file where a worker of this very run has just written it.
+        `verify` False skips the SHA-256 of a file that a worker of this run has just written.
 
         Raises:
             ArtifactError: the file is absent or not the one that the record describes.
         """
         path = self.directory / layer_file(record.layer)
-        known = record.file == path.name and path.is_file()
-        if not known or (verify and sha256_file(path) != record.sha256):
+        present = record.file == path.name and path.is_file()
+        if not present or (verify and sha256_file(path) != record.sha256):
             raise ArtifactError(
                 f"{path} is not the file that was published for layer {record.layer}; delete "
                 "it and quantize again, which redoes this layer only"
@@ -141,10 +141,10 @@ class ArtifactWriter:
         tools: Mapping[str, str],
         kv_latent_amax: Mapping[int, float] | None = None,
     ) -> Manifest:
-        """Write config, index, tokenizer and, last, the manifest. Every part must be published."""
+        """Write config, index, tokenizer and, last, the manifest. Every file must be registered."""
         keys = layer_keys(self.config)
         missing = [key for key in keys if key not in self._records]
-        assert not missing, f"finish before layer {missing[0]} was published or adopted"
+        assert not missing, f"finish before layer {missing[0]} was published or registered"
         records = tuple(self._records[key] for key in keys)
         remove_scraps(self.directory)
         self._write_config()
@@ -193,18 +193,18 @@ class ArtifactWriter:
             )
         if (self.directory / MANIFEST_FILE).exists():
             other = read_manifest(self.directory)
-            for what, theirs, ours in (
+            for input_name, recorded, ours in (
                 ("recipe", other.recipe, self.recipe),
                 ("source checkpoint", other.source, self._source),
             ):
-                if theirs != ours:
+                if recorded != ours:
                     raise ArtifactError(
-                        f"{self.directory} is an output folder of another run: its {what} "
+                        f"{self.directory} is an output folder of another run: its {input_name} "
                         "differs; choose another --output or delete it"
                     )
-        known = {layer_file(key) for key in layer_keys(self.config)}
+        own_files = {layer_file(key) for key in layer_keys(self.config)}
         for path in sorted(self.directory.glob("*.safetensors")):
-            if path.name not in known:
+            if path.name not in own_files:
                 raise ArtifactError(
                     f"{self.directory} is an output folder of another run: it holds {path.name}; "
                     "choose another --output or delete it"

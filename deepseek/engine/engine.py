@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deepseek.artifact.engine_manifest import UNQUANTIZED
 from deepseek.engine.batch import Span, make_batch
 from deepseek.engine.detokenizer import Detokenizer, Tokenizer, load_tokenizer
 from deepseek.engine.kv_cache import LatentCache, check_cache_format
 from deepseek.engine.linear import Kernels
 from deepseek.engine.model import Model
 from deepseek.engine.options import EngineIdentity, EngineLoad, EngineOptions
-from deepseek.engine.packed import UNQUANTIZED, load_packed
+from deepseek.engine.packed import load_packed
 from deepseek.engine.packing import pack_tensors, schemes_of
 from deepseek.engine.pages import PagePool
 from deepseek.engine.request import (
@@ -104,7 +105,7 @@ class LLMEngine:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> LLMEngine:
-        """Open an engine directory that `pack_engine` wrote.
+        """Open an engine directory that `build --target embedded` wrote.
 
         Raises:
             ArtifactError: it is incomplete or damaged.
@@ -119,7 +120,7 @@ class LLMEngine:
             artifact_digest=manifest.artifact_digest,
             engine_digest=manifest.digest,
             kv_cache=options.kv_cache or manifest.kv_cache,
-            page_tokens=options.page_tokens or manifest.page_tokens,
+            page_tokens=options.page_tokens or packed.fields.page_tokens,
         )
         return cls(model, identity, options, tokenizer=load_tokenizer(engine_dir), clock=clock)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deepseek.engine.pages import BLOCK_TOKENS
+from deepseek.engine.pages import check_page_tokens
 from deepseek.errors import DeployError
 
 
@@ -47,9 +47,8 @@ class EngineOptions:
                 f"max_batched_tokens {self.max_batched_tokens} must not be below max_batch_size "
                 f"{self.max_batch_size}: every running request takes one token of a step"
             )
-        size = self.page_tokens
-        if size is not None and (size < 1 or BLOCK_TOKENS % size):
-            raise DeployError(f"page_tokens must divide {BLOCK_TOKENS}, which {size} does not")
+        if self.page_tokens is not None:
+            check_page_tokens(self.page_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

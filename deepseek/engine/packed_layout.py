@@ -1,15 +1,15 @@
-"""Which tensors an embedded engine holds, from the config and the schemes alone; no values here.
+"""Which tensors an embedded engine holds: names, shapes and types, from config and schemes alone.
 
-The packer makes exactly these, the loader takes exactly these, and the planner adds up their bytes
-(`planned_bytes`), so that what is planned is what is allocated. The engine's layout differs from
-the artifact's in four ways:
+The packer makes exactly these tensors, the loader takes exactly these, and the planner adds up
+their bytes (`planned_bytes`), so that planned and allocated bytes are equal. The engine's layout
+differs from the artifact's in four ways:
 
 - bf16 and FP8 block weights, norms, router and head are FP32: the fastest exact product on a CPU.
-- Linears that share their input and their scheme are one: `qkv_a_proj` (q_a and kv_a), and
+- Linears that share their input and their scheme are fused: `qkv_a_proj` (q_a and kv_a), and
   `gate_up_proj`. Where the schemes differ they stay two.
-- kv_b_proj is held as the absorbed `w_uk` [H, n, R] and `w_uv` [H, R, v] in FP32, made from its
-  dequantized values whatever its scheme: absorbed, its two halves multiply different things.
-- The MTP layer is left out; the engine does not speculate yet.
+- kv_b_proj is stored as the absorbed `w_uk` [H, n, R] and `w_uv` [H, R, v] in FP32, made from its
+  dequantized values whatever its scheme, because the two halves multiply different tensors.
+- The MTP layer is left out, because the engine does not speculate.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class PackedLinear:
         return sum(spec.shape[0] for spec in self.members), self.members[0].shape[1]
 
     def tensors(self) -> dict[str, PackedTensor]:
-        """By full name.
+        """The tensors of the kernel, by full name.
 
         Raises:
             DeployError: the kernel cannot take the shape.
@@ -84,7 +84,7 @@ class PackedLinear:
 def packed_shapes(
     scheme: Scheme, num_outputs: int, num_inputs: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What the kernel for an [N, K] weight takes, by suffix: shape and dtype."""
+    """The tensors of the kernel for an [N, K] weight, by suffix: shape and dtype."""
     match scheme.weights:
         case "int4" | "int4-asym":
             assert scheme.group_size is not None
@@ -109,7 +109,7 @@ def packed_shapes(
 
 
 def source_schemes(config: ModelConfig) -> dict[str, Scheme]:
-    """The schemes of a model that nobody quantized: as the source has each linear."""
+    """The schemes of an unquantized model: each linear as the source stores it."""
     scheme = Scheme(weights="fp8-block" if config.weight_block_size else "bf16")
     layers = range(config.num_layers_with_mtp)
     return {spec.module: scheme for layer in layers for spec in linears(config, layer)}
@@ -143,7 +143,7 @@ def absorbed_spec(config: ModelConfig, layer: int) -> TensorSpec:
 
 
 def plain_specs(config: ModelConfig, layer: int | None) -> list[TensorSpec]:
-    """What is not a linear: norms, router; embeddings and head for `layer` None."""
+    """The tensors that are not linears: norms and router; embeddings and head for `layer` None."""
     specs = global_tensors(config) if layer is None else layer_tensors(config, layer)
     return [spec for spec in specs if spec.kind != "linear"]
 
@@ -161,21 +161,21 @@ def packed_tensors(
     Raises:
         DeployError: a kernel cannot take the shape of a linear.
     """
-    found: dict[str, PackedTensor] = {}
+    packed: dict[str, PackedTensor] = {}
     for spec in _plain(config):
         is_table = spec.module == "model.embed_tokens"
         dtype = embedding_dtype if is_table else torch.float32
-        found[spec.name] = PackedTensor(spec.shape, dtype, spec.group)
+        packed[spec.name] = PackedTensor(spec.shape, dtype, spec.group)
     heads, latent = config.num_attention_heads, config.kv_lora_rank
     for layer in range(config.num_hidden_layers):
-        for parts in projections(config, layer, schemes).values():
-            for part in parts:
-                found |= part.tensors()
+        for kernels in projections(config, layer, schemes).values():
+            for linear in kernels:
+                packed |= linear.tensors()
         prefix = absorbed_prefix(layer)
         uk, uv = (heads, config.qk_nope_head_dim, latent), (heads, latent, config.v_head_dim)
-        found[f"{prefix}.w_uk"] = PackedTensor(uk, torch.float32, "attention")
-        found[f"{prefix}.w_uv"] = PackedTensor(uv, torch.float32, "attention")
-    return found
+        packed[f"{prefix}.w_uk"] = PackedTensor(uk, torch.float32, "attention")
+        packed[f"{prefix}.w_uv"] = PackedTensor(uv, torch.float32, "attention")
+    return packed
 
 
 def absorbed_prefix(layer: int) -> str:
@@ -191,9 +191,10 @@ def planned_bytes(
     page_tokens: int,
     embedding_dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, int]:
-    """Bytes that the engine will hold, by inventory group and "kv_cache"; pure arithmetic.
+    """Bytes that the engine will allocate, by inventory group and "kv_cache"; pure arithmetic.
 
-    Equal to `LLMEngine.allocated_bytes()` of the same engine. `num_pages` is without the zero page.
+    Equal to `LLMEngine.allocated_bytes()` of the same engine. `num_pages` does not count the zero
+    page.
     """
     total: dict[str, int] = {}
     packed = packed_tensors(config, schemes, embedding_dtype=embedding_dtype)
@@ -210,5 +211,5 @@ def _plain(config: ModelConfig) -> Iterator[TensorSpec]:
 
 
 def _as_computed(scheme: Scheme) -> tuple[object, ...]:
-    """What decides the kernel: algorithm and smoothing have done their work by now."""
+    """The fields of a scheme that decide the kernel."""
     return scheme.weights, scheme.group_size, scheme.activations

@@ -1,8 +1,9 @@
-"""From a source checkpoint or a quantized one to the engine's tensors (packed_layout.py).
+"""Converts a source checkpoint or a quantized one into the tensors of the embedded engine.
 
-One layer of the input is in memory at a time; the engine's own tensors add up. Codes and scales of
-a quantized checkpoint are carried over, not requantized: only their order in memory changes. Every
-tensor of the input is read and accounted for, the MTP layer's too, which are then dropped.
+packed_layout.py says which tensors these are. One layer of the input is in memory at a time, beside
+all tensors of the engine that are made so far. Codes and scales of a quantized checkpoint are not
+requantized; only their order in memory changes. Every tensor of the input is read, also those of
+the MTP layer, which are then dropped.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
 
 Source = ArtifactReader | CheckpointReader
-#: Called with layers done and layers in all.
+#: Called with the number of layers done and the number of all layers.
 Progress = Callable[[int, int], None]
 
 
@@ -43,7 +44,7 @@ def schemes_of(source: Source) -> dict[str, Scheme]:
 
 
 def pack_tensors(source: Source, progress: Progress | None = None) -> dict[str, Tensor]:
-    """All tensors of the engine, by name.
+    """Read `source` and return all tensors of the engine, by name.
 
     Raises:
         ArtifactError, CheckpointError: the input is damaged or incomplete.
@@ -64,19 +65,19 @@ def pack_tensors(source: Source, progress: Progress | None = None) -> dict[str, 
         if progress is not None:
             progress(layer + 1, count)
     source.finish()
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in packed.items()}
-    assert found == {name: (spec.shape, spec.dtype) for name, spec in expected.items()}
+    actual = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in packed.items()}
+    assert actual == {name: (spec.shape, spec.dtype) for name, spec in expected.items()}
     return packed
 
 
 class _Stored:
-    """One layer of the input: the tensors of each linear by module, and the rest by name."""
+    """One layer of the input: the tensors of each linear by module, and all others by name."""
 
     def __init__(self, linears: dict[str, dict[str, Tensor]], plain: dict[str, Tensor]) -> None:
         self.linears, self.plain = linears, plain
 
     def pop_dequantized(self, spec: TensorSpec, scheme: Scheme) -> Tensor:
-        """f32 [N, K] of one linear, which is then taken."""
+        """Remove one linear and return its weight, f32 [N, K]."""
         tensors = self.linears.pop(spec.module)
         if "dequantized" in tensors:
             return tensors["dequantized"]
@@ -117,57 +118,57 @@ def _pack_layer(
     config: ModelConfig, layer: int, schemes: Mapping[str, Scheme], stored: _Stored
 ) -> dict[str, Tensor]:
     packed = {spec.name: stored.plain.pop(spec.name).float() for spec in plain_specs(config, layer)}
-    for parts in projections(config, layer, schemes).values():
-        for part in parts:
-            packed |= _pack_linear(part, stored)
+    for kernels in projections(config, layer, schemes).values():
+        for linear in kernels:
+            packed |= _pack_linear(linear, stored)
     spec = absorbed_spec(config, layer)
     packed |= _absorb(config, layer, stored.pop_dequantized(spec, schemes[spec.module]))
     return packed
 
 
-def _pack_linear(part: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
+def _pack_linear(linear: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
     """The members of one kernel's weight, stacked along the outputs, in the kernel's layout."""
-    match part.scheme.weights:
+    match linear.scheme.weights:
         case "int4" | "int4-asym":
-            found = [(spec, stored.linears.pop(spec.module)) for spec in part.members]
+            popped = [(spec, stored.linears.pop(spec.module)) for spec in linear.members]
             members = [
-                _kernel_int4(member, (spec.shape[0], spec.shape[1])) for spec, member in found
+                _kernel_int4(member, (spec.shape[0], spec.shape[1])) for spec, member in popped
             ]
             codes = torch.cat([codes for codes, _ in members])
             tensors = {
                 "packed": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
                 "scale_zero": torch.cat([scale_zero for _, scale_zero in members], dim=1),
             }
-            if part.scheme.activations == "fp8":
-                # One input, one scale: where they differ, TensorRT-LLM's loader takes the largest.
-                scales = torch.stack([member["input_scale"] for _, member in found])
+            if linear.scheme.activations == "fp8":
+                # Members share one input and one scale: the largest, as in TensorRT-LLM's loader.
+                scales = torch.stack([member["input_scale"] for _, member in popped])
                 tensors["input_scale"] = scales.amax(dim=0)
         case "int8" | "int8-asym":
-            found = [(spec, stored.linears.pop(spec.module)) for spec in part.members]
+            popped = [(spec, stored.linears.pop(spec.module)) for spec in linear.members]
             tensors = {
                 "codes": torch.cat(
-                    [int8_codes(member, (spec.shape[0], spec.shape[1])) for spec, member in found]
+                    [int8_codes(member, (spec.shape[0], spec.shape[1])) for spec, member in popped]
                 ),
-                "scale": torch.cat([member["weight_scale"].flatten() for _, member in found]),
+                "scale": torch.cat([member["weight_scale"].flatten() for _, member in popped]),
             }
-            if part.scheme.weights == "int8-asym":
+            if linear.scheme.weights == "int8-asym":
                 zeros = [
                     unpack_zero_point(member["weight_zero_point"], spec.shape[0], 8)
-                    for spec, member in found
+                    for spec, member in popped
                 ]
                 tensors["zero_point"] = torch.cat(zeros).flatten()
         case _:
-            values = [stored.pop_dequantized(spec, part.scheme) for spec in part.members]
+            values = [stored.pop_dequantized(spec, linear.scheme) for spec in linear.members]
             tensors = {"weight": torch.cat(values)}
-    return {f"{part.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    return {f"{linear.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 def _kernel_int4(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Stored INT4 -> unsigned codes int32 [N, K] in 0..15 and scale with zero, BF16 [K/g, N, 2].
+    """Stored INT4 -> unsigned codes int32 [N, K] in 0..15, and scale with zero, BF16 [K/g, N, 2].
 
-    Ours: (code - zero_point) * scale with codes in [-8, 7]. The kernel's: (q - 8) * scale + zero
-    with q in 0..15. So q = code + 8 and zero = -zero_point * scale, rounded to BF16; what that
-    rounding costs is in linear.py.
+    The artifact computes (code - zero_point) * scale with codes in [-8, 7], the kernel
+    (q - 8) * scale + zero with q in 0..15. So q = code + 8 and zero = -zero_point * scale, rounded
+    to BF16; linear.py gives the error of that rounding.
     """
     codes = unpack_int4(tensors["weight_packed"], shape[1]).to(torch.int32) + 8
     scale = tensors["weight_scale"]

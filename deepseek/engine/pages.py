@@ -7,12 +7,23 @@ the end of a sequence reads zeros instead of a neighbor's latents.
 from __future__ import annotations
 
 from deepseek.engine.request import Sequence
+from deepseek.errors import DeployError
 
 ZERO_PAGE = 0
 
 #: Context tokens per attention block, a multiple of every page size. Fixed, so that a token's
 #: result does not depend on how long its neighbors' contexts are; see attention.py.
 BLOCK_TOKENS = 256
+
+
+def check_page_tokens(page_tokens: int) -> None:
+    """Check that a KV page of `page_tokens` tokens fits evenly into an attention block.
+
+    Raises:
+        DeployError: it does not.
+    """
+    if page_tokens < 1 or BLOCK_TOKENS % page_tokens:
+        raise DeployError(f"page_tokens must divide {BLOCK_TOKENS}, which {page_tokens} does not")
 
 
 class PagePool:

@@ -1,10 +1,10 @@
-"""The source checkpoint, streamed: a Hugging Face directory in the release's layout.
+"""Reads the source checkpoint layer by layer: a Hugging Face directory in the release's layout.
 
-Opening reads every shard's header (not its data) and holds all names, shapes and types against the
-inventory: what is missing, extra or misshapen is named before an hour is spent. Reading a layer
-reads that layer's bytes and no others. Two kinds of source: the release's FP8 e4m3 blocks with a
-`weight_scale_inv` per linear, and plain BF16/FP16/FP32. Not for quantized checkpoints of ours;
-those are `deepseek.artifact.writer`.
+Opening reads the header of every shard, not its data, and checks all names, shapes and types
+against the inventory, so that a missing, extra or misshapen tensor is named before a long job
+starts. Reading a layer reads the bytes of that layer only. Two kinds of source are supported: the
+release's FP8 e4m3 blocks with a `weight_scale_inv` per linear, and plain BF16, FP16 or FP32.
+IntServe's quantized checkpoints are read by `deepseek.artifact.reader`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _EDGE_BYTES = 64 << 10
 class SourceTensor:
     """One tensor as the source stores it.
 
-    `data` has the spec's shape; `scale_inv` is f32 [ceil(N/128), ceil(K/128)], the multiplier of
-    each FP8 block (the release's name, though it is not an inverse), None where `data` is not FP8.
+    `data` has the spec's shape. `scale_inv` is f32 [ceil(N/128), ceil(K/128)], the multiplier of
+    each FP8 block (the release names it an inverse, which it is not); None where `data` is not FP8.
     """
 
     spec: TensorSpec
@@ -58,21 +58,21 @@ class SourceTensor:
     scale_inv: Tensor | None = None
 
     def bands(self) -> Iterator[SourceTensor]:
-        """A matrix in bands of rows, for whoever need not have it whole in float32."""
+        """Cut a matrix into bands of rows, so that it is never in memory as a whole in float32."""
         for rows in row_chunks(self.data, multiple=FP8_BLOCK):
             blocks = slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
             scale_inv = None if self.scale_inv is None else self.scale_inv[blocks]
             yield SourceTensor(self.spec, self.data[rows], scale_inv)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values in `dtype`, same shape; FP8 blocks are multiplied out in FP32 first."""
+        """The values in `dtype`, same shape; FP8 blocks are multiplied by their scales in FP32."""
         if self.scale_inv is None:
             return self.data.to(dtype)
         return dequantize_fp8_block(self.data, self.scale_inv).to(dtype)
 
 
 def source_digests(source: Mapping[str, SourceTensor]) -> dict[str, str]:
-    """Digest of each tensor's stored values by name, block scales included."""
+    """Digest of the stored values of each tensor by name, block scales included."""
     return {
         name: tensor_digest(tensor.data)
         + ("" if tensor.scale_inv is None else f"*{tensor_digest(tensor.scale_inv)}")
@@ -81,18 +81,18 @@ def source_digests(source: Mapping[str, SourceTensor]) -> dict[str, str]:
 
 
 def join_digests(digests: Mapping[str, str]) -> str:
-    """SHA-256 in hex over `source_digests`, whoever read which of the tensors."""
+    """SHA-256 in hex over `source_digests`; it does not depend on the order of reading."""
     lines = (f"{name}={digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def content_digest(source: Mapping[str, SourceTensor]) -> str:
-    """SHA-256 in hex over names and stored values of what was read, scales included."""
+    """SHA-256 in hex over names and stored values of the tensors, scales included."""
     return join_digests(source_digests(source))
 
 
 class CheckpointReader:
-    """A checked source checkpoint, read layer by layer.
+    """A checked source checkpoint that is read layer by layer.
 
     Raises on opening:
         ConfigError: config.json is absent or asks for what is not implemented.
@@ -119,7 +119,7 @@ class CheckpointReader:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 in hex over config.json, the index, and each shard's header, size, first and
-        last 64 KiB. Cheap enough for 700 GB; the content digest of a layer is `content_digest`."""
+        last 64 KiB. Cheap for 700 GB; `content_digest` covers all bytes of a layer."""
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         digest.update(self._index_bytes)
         for name, header in self._headers.items():
@@ -134,7 +134,8 @@ class CheckpointReader:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors as stored."""
-        return sum(e.num_bytes for h in self._headers.values() for e in h.tensors.values())
+        headers = self._headers.values()
+        return sum(entry.num_bytes for header in headers for entry in header.tensors.values())
 
     def num_bytes(self, layer: int | Literal["globals"]) -> int:
         """Bytes, as stored, of one decoder layer or of the tensors outside the layers."""
@@ -157,14 +158,17 @@ class CheckpointReader:
         return self._read(global_tensors(self.config))
 
     def load(self, specs: Iterable[TensorSpec]) -> dict[str, SourceTensor]:
-        """These tensors by name, read at once into memory of their own.
+        """Read these tensors into newly allocated memory and return them by name.
 
-        Where `read_layer` maps files, whose pages come when they are touched, this is for threads
-        that read ahead: when it returns, the bytes are here, and they are counted.
+        `read_layer` maps files, whose pages are read when they are first used. This is for threads
+        that read ahead: when it returns, all bytes are in memory and counted in `bytes_read`.
+
+        Raises:
+            CheckpointError: a shard changed or cannot be read.
         """
         specs = list(specs)
         names = [spec.name for spec in specs]
-        names += [s for name in names if (s := scale_name(name)) in self._shard_of]
+        names += [scale for name in names if (scale := scale_name(name)) in self._shard_of]
         stored: dict[str, Tensor] = {}
         for shard in sorted({self._shard_of[name] for name in names}):
             path, entries = self.directory / shard, self._headers[shard].tensors
@@ -194,7 +198,11 @@ class CheckpointReader:
             ) from error
 
     def finish(self) -> None:
-        """Raise CheckpointError when some tensor was never read: it would be lost silently."""
+        """Check that every tensor was read.
+
+        Raises:
+            CheckpointError: one was not, so the output would lack it.
+        """
         if self._unread:
             raise CheckpointError(
                 f"{self.directory}: {_name_first(self._unread)} never read, so the output would "
@@ -204,7 +212,7 @@ class CheckpointReader:
     def _read(self, specs: list[TensorSpec]) -> dict[str, SourceTensor]:
         stored: dict[str, Tensor] = {}
         names = [spec.name for spec in specs]
-        names += [s for name in names if (s := scale_name(name)) in self._shard_of]
+        names += [scale for name in names if (scale := scale_name(name)) in self._shard_of]
         for shard in sorted({self._shard_of[name] for name in names}):
             path = self.directory / shard
             try:
@@ -220,14 +228,14 @@ class CheckpointReader:
         return _with_scales(specs, stored)
 
     def _locate(self, shards: dict[str, set[str] | None]) -> dict[str, str]:
-        """Shard of every tensor, held against what the index says of each shard."""
+        """The shard of every tensor, checked against the index."""
         where: dict[str, str] = {}
         for shard, indexed in shards.items():
             path = self.directory / shard
             present = set(self._headers[shard].tensors)
-            if indexed is not None and (lost := indexed - present):
+            if indexed is not None and (absent := indexed - present):
                 raise CheckpointError(
-                    f"{path}: {INDEX_FILE} says that {_name_first(lost)} here, but the shard "
+                    f"{path}: {INDEX_FILE} says that {_name_first(absent)} here, but the shard "
                     "does not hold it; download the shard again"
                 )
             if indexed is not None and (extra := present - indexed):
@@ -246,26 +254,30 @@ class CheckpointReader:
 
     def _check_inventory(self) -> None:
         expected = expected_source(self.config)
-        found = {n: h.tensors[n] for h in self._headers.values() for n in h.tensors}
-        if missing := set(expected) - set(found):
+        actual = {
+            name: entry
+            for header in self._headers.values()
+            for name, entry in header.tensors.items()
+        }
+        if missing := set(expected) - set(actual):
             raise CheckpointError(
                 f"{self.directory}: {_name_first(missing)} missing; config.json announces it"
             )
-        if extra := set(found) - set(expected):
+        if extra := set(actual) - set(expected):
             raise CheckpointError(
                 f"{self.directory}: {_name_first(extra)} not part of the model that config.json "
                 "describes"
             )
         for name, (shape, dtypes) in expected.items():
-            if found[name].shape != shape:
+            if actual[name].shape != shape:
                 raise CheckpointError(
-                    f"{self.directory}: tensor {name} has the shape {list(found[name].shape)}; "
+                    f"{self.directory}: tensor {name} has the shape {list(actual[name].shape)}; "
                     f"config.json asks for {list(shape)}"
                 )
-            if found[name].dtype not in dtypes:
+            if actual[name].dtype not in dtypes:
                 allowed = " or ".join(DTYPE_NAMES[dtype] for dtype in dtypes)
                 raise CheckpointError(
-                    f"{self.directory}: tensor {name} is {DTYPE_NAMES[found[name].dtype]}; "
+                    f"{self.directory}: tensor {name} is {DTYPE_NAMES[actual[name].dtype]}; "
                     f"expected {allowed} (quantization_config in config.json decides)"
                 )
 
@@ -278,14 +290,14 @@ def _with_scales(specs: list[TensorSpec], stored: dict[str, Tensor]) -> dict[str
 
 
 def scale_name(name: str) -> str:
-    """Name of the FP8 block scales that belong to the tensor `name`."""
+    """Name of the FP8 block scales of the tensor `name`."""
     return f"{name}_scale_inv"
 
 
 def expected_source(
     config: ModelConfig,
 ) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Shape and admissible types of every tensor of the source, block scales included."""
+    """Shape and admissible types of every tensor of the source, by name, block scales included."""
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
     for spec in tensors(config):
         if spec.kind == "linear" and config.weight_block_size:
@@ -299,7 +311,7 @@ def expected_source(
 
 
 def _list_shards(directory: Path) -> tuple[bytes, dict[str, set[str] | None]]:
-    """The index's bytes (empty without one) and, by shard, the names that it lists (None: any)."""
+    """The bytes of the index (empty without one), and the names it lists by shard (None: any)."""
     path = directory / INDEX_FILE
     if not path.exists():
         if not (directory / SINGLE_FILE).is_file():
@@ -338,10 +350,11 @@ def _open_shard(path: Path) -> Header:
 
 
 def _index_total(index: bytes) -> Any:
-    """What the index gives as `total_size`; None where it gives nothing.
+    """The `total_size` of the index; None where it has none.
 
-    Of no consequence, whatever it is: by convention the bytes of the tensors, but DeepSeek-V3's own
-    index says twice its elements, others 0 or the bytes of the files. What binds is `weight_map`.
+    The value is only logged. By convention it is the bytes of the tensors, but the index of
+    DeepSeek-V3 has twice its number of elements, others have 0 or the bytes of the files.
+    `weight_map` is what is checked.
     """
     metadata = json.loads(index).get("metadata") if index else None
     return metadata.get("total_size") if isinstance(metadata, dict) else None

@@ -1,9 +1,9 @@
 """Makes checkpoints of random weights in the release's format: DeepSeek-V3's shapes, any depth.
 
-For measuring, not for answers: how fast and in how much memory a job runs on true-shape layers,
-without the 688 GB of the release. Names, shapes and types are the inventory's; linears are e4m3 in
-128x128 blocks with an FP32 `weight_scale_inv`, the rest BF16, the router's bias FP32. What the
-values are is told in `synthetic_weights.py`.
+They measure how fast and in how much memory a job runs on layers of true shapes, without the 688 GB
+of the release; accuracy cannot be measured with them. Names, shapes and types are the inventory's:
+linears are e4m3 in 128x128 blocks with an FP32 `weight_scale_inv`, the bias of the router is FP32,
+all other tensors are BF16. `synthetic_weights.py` describes the values.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from deepseek.tensor_files import stream_tensors
 
 Preset = Literal["deepseek-v3", "small"]
 
-#: Bytes of one shard at most, if no tensor is larger; the release's are as large.
+#: Largest size of one shard in bytes, unless one tensor is larger; as in the release.
 SHARD_BYTES = 4 << 30
 #: BOS, EOS, and a token per byte.
 MIN_VOCAB = 258
 
 _BOS, _EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
-#: A model of a few megabytes, for tests: every dimension a little odd.
+#: A model of a few megabytes for tests.
 _SMALL = replace(
     DEEPSEEK_V3,
     vocab_size=MIN_VOCAB,
@@ -55,8 +55,8 @@ _SMALL = replace(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much of a preset a model has. None keeps the preset's value; layers and experts are few
-    by default, so that the model fits a disk."""
+    """The sizes of a model that may differ from the preset's. None keeps the preset's value. The
+    defaults of layers and experts are small, so that the model fits a disk."""
 
     layers: int = 4
     dense_layers: int = 1
@@ -72,7 +72,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What `synthesize` wrote."""
+    """The checkpoint that `synthesize` wrote."""
 
     config: ModelConfig
     num_shards: int
@@ -80,8 +80,9 @@ class Made:
 
 
 def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
-    """The preset's shapes with other counts. With fewer experts than 8 groups of two, there are as
-    many groups as divide them, half of which a token may reach, as in the release.
+    """The preset's config with other sizes. The routed experts form 8, 4 or 2 groups of at
+    least two (the first of these that divides them), else one; a token reaches half of the groups,
+    as in the release.
 
     Raises:
         ConfigError: the sizes contradict each other, or the vocabulary cannot hold all bytes.
@@ -89,7 +90,7 @@ def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
     base = DEEPSEEK_V3 if preset == "deepseek-v3" else _SMALL
     groups = next((n for n in (8, 4, 2) if size.experts % n == 0 and size.experts >= 2 * n), 1)
     reachable = size.experts // groups * max(groups // 2, 1)
-    asked: dict[str, int | None] = {
+    requested: dict[str, int | None] = {
         "vocab_size": size.vocab,
         "hidden_size": size.hidden,
         "intermediate_size": size.intermediate,
@@ -97,8 +98,8 @@ def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
         "num_attention_heads": size.heads,
         "num_experts_per_tok": size.experts_per_token,
     }
-    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-    given.setdefault("num_experts_per_tok", min(base.num_experts_per_tok, reachable))
+    overrides: dict[str, Any] = {k: v for k, v in requested.items() if v is not None}
+    overrides.setdefault("num_experts_per_tok", min(base.num_experts_per_tok, reachable))
     config = replace(
         base,
         num_hidden_layers=size.layers,
@@ -107,7 +108,7 @@ def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
         n_routed_experts=size.experts,
         n_group=groups,
         topk_group=max(groups // 2, 1),
-        **given,
+        **overrides,
     )
     if config.vocab_size < MIN_VOCAB:
         raise ConfigError(
@@ -124,13 +125,14 @@ def synthesize(
     advance: Callable[[int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Made:
-    """Write a checkpoint into `output`, config.json last: without it, a killed run's directory is
-    no checkpoint to anybody. Memory: the maker's pool and a few rows of one tensor.
+    """Write a checkpoint into `output`. config.json is written last: without it no reader takes the
+    directory of a killed run for a checkpoint. Memory: the maker's pool and some rows of a tensor.
 
-    `advance` hears of every piece written, in bytes; `num_bytes(config)` is their sum.
+    `advance` is called with the bytes of every piece that is written; `num_bytes(config)` is their
+    sum.
 
     Raises:
-        CheckpointError: `output` is a file or holds something, or the disk is too small.
+        CheckpointError: `output` is a file or not empty, or the disk is too small.
     """
     assert config.weight_block_size == (FP8_BLOCK, FP8_BLOCK)
     _check_place(output, num_bytes(config))
@@ -158,7 +160,7 @@ def synthesize(
 
 
 def num_bytes(config: ModelConfig) -> int:
-    """Bytes of all tensors as they will be stored."""
+    """Bytes of all tensors as stored."""
     return sum(
         math.prod(shape) * dtype.itemsize
         for shard in shard_layouts(config)
@@ -169,17 +171,17 @@ def num_bytes(config: ModelConfig) -> int:
 def shard_layouts(
     config: ModelConfig, shard_bytes: int = SHARD_BYTES
 ) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """Type and shape of every tensor by name, in checkpoint order, cut into shards of
-    `shard_bytes` at most, a single tensor larger than that apart."""
+    """Type and shape of every tensor by name, in checkpoint order, cut into shards of at most
+    `shard_bytes`; a larger tensor has a shard of its own."""
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
     for spec in tensors(config):
-        found = _stored(spec)
-        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in found.values())
+        stored = _stored(spec)
+        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())
         if filled and filled + size > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1] |= found
+        shards[-1] |= stored
         filled += size
     return shards
 
@@ -218,19 +220,22 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 # --- files ---
 
 
-def _check_place(output: Path, wanted: int) -> None:
+def _check_place(output: Path, needed_bytes: int) -> None:
     if output.is_dir() and any(output.iterdir()):
         finished = (output / "config.json").exists()
-        what = "a checkpoint" if finished else "files that are no checkpoint, or not a whole one"
-        raise CheckpointError(f"{output} already holds {what}; remove it, or give another --output")
+        content = "a checkpoint" if finished else "files that are no checkpoint, or not a whole one"
+        raise CheckpointError(
+            f"{output} already holds {content}; remove it, or give another --output"
+        )
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{output} is a file; --output must name a directory")
     parent = next(place for place in (output, *output.absolute().parents) if place.exists())
-    free = shutil.disk_usage(parent).free
-    if free < wanted:
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
         raise CheckpointError(
-            f"{output}: the checkpoint takes {wanted / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
-            "are free; lower --layers, --experts or --vocab, or give another --output"
+            f"{output}: the checkpoint takes {needed_bytes / 1e9:.1f} GB, but only "
+            f"{free_bytes / 1e9:.1f} GB are free; lower --layers, --experts or --vocab, or give "
+            "another --output"
         )
 
 
@@ -251,13 +256,13 @@ def _tokenizer_files(config: ModelConfig) -> dict[str, str]:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {_BOS: 0, _EOS: 1} | {letter: 2 + place for place, letter in enumerate(alphabet)}
+    vocab = {_BOS: 0, _EOS: 1} | {letter: 2 + index for index, letter in enumerate(alphabet)}
     assert len(vocab) == MIN_VOCAB
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(_BOS, special=True), AddedToken(_EOS, special=True)])
-    about = {
+    tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": _BOS,
         "eos_token": _EOS,
@@ -266,5 +271,5 @@ def _tokenizer_files(config: ModelConfig) -> dict[str, str]:
     }
     return {
         "tokenizer.json": str(tokenizer.to_str(pretty=True)) + "\n",
-        "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False) + "\n",
+        "tokenizer_config.json": json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n",
     }

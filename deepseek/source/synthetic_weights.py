@@ -1,14 +1,15 @@
-"""Random weights with what quantization algorithms work on, about as cheap as copying.
+"""Random weights with the spread and the outliers that quantization algorithms treat.
 
-Once per model a pool is drawn: strips of 128 rows of Gaussian weights with a log-normal spread over
-rows and over columns and a few outlier columns, rounded to FP8 blocks. A linear is 128 rows at a
-time: one strip, its rows shuffled, its columns taken from an offset that the whole linear shares
-(so that outlier columns run through all of it), signs flipped by column anew for every 128 rows.
-Rows of BF16 tables (embeddings, head, router) start at distinct places of one tape of Gaussian
-numbers. Norm weights spread around 1 with a few outlier channels, which is where activations get
-theirs from.
+Making them costs about as much as copying. One pool is drawn per model: strips of 128 rows of
+Gaussian weights with a log-normal spread over rows and over columns and a few outlier columns,
+rounded to FP8 blocks. A linear is assembled 128 rows at a time: one strip, its rows shuffled, its
+columns taken from an offset that the whole linear shares (so that outlier columns run through all
+rows), its signs flipped by column. Rows of BF16 tables (embeddings, head, router) start at distinct
+places of one tape of Gaussian numbers. Norm weights spread around 1 with a few outlier channels,
+which cause the outliers of the activations.
 
-Missing: the correlations of a trained model. Errors measured on these weights predict nothing.
+The correlations of a trained model are missing, so errors measured on these weights predict
+nothing.
 
 Each tensor has its own generator, seeded by its name: same seed, shapes and numpy, same bytes.
 """
@@ -29,21 +30,21 @@ from deepseek.formats import FP8_BLOCK, quantize_fp8_block
 from deepseek.inventory import TensorSpec, tensors
 
 _NUM_STRIPS = 32
-#: Blocks of columns that a linear may be shifted by within the pool.
+#: Largest column offset of a linear in the pool, in blocks.
 _SPARE_BLOCKS = 8
 #: Standard deviations of the logarithm.
 _ROW_SPREAD, _COLUMN_SPREAD, _NORM_SPREAD = 0.25, 0.15, 0.25
-#: One column of so many is this much larger; norms' outliers likewise.
+#: One column of `_OUTLIER_EVERY` is larger by the factor `_OUTLIER_SIZE`; likewise in norms.
 _OUTLIER_EVERY, _OUTLIER_SIZE = 256, 8.0
-#: Starting places on the tape, at most; odd multiples visit each before any comes again.
+#: Largest number of starting places on the tape. An odd stride visits each once before it repeats.
 _MAX_PLACES, _STRIDE = 1 << 22, 2654435761
 _TABLE_ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """How a linear is put together. `strips` int64 [blocks of rows], `shift` in blocks of columns,
-    `scale` f32 [blocks of rows, blocks of columns]; `random` goes on with the rest."""
+    """How a linear is assembled. `strips` int64 [blocks of rows], `shift` in blocks of columns,
+    `scale` f32 [blocks of rows, blocks of columns]; `random` draws the row orders and signs."""
 
     strips: NDArray[np.int64]
     shift: int
@@ -52,8 +53,8 @@ class _Choice:
 
 
 class WeightMaker:
-    """Makes the tensors of one model, each from its name alone. Holds the pool: 79 MB of FP8 and 8
-    MB of BF16 at DeepSeek-V3's shapes."""
+    """Makes the tensors of one model, each from its name alone. It holds the pool: 79 MB of FP8 and
+    8 MB of BF16 at DeepSeek-V3's shapes."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._seed = seed
@@ -62,7 +63,7 @@ class WeightMaker:
         rows, columns = (max(-(-shape[axis] // FP8_BLOCK) for shape in shapes) for axis in (0, 1))
         self._num_strips = min(_NUM_STRIPS, rows)
         self._codes, self._scales = self._draw_strips(columns + _SPARE_BLOCKS)
-        # The sign bit of an e4m3 number, to be flipped or not.
+        # Masks for the sign bit of e4m3 numbers.
         self._flips = self._random("signs").integers(0, 2, 2 * columns * FP8_BLOCK, np.uint8) << 7
         tables = [spec.shape for spec in self._specs.values() if spec.kind == "high"]
         self._places = min(1 << (16 * config.vocab_size).bit_length(), _MAX_PLACES)
@@ -71,7 +72,7 @@ class WeightMaker:
         self._tape = torch.from_numpy(tape).bfloat16()
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """The values of one tensor, some rows at a time."""
+        """Yield the values of one tensor, some rows at a time."""
         spec = self._specs.get(name)
         if spec is None:
             yield self._choose(self._specs[name.removesuffix("_scale_inv")]).scale
@@ -87,7 +88,7 @@ class WeightMaker:
             yield torch.from_numpy(_spread(random, spec.shape[0], _NORM_SPREAD)).bfloat16()
 
     def _linear(self, spec: TensorSpec) -> Iterator[Tensor]:
-        """e4m3 [128 or fewer, K] each."""
+        """Yield e4m3 [128 or fewer, K]."""
         rows, columns = spec.shape
         choice = self._choose(spec)
         window = slice(choice.shift * FP8_BLOCK, choice.shift * FP8_BLOCK + columns)
@@ -100,7 +101,8 @@ class WeightMaker:
             yield torch.from_numpy(codes).view(torch.float8_e4m3fn)
 
     def _choose(self, spec: TensorSpec) -> _Choice:
-        """Weights of a linear have the mean square 1/K: what goes in comes out as large."""
+        """Draw how a linear is assembled. Its weights have the mean square 1/K, so that outputs are
+        as large as inputs."""
         random = self._random(spec.name)
         rows, columns = (-(-size // FP8_BLOCK) for size in spec.shape)
         strips = random.permutation(max(rows, self._num_strips))[:rows] % self._num_strips
@@ -109,7 +111,7 @@ class WeightMaker:
         return _Choice(strips, shift, scale, random)
 
     def _table(self, spec: TensorSpec) -> Iterator[Tensor]:
-        """BF16 [R, K] each: standard normal in embeddings, over sqrt(K) in what multiplies."""
+        """Yield BF16 [R, K]: standard normal in embeddings, over sqrt(K) in head and router."""
         rows, columns = spec.shape
         scale = 1.0 if spec.role == "embed_tokens" else columns**-0.5
         start = int(self._random(spec.name).integers(0, self._places))
@@ -127,8 +129,8 @@ class WeightMaker:
             random = self._random(f"strip {strip}")
             weight = random.standard_normal((FP8_BLOCK, len(columns)), np.float32) * columns
             weight *= np.exp(_ROW_SPREAD * random.standard_normal((FP8_BLOCK, 1), np.float32))
-            one, scale = quantize_fp8_block(torch.from_numpy(weight))
-            codes.append(one.view(torch.uint8).numpy())
+            strip_codes, scale = quantize_fp8_block(torch.from_numpy(weight))
+            codes.append(strip_codes.view(torch.uint8).numpy())
             scales.append(scale)
         return np.concatenate(codes), torch.cat(scales)
 

@@ -1,1 +1,2 @@
-"""How good an engine is: scores, speed, the recipe's limits, and the record of them."""
+"""Measuring an engine against its source: scores, decode speed, sizes, the recipe's limits, and the
+record of the results."""

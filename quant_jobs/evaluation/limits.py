@@ -1,4 +1,4 @@
-"""The recipe's limits against what was measured: pure functions of numbers."""
+"""Compares measured figures with the limits of a recipe: pure functions of numbers, no torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from deepseek.artifact.manifest import Manifest
 from deepseek.recipe import GateLimits
 from quant_jobs.evaluation.record import Evaluation
 
-#: Fewer judged tokens say nothing: at a KL near 0.01 nats the standard error of the mean would be
-#: as large as the difference between a good and a bad recipe.
+#: Fewest judged tokens of a verdict. With fewer, at a KL near 0.01 nats, the standard error of the
+#: mean is as large as the difference between a good and a bad recipe.
 MIN_TOKENS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """The numbers that the limits speak about. `starved_experts` is a share of all routed
-    experts; `fallbacks` counts every entry of the manifest's ledger."""
+    """The figures that have limits. `mean_kl` is in nats per token, `top1` is a share of the judged
+    tokens, `starved_experts` a share of all routed experts; `fallbacks` is the sum of the counts in
+    the manifest's ledger."""
 
     perplexity_ratio: float
     mean_kl: float
@@ -27,10 +28,10 @@ class Measured:
 
 
 def judge(measured: Measured, limits: GateLimits) -> dict[str, str]:
-    """Broken limits: field of `Measured` -> reason, one sentence; empty means pass. Limits are
+    """The broken limits: field of `Measured` -> reason, one sentence. Empty means pass. Limits are
     inclusive.
 
-    Written as `not (value <= limit)`, so that a NaN fails.
+    The comparisons are `not (value <= limit)`, so that a NaN fails.
     """
     broken = {}
     if not measured.perplexity_ratio <= limits.max_perplexity_ratio:
@@ -57,14 +58,14 @@ def judge(measured: Measured, limits: GateLimits) -> dict[str, str]:
 
 
 def starved_share(coverage: Mapping[int, Sequence[int]], floor_tokens: int) -> float:
-    """Share of routed experts that saw fewer than `floor_tokens` calibration tokens; 0 where the
-    manifest has no coverage (no calibration, or no MoE layer)."""
+    """Share of routed experts that fewer than `floor_tokens` calibration tokens reached; 0 where
+    the manifest has no coverage (no calibration, or no MoE layer)."""
     counts = [tokens for experts in coverage.values() for tokens in experts]
     return sum(tokens < floor_tokens for tokens in counts) / len(counts) if counts else 0.0
 
 
 def measure(evaluation: Evaluation, manifest: Manifest) -> Measured:
-    """Collect the judged numbers from the two documents."""
+    """Collect the figures that have limits from the two documents."""
     floor = manifest.recipe.expert_coverage.floor_tokens
     return Measured(
         perplexity_ratio=evaluation.perplexity_ratio.value,

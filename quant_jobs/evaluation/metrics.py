@@ -1,10 +1,10 @@
-"""How far a quantized model is from its source, from two blocks of full-vocabulary logits.
+"""Compares a quantized model with its source by their logits over the full vocabulary.
 
 Pure tensor functions: no engine, no files. `evaluate` calls `compare_logits` once per block, so
-that no more than one block of logits per model is ever held, and `estimate` at the end.
+that one block of logits per model is in memory, and `estimate` at the end.
 
-Error bars are over *blocks*: tokens of one text share topics and mistakes, so that an error
-computed over tokens would be too small. A block is the unit that was drawn.
+Standard errors are over *blocks*: tokens of one text share topics and mistakes, so an error over
+tokens would be too small. The block is the unit of sampling.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Rows whose [rows, vocab] float64 copies are alive at once: 4 x 64 x 129280 x 8 bytes = 265 MB.
+#: Rows per float64 copy of logits; four copies at once are 4 x 64 x 129280 x 8 bytes = 265 MB.
 _ROWS = 64
 _RESAMPLES = 2000
 
@@ -32,20 +32,21 @@ class TokenScores:
 
 
 def compare_logits(source_TV: Tensor, quantized_TV: Tensor, ids_T: Tensor) -> TokenScores:
-    """Score a block of T tokens: logits at t predict token t+1, so that T-1 tokens are judged.
+    """Score a block: logits float32 [T, V] of both models, token ids int64 [T]. The logits at t
+    predict token t+1, so T-1 tokens are judged.
 
-    KL(source || quantized) = sum_v p(v) (log p(v) - log q(v)), over the whole vocabulary, in
-    float64. It is >= 0; rounding below zero is set to zero.
+    KL(source || quantized) = sum_v p(v) (log p(v) - log q(v)) over the whole vocabulary, in
+    float64. Negative rounding errors are set to zero.
     """
     assert source_TV.shape == quantized_TV.shape, (source_TV.shape, quantized_TV.shape)
     assert len(ids_T) == len(source_TV) >= 2
-    parts: list[tuple[Tensor, ...]] = []
+    chunks: list[tuple[Tensor, ...]] = []
     for start in range(0, len(ids_T) - 1, _ROWS):
         stop = min(start + _ROWS, len(ids_T) - 1)
         next_T1 = ids_T[start + 1 : stop + 1, None]
         log_p = source_TV[start:stop].double().log_softmax(-1)
         log_q = quantized_TV[start:stop].double().log_softmax(-1)
-        parts.append(
+        chunks.append(
             (
                 -log_p.gather(1, next_T1)[:, 0],
                 -log_q.gather(1, next_T1)[:, 0],
@@ -53,7 +54,7 @@ def compare_logits(source_TV: Tensor, quantized_TV: Tensor, ids_T: Tensor) -> To
                 log_p.argmax(-1) == log_q.argmax(-1),
             )
         )
-    return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return TokenScores(*(torch.cat(column) for column in zip(*chunks, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

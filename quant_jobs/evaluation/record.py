@@ -1,8 +1,8 @@
 """`evaluation.json`: what was measured, of which engine, against which source, on which text.
 
-The contract between `evaluate`, which writes it, and `gate` and `report`, which read it. Beside it
-lies `tokens.safetensors` with one value per judged token, bound by its SHA-256. Losses and KL are
-in nats, sizes in bytes, speeds in generated tokens per second.
+`evaluate` writes it; `gate` and `report` read it. `tokens.safetensors` (tokens.py) lies beside it
+with one value per judged token, and its SHA-256 is recorded here. Losses and KL are in nats, sizes
+in bytes, speeds in generated tokens per second. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load as load_tensors
-from torch import Tensor
 
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import sha256_file, write_atomic
@@ -48,8 +46,8 @@ class Divergence(_Strict):
 
 
 class GroupBytes(_Strict):
-    """Bytes of one group of tensors: in BF16, as the source stores it, and as the engine's
-    artifact does (scales and zero points included)."""
+    """Bytes of one group of tensors: in BF16, as the source stores it, and as the artifact stores
+    it (scales and zero points included)."""
 
     group: str
     parameters: int
@@ -69,7 +67,7 @@ class DecodeSpeed(_Strict):
 
 
 class HeldOut(_Strict):
-    """The text: digest of its token ids, and how it was cut."""
+    """The held-out text: digest of its token ids, and how it was cut into blocks."""
 
     digest: str
     num_blocks: int = Field(ge=2)
@@ -77,12 +75,12 @@ class HeldOut(_Strict):
 
     @property
     def judged_tokens(self) -> int:
-        """Tokens that were predicted: all but the first of each block."""
+        """Number of predicted tokens: all but the first of each block."""
         return self.num_blocks * (self.block_tokens - 1)
 
 
 class Evaluation(_Strict):
-    """See the module's docstring. `artifact_digest` is the source's fingerprint and `recipe`
+    """The whole of evaluation.json. `artifact_digest` is the source's fingerprint and `recipe`
     "unquantized" for an engine of the source itself. Sizes include the MTP layer, which the
     artifact carries too; `sizes` counts tensors, `artifact_bytes` files, headers included."""
 
@@ -111,7 +109,7 @@ class Evaluation(_Strict):
         return sum(size.bf16_bytes for size in self.sizes)
 
     def describe(self) -> list[str]:
-        """What a person wants to know, in a few lines."""
+        """A summary for a person, in lines of text."""
         ratio, kl, top1 = self.perplexity_ratio, self.kl, self.top1
         lines = [
             f"engine {self.engine_digest[:16]} ({self.recipe}), "
@@ -134,7 +132,7 @@ class Evaluation(_Strict):
 
 
 def write_evaluation(directory: Path, evaluation: Evaluation) -> None:
-    """Publish DIR/evaluation.json, whole or not at all. The tokens must already be there."""
+    """Write DIR/evaluation.json atomically. The tokens must already be written."""
     write_atomic(directory / EVALUATION, (evaluation.model_dump_json(indent=2) + "\n").encode())
 
 
@@ -142,7 +140,8 @@ def read_evaluation(directory: Path) -> Evaluation:
     """Read DIR/evaluation.json.
 
     Raises:
-        ArtifactError: it is absent, not valid, or the per-token values beside it are others.
+        ArtifactError: it is absent or not valid, or the per-token values beside it are not those
+            that it names.
     """
     path = directory / EVALUATION
     try:
@@ -160,9 +159,3 @@ def read_evaluation(directory: Path) -> Evaluation:
     if not tokens.is_file() or sha256_file(tokens) != evaluation.tokens_sha256:
         raise ArtifactError(f"{tokens} is missing or is not the one {path} names; evaluate again")
     return evaluation
-
-
-def read_tokens(directory: Path) -> dict[str, Tensor]:
-    """Per-token values that `read_evaluation` has checked: `token_ids` int32 [B, T];
-    `source_nll`, `quantized_nll`, `kl` f32 [B, T-1]; `same_top1` bool [B, T-1]."""
-    return load_tensors((directory / TOKENS).read_bytes())

@@ -1,4 +1,4 @@
-"""Both models on held-out text: what each token lost."""
+"""Scores both models on the held-out text, block by block, and summarizes the scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quant_jobs.evaluation.record import Divergence, Estimate
 
 
 class Scorer(Protocol):
-    """The part of an engine that scoring needs."""
+    """The part of an engine that scoring uses."""
 
     def score(self, token_ids: Tensor) -> Tensor:
         """Logits float32 [T, V] of token ids int64 [T]."""
@@ -25,10 +25,10 @@ class Scorer(Protocol):
 
 
 def score_blocks(source: Scorer, quantized: Scorer, ids_BT: Tensor) -> list[TokenScores]:
-    """Both models on every block, with a progress line.
+    """Score both models on every block of `ids_BT` int64 [B, T], with a progress line.
 
     Raises:
-        ArtifactError: the quantized engine gave a logit that is not finite.
+        ArtifactError: the quantized engine returned a logit that is not finite.
     """
     with make_progress() as progress:
         blocks = progress.track(range(len(ids_BT)), description="evaluate")
@@ -36,7 +36,7 @@ def score_blocks(source: Scorer, quantized: Scorer, ids_BT: Tensor) -> list[Toke
 
 
 def _score_block(source: Scorer, quantized: Scorer, ids_T: Tensor, block: int) -> TokenScores:
-    """A function of its own, so that the logits are gone before the next block's are made."""
+    """Score one block; its logits are freed on return, before those of the next block."""
     source_TV, quantized_TV = source.score(ids_T), quantized.score(ids_T)
     if not quantized_TV.isfinite().all():
         raise ArtifactError(
@@ -46,19 +46,8 @@ def _score_block(source: Scorer, quantized: Scorer, ids_T: Tensor, block: int) -
     return compare_logits(source_TV, quantized_TV, ids_T)
 
 
-def token_arrays(ids_BT: Tensor, scores: list[TokenScores]) -> dict[str, Tensor]:
-    """What `tokens.safetensors` holds; see `evaluation.read_tokens`."""
-    return {
-        "token_ids": ids_BT.to(torch.int32),
-        "source_nll": torch.stack([score.source_nll for score in scores]).float(),
-        "quantized_nll": torch.stack([score.quantized_nll for score in scores]).float(),
-        "kl": torch.stack([score.kl for score in scores]).float(),
-        "same_top1": torch.stack([score.same_top1 for score in scores]),
-    }
-
-
 def summarize(scores: list[TokenScores]) -> dict[str, Any]:
-    """The fields of `Evaluation` that follow from the tokens' scores alone."""
+    """The fields of `Evaluation` that are computed from the scores of the tokens alone."""
     source_BT = torch.stack([score.source_nll for score in scores])
     quantized_BT = torch.stack([score.quantized_nll for score in scores])
     kl_BT = torch.stack([score.kl for score in scores])
@@ -68,7 +57,7 @@ def summarize(scores: list[TokenScores]) -> dict[str, Any]:
     return {
         "perplexity": math.exp(float(quantized_BT.mean())),
         "source_perplexity": math.exp(float(source_BT.mean())),
-        # Paired: the difference per block varies far less than either loss.
+        # Paired: the difference per block varies much less than either loss.
         "perplexity_ratio": _estimate(quantized_BT - source_BT, math.exp),
         "kl": Divergence(mean=_estimate(kl_BT), p50=p50, p90=p90, p99=p99, max=float(kl_BT.max())),
         "top1": _estimate(same_BT),

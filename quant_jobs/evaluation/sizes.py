@@ -1,4 +1,4 @@
-"""Bytes by group of tensors: in BF16, as the source stores them, as the artifact does."""
+"""Bytes by group of tensors: in BF16, as the source and as the artifact store them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def file_bytes(directory: Path) -> int:
 def group_sizes(
     config: ModelConfig, source_bytes: Mapping[str, int], schemes: Mapping[str, Scheme]
 ) -> tuple[GroupBytes, ...]:
-    """Bytes by group of tensors; what no scheme names (norms, router, embeddings, head) is stored
-    as in the source."""
+    """Bytes by group of tensors. `source_bytes` and `schemes` are keyed by tensor and by module. A
+    tensor without a scheme (norms, router, embeddings, head) is stored as in the source."""
     rows: dict[str, list[int]] = {}
     for spec in tensors(config):
         source = source_bytes[spec.name] + source_bytes.get(scale_name(spec.name), 0)

@@ -1,9 +1,9 @@
-"""Decode speed of two engines in one process, in turns, so that the ratio survives a noisy machine.
+"""Decode speed of two engines in one process, in turns, so that other load affects both alike.
 
-One run: prompts are prefilled, then only decode steps are timed. Runs alternate and swap who goes
-first; the median is reported and every run is kept. Sequences of a batch have different prompts,
-for equal ones would choose equal experts and make a batch look cheaper than it is. Called by
-`evaluate`; not a load test (there is no HTTP here, and every sequence has the same length).
+In one run prompts are prefilled, then only decode steps are timed. The engines alternate, and the
+one that goes first changes each turn; the median is reported and every run is recorded. Sequences
+of a batch have different prompts, because equal ones would choose equal experts and make a batch
+too cheap. Called by `evaluate`; this is no load test (no HTTP, and all sequences are equally long).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from quant_jobs.evaluation.record import DecodeSpeed
 
 BATCH_SIZES = (1, 8)
 NUM_RUNS = 5
-#: After this long on one batch size no further turn starts; the runs that were made are reported.
+#: Seconds on one batch size after which no further turn starts.
 BUDGET_S = 20.0
 PROMPT_TOKENS = 32
 
 
 class Decoder(Protocol):
-    """The part of an engine that decoding needs; see `LLMEngine`."""
+    """The part of an engine that decoding uses; see `LLMEngine`."""
 
     @property
     def has_work(self) -> bool: ...
@@ -44,8 +44,8 @@ def measure_decode(
     decode_tokens: int,
     batch_sizes: tuple[int, ...],
 ) -> tuple[DecodeSpeed, ...]:
-    """Median decode tokens/s by batch size; prompts are pieces of `ids_BT` int64. Nothing is
-    measured where `decode_tokens` is 0.
+    """Median decode tokens per second by batch size; the prompts are pieces of `ids_BT` int64.
+    Nothing is measured where `decode_tokens` is 0.
 
     Raises:
         ArtifactError: an engine failed in a step.
@@ -63,11 +63,11 @@ def measure_decode(
                 order = [("quantized", quantized), ("source", source)]
                 for name, engine in order if turn % 2 else reversed(order):
                     speed = decode_speed(engine, prompts[:batch_size], decode_tokens)
-                    if turn:  # the first turn warms caches and kernels
+                    if turn:  # turn 0 warms caches and kernels
                         runs[name].append(speed)
                 progress.advance(task)
                 if turn and time.monotonic() - started > BUDGET_S:
-                    break  # a machine this busy gives no better figure for more patience
+                    break  # on so slow a machine more turns give no better figure
             results.append(
                 DecodeSpeed(
                     batch_size=batch_size,
@@ -81,14 +81,14 @@ def measure_decode(
 
 
 def cut_prompts(ids_BT: Tensor, count: int) -> list[list[int]]:
-    """`count` different pieces of the text, PROMPT_TOKENS long where it suffices."""
+    """`count` different pieces of the text, of PROMPT_TOKENS each or fewer where it is short."""
     length = min(PROMPT_TOKENS, ids_BT.numel() // count)
     assert length, "fewer tokens than sequences"
     return ids_BT.flatten()[: count * length].view(count, length).tolist()
 
 
 def decode_speed(engine: Decoder, prompts: list[list[int]], decode_tokens: int) -> float:
-    """Generated tokens per second over all sequences, greedy, once every prompt is prefilled."""
+    """Generated tokens per second over all sequences, greedy, after every prompt is prefilled."""
     sampling = SamplingParams(max_tokens=decode_tokens + 1, temperature=0.0, ignore_eos=True)
     prefilling = set()
     for index, prompt in enumerate(prompts):
@@ -107,7 +107,7 @@ def decode_speed(engine: Decoder, prompts: list[list[int]], decode_tokens: int) 
 
 
 def _step(engine: Decoder) -> list[StepOutput]:
-    """One step; a failed one must not pass for a fast one."""
+    """One step. A failed step raises, because it would count as a fast one."""
     outputs = engine.step()
     for output in outputs:
         if output.error is not None:

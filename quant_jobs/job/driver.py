@@ -118,7 +118,7 @@ class Run:
         self._timings = Timings()
         self._parts = folder.load_parts()
         for part in self._parts.values():
-            self._writer.adopt(part.record, verify=False)  # load_parts has verified it
+            self._writer.register(part.record, verify=False)  # load_parts has verified it
 
     def run(self) -> Manifest:
         """Everything that is still to do, up to the manifest."""
@@ -277,7 +277,7 @@ class Run:
             return
         with self._timings.step(writing.layer, "write"):
             (record,) = self._pool.gather([writing.record])
-        self._writer.adopt(record, verify=False)
+        self._writer.register(record, verify=False)
         account = writing.account
         self._register(
             PublishedPart(

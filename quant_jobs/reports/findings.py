@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from deepseek.artifact.built_engine import BuiltEngine
 from deepseek.artifact.manifest import Manifest
 from deepseek.artifact.verdict import GateVerdict
 from deepseek.config import ModelConfig
 from deepseek.inventory import linears
 from deepseek.recipe import ActivationFormat, Recipe
-from quant_jobs.build import BuiltEngine
 from quant_jobs.evaluation.limits import judge, measure
 from quant_jobs.evaluation.record import Evaluation
 from quant_jobs.reports.page import show_bytes

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from deepseek.artifact.engine_manifest import read_engine_manifest
+from deepseek.artifact.verdict import require_passed
 from deepseek.errors import ArtifactError
 
 log = logging.getLogger("ray.serve")
@@ -26,9 +28,6 @@ def check_gate(engine_dir: Path | None, *, allow_ungated: bool) -> bool:
     """
     if engine_dir is None:
         return True
-    from deepseek.artifact.verdict import require_passed
-    from deepseek.engine.packed import read_engine_manifest  # torch is slow to import
-
     manifest = read_engine_manifest(engine_dir)
     try:
         require_passed(

@@ -9,9 +9,10 @@ import pytest
 from support.chain import Chain
 from support.synthetic import quantize_plainly
 
+from deepseek.artifact.built_engine import read_engine
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.recipe import load_recipe
-from quant_jobs.build import read_engine, run_build
+from quant_jobs.build import run_build
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.chain import Chain, Ended
+from support.format_1 import write_format_1_engine
 
 from deepseek.inventory import count_parameters
 from deepseek.source.checkpoint import CheckpointReader
@@ -142,6 +143,37 @@ def test_a_mistake_is_one_sentence_and_exit_2(
     assert ended.err.count("\n") == 1
     assert sentence in ended.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("build", "--checkpoint", "SOURCE", "--output", "ENGINE"),
+        ("evaluate", "--engine", "ENGINE", "--reference", "SOURCE", "--data", "DATA",
+         "--output", "OUT"),
+        ("gate", "--engine", "ENGINE", "--evaluation", "EVALUATION"),
+        ("report", "--engine", "ENGINE", "--evaluation", "EVALUATION", "--output", "OUT"),
+    ],
+)  # fmt: skip
+def test_an_engine_of_format_1_is_to_be_built_again(
+    chain: Chain, command: Command, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    write_format_1_engine(tmp_path / "engine")
+    places = {
+        "ENGINE": tmp_path / "engine",
+        "OUT": tmp_path / "out",
+        "SOURCE": chain.source,
+        "DATA": chain.source / "heldout.txt",
+        "EVALUATION": chain.evaluation,
+    }
+    ended = command(*(places.get(word, word) for word in words))
+    assert ended.code == 2
+    assert ended.out == ""
+    *progress, error = ended.err.splitlines()  # `build` shows a line of progress before it
+    assert error.startswith("error: ")
+    assert "build again" in error
+    assert all(line.startswith("build") for line in progress)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["engine.json"]
 
 
 def test_the_module_runs_as_a_program(chain: Chain, root: Path, tmp_path: Path) -> None:

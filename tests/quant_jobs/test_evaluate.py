@@ -18,9 +18,10 @@ from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError, CalibrationError
 from quant_jobs.build import run_build
 from quant_jobs.evaluate import Settings, run_evaluate
-from quant_jobs.evaluation.record import TOKENS, read_evaluation, read_tokens
+from quant_jobs.evaluation.record import TOKENS, read_evaluation
 from quant_jobs.evaluation.scorers import score_blocks
 from quant_jobs.evaluation.speed import BATCH_SIZES, NUM_RUNS
+from quant_jobs.evaluation.tokens import read_tokens
 
 SHORT = Settings(num_blocks=2, block_tokens=64, decode_tokens=0)
 

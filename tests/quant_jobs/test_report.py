@@ -10,9 +10,10 @@ import pytest
 from support.chain import Chain
 from support.pages import Page, check_self_contained
 
+from deepseek.artifact.built_engine import read_engine
 from deepseek.errors import ArtifactError
-from quant_jobs.build import read_engine
-from quant_jobs.evaluation.record import read_evaluation, read_tokens
+from quant_jobs.evaluation.record import read_evaluation
+from quant_jobs.evaluation.tokens import read_tokens
 from quant_jobs.gate import run_gate
 from quant_jobs.report import run_report
 from quant_jobs.reports.engine_page import draw_figures, render

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support.format_1 import write_format_1_engine
 from support.ports import free_port
 
-from deepseek.engine.packed import pack_engine
 from deepseek.source.checkpoint import CheckpointReader
+from quant_jobs.targets.embedded import pack_engine
 
 
 def run_cli(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,6 +50,12 @@ def test_an_unknown_setting_is_one_sentence(root: Path, tmp_path: Path) -> None:
 def test_a_directory_that_is_no_engine_is_one_sentence(root: Path, tmp_path: Path) -> None:
     done = run_cli(root, "--engine", str(tmp_path), "--port", str(free_port()))
     assert_mistake(done, str(tmp_path))
+
+
+def test_an_engine_of_format_1_is_to_be_built_again(root: Path, tmp_path: Path) -> None:
+    write_format_1_engine(tmp_path)
+    done = run_cli(root, "--engine", str(tmp_path), "--port", str(free_port()))
+    assert_mistake(done, "build again")
 
 
 def processes_of_session(session: int) -> list[str]:

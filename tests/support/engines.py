@@ -10,9 +10,9 @@ from support.synthetic import quantize_plainly
 
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.engine.engine import LLMEngine
-from deepseek.engine.packed import pack_engine
 from deepseek.engine.request import Request, SamplingParams, StepOutput
 from deepseek.recipe import load_recipe
+from quant_jobs.targets.embedded import pack_engine
 
 
 @functools.cache

@@ -179,7 +179,7 @@ def test_the_writer_resumes_its_own_directory_and_refuses_those_of_others(
     reader = CheckpointReader(source)
     writer = ArtifactWriter(artifact, source=reader, recipe=load_recipe("int4"))
     for record in read_manifest(artifact).layers:
-        writer.adopt(record)
+        writer.register(record)
     before = sha256_file(artifact / "intserve.json")
     writer.finish(calibration=None, coverage={}, fallbacks=[], tools={"intserve": "test"})
     assert sha256_file(artifact / "intserve.json") == before
@@ -199,7 +199,7 @@ def test_the_writer_resumes_its_own_directory_and_refuses_those_of_others(
         ArtifactWriter(tmp_path / "file", source=reader, recipe=load_recipe("int4"))
 
 
-def test_adopting_a_file_that_is_not_the_recorded_one_is_refused(
+def test_registering_a_file_that_is_not_the_recorded_one_is_refused(
     source: Path, artifact: Path
 ) -> None:
     reader = CheckpointReader(source)
@@ -210,10 +210,10 @@ def test_adopting_a_file_that_is_not_the_recorded_one_is_refused(
     path.write_bytes(content)
     writer = ArtifactWriter(artifact, source=reader, recipe=load_recipe("int4"))
     with pytest.raises(ArtifactError, match="not the file that was published for layer 1"):
-        writer.adopt(record)
+        writer.register(record)
     path.unlink()
     with pytest.raises(ArtifactError, match="not the file that was published for layer 1"):
-        writer.adopt(record)
+        writer.register(record)
 
 
 def test_publishing_the_wrong_tensors_or_finishing_early_is_our_bug(

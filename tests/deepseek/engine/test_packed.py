@@ -1,10 +1,11 @@
-"""The engine directory: the same bytes every time, verified when read, bytes as planned."""
+"""The engine directory: verified when read, bytes as planned."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,23 +13,24 @@ from support.engine_reference import reference_logits
 from support.engines import make_artifact, make_engine
 from support.synthetic import write_checkpoint
 
-from deepseek.artifact.reader import ArtifactReader
+from deepseek.artifact.engine_manifest import (
+    ENGINE_FILE,
+    UNQUANTIZED,
+    EnginePlan,
+    RankLayout,
+    TensorFile,
+    read_engine_manifest,
+    write_engine_manifest,
+)
 from deepseek.config import ModelConfig
 from deepseek.engine.engine import EngineOptions, LLMEngine
-from deepseek.engine.packed import (
-    ENGINE_FILE,
-    TENSOR_FILE,
-    UNQUANTIZED,
-    _aligned,
-    load_packed,
-    pack_engine,
-    read_engine_manifest,
-)
+from deepseek.engine.packed import TENSOR_FILE, _aligned, load_packed
 from deepseek.engine.packed_layout import packed_tensors, planned_bytes, projections, source_schemes
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.recipe import Rule, load_recipe
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.tensor_files import read_header, save_tensors
+from quant_jobs.targets.embedded import pack_engine
 
 RECIPES = ["int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "int4-asym", "w4a8"]
 #: Relative error of an engine's logits against transformers with the same artifact decompressed:
@@ -58,10 +60,6 @@ def engine_dir(tiny_model: Path, base: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_engine_answers_as_its_artifact_decompressed_in_transformers(
     recipe: str, tiny_model: Path, base: Path
@@ -88,6 +86,8 @@ def test_allocated_bytes_are_the_planned_ones(
     file_bytes = read_header(make_engine(tiny_model, recipe, base) / TENSOR_FILE).tensors.values()
     weights = sum(planned.values()) - planned["kv_cache"]
     assert weights == sum(entry.num_bytes for entry in file_bytes)
+    plan = read_engine_manifest(make_engine(tiny_model, recipe, base)).plan
+    assert plan.rank_weight_bytes == (weights,)
 
 
 def test_an_unquantized_engine_is_the_same_from_disk_and_from_memory(
@@ -96,8 +96,8 @@ def test_an_unquantized_engine_is_the_same_from_disk_and_from_memory(
     manifest = pack_engine(CheckpointReader(tiny_model), tmp_path / "engine")
     assert manifest.recipe == UNQUANTIZED
     assert manifest.artifact_digest == CheckpointReader(tiny_model).fingerprint
-    assert manifest.cpu_layout is None
-    assert manifest.mtp == "skipped"
+    assert manifest.target_fields["cpu_layout"] is None
+    assert manifest.target_fields["mtp"] == "skipped"
     from_disk = LLMEngine.load(tmp_path / "engine")
     in_memory = LLMEngine.from_checkpoint(tiny_model)
     ids = torch.arange(5, 60)
@@ -130,42 +130,6 @@ def test_what_begins_within_a_cache_line_is_copied_and_the_rest_is_not() -> None
     copied = _aligned(whole[8:72])
     assert copied.data_ptr() % 64 == 0
     assert torch.equal(copied, whole[8:72])
-
-
-def test_building_twice_gives_the_same_bytes(tiny_model: Path, base: Path, tmp_path: Path) -> None:
-    artifact = make_artifact(tiny_model, "int4-asym", base)
-    first = make_engine(tiny_model, "int4-asym", base)
-    pack_engine(ArtifactReader(artifact), tmp_path / "again")
-    assert contents(tmp_path / "again") == contents(first)
-    assert {path.name for path in tmp_path.iterdir()} == {"again"}  # no temporary left behind
-
-
-def test_building_into_the_same_engine_verifies_and_keeps_it(
-    tiny_model: Path, base: Path, engine_dir: Path
-) -> None:
-    artifact = make_artifact(tiny_model, "int4", base)
-    (engine_dir / "gate.json").write_text("{}")
-    before = contents(engine_dir)
-    manifest = pack_engine(ArtifactReader(artifact), engine_dir)
-    assert manifest == read_engine_manifest(engine_dir)
-    assert contents(engine_dir) == before
-
-
-def test_building_over_another_engine_or_other_files_is_refused(
-    tiny_model: Path, base: Path, engine_dir: Path, tmp_path: Path
-) -> None:
-    other = ArtifactReader(make_artifact(tiny_model, "int8", base))
-    with pytest.raises(ArtifactError, match="holds an engine whose recipe differs"):
-        pack_engine(other, engine_dir)
-    same = ArtifactReader(make_artifact(tiny_model, "int4", base))
-    with pytest.raises(ArtifactError, match="kv_cache differs"):
-        pack_engine(same, engine_dir, kv_cache="int8")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="something else"):
-        pack_engine(other, tmp_path / "notes")
-    with pytest.raises(ArtifactError, match="is a file"):
-        pack_engine(other, tmp_path / "notes" / "a.txt")
 
 
 def test_a_flipped_byte_in_the_engine_file_names_the_tensor(engine_dir: Path) -> None:
@@ -204,19 +168,17 @@ def test_every_tensor_is_used_and_none_is_missing(engine_dir: Path, tmp_path: Pa
     def rebuilt(tensors: dict[str, torch.Tensor]) -> Path:
         """The same engine with other tensors and digests that agree with them."""
         saved = save_tensors(engine_dir / TENSOR_FILE, tensors, {"format": "pt"})
-        record = packed.manifest.tensor_file.model_copy(
-            update={
-                "num_bytes": saved.num_bytes,
-                "sha256": saved.sha256,
-                "header_sha256": saved.header_sha256,
-                "tensors": saved.tensors,
-            }
+        fields = packed.fields.model_copy(
+            update={"header_sha256": saved.header_sha256, "tensor_digests": saved.tensors}
         )
-        changed = packed.manifest.model_copy(update={"tensor_file": record})
-        content = changed.model_dump(mode="json")
-        raw = json.loads((engine_dir / ENGINE_FILE).read_text())
-        content = raw | {"tensor_file": content["tensor_file"], "digest": changed.digest}
-        (engine_dir / ENGINE_FILE).write_text(json.dumps(content))
+        record = TensorFile(num_bytes=saved.num_bytes, sha256=saved.sha256)
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        update = {
+            "plan": EnginePlan(rank_weight_bytes=(num_bytes,)),
+            "tensor_files": {TENSOR_FILE: record},
+            "target_fields": fields.model_dump(mode="json"),
+        }
+        write_engine_manifest(engine_dir, packed.manifest.model_copy(update=update))
         return engine_dir
 
     tensors = {name: tensor.clone() for name, tensor in packed.tensors.items()}
@@ -240,7 +202,7 @@ def test_an_edited_manifest_is_refused(engine_dir: Path) -> None:
     path.write_text(json.dumps(raw | {"surprise": 1}))
     with pytest.raises(ArtifactError, match="surprise"):
         LLMEngine.load(engine_dir)
-    path.write_text(json.dumps(raw | {"format_version": 2}))
+    path.write_text(json.dumps(raw | {"format_version": 3}))
     with pytest.raises(ArtifactError, match="format_version"):
         LLMEngine.load(engine_dir)
     path.write_text("{")
@@ -248,6 +210,45 @@ def test_an_edited_manifest_is_refused(engine_dir: Path) -> None:
         LLMEngine.load(engine_dir)
     path.unlink()
     with pytest.raises(ArtifactError, match="is not an engine"):
+        LLMEngine.load(engine_dir)
+
+
+@pytest.mark.parametrize(
+    ("update", "sentence"),
+    [
+        ({"target": "trtllm"}, "is an engine for trtllm, which the embedded engine cannot load"),
+        (
+            {
+                "ranks": RankLayout(tp=2, ep=1),
+                "plan": EnginePlan(rank_weight_bytes=(1, 1)),
+            },
+            "must describe one rank",
+        ),
+        ({"tensor_files": {}}, rf"must describe one rank and the tensor file {TENSOR_FILE}"),
+        ({"plan": EnginePlan(rank_weight_bytes=(7,))}, r"bytes of weights where .* plans 7"),
+        ({"target_fields": {"surprise": 1}}, r"target_fields\.surprise: Extra inputs"),
+        ({"target_fields": {"page_tokens": None}}, r"target_fields\.page_tokens: Input should be"),
+    ],
+)
+def test_a_manifest_that_the_embedded_engine_does_not_understand_is_refused(
+    engine_dir: Path, update: dict[str, Any], sentence: str
+) -> None:
+    """The common part's reader takes all of these, and the loader none."""
+    manifest = read_engine_manifest(engine_dir)
+    if "target_fields" in update:
+        update = {"target_fields": manifest.target_fields | update["target_fields"]}
+    write_engine_manifest(engine_dir, manifest.model_copy(update=update))
+    assert read_engine_manifest(engine_dir) != manifest
+    with pytest.raises(ArtifactError, match=sentence):
+        LLMEngine.load(engine_dir)
+
+
+def test_a_missing_field_of_the_embedded_engine_is_refused(engine_dir: Path) -> None:
+    manifest = read_engine_manifest(engine_dir)
+    fields = {name: value for name, value in manifest.target_fields.items() if name != "dtype"}
+    changed = manifest.model_copy(update={"target_fields": fields})
+    write_engine_manifest(engine_dir, changed)
+    with pytest.raises(ArtifactError, match=r"target_fields\.dtype: Field required"):
         LLMEngine.load(engine_dir)
 
 
@@ -264,34 +265,7 @@ def test_int4_engines_are_bound_to_the_instruction_set_and_int8_ones_are_not(
     with pytest.raises(ArtifactError, match="build the engine on this machine"):
         load_packed(make_engine(tiny_model, "int4", base), cpu_layout="ALTIVEC")
     int8 = load_packed(make_engine(tiny_model, "int8", base), cpu_layout="ALTIVEC")
-    assert int8.manifest.cpu_layout is None
-
-
-def test_a_damaged_artifact_leaves_no_engine_behind(
-    tiny_model: Path, base: Path, tmp_path: Path
-) -> None:
-    artifact = tmp_path / "artifact"
-    shutil.copytree(make_artifact(tiny_model, "int8", base), artifact)
-    shard = artifact / "model-layer-00002.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-7] ^= 4
-    shard.write_bytes(data)
-    with pytest.raises(ArtifactError, match="is damaged"):
-        pack_engine(ArtifactReader(artifact), tmp_path / "out" / "engine")
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_the_engine_cannot_compute_is_refused_when_it_is_built(
-    tiny_model: Path, base: Path, tmp_path: Path
-) -> None:
-    artifact = make_artifact(tiny_model, "int8", base)
-    with pytest.raises(DeployError, match="no fp8 KV cache"):
-        pack_engine(ArtifactReader(artifact), tmp_path / "a", kv_cache="fp8")
-    with pytest.raises(DeployError, match="--tp 2"):
-        pack_engine(ArtifactReader(artifact), tmp_path / "b", tp=2)
-    with pytest.raises(DeployError, match="page_tokens"):
-        pack_engine(ArtifactReader(artifact), tmp_path / "c", page_tokens=24)
-    assert not list(tmp_path.iterdir())
+    assert int8.fields.cpu_layout is None
 
 
 def test_linears_are_fused_where_their_schemes_agree_and_only_there(tiny_model: Path) -> None:

@@ -14,12 +14,13 @@ from openai import OpenAI
 from ray import serve
 from support.serving import metric, wait_for
 
+from deepseek.artifact.engine_manifest import read_engine_manifest
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
-from deepseek.engine.packed import pack_engine, read_engine_manifest
 from deepseek.engine.request import Request, SamplingParams, StepOutput
 from deepseek.errors import ArtifactError, RequestError
 from deepseek.source.checkpoint import CheckpointReader
+from quant_jobs.targets.embedded import pack_engine
 from serve_app.app import build
 from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine

@@ -1,0 +1,70 @@
+"""An engine as the steps after `build` see it: its manifest, and that of its quantized checkpoint.
+
+`build` copies config.json and intserve.json into the engine directory, so that `evaluate`, `gate`
+and `report` need no other folder. Only documents are read here, no tensors; this file imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deepseek.artifact.engine_manifest import UNQUANTIZED, read_engine_manifest
+from deepseek.artifact.manifest import MANIFEST_FILE, Manifest, read_manifest
+from deepseek.config import ModelConfig
+from deepseek.errors import ArtifactError
+from deepseek.recipe import Scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """The documents of one engine directory.
+
+    `config` is the source's, FP8 blocks included. `manifest` is the quantized checkpoint's, None
+    for an engine of an unquantized source. `num_bytes` counts the engine's tensor files.
+    """
+
+    directory: Path
+    digest: str
+    artifact_digest: str
+    source_fingerprint: str
+    recipe: str
+    kv_cache: str
+    num_bytes: int
+    config: ModelConfig
+    schemes: Mapping[str, Scheme]
+    manifest: Manifest | None
+
+
+def read_engine(directory: Path) -> BuiltEngine:
+    """Read the documents of an engine directory.
+
+    Raises:
+        ArtifactError: engine.json or intserve.json is absent, edited or of another engine.
+        ConfigError: config.json cannot be read.
+    """
+    engine = read_engine_manifest(directory)
+    config = ModelConfig.from_directory(directory)
+    manifest = None
+    if engine.recipe != UNQUANTIZED:
+        manifest = read_manifest(directory)
+        if manifest.digest != engine.artifact_digest:
+            raise ArtifactError(
+                f"{directory / MANIFEST_FILE} is of artifact {manifest.digest[:16]}, but the "
+                f"engine was built from {engine.artifact_digest[:16]}; build again"
+            )
+        config = replace(config, weight_block_size=manifest.source.weight_block_size)
+    return BuiltEngine(
+        directory=directory,
+        digest=engine.digest,
+        artifact_digest=engine.artifact_digest,
+        source_fingerprint=engine.source_fingerprint,
+        recipe=engine.recipe,
+        kv_cache=engine.kv_cache,
+        num_bytes=engine.num_bytes,
+        config=config,
+        schemes=engine.schemes,
+        manifest=manifest,
+    )

@@ -1,0 +1,94 @@
+"""Building the embedded engine: the same bytes every time, whole or absent."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from support.engines import make_artifact, make_engine
+
+from deepseek.artifact.engine_manifest import read_engine_manifest
+from deepseek.artifact.reader import ArtifactReader
+from deepseek.errors import ArtifactError, DeployError
+from quant_jobs.targets.embedded import pack_engine
+
+
+@pytest.fixture
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture
+def engine_dir(tiny_model: Path, base: Path, tmp_path: Path) -> Path:
+    """A copy of an int4 engine, free to damage."""
+    copy = tmp_path / "engine"
+    shutil.copytree(make_engine(tiny_model, "int4", base), copy)
+    return copy
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_building_twice_gives_the_same_bytes(tiny_model: Path, base: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(tiny_model, "int4-asym", base)
+    first = make_engine(tiny_model, "int4-asym", base)
+    pack_engine(ArtifactReader(artifact), tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(first)
+    assert {path.name for path in tmp_path.iterdir()} == {"again"}  # no temporary left behind
+
+
+def test_building_into_the_same_engine_verifies_and_keeps_it(
+    tiny_model: Path, base: Path, engine_dir: Path
+) -> None:
+    artifact = make_artifact(tiny_model, "int4", base)
+    (engine_dir / "gate.json").write_text("{}")
+    before = contents(engine_dir)
+    manifest = pack_engine(ArtifactReader(artifact), engine_dir)
+    assert manifest == read_engine_manifest(engine_dir)
+    assert contents(engine_dir) == before
+
+
+def test_building_over_another_engine_or_other_files_is_refused(
+    tiny_model: Path, base: Path, engine_dir: Path, tmp_path: Path
+) -> None:
+    other = ArtifactReader(make_artifact(tiny_model, "int8", base))
+    with pytest.raises(ArtifactError, match="holds an engine whose recipe differs"):
+        pack_engine(other, engine_dir)
+    same = ArtifactReader(make_artifact(tiny_model, "int4", base))
+    with pytest.raises(ArtifactError, match="kv_cache differs"):
+        pack_engine(same, engine_dir, kv_cache="int8")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="something else"):
+        pack_engine(other, tmp_path / "notes")
+    with pytest.raises(ArtifactError, match="is a file"):
+        pack_engine(other, tmp_path / "notes" / "a.txt")
+
+
+def test_a_damaged_artifact_leaves_no_engine_behind(
+    tiny_model: Path, base: Path, tmp_path: Path
+) -> None:
+    artifact = tmp_path / "artifact"
+    shutil.copytree(make_artifact(tiny_model, "int8", base), artifact)
+    shard = artifact / "model-layer-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-7] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        pack_engine(ArtifactReader(artifact), tmp_path / "out" / "engine")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_engine_cannot_compute_is_refused_when_it_is_built(
+    tiny_model: Path, base: Path, tmp_path: Path
+) -> None:
+    artifact = make_artifact(tiny_model, "int8", base)
+    with pytest.raises(DeployError, match="no fp8 KV cache"):
+        pack_engine(ArtifactReader(artifact), tmp_path / "a", kv_cache="fp8")
+    with pytest.raises(DeployError, match="--tp 2"):
+        pack_engine(ArtifactReader(artifact), tmp_path / "b", tp=2)
+    with pytest.raises(DeployError, match="page_tokens"):
+        pack_engine(ArtifactReader(artifact), tmp_path / "c", page_tokens=24)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,47 @@
+"""An engine directory as IntServe 0.1.0 wrote it before engine.json had format 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+#: The engine.json of an unquantized source, of which two linears and two tensors are left.
+_ENGINE = {
+    "artifact_digest": "37efaf0543e5362f6425fed76b9d4e2035d4ad3dc6ff6632ea5807d95d206897",
+    "cpu_layout": None,
+    "digest": "f4dd9fa6072a5d5d14aa665df0829afc7452c36b19d9c38346769939fa8e0227",
+    "dtype": "float32",
+    "files": {
+        "config.json": "b7908db991dede18d5ccf8d0affeb426674770493a202cd044b263b39995f36e",
+        "tokenizer.json": "16fb4d1c5c3b5c13a812e7fd89797731db1ae3751e584aaa4d439beff5027c21",
+        "tokenizer_config.json": "779836ad0436a5abfff5696442445028acd3e09631540e3e40e73b986deb9cf1",
+    },
+    "format_version": 1,
+    "kv_cache": "bf16",
+    "mtp": "skipped",
+    "page_tokens": 16,
+    "recipe": "unquantized",
+    "schemes": {
+        "model.layers.0.mlp.down_proj": {"weights": "fp8-block"},
+        "model.layers.0.mlp.gate_proj": {"weights": "fp8-block"},
+    },
+    "source_fingerprint": "37efaf0543e5362f6425fed76b9d4e2035d4ad3dc6ff6632ea5807d95d206897",
+    "target": "embedded",
+    "tensor_file": {
+        "header_sha256": "efbfad99655275cc38a4e3622f339889dae328053087a8305538b5579d7e26ac",
+        "num_bytes": 28915712,
+        "sha256": "87c9831ef6463b4e62aed1e858fc65b6119ba42f55266588bc7ece8553dc97de",
+        "tensors": {
+            "lm_head.weight": "1f9768e471bc5798da343b8fa64ce03a",
+            "model.embed_tokens.weight": "8071b52e21375f079231a520bfaaed67",
+        },
+    },
+    "tools": {"intserve": "0.1.0", "torch": "2.13.0+cpu"},
+    "tp": 1,
+}
+
+
+def write_format_1_engine(directory: Path) -> None:
+    """Write engine.json of format 1; its readers refuse it before they look at other files."""
+    directory.mkdir(exist_ok=True)
+    (directory / "engine.json").write_text(json.dumps(_ENGINE, indent=2, sort_keys=True) + "\n")

@@ -57,6 +57,11 @@ class SourceTensor:
     data: Tensor
     scale_inv: Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes as stored, block scales included."""
+        return self.data.nbytes + (0 if self.scale_inv is None else self.scale_inv.nbytes)
+
     def bands(self) -> Iterator[SourceTensor]:
         """Cut a matrix into bands of rows, so that it is never in memory as a whole in float32."""
         for rows in row_chunks(self.data, multiple=FP8_BLOCK):

@@ -22,11 +22,8 @@ output errors may differ in their last digit between kinds of CPU.
 
 from __future__ import annotations
 
-import resource
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -38,41 +35,17 @@ from deepseek.errors import IntServeError
 from deepseek.inventory import linears
 from deepseek.source.checkpoint import content_digest
 from quant_jobs.algorithms.ledger import Ledger
-from quant_jobs.job.folder import JobFolder, PublishedPart
+from quant_jobs.job.account import Timings, make_record
+from quant_jobs.job.folder import JobFolder, PublishedFile
 from quant_jobs.job.job import Job, tools
 from quant_jobs.job.layer_run import LayerRun, Solution
 from quant_jobs.job.progress import Event, Progress, Step
-from quant_jobs.reports.job_record import (
-    CalibrationAccount,
-    JobRecord,
-    LayerAccount,
-    SourceAccount,
-    WorkerAccount,
-)
 from quant_jobs.reports.job_report import write_job_report
-from quant_jobs.workers.messages import Account, WorkerJob
+from quant_jobs.workers.messages import SolveSummary, WorkerJob
 from quant_jobs.workers.protocol import Workers, WorkersLost
 
 #: Times that workers may die within one layer before the job gives up.
 MAX_LOSSES_PER_LAYER = 3
-
-
-@dataclass(slots=True)
-class Timings:
-    """The driver's own account of a run, for the job report."""
-
-    layers: dict[LayerKey, dict[str, float]] = field(default_factory=dict)
-    workers_lost: int = 0
-    started: float = field(default_factory=time.monotonic)
-    bytes_read: int = 0
-    bytes_written: int = 0
-
-    @contextmanager
-    def step(self, layer: LayerKey, name: str) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        steps = self.layers.setdefault(layer, {})
-        steps[name] = steps.get(name, 0.0) + time.monotonic() - begun
 
 
 @dataclass(slots=True)
@@ -81,7 +54,7 @@ class _Writing:
 
     layer: int
     record: Any
-    account: Account
+    summary: SolveSummary
 
 
 @dataclass(slots=True)
@@ -116,13 +89,13 @@ class Run:
         self._writing: _Writing | None = None
         self._storing: _Storing | None = None
         self._timings = Timings()
-        self._parts = folder.load_parts()
-        for part in self._parts.values():
-            self._writer.register(part.record, verify=False)  # load_parts has verified it
+        self._published = folder.load_published()
+        for file in self._published.values():
+            self._writer.register(file.record, verify=False)  # load_published has verified it
 
     def run(self) -> Manifest:
         """Everything that is still to do, up to the manifest."""
-        todo = [n for n in range(self._config.num_hidden_layers) if n not in self._parts]
+        todo = [n for n in range(self._config.num_hidden_layers) if n not in self._published]
         start = self._folder.last_boundary(len(self._blocks.ids), todo[0]) if todo else 0
         self._announce(todo, start)
         self._publish_untouched()  # in the driver, while the workers load their libraries
@@ -158,7 +131,7 @@ class Run:
             self._held.clear()
             self._progress(Event("joined", layer, detail=f"now on {self._pool.describe()}"))
         self._supply(layer)
-        if layer in self._parts:
+        if layer in self._published:
             self._await_files()
             if not is_last:
                 with self._timings.step(layer, "carry"):
@@ -207,8 +180,8 @@ class Run:
     def _supply(self, layer: int) -> None:
         """See to it that every worker holds what goes into this layer for its blocks."""
         places = self._pool.places
-        wanted = {place: tuple(self._layers.blocks_of(i)) for i, place in enumerate(places)}
-        new = [i for i, place in enumerate(places) if self._held.get(place) != wanted[place]]
+        due = {place: tuple(self._layers.blocks_of(i)) for i, place in enumerate(places)}
+        new = [i for i, place in enumerate(places) if self._held.get(place) != due[place]]
         if not new:
             return
         job = WorkerJob(
@@ -228,13 +201,13 @@ class Run:
             self._pool.each(
                 lambda worker, i: worker.load_boundary.remote(layer, ids(i), boundary), new
             )
-        self._held = wanted
+        self._held = due
 
     # --- the steps of one layer ---
 
     def _solve(self, layer: int) -> Solution:
         later = range(layer + 1, self._config.num_hidden_layers)
-        following = next((n for n in later if n not in self._parts), None)
+        following = next((n for n in later if n not in self._published), None)
         ledger = Ledger()
         with self._timings.step(layer, "attend"):
             received = self._layers.attend(layer, following)
@@ -246,7 +219,7 @@ class Run:
             solution = self._layers.solve(layer, shared, received, ledger)
         self._say("solved", layer)
         record = self._layers.write(layer, solution)
-        self._writing = _Writing(layer, record, solution.account)
+        self._writing = _Writing(layer, record, solution.summary)
         return solution
 
     def _carry(self, layer: int) -> None:
@@ -278,25 +251,25 @@ class Run:
         with self._timings.step(writing.layer, "write"):
             (record,) = self._pool.gather([writing.record])
         self._writer.register(record, verify=False)
-        account = writing.account
+        summary = writing.summary
         self._register(
-            PublishedPart(
+            PublishedFile(
                 record=record,
-                coverage=self._coverage(writing.layer, account),
-                fallbacks=account.fallbacks,
-                kv_latent_amax=account.kv_latent_amax,
+                coverage=self._coverage(writing.layer, summary),
+                fallbacks=summary.fallbacks,
+                kv_latent_amax=summary.kv_latent_amax,
             )
         )
         self._writing = None
 
-    def _coverage(self, layer: int, account: Account) -> tuple[int, ...]:
+    def _coverage(self, layer: int, summary: SolveSummary) -> tuple[int, ...]:
         """Tokens that the router sent to each expert; empty in a dense layer."""
         gates = [
             spec.module
             for spec in linears(self._config, layer)
             if spec.expert is not None and spec.role == "gate_proj"
         ]
-        return tuple(account.tokens[module] for module in gates)
+        return tuple(summary.tokens[module] for module in gates)
 
     # --- publishing ---
 
@@ -304,47 +277,44 @@ class Run:
         """Globals and MTP layers go through by name, as the source stores them."""
         for key in layer_keys(self._config):
             untouched = key == "globals" or key >= self._config.num_hidden_layers
-            if not untouched or key in self._parts:
+            if not untouched or key in self._published:
                 continue
             source = self._job.source
             with self._timings.step(key, "write"):
-                found = source.read_globals() if key == "globals" else source.read_layer(key)
+                stored = source.read_globals() if key == "globals" else source.read_layer(key)
                 tensors: dict[str, Tensor] = {}
-                for tensor in found.values():
+                for tensor in stored.values():
                     tensors |= store_tensor(tensor, self._writer.schemes.get(tensor.spec.module))
-                digest = content_digest(found)
+                digest = content_digest(stored)
                 record = self._writer.publish_layer(key, tensors, source_sha256=digest)
-            self._timings.bytes_read += sum(
-                one.data.nbytes + (0 if one.scale_inv is None else one.scale_inv.nbytes)
-                for one in found.values()
-            )
+            self._timings.bytes_read += sum(tensor.num_bytes for tensor in stored.values())
             self._timings.bytes_written += record.num_bytes
-            self._register(PublishedPart(record=record))
+            self._register(PublishedFile(record=record))
 
-    def _register(self, part: PublishedPart) -> None:
-        """The part counts as published from here on; so its inputs may go."""
-        self._folder.save_part(part)
-        key = part.record.layer
-        self._parts[key] = part
+    def _register(self, file: PublishedFile) -> None:
+        """From here on the file counts as published; boundaries that led to it are deleted."""
+        self._folder.save_published(file)
+        key = file.record.layer
+        self._published[key] = file
         if key != "globals" and key < self._config.num_hidden_layers:
             self._folder.drop_boundaries(before=key)
-        self._say("published", key, part)
+        self._say("published", key, file)
 
     def _finish(self, start: int) -> Manifest:
         ledger = Ledger()
-        for part in self._parts.values():
-            ledger.extend(part.fallbacks)
+        for file in self._published.values():
+            ledger.extend(file.fallbacks)
         self._write_report(start, ledger)
-        layers = {key: part for key, part in self._parts.items() if key != "globals"}
+        layers = {key: file for key, file in self._published.items() if key != "globals"}
         manifest = self._writer.finish(
             calibration=self._job.calibration,
-            coverage={k: list(part.coverage) for k, part in layers.items() if part.coverage},
+            coverage={key: list(file.coverage) for key, file in layers.items() if file.coverage},
             fallbacks=list(ledger.entries()),
             tools=tools() | ({} if self._job.device == "cpu" else {"device": self._job.device}),
             kv_latent_amax={
-                k: part.kv_latent_amax
-                for k, part in layers.items()
-                if part.kv_latent_amax is not None
+                key: file.kv_latent_amax
+                for key, file in layers.items()
+                if file.kv_latent_amax is not None
             },
         )
         self._folder.remove()
@@ -352,71 +322,21 @@ class Run:
         return manifest
 
     def _write_report(self, start: int, ledger: Ledger) -> None:
-        """Times and memory of this run only: no part of the artifact, for it never repeats."""
         try:
             known = [i for i, place in enumerate(self._pool.places) if place in self._held]
             usage = self._pool.each(lambda worker, _: worker.usage.remote(), known)
         except WorkersLost:  # after their work was done: nothing but this account is lost
             usage = []
-        timings, blocks, settings = self._timings, self._blocks, self._job.recipe.calibration
-        record = JobRecord(
-            recipe=self._job.recipe.name,
-            model=str(self._job.source.directory),
+        record = make_record(
+            self._job,
+            self._timings,
+            self._published,
+            usage,
             num_workers=self._pool.size,
-            num_nodes=max(len({one.node for one in usage}), 1),
             started_at_layer=start,
-            workers_lost=timings.workers_lost,
-            wall_s=round(time.monotonic() - timings.started, 3),
-            floor_tokens=self._job.recipe.expert_coverage.floor_tokens,
-            calibration=CalibrationAccount(
-                num_tokens=blocks.num_tokens,
-                num_blocks=settings.num_blocks,
-                block_tokens=settings.block_tokens,
-                digest=blocks.digest,
-                sources=tuple(
-                    SourceAccount(
-                        name=str(source.path),
-                        weight=source.weight,
-                        blocks=source.blocks,
-                        tokens=source.tokens,
-                        sha256=source.sha256,
-                    )
-                    for source in blocks.sources
-                ),
-            ),
-            layers=tuple(
-                LayerAccount(
-                    layer=key,
-                    seconds=_rounded(timings.layers.get(key, {})),
-                    errors=self._parts[key].record.errors,
-                    coverage=self._parts[key].coverage,
-                    num_bytes=self._parts[key].record.num_bytes,
-                    source_bytes=self._job.source.num_bytes(key),
-                )
-                for key in layer_keys(self._config)
-            ),
-            workers=tuple(
-                WorkerAccount(
-                    index=index,
-                    node=one.node,
-                    pid=one.pid,
-                    seconds=_rounded(one.seconds),
-                    peak_rss_bytes=one.peak_rss_bytes,
-                    bytes_read=one.bytes_read,
-                    bytes_written=one.bytes_written,
-                )
-                for index, one in enumerate(usage)
-            ),
-            driver_peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            driver_bytes_read=timings.bytes_read,
-            driver_bytes_written=timings.bytes_written,
             fallbacks=ledger.entries(),
         )
         write_job_report(self._job.output, record)
 
-    def _say(self, step: Step, layer: LayerKey, part: PublishedPart | None = None) -> None:
-        self._progress(Event(step, layer, part))
-
-
-def _rounded(seconds: dict[str, float]) -> dict[str, float]:
-    return {step: round(value, 3) for step, value in seconds.items()}
+    def _say(self, step: Step, layer: LayerKey, published: PublishedFile | None = None) -> None:
+        self._progress(Event(step, layer, published))

@@ -37,8 +37,8 @@ FOLDER = ".job"
 _REMOVALS = 10
 
 
-class PublishedPart(BaseModel):
-    """One published file and what was learned on the way, as the manifest will need it."""
+class PublishedFile(BaseModel):
+    """One published tensor file, and what was learned on the way, as the manifest will need it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -88,38 +88,39 @@ class JobFolder:
         self.path.rmdir()
         self.release()
 
-    # --- published parts ---
+    # --- published files ---
 
-    def save_part(self, part: PublishedPart) -> None:
-        write_json(self._part_file(part.record.layer), part.model_dump(mode="json"))
+    def save_published(self, file: PublishedFile) -> None:
+        """Record a file as published; it must be on disk already."""
+        write_json(self._record_path(file.record.layer), file.model_dump(mode="json"))
 
-    def load_parts(self) -> dict[LayerKey, PublishedPart]:
-        """Every published part whose file is still there, verified byte by byte.
+    def load_published(self) -> dict[LayerKey, PublishedFile]:
+        """Every published file that is still there, verified byte by byte.
 
         A file that was deleted is simply made again.
 
         Raises:
             ArtifactError: a file is not the one that was published; names it and the tensor.
         """
-        parts: dict[LayerKey, PublishedPart] = {}
-        for path in sorted(self.path.glob("part-*.json")):
+        published: dict[LayerKey, PublishedFile] = {}
+        for record_path in sorted(self.path.glob("part-*.json")):
             try:
-                part = PublishedPart.model_validate_json(path.read_bytes())
+                file = PublishedFile.model_validate_json(record_path.read_bytes())
             except ValidationError as error:
-                raise ArtifactError(f"{path} is damaged; delete it and run again") from error
-            file = self.output / part.record.file
-            if not file.exists():
-                path.unlink()
+                raise ArtifactError(f"{record_path} is damaged; delete it and run again") from error
+            path = self.output / file.record.file
+            if not path.exists():
+                record_path.unlink()
                 continue
-            if sha256_file(file) != part.record.sha256:
+            if sha256_file(path) != file.record.sha256:
                 raise ArtifactError(
-                    f"{file} is damaged: {_damaged_tensor(file, part.record)} not as it was "
+                    f"{path} is damaged: {_damaged_tensor(path, file.record)} not as it was "
                     "published; delete that file and run again, which makes it anew"
                 )
-            parts[part.record.layer] = part
-        return parts
+            published[file.record.layer] = file
+        return published
 
-    def _part_file(self, layer: LayerKey) -> Path:
+    def _record_path(self, layer: LayerKey) -> Path:
         return self.path / f"part-{layer if layer == 'globals' else f'{layer:05d}'}.json"
 
     # --- boundaries ---

@@ -38,7 +38,7 @@ from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.scaling import WeightStatistics, choose_scale
 from quant_jobs.calibration.units import share_out, trunk_reader
 from quant_jobs.workers.boundary import boundary_files
-from quant_jobs.workers.messages import Account
+from quant_jobs.workers.messages import SolveSummary
 from quant_jobs.workers.protocol import Workers
 
 #: Tokens of a wave, and blocks of each worker in it where that is more: with fewer, a cluster would
@@ -53,7 +53,7 @@ class Solution:
     among them `trunk`, which every worker needs to go on, and `norms`, which are norms and
     router."""
 
-    account: Account
+    summary: SolveSummary
     source_sha256: str
     input_scales: dict[str, float]
     norms: Any
@@ -196,8 +196,8 @@ class LayerRun:
         """Every unit quantized and packed, in the object store."""
         given = self._pool.share(shared)
         sent = self._pool.submit(lambda worker, i: worker.solve.remote(layer, given, received[i]))
-        accounts = self._pool.each(lambda _, i: sent[i][2])
-        whole = _join(accounts, shared)
+        summaries = self._pool.each(lambda _, i: sent[i][2])
+        whole = _join(summaries, shared)
         ledger.extend(whole.fallbacks)
         (norms,) = self._pool.submit(
             lambda worker, _: worker.folded_norms.remote(layer, whole.smoothing), [0]
@@ -210,7 +210,7 @@ class LayerRun:
         digest = join_digests(whole.source_digests)
         return Solution(whole, digest, scales, norms, trunk, pieces)
 
-    def _input_scales(self, layer: int, account: Account, ledger: Ledger) -> dict[str, float]:
+    def _input_scales(self, layer: int, summary: SolveSummary, ledger: Ledger) -> dict[str, float]:
         wanted = [
             spec.module
             for spec in linears(self._config, layer)
@@ -219,8 +219,8 @@ class LayerRun:
         if not wanted:
             return {}
         scales, fallbacks = share_input_scales(
-            {module: account.input_amax[module] for module in wanted},
-            {module: account.tokens[module] for module in wanted},
+            {module: summary.input_amax[module] for module in wanted},
+            {module: summary.tokens[module] for module in wanted},
         )
         ledger.extend(fallbacks)
         return scales
@@ -229,7 +229,7 @@ class LayerRun:
         """Have one worker, each in its turn, publish the layer; a reference to its record."""
         (record,) = self._pool.submit(
             lambda worker, _: worker.write.remote(
-                layer, solution.source_sha256, solution.account.errors, *solution.pieces
+                layer, solution.source_sha256, solution.summary.errors, *solution.pieces
             ),
             [layer % len(self._pool)],
         )
@@ -316,17 +316,18 @@ class LayerRun:
         return waves
 
 
-def _join(accounts: Sequence[Account], shared: Smoothing) -> Account:
-    whole = Account(smoothing=Smoothing(dict(shared.columns), dict(shared.rows)))
+def _join(summaries: Sequence[SolveSummary], shared: Smoothing) -> SolveSummary:
+    """What all workers' solving of a layer amounts to."""
+    whole = SolveSummary(smoothing=Smoothing(dict(shared.columns), dict(shared.rows)))
     ledger = Ledger()
-    for one in accounts:
-        whole.errors |= one.errors
-        whole.tokens |= one.tokens
-        whole.input_amax |= one.input_amax
-        whole.source_digests |= one.source_digests
-        whole.smoothing.rows |= one.smoothing.rows
-        if one.kv_latent_amax is not None:
-            whole.kv_latent_amax = one.kv_latent_amax
-        ledger.extend(one.fallbacks)
+    for summary in summaries:
+        whole.errors |= summary.errors
+        whole.tokens |= summary.tokens
+        whole.input_amax |= summary.input_amax
+        whole.source_digests |= summary.source_digests
+        whole.smoothing.rows |= summary.smoothing.rows
+        if summary.kv_latent_amax is not None:
+            whole.kv_latent_amax = summary.kv_latent_amax
+        ledger.extend(summary.fallbacks)
     whole.fallbacks = ledger.entries()
     return whole

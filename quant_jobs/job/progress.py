@@ -13,7 +13,7 @@ from typing import Literal
 
 from deepseek.artifact.manifest import LayerKey
 from deepseek.cli import make_progress
-from quant_jobs.job.folder import PublishedPart
+from quant_jobs.job.folder import PublishedFile
 
 Step = Literal[
     "started", "calibrated", "solved", "published", "carried", "lost", "joined", "finished"
@@ -24,13 +24,13 @@ Step = Literal[
 class Event:
     """Step `step` of `layer` is complete.
 
-    `part` is set with the step `published` only. `detail` is a sentence for people, empty for most
+    `published` is set with the step of that name only. `detail` is a sentence for people, empty for most
     steps.
     """
 
     step: Step
     layer: LayerKey
-    part: PublishedPart | None = None
+    published: PublishedFile | None = None
     detail: str = ""
 
 
@@ -55,16 +55,16 @@ class TerminalProgress:
     def __call__(self, event: Event) -> None:
         if event.detail:
             self._bar.console.print(event.detail, markup=False, soft_wrap=True)
-        if event.part is not None:
+        if event.published is not None:
             seconds = time.monotonic() - self._started
-            line = f"[{seconds:6.1f} s] {describe(event.part)}"
+            line = f"[{seconds:6.1f} s] {describe(event.published)}"
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
             self._bar.advance(self._task)
 
 
-def describe(part: PublishedPart) -> str:
-    """One line about a published part: size, output errors, coverage, fallbacks."""
-    record = part.record
+def describe(file: PublishedFile) -> str:
+    """One line about a published file: size, output errors, coverage, fallbacks."""
+    record = file.record
     name = "globals" if record.layer == "globals" else f"layer {record.layer}"
     words = [f"{name}: {record.num_bytes / 1e6:.2f} MB"]
     if record.errors:
@@ -72,8 +72,8 @@ def describe(part: PublishedPart) -> str:
         mean = sum(record.errors.values()) / len(record.errors)
         short = worst.partition(".")[2].partition(".")[2].partition(".")[2]
         words.append(f"output error mean {mean:.4f}, worst {record.errors[worst]:.4f} ({short})")
-    if part.coverage:
-        words.append(f"tokens per expert {min(part.coverage)}..{max(part.coverage)}")
-    if part.fallbacks:
-        words.append(f"{sum(entry.count for entry in part.fallbacks)} fallbacks")
+    if file.coverage:
+        words.append(f"tokens per expert {min(file.coverage)}..{max(file.coverage)}")
+    if file.fallbacks:
+        words.append(f"{sum(entry.count for entry in file.fallbacks)} fallbacks")
     return ", ".join(words)

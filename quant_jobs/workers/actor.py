@@ -22,8 +22,8 @@ from quant_jobs.calibration.forward import ExpertOutputsByBlock, RoutedBlocks
 from quant_jobs.calibration.statistics import InputStatistics
 from quant_jobs.calibration.units import Unit
 from quant_jobs.workers.messages import (
-    Account,
     AttentionShare,
+    SolveSummary,
     Tensors,
     Usage,
     WorkerJob,
@@ -97,7 +97,7 @@ class QuantizeWorker:
     @ray.method(num_returns=3)
     def solve(
         self, layer: int, smoothing: Smoothing, received: None
-    ) -> tuple[Tensors, Tensors, Account]:
+    ) -> tuple[Tensors, Tensors, SolveSummary]:
         return self._worker.solve(layer, smoothing, received)
 
     def folded_norms(self, layer: int, smoothing: Smoothing) -> Tensors:

@@ -47,8 +47,8 @@ AttentionShare = dict[str, dict[int, InputShare]]
 
 
 @dataclass(slots=True)
-class Account:
-    """What one worker's solving of its share of a layer amounts to, without the tensors.
+class SolveSummary:
+    """What solving a share of a layer amounts to, without the tensors.
 
     `tokens`, `input_amax` and `kv_latent_amax` are of the inputs as they are after folding.
     """

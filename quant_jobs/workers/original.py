@@ -27,7 +27,7 @@ from quant_jobs.calibration.measuring import LayerInputs, observe_attention
 from quant_jobs.calibration.statistics import InputShare, InputStatistics
 from quant_jobs.calibration.units import Unit
 from quant_jobs.workers.context import LayerContext
-from quant_jobs.workers.messages import Account, AttentionShare, Tensors, in_block_order
+from quant_jobs.workers.messages import AttentionShare, SolveSummary, Tensors, in_block_order
 from quant_jobs.workers.unit_solver import UnitSolver
 
 
@@ -132,10 +132,10 @@ class OriginalLayer:
 
     # --- solving ---
 
-    def solve(self, smoothing: Smoothing) -> tuple[Tensors, Tensors, Account]:
+    def solve(self, smoothing: Smoothing) -> tuple[Tensors, Tensors, SolveSummary]:
         """Quantize this worker's units. `smoothing` is what the whole layer shares.
 
-        Returns the packed tensors of the trunk, those of the routed experts, and the account. What
+        Returns the packed tensors of the trunk, those of the routed experts, and the summary. What
         entered the MLP is let go of.
 
         Raises:
@@ -148,9 +148,9 @@ class OriginalLayer:
         for unit in self.share:
             (experts if unit.experts else trunk).update(solver.solve(unit, smoothing))
         self._inputs.release()
-        account = solver.account()
-        account.source_digests = self._digests
-        return trunk, experts, account
+        summary = solver.summary()
+        summary.source_digests = self._digests
+        return trunk, experts, summary
 
     def solver(self) -> UnitSolver:
         """Solves units of this layer; each once, for it uses their statistics up."""

@@ -31,7 +31,7 @@ from quant_jobs.algorithms.scaling import choose_scale, weight_statistics
 from quant_jobs.calibration.measuring import LayerInputs, MlpInput
 from quant_jobs.calibration.statistics import InputStatistics
 from quant_jobs.calibration.units import MLP_ROLES, Unit
-from quant_jobs.workers.messages import Account, Tensors
+from quant_jobs.workers.messages import SolveSummary, Tensors
 
 
 @dataclass(slots=True)
@@ -81,12 +81,12 @@ class UnitSolver:
         self._weight, self._device = weight, device
         self._factors: dict[tuple[float, bool], Factor] = {}  # of the Gram matrix that all share
         self._ledger = Ledger()
-        self._account = Account()
+        self._summary = SolveSummary()
 
-    def account(self) -> Account:
+    def summary(self) -> SolveSummary:
         """What was solved so far, without the tensors."""
-        self._account.fallbacks = self._ledger.entries()
-        return self._account
+        self._summary.fallbacks = self._ledger.entries()
+        return self._summary
 
     def solve(self, unit: Unit, shared: Smoothing) -> Tensors:
         """Quantize one unit; packed tensors by full name. `shared` is what the whole layer shares.
@@ -105,13 +105,13 @@ class UnitSolver:
         for group, method in self._groups_within(unit.modules):
             divided = self._source[group.divided].data.to(self._device)
             smoothing.add(group, self._scale(group, method, statistics, divided))
-        self._account.smoothing.rows |= smoothing.rows
+        self._summary.smoothing.rows |= smoothing.rows
         rounded = self._gptq([(module, statistics) for module in unit.modules], smoothing)
         packed: Tensors = {}
         for module in unit.modules:
             packed |= self._linear(module, statistics, smoothing, rounded.pop(module, None))
         if unit.modules[0].endswith("kv_b_proj"):
-            self._account.kv_latent_amax = self._account.input_amax[unit.modules[0]]
+            self._summary.kv_latent_amax = self._summary.input_amax[unit.modules[0]]
         return packed
 
     # --- MLPs ---
@@ -152,7 +152,7 @@ class UnitSolver:
                         rounded.pop(module, None),
                         is_starved=mlp.input.is_starved,
                     )
-                    self._account.tokens[module] = mlp.input.routed_tokens
+                    self._summary.tokens[module] = mlp.input.routed_tokens
         return packed
 
     def _statistics(self, mlp: _Mlp, role: str) -> InputStatistics | None:
@@ -188,7 +188,7 @@ class UnitSolver:
         scale = self._scale(group, method, statistics, divided)
         smoothing.add(group, scale)
         if divided is not None:
-            self._account.smoothing.rows[group.divided] = scale
+            self._summary.smoothing.rows[group.divided] = scale
 
     def _scale(
         self,
@@ -248,14 +248,14 @@ class UnitSolver:
             rounded,
         )
         if solved.error is not None:
-            self._account.errors[module] = solved.error
+            self._summary.errors[module] = solved.error
         columns = smoothing.columns.get(f"{module}.weight")
-        self._account.input_amax[module] = 0.0
-        self._account.tokens[module] = 0
+        self._summary.input_amax[module] = 0.0
+        self._summary.tokens[module] = 0
         if statistics is not None:
             amax = statistics.amax if columns is None else statistics.amax / columns
-            self._account.input_amax[module] = float(amax.amax())
-            self._account.tokens[module] = statistics.tokens
+            self._summary.input_amax[module] = float(amax.amax())
+            self._summary.tokens[module] = statistics.tokens
         return {name: tensor.cpu() for name, tensor in solved.tensors.items()}
 
     def _gptq(

@@ -56,7 +56,7 @@ from quant_jobs.workers.boundary import load_blocks
 from quant_jobs.workers.context import LayerContext
 from quant_jobs.workers.devices import make_repeatable, use_one_thread
 from quant_jobs.workers.files import WorkerFiles
-from quant_jobs.workers.messages import Account, AttentionShare, Tensors, Usage, WorkerJob
+from quant_jobs.workers.messages import AttentionShare, SolveSummary, Tensors, Usage, WorkerJob
 from quant_jobs.workers.original import OriginalLayer
 from quant_jobs.workers.quantized import QuantizedLayer
 from quant_jobs.workers.read_ahead import ReadAhead
@@ -185,13 +185,13 @@ class Worker:
 
     def solve(
         self, layer: int, smoothing: Smoothing, received: None
-    ) -> tuple[Tensors, Tensors, Account]:
+    ) -> tuple[Tensors, Tensors, SolveSummary]:
         """See `OriginalLayer.solve`. Runs after the call whose result `received` is."""
         with self._timed("solve"):
             original = self._original_of(layer)
-            trunk, experts, account = original.solve(smoothing)
+            trunk, experts, summary = original.solve(smoothing)
             self._solved = _Solved(layer, original.share, experts)
-            return trunk, experts, account
+            return trunk, experts, summary
 
     def folded_norms(self, layer: int, smoothing: Smoothing) -> Tensors:
         """Norms and router of the trunk, in the source's own type, folded."""

@@ -40,7 +40,7 @@ from quant_jobs.job.progress import Event, Step
 from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.job_report import REPORT_FILE
 from quant_jobs.workers.in_process import WorkerHere
-from quant_jobs.workers.messages import Account, Usage
+from quant_jobs.workers.messages import SolveSummary, Usage
 from quant_jobs.workers.pool import WorkerPool
 from quant_jobs.workers.protocol import Workers, WorkersLost
 
@@ -221,7 +221,7 @@ def test_workers_that_keep_dying_end_the_job_with_a_sentence(
 
         def each(self, call: Callable[..., Any], indices: Any = None) -> list[Any]:
             found = self._pool.each(call, indices)
-            if found and isinstance(found[0], Account):
+            if found and isinstance(found[0], SolveSummary):
                 raise WorkersLost
             return found
 

@@ -15,13 +15,13 @@ from deepseek.artifact.tensors import layer_file
 from deepseek.errors import ArtifactError
 from deepseek.tensor_files import save_tensors
 from quant_jobs.algorithms.ledger import Ledger
-from quant_jobs.job.folder import JobFolder, PublishedPart
+from quant_jobs.job.folder import JobFolder, PublishedFile
 from quant_jobs.workers.boundary import boundary_files, load_blocks, save_blocks
 
 RUN: dict[str, Any] = {"recipe": {"name": "int8", "rules": []}, "calibration text": "a" * 64}
 
 
-def publish(folder: JobFolder, layer: int) -> PublishedPart:
+def publish(folder: JobFolder, layer: int) -> PublishedFile:
     name = layer_file(layer)
     tensors = {"w": torch.arange(layer, layer + 32.0), "v": torch.ones(7)}
     saved = save_tensors(folder.output / name, tensors)
@@ -35,8 +35,8 @@ def publish(folder: JobFolder, layer: int) -> PublishedPart:
         tensors=saved.tensors,
         errors={"m": 0.125},
     )
-    part = PublishedPart(record=record, coverage=(3, 4))
-    folder.save_part(part)
+    part = PublishedFile(record=record, coverage=(3, 4))
+    folder.save_published(part)
     return part
 
 
@@ -44,7 +44,7 @@ def test_a_second_run_takes_up_what_the_first_published(tmp_path: Path) -> None:
     with JobFolder(tmp_path / "out", RUN) as folder:
         parts = {layer: publish(folder, layer) for layer in (0, 1)}
     with JobFolder(tmp_path / "out", dict(RUN)) as folder:
-        assert folder.load_parts() == parts
+        assert folder.load_published() == parts
         folder.remove()
     assert not (tmp_path / "out" / ".job").exists()
 
@@ -108,14 +108,14 @@ def test_a_flipped_byte_is_named_with_its_tensor_and_a_deleted_file_is_made_agai
         content[-1] ^= 1
         path.write_bytes(content)
         with pytest.raises(ArtifactError, match=rf"{path.name} is damaged: tensor v is not as"):
-            folder.load_parts()
+            folder.load_published()
         content[-1] ^= 1
         content[20] ^= 1
         path.write_bytes(content)
         with pytest.raises(ArtifactError, match=rf"{path.name} is damaged: its header is not as"):
-            folder.load_parts()
+            folder.load_published()
         path.unlink()
-        assert list(folder.load_parts()) == [0]
+        assert list(folder.load_published()) == [0]
 
 
 def test_a_boundary_counts_only_when_every_block_is_there(tmp_path: Path) -> None:

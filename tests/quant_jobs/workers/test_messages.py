@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quant_jobs.algorithms.folding import Smoothing
 from quant_jobs.calibration.forward import Routed
-from quant_jobs.workers.messages import Account, _flatten, _restore, in_block_order, moved
+from quant_jobs.workers.messages import SolveSummary, _flatten, _restore, in_block_order, moved
 
 DTYPES = [
     *(torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64),
@@ -98,7 +98,9 @@ def test_a_message_is_moved_with_all_that_is_in_it() -> None:
     with Elsewhere():
         there, here = torch.device("cuda"), torch.device("cpu")
         smoothing = Smoothing({"a.weight": torch.ones(2)}, {})
-        sent = {3: (Routed(torch.ones(2)), [Account({"a": 0.5}, smoothing=smoothing)], None, "a")}
+        sent = {
+            3: (Routed(torch.ones(2)), [SolveSummary({"a": 0.5}, smoothing=smoothing)], None, "a")
+        }
         routed, (account,), *rest = moved(sent, there)[3]
         assert routed.z.is_cuda
         assert account.smoothing.columns["a.weight"].is_cuda

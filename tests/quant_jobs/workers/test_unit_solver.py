@@ -48,7 +48,7 @@ from quant_jobs.calibration.statistics import (
 )
 from quant_jobs.calibration.units import MLP_ROLES, Unit, share_out, units
 from quant_jobs.workers.context import LayerContext
-from quant_jobs.workers.messages import Account, AttentionShare, Tensors
+from quant_jobs.workers.messages import AttentionShare, SolveSummary, Tensors
 from quant_jobs.workers.original import OriginalLayer
 from quant_jobs.workers.unit_solver import UnitSolver
 
@@ -169,19 +169,19 @@ def _vector(one: Layer, each: FoldingGroup, how: ScaleMethod) -> Tensor:
 
 def solve(
     one: Layer, recipe: Recipe, which: Sequence[Unit] | None = None
-) -> tuple[Tensors, Account, Smoothing]:
+) -> tuple[Tensors, SolveSummary, Smoothing]:
     """Every unit (or some) by one solver -> packed tensors, account, the whole layer's vectors."""
     solver, shared = a_solver(one, recipe), shared_scale(one, recipe)
     packed: Tensors = {}
     for unit in units(one.config, one.layer) if which is None else which:
         packed |= solver.solve(unit, shared)
-    account = solver.account()
+    account = solver.summary()
     whole = Smoothing(dict(shared.columns), shared.rows | account.smoothing.rows)
     return packed, account, whole
 
 
 @lru_cache(maxsize=32)
-def solved(layer: int, recipe: Recipe) -> tuple[Tensors, Account, Smoothing]:
+def solved(layer: int, recipe: Recipe) -> tuple[Tensors, SolveSummary, Smoothing]:
     """`solve` of a whole layer; not to be written to."""
     return solve(a_layer(layer), recipe)
 
@@ -202,7 +202,7 @@ def nearest(one: Layer, module: str, scheme: Scheme) -> Tensor:
     return decompress(stored, scheme, (weight.shape[0], weight.shape[1]))
 
 
-def noted(account: Account, kind: str) -> dict[str, int]:
+def noted(account: SolveSummary, kind: str) -> dict[str, int]:
     return {entry.module: entry.count for entry in account.fallbacks if entry.kind == kind}
 
 

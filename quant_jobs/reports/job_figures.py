@@ -85,7 +85,8 @@ def workers(
         left.tick_params(axis="y", length=0, labelcolor=INK)
         left.invert_yaxis()
         left.set_xlabel("seconds")
-        left.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9)
+        # Of the figure, not of the axes: a legend wider than its axes would make them narrower.
+        figure.legend(frameon=False, ncols=5, loc="outside upper left", fontsize=9)
         peaks = [*(peak for _, peak in rows.values()), driver_peak_bytes]
         unit, divisor = unit_of(max(peaks))
         tones = [*([FIRST] * len(rows)), PALE]

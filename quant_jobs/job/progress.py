@@ -24,8 +24,8 @@ Step = Literal[
 class Event:
     """Step `step` of `layer` is complete.
 
-    `published` is set with the step of that name only. `detail` is a sentence for people, empty for most
-    steps.
+    `published` is set with the step of that name only. `detail` is a sentence for people, empty for
+    most steps.
     """
 
     step: Step

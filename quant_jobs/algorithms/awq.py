@@ -40,6 +40,8 @@ from quant_jobs.algorithms.ranges import (
     range_between,
 )
 
+#: Scales that the search tries for one folding group.
+NUM_CANDIDATES = 20
 #: The clip search's shares of the full range, largest first.
 CLIP_SHRINK = tuple((40 - step) / 40 for step in range(21))
 
@@ -58,7 +60,7 @@ def weight_means(weight: Tensor, scheme: Scheme) -> tuple[Tensor, int]:
     return total, len(weight)
 
 
-def candidate_scales(mean_abs_x: Tensor, mean_abs_w: Tensor, num: int = 20) -> Tensor:
+def candidate_scales(mean_abs_x: Tensor, mean_abs_w: Tensor, num: int = NUM_CANDIDATES) -> Tensor:
     """The scales to try, f32 [num, K], from a and b of the module's formula, f32 [K] each.
 
     Row 0 is all ones: plain rounding. Then a^r up to r = 1, then duo scaling from r = 0 to 1.

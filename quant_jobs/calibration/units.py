@@ -23,6 +23,11 @@ from deepseek.inventory import LinearInput, TensorSpec, layer_inputs, layer_tens
 #: batch (8 experts of DeepSeek-V3's 256); more workers than groups find no more work in a layer.
 MAX_EXPERT_GROUPS = 32
 
+#: Calibration blocks go through a layer in waves of so many tokens, or of so many blocks of each
+#: worker where that is more: with fewer, a cluster would wait for the worker whose turn it is.
+WAVE_TOKENS = 1 << 16
+WAVE_BLOCKS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:

@@ -17,14 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from quant_jobs.cost.layer import LayerWork
+from quant_jobs.cost.layer import LayerWork, num_grams
 from quant_jobs.cost.rates import GPU, Rates
 from quant_jobs.cost.shapes import (
     F32,
+    counted_inputs,
+    layer_linears,
     layer_output_bytes,
     layer_source_bytes,
+    layer_units,
     source_bytes,
-    units,
     untouched_bytes,
 )
 from quant_jobs.cost.work import Job, Section, Step
@@ -92,8 +94,8 @@ def job_time(job: Job, rates: Rates) -> JobTime:
     layers = []
     last = job.config.num_hidden_layers - 1
     for layer in range(last + 1):
-        linears = (spec for unit in units(job.config, layer) for spec in unit.linears)
-        kind = layer == last, tuple((spec.shape, job.scheme(spec)) for spec in linears)
+        linears = layer_linears(job.config, layer)
+        kind = layer == last, tuple((spec.shape, job.scheme(spec)) for spec, _ in linears)
         if kind not in kinds:
             kinds[kind] = layer_time(job, rates, layer)
         layers.append(kinds[kind])
@@ -140,7 +142,8 @@ def _read_seconds(job: Job, rates: Rates, layer: int) -> float:
     experts, trunk = layer_source_bytes(job.config, layer)
     own = trunk
     if experts:
-        owned = max(sum(unit.experts for unit in share) for share in LayerWork(job, layer).shares)
+        shares = LayerWork(job, layer).shares
+        owned = max(sum(len(unit.experts) for unit in share) for share in shares)
         own += experts * owned // job.config.n_routed_experts
     return (experts / job.nodes + trunk) / rates.storage + own / rates.read_digest
 
@@ -200,14 +203,16 @@ class Use:
 
 
 def memory_use(job: Job) -> list[Use]:
-    """A MoE layer: the host while it is carried through, a GPU while it is solved."""
-    config, layer = job.config, job.config.first_k_dense_replace
+    """Memory of the first MoE layer (the last layer where none is): of the host while blocks are
+    carried through it, of a GPU while it is solved."""
+    config = job.config
+    layer = min(config.first_k_dense_replace, config.num_hidden_layers - 1)
     experts, trunk = layer_source_bytes(config, layer)
     out = layer_output_bytes(config, job.scheme, layer)
     own = job.activation_bytes // job.nodes
     waves = min(2 * job.waves[0][0] * job.block_tokens, job.tokens)  # two are under way at a time
     rows = waves * config.num_experts_per_tok * job.row
-    group = max(units(config, layer), key=lambda unit: unit.numel)
+    group = max(layer_units(config, layer), key=lambda unit: unit.numel)
     grams = _gram_bytes(job, layer)
     heads = config.num_attention_heads * job.block_tokens**2 * F32
     reserved = int(GPU.memory_bytes * (1 - GPU.usable_fraction))
@@ -229,12 +234,11 @@ def memory_use(job: Job) -> list[Use]:
 def _gram_bytes(job: Job, layer: int) -> int:
     """The largest unit's, float32."""
     sizes = [0]
-    for unit in units(job.config, layer):
+    for unit in layer_units(job.config, layer):
         size = 0
-        for readers in unit.inputs:
-            if any(job.algorithm(spec) == "gptq" for spec in readers):
-                shared = unit.experts and job.sees_all and readers[0].role != "down_proj"
-                size += readers[0].shape[1] ** 2 * F32 * (1 if shared else unit.copies)
+        for counted in counted_inputs(unit):
+            if any(job.algorithm(spec) == "gptq" for spec in counted.readers):
+                size += counted.width**2 * F32 * num_grams(job, unit, counted)
         sizes.append(size)
     return max(sizes)
 

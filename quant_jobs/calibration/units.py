@@ -1,12 +1,13 @@
-"""How a layer is cut for sharing: who reads, measures and solves what.
+"""How a layer is shared out among workers: who reads, measures and solves what.
 
-The *trunk* is all that is not a routed expert: attention, norms, router, shared expert or dense
-MLP. One worker reads it and every worker gets a copy, for every worker runs its blocks through it.
-Routed experts are read by their owner alone, so that a cluster reads each byte of a layer once.
+The *trunk* of a layer is everything but the routed experts: attention, norms, router, shared expert
+or dense MLP. One worker reads it and sends every worker a copy, because every worker runs its
+blocks through it. A routed expert is read by its owner alone, so a cluster reads each byte of a
+layer once.
 
-A *unit* is what one worker solves: the linears of the trunk that share an input, one whole MLP, or
-a group of routed experts. Units do not depend on the number of workers; only `share_out`, which
-gives each to somebody, does. Whatever is computed for a unit is therefore the same wherever.
+A *unit* is what one worker solves: the attention linears that share an input, one whole MLP, or a
+group of routed experts. Units do not depend on the number of workers; only `share_out`, which gives
+each unit to a worker, does. So a unit's result is the same whoever solves it.
 """
 
 from __future__ import annotations
@@ -83,16 +84,17 @@ def units(config: ModelConfig, layer: int) -> list[Unit]:
 
 
 def share_out(config: ModelConfig, layer: int, num_workers: int) -> list[list[Unit]]:
-    """The units of each worker: the largest first to whoever has the least."""
-    shares: list[list[Unit]] = [[] for _ in range(num_workers)]
-    load = [0] * num_workers
-    every = units(config, layer)
-    for index in sorted(range(len(every)), key=lambda index: (-every[index].numel, index)):
+    """The units of each worker, in the order of `units`. Shared out largest first, each to the
+    worker with the fewest weights so far."""
+    layer_units = units(config, layer)
+    indices: list[list[int]] = [[] for _ in range(num_workers)]
+    load = [0] * num_workers  # weights of each worker
+    sizes = [unit.numel for unit in layer_units]
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
         worker = load.index(min(load))
-        shares[worker].append(every[index])
-        load[worker] += every[index].numel
-    order = {unit: index for index, unit in enumerate(every)}
-    return [sorted(share, key=order.__getitem__) for share in shares]
+        indices[worker].append(index)
+        load[worker] += sizes[index]
+    return [[layer_units[index] for index in sorted(share)] for share in indices]
 
 
 def trunk_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
@@ -102,10 +104,10 @@ def trunk_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
 
 def expert_specs(config: ModelConfig, layer: int, share: Sequence[Unit]) -> list[TensorSpec]:
     """The tensors of the routed experts of a worker's share."""
-    mine = {expert for unit in share for expert in unit.experts}
-    return [spec for spec in layer_tensors(config, layer) if spec.expert in mine]
+    experts = {expert for unit in share for expert in unit.experts}
+    return [spec for spec in layer_tensors(config, layer) if spec.expert in experts]
 
 
 def trunk_reader(layer: int, num_workers: int) -> int:
-    """The worker that reads the trunk: each in its turn."""
+    """The worker that reads the trunk: workers take turns, layer by layer."""
     return layer % num_workers

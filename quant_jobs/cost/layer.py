@@ -1,16 +1,16 @@
-"""What quantizing one layer asks of every worker: FLOPs, bytes and kernels, counted from shapes.
+"""The work of quantizing one layer, per worker: FLOPs, bytes and kernels, counted from shapes.
 
-Follows the schedule of `job/layer_run.py`, step by step, with no rate in it (those are in
-`rates.py`; `model.py` divides one by the other):
+Follows the schedule of `job/layer_run.py` step by step. No rate is in here (`rates.py` has them;
+`model.py` divides one by the other):
 
-    attend   a worker's own blocks through the original attention, wave by wave
-    observe  the owners of attention units add up what everybody's blocks of the wave brought
-    agree    the scale that router, shared and all routed experts have in common (SmoothQuant, AWQ)
-    solve    every worker its units: gate and up on their tokens, statistics, then the algorithm
-    carry    per wave: quantized attention; own experts on everybody's tokens; sums at the owners
+    attend   a worker runs its own blocks through the original attention, wave by wave
+    observe  the owners of attention units add up the statistics of all blocks of the wave
+    agree    one scale for router, shared and all routed experts (SmoothQuant, AWQ)
+    solve    a worker solves its units: gate and up on their tokens, statistics, then the algorithm
+    carry    per wave: quantized attention; own experts on all tokens; sums at the blocks' owners
     store    the activations, to resume from
 
-The slowest worker counts in each step, for the driver waits for all. What is assumed: tokens spread
+The slowest worker counts in each step, because the driver waits for all. Assumptions: tokens spread
 over experts evenly but for `imbalance`, and a group of experts has the schemes of its first one.
 
 T tokens · W workers (one per GPU) · E experts · D hidden · I intermediate · K inputs of a linear
@@ -62,7 +62,7 @@ class LayerWork:
 
     @cached_property
     def shares(self) -> list[tuple[Unit, ...]]:
-        """Units of each worker; of workers with the same work, one."""
+        """Units of each worker; workers with the same work are listed once."""
         distinct: dict[object, tuple[Unit, ...]] = {}
         for share in layer_shares(self.job.config, self.layer, self.job.workers):
             distinct.setdefault(tuple(self._kind(unit) for unit in share), share)
@@ -90,6 +90,7 @@ class LayerWork:
         return self.layer == self.job.config.num_hidden_layers - 1
 
     def steps(self) -> Iterator[Step]:
+        """The steps of the schedule, `store` apart (`model.py` has its seconds)."""
         for blocks, repeat in self.job.waves:
             yield self._attend(blocks, repeat)
         algorithm = mlp_scale_algorithm(self.job.config, self.job.scheme, self.layer)
@@ -103,7 +104,7 @@ class LayerWork:
     # --- what enters the MLP, and statistics of the attention ---
 
     def _attend(self, blocks: int, repeat: int) -> Step:
-        """One wave. Attending and observing are two rounds; both are waited for."""
+        """Work of one wave. Attending and observing are two rounds; the driver waits for both."""
         job = self.job
         tokens = blocks * job.block_tokens
         inputs = [(unit.inputs[0].width, self._wants_gram(unit)) for unit in self._attention()]
@@ -135,7 +136,7 @@ class LayerWork:
         return load
 
     def _attention_block(self, *, quantized: bool) -> Load:
-        """One block through attention and router. Linears are restored when they are used."""
+        """Work of one block in attention and router. Linears are restored when they are used."""
         config, tokens = self.job.config, self.job.block_tokens
         widths = config.qk_head_dim + config.v_head_dim
         scores = 2 * config.num_attention_heads * widths * tokens // 2  # half the keys on average
@@ -152,13 +153,13 @@ class LayerWork:
         return load
 
     def _prepared(self, spec: TensorSpec, rows: float) -> Load:
-        """The rounding of a linear's input to INT8 or FP8, where its kernel does that."""
+        """Work of rounding a linear's input to INT8 or FP8, where its kernel does that."""
         if self.job.scheme(spec).activations == "none":
             return Load()
         return Load(moved=28 * rows * spec.shape[1], launches=8)
 
     def _restored(self, spec: TensorSpec, *, quantized: bool) -> Load:
-        """A weight made float32 from what is stored."""
+        """Work of making a weight float32 from its stored form."""
         scheme = self.job.scheme(spec)
         if quantized and scheme.is_quantized:
             return per_weight(f"decompress_int{scheme.bits}", spec.numel)
@@ -170,7 +171,8 @@ class LayerWork:
     # --- the shared scale, and the units ---
 
     def _agree(self, algorithm: str) -> Iterator[Step]:
-        """`weigh`, and for AWQ `lose`; each brings all tokens to the worker anew."""
+        """Statistics of weights and inputs, and for AWQ the losses of its candidates; each of the
+        two brings all tokens to the worker anew."""
         everything = Load(pcie=self._tokens * self._routed_row)
         statistics: list[Mapping[Phase, Load]] = []
         losses: list[Mapping[Phase, Load]] = []
@@ -231,12 +233,13 @@ class LayerWork:
         return load
 
     def _whole_gram(self) -> Load:
-        """Coverage policy `all`: one matrix serves every expert; each worker makes its own."""
+        """Work of the one Gram matrix that serves every expert under coverage policy `all`; each
+        worker computes its own."""
         width = self.job.config.hidden_size
         return self.job.gram(self._tokens, width, self.job.num_blocks)
 
     def _unit(self, unit: Unit) -> Load:
-        """What the algorithm does to the unit's linears."""
+        """Work of the algorithm on the unit's linears."""
         load, copies = Load(), num_copies(unit)
         for counted in counted_inputs(unit):
             if any(self._is_gptq(spec) for spec in counted.readers):
@@ -279,9 +282,9 @@ class LayerWork:
             put=job.block_tokens * self._routed_row,
             pcie=job.block_tokens * (job.row + self._routed_row),
         )
-        everybody: list[Mapping[Phase, Load]] = [{"forward B": attended.times(mine)}]
+        attention: list[Mapping[Phase, Load]] = [{"forward B": attended.times(mine)}]
         fabric = tokens * self._routed_row * job.remote if self.is_moe else 0.0
-        yield Step("carry", everybody, fabric, repeat=repeat)
+        yield Step("carry", attention, fabric, repeat=repeat)
         if self.is_moe:
             experts: list[Mapping[Phase, Load]] = [
                 {"forward B": self._run_experts(share, tokens, blocks)} for share in self.shares
@@ -292,7 +295,7 @@ class LayerWork:
         yield Step("carry", [{"forward B": self._combine().times(mine)}], repeat=repeat)
 
     def _run_experts(self, share: tuple[Unit, ...], tokens: int, blocks: int) -> Load:
-        """This worker's experts on everybody's tokens of one wave, restored for every wave."""
+        """Work of a worker's experts on all tokens of one wave, restored for every wave."""
         load = Load(pcie=tokens * self._routed_row)
         for unit in (unit for unit in share if unit.experts):
             config = self.job.config
@@ -311,7 +314,7 @@ class LayerWork:
         return load
 
     def _combine(self) -> Load:
-        """One block: experts' rows added up, the shared expert or the dense MLP."""
+        """Work of one block: adding up the experts' rows, the shared expert or the dense MLP."""
         job, config = self.job, self.job.config
         load = Load()
         for unit in (unit for unit in self.units if is_trunk_mlp(unit)):
@@ -342,7 +345,8 @@ class LayerWork:
 
     @property
     def _routed_row(self) -> int:
-        """A token where it enters the MLP: `z`, and the router's choice, int64 and float32."""
+        """Bytes of a token where it enters the MLP: `z`, and the router's choice, int64 and
+        float32."""
         return self.job.row + (12 * self.job.config.num_experts_per_tok if self.is_moe else 0)
 
     def _busiest(self, blocks: int) -> int:

@@ -1,4 +1,4 @@
-"""Bytes and weights of a quantize job's parts: from shapes alone.
+"""Bytes and numbers of weights of a quantize job's parts, from shapes alone.
 
 How a layer is cut is `calibration/units.py`, the job's own. A group of routed experts is counted as
 so many times its first expert: all have its shapes, and are taken to have its schemes.
@@ -91,7 +91,7 @@ def source_scheme(config: ModelConfig) -> Scheme:
 
 @lru_cache(maxsize=256)
 def group_numel(config: ModelConfig, layer: int) -> Mapping[str, int]:
-    """Values of one layer by group; 0 for a group that it lacks."""
+    """Number of values of one layer by group; 0 for a group that it lacks."""
     numel = dict.fromkeys(("attention", "routed_experts", "shared_experts", "dense_mlp"), 0)
     numel |= {"router": 0, "norms": 0}
     for spec in layer_tensors(config, layer):
@@ -101,7 +101,7 @@ def group_numel(config: ModelConfig, layer: int) -> Mapping[str, int]:
 
 @lru_cache(maxsize=256)
 def layer_source_bytes(config: ModelConfig, layer: int) -> tuple[int, int]:
-    """Stored bytes of a source layer: routed experts, and the trunk."""
+    """Stored bytes of a source layer: (routed experts, trunk)."""
     specs = list(layer_tensors(config, layer))
     experts = _source_bytes(config, (spec for spec in specs if spec.expert is not None))
     return experts, _source_bytes(config, (spec for spec in specs if spec.expert is None))

@@ -9,8 +9,7 @@ import pytest
 from support.synthetic import config_dict
 
 from deepseek.config import DEEPSEEK_V3, ModelConfig
-from deepseek.inventory import layer_tensors, linears
-from quant_jobs.calibration.statistics import input_of
+from deepseek.inventory import input_of, layer_tensors, linears
 from quant_jobs.calibration.units import (
     MAX_EXPERT_GROUPS,
     Unit,

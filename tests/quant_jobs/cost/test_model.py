@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,10 @@ def test_more_calibration_than_a_gpu_holds_does_not_fit(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, words.split())
     assert done.exit_code == 1
     assert "Does not fit" in done.stdout
+
+
+def test_a_model_without_moe_layers_is_estimated_too() -> None:
+    dense = replace(DEEPSEEK_V3, first_k_dense_replace=DEEPSEEK_V3.num_hidden_layers)
+    estimate = make_estimate(dense, load_recipe("int4-all-gptq"), 1, tokens=TOKENS)
+    assert 0 < estimate.floor.total < estimate.expected.total
+    assert estimate.fits

@@ -12,9 +12,9 @@ each normalized so that the largest times the least is 1, and takes the ones wit
 error of the output, ||W x - Q(W s) (x / s)||^2, summed over all linears that share them. Then every
 group's range is shrunk to where *its* part of the output errs least.
 
-Only numbers go in and come out: which linears share a scale and what is divided by it is
-`folding.py`, the inputs are `calibrate.InputStatistics`. Sums over linears are float64 and added by
-the caller in the order of the modules, so that no number of workers shows.
+Functions of tensors only: which linears share a scale, and which tensor it divides, is in
+`folding.py`; the inputs are `calibration.statistics.InputStatistics`. Sums over linears are float64
+and added by the caller in the order of the modules, so that the number of workers changes nothing.
 
 N outputs · K inputs · G groups of g inputs · R sampled tokens · A candidates
 """
@@ -40,14 +40,16 @@ from quant_jobs.algorithms.ranges import (
     range_between,
 )
 
+#: Scales that the search tries for one folding group.
+NUM_CANDIDATES = 20
 #: The clip search's shares of the full range, largest first.
 CLIP_SHRINK = tuple((40 - step) / 40 for step in range(21))
 
 
 def weight_means(weight: Tensor, scheme: Scheme) -> tuple[Tensor, int]:
-    """What b is the mean of: (sum f64 [K] over the rows of |W| / its group's largest, their count).
+    """Sum f64 [K] over the rows of |W| / its group's largest, and the number of rows.
 
-    `weight` f32 [N, K]. Of several linears add both, then divide: b = sum / count.
+    `weight` f32 [N, K]. For b of several linears add both, then divide: b = sum / count.
     """
     total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
     for part in chunks(weight):
@@ -58,7 +60,7 @@ def weight_means(weight: Tensor, scheme: Scheme) -> tuple[Tensor, int]:
     return total, len(weight)
 
 
-def candidate_scales(mean_abs_x: Tensor, mean_abs_w: Tensor, num: int = 20) -> Tensor:
+def candidate_scales(mean_abs_x: Tensor, mean_abs_w: Tensor, num: int = NUM_CANDIDATES) -> Tensor:
     """The scales to try, f32 [num, K], from a and b of the module's formula, f32 [K] each.
 
     Row 0 is all ones: plain rounding. Then a^r up to r = 1, then duo scaling from r = 0 to 1.
@@ -127,8 +129,8 @@ def search_clip(weight: Tensor, x: Tensor, scheme: Scheme) -> Range:
                 return (error @ x_GRg.mT).square_().sum(dim=-1)
             return (error @ moments).mul_(error).sum(dim=-1)
 
-        found = least_error(*bounds(part), scheme, CLIP_SHRINK, error_of)
-        return Range(found.scale.T, None if found.zero_point is None else found.zero_point.T)
+        best = least_error(*bounds(part), scheme, CLIP_SHRINK, error_of)
+        return Range(best.scale.T, None if best.zero_point is None else best.zero_point.T)
 
     return by_chunks(grouped(weight, scheme), search)
 
@@ -136,7 +138,7 @@ def search_clip(weight: Tensor, x: Tensor, scheme: Scheme) -> Range:
 def note_fallbacks(
     scale: Tensor, mean_abs_x: Tensor, module: str, layer: int, ledger: Ledger
 ) -> None:
-    """Count the dead channels and the clipped scales of the vector chosen for a set, f32 [K]."""
+    """Note the dead channels and the clipped values of a folding group's chosen scale, f32 [K]."""
     ledger.note("dead_channel", layer, module, int((mean_abs_x == 0).sum()))
     clipped = scale.log2().abs() >= MAX_EXPONENT
     ledger.note("clipped_smoothing", layer, module, int(clipped.sum()))

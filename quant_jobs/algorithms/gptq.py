@@ -1,5 +1,5 @@
-"""GPTQ (arXiv 2210.17323): round one input column at a time, and let those still to come make up
-for its error.
+"""GPTQ (arXiv 2210.17323): rounds one input column at a time, and lets later columns compensate its
+error.
 
 With H = X X^T the Gram matrix of the inputs (damped), and U the upper Cholesky factor of H^-1
 (H^-1 = U^T U), column j of W is rounded to q_j, and its error e = (w_j - q_j) / U_jj is taken out
@@ -10,9 +10,9 @@ the weights as updated by then; a channel's range (INT8) once, before.
 Many weights are solved at once, one batch entry each: the experts of a layer take as many kernel
 launches as one of them does. Entries never touch each other.
 
-Everything is done in place, for the matrices are what a worker's memory has to hold (18,432 inputs:
-1.36 GB): a Gram matrix becomes its factor, beside one more matrix of its size; weights become what
-they are rounded to.
+Everything is done in place, because these matrices are the largest of a worker (18,432 inputs: 1.36
+GB): the factor overwrites the Gram matrix and needs one more matrix of its size; the rounded values
+overwrite the weights.
 
 Deviations from the paper: an input that was never active (a zero on the diagonal) has its weights
 rounded to nearest instead of set to zero, for an expert sees more tokens than calibration showed
@@ -43,9 +43,9 @@ MAX_DAMPING = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """`upper` f32 [K, K] with H^-1 = U^T U of the damped H, its inputs in the order int64 [K] where
-    `act_order` asks for one; the `damping` as it was used, and whether the matrix was given up
-    (`failed`: U is the identity, so rounding is to nearest)."""
+    """The factor of one input: `upper` f32 [K, K] with H^-1 = U^T U of the damped H. With
+    `act_order` its inputs are in the `order` int64 [K]. `damping` is the one that was used.
+    `failed`: H could not be inverted, so U is the identity and rounding is to nearest."""
 
     upper: Tensor
     order: Tensor | None
@@ -63,7 +63,7 @@ class Rounded:
     zero_point: Tensor | None
 
     def split(self, num: int) -> list[Rounded]:
-        """Of linears that were solved stacked along their outputs, each its own."""
+        """The `num` linears that were solved stacked along their outputs, apart again."""
         zero_points: Sequence[Tensor | None] = [None] * num
         if self.zero_point is not None:
             zero_points = [part.contiguous() for part in self.zero_point.chunk(num)]
@@ -89,8 +89,8 @@ def inverse_factor(gram: Tensor, damping: float, *, act_order: bool = False) -> 
 
 
 def _invert(gram: Tensor, damping: float) -> float | None:
-    """Make one matrix [K, K] the upper Cholesky factor of its damped inverse; the damping used.
-    None where that cannot be had: then the matrix is as it was."""
+    """Overwrite a Gram matrix [K, K] with the upper Cholesky factor of its damped inverse. Returns
+    the damping that was used; None if no damping makes it invertible: then it is unchanged."""
     if not bool(largest(gram).isfinite()):
         return None
     diagonal = gram.diagonal()
@@ -155,7 +155,7 @@ def _round_columns(
     size: int,
     scheme: Scheme,
 ) -> Range:
-    """The column loop, in place: `weight` [n, N, K] becomes what it is rounded to; its ranges.
+    """The column loop: rounds `weight` [n, N, K] in place and returns the ranges.
 
     `group` int64 [n, K] is the group of each column. `known` ranges [n, N, K/g], or None: each is
     chosen when its first column is reached.
@@ -201,6 +201,6 @@ def _round_columns(
                 )
     if known is not None:
         return known
-    zero_points = [one.zero_point for one in chosen if one.zero_point is not None]
-    scales = torch.stack([one.scale for one in chosen], dim=-1)
+    zero_points = [ranges.zero_point for ranges in chosen if ranges.zero_point is not None]
+    scales = torch.stack([ranges.scale for ranges in chosen], dim=-1)
     return Range(scales, torch.stack(zero_points, dim=-1) if zero_points else None)

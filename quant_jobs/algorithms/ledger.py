@@ -1,8 +1,8 @@
-"""Fallbacks: what was done in place of what the recipe asked for. Nothing is substituted silently.
+"""Fallbacks: what the job did instead of what the recipe asked for. Every substitution is counted.
 
-Every kind is listed here with its meaning; the counts end in the manifest, the gate holds them
-against the recipe's `max_fallbacks`, the report shows them. Expert coverage is not a fallback: it
-is a measurement, and has its own place in the manifest.
+Every kind is listed here with its meaning. The manifest stores the counts, the gate compares them
+with the recipe's `max_fallbacks`, the report shows them. Expert coverage is not a fallback: it is a
+measurement, and has its own place in the manifest.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ class Ledger:
             )
 
     def extend(self, entries: Iterable[Fallback]) -> None:
+        """Add fallbacks that were counted elsewhere."""
         self._entries.extend(entries)
 
     def entries(self) -> tuple[Fallback, ...]:
-        """All of them, in an order that does not depend on who found them first."""
+        """All fallbacks, in an order that does not depend on the order in which they were noted."""
         return tuple(
             sorted(
                 self._entries,

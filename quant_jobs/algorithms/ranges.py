@@ -1,4 +1,4 @@
-"""Where the range of a group of weights ends: at its maximum, a percentile, or where it errs least.
+"""The range of a group of weights: up to its maximum, a percentile, or the least rounding error.
 
 A group is what shares one scale: `group_size` inputs of one output channel (INT4), or the whole
 channel (INT8). What is chosen here is passed to `deepseek.formats.compress`, which makes the codes.
@@ -57,10 +57,10 @@ def choose_range(weight: Tensor, scheme: Scheme) -> Range:
     Raises:
         CheckpointError: NaN, infinity or magnitudes above 2^126.
     """
-    found = by_chunks(weight.reshape(-1, weight.shape[-1]), lambda part: _choose(part, scheme))
+    flat = by_chunks(weight.reshape(-1, weight.shape[-1]), lambda part: _choose(part, scheme))
     shape = weight.shape[:-1]
-    zero_point = None if found.zero_point is None else found.zero_point.view(shape)
-    return Range(found.scale.view(shape), zero_point)
+    zero_point = None if flat.zero_point is None else flat.zero_point.view(shape)
+    return Range(flat.scale.view(shape), zero_point)
 
 
 def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -147,10 +147,10 @@ def chunks(weight: Tensor) -> Iterator[Tensor]:
 
 
 def by_chunks(weight: Tensor, find: Callable[[Tensor], Range]) -> Range:
-    """`find` on each of `chunks`, put together along the first dimension."""
-    found = [find(part) for part in chunks(weight)]
-    zero_points = [one.zero_point for one in found if one.zero_point is not None]
-    scale = torch.cat([one.scale for one in found])
+    """The ranges that `find` gives for each of `chunks`, joined along the first dimension."""
+    ranges = [find(part) for part in chunks(weight)]
+    zero_points = [part.zero_point for part in ranges if part.zero_point is not None]
+    scale = torch.cat([part.scale for part in ranges])
     return Range(scale, torch.cat(zero_points) if zero_points else None)
 
 

@@ -4,7 +4,7 @@ A linear y = W x is left unchanged by dividing channel j of x by s_j and multipl
 
     s_j = amax(x_j)^a / amax(W_:j)^(1-a)          a = `smoothing` of the recipe, 0.5 by default
 
-The division is folded into whatever makes x (`folding.py`).
+The division is folded into the tensor that makes x (`folding.py`).
 
 Deviation from the paper: s is rounded to a power of two. Dividing BF16 norms and multiplying BF16
 router weights is then exact, so the folded layer computes the same function to the bit and routing
@@ -21,8 +21,8 @@ from quant_jobs.algorithms.ledger import Ledger
 
 
 def column_amax(weight: Tensor) -> Tensor:
-    """The largest magnitude in each column, f32 [K] of a weight f32 [N, K]; unlike abs() without a
-    copy of it."""
+    """The largest magnitude in each column, f32 [K], of a weight f32 [N, K]; unlike abs(), it does
+    not copy the weight."""
     return torch.maximum(-weight.amin(dim=0), weight.amax(dim=0))
 
 

@@ -1,14 +1,14 @@
-"""Step 3, calibrate: what goes into every linear, measured on the calibration blocks.
+"""Step 3, calibrate: statistics of the input of every linear, measured on the calibration blocks.
 
-Statistics are taken per block and added up in the order of the blocks by the one worker that the
-linear belongs to (`units.py`): any number of workers, and any crash in between, gives the same
-bytes. Per distinct input of a layer (gate and up of one expert share theirs):
+Each block has its own statistics; the worker that owns the linear (`units.py`) adds them up in the
+order of the blocks. So the bytes depend neither on the number of workers nor on crashes. Statistics
+of one input (gate and up of one expert read the same one, `deepseek/inventory.py`):
 
     amax      the largest magnitude of each channel (SmoothQuant)
     mean_abs  the mean magnitude of each channel (AWQ)
-    gram      the sum of x x^T (GPTQ's Hessian up to a factor), only where it is asked for
+    gram      the sum of x x^T (GPTQ's Hessian up to a factor), only for GPTQ
     sample    a few tokens, spread evenly over the blocks (output errors, AWQ's searches)
-    tokens    how many tokens came by (expert coverage)
+    tokens    the number of tokens (expert coverage)
 
 R sampled tokens · T tokens of one block · K inputs of the linear
 """
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import CheckpointError
-from deepseek.inventory import input_of as input_of
 
 #: Tokens per linear on which its output error is measured, over all blocks.
 SAMPLE_TOKENS = 256
@@ -33,9 +32,9 @@ _BAND_ELEMENTS = 1 << 22
 
 @dataclass(slots=True)
 class InputStatistics:
-    """What came into one linear, over all tokens: `amax` and `mean_abs` f32 [K] are the largest and
+    """Statistics of one input over all tokens: `amax` and `mean_abs` f32 [K] are the largest and
     the mean magnitude of each channel, `sample` f32 [R, K] some of the tokens, `gram` f32 [K, K]
-    the sum of x x^T (only where GPTQ asks for it)."""
+    the sum of x x^T (only for GPTQ)."""
 
     amax: Tensor
     sample: Tensor
@@ -44,7 +43,7 @@ class InputStatistics:
     gram: Tensor | None = None
 
     def take_gram(self) -> Tensor:
-        """The Gram matrix, for whoever overwrites it: from now on there is none here."""
+        """Transfers ownership of the Gram matrix to the caller; this object no longer holds one."""
         assert self.gram is not None, "no Gram matrix, or taken already"
         gram, self.gram = self.gram, None
         return gram
@@ -52,8 +51,8 @@ class InputStatistics:
 
 @dataclass(frozen=True, slots=True)
 class InputShare:
-    """What one block brought to one linear: `amax` f32 [K], `abs_sum` f64 [K], `sample` f32 [R, K],
-    and the block's rows themselves, f32 [T, K], where the owner needs them for a Gram matrix."""
+    """Statistics of one input over one block: `amax` f32 [K], `abs_sum` f64 [K], `sample` f32
+    [R, K], and the block's `rows` f32 [T, K] where the owner needs them for a Gram matrix."""
 
     amax: Tensor
     abs_sum: Tensor
@@ -62,7 +61,8 @@ class InputShare:
     rows: Tensor | None = None
 
     def check_finite(self, name: str, block: int) -> None:
-        """
+        """Check the activations of block number `block` at the linear `name`.
+
         Raises:
             CheckpointError: an activation is NaN or infinite.
         """
@@ -74,7 +74,7 @@ class InputShare:
 
 
 def rows_per_block(num_rows: int, num_blocks: int) -> int:
-    """How many tokens of one block enter a sample of `num_rows` tokens."""
+    """Number of tokens of one block in a sample of `num_rows` tokens."""
     return math.ceil(num_rows / num_blocks)
 
 
@@ -105,7 +105,7 @@ def _magnitudes(band: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Accumulator:
-    """Adds up one linear's shares, given in block order."""
+    """Adds up the statistics of one input, given block by block in their order."""
 
     def __init__(self, name: str, *, gram: bool) -> None:
         self._name = name
@@ -119,7 +119,8 @@ class Accumulator:
         self._last_block = -1
 
     def add(self, block: int, share: InputShare) -> None:
-        """
+        """Add the statistics of one block.
+
         Raises:
             CheckpointError: an activation is NaN or infinite.
         """
@@ -141,7 +142,7 @@ class Accumulator:
         self._tokens += share.tokens
 
     def finish(self) -> InputStatistics | None:
-        """The statistics; None where no token came by."""
+        """The statistics over all blocks; None if there was no token."""
         if self._amax is None or self._abs_sum is None:
             return None
         return InputStatistics(

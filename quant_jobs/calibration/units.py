@@ -1,12 +1,13 @@
-"""How a layer is cut for sharing: who reads, measures and solves what.
+"""How a layer is shared out among workers: who reads, measures and solves what.
 
-The *trunk* is all that is not a routed expert: attention, norms, router, shared expert or dense
-MLP. One worker reads it and every worker gets a copy, for every worker runs its blocks through it.
-Routed experts are read by their owner alone, so that a cluster reads each byte of a layer once.
+The *trunk* of a layer is everything but the routed experts: attention, norms, router, shared expert
+or dense MLP. One worker reads it and sends every worker a copy, because every worker runs its
+blocks through it. A routed expert is read by its owner alone, so a cluster reads each byte of a
+layer once.
 
-A *unit* is what one worker solves: the linears of the trunk that share an input, one whole MLP, or
-a group of routed experts. Units do not depend on the number of workers; only `share_out`, which
-gives each to somebody, does. Whatever is computed for a unit is therefore the same wherever.
+A *unit* is what one worker solves: the attention linears that share an input, one whole MLP, or a
+group of routed experts. Units do not depend on the number of workers; only `share_out`, which gives
+each unit to a worker, does. So a unit's result is the same whoever solves it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek.config import ModelConfig
-from deepseek.inventory import MLP_ROLES as MLP_ROLES
 from deepseek.inventory import LinearInput, TensorSpec, layer_inputs, layer_tensors
 
 #: A layer's routed experts are cut into at most this many groups. On a GPU GPTQ runs a group as one
 #: batch (8 experts of DeepSeek-V3's 256); more workers than groups find no more work in a layer.
 MAX_EXPERT_GROUPS = 32
+
+#: Calibration blocks go through a layer in waves of so many tokens, or of so many blocks of each
+#: worker where that is more: with fewer, a cluster would wait for the worker whose turn it is.
+WAVE_TOKENS = 1 << 16
+WAVE_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Unit:
         return tuple(module for linear_input in self.inputs for module in linear_input.modules)
 
     @property
-    def blocks(self) -> tuple[str, ...]:
+    def mlps(self) -> tuple[str, ...]:
         """Module names of the MLPs (`model.layers.3.mlp.experts.7`); none in the attention."""
         if self.kind == "attention":
             return ()
@@ -60,8 +65,8 @@ class Unit:
 
     def numbered_mlps(self) -> list[tuple[str, int | None]]:
         """Its MLPs by module name, each with the routed expert's number, or None."""
-        numbers = self.experts or (None,) * len(self.blocks)
-        return list(zip(self.blocks, numbers, strict=True))
+        numbers = self.experts or (None,) * len(self.mlps)
+        return list(zip(self.mlps, numbers, strict=True))
 
 
 def units(config: ModelConfig, layer: int) -> list[Unit]:
@@ -83,16 +88,17 @@ def units(config: ModelConfig, layer: int) -> list[Unit]:
 
 
 def share_out(config: ModelConfig, layer: int, num_workers: int) -> list[list[Unit]]:
-    """The units of each worker: the largest first to whoever has the least."""
-    shares: list[list[Unit]] = [[] for _ in range(num_workers)]
-    load = [0] * num_workers
-    every = units(config, layer)
-    for index in sorted(range(len(every)), key=lambda index: (-every[index].numel, index)):
+    """The units of each worker, in the order of `units`. Shared out largest first, each to the
+    worker with the fewest weights so far."""
+    layer_units = units(config, layer)
+    indices: list[list[int]] = [[] for _ in range(num_workers)]
+    load = [0] * num_workers  # weights of each worker
+    sizes = [unit.numel for unit in layer_units]
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
         worker = load.index(min(load))
-        shares[worker].append(every[index])
-        load[worker] += every[index].numel
-    order = {unit: index for index, unit in enumerate(every)}
-    return [sorted(share, key=order.__getitem__) for share in shares]
+        indices[worker].append(index)
+        load[worker] += sizes[index]
+    return [[layer_units[index] for index in sorted(share)] for share in indices]
 
 
 def trunk_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
@@ -102,10 +108,10 @@ def trunk_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
 
 def expert_specs(config: ModelConfig, layer: int, share: Sequence[Unit]) -> list[TensorSpec]:
     """The tensors of the routed experts of a worker's share."""
-    mine = {expert for unit in share for expert in unit.experts}
-    return [spec for spec in layer_tensors(config, layer) if spec.expert in mine]
+    experts = {expert for unit in share for expert in unit.experts}
+    return [spec for spec in layer_tensors(config, layer) if spec.expert in experts]
 
 
 def trunk_reader(layer: int, num_workers: int) -> int:
-    """The worker that reads the trunk: each in its turn."""
+    """The worker that reads the trunk: workers take turns, layer by layer."""
     return layer % num_workers

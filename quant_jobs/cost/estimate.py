@@ -70,7 +70,7 @@ def make_estimate(
     block_tokens: int = BLOCK_TOKENS,
     storage: float = STORAGE,
 ) -> Estimate:
-    """`storage` in bytes per second of one node, reads and writes together.
+    """Estimate one job. `storage` is bytes per second of one node, reads and writes together.
 
     Raises:
         DeployError: a number is out of range.
@@ -92,7 +92,7 @@ def make_estimate(
 
 Change = Callable[[Job, Rates], tuple[Job, Rates]]
 
-#: In the order in which they are put on top of each other. None of them is built.
+#: Changes in the order in which they are put on top of each other. None of them is built.
 LEVERS: tuple[tuple[str, Change], ...] = (
     (
         "activations travel as BF16 (changes results: to be judged)",
@@ -119,11 +119,10 @@ LEVERS: tuple[tuple[str, Change], ...] = (
 )
 
 
-def with_levers(estimate: Estimate, names: int | str) -> JobTime:
-    """The expected time with the first `names` levers, or with the one of that name alone."""
+def with_levers(estimate: Estimate, count: int) -> JobTime:
+    """The expected time with the first `count` levers."""
     job, rates = estimate.job, expected_rates(estimate.storage)
-    chosen = LEVERS[:names] if isinstance(names, int) else [o for o in LEVERS if o[0] == names]
-    for _, change in chosen:
+    for _, change in LEVERS[:count]:
         job, rates = change(job, rates)
     return job_time(job, rates)
 
@@ -132,7 +131,7 @@ def with_levers(estimate: Estimate, names: int | str) -> JobTime:
 
 
 def as_json(estimate: Estimate, model: str) -> dict[str, Any]:
-    """What `estimate --json` prints. Seconds and bytes."""
+    """The JSON object that `estimate --json` prints: seconds and bytes."""
     job = estimate.job
     host, store, gpu = peak_bytes(estimate.uses)
     written, boundaries = bytes_written(job)
@@ -165,7 +164,7 @@ def as_json(estimate: Estimate, model: str) -> dict[str, Any]:
 
 
 def print_estimate(estimate: Estimate, model: str) -> None:
-    """Two tables, then one sentence per fact, on stdout."""
+    """Print two tables, then one sentence per fact, on stdout."""
     console = Console()
     job = estimate.job
     title = (
@@ -180,6 +179,7 @@ def print_estimate(estimate: Estimate, model: str) -> None:
 
 
 def sentences(estimate: Estimate) -> list[str]:
+    """Time, memory and status of an estimate, a sentence or two each."""
     host, store, gpu = peak_bytes(estimate.uses)
     limit = estimate.expected.limit
     most = largest_calibration(estimate.job)
@@ -222,6 +222,7 @@ def _memory(estimate: Estimate) -> Table:
 
 
 def sizes(use: Use) -> tuple[int, int, int]:
+    """Bytes of (processes of a node, its object store, a GPU)."""
     return use.host, use.store, use.gpu
 
 

@@ -1,11 +1,11 @@
-"""What quantizing a whole model takes, on paper: seconds, bytes and memory.
+"""Estimates what quantizing a whole model takes: seconds, bytes and memory.
 
-Arithmetic, no measurement: `work.py` counts what the schedule asks for, `rates.py` says how
-fast it is served and where each figure comes from. The schedule, per layer (`quant_jobs/quantize`):
+Arithmetic, no measurement: `work.py` and `layer.py` count the work of the schedule, `rates.py` has
+the rates and where each comes from. The schedule of a layer (`quant_jobs/job/layer_run.py`):
 
-    attend -> wait for the layer before to be written -> solve -> carry
-    beside them: the next layer is read; this one is written, from its solving on, and so is what
-    comes out of it, as it is carried
+    attend -> wait until the layer before is written -> solve -> carry
+    meanwhile: the next layer is read; this layer is written once it is solved, and its boundary
+    (the activations that the next layer starts from) as it is carried
 
 so a layer takes max(read, storage, solve + max(attend + carry, write + boundary)). Within a step
 the slowest worker counts, and the parts of its work are added up: products, elementwise kernels,
@@ -17,14 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from quant_jobs.cost.layer import LayerWork
+from quant_jobs.cost.layer import LayerWork, num_grams
 from quant_jobs.cost.rates import GPU, Rates
 from quant_jobs.cost.shapes import (
     F32,
+    counted_inputs,
+    layer_linears,
     layer_output_bytes,
     layer_source_bytes,
+    layer_units,
     source_bytes,
-    units,
     untouched_bytes,
 )
 from quant_jobs.cost.work import Job, Section, Step
@@ -34,7 +36,7 @@ PHASES = (
     *("read", "forward A", "statistics", "solve", "forward B", "exchange", "calls"),
     *("boundary", "write"),
 )
-#: Those that follow each other.
+#: Phases that follow each other; the others run meanwhile.
 COMPUTE = PHASES[1:-2]
 SECTIONS: tuple[Section, ...] = ("attend", "solve", "carry")
 
@@ -56,8 +58,11 @@ class LayerTime:
 
 @dataclass(frozen=True, slots=True)
 class JobTime:
-    """Seconds of a whole job. `carried`: embeddings, head and MTP layer, copied by the driver while
-    the workers start; `exposed`: the first layer's read and the last one's write."""
+    """Seconds of a whole job.
+
+    `carried` is the copying of embeddings, head and MTP layer, which the driver does while the
+    workers start; `exposed` is the first layer's read and the last one's write: nothing hides them.
+    """
 
     layers: tuple[LayerTime, ...]
     start: float
@@ -69,19 +74,21 @@ class JobTime:
 
     @property
     def total(self) -> float:
-        layers = sum(one.seconds for one in self.layers)
+        layers = sum(layer.seconds for layer in self.layers)
         return max(self.start, self.carried) + self.exposed + layers
 
     def phase(self, name: str) -> float:
-        """Of all layers, hidden or not."""
-        return sum(one.phases[name] for one in self.layers)
+        """Seconds of one phase in all layers, hidden or not."""
+        return sum(layer.phases[name] for layer in self.layers)
 
     @property
     def limit(self) -> str:
-        """What most of the time goes to: reading or writing where they hide the rest, else the
-        longest phase of the compute."""
-        hidden = [o for o in self.layers if o.seconds > 1.001 * sum(o.sections.values())]
-        if len(hidden) * 2 > len(self.layers):
+        """Phase that most of the time goes to: reading or writing where they hide the rest, else
+        the longest phase of the compute."""
+        storage_bound = [
+            layer for layer in self.layers if layer.seconds > 1.001 * sum(layer.sections.values())
+        ]
+        if len(storage_bound) * 2 > len(self.layers):
             return max(("read", "boundary", "write"), key=self.phase)
         return max(COMPUTE, key=self.phase)
 
@@ -92,8 +99,8 @@ def job_time(job: Job, rates: Rates) -> JobTime:
     layers = []
     last = job.config.num_hidden_layers - 1
     for layer in range(last + 1):
-        linears = (spec for unit in units(job.config, layer) for spec in unit.linears)
-        kind = layer == last, tuple((spec.shape, job.scheme(spec)) for spec in linears)
+        linears = layer_linears(job.config, layer)
+        kind = layer == last, tuple((spec.shape, job.scheme(spec)) for spec, _ in linears)
         if kind not in kinds:
             kinds[kind] = layer_time(job, rates, layer)
         layers.append(kinds[kind])
@@ -121,39 +128,41 @@ def layer_time(job: Job, rates: Rates, layer: int) -> LayerTime:
 
 
 def _step_seconds(step: Step, rates: Rates) -> dict[str, float]:
-    """Of all repeats: the busiest worker's seconds by phase, the network's, and the calls'."""
-    best: dict[str, float] = {}
+    """Seconds of all repeats: the busiest worker's by phase, the network's, and the calls'."""
+    busiest: dict[str, float] = {}
     for worker in step.workers:
-        found: dict[str, float] = {"exchange": 0.0}
+        phases: dict[str, float] = {"exchange": 0.0}
         for phase, load in worker.items():
-            found[phase] = rates.compute(load)
-            found["exchange"] += rates.copies(load)
-        if sum(found.values()) >= sum(best.values()):
-            best = found
-    best["exchange"] += step.fabric / rates.network
-    best["calls"] = step.rounds * rates.call
-    return {name: seconds * step.repeat for name, seconds in best.items()}
+            phases[phase] = rates.compute(load)
+            phases["exchange"] += rates.copies(load)
+        if sum(phases.values()) >= sum(busiest.values()):
+            busiest = phases
+    busiest["exchange"] += step.fabric / rates.network
+    busiest["calls"] = step.rounds * rates.call
+    return {name: seconds * step.repeat for name, seconds in busiest.items()}
 
 
 def _read_seconds(job: Job, rates: Rates, layer: int) -> float:
-    """The trunk's reader: its share of the experts too. Digests follow in the same thread."""
+    """Seconds of the worker that reads the trunk and its share of the experts; the same thread
+    digests them."""
     experts, trunk = layer_source_bytes(job.config, layer)
     own = trunk
     if experts:
-        owned = max(sum(unit.experts for unit in share) for share in LayerWork(job, layer).shares)
+        shares = LayerWork(job, layer).shares
+        owned = max(sum(len(unit.experts) for unit in share) for share in shares)
         own += experts * owned // job.config.n_routed_experts
     return (experts / job.nodes + trunk) / rates.storage + own / rates.read_digest
 
 
 def _write_seconds(job: Job, rates: Rates, layer: int) -> float:
-    """One worker writes the layer, digesting as it goes; what others solved on other nodes comes
-    over the network."""
+    """Seconds of the one worker that writes the layer and digests it; what was solved on other
+    nodes comes over the network."""
     size = layer_output_bytes(job.config, job.scheme, layer)
     return size * (1 / rates.storage + 1 / rates.write_digest + job.remote / rates.network)
 
 
 def _boundary_bytes(job: Job) -> float:
-    """Of one node."""
+    """Bytes of one boundary that one node writes."""
     return job.activation_bytes / job.nodes
 
 
@@ -166,14 +175,14 @@ def _boundary_seconds(job: Job, rates: Rates) -> float:
 
 
 def _storage_bytes(job: Job, layer: int) -> float:
-    """Through the storage of the node that reads the trunk or writes the layer."""
+    """Bytes through the storage of the node that reads the trunk or writes the layer."""
     experts, trunk = layer_source_bytes(job.config, layer)
     written = layer_output_bytes(job.config, job.scheme, layer)
     return experts / job.nodes + trunk + written + _boundary_bytes(job)
 
 
 def bytes_read(job: Job) -> int:
-    """From storage by the whole cluster: every stored byte once."""
+    """Bytes that the whole cluster reads from storage: every stored byte once."""
     return source_bytes(job.config)
 
 
@@ -190,8 +199,8 @@ def bytes_written(job: Job) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One thing held where memory is fullest: bytes in the processes of one node, in its object
-    store, and on one GPU."""
+    """Memory of one purpose, in bytes: in the processes of one node (`host`), in its object store,
+    and on one GPU, where each is fullest."""
 
     name: str
     host: int = 0
@@ -200,14 +209,16 @@ class Use:
 
 
 def memory_use(job: Job) -> list[Use]:
-    """A MoE layer: the host while it is carried through, a GPU while it is solved."""
-    config, layer = job.config, job.config.first_k_dense_replace
+    """Memory of the first MoE layer (the last layer where none is): of the host while blocks are
+    carried through it, of a GPU while it is solved."""
+    config = job.config
+    layer = min(config.first_k_dense_replace, config.num_hidden_layers - 1)
     experts, trunk = layer_source_bytes(config, layer)
     out = layer_output_bytes(config, job.scheme, layer)
     own = job.activation_bytes // job.nodes
     waves = min(2 * job.waves[0][0] * job.block_tokens, job.tokens)  # two are under way at a time
     rows = waves * config.num_experts_per_tok * job.row
-    group = max(units(config, layer), key=lambda unit: unit.numel)
+    group = max(layer_units(config, layer), key=lambda unit: unit.numel)
     grams = _gram_bytes(job, layer)
     heads = config.num_attention_heads * job.block_tokens**2 * F32
     reserved = int(GPU.memory_bytes * (1 - GPU.usable_fraction))
@@ -227,21 +238,20 @@ def memory_use(job: Job) -> list[Use]:
 
 
 def _gram_bytes(job: Job, layer: int) -> int:
-    """The largest unit's, float32."""
+    """Bytes of the float32 Gram matrices of the unit that has most."""
     sizes = [0]
-    for unit in units(job.config, layer):
+    for unit in layer_units(job.config, layer):
         size = 0
-        for readers in unit.inputs:
-            if any(job.algorithm(spec) == "gptq" for spec in readers):
-                shared = unit.experts and job.sees_all and readers[0].role != "down_proj"
-                size += readers[0].shape[1] ** 2 * F32 * (1 if shared else unit.copies)
+        for counted in counted_inputs(unit):
+            if any(job.algorithm(spec) == "gptq" for spec in counted.readers):
+                size += counted.width**2 * F32 * num_grams(job, unit, counted)
         sizes.append(size)
     return max(sizes)
 
 
 def peak_bytes(uses: Iterable[Use]) -> tuple[int, int, int]:
-    """(processes of one node, its object store, one GPU). On a GPU, attention is over before what
-    enters the MLP is brought there to solve."""
+    """Peak bytes of (the processes of one node, its object store, one GPU). On a GPU, attention
+    ends before the MLP's inputs are brought there to solve."""
     uses = list(uses)
     scores = sum(use.gpu for use in uses if use.name.startswith("attention scores"))
     reserved = sum(use.gpu for use in uses if use.name.startswith("CUDA"))

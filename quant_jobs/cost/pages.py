@@ -103,8 +103,8 @@ def quantize_page() -> str:
         "| input | value | unit | kind | where from |",
         "|---|---:|---|---|---|",
         *(
-            f"| {one.name} | {one.value:.4g} | {one.unit} | {one.source} | {one.where} |"
-            for one in inputs().values()
+            f"| {entry.name} | {entry.value:.4g} | {entry.unit} | {entry.source} | {entry.where} |"
+            for entry in inputs().values()
         ),
         "",
         "## Held against a run",
@@ -116,15 +116,15 @@ def quantize_page() -> str:
 
 
 def _held_against(checks: dict[str, Any] | None) -> list[str]:
-    """What `bench/job_model.py --save` found; of runs on a CPU."""
-    told = (
+    """Predicted and measured seconds of the CPU runs of `bench/job_model.py --save`."""
+    method = (
         "`python bench/job_model.py` runs jobs on one CPU worker and predicts them with the rates "
         "of `bench/pieces.py` on the same machine, in CPU seconds."
     )
     if checks is None:
-        return [f"{told} It has not been run since the pieces were measured."]
+        return [f"{method} It has not been run since the pieces were measured."]
     lines = [
-        f"{told} {checks['shape']}. This tests what is counted and the schedule's work; not the "
+        f"{method} {checks['shape']}. This tests what is counted and the schedule's work; not the "
         "overlap, Ray, the network, or anything of a GPU.",
         "",
         "| recipe, seconds predicted / measured | read | attend | solve | carry | write | together "
@@ -132,15 +132,15 @@ def _held_against(checks: dict[str, Any] | None) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     ratios = []
-    for one in checks["runs"]:
-        both = [one[kind] for kind in ("predicted", "measured")]
-        pairs = list(zip(*(one_kind.values() for one_kind in both), strict=True))
-        pairs.append((sum(both[0].values()), sum(both[1].values())))
+    for run in checks["runs"]:
+        predicted, measured = run["predicted"], run["measured"]
+        pairs = list(zip(predicted.values(), measured.values(), strict=True))
+        pairs.append((sum(predicted.values()), sum(measured.values())))
         ratios.append(pairs[-1][0] / pairs[-1][1])
         cells = " | ".join(f"{p:.1f} / {m:.1f}" for p, m in pairs)
-        equal = one["bytes_read"] == one["predicted_bytes_read"]
-        read = f"{one['bytes_read']:,}, {'as predicted' if equal else 'NOT as predicted'}"
-        lines.append(f"| `{one['recipe']}` | {cells} | {read} |")
+        equal = run["bytes_read"] == run["predicted_bytes_read"]
+        read = f"{run['bytes_read']:,}, {'as predicted' if equal else 'NOT as predicted'}"
+        lines.append(f"| `{run['recipe']}` | {cells} | {read} |")
     return [
         *lines,
         "",
@@ -170,14 +170,16 @@ def _against_moe_quant(gptq: Estimate) -> str:
 
 
 def _phase_row(name: str, estimates: list[Estimate]) -> str:
-    cells = [minutes(time.phase(name)) for one in estimates for time in (one.floor, one.expected)]
+    times = (time for estimate in estimates for time in (estimate.floor, estimate.expected))
+    cells = [minutes(time.phase(name)) for time in times]
     return f"| {name} | {' | '.join(cells)} |"
 
 
 def _lever_rows(estimates: list[Estimate]) -> list[str]:
-    rows = [f"| as it is | {' | '.join(minutes(one.expected.total) for one in estimates)} |"]
+    expected = [minutes(estimate.expected.total) for estimate in estimates]
+    rows = [f"| as it is | {' | '.join(expected)} |"]
     for number, (name, _) in enumerate(LEVERS, 1):
-        times = [minutes(with_levers(one, number).total) for one in estimates]
+        times = [minutes(with_levers(estimate, number).total) for estimate in estimates]
         rows.append(f"| {name} | {' | '.join(times)} |")
     return rows
 

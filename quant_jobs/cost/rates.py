@@ -3,8 +3,8 @@
 Two sets for a GPU node. `peak_rates`: the hardware's peaks and no overhead; no job of this schedule
 is faster. `expected_rates`: fractions of the peaks that were measured on a CPU and are carried over
 as a hypothesis, that were published, or that are assumed; `inputs()` says which is which. A third,
-`machine_rates`, is what `bench/pieces.py` found on the machine it ran on, with one thread: with it
-the estimate can be held against a real run (`bench/job_model.py`).
+`machine_rates`, is what `bench/pieces.py` measured on its own machine, with one thread;
+`bench/job_model.py` compares the estimate with a real run by it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GPU = GPUS["H800-80GB"]
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One number that the estimate believes, and why."""
+    """One number of the estimate: its value, unit, and where it comes from."""
 
     name: str
     value: float
@@ -36,16 +36,16 @@ class Input:
 @lru_cache
 def inputs() -> dict[str, Input]:
     """Every number besides shapes and counted work, by name."""
-    found = pieces()
-    fraction, rate = found["fractions"], found["rates"]
+    measured = pieces()
+    fraction, rate = measured["fractions"], measured["rates"]
     here = "bench/pieces.py on a CPU"
     carried = f"{here}; carried to the GPU as a hypothesis"
     sheet = "NVIDIA data sheet of the H100 SXM; the H800 differs in NVLink and FP64 only"
     unpinned = "what comes from the object store is pageable memory; pinned copies reach 50"
     tcp = "Ray over TCP, large objects: ray#42632 saw 45 Gb/s, and 0.3 GB/s before tuning"
     return {
-        one.name: one
-        for one in (
+        entry.name: entry
+        for entry in (
             Input("float32 peak", 67e12, "FLOP/s", "published", sheet),
             Input("HBM", GPU.memory_bandwidth, "B/s", "published", "cluster/hardware.py"),
             Input("PCIe peak", 64e9, "B/s", "published", "Gen5 x16, one direction"),
@@ -69,8 +69,8 @@ def inputs() -> dict[str, Input]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Of one worker unless said otherwise: FLOP/s, bytes/s, and seconds for `launch` (a kernel),
-    `call` (a round of calls) and `start`."""
+    """Rates of one worker unless said otherwise: FLOP/s, bytes/s, and seconds for `launch` (a
+    kernel), `call` (a round of calls) and `start`."""
 
     matmul: float
     gram: float
@@ -98,7 +98,7 @@ class Rates:
 
 def peak_rates(storage: float = STORAGE) -> Rates:
     """The hardware's peaks, no overheads. `storage` in bytes per second and node."""
-    value = {name: one.value for name, one in inputs().items()}
+    value = {name: entry.value for name, entry in inputs().items()}
     return Rates(
         matmul=value["float32 peak"],
         gram=value["float32 peak"],
@@ -118,7 +118,7 @@ def peak_rates(storage: float = STORAGE) -> Rates:
 
 def expected_rates(storage: float = STORAGE) -> Rates:
     """Peaks times the fractions of `inputs()`, and overheads."""
-    value = {name: one.value for name, one in inputs().items()}
+    value = {name: entry.value for name, entry in inputs().items()}
     matmul = value["float32 peak"] * value["matmul"]
     return Rates(
         matmul=matmul,
@@ -137,9 +137,10 @@ def expected_rates(storage: float = STORAGE) -> Rates:
     )
 
 
-def machine_rates(found: Mapping[str, Any], start: float) -> Rates:
-    """The machine that `bench/pieces.py` ran on, one CPU worker: nothing is carried over."""
-    peak, fraction, rate = found["peaks"], found["fractions"], found["rates"]
+def machine_rates(measured: Mapping[str, Any], start: float) -> Rates:
+    """Rates of one CPU worker of the machine that `bench/pieces.py` ran on (`measured` is its
+    output); no hypothesis is in them."""
+    peak, fraction, rate = measured["peaks"], measured["fractions"], measured["rates"]
     matmul = peak["matmul"] * 1e9
     return Rates(
         matmul=matmul,

@@ -1,121 +1,107 @@
-"""How a layer is cut for a quantize job, and the bytes of its parts: from shapes alone.
+"""Bytes and numbers of weights of a quantize job's parts, from shapes alone.
 
-Restates `calibration/units.py` with what the estimate needs of it; a test holds the two equal.
+How a layer is cut is `calibration/units.py`, the job's own. A group of routed experts is counted as
+so many times its first expert: all have its shapes, and are taken to have its schemes.
 
 D hidden · I intermediate · K inputs of a linear
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 from deepseek.config import ModelConfig
 from deepseek.formats import stored_bytes
-from deepseek.inventory import TensorSpec, global_tensors, layer_tensors, linears
+from deepseek.inventory import LinearInput, TensorSpec, global_tensors, layer_tensors
 from deepseek.recipe import Scheme
+from quant_jobs.calibration.units import Unit, share_out, units
 
-#: A layer's routed experts are cut into at most this many groups.
-EXPERT_GROUPS = 32
+#: Bytes of a float32 value.
 F32 = 4
 
-_ATTENTION = (("q_a_proj", "kv_a_proj_with_mqa"), ("q_b_proj",), ("kv_b_proj",), ("o_proj",))
 
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What one worker solves: linears of the attention that share an input, or an MLP (gate, up,
-    down). A group of routed experts is the linears of its first one, `experts` in number."""
-
-    kind: Literal["attention", "mlp"]
-    linears: tuple[TensorSpec, ...]
-    experts: int = 0
-
-    @property
-    def copies(self) -> int:
-        return max(self.experts, 1)
-
-    @property
-    def numel(self) -> int:
-        return self.copies * sum(spec.numel for spec in self.linears)
-
-    @property
-    def is_trunk_mlp(self) -> bool:
-        """The shared expert, or the MLP of a dense layer."""
-        return self.kind == "mlp" and not self.experts
-
-    @property
-    def inputs(self) -> tuple[tuple[TensorSpec, ...], ...]:
-        """The linears by the input that they read: gate and up share theirs."""
-        return (self.linears,) if self.kind == "attention" else (self.linears[:2], self.linears[2:])
+@lru_cache(maxsize=256)
+def layer_units(config: ModelConfig, layer: int) -> tuple[Unit, ...]:
+    """The units of one decoder layer; kept, because every estimate asks for the same ones."""
+    return tuple(units(config, layer))
 
 
 @lru_cache(maxsize=256)
-def units(config: ModelConfig, layer: int) -> tuple[Unit, ...]:
-    """All units of one decoder layer, in a fixed order."""
-    every = linears(config, layer)
-    trunk = [spec for spec in every if spec.expert is None]
-    found = [
-        Unit("attention", tuple(spec for spec in trunk if spec.role in roles))
-        for roles in _ATTENTION
-    ]
-    found.append(Unit("mlp", tuple(spec for spec in trunk if spec.group != "attention")))
-    if config.is_moe(layer):
-        routed: dict[int, list[TensorSpec]] = {}
-        for spec in every:
-            if spec.expert is not None:
-                routed.setdefault(spec.expert, []).append(spec)
-        size = -(-config.n_routed_experts // EXPERT_GROUPS)
-        for first in range(0, config.n_routed_experts, size):
-            count = min(size, config.n_routed_experts - first)
-            found.append(Unit("mlp", tuple(routed[first]), count))
-    return tuple(found)
+def layer_shares(config: ModelConfig, layer: int, num_workers: int) -> tuple[tuple[Unit, ...], ...]:
+    """The units of each worker, as the job shares them out; kept likewise."""
+    return tuple(tuple(share) for share in share_out(config, layer, num_workers))
 
 
-def share_out(config: ModelConfig, layer: int, num_workers: int) -> list[list[Unit]]:
-    """The units of each worker: the largest first to whoever has the least."""
-    shares: list[list[Unit]] = [[] for _ in range(num_workers)]
-    load = [0] * num_workers
-    for unit in sorted(units(config, layer), key=lambda unit: -unit.numel):
-        worker = load.index(min(load))
-        shares[worker].append(unit)
-        load[worker] += unit.numel
-    return shares
+def num_copies(unit: Unit) -> int:
+    """How many times the unit's first MLP (or its attention linears) is counted."""
+    return max(len(unit.experts), 1)
 
 
-def wanted_together(
+def counted_inputs(unit: Unit) -> tuple[LinearInput, ...]:
+    """The inputs of the unit's first MLP, or of its attention linears."""
+    first = unit.inputs[0].expert
+    return tuple(counted for counted in unit.inputs if counted.expert == first)
+
+
+def counted_linears(unit: Unit) -> tuple[TensorSpec, ...]:
+    """The linears of the unit's first MLP (gate, up, down), or of the attention."""
+    return tuple(spec for counted in counted_inputs(unit) for spec in counted.readers)
+
+
+@lru_cache(maxsize=256)
+def layer_linears(config: ModelConfig, layer: int) -> tuple[tuple[TensorSpec, int], ...]:
+    """The counted linears of one decoder layer, each with its number of copies."""
+    return tuple(
+        (spec, num_copies(unit))
+        for unit in layer_units(config, layer)
+        for spec in counted_linears(unit)
+    )
+
+
+def is_trunk_mlp(unit: Unit) -> bool:
+    """Whether the unit is the shared expert, or the MLP of a dense layer."""
+    return unit.kind == "mlp" and not unit.experts
+
+
+def mlp_scale_algorithm(
     config: ModelConfig, scheme: Callable[[TensorSpec], Scheme], layer: int
 ) -> Literal["smoothquant", "awq"] | None:
-    """What finds the scale that all readers of a MoE layer's MLP input share; None where the recipe
-    wants none. AWQ leaves it out when one of them is not AWQ's."""
+    """The algorithm of the smoothing scale that all readers of a MoE layer's MLP input share; None
+    where the recipe asks for none. AWQ leaves it out when one of them is not AWQ's."""
     if not config.is_moe(layer):
         return None
-    asked = {
+    algorithms = {
         scheme(spec).algorithm
-        for unit in units(config, layer)
+        for unit in layer_units(config, layer)
         if unit.kind == "mlp"
-        for spec in unit.linears[:2]
+        for spec in counted_inputs(unit)[0].readers
     }
-    if asked == {"awq"}:
+    if algorithms == {"awq"}:
         return "awq"
-    return "smoothquant" if asked == {"smoothquant"} else None
+    return "smoothquant" if algorithms == {"smoothquant"} else None
+
+
+def source_scheme(config: ModelConfig) -> Scheme:
+    """The scheme of every linear in the source checkpoint."""
+    return Scheme(weights="fp8-block" if config.weight_block_size else "bf16")
 
 
 @lru_cache(maxsize=256)
-def group_numel(config: ModelConfig, layer: int) -> dict[str, int]:
-    """Values of one layer by group; 0 for a group that it lacks."""
-    found = dict.fromkeys(("attention", "routed_experts", "shared_experts", "dense_mlp"), 0)
-    found |= {"router": 0, "norms": 0}
+def group_numel(config: ModelConfig, layer: int) -> Mapping[str, int]:
+    """Number of values of one layer by group; 0 for a group that it lacks."""
+    numel = dict.fromkeys(("attention", "routed_experts", "shared_experts", "dense_mlp"), 0)
+    numel |= {"router": 0, "norms": 0}
     for spec in layer_tensors(config, layer):
-        found[spec.group] += spec.numel
-    return found
+        numel[spec.group] += spec.numel
+    return MappingProxyType(numel)
 
 
 @lru_cache(maxsize=256)
 def layer_source_bytes(config: ModelConfig, layer: int) -> tuple[int, int]:
-    """Stored bytes of a source layer: routed experts, and the trunk."""
+    """Stored bytes of a source layer: (routed experts, trunk)."""
     specs = list(layer_tensors(config, layer))
     experts = _source_bytes(config, (spec for spec in specs if spec.expert is not None))
     return experts, _source_bytes(config, (spec for spec in specs if spec.expert is None))
@@ -127,15 +113,14 @@ def layer_output_bytes(
     """Bytes of the tensors of a quantized layer; its file has a header besides."""
     high = (_high_bytes(spec) for spec in layer_tensors(config, layer) if spec.kind != "linear")
     return sum(high) + sum(
-        unit.copies * stored_bytes(scheme(spec), spec.shape[0], spec.shape[1])
-        for unit in units(config, layer)
-        for spec in unit.linears
+        copies * stored_bytes(scheme(spec), spec.shape[0], spec.shape[1])
+        for spec, copies in layer_linears(config, layer)
     )
 
 
 @lru_cache(maxsize=16)
 def untouched_bytes(config: ModelConfig) -> int:
-    """What is carried through as it is: embeddings, final norm, head, MTP layers."""
+    """Bytes of what the job copies unchanged: embeddings, final norm, head, MTP layers."""
     mtp = range(config.num_hidden_layers, config.num_layers_with_mtp)
     specs = [*global_tensors(config), *(s for layer in mtp for s in layer_tensors(config, layer))]
     return _source_bytes(config, specs)
@@ -148,9 +133,9 @@ def source_bytes(config: ModelConfig) -> int:
 
 
 def _source_bytes(config: ModelConfig, specs: Iterable[TensorSpec]) -> int:
-    native = Scheme(weights="fp8-block" if config.weight_block_size else "bf16")
+    scheme = source_scheme(config)
     return sum(
-        stored_bytes(native, spec.shape[0], spec.shape[1])
+        stored_bytes(scheme, spec.shape[0], spec.shape[1])
         if spec.kind == "linear"
         else _high_bytes(spec)
         for spec in specs

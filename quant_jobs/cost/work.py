@@ -1,4 +1,5 @@
-"""What an estimate of a quantize job counts: the job, loads of workers, steps that are waited for.
+"""What an estimate of a quantize job counts: the job, the loads of its workers, and the steps that
+the driver waits for.
 
 No rate is in here (`rates.py`), and no schedule (`layer.py`).
 
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from cluster.hardware import GPUS_PER_NODE
@@ -19,14 +21,9 @@ from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.inventory import TensorSpec
 from deepseek.recipe import Recipe, Scheme
+from quant_jobs.calibration.units import WAVE_BLOCKS, WAVE_TOKENS, Unit
 from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS
-from quant_jobs.cost.shapes import F32, Unit
-
-#: Restated from `quant_jobs` (which this package may not import); a test holds them equal.
-WAVE_TOKENS = 1 << 16
-WAVE_BLOCKS = 4
-SAMPLE_TOKENS = 256
-AWQ_CANDIDATES = 20
+from quant_jobs.cost.shapes import F32, counted_inputs, layer_linears, source_scheme
 
 PIECES = Path(__file__).with_name("pieces.json")
 
@@ -37,14 +34,18 @@ Phase = Literal["forward A", "statistics", "solve", "forward B"]
 @lru_cache
 def pieces() -> dict[str, Any]:
     """What `bench/pieces.py --save` measured and counted, with date and machine."""
-    found: dict[str, Any] = json.loads(PIECES.read_text(encoding="utf-8"))
-    return found
+    measured: dict[str, Any] = json.loads(PIECES.read_text(encoding="utf-8"))
+    return measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One quantize job on `nodes` of `per_node` workers. `row_bytes`, the size of an exchanged or
-    stored activation, is what the code has now; another value answers what a change would bring."""
+    """One quantize job on `nodes` nodes of `per_node` workers.
+
+    `imbalance` is the busiest expert group's tokens over the mean. `row_bytes`, the size of one
+    value of an exchanged or stored activation, is the code's own by default; another value says
+    what a change would gain.
+    """
 
     config: ModelConfig
     recipe: Recipe
@@ -74,10 +75,7 @@ class Job:
         return self.tokens // self.block_tokens
 
     def scheme(self, spec: TensorSpec) -> Scheme:
-        """Of one linear, `source` made concrete."""
-        if spec.module not in self._schemes:
-            found = self.recipe.scheme_for(spec)
-            self._schemes[spec.module] = self._native if found.weights == "source" else found
+        """Scheme of one counted linear (`shapes.counted_linears`), `source` made concrete."""
         return self._schemes[spec.module]
 
     def gram(self, tokens: float, width: int, additions: float) -> Load:
@@ -87,12 +85,8 @@ class Job:
         return Load(gram=2 * tokens * width**2, moved=moved, launches=2 * additions)
 
     @cached_property
-    def _schemes(self) -> dict[str, Scheme]:
-        return _known_schemes(self.recipe, self.config)
-
-    @cached_property
-    def _native(self) -> Scheme:
-        return Scheme(weights="fp8-block" if self.config.weight_block_size else "bf16")
+    def _schemes(self) -> Mapping[str, Scheme]:
+        return _counted_schemes(self.recipe, self.config)
 
     @property
     def sees_all(self) -> bool:
@@ -101,7 +95,7 @@ class Job:
 
     @property
     def remote(self) -> float:
-        """Share of what all workers send that a node gets from others."""
+        """Share of what all workers send to a node that comes from other nodes."""
         return (self.nodes - 1) / self.nodes
 
     @property
@@ -111,7 +105,7 @@ class Job:
 
     @property
     def activation_bytes(self) -> int:
-        """Of all tokens at one layer boundary."""
+        """Bytes of all tokens at one layer boundary."""
         return self.num_blocks * self.block_tokens * self.row
 
     @cached_property
@@ -122,20 +116,29 @@ class Job:
         return tuple(pair for pair in ((size, full), (rest, 1 if rest else 0)) if pair[1])
 
     def algorithm(self, spec: TensorSpec) -> str:
+        """The algorithm that solves one counted linear."""
         return self.scheme(spec).algorithm
 
 
 @lru_cache(maxsize=8)
-def _known_schemes(recipe: Recipe, config: ModelConfig) -> dict[str, Scheme]:
-    """By module, as far as anybody has asked; for all jobs of one recipe."""
-    return {}
+def _counted_schemes(recipe: Recipe, config: ModelConfig) -> Mapping[str, Scheme]:
+    """Scheme of every counted linear by module name, `source` made concrete; kept for all jobs of
+    one recipe. `Recipe.resolve` would take ten times as long, for every expert, and refuse recipes
+    of which an estimate can be made."""
+    as_source = source_scheme(config)
+    schemes = {}
+    for layer in range(config.num_hidden_layers):
+        for spec, _ in layer_linears(config, layer):
+            scheme = recipe.scheme_for(spec)
+            schemes[spec.module] = as_source if scheme.weights == "source" else scheme
+    return MappingProxyType(schemes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What one worker does: FLOPs of large products, of Gram matrices, and of Cholesky factors and
-    inverses; bytes moved by elementwise kernels; kernels; bytes over PCIe; bytes put into the
-    node's object store."""
+    """Work of one worker: FLOPs of large products (`matmul`), of Gram matrices (`gram`), and of
+    Cholesky factors and inverses (`factor`); bytes moved by elementwise kernels (`moved`); kernels
+    started (`launches`); bytes over PCIe (`pcie`) and into the node's object store (`put`)."""
 
     matmul: float = 0.0
     gram: float = 0.0
@@ -152,13 +155,16 @@ class Load:
         return Load(**{name: count * getattr(self, name) for name in _WORK})
 
 
-_WORK = tuple(one.name for one in fields(Load))
+_WORK = tuple(field.name for field in fields(Load))
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Something that the driver waits for `repeat` times: the loads of the workers that differ, by
-    phase, the bytes that come into the fullest node, and the rounds of calls that it takes."""
+    """A step that the driver waits for `repeat` times.
+
+    `workers` are the loads by phase of the workers that differ, `fabric` the bytes that come into
+    the busiest node over the network, `rounds` the rounds of calls.
+    """
 
     section: Section
     workers: list[Mapping[Phase, Load]]
@@ -168,22 +174,23 @@ class Step:
 
 
 def per_weight(name: str, numel: float) -> Load:
-    """A counted piece on so many weights. Its kernels are few for large weights: not counted."""
-    one = pieces()["work"][name]
-    share = numel / one["weights"]
-    return Load(matmul=one["flops"] * share, moved=one["bytes"] * share)
+    """Load of one counted piece (by its name in `pieces.json`) on `numel` weights. Its kernels are
+    few for large weights, and are not counted."""
+    piece = pieces()["work"][name]
+    share = numel / piece["weights"]
+    return Load(matmul=piece["flops"] * share, moved=piece["bytes"] * share)
 
 
 def observed(tokens: float, width: int) -> Load:
-    """Magnitudes of an input, their largest and their sum."""
+    """Load of taking an input's magnitudes, their largest and their sum per channel."""
     return Load(moved=16 * tokens * width)
 
 
 def gates(share: Iterable[Unit]) -> Iterator[tuple[Unit, TensorSpec]]:
-    """gate and up of the MLPs among these units."""
+    """gate and up of the first MLP of each MLP unit, with their unit."""
     for unit in share:
         if unit.kind == "mlp":
-            yield from ((unit, spec) for spec in unit.linears[:2])
+            yield from ((unit, spec) for spec in counted_inputs(unit)[0].readers)
 
 
 def factor(width: int) -> Load:
@@ -192,15 +199,18 @@ def factor(width: int) -> Load:
 
 
 def column_loop(rows: int, width: int, batch: int, searches: int) -> Load:
-    """GPTQ's column loop over `batch` weights [rows, width] at once. Behind each block of columns
-    all later ones are updated: rows * width^2 FLOPs in all. On its way it searches `searches` times
-    for the range of a group: kernels only here, for `per_weight` has their work."""
+    """GPTQ's column loop over `batch` weights [rows, width] at once.
+
+    After each block of columns all later columns are updated: rows * width^2 FLOPs in all. The loop
+    searches the range of a group `searches` times; only the kernels of a search are counted here,
+    its other work is counted by `per_weight`.
+    """
     work = pieces()["work"]
-    one, search = work["gptq"], work["mse_clip"]
+    loop, search = work["gptq"], work["mse_clip"]
     numel = rows * width * batch
-    launches = one["launches"] / one["columns"] * width + width / 128 * batch
+    launches = loop["launches"] / loop["columns"] * width + width / 128 * batch
     return Load(
         matmul=rows * width**2 * batch,
-        moved=one["bytes"] / one["weights"] * numel,
+        moved=loop["bytes"] / loop["weights"] * numel,
         launches=launches + search["launches"] * searches,
     )

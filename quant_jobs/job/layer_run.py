@@ -36,15 +36,10 @@ from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing, 
 from quant_jobs.algorithms.input_scales import share_input_scales
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.scaling import WeightStatistics, choose_scale
-from quant_jobs.calibration.units import share_out, trunk_reader
+from quant_jobs.calibration.units import WAVE_BLOCKS, WAVE_TOKENS, share_out, trunk_reader
 from quant_jobs.workers.boundary import boundary_files
 from quant_jobs.workers.messages import SolveSummary
 from quant_jobs.workers.protocol import Workers
-
-#: Tokens of a wave, and blocks of each worker in it where that is more: with fewer, a cluster would
-#: wait for the worker whose turn it is.
-WAVE_TOKENS = 1 << 16
-WAVE_BLOCKS = 4
 
 
 @dataclass(slots=True)

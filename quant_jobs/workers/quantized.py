@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from deepseek.formats import RoundInput, decompress, input_rounding, stored_shapes
-from deepseek.inventory import layer_tensors
+from deepseek.inventory import MLP_ROLES, layer_tensors
 from quant_jobs.calibration.forward import (
     ExpertOutputs,
     ExpertOutputsByBlock,
@@ -26,7 +26,7 @@ from quant_jobs.calibration.forward import (
     Trunk,
     run_expert,
 )
-from quant_jobs.calibration.units import MLP_ROLES, Unit, expert_specs, trunk_specs
+from quant_jobs.calibration.units import Unit, expert_specs, trunk_specs
 from quant_jobs.workers.context import LayerContext
 from quant_jobs.workers.messages import in_block_order
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deepseek.inventory import MLP_ROLES
 from deepseek.recipe import Recipe, Scheme
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
@@ -30,7 +31,7 @@ from quant_jobs.algorithms.linear import solve_linear
 from quant_jobs.algorithms.scaling import choose_scale, weight_statistics
 from quant_jobs.calibration.measuring import LayerInputs, MlpInput
 from quant_jobs.calibration.statistics import InputStatistics
-from quant_jobs.calibration.units import MLP_ROLES, Unit
+from quant_jobs.calibration.units import Unit
 from quant_jobs.workers.messages import SolveSummary, Tensors
 
 

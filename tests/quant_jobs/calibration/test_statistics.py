@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import CheckpointError
+from deepseek.inventory import input_of
 from quant_jobs.calibration.statistics import (
     SAMPLE_TOKENS,
     Accumulator,
     InputStatistics,
-    input_of,
     observe,
     rows_per_block,
     spread,

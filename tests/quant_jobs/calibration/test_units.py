@@ -9,8 +9,7 @@ import pytest
 from support.synthetic import config_dict
 
 from deepseek.config import DEEPSEEK_V3, ModelConfig
-from deepseek.inventory import layer_tensors, linears
-from quant_jobs.calibration.statistics import input_of
+from deepseek.inventory import input_of, layer_tensors, linears
 from quant_jobs.calibration.units import (
     MAX_EXPERT_GROUPS,
     Unit,
@@ -58,13 +57,13 @@ def test_what_is_cut_no_further_stays_together(name: str) -> None:
         for unit in units(config, layer):
             if unit.kind == "attention":
                 assert len({input_of(module) for module in unit.modules}) == 1
-                assert (unit.blocks, unit.experts) == ((), ())
+                assert (unit.mlps, unit.experts) == ((), ())
                 continue
-            assert [module.rpartition(".")[0] for module in unit.modules[::3]] == list(unit.blocks)
+            assert [module.rpartition(".")[0] for module in unit.modules[::3]] == list(unit.mlps)
             roles = [module.rpartition(".")[2] for module in unit.modules]
-            assert roles == ["gate_proj", "up_proj", "down_proj"] * len(unit.blocks)
+            assert roles == ["gate_proj", "up_proj", "down_proj"] * len(unit.mlps)
             if unit.experts:
-                numbers = [int(block.rpartition(".")[2]) for block in unit.blocks]
+                numbers = [int(block.rpartition(".")[2]) for block in unit.mlps]
                 assert numbers == list(unit.experts)
     experts = [e for unit in units(config, config.first_k_dense_replace) for e in unit.experts]
     assert experts == list(range(config.n_routed_experts))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,43 +14,13 @@ from deepseek.errors import DeployError
 from deepseek.inventory import tensors
 from deepseek.recipe import load_recipe
 from quant_jobs.__main__ import app
-from quant_jobs.algorithms.awq import candidate_scales
-from quant_jobs.calibration import statistics as calibrate
-from quant_jobs.calibration import units
-from quant_jobs.cost import shapes as job_shapes
+from quant_jobs.calibration.statistics import SAMPLE_TOKENS
 from quant_jobs.cost.estimate import LEVERS, make_estimate, with_levers
 from quant_jobs.cost.layer import LayerWork
 from quant_jobs.cost.model import bytes_read, peak_bytes
-from quant_jobs.cost.work import AWQ_CANDIDATES, SAMPLE_TOKENS, WAVE_BLOCKS, WAVE_TOKENS, Job
-from quant_jobs.job import layer_run
+from quant_jobs.cost.work import Job
 
 TOKENS = 64 * 4096
-
-
-def test_restated_constants_are_those_of_the_job() -> None:
-    import torch
-
-    assert WAVE_TOKENS == layer_run.WAVE_TOKENS
-    assert WAVE_BLOCKS == layer_run.WAVE_BLOCKS
-    assert SAMPLE_TOKENS == calibrate.SAMPLE_TOKENS
-    assert len(candidate_scales(torch.ones(8), torch.ones(8))) == AWQ_CANDIDATES
-
-
-@pytest.mark.parametrize("layer", [0, 3])
-@pytest.mark.parametrize("workers", [1, 3, 8, 16, 32])
-def test_units_are_shared_out_as_the_job_does(layer: int, workers: int) -> None:
-    def seen(shares: list[list[Any]]) -> list[list[tuple[str, int, int]]]:
-        return [
-            sorted(
-                (unit.kind, unit.numel, len(one) if isinstance(one := unit.experts, tuple) else one)
-                for unit in share
-            )
-            for share in shares
-        ]
-
-    restated = job_shapes.share_out(DEEPSEEK_V3, layer, workers)
-    assert seen(restated) == seen(units.share_out(DEEPSEEK_V3, layer, workers))
-    assert job_shapes.EXPERT_GROUPS == units.MAX_EXPERT_GROUPS
 
 
 def test_gptq_of_one_layer_costs_what_its_formulas_say() -> None:
@@ -153,3 +123,10 @@ def test_more_calibration_than_a_gpu_holds_does_not_fit(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, words.split())
     assert done.exit_code == 1
     assert "Does not fit" in done.stdout
+
+
+def test_a_model_without_moe_layers_is_estimated_too() -> None:
+    dense = replace(DEEPSEEK_V3, first_k_dense_replace=DEEPSEEK_V3.num_hidden_layers)
+    estimate = make_estimate(dense, load_recipe("int4-all-gptq"), 1, tokens=TOKENS)
+    assert 0 < estimate.floor.total < estimate.expected.total
+    assert estimate.fits

@@ -16,7 +16,7 @@ from torch import Tensor
 from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError
 from deepseek.formats import compress, decompress
-from deepseek.inventory import layer_tensors, linears
+from deepseek.inventory import MLP_ROLES, input_of, layer_tensors, linears
 from deepseek.recipe import Recipe, Scheme, load_recipe
 from deepseek.source.checkpoint import SourceTensor, scale_name
 from quant_jobs.algorithms.awq import scale_losses
@@ -42,11 +42,10 @@ from quant_jobs.calibration.forward import (
 from quant_jobs.calibration.statistics import (
     Accumulator,
     InputStatistics,
-    input_of,
     observe,
     rows_per_block,
 )
-from quant_jobs.calibration.units import MLP_ROLES, Unit, share_out, units
+from quant_jobs.calibration.units import Unit, share_out, units
 from quant_jobs.workers.context import LayerContext
 from quant_jobs.workers.messages import AttentionShare, SolveSummary, Tensors
 from quant_jobs.workers.original import OriginalLayer
@@ -576,7 +575,7 @@ def test_one_input_is_inverted_once_for_all_that_damp_it_alike(
     solve(one, a_recipe(GPTQ), units(one.config, MOE)[:1])
     assert inverted == [256]
     inverted.clear()
-    solve(one, a_recipe(GPTQ, policy="all"), [u for u in units(one.config, MOE) if u.blocks])
+    solve(one, a_recipe(GPTQ, policy="all"), [u for u in units(one.config, MOE) if u.mlps])
     hidden_size, intermediate = one.config.hidden_size, one.config.moe_intermediate_size
     assert sorted(inverted) == sorted([*[intermediate] * 9, hidden_size])
 

@@ -62,6 +62,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_engine_answers_as_its_artifact_decompressed_in_transformers(
     recipe: str, tiny_model: Path, base: Path

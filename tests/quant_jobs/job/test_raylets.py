@@ -41,6 +41,8 @@ from support.raylets import Raylets
 from deepseek.errors import CheckpointError
 from quant_jobs.workers.pool import is_loss
 
+pytestmark = pytest.mark.ray
+
 #: Files that an undisturbed run of the model on three workers brings forth: 10 layer files, 10
 #: parts, and one file of each worker for each of 7 boundaries.
 NUM_MARKS = 41
@@ -80,7 +82,7 @@ POOL = """
 import sys, time
 from ray.util import placement_group_table
 from cluster.connect import connect
-from quant_jobs.pool import WorkerPool
+from quant_jobs.workers.pool import WorkerPool
 
 answers, sys.stdout = sys.stdout, sys.stderr  # Ray says there what it thinks of dead nodes
 with connect(), WorkerPool(2) as pool:

@@ -36,6 +36,7 @@ def quantize(small: SmallModel, recipe: str, output: Path, workers: int) -> dict
     return contents(output)
 
 
+@pytest.mark.ray
 def test_it_writes_the_bytes_of_a_worker_on_ray(small: SmallModel, tmp_path: Path) -> None:
     for recipe in ("int4-gptq", "w4a8"):
         here = quantize(small, recipe, tmp_path / f"{recipe}-here", 0)
@@ -44,6 +45,7 @@ def test_it_writes_the_bytes_of_a_worker_on_ray(small: SmallModel, tmp_path: Pat
     assert report["num_workers"] == report["num_nodes"] == len(report["workers"]) == 1
 
 
+@pytest.mark.heavy
 def test_the_command_does_not_even_import_ray(
     small: SmallModel, tmp_path: Path, root: Path
 ) -> None:
@@ -86,6 +88,7 @@ class Noting(WorkerHere):
         return noted
 
 
+@pytest.mark.heavy
 def test_it_writes_a_layer_beside_its_other_calls(small: SmallModel, tmp_path: Path) -> None:
     job = plan_job(small.directory, small_recipe("int8"), small.text, tmp_path / "out")
     with JobFolder(job.output, job.fingerprint) as folder, Noting() as here:
@@ -108,6 +111,7 @@ def test_what_went_wrong_beside_the_other_calls_is_raised_when_it_is_asked_for()
             here.gather([reference])
 
 
+@pytest.mark.heavy
 def test_it_leaves_torch_and_the_process_as_they_were(small: SmallModel, tmp_path: Path) -> None:
     def state() -> tuple[int, int, int]:
         mode = torch.get_deterministic_debug_mode()

@@ -15,6 +15,7 @@ import torch
 import yaml
 from support.quantizing import SmallModel, contents, make_small_model, small_recipe
 
+from cluster.connect import connect
 from deepseek.errors import ArtifactError
 from quant_jobs.job.driver import Run
 from quant_jobs.job.folder import JobFolder
@@ -38,9 +39,10 @@ def quantize(small: SmallModel, recipe: str, output: Path, workers: int) -> dict
 
 @pytest.mark.ray
 def test_it_writes_the_bytes_of_a_worker_on_ray(small: SmallModel, tmp_path: Path) -> None:
-    for recipe in ("int4-gptq", "w4a8"):
-        here = quantize(small, recipe, tmp_path / f"{recipe}-here", 0)
-        assert quantize(small, recipe, tmp_path / f"{recipe}-ray", 1) == here
+    with connect(num_cpus=1):  # one Ray for both
+        for recipe in ("int4-gptq", "w4a8"):
+            here = quantize(small, recipe, tmp_path / f"{recipe}-here", 0)
+            assert quantize(small, recipe, tmp_path / f"{recipe}-ray", 1) == here
     report = json.loads((tmp_path / "w4a8-here" / REPORT_FILE).read_text())
     assert report["num_workers"] == report["num_nodes"] == len(report["workers"]) == 1
 

@@ -1,13 +1,16 @@
 # Two commands matter: `make demo` and `make test`. Both make the environment (.venv) first.
+# While you work: `make quick`. What CI does not run: `make slow`, `make interop`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Ray reports usage to its vendor unless told not to; a build should talk to nobody.
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
+# Two test processes. They share out whole files, so that a Ray of a module is started once.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types unit slow bench clean
+.PHONY: help env demo test quick lint types unit slow interop bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -33,10 +36,17 @@ types: env ## mypy, strict, on the four packages
 	$(BIN)/mypy
 
 unit: env ## the tests of the default run (CPU, no `slow`)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not interop"
+
+quick: env ## the tests that need no Ray, no browser and no second each: within a minute
+	$(BIN)/python -m pytest $(PARALLEL) \
+		-m "not ray and not heavy and not browser and not slow and not gpu and not interop"
 
 slow: env ## the long tests: kill matrices, soak
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+interop: env ## our artifacts in other projects' tools, each in an environment of its own
+	$(BIN)/python -m pytest -m "interop and not gpu"
 
 bench: env ## regenerate the figures of docs/benchmarks.md
 	$(BIN)/python bench/run_all.py

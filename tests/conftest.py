@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
 
 # Before anything imports Ray or torch: no usage reports, and no thread oversubscription on the
 # two cores that tests share with the Ray processes they start.
@@ -16,6 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+#: What RAY_ADDRESS says while a test without the `ray` marker runs: no address of a Ray.
+NO_RAY = "this test is not marked ray"
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +39,50 @@ def tiny_model() -> Path:
     return ROOT / "examples" / "tiny-deepseek-v3"
 
 
+def pytest_configure() -> None:
+    """Give this process's Rays a folder of their own. Its name is short, because Ray's sockets lie
+    below it and a socket's path holds at most 107 bytes."""
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ.pop("RAY_TMPDIR"), ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Without the `ray` marker, neither a test nor a process that it starts connects to a Ray or
+    starts one by `cluster.connect`. `test_house.py` sees to those that import Ray themselves."""
+    if item.get_closest_marker("ray"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", NO_RAY)
+        return (yield)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:
+    """Share out whole files; those that ask for the one Serve instance go to one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFixtures(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = super()._split_scope(nodeid)
+            return "serve" if "serve_url:" in (ROOT / path).read_text("utf-8") else path
+
+    return ByFixtures(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where there is no CUDA device."""
+    """Put what needs a Ray first, so that no process is left with a long file at the end, and of
+    that the Serve instance last, which stays for the session; and skip `gpu` tests where there is
+    no CUDA device."""
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("ray") is None,
+            "serve_url" in getattr(item, "fixturenames", ()),
+        )
+    )
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

@@ -65,3 +65,51 @@ def test_every_module_says_what_it_is(root: Path) -> None:
             text = source.read_text(encoding="utf-8")
             if text.strip():
                 assert ast.get_docstring(ast.parse(text)), f"{source.relative_to(root)}: docstring"
+
+
+def module_names(source: Path) -> set[str]:
+    """Full names of the modules that a file may import, also inside functions; of
+    `from a import b` both `a` and `a.b`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def uses_ray(source: Path, root: Path) -> bool:
+    """Whether a test file reaches Ray by what it imports, or asks for the shared Serve instance.
+
+    Support modules are followed. Of our own packages only what starts a Ray or workers on one
+    counts: most of the others import Ray too, when asked to."""
+    names = module_names(source)
+    if any(name.partition(".")[0] == "ray" for name in names):
+        return True
+    if names & {"cluster.connect", "quant_jobs.workers.pool", "serve_app.local"}:
+        return True
+    support = root / "tests"
+    files = [support / f"{name.replace('.', '/')}.py" for name in names if name[:8] == "support."]
+    if any(uses_ray(file, root) for file in files if file.exists()):
+        return True
+    return "serve_url:" in source.read_text(encoding="utf-8")
+
+
+def test_a_test_file_that_uses_ray_says_so(root: Path) -> None:
+    """So that `make quick`, which leaves out what is marked `ray`, never starts one. This file
+    itself only looks at what happens without the marker."""
+    sources = sorted((root / "tests").rglob("test_*.py"))
+    reaching = [path for path in sources if uses_ray(path, root) and path != Path(__file__)]
+    assert len(reaching) > 5
+    for source in reaching:
+        marked = "pytest.mark.ray" in source.read_text(encoding="utf-8")
+        assert marked, f"{source.relative_to(root)} uses Ray and marks no test as `ray`"
+
+
+def test_a_test_without_the_marker_cannot_connect_to_a_ray() -> None:
+    from cluster.connect import connect
+    from deepseek.errors import DeployError
+
+    with pytest.raises(DeployError, match="no Ray answers at 'this test is not marked ray'"):
+        connect(num_cpus=1)

@@ -61,6 +61,7 @@ def token_ids(tiny_model: Path) -> Tensor:
     return torch.tensor(tokenizer(text)["input_ids"][:NUM_TOKENS])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("recipe", TOLERANCE)
 def test_compressed_tensors_and_transformers_alone_give_the_engines_logits(
     recipe: str, tiny_model: Path, base: Path, token_ids: Tensor

@@ -21,6 +21,7 @@ def executed_block(readme: str) -> str:
     return marked.group(1)
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_readme_steps_run_as_written(root: Path, tmp_path: Path) -> None:
     """Run in a copy that shares the sources, so that the checkout's runs/ stays untouched."""

@@ -16,12 +16,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from cluster.connect import Placement, connect, engine_placement, worker_placement
 from deepseek.errors import DeployError
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch):
     """This process is connected to none, and none is named."""
-    if ray.is_initialized():
-        pytest.skip("another test's Ray is still connected")
+    assert not ray.is_initialized(), "another test's Ray is still connected"
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 

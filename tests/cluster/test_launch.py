@@ -15,6 +15,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config import ServeConfig
 
+pytestmark = pytest.mark.ray
+
 MANIFESTS = ("raycluster.yaml", "rayjob-quantize.yaml", "rayservice.yaml")
 
 

@@ -9,6 +9,7 @@ import pytest
 from cluster.pages import PAGES
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_is_up_to_date(page: str, root: Path) -> None:
     found = (root / "docs" / page).read_text(encoding="utf-8")

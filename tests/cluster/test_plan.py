@@ -122,6 +122,7 @@ def test_the_json_keys_are_frozen() -> None:
     assert loaded == pytest.approx(answer["weights_gb"], abs=0.01)
 
 
+@pytest.mark.heavy
 def test_the_command_runs_as_a_user_runs_it(tiny_model: Path, tmp_path: Path) -> None:
     """The real process: no error on stdout, one line on stderr, exit code 2 for a mistake."""
 

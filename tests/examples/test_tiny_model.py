@@ -179,6 +179,7 @@ def test_yarn_reaches_the_attention_scale(
     assert rotary.inv_freq[-1].item() == pytest.approx(slowest / 4)  # slow: stretched fourfold
 
 
+@pytest.mark.heavy
 def test_held_out_text_is_five_times_less_surprising_than_to_a_unigram(
     tiny_model: Path, model: DeepseekV3ForCausalLM
 ) -> None:

@@ -14,6 +14,13 @@ import pytest
 from support.chain import Chain, Ended
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever asks for `chain` first waits for all of it."""
+    for item in items:
+        if "chain" in getattr(item, "fixturenames", ()):
+            item.add_marker("heavy")
+
+
 @pytest.fixture(scope="session")
 def chain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """int8-weight-only, built and evaluated on 5 x 512 tokens. Read it; write into `fresh`."""

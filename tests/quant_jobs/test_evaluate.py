@@ -26,6 +26,7 @@ from quant_jobs.evaluation.tokens import read_tokens
 SHORT = Settings(num_blocks=2, block_tokens=64, decode_tokens=0)
 
 
+@pytest.mark.heavy
 def test_the_source_does_not_differ_from_itself(tiny_model: Path, tmp_path: Path) -> None:
     run_build(tiny_model, "embedded", 1, tmp_path / "engine")
     result = run_evaluate(

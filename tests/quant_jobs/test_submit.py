@@ -416,6 +416,7 @@ def submit_as_process(
     )
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_job_that_was_killed_is_submitted_again_resumes_and_writes_the_same_bytes(
     head: Head, tmp_path: Path, root: Path
@@ -464,13 +465,14 @@ def _mark() -> None:
     import json, os
     from pathlib import Path
     place = Path(__file__).resolve()
-    said = {{"place": str(place), "beside": sorted(os.listdir(place.parent.parent))}}
+    said = {{"place": str(place), "beside": sorted(os.listdir(place.parents[2]))}}
     Path({folder!r}, str(os.getpid())).write_text(json.dumps(said))
 
 _mark()
 """
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_job_runs_from_the_working_directory_that_was_sent_along(
     head: Head, tmp_path: Path, root: Path
@@ -481,7 +483,7 @@ def test_a_job_runs_from_the_working_directory_that_was_sent_along(
     for package in ("deepseek", "cluster", "quant_jobs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(root / package, tree / package, ignore=ignored)
-    with (tree / "quant_jobs" / "actor.py").open("a") as file:
+    with (tree / "quant_jobs" / "workers" / "actor.py").open("a") as file:
         file.write(MARK.format(folder=str(marks)))
 
     ended = submit_as_process(
@@ -498,6 +500,7 @@ def test_a_job_runs_from_the_working_directory_that_was_sent_along(
     assert contents(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_tree_is_refused_here_where_the_job_server_would_refuse_it(
     head: Head, tmp_path: Path, root: Path

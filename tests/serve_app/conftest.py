@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import pytest
-
-# Ray 2.60 defines pydantic fields in a way that pydantic 2.14 deprecates; it warns once, at import.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from ray import serve
 from support.otlp import OtlpReceiver
 from support.ports import free_port
 
@@ -28,6 +22,8 @@ def otlp() -> Iterator[OtlpReceiver]:
 @pytest.fixture(scope="session")
 def serve_url() -> Iterator[str]:
     """Base URL of a running Serve instance; tests deploy applications under their own prefixes."""
+    from ray import serve
+
     port = free_port()
     with connect(num_cpus=4):  # logical: replicas ask for fractions, and most of them are idle
         serve.start(

@@ -30,6 +30,7 @@ def assert_mistake(done: subprocess.CompletedProcess[str], says: str) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.heavy
 def test_a_port_in_use_is_one_sentence_before_anything_starts(root: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -47,6 +48,7 @@ def test_an_unknown_setting_is_one_sentence(root: Path, tmp_path: Path) -> None:
     assert_mistake(done, "unknown key 'colour'")
 
 
+@pytest.mark.heavy
 def test_a_directory_that_is_no_engine_is_one_sentence(root: Path, tmp_path: Path) -> None:
     done = run_cli(root, "--engine", str(tmp_path), "--port", str(free_port()))
     assert_mistake(done, str(tmp_path))
@@ -72,6 +74,7 @@ def processes_of_session(session: int) -> list[str]:
     return [command for command in commands if command]
 
 
+@pytest.mark.ray
 def test_it_prints_one_url_serves_and_leaves_nothing_behind(root: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "serve_app", "--echo", "--port", str(port)]
@@ -101,6 +104,7 @@ def test_it_prints_one_url_serves_and_leaves_nothing_behind(root: Path) -> None:
         httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
 
 
+@pytest.mark.heavy
 def test_an_ungated_engine_is_refused_in_one_sentence(
     root: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

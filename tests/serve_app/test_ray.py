@@ -24,6 +24,8 @@ from serve_app.config import EchoOptions, ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import Event, GenerateRequest, Tokens
 
+pytestmark = pytest.mark.ray
+
 CHAT: dict[str, Any] = {"model": "echo", "messages": [{"role": "user", "content": "hello there"}]}
 SAID = "user: hello there"
 

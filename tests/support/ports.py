@@ -1,9 +1,25 @@
-"""Ports of this machine for servers that tests start."""
+"""Ports of this machine for servers that tests start.
+
+They lie below the range from which the kernel gives ports away by itself and above the ports of
+Ray's workers. Each process begins at a place of its own, so that two that ask at the same moment,
+as two workers of pytest-xdist do, are not given the same port.
+"""
 
 from __future__ import annotations
 
+import itertools
+import os
 import socket
 from contextlib import ExitStack
+
+FIRST, PORTS_PER_PROCESS, NUM_PROCESSES = 20_000, 40, 300
+
+_ports = itertools.cycle(
+    range(
+        FIRST + os.getpid() % NUM_PROCESSES * PORTS_PER_PROCESS,
+        FIRST + (os.getpid() % NUM_PROCESSES + 1) * PORTS_PER_PROCESS,
+    )
+)
 
 
 def free_port() -> int:
@@ -12,9 +28,21 @@ def free_port() -> int:
 
 
 def free_ports(number: int) -> list[int]:
-    """Several, all different."""
+    """Several, all different.
+
+    Raises:
+        OSError: this process's ports are all taken.
+    """
+    ports: list[int] = []
     with ExitStack() as stack:
-        held = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in held]
+        for port in itertools.islice(_ports, PORTS_PER_PROCESS):
+            server = stack.enter_context(socket.socket())
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                server.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            ports.append(port)
+            if len(ports) == number:
+                return ports
+    raise OSError(f"of {PORTS_PER_PROCESS} ports only {len(ports)} are free")

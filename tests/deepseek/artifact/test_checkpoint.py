@@ -52,6 +52,7 @@ def read_all(reader: ArtifactReader) -> dict[str, torch.Tensor]:
     return found | reader.read_globals()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("fp8", [True, False])
 def test_reading_an_artifact_uses_every_tensor_exactly_once(

@@ -157,6 +157,7 @@ def deepseek_v3_int4() -> dict[str, Any]:
     return config
 
 
+@pytest.mark.heavy
 def test_deepseek_v3s_own_int4_config_is_short_enough_to_read(
     deepseek_v3_int4: dict[str, Any],
 ) -> None:

@@ -40,6 +40,7 @@ def some_text(tiny_model: Path, count: int) -> list[int]:
     return load_tokenizer(tiny_model).encode(text[: 8 * count]).ids[:count]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_logits_have_the_same_bits_in_chunks_of_any_size(
     recipe: str | None, tiny_model: Path, base: Path
@@ -54,6 +55,7 @@ def test_logits_have_the_same_bits_in_chunks_of_any_size(
         assert torch.equal(chunked.score(ids[:count]), logits[:count]), f"{recipe=} {size=}"
 
 
+@pytest.mark.heavy
 def test_logits_have_the_same_bits_on_two_threads_whatever_the_chunks(
     tiny_model: Path, restored_threads: None
 ) -> None:
@@ -67,6 +69,7 @@ def test_logits_have_the_same_bits_on_two_threads_whatever_the_chunks(
     assert torch.equal(*logits)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("recipe", [None, "int8", "int4-asym"])
 def test_greedy_tokens_are_the_same_alone_batched_chunked_and_preempted(
     recipe: str | None, tiny_model: Path, base: Path

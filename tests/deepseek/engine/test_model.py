@@ -44,6 +44,7 @@ def token_kl(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kv_cache", MAX_LOGIT_ERROR)
 def test_logits_match_transformers_also_beyond_the_original_context(
     kv_cache: str, tiny_model: Path, text_ids: torch.Tensor
@@ -60,6 +61,7 @@ def test_logits_match_transformers_also_beyond_the_original_context(
         assert kl.mean() < MAX_MEAN_KL[kv_cache], figures
 
 
+@pytest.mark.heavy
 def test_greedy_tokens_are_those_of_transformers_generate(
     tiny_model: Path, text_ids: torch.Tensor
 ) -> None:

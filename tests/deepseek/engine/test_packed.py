@@ -60,6 +60,7 @@ def engine_dir(tiny_model: Path, base: Path, tmp_path: Path) -> Path:
     return copy
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_engine_answers_as_its_artifact_decompressed_in_transformers(
     recipe: str, tiny_model: Path, base: Path

@@ -174,6 +174,7 @@ def test_a_request_aborted_before_it_ran_still_gets_its_final_output(engine: LLM
     assert engine.step() == []
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("seed", range(2))
 def test_any_mix_of_finish_abort_and_preemption_gives_every_page_back(
     seed: int, tiny_model: Path

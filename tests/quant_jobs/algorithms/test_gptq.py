@@ -276,6 +276,7 @@ def test_a_factor_takes_one_matrix_beside_its_own(act_order: bool) -> None:
     assert gram.nbytes <= taken < 1.02 * gram.nbytes
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["int4-g128", "int4-g32-order"])
 def test_rounding_takes_a_few_columns_beside_the_weight(name: str) -> None:
     scheme = scheme_of(name)

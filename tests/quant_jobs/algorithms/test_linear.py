@@ -84,6 +84,7 @@ def assert_same_but_for_ties(found: Tensor, wanted: Tensor, weight: Tensor, step
     assert tie.float().mean() < 0.1
 
 
+@pytest.mark.heavy
 def test_the_amax_of_rows_and_groups_is_modelopts() -> None:
     weight = a_source().dequantize()
     by_group = _amax(weight, INT4)
@@ -257,6 +258,7 @@ def test_a_weight_of_zeros_errs_by_nothing() -> None:
     assert [entry.count for entry in ledger.entries()] == [192, 96]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("smoothed", [False, True], ids=["plain", "smoothed"])
 @pytest.mark.parametrize(
     "scheme",

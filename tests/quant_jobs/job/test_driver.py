@@ -44,6 +44,8 @@ from quant_jobs.workers.messages import SolveSummary, Usage
 from quant_jobs.workers.pool import WorkerPool
 from quant_jobs.workers.protocol import Workers, WorkersLost
 
+pytestmark = pytest.mark.ray
+
 #: Every algorithm and every format.
 RECIPES = (
     *("int8", "int4", "int4-all", "int8-smoothquant", "int8-asym", "int4-asym"),

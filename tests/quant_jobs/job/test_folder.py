@@ -49,6 +49,7 @@ def test_a_second_run_takes_up_what_the_first_published(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / ".job").exists()
 
 
+@pytest.mark.heavy
 def test_another_driver_is_refused_while_the_lock_is_held_and_not_after(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from quant_jobs.job.folder import JobFolder\n"

@@ -41,6 +41,8 @@ from support.raylets import Raylets
 from deepseek.errors import CheckpointError
 from quant_jobs.workers.pool import is_loss
 
+pytestmark = pytest.mark.ray
+
 #: Files that an undisturbed run of the model on three workers brings forth: 10 layer files, 10
 #: parts, and one file of each worker for each of 7 boundaries.
 NUM_MARKS = 41
@@ -58,16 +60,29 @@ def cluster() -> Iterator[Raylets]:
         yield raylets
 
 
+@pytest.fixture(scope="module")
+def shared_pair() -> Iterator[Raylets]:
+    with Raylets(2) as raylets:
+        yield raylets
+
+
+@pytest.fixture
+def pair(shared_pair: Raylets) -> Raylets:
+    """Two nodes, whatever became of those of the test before."""
+    while shared_pair.num_nodes < 2:
+        shared_pair.add_node()
+    return shared_pair
+
+
 @pytest.mark.timeout(900)
 def test_a_raylet_killed_in_the_middle_costs_no_byte_and_the_job_goes_on_with_those_left(
-    model: SmallModel, tmp_path: Path
+    pair: Raylets, model: SmallModel, tmp_path: Path
 ) -> None:
     plan = Plan(0, "int4-gptq", (Kill("raylet", 0.3, 0.0),), rejoin_s=None)
     expected = reference(model, recipe_of(plan.recipe), tmp_path / "reference")
-    with Raylets(2) as pair:
-        one = Round(pair, model, plan, tmp_path / "round", NUM_MARKS - NUM_LAYERS + 1, workers=2)
-        outcome = one.run(expected)
-        assert pair.num_nodes == 1
+    one = Round(pair, model, plan, tmp_path / "round", NUM_MARKS - NUM_LAYERS + 1, workers=2)
+    outcome = one.run(expected)
+    assert pair.num_nodes == 1
     assert outcome.identical
     assert [hit.what for hit in outcome.hits] == ["raylet"]
     assert (outcome.lost, outcome.joined) == (1, 0), one.report()
@@ -80,16 +95,19 @@ POOL = """
 import sys, time
 from ray.util import placement_group_table
 from cluster.connect import connect
-from quant_jobs.pool import WorkerPool
+from quant_jobs.workers.pool import WorkerPool
 
 answers, sys.stdout = sys.stdout, sys.stderr  # Ray says there what it thinks of dead nodes
-with connect(), WorkerPool(2) as pool:
+connect()
+others = set(placement_group_table())
+with WorkerPool(2) as pool:
     pool.admit()
     print("ready", file=answers, flush=True)
     input()
     while not (dead := pool.recover()):
         time.sleep(0.1)  # the worker outlives its raylet by a moment
-    states = sorted(group["state"] for group in placement_group_table().values())
+    groups = placement_group_table()
+    states = sorted(groups[name]["state"] for name in groups.keys() - others)
     print(len(dead), *states, file=answers, flush=True)
     input()
     while not pool.admit():
@@ -99,26 +117,27 @@ with connect(), WorkerPool(2) as pool:
 
 
 @pytest.mark.timeout(600)
-def test_a_worker_without_a_node_waits_in_a_new_group_for_a_node_that_joins() -> None:
+def test_a_worker_without_a_node_waits_in_a_new_group_for_a_node_that_joins(
+    pair: Raylets,
+) -> None:
     """A group that Ray calls RESCHEDULING would keep the head busy for as long as nobody joins."""
-    with Raylets(2) as pair:
-        process = subprocess.Popen(
-            [sys.executable, "-c", POOL],
-            cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": pair.address},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        with process:
-            try:
-                assert answer(process) == "ready"
-                pair.kill_node(0)
-                assert answer(process, "\n") == "1 CREATED PENDING REMOVED"
-                pair.add_node()
-                assert answer(process, "\n") == "0 1"
-            finally:
-                process.kill()
+    process = subprocess.Popen(
+        [sys.executable, "-c", POOL],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": pair.address},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert answer(process) == "ready"
+            pair.kill_node(0)
+            assert answer(process, "\n") == "1 CREATED PENDING REMOVED"
+            pair.add_node()
+            assert answer(process, "\n") == "0 1"
+        finally:
+            process.kill()
 
 
 def answer(process: subprocess.Popen[str], to: str = "") -> str:

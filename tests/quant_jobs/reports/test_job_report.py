@@ -174,6 +174,7 @@ def test_a_recipe_that_quantizes_nothing_has_no_errors_to_show() -> None:
     assert page.figures == ["layers", "workers", "bytes"]
 
 
+@pytest.mark.heavy
 def test_the_page_bears_the_full_model() -> None:
     record = make_record(layers=61, experts=256, workers=32)
     html = render(record)

@@ -66,6 +66,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_tensor_is_where_it_is_used(small: SmallModel, tmp_path: Path, name: str) -> None:
     """The stand-in fails at the first that is not; its values are the CPU's, and so the bytes."""
@@ -127,6 +128,7 @@ def test_a_gpu_is_set_to_repeat_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.ray
 @needs_no_gpu
 @pytest.mark.parametrize(
     ("workers", "lacking"), [(0, "PyTorch finds none"), (2, "this Ray has none")]
@@ -151,6 +153,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_said_in_one_sentence() -> None:
         make_repeatable("cuda")
 
 
+@pytest.mark.heavy
 def test_an_output_is_bound_to_its_device(small: SmallModel, tmp_path: Path) -> None:
     recipe, output = small_recipe("int8"), tmp_path / "out"
 
@@ -172,6 +175,7 @@ def test_an_output_is_bound_to_its_device(small: SmallModel, tmp_path: Path) -> 
     assert again("cuda") == ArtifactReader(output).digest  # needs no GPU: it is done
 
 
+@pytest.mark.ray
 def test_more_cpus_for_each_worker_change_no_byte(small: SmallModel, tmp_path: Path) -> None:
     assert not ray.is_initialized()
     seen: list[tuple[str, float]] = []
@@ -194,6 +198,7 @@ def test_cpus_of_ray_without_ray_are_a_mistake(small: SmallModel, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.ray
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "name", ["int8", "int8-smoothquant", "int4-all-awq", "int4-all-gptq", "w4a8"]

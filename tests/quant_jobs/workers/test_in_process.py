@@ -15,6 +15,7 @@ import torch
 import yaml
 from support.quantizing import SmallModel, contents, make_small_model, small_recipe
 
+from cluster.connect import connect
 from deepseek.errors import ArtifactError
 from quant_jobs.job.driver import Run
 from quant_jobs.job.folder import JobFolder
@@ -36,14 +37,17 @@ def quantize(small: SmallModel, recipe: str, output: Path, workers: int) -> dict
     return contents(output)
 
 
+@pytest.mark.ray
 def test_it_writes_the_bytes_of_a_worker_on_ray(small: SmallModel, tmp_path: Path) -> None:
-    for recipe in ("int4-gptq", "w4a8"):
-        here = quantize(small, recipe, tmp_path / f"{recipe}-here", 0)
-        assert quantize(small, recipe, tmp_path / f"{recipe}-ray", 1) == here
+    with connect(num_cpus=1):  # one Ray for both
+        for recipe in ("int4-gptq", "w4a8"):
+            here = quantize(small, recipe, tmp_path / f"{recipe}-here", 0)
+            assert quantize(small, recipe, tmp_path / f"{recipe}-ray", 1) == here
     report = json.loads((tmp_path / "w4a8-here" / REPORT_FILE).read_text())
     assert report["num_workers"] == report["num_nodes"] == len(report["workers"]) == 1
 
 
+@pytest.mark.heavy
 def test_the_command_does_not_even_import_ray(
     small: SmallModel, tmp_path: Path, root: Path
 ) -> None:
@@ -86,6 +90,7 @@ class Noting(WorkerHere):
         return noted
 
 
+@pytest.mark.heavy
 def test_it_writes_a_layer_beside_its_other_calls(small: SmallModel, tmp_path: Path) -> None:
     job = plan_job(small.directory, small_recipe("int8"), small.text, tmp_path / "out")
     with JobFolder(job.output, job.fingerprint) as folder, Noting() as here:
@@ -108,6 +113,7 @@ def test_what_went_wrong_beside_the_other_calls_is_raised_when_it_is_asked_for()
             here.gather([reference])
 
 
+@pytest.mark.heavy
 def test_it_leaves_torch_and_the_process_as_they_were(small: SmallModel, tmp_path: Path) -> None:
     def state() -> tuple[int, int, int]:
         mode = torch.get_deterministic_debug_mode()

@@ -19,7 +19,10 @@ from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job
 from quant_jobs.workers.pool import WorkerPool
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there are real GPUs here")
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there are real GPUs here"),
+]
 
 
 @pytest.fixture(scope="module")

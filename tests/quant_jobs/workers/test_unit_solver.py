@@ -233,6 +233,7 @@ def assert_solved_on(one: Layer, packed: Tensors, expert: int, tokens: Sequence[
 # --- which tokens an expert is solved on ---
 
 
+@pytest.mark.heavy
 def test_topk_solves_on_what_the_router_sends_and_rounds_the_starved_to_nearest() -> None:
     one = a_layer(MOE)
     counts = [one.routed_tokens(expert) for expert in range(8)]
@@ -533,6 +534,7 @@ def test_experts_solved_together_are_those_solved_alone_to_the_bit(rule: dict[st
     assert account.tokens.items() <= every.tokens.items()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rule", [GPTQ, AWQ, PLAIN], ids=["gptq", "awq", "max"])
 def test_a_unit_of_many_experts_takes_the_memory_of_one(rule: dict[str, Any]) -> None:
     """On a CPU: statistics and weights of one at a time. What is packed of the others remains."""

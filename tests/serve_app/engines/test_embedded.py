@@ -88,6 +88,7 @@ def chat(client: OpenAI, **fields: Any) -> Any:
     return client.chat.completions.create(model="tiny", messages=QUESTION, **fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.ray
 def test_a_greedy_chat_is_what_the_engine_says(
     client: OpenAI, direct: LLMEngine, engine_dir: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_greedy_chat_is_what_the_engine_says(
     assert "".join(pieces) == expected
 
 
+@pytest.mark.ray
 def test_a_seed_reproduces_an_answer_and_each_of_its_choices(client: OpenAI) -> None:
     def say(**fields: Any) -> list[str]:
         answer = chat(client, max_tokens=16, temperature=1.0, **fields)
@@ -124,6 +126,7 @@ def test_a_seed_reproduces_an_answer_and_each_of_its_choices(client: OpenAI) -> 
     assert both[0] != both[1]
 
 
+@pytest.mark.ray
 def test_a_stop_string_ends_the_answer_before_it(client: OpenAI) -> None:
     whole = chat(client, max_tokens=24, temperature=0).choices[0].message.content
     stop = whole[5:9]
@@ -132,6 +135,7 @@ def test_a_stop_string_ends_the_answer_before_it(client: OpenAI) -> None:
     assert answer.finish_reason == "stop"
 
 
+@pytest.mark.ray
 def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(url: str) -> None:
     body = {"model": "tiny", "prompt": [5] * 1500}
     answer = httpx.post(f"{url}/completions", json=body, timeout=30)
@@ -140,6 +144,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(url: str)
     assert "1024" in answer.json()["error"]["message"]
 
 
+@pytest.mark.ray
 def test_a_client_that_leaves_gives_its_pages_back(url: str) -> None:
     def used() -> float:
         text = httpx.get(url.removesuffix("/v1") + "/metrics", timeout=10).text
@@ -154,6 +159,7 @@ def test_a_client_that_leaves_gives_its_pages_back(url: str) -> None:
     wait_for(lambda: used() == 0)
 
 
+@pytest.mark.ray
 def test_health_says_that_the_artifact_is_not_gated(url: str, engine_dir: Path) -> None:
     health = httpx.get(url.removesuffix("/v1") + "/health", timeout=10).json()
     assert health["gated"] is False

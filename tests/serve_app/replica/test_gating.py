@@ -15,11 +15,12 @@ from ray import cloudpickle, serve
 from ray.serve import Application
 from support.serving import metric, wait_for
 
+from deepseek.artifact.engine_manifest import read_engine_manifest
 from deepseek.artifact.verdict import GateVerdict, write_verdict
-from deepseek.engine.packed import pack_engine, read_engine_manifest
 from deepseek.errors import ArtifactError
 from deepseek.recipe import GateLimits
 from deepseek.source.checkpoint import CheckpointReader
+from quant_jobs.targets.embedded import pack_engine
 from serve_app.app import build_with
 from serve_app.config import EchoOptions, ServeConfig
 from serve_app.engines.echo import EchoEngine
@@ -100,6 +101,7 @@ def test_an_engine_without_a_directory_has_nothing_to_gate() -> None:
     assert check_gate(None, allow_ungated=False) is True
 
 
+@pytest.mark.ray
 def test_a_replica_of_an_ungated_directory_refuses_to_start_whichever_engine_it_is(
     serve_url: str, engine_dir: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +117,7 @@ def test_a_replica_of_an_ungated_directory_refuses_to_start_whichever_engine_it_
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.ray
 def test_an_override_is_loud_in_health_metrics_and_the_replicas_log(
     serve_url: str, engine_dir: Path, tmp_path: Path
 ) -> None:

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deepseek.engine.request import MAX_LOGPROBS, SamplingParams
 from serve_app.errors import InvalidRequest
+from serve_app.routing.checks import MAX_CHOICES
 
-MAX_CHOICES = 32
 MAX_PROMPTS = 64
 
 #: OpenAI's fields that are not implemented, with the values at which they change nothing.

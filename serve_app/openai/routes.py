@@ -102,8 +102,10 @@ class Service:
         form = make_format(request_id, body.model)
         num_prompt_tokens = sum(map(len, prompts))
         observation.describe(
-            body,
             requests,
+            model=body.model,
+            num_choices=body.num_choices,
+            streamed=bool(body.stream),
             num_prompt_tokens=num_prompt_tokens,
             response_id=f"{form.prefix}{request_id}",
         )

@@ -10,12 +10,34 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from pydantic import SecretStr
 
+from deepseek.engine.request import SamplingParams
 from serve_app.engines.protocol import EngineInfo, GenerateRequest
 from serve_app.errors import InvalidRequest, ModelNotFound, Unauthorized
-from serve_app.openai.requests import MAX_CHOICES, AnyRequest
+
+#: Choices that one request may ask for, over all of its prompts.
+MAX_CHOICES = 32
+
+
+class GenerationBody(Protocol):
+    """What admission asks of a request body, of whichever API."""
+
+    @property
+    def num_choices(self) -> int:
+        """Choices per prompt."""
+        ...
+
+    @property
+    def completion_limit(self) -> int | None:
+        """Tokens asked for at most; None leaves it to the server."""
+        ...
+
+    def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
+        """Parameters of one choice."""
+        ...
 
 
 def check_key(keys: Sequence[SecretStr], headers: Mapping[str, str]) -> None:
@@ -67,7 +89,7 @@ def choose_max_tokens(
 
 
 def admit(
-    body: AnyRequest,
+    body: GenerationBody,
     prompts: Sequence[Sequence[int]],
     *,
     request_id: str,

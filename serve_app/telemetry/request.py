@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 from serve_app.engines.protocol import Done, Event, GenerateRequest
 from serve_app.errors import ApiError
-from serve_app.openai.requests import AnyRequest
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.tracing import Telemetry, propagate, set_error
 
@@ -55,32 +54,35 @@ class Observation:
 
     def describe(
         self,
-        body: AnyRequest,
         requests: Sequence[GenerateRequest],
         *,
+        model: str,
+        num_choices: int,
+        streamed: bool,
         num_prompt_tokens: int,
         response_id: str,
     ) -> None:
-        """Record what an admitted request asks for. A prompt counts once, whatever `n` is."""
-        self._model = body.model
+        """Record what an admitted request asks for: `num_choices` per prompt. A prompt counts once,
+        whatever that number is."""
+        self._model = model
         self._tokens["input"] = num_prompt_tokens
         sampling = requests[0].sampling
-        self._span.update_name(f"{self._operation} {body.model}")
+        self._span.update_name(f"{self._operation} {model}")
         self._span.set_attributes(
             {
-                "gen_ai.request.model": body.model,
-                "gen_ai.response.model": body.model,
+                "gen_ai.request.model": model,
+                "gen_ai.response.model": model,
                 "gen_ai.response.id": response_id,
                 "gen_ai.request.max_tokens": sampling.max_tokens,
                 "gen_ai.request.temperature": sampling.temperature,
                 "gen_ai.request.top_p": sampling.top_p,
                 "gen_ai.request.top_k": sampling.top_k,
-                "gen_ai.request.choice.count": body.num_choices,
-                "gen_ai.request.stream": bool(body.stream),
+                "gen_ai.request.choice.count": num_choices,
+                "gen_ai.request.stream": streamed,
             }
         )
-        if body.seed is not None:
-            self._span.set_attribute("gen_ai.request.seed", body.seed)
+        if sampling.seed is not None:  # the first choice's, which is the request's own
+            self._span.set_attribute("gen_ai.request.seed", sampling.seed)
 
     def event(self, event: Event) -> None:
         """Record an engine event on its way to the client."""

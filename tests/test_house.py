@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from support.rooms import GROUND, HALL, arrows, circles
 
 #: package -> what it may never import (design: one direction of imports).
 FORBIDDEN = {
@@ -13,6 +14,36 @@ FORBIDDEN = {
     "cluster": {"quant_jobs", "serve_app"},
     "quant_jobs": {"serve_app"},
     "serve_app": {"quant_jobs"},
+}
+
+
+#: package -> room -> the rooms that it may import; `ground` (files that import no room) is open to
+#: all, and the hall may import every room. What is not here, no room may do.
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "deepseek": {
+        "formats": set(),
+        "source": {"formats"},
+        "artifact": {"formats", "source"},
+        "engine": {"artifact", "formats", "source"},
+    },
+    "cluster": {},
+    "quant_jobs": {
+        "algorithms": set(),
+        "calibration": {"algorithms"},
+        "workers": {"algorithms", "calibration"},
+        "evaluation": set(),
+        "reports": {"algorithms", "evaluation"},
+        "targets": set(),
+        "cost": {"algorithms", "calibration"},
+        "job": {"algorithms", "calibration", "reports", "workers"},
+    },
+    "serve_app": {
+        "engines": set(),
+        "routing": {"engines"},
+        "telemetry": {"engines"},
+        "openai": {"engines", "routing", "telemetry"},
+        "replica": {"engines", "routing", "telemetry"},
+    },
 }
 
 
@@ -34,6 +65,36 @@ def test_imports_point_one_way(package: str, root: Path) -> None:
     for source in sources:
         wrong = imported_modules(source) & FORBIDDEN[package]
         assert not wrong, f"{source.relative_to(root)} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_each_other_one_way(package: str, root: Path) -> None:
+    found = arrows(root, package)
+    folders = {path.parent.name for path in (root / package).glob("*/__init__.py")}
+    assert folders == ROOMS[package].keys(), "a new room says here whom it imports"
+    assert not circles(found)
+    for (here, there), names in found.items():
+        allowed = here == HALL or there == GROUND or there in ROOMS[package][here]
+        assert allowed, f"{here} may not import {there}: {names[0]}"
+
+
+def test_a_circle_of_rooms_is_seen_and_so_is_a_file_of_the_hall(tmp_path: Path) -> None:
+    for name, text in {
+        "config.py": "import json\n",
+        "app.py": "from house.a.x import f\nfrom house import config\n",
+        "run.py": "def main():\n    from house import app\n",
+        "a/x.py": "from house.b.y import g\nfrom house.config import C\n",
+        "b/y.py": "def late():\n    from house.a import x\n",
+    }.items():
+        path = tmp_path / "house" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    found = arrows(tmp_path, "house")
+    assert found.keys() == {
+        *((HALL, "a"), (HALL, GROUND)),
+        *(("a", "b"), ("b", "a"), ("a", GROUND)),
+    }
+    assert circles(found) == [("a", "b")]
 
 
 def test_cluster_reads_no_tensor_values(root: Path) -> None:

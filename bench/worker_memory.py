@@ -26,8 +26,11 @@ from quant_jobs.__main__ import app as quant_jobs
 from quant_jobs.calibration import units
 
 INTERVAL_S = 0.01
-#: Files whose functions name a step.
-STEPS = ("worker.py", "solve_units.py", "solve.py", "gptq.py")
+#: Files of quant_jobs whose functions name a step.
+STEPS = (
+    *("workers/worker.py", "workers/original.py", "workers/quantized.py"),
+    *("workers/unit_solver.py", "algorithms/linear.py", "algorithms/gptq.py"),
+)
 
 app = make_app(__doc__ or "")
 
@@ -82,8 +85,7 @@ class Watch:
         """`solve > _gptq > inverse_factor`: our functions on the stack, the last three of them."""
         frame, names = sys._current_frames().get(self.thread), []
         while frame is not None and len(names) < 3:
-            path = Path(frame.f_code.co_filename)
-            if path.parent.name == "quant_jobs" and path.name in STEPS:
+            if frame.f_code.co_filename.endswith(STEPS):
                 names.append(frame.f_code.co_name)
             frame = frame.f_back
         return " > ".join(reversed(names)) or "between steps"

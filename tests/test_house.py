@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,22 @@ def test_every_test_file_holds_a_test(root: Path) -> None:
         functions = (ast.FunctionDef, ast.AsyncFunctionDef)
         tests = [n for n in ast.walk(tree) if isinstance(n, functions) and n.name[:5] == "test_"]
         assert tests, f"{source.relative_to(root)} collects nothing"
+
+
+def test_files_that_prose_names_exist(root: Path) -> None:
+    """In docs, comments and strings: `folder/name.py` is the end of some file's path. Sources that
+    matrix.py quotes are other projects' files."""
+    quoting = {root / "cluster/matrix.py", root / "docs/deployability.md"}
+    folders = [*FORBIDDEN, "bench", "docs", "examples", "tests"]
+    paths = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    endings = {f"/{path.relative_to(root).as_posix()}" for path in paths}
+    pages = [path for path in paths if path.relative_to(root).parts[0] != "tests"]
+    pages += [*root.glob("*.md"), *(root / "docs").rglob("*.md")]
+    for page in set(pages) - quoting:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"(?<![\w./])(?:[\w-]+/)*[a-z_]\w*\.py\b", text):
+            known = any(ending.endswith(f"/{name}") for ending in endings)
+            assert known, f"{page.relative_to(root)} names {name}, which is not there"
 
 
 def test_nothing_unpickles_or_runs_remote_code(root: Path) -> None:

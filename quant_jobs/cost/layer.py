@@ -5,7 +5,8 @@ Follows the schedule of `job/layer_run.py` step by step. No rate is in here (`ra
 
     attend   a worker runs its own blocks through the original attention, wave by wave
     observe  the owners of attention units add up the statistics of all blocks of the wave
-    agree    one scale for router, shared and all routed experts (SmoothQuant, AWQ)
+    receive  every worker moves what enters the MLP, all blocks, to where it computes
+    scale    one scale for router, shared and all routed experts (SmoothQuant, AWQ)
     solve    a worker solves its units: gate and up on their tokens, statistics, then the algorithm
     carry    per wave: quantized attention; own experts on all tokens; sums at the blocks' owners
     store    the activations, to resume from
@@ -95,7 +96,7 @@ class LayerWork:
             yield self._attend(blocks, repeat)
         algorithm = mlp_scale_algorithm(self.job.config, self.job.scheme, self.layer)
         if algorithm is not None:
-            yield from self._agree(algorithm)
+            yield from self._scale(algorithm)
         yield self._solve()
         if not self.is_last:
             for blocks, repeat in self.job.waves:
@@ -170,22 +171,21 @@ class LayerWork:
 
     # --- the shared scale, and the units ---
 
-    def _agree(self, algorithm: str) -> Iterator[Step]:
-        """Statistics of weights and inputs, and for AWQ the losses of its candidates; each of the
-        two brings all tokens to the worker anew."""
-        everything = Load(pcie=self._tokens * self._routed_row)
+    def _scale(self, algorithm: str) -> Iterator[Step]:
+        """Statistics of weights and inputs, and for AWQ the losses of its candidates. The tokens
+        that they read are moved once, which `_solve` counts."""
         statistics: list[Mapping[Phase, Load]] = []
         losses: list[Mapping[Phase, Load]] = []
         for share in self.shares:
             own = [(num_copies(unit), spec) for unit, spec in gates(share)]
-            load = everything
+            load = Load()
             for copies, spec in own:
                 load += self._restored(spec, quantized=False).times(copies)
                 load += Load(moved=16 * spec.numel * copies, launches=4 * copies)
             if any(is_trunk_mlp(unit) for unit in share):
                 load += observed(self._tokens, self.job.config.hidden_size)
             statistics.append({"statistics": load})
-            load = everything
+            load = Load()
             for copies, spec in own:
                 load += self._restored(spec, quantized=False).times(copies)
                 load += per_weight("awq_candidate", spec.numel * copies).times(NUM_CANDIDATES)
@@ -195,10 +195,10 @@ class LayerWork:
             yield Step("solve", losses)
 
     def _solve(self) -> Step:
-        everything = Load(pcie=self._tokens * self._routed_row)
+        received = Load(pcie=self._tokens * self._routed_row)
         workers: list[Mapping[Phase, Load]] = []
         for share in self.shares:
-            statistics, solve = everything, Load()
+            statistics, solve = received, Load()
             for unit in share:
                 if unit.kind == "mlp":
                     statistics += self._measured(unit)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,15 +21,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from support.engine_reference import reference_model
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the reference model is the tests' own
-
-from support.engine_reference import reference_model  # noqa: E402
-
-from deepseek.cli import make_app, make_progress, run  # noqa: E402
-from deepseek.engine.engine import EngineOptions, LLMEngine  # noqa: E402
-from deepseek.engine.request import Request, SamplingParams  # noqa: E402
+from deepseek.cli import make_app, make_progress, run
+from deepseek.engine.engine import EngineOptions, LLMEngine
+from deepseek.engine.request import Request, SamplingParams
 
 app = make_app(__doc__ or "")
 

@@ -11,17 +11,11 @@ Markdown table; exit code 1 if a round's bytes differ.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from deepseek.cli import make_app, run
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
 from support.kill_rounds import (
     NUM_WORKERS,
     RECIPES,
@@ -34,6 +28,8 @@ from support.kill_rounds import (
     reference,
 )
 from support.raylets import Raylets
+
+from deepseek.cli import make_app, run
 
 app = make_app(__doc__ or "")
 

@@ -191,3 +191,15 @@ def test_a_test_without_the_marker_cannot_connect_to_a_ray() -> None:
 
     with pytest.raises(DeployError, match="no Ray answers at 'this test is not marked ray'"):
         connect(num_cpus=1)
+
+
+def test_benches_and_tests_share_their_helpers_without_editing_the_path(root: Path) -> None:
+    assert (root / "bench" / "support").resolve() == root / "tests" / "support"
+    for folder in ("bench", "tests"):
+        for source in sorted((root / folder).rglob("*.py")):
+            edits = [
+                node
+                for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+                if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
+            ]
+            assert not edits, f"{source.relative_to(root)} edits sys.path"

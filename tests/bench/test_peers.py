@@ -96,6 +96,7 @@ def test_modelopt_packs_as_we_unpack(tmp_path: Path, codes: Tensor, scale: Tenso
     assert torch.equal(dict(peer_weights(tmp_path))["a.weight"], weight)
 
 
+@pytest.mark.heavy
 def test_a_job_is_watched_with_all_that_bears_its_mark() -> None:
     """By its mark alone: Ray's daemons are nobody's children."""
     hold = "import time; kept = bytearray(b'x' * 100_000_000); time.sleep(2)"

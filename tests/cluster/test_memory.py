@@ -36,6 +36,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_total_weights_agree_with_the_published_sizes_within_1_percent(name: str) -> None:
     recipe, published_gb = PUBLISHED[name]
@@ -55,6 +56,7 @@ def test_the_mtp_layer_weighs_11_7_gb_and_counts_only_when_loaded() -> None:
     assert loaded.kv_bytes_per_token * 61 == without.kv_bytes_per_token * 62
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-asym"])
 def test_the_lines_add_up_to_what_the_formats_store(name: str) -> None:
     schemes = load_recipe(name).resolve(DEEPSEEK_V3)
@@ -84,6 +86,7 @@ def test_tensor_parallelism_replicates_what_cannot_be_split() -> None:
         assert eight[name].values_per_gpu * 8 == one[name].values, name
 
 
+@pytest.mark.heavy
 def test_scales_of_int8_down_projections_are_on_every_gpu() -> None:
     only = recipe_of({"match": "*.shared_experts.down_proj", "weights": "int8"}, BF16)
     last = recipe_of(BF16, {"match": "*.shared_experts.down_proj", "weights": "int8"})

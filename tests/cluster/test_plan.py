@@ -39,6 +39,7 @@ def command(*words: str) -> tuple[int, str]:
     return done.exit_code, done.stdout
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("recipe", "gpus"), SIX)
 def test_the_six_combinations_on_h800(recipe: str, gpus: int) -> None:
     fits, target, passed_over = SIX[recipe, gpus]
@@ -50,6 +51,7 @@ def test_the_six_combinations_on_h800(recipe: str, gpus: int) -> None:
     assert (plan.kv_tokens > 0) == fits
 
 
+@pytest.mark.heavy
 def test_int8_on_one_node_exits_1_and_says_that_16_gpus_are_needed() -> None:
     code, out = command("--model", "deepseek-v3", "--recipe", "int8", "--hardware", "8xH800-80GB")
     assert code == 1
@@ -185,6 +187,7 @@ def test_on_the_cpu_only_the_embedded_engine_is_considered(tiny_model: Path) -> 
     assert "Leave out --mtp" in out
 
 
+@pytest.mark.heavy
 def test_more_tokens_than_any_number_of_gpus_holds() -> None:
     """The cache is replicated, so GPUs do not help; the plan says what does."""
     words = ("--model", "deepseek-v3", "--recipe", "int4", "--hardware", "8xH800-80GB")
@@ -213,6 +216,7 @@ asked = {
 }
 
 
+@pytest.mark.heavy
 @settings(max_examples=60, deadline=None)
 @given(**asked)
 def test_more_gpus_never_fit_less(recipe, gpu: str, context: int, concurrency: int) -> None:
@@ -251,6 +255,7 @@ def test_a_longer_context_never_raises_the_concurrency(recipe, one: int, other: 
     assert at[long].max_concurrency * long <= at[long].kv_tokens
 
 
+@pytest.mark.heavy
 def test_a_smaller_kv_format_holds_more_tokens() -> None:
     rules = [{"match": "*", "weights": "source"}]
     plans = [

@@ -28,6 +28,7 @@ def planned_bytes(plan: Plan) -> dict[str, int]:
     return {name: size for name, size in found.items() if size}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name",
     ["int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "int4-asym", "w4a8"],

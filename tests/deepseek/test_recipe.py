@@ -26,6 +26,7 @@ def recipe_of(*rules: dict[str, Any], **more: Any) -> Recipe:
     return parse_recipe(raw_recipe(*rules, **more), where="t.yaml")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", builtin_recipes())
 @pytest.mark.parametrize("config", [DEEPSEEK_V3, FP8, BF16], ids=["v3", "fp8", "bf16"])
 def test_every_built_in_recipe_resolves_every_linear(name: str, config: ModelConfig) -> None:

@@ -111,6 +111,7 @@ def test_a_gate_has_the_same_bits_in_any_batch(width: int) -> None:
             assert torch.equal(silu_gate(x[first:last]), whole[first:last]), (first, last)
 
 
+@pytest.mark.heavy
 def test_without_batch_invariance_logits_differ_by_rounding_only(tiny_model: Path) -> None:
     ids = torch.tensor(some_text(tiny_model, 100))
     strict = LLMEngine.from_checkpoint(tiny_model, EngineOptions(kv_cache="fp32"))

@@ -91,6 +91,7 @@ def test_allocated_bytes_are_the_planned_ones(
     assert plan.rank_weight_bytes == (weights,)
 
 
+@pytest.mark.heavy
 def test_an_unquantized_engine_is_the_same_from_disk_and_from_memory(
     tiny_model: Path, tmp_path: Path
 ) -> None:

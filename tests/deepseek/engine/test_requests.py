@@ -44,6 +44,7 @@ def test_every_request_ends_once_with_its_counts(engine: LLMEngine) -> None:
         assert mine[-1].completion_tokens == len(tokens(mine)) == n + 1
 
 
+@pytest.mark.heavy
 def test_free_pages_full_of_nan_change_nothing(engine: LLMEngine, tiny_model: Path) -> None:
     clean = LLMEngine.from_checkpoint(tiny_model, EngineOptions(max_kv_tokens=2048))
     requests = [request(str(n), range(5, 40 + 60 * n), max_tokens=12) for n in range(3)]

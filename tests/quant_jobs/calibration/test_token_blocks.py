@@ -241,6 +241,7 @@ def test_a_weight_that_is_no_share_is_refused(weight: str) -> None:
         CalibrationSource.parse(f"a.txt={weight}")
 
 
+@pytest.mark.heavy
 def test_a_job_records_its_files_and_is_bound_to_them(
     small: SmallModel, three_files: list[Path], tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def test_gptq_of_one_layer_costs_what_its_formulas_say() -> None:
     assert worker["solve"].matmul == pytest.approx(updates + errors)
 
 
+@pytest.mark.heavy
 def test_every_source_byte_is_read_once_whatever_the_number_of_nodes() -> None:
     """688.6 GB is what the release's index file says: weights, scales, MTP layer."""
     read = {
@@ -104,6 +105,7 @@ def test_numbers_out_of_range_are_named(words: str, complaint: str) -> None:
     assert complaint in str(done.exception)
 
 
+@pytest.mark.heavy
 def test_the_command_speaks_json() -> None:
     done = CliRunner().invoke(app, ["estimate", "--recipe", "int4-gptq", "--nodes", "2", "--json"])
     assert done.exit_code == 0

@@ -119,6 +119,7 @@ def test_a_job_loads_what_draws_its_page_only_when_it_writes_it(module: str) -> 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.heavy
 def test_both_files_are_written_and_the_json_reads_back(tmp_path: Path) -> None:
     record = make_record()
     write_job_report(tmp_path, record)
@@ -130,6 +131,7 @@ def test_both_files_are_written_and_the_json_reads_back(tmp_path: Path) -> None:
         JobRecord.model_validate_json(text.replace('"recipe"', '"surprise": 1,\n "recipe"', 1))
 
 
+@pytest.mark.heavy
 def test_the_page_shows_every_plot_and_names_what_went_wrong() -> None:
     page = check_self_contained(render(make_record()))
     assert page.figures == ["errors", "coverage", "layers", "workers", "bytes"]
@@ -141,6 +143,7 @@ def test_the_page_shows_every_plot_and_names_what_went_wrong() -> None:
     assert "Resumed" not in text
 
 
+@pytest.mark.heavy
 def test_a_resumed_run_says_whose_times_these_are() -> None:
     whole = make_record()
     earlier = [entry.model_copy(update={"seconds": {}}) for entry in whole.layers[:2]]
@@ -151,6 +154,7 @@ def test_a_resumed_run_says_whose_times_these_are() -> None:
     assert "Resumed at layer 1: 2 of 4 files were published by an earlier run" in text
 
 
+@pytest.mark.heavy
 def test_a_run_that_only_finished_has_a_page_too() -> None:
     """Killed just before the manifest: every file was published, no worker ever asked."""
     idle = [entry.model_copy(update={"seconds": {}}) for entry in make_record().layers]

@@ -291,6 +291,7 @@ def test_all_solves_on_every_token_whoever_is_routed() -> None:
     assert account.fallbacks == ()
 
 
+@pytest.mark.heavy
 def test_shrink_adds_the_layers_tokens_to_the_experts_own() -> None:
     one = a_layer(MOE)
     recipe = a_recipe(GPTQ, policy="shrink", shrink_tokens=16, floor_tokens=1000)
@@ -303,6 +304,7 @@ def test_shrink_adds_the_layers_tokens_to_the_experts_own() -> None:
     assert account.fallbacks == ()
 
 
+@pytest.mark.heavy
 def test_policies_do_not_touch_what_is_no_routed_expert() -> None:
     results = []
     for coverage in (
@@ -336,6 +338,7 @@ def test_smoothquant_leaves_the_down_proj_of_an_unseen_expert_alone_and_counts_i
 # --- all of it ---
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("layer", "rule"),
     [

@@ -24,27 +24,6 @@ from deepseek.source.checkpoint import CheckpointReader, content_digest
 RECIPES = ("int8", "int8-weight-only", "int4", "int4-all", "int4-asym")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("source")
-    write_checkpoint(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished `int4` artifact: INT4, FP8 blocks and BF16 in one. Not to be written to."""
-    directory = tmp_path_factory.mktemp("artifacts") / "int4"
-    quantize_plainly(source, load_recipe("int4"), directory)
-    return directory
-
-
-@pytest.fixture
-def artifact(finished: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return shutil.copytree(finished, tmp_path / "artifact")
-
-
 def read_all(reader: ArtifactReader) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for layer in range(reader.config.num_layers_with_mtp):

@@ -42,7 +42,9 @@ def tiny_model() -> Path:
 def pytest_configure() -> None:
     """Give this process's Rays a folder of their own. Its name is short, because Ray's sockets lie
     below it and a socket's path holds at most 107 bytes."""
-    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    (Path(folder) / "ray").mkdir()  # a cluster with its files elsewhere writes there all the same
+    os.environ["RAY_TMPDIR"] = folder
 
 
 def pytest_unconfigure() -> None:

@@ -1,6 +1,6 @@
 """The driver of a quantize job. One layer at a time; workers compute, this file decides.
 
-The steps of one layer are `layer_run.py`; here is what goes around them: what is done already,
+The steps of one layer are `layer_steps.py`; here is what goes around them: what is done already,
 which worker holds which calibration blocks, when a layer counts as published, and what to do when
 workers die.
 
@@ -38,7 +38,7 @@ from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.job.account import Timings, make_record
 from quant_jobs.job.folder import JobFolder, PublishedFile
 from quant_jobs.job.job import Job, tools
-from quant_jobs.job.layer_run import LayerRun, Solution
+from quant_jobs.job.layer_steps import LayerSteps, Solution
 from quant_jobs.job.progress import Event, Progress, Step
 from quant_jobs.reports.job_report import write_job_report
 from quant_jobs.workers.messages import SolveSummary, WorkerJob
@@ -83,7 +83,7 @@ class Run:
         self._job, self._folder, self._pool, self._progress = job, folder, pool, progress
         self._config = job.source.config
         self._writer = ArtifactWriter(job.output, source=job.source, recipe=job.recipe)
-        self._layers = LayerRun(self._config, job.recipe, self._writer.schemes, pool, wave_blocks)
+        self._layers = LayerSteps(self._config, job.recipe, self._writer.schemes, pool, wave_blocks)
         self._blocks = job.blocks
         self._held: dict[int, tuple[int, ...]] = {}  # place -> the blocks that it holds
         self._writing: _Writing | None = None

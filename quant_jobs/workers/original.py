@@ -1,6 +1,6 @@
 """The layer in hand as the source has it: run, measured, and solved. Nothing here is quantized yet.
 
-In the order of the calls (`job/layer_run.py`): `attend` and `observe` wave by wave, then `receive`
+Calls come in this order (`job/layer_steps.py`): `attend` and `observe` per wave, `receive`
 once, then what several workers agree on (`scale_statistics`, `scale_losses`), then `solve` and
 `folded_norms`. The layer is redone from the start when a worker dies in it; then all this is made
 anew.

@@ -2,7 +2,7 @@
 
 A plain class; `pool.py` makes Ray actors of it, `in_process.py` calls it directly. A worker decides
 nothing that depends on others; what needs several of them (a scale that all experts share) goes
-through the driver. The driver calls, per layer (`job/layer_run.py` has the order, and who is
+through the driver. The driver calls, per layer (`job/layer_steps.py` has the order, and who is
 called):
 
     prefetch          begin to read the stored bytes of this worker's units       read_ahead.py

@@ -56,8 +56,8 @@ class Solution:
     pieces: list[Any]
 
 
-class LayerRun:
-    """Runs layers on a pool whose workers hold `num_blocks` blocks, dealt out in turn."""
+class LayerSteps:
+    """The steps of a layer on a pool whose workers hold `num_blocks` blocks, dealt out in turn."""
 
     def __init__(
         self,

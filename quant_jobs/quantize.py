@@ -14,7 +14,7 @@ from deepseek.artifact.manifest import Manifest
 from deepseek.artifact.tensors import layer_keys
 from deepseek.errors import DeployError
 from deepseek.recipe import Recipe
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import Calibration, finished, plan_job
 from quant_jobs.job.progress import Progress, TerminalProgress
@@ -60,9 +60,9 @@ def run_quantize(
         folder = stack.enter_context(JobFolder(output, job.fingerprint))
         pool = stack.enter_context(start_workers(workers, device, cpus_per_worker))
         if progress is not None:
-            return Run(job, folder, pool, progress).run()
+            return Driver(job, folder, pool, progress).run()
         with TerminalProgress(len(layer_keys(job.source.config))) as terminal:
-            return Run(job, folder, pool, terminal).run()
+            return Driver(job, folder, pool, terminal).run()
 
 
 def _ray(num_cpus: int) -> AbstractContextManager[object]:

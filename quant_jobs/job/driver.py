@@ -65,7 +65,7 @@ class _Storing:
     files: list[Any]
 
 
-class Run:
+class Driver:
     """One run of a job on a pool of workers. The job's folder is locked by the caller.
 
     `wave_blocks` is how many calibration blocks are between workers at a time, None for as many as

@@ -1,7 +1,7 @@
 """A job in this process, without Ray: one worker, spoken to as the pool of `pool.py`.
 
     with WorkerHere() as worker:
-        Run(job, folder, worker, progress).run()
+        Driver(job, folder, worker, progress).run()
 
 The same calls in the same order give the same bytes as any pool's. A call is done when it returns,
 and its result is its own reference. What runs beside the others on Ray runs beside them here too:

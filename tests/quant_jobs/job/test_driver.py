@@ -33,7 +33,7 @@ from deepseek.formats import decompress
 from deepseek.recipe import Recipe
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.algorithms.linear import modelopt_quantizer
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import finished, plan_job, tools
 from quant_jobs.job.progress import Event, Step
@@ -95,7 +95,7 @@ def quantize(
     job = plan_job(small.directory, recipe, small.text, output)
     assert finished(job) is None
     with JobFolder(output, job.fingerprint) as folder:
-        Run(job, folder, pool, note).run()
+        Driver(job, folder, pool, note).run()
     return seen
 
 
@@ -131,7 +131,7 @@ def test_blocks_in_small_waves_give_the_same_bytes(
     assert recipe.calibration.num_blocks > wave_blocks
     job = plan_job(small.directory, recipe, small.text, output)
     with JobFolder(output, job.fingerprint) as folder:
-        Run(job, folder, three, lambda event: None, wave_blocks).run()
+        Driver(job, folder, three, lambda event: None, wave_blocks).run()
     assert contents(output) == contents(whole["int4-gptq"])
 
 
@@ -197,7 +197,7 @@ def test_a_worker_killed_in_any_layer_costs_that_layer_only(
     recipe, output = small_recipe("int4-all"), tmp_path / "out"
     job = plan_job(small.directory, recipe, small.text, output)
     with JobFolder(output, job.fingerprint) as folder:
-        Run(job, folder, three, kill).run()
+        Driver(job, folder, three, kill).run()
     assert contents(output) == contents(whole["int4-all"])
     assert seen.count(("calibrated", 0)) == seen.count(("published", 1)) == 1
     assert seen.count(("calibrated", 1)) == 2  # died before it was solved: the layer again
@@ -237,7 +237,7 @@ def test_workers_that_keep_dying_end_the_job_with_a_sentence(
         JobFolder(tmp_path / "out", job.fingerprint) as folder,
         pytest.raises(IntServeError, match=r"workers \[0\] died.*layer 0.*fewer --workers"),
     ):
-        Run(job, folder, dying, lambda event: None).run()  # type: ignore[arg-type]
+        Driver(job, folder, dying, lambda event: None).run()  # type: ignore[arg-type]
     assert dying.replaced == 4
     quantize(small, small_recipe("int8"), tmp_path / "out", one)
     assert contents(tmp_path / "out") == contents(whole["int8"])
@@ -268,7 +268,7 @@ def test_a_worker_killed_at_every_step_of_every_layer_changes_no_byte(
     output = tmp_path / "out"
     job = plan_job(small.directory, small_recipe("int8-smoothquant"), small.text, output)
     with JobFolder(output, job.fingerprint) as folder:
-        Run(job, folder, three, kill).run()
+        Driver(job, folder, three, kill).run()
     assert killed == set(range(NUM_LAYERS))
     assert contents(output) == contents(whole["int8-smoothquant"])
 

@@ -15,7 +15,7 @@ from support.quantizing import SmallModel, contents, make_small_model, small_rec
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.recipe import Recipe
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job, tools
 from quant_jobs.job.progress import Event
@@ -48,7 +48,7 @@ def quantize(
 
     job = plan_job(small.directory, recipe, small.text, output, device)
     with JobFolder(output, job.fingerprint) as folder, WorkerHere() as here:
-        Run(job, folder, here, note).run()
+        Driver(job, folder, here, note).run()
     return contents(output)
 
 

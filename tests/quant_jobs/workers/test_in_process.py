@@ -17,7 +17,7 @@ from support.quantizing import SmallModel, contents, make_small_model, small_rec
 
 from cluster.connect import connect
 from deepseek.errors import ArtifactError
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job
 from quant_jobs.quantize import run_quantize
@@ -94,7 +94,7 @@ class Noting(WorkerHere):
 def test_it_writes_a_layer_beside_its_other_calls(small: SmallModel, tmp_path: Path) -> None:
     job = plan_job(small.directory, small_recipe("int8"), small.text, tmp_path / "out")
     with JobFolder(job.output, job.fingerprint) as folder, Noting() as here:
-        Run(job, folder, here, lambda event: None).run()
+        Driver(job, folder, here, lambda event: None).run()
     assert here.where.pop("write") == here.where.pop("store") == {"background_0"}
     assert set().union(*here.where.values()) == {threading.current_thread().name}
 

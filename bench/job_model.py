@@ -33,7 +33,7 @@ from quant_jobs.cost.work import PIECES, Job, pieces
 from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job
-from quant_jobs.workers.in_process import WorkerHere
+from quant_jobs.workers.in_process import InProcessWorker
 
 #: Calls of a worker -> the section of the schedule that they belong to.
 SECTION = {
@@ -48,7 +48,7 @@ STEPS = ("read", "attend", "solve", "carry", "write")
 app = make_app(__doc__ or "")
 
 
-class TimedWorker(WorkerHere):
+class TimedWorker(InProcessWorker):
     """CPU seconds of its calls add up by section, in whatever thread they run."""
 
     def __init__(self) -> None:

@@ -79,9 +79,9 @@ def start_workers(
     """The workers of a job, for as long as it takes. What the other kind needs (Ray here, what
     computes there) is not even imported."""
     if not number:
-        from quant_jobs.workers.in_process import WorkerHere
+        from quant_jobs.workers.in_process import InProcessWorker
 
-        with WorkerHere() as here:
+        with InProcessWorker() as here:
             yield here
         return
     from quant_jobs.workers.pool import WorkerPool

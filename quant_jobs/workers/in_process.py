@@ -1,6 +1,6 @@
 """A job in this process, without Ray: one worker, spoken to as the pool of `pool.py`.
 
-    with WorkerHere() as worker:
+    with InProcessWorker() as worker:
         Driver(job, folder, worker, progress).run()
 
 The same calls in the same order give the same bytes as any pool's. A call is done when it returns,
@@ -32,7 +32,7 @@ BACKGROUND = frozenset({"write", "store"})
 _HOST = torch.device("cpu")
 
 
-class WorkerHere:
+class InProcessWorker:
     """A pool (`workers.Workers`) of one worker in this process. Nobody can be lost: it dies with
     its driver."""
 
@@ -47,7 +47,7 @@ class WorkerHere:
         self._worker = Worker()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
 
-    def __enter__(self) -> WorkerHere:
+    def __enter__(self) -> InProcessWorker:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -39,7 +39,7 @@ from quant_jobs.job.job import finished, plan_job, tools
 from quant_jobs.job.progress import Event, Step
 from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.job_report import REPORT_FILE
-from quant_jobs.workers.in_process import WorkerHere
+from quant_jobs.workers.in_process import InProcessWorker
 from quant_jobs.workers.messages import SolveSummary, Usage
 from quant_jobs.workers.pool import WorkerPool
 from quant_jobs.workers.protocol import Workers, WorkersLost
@@ -70,9 +70,9 @@ def three(ray_here: None) -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="module")
-def one(three: WorkerPool) -> Iterator[WorkerHere]:
+def one(three: WorkerPool) -> Iterator[InProcessWorker]:
     """`three` first: its processes load their libraries while this one does."""
-    with WorkerHere() as here:
+    with InProcessWorker() as here:
         yield here
 
 
@@ -101,7 +101,7 @@ def quantize(
 
 @pytest.fixture(scope="module")
 def whole(
-    small: SmallModel, one: WorkerHere, tmp_path_factory: pytest.TempPathFactory
+    small: SmallModel, one: InProcessWorker, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """Outputs of uninterrupted runs on one worker, by recipe."""
     outputs = {name: tmp_path_factory.mktemp(name) / "out" for name in RECIPES}
@@ -138,7 +138,7 @@ def test_blocks_in_small_waves_give_the_same_bytes(
 def test_stopped_after_every_step_and_resumed_it_writes_the_same_bytes(
     small: SmallModel,
     whole: dict[str, Path],
-    one: WorkerHere,
+    one: InProcessWorker,
     three: WorkerPool,
     tmp_path: Path,
 ) -> None:
@@ -207,7 +207,7 @@ def test_a_worker_killed_in_any_layer_costs_that_layer_only(
 
 
 def test_workers_that_keep_dying_end_the_job_with_a_sentence(
-    small: SmallModel, whole: dict[str, Path], one: WorkerHere, tmp_path: Path
+    small: SmallModel, whole: dict[str, Path], one: InProcessWorker, tmp_path: Path
 ) -> None:
     class Dying:
         """A pool whose worker dies in every solve. Replacing it changes nothing."""
@@ -244,7 +244,7 @@ def test_workers_that_keep_dying_end_the_job_with_a_sentence(
 
 
 def test_a_driver_killed_with_its_own_ray_leaves_no_process_and_resumes(
-    small: SmallModel, whole: dict[str, Path], one: WorkerHere, tmp_path: Path, root: Path
+    small: SmallModel, whole: dict[str, Path], one: InProcessWorker, tmp_path: Path, root: Path
 ) -> None:
     output = tmp_path / "out"
     kill_driver_when(output / ".job" / "part-00000.json", small, "int8", output, tmp_path, root)
@@ -383,7 +383,7 @@ def test_a_source_with_nan_is_refused_by_the_module_that_met_it(
 
 
 def test_a_damaged_weight_that_nothing_computes_with_is_refused_by_name(
-    small: SmallModel, one: WorkerHere, tmp_path: Path
+    small: SmallModel, one: InProcessWorker, tmp_path: Path
 ) -> None:
     last = small.config.num_hidden_layers - 1
 
@@ -397,7 +397,7 @@ def test_a_damaged_weight_that_nothing_computes_with_is_refused_by_name(
 
 
 def test_a_bf16_source_keeps_what_the_recipe_does_not_name(
-    small: SmallModel, one: WorkerHere, tmp_path: Path
+    small: SmallModel, one: InProcessWorker, tmp_path: Path
 ) -> None:
     directory = tmp_path / "bf16"
     write_checkpoint(directory, layers=2, fp8=False)

@@ -21,7 +21,7 @@ from quant_jobs.job.job import plan_job, tools
 from quant_jobs.job.progress import Event
 from quant_jobs.quantize import run_quantize
 from quant_jobs.workers.devices import Device, make_repeatable
-from quant_jobs.workers.in_process import WorkerHere
+from quant_jobs.workers.in_process import InProcessWorker
 
 MANIFEST = "intserve.json"
 
@@ -47,7 +47,7 @@ def quantize(
             raise Stopped
 
     job = plan_job(small.directory, recipe, small.text, output, device)
-    with JobFolder(output, job.fingerprint) as folder, WorkerHere() as here:
+    with JobFolder(output, job.fingerprint) as folder, InProcessWorker() as here:
         Driver(job, folder, here, note).run()
     return contents(output)
 

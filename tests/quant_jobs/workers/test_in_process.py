@@ -22,7 +22,7 @@ from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job
 from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.job_report import REPORT_FILE
-from quant_jobs.workers.in_process import WorkerHere
+from quant_jobs.workers.in_process import InProcessWorker
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_command_does_not_even_import_ray(
     assert "int8 on one worker in this process: from the start" in done.stderr
 
 
-class Noting(WorkerHere):
+class Noting(InProcessWorker):
     """Notes in which thread each call runs."""
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ def test_it_writes_a_layer_beside_its_other_calls(small: SmallModel, tmp_path: P
 
 
 def test_what_went_wrong_beside_the_other_calls_is_raised_when_it_is_asked_for() -> None:
-    class Full(WorkerHere):
+    class Full(InProcessWorker):
         def method(self, name: str) -> Callable[..., Any]:
             def fail() -> None:
                 raise ArtifactError("the disk is full")

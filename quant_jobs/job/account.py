@@ -22,7 +22,7 @@ from quant_jobs.reports.job_record import (
     SourceAccount,
     WorkerAccount,
 )
-from quant_jobs.workers.messages import Usage
+from quant_jobs.workers.messages import WorkerUsage
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ def make_record(
     job: Job,
     timings: Timings,
     published: Mapping[LayerKey, PublishedFile],
-    usage: Sequence[Usage],
+    usage: Sequence[WorkerUsage],
     *,
     num_workers: int,
     started_at_layer: int,

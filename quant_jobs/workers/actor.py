@@ -25,8 +25,8 @@ from quant_jobs.workers.messages import (
     AttentionShare,
     SolveSummary,
     Tensors,
-    Usage,
     WorkerJob,
+    WorkerUsage,
     travel_light,
 )
 
@@ -136,5 +136,5 @@ class QuantizeWorker:
     def advance(self, layer: int) -> None:
         self._worker.advance(layer)
 
-    def usage(self) -> Usage:
+    def usage(self) -> WorkerUsage:
         return self._worker.usage()

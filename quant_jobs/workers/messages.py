@@ -67,7 +67,7 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class WorkerUsage:
     """Where this worker's time went, by step, its peak resident memory, and bytes moved."""
 
     pid: int

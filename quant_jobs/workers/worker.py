@@ -56,7 +56,13 @@ from quant_jobs.workers.boundary import load_blocks
 from quant_jobs.workers.context import LayerContext
 from quant_jobs.workers.devices import make_repeatable, use_one_thread
 from quant_jobs.workers.files import WorkerFiles
-from quant_jobs.workers.messages import AttentionShare, SolveSummary, Tensors, Usage, WorkerJob
+from quant_jobs.workers.messages import (
+    AttentionShare,
+    SolveSummary,
+    Tensors,
+    WorkerJob,
+    WorkerUsage,
+)
 from quant_jobs.workers.original import OriginalLayer
 from quant_jobs.workers.quantized import QuantizedLayer
 from quant_jobs.workers.read_ahead import ReadAhead
@@ -260,10 +266,10 @@ class Worker:
         self._quantized = None
         self._solved = None
 
-    def usage(self) -> Usage:
+    def usage(self) -> WorkerUsage:
         """What this worker took since `begin`."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return Usage(
+        return WorkerUsage(
             os.getpid(),
             socket.gethostname(),
             dict(self._seconds),

@@ -40,7 +40,7 @@ from quant_jobs.job.progress import Event, Step
 from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.job_report import REPORT_FILE
 from quant_jobs.workers.in_process import InProcessWorker
-from quant_jobs.workers.messages import SolveSummary, Usage
+from quant_jobs.workers.messages import SolveSummary, WorkerUsage
 from quant_jobs.workers.pool import WorkerPool
 from quant_jobs.workers.protocol import Workers, WorkersLost
 
@@ -191,7 +191,7 @@ def test_a_worker_killed_in_any_layer_costs_that_layer_only(
         for step, layer, index in kills:
             if (event.step, event.layer) == (step, layer) and seen.count((step, layer)) == 1:
                 (usage,) = three.each(lambda worker, _: worker.usage.remote(), [index])
-                assert isinstance(usage, Usage)
+                assert isinstance(usage, WorkerUsage)
                 os.kill(usage.pid, signal.SIGKILL)
 
     recipe, output = small_recipe("int4-all"), tmp_path / "out"

@@ -44,10 +44,10 @@ def observe_attention(
     block: int,
     num_blocks: int,
     inputs: Sequence[str],
-    keeps_rows: Callable[[str], bool],
+    wants_rows: Callable[[str], bool],
 ) -> tuple[Routed, dict[str, InputShare]]:
     """One calibration block x f32 [T, D] through the original attention: what enters the MLP, and
-    what each of `inputs` (module names) brings to its statistics. `keeps_rows(name)` says whether
+    what each of `inputs` (module names) brings to its statistics. `wants_rows(name)` says whether
     the rows themselves are needed, for a Gram matrix.
 
     Raises:
@@ -58,7 +58,7 @@ def observe_attention(
 
     def observer(name: str) -> Callable[[Tensor], None]:
         def see(x: Tensor) -> None:
-            share = observe(x.flatten(0, -2), num_rows, keep_rows=keeps_rows(name))
+            share = observe(x.flatten(0, -2), num_rows, keep_rows=wants_rows(name))
             share.check_finite(name, block)  # here, where the first to meet it says so
             shares[name] = share
 

@@ -106,7 +106,7 @@ def load_token_blocks(
             f"block_tokens {block_tokens} is more than the model's {config.max_position_embeddings}"
             " positions; lower it"
         )
-    shares = _deal(sources, num_blocks)
+    shares = _share_blocks(sources, num_blocks)
     bos = config.bos_token_id
     length = block_tokens - (bos is not None)
     pieces: list[Tensor] = []
@@ -122,7 +122,7 @@ def load_token_blocks(
     return TokenBlocks(cut, _digest(cut), tuple(given))
 
 
-def _deal(sources: Sequence[CalibrationSource], num_blocks: int) -> list[int]:
+def _share_blocks(sources: Sequence[CalibrationSource], num_blocks: int) -> list[int]:
     """Blocks of each file: the whole part of its due, then one more each to the largest
     remainders (to the earlier file where they are equal)."""
     if not sources:

@@ -49,7 +49,7 @@ MAX_LOSSES_PER_LAYER = 3
 
 
 @dataclass(slots=True)
-class _Writing:
+class _WritingLayer:
     """A layer that a worker is writing: the reference to its record, and what goes beside it."""
 
     layer: int
@@ -58,7 +58,7 @@ class _Writing:
 
 
 @dataclass(slots=True)
-class _Storing:
+class _StoringBoundary:
     """What goes into a layer, while workers store it: references to who is done."""
 
     layer: int
@@ -83,11 +83,11 @@ class Driver:
         self._job, self._folder, self._pool, self._progress = job, folder, pool, progress
         self._config = job.source.config
         self._writer = ArtifactWriter(job.output, source=job.source, recipe=job.recipe)
-        self._layers = LayerSteps(self._config, job.recipe, self._writer.schemes, pool, wave_blocks)
+        self._steps = LayerSteps(self._config, job.recipe, self._writer.schemes, pool, wave_blocks)
         self._blocks = job.blocks
-        self._held: dict[int, tuple[int, ...]] = {}  # place -> the blocks that it holds
-        self._writing: _Writing | None = None
-        self._storing: _Storing | None = None
+        self._blocks_by_slot: dict[int, tuple[int, ...]] = {}  # slot -> the blocks that it holds
+        self._writing: _WritingLayer | None = None
+        self._storing: _StoringBoundary | None = None
         self._timings = Timings()
         self._published = folder.load_published()
         for file in self._published.values():
@@ -98,7 +98,7 @@ class Driver:
         todo = [n for n in range(self._config.num_hidden_layers) if n not in self._published]
         start = self._folder.last_boundary(len(self._blocks.ids), todo[0]) if todo else 0
         self._announce(todo, start)
-        self._publish_untouched()  # in the driver, while the workers load their libraries
+        self._publish_unquantized()  # in the driver, while the workers load their libraries
         if todo:
             self._run_layers(start, todo[-1])
         return self._finish(start)
@@ -128,21 +128,21 @@ class Driver:
     def _run_layer(self, layer: int, is_last: bool) -> None:
         if self._pool.admit():
             self._await_files()  # all begin anew, and forget what they write
-            self._held.clear()
+            self._blocks_by_slot.clear()
             self._progress(Event("joined", layer, detail=f"now on {self._pool.describe()}"))
-        self._supply(layer)
+        self._load_boundary(layer)
         if layer in self._published:
             self._await_files()
             if not is_last:
                 with self._timings.step(layer, "carry"):
                     published = (self._job.output / layer_file(layer)).resolve()
-                    self._layers.use_published(layer, published)
+                    self._steps.use_published(layer, published)
                     self._carry(layer)
             return
         solution = self._solve(layer)
         if not is_last:
             with self._timings.step(layer, "carry"):
-                self._layers.use_solved(layer, solution)
+                self._steps.use_solved(layer, solution)
                 self._carry(layer)
 
     def _recover(self, layer: int, losses: int) -> int:
@@ -156,11 +156,11 @@ class Driver:
                 "probably for lack of memory: run again with fewer --workers per node or more "
                 "memory; the job goes on at this layer"
             )
-        self._held.clear()
+        self._blocks_by_slot.clear()
         # What of the layers before is not safe after all?
-        if self._writing is not None and not self._is_safe(self._await_writing):
+        if self._writing is not None and not self._is_durable(self._await_writing):
             layer = min(layer, self._writing.layer)
-        if self._storing is not None and not self._is_safe(self._await_storing):
+        if self._storing is not None and not self._is_durable(self._await_storing):
             layer = min(layer, self._storing.layer - 1)
         self._writing = self._storing = None
         self._progress(
@@ -170,18 +170,18 @@ class Driver:
         return layer
 
     @staticmethod
-    def _is_safe(wait: Callable[[], None]) -> bool:
+    def _is_durable(wait: Callable[[], None]) -> bool:
         try:
             wait()
         except WorkersLost:
             return False
         return True
 
-    def _supply(self, layer: int) -> None:
+    def _load_boundary(self, layer: int) -> None:
         """See to it that every worker holds what goes into this layer for its blocks."""
-        places = self._pool.places
-        due = {place: tuple(self._layers.blocks_of(i)) for i, place in enumerate(places)}
-        new = [i for i, place in enumerate(places) if self._held.get(place) != due[place]]
+        slots = self._pool.slots
+        due = {slot: tuple(self._steps.blocks_of(i)) for i, slot in enumerate(slots)}
+        new = [i for i, slot in enumerate(slots) if self._blocks_by_slot.get(slot) != due[slot]]
         if not new:
             return
         job = WorkerJob(
@@ -194,14 +194,14 @@ class Driver:
         boundary = self._folder.boundary(layer).resolve()
 
         def ids(index: int) -> dict[int, Tensor]:
-            return {block: self._blocks.ids[block] for block in self._layers.blocks_of(index)}
+            return {block: self._blocks.ids[block] for block in self._steps.blocks_of(index)}
 
         with self._timings.step(layer, "supply"):
             self._pool.each(lambda worker, _: worker.begin.remote(job), new)
             self._pool.each(
                 lambda worker, i: worker.load_boundary.remote(layer, ids(i), boundary), new
             )
-        self._held = due
+        self._blocks_by_slot = due
 
     # --- the steps of one layer ---
 
@@ -210,25 +210,25 @@ class Driver:
         following = next((n for n in later if n not in self._published), None)
         ledger = Ledger()
         with self._timings.step(layer, "attend"):
-            received = self._layers.attend(layer, following)
-        self._say("calibrated", layer)
+            received = self._steps.attend(layer, following)
+        self._report("calibrated", layer)
         # The layer before is safe before this one costs much: a death costs one layer, not two.
         self._await_files()
         with self._timings.step(layer, "solve"):
-            shared = self._layers.shared_smoothing(layer, received, ledger)
-            solution = self._layers.solve(layer, shared, received, ledger)
-        self._say("solved", layer)
-        record = self._layers.write(layer, solution)
-        self._writing = _Writing(layer, record, solution.summary)
+            shared = self._steps.shared_smoothing(layer, received, ledger)
+            solution = self._steps.solve(layer, shared, received, ledger)
+        self._report("solved", layer)
+        record = self._steps.write(layer, solution)
+        self._writing = _WritingLayer(layer, record, solution.summary)
         return solution
 
     def _carry(self, layer: int) -> None:
         """Activations through the quantized layer; boundaries that nothing needs any more go."""
         boundary = self._folder.boundary(layer + 1)
         boundary.mkdir(exist_ok=True)
-        self._storing = _Storing(layer + 1, [])
-        self._layers.carry(layer, boundary.resolve(), self._storing.files)
-        self._say("carried", layer)
+        self._storing = _StoringBoundary(layer + 1, [])
+        self._steps.carry(layer, boundary.resolve(), self._storing.files)
+        self._report("carried", layer)
 
     def _await_files(self) -> None:
         self._await_writing()
@@ -273,11 +273,11 @@ class Driver:
 
     # --- publishing ---
 
-    def _publish_untouched(self) -> None:
+    def _publish_unquantized(self) -> None:
         """Globals and MTP layers go through by name, as the source stores them."""
         for key in layer_keys(self._config):
-            untouched = key == "globals" or key >= self._config.num_hidden_layers
-            if not untouched or key in self._published:
+            is_unquantized = key == "globals" or key >= self._config.num_hidden_layers
+            if not is_unquantized or key in self._published:
                 continue
             source = self._job.source
             with self._timings.step(key, "write"):
@@ -297,8 +297,8 @@ class Driver:
         key = file.record.layer
         self._published[key] = file
         if key != "globals" and key < self._config.num_hidden_layers:
-            self._folder.drop_boundaries(before=key)
-        self._say("published", key, file)
+            self._folder.delete_boundaries(before=key)
+        self._report("published", key, file)
 
     def _finish(self, start: int) -> Manifest:
         ledger = Ledger()
@@ -318,12 +318,12 @@ class Driver:
             },
         )
         self._folder.remove()
-        self._say("finished", "globals")
+        self._report("finished", "globals")
         return manifest
 
     def _write_report(self, start: int, ledger: Ledger) -> None:
         try:
-            known = [i for i, place in enumerate(self._pool.places) if place in self._held]
+            known = [i for i, slot in enumerate(self._pool.slots) if slot in self._blocks_by_slot]
             usage = self._pool.each(lambda worker, _: worker.usage.remote(), known)
         except WorkersLost:  # after their work was done: nothing but this account is lost
             usage = []
@@ -338,5 +338,5 @@ class Driver:
         )
         write_job_report(self._job.output, record)
 
-    def _say(self, step: Step, layer: LayerKey, published: PublishedFile | None = None) -> None:
+    def _report(self, step: Step, layer: LayerKey, published: PublishedFile | None = None) -> None:
         self._progress(Event(step, layer, published))

@@ -30,7 +30,7 @@ from deepseek.artifact.manifest import MANIFEST_FILE, Fallback, LayerKey, LayerR
 from deepseek.errors import ArtifactError
 from deepseek.files import sha256_file, write_json
 from deepseek.tensor_files import tensor_digest
-from quant_jobs.workers.boundary import _block_name, _stored_blocks
+from quant_jobs.workers.boundary import block_name, stored_blocks
 
 FOLDER = ".job"
 #: Times that a folder is deleted before that which keeps appearing in it is an error.
@@ -58,7 +58,7 @@ class JobFolder:
     def __init__(self, output: Path, fingerprint: dict[str, Any]) -> None:
         self.output = output
         self.path = output / FOLDER
-        self._refuse_strangers()
+        self._refuse_foreign_files()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = self._take_lock()
         try:
@@ -131,28 +131,28 @@ class JobFolder:
 
     def last_boundary(self, num_blocks: int, at_most: int) -> int:
         """The last complete boundary up to layer `at_most`; 0, the embedding, is always there."""
-        wanted = {_block_name(block) for block in range(num_blocks)}
+        wanted = {block_name(block) for block in range(num_blocks)}
         for layer in range(at_most, 0, -1):
-            if wanted <= _stored_blocks(self.boundary(layer)):
+            if wanted <= stored_blocks(self.boundary(layer)):
                 return layer
         return 0
 
-    def drop_boundaries(self, *, before: int) -> None:
+    def delete_boundaries(self, *, before: int) -> None:
         for path in sorted(self.path.glob("boundary-*")):
             if path.name < self.boundary(before).name:
                 _remove_folder(path)
 
     # --- whose folder is it? ---
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_foreign_files(self) -> None:
         if not self.output.is_dir() or self.path.is_dir():
             return
         if (self.output / MANIFEST_FILE).exists():
             return
-        strangers = sorted(path.name for path in self.output.iterdir())
-        if strangers:
+        foreign = sorted(path.name for path in self.output.iterdir())
+        if foreign:
             raise ArtifactError(
-                f"{self.output} is not empty ({strangers[0]}) and not an output of quantize; "
+                f"{self.output} is not empty ({foreign[0]}) and not an output of quantize; "
                 "choose another --output"
             )
 

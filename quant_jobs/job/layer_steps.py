@@ -71,7 +71,7 @@ class LayerSteps:
         settings = recipe.calibration
         self._blocks = range(settings.num_blocks)
         self._wave_blocks = wave_blocks
-        self._many = max(WAVE_TOKENS // settings.block_tokens, 1)
+        self._min_wave_blocks = max(WAVE_TOKENS // settings.block_tokens, 1)
 
     def blocks_of(self, index: int) -> range:
         """The blocks that a worker holds."""
@@ -125,7 +125,7 @@ class LayerSteps:
                 if unit.kind == "attention"
                 for linear_input in unit.inputs
             )
-            for members in self._members()
+            for members in self._workers_by_node()
         ]
 
     def _observe_wave(self, layer: int, shares: list[list[Any]]) -> list[Any]:
@@ -135,7 +135,7 @@ class LayerSteps:
             lambda worker, i: worker.observe.remote(layer, *(one[nodes[i]] for one in shares))
         )
 
-    def _members(self) -> list[list[int]]:
+    def _workers_by_node(self) -> list[list[int]]:
         """node -> the workers on it."""
         nodes = self._pool.nodes
         return [
@@ -192,7 +192,7 @@ class LayerSteps:
         given = self._pool.share(shared)
         sent = self._pool.submit(lambda worker, i: worker.solve.remote(layer, given, received[i]))
         summaries = self._pool.each(lambda _, i: sent[i][2])
-        whole = _join(summaries, shared)
+        whole = _merge(summaries, shared)
         ledger.extend(whole.fallbacks)
         (norms,) = self._pool.submit(
             lambda worker, _: worker.folded_norms.remote(layer, whole.smoothing), [0]
@@ -272,7 +272,9 @@ class LayerSteps:
         """What everybody's experts make of a wave, by worker, then by the node that it is for."""
         if not self._config.is_moe(layer):
             return []
-        homes = [[b for index in members for b in wave[index]] for members in self._members()]
+        homes = [
+            [b for index in members for b in wave[index]] for members in self._workers_by_node()
+        ]
         parts = self._pool.submit(
             lambda worker, _: worker.run_experts.options(num_returns=len(homes)).remote(
                 layer, homes, *routed
@@ -299,7 +301,7 @@ class LayerSteps:
     def _waves(self) -> list[list[list[int]]]:
         """wave -> worker -> its blocks in it; waves follow each other in block order."""
         waves = []
-        size = self._wave_blocks or max(self._many, WAVE_BLOCKS * len(self._pool))
+        size = self._wave_blocks or max(self._min_wave_blocks, WAVE_BLOCKS * len(self._pool))
         for first in range(0, len(self._blocks), size):
             wave = self._blocks[first : first + size]
             waves.append(
@@ -311,7 +313,7 @@ class LayerSteps:
         return waves
 
 
-def _join(summaries: Sequence[SolveSummary], shared: Smoothing) -> SolveSummary:
+def _merge(summaries: Sequence[SolveSummary], shared: Smoothing) -> SolveSummary:
     """What all workers' solving of a layer amounts to."""
     whole = SolveSummary(smoothing=Smoothing(dict(shared.columns), dict(shared.rows)))
     ledger = Ledger()

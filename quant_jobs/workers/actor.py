@@ -27,7 +27,7 @@ from quant_jobs.workers.messages import (
     Tensors,
     WorkerJob,
     WorkerUsage,
-    travel_light,
+    register_tensor_serializer,
 )
 
 
@@ -50,7 +50,7 @@ class QuantizeWorker:
 
     def __init__(self) -> None:
         _end_with_raylet()
-        travel_light()
+        register_tensor_serializer()
         from quant_jobs.workers.worker import Worker
 
         self._worker = Worker()

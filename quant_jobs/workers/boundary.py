@@ -23,7 +23,7 @@ def boundary_files(boundary: Path, num_workers: int, wave: int = 0) -> list[Path
 
 def save_blocks(path: Path, blocks: Mapping[int, Tensor]) -> int:
     """Store what goes into a layer, f32 [T, D] by block; whole or not at all. Bytes written."""
-    named = {_block_name(block): x_TD for block, x_TD in blocks.items()}
+    named = {block_name(block): x_TD for block, x_TD in blocks.items()}
     digests = {name: tensor_digest(x_TD) for name, x_TD in named.items()}
     return save_tensors(path, named, digests).num_bytes
 
@@ -40,7 +40,7 @@ def load_blocks(boundary: Path, blocks: Sequence[int]) -> dict[int, Tensor]:
             with safe_open(path, framework="pt") as file:
                 digests = file.metadata() or {}
                 for block in blocks:
-                    name = _block_name(block)
+                    name = block_name(block)
                     if block in found or name not in digests:
                         continue
                     x_TD = file.get_tensor(name).clone()
@@ -55,7 +55,7 @@ def load_blocks(boundary: Path, blocks: Sequence[int]) -> dict[int, Tensor]:
     return {block: found[block] for block in blocks}
 
 
-def _stored_blocks(boundary: Path) -> set[str]:
+def stored_blocks(boundary: Path) -> set[str]:
     names: set[str] = set()
     for path in boundary.glob("*.safetensors"):
         try:
@@ -68,5 +68,5 @@ def _stored_blocks(boundary: Path) -> set[str]:
     return names
 
 
-def _block_name(block: int) -> str:
+def block_name(block: int) -> str:
     return f"block-{block:05d}"

@@ -10,7 +10,7 @@ import torch
 from deepseek.config import ModelConfig
 from deepseek.recipe import Recipe, Scheme
 from quant_jobs.calibration.forward import Rotary
-from quant_jobs.workers.messages import Message, moved
+from quant_jobs.workers.messages import Message, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,6 @@ class LayerContext:
     device: torch.device
     rotary: Rotary
 
-    def moved(self, value: Message) -> Message:
+    def to_device(self, value: Message) -> Message:
         """A message with its tensors on the worker's device."""
-        return moved(value, self.device)
+        return to_device(value, self.device)

@@ -48,7 +48,7 @@ class WorkerFiles:
         self.bytes_written += record.num_bytes
         return record
 
-    def hold(self, layer: int, blocks: Mapping[int, Tensor]) -> None:
+    def buffer(self, layer: int, blocks: Mapping[int, Tensor]) -> None:
         """Keep what goes into `layer`, f32 [T, D] by block, until `store` is called for it."""
         self._unsaved |= {(layer, block): x_TD for block, x_TD in blocks.items()}
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from quant_jobs.workers.messages import moved
+from quant_jobs.workers.messages import to_device
 from quant_jobs.workers.worker import Worker
 
 #: Calls of a worker that run beside the others, one after the other; on Ray, by `actor.py`.
@@ -66,7 +66,7 @@ class InProcessWorker:
         return 1
 
     @property
-    def places(self) -> list[int]:
+    def slots(self) -> list[int]:
         return [0]
 
     @property
@@ -107,7 +107,7 @@ class InProcessWorker:
             given = [_result(argument) for argument in arguments]
             if name in BACKGROUND:
                 return self._background.submit(method, *given)
-            return moved(method(*given), _HOST)
+            return to_device(method(*given), _HOST)
 
         def only(*arguments: Any) -> Any:
             (found,) = remote(*arguments)

@@ -2,10 +2,10 @@
 
 Apart from `worker.py`, so that the driver need not load transformers' modeling code and modelopt.
 
-Tensors travel through Ray's object store as plain buffers (`travel_light`): written once, mapped by
-every process of the node that asks, never pickled. What arrives is read-only memory: nobody may
-write into a tensor that came in a message. And it is host memory, whatever the sender computes on;
-a worker on a GPU moves (`moved`) what it is told to where it computes.
+Tensors travel through Ray's object store as raw buffers (`register_tensor_serializer`): written
+once, mapped by every process of the node that asks, never pickled. A received tensor is read-only
+memory: no one may write into it. It is host memory, whatever device the sender computes on; a
+worker on a GPU copies messages to its device (`to_device`).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def in_block_order(shares: Iterator[Mapping[int, Any]]) -> Iterator[tuple[int, A
     yield from sorted(whole.items())
 
 
-def moved(value: Message, device: torch.device) -> Message:
+def to_device(value: Message, device: torch.device) -> Message:
     """A message, or a part of one (of dicts, lists, tuples and dataclasses), with its tensors on
     `device`; a tensor that is there already is not copied."""
 
@@ -108,7 +108,7 @@ def moved(value: Message, device: torch.device) -> Message:
     return move(value)
 
 
-def travel_light() -> None:
+def register_tensor_serializer() -> None:
     """Have Ray move tensors as raw buffers of host memory. To be called once in every process that
     sends any; torch's own pickling copies them twice, cannot read float8 back, and would bring a
     tensor of a GPU back on one."""

@@ -50,9 +50,9 @@ class OriginalLayer:
         }
 
         def dequantized(module: str) -> Tensor:
-            return context.moved(source[f"{module}.weight"]).dequantize()
+            return context.to_device(source[f"{module}.weight"]).dequantize()
 
-        self._trunk = Trunk(context.config, layer, context.moved(high), dequantized)
+        self._trunk = Trunk(context.config, layer, context.to_device(high), dequantized)
         self._inputs = LayerInputs(
             layer,
             context.recipe.expert_coverage,
@@ -84,7 +84,7 @@ class OriginalLayer:
             block=block,
             num_blocks=self._context.num_blocks,
             inputs=self._attention_inputs,
-            keeps_rows=self._wants_gram,
+            wants_rows=self._wants_gram,
         )
 
     def observe(self, shares: Sequence[AttentionShare]) -> None:
@@ -95,11 +95,13 @@ class OriginalLayer:
             (name,) = (linear_input.name for linear_input in unit.inputs)
             of_input = (share[name] for share in shares if name in share)
             for block, share in in_block_order(of_input):
-                self._inputs.add_attention(name, block, self._context.moved(share))
+                self._inputs.add_attention(name, block, self._context.to_device(share))
 
     def receive(self, routed: Sequence[RoutedBlocks]) -> None:
         """Take what enters the MLP, everybody's blocks, to where it is computed with."""
-        blocks = [(block, self._context.moved(one)) for block, one in in_block_order(iter(routed))]
+        blocks = [
+            (block, self._context.to_device(one)) for block, one in in_block_order(iter(routed))
+        ]
         self._inputs.set_mlp_blocks(blocks)
 
     # --- the scale that several workers share ---
@@ -110,19 +112,19 @@ class OriginalLayer:
         group, method = self._shared_group()
         statistics = {
             module: weight_statistics(self.weight(module), method, self._context.schemes[module])
-            for module in self._mine(group.consumers)
+            for module in self._owned(group.consumers)
         }
-        is_measured_here = bool(self._mine([group.measured]))
+        is_measured_here = bool(self._owned([group.measured]))
         return statistics, self._inputs.all_tokens(gram=False) if is_measured_here else None
 
     def scale_losses(self, candidates: Tensor) -> dict[str, Tensor]:
         """AWQ's losses f64 [A] of candidates f32 [A, K] for the shared scale, by module; of this
         worker's linears that have seen a token."""
         group, _ = self._shared_group()
-        candidates = self._context.moved(candidates)
+        candidates = self._context.to_device(candidates)
         losses: dict[str, Tensor] = {}
         experts = {mlp: expert for unit in self.share for mlp, expert in unit.numbered_mlps()}
-        for module in self._mine(group.consumers):
+        for module in self._owned(group.consumers):
             mlp = module.rpartition(".")[0]
             sample = self._inputs.sample(mlp, experts[mlp])
             if sample is not None:
@@ -142,7 +144,7 @@ class OriginalLayer:
             CheckpointError: a weight cannot be represented, or an activation is not finite.
         """
         solver = self.solver()
-        smoothing = self._context.moved(smoothing)
+        smoothing = self._context.to_device(smoothing)
         trunk: Tensors = {}
         experts: Tensors = {}
         for unit in self.share:
@@ -180,7 +182,7 @@ class OriginalLayer:
             CheckpointError: it is to be quantized, and cannot be.
         """
         name = f"{module}.weight"
-        weight = self._context.moved(self._source[name]).dequantize()
+        weight = self._context.to_device(self._source[name]).dequantize()
         if self._context.schemes[module].is_quantized:
             # Here, where its name is known: the searches on several weights would not say whose.
             try:
@@ -193,7 +195,7 @@ class OriginalLayer:
         assert self.shared is not None, "the driver asks only where the recipe scales this group"
         return self.shared
 
-    def _mine(self, modules: Sequence[str]) -> list[str]:
+    def _owned(self, modules: Sequence[str]) -> list[str]:
         owned = {module for unit in self.share for module in unit.modules}
         return [module for module in modules if module in owned]
 

@@ -24,7 +24,7 @@ class Workers(Protocol):
     def size(self) -> int: ...
 
     @property
-    def places(self) -> list[int]:
+    def slots(self) -> list[int]:
         """Who is at work: by index, a number that stays with its worker."""
         ...
 

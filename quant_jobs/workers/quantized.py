@@ -56,7 +56,7 @@ class QuantizedLayer:
             return self._restore(trunk, module, linears[module])
 
         self._trunk = Trunk(
-            context.config, layer, context.moved(high), restored, self._input_roundings(linears)
+            context.config, layer, context.to_device(high), restored, self._input_roundings(linears)
         )
         self._residual: dict[int, Tensor] = {}
         self._routed: RoutedBlocks = {}
@@ -99,7 +99,9 @@ class QuantizedLayer:
         blocks of each node; the answer has an entry for each, with the rows of its own blocks."""
         specs = expert_specs(self._context.config, self.layer, self._share)
         shapes = {spec.module: spec.shape for spec in specs}
-        blocks = [(block, self._context.moved(one)) for block, one in in_block_order(iter(routed))]
+        blocks = [
+            (block, self._context.to_device(one)) for block, one in in_block_order(iter(routed))
+        ]
         outputs: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         for unit in self._share:
             for mlp, expert in unit.numbered_mlps():
@@ -145,7 +147,7 @@ class QuantizedLayer:
             for suffix in stored_shapes(scheme, outputs, inputs)
             if (name := f"{module}.{suffix}") in packed
         }
-        return decompress(self._context.moved(stored), scheme, (outputs, inputs))
+        return decompress(self._context.to_device(stored), scheme, (outputs, inputs))
 
     def _input_roundings(self, modules: Iterable[str]) -> dict[str, RoundInput]:
         """By module, of those whose kernel rounds its input."""

@@ -50,7 +50,7 @@ class _Mlp:
 
 
 @dataclass(slots=True)
-class _Readers:
+class _LinearStack:
     """Linears of one scheme and shape that GPTQ solves under one Gram matrix."""
 
     scheme: Scheme
@@ -95,7 +95,11 @@ class UnitSolver:
         Raises:
             CheckpointError: a weight cannot be represented, or an activation is not finite.
         """
-        return self._solve_attention(unit) if unit.kind == "attention" else self._mlps(unit, shared)
+        return (
+            self._solve_attention(unit)
+            if unit.kind == "attention"
+            else self._solve_mlp_unit(unit, shared)
+        )
 
     # --- attention ---
 
@@ -117,7 +121,7 @@ class UnitSolver:
 
     # --- MLPs ---
 
-    def _mlps(self, unit: Unit, shared: Smoothing) -> Tensors:
+    def _solve_mlp_unit(self, unit: Unit, shared: Smoothing) -> Tensors:
         mlps = unit.numbered_mlps()
         # One by one is less to hold. Where all experts see the same tokens, all of a unit that read
         # one input are stacked.
@@ -266,15 +270,15 @@ class UnitSolver:
         as one batch per shape and scheme. Their Gram matrices are used up."""
         # Linears of one shape that share an input (gate and up of one expert; everybody's under
         # policy `all`) are stacked along their outputs.
-        readers: dict[tuple[object, ...], _Readers] = {}
+        readers: dict[tuple[object, ...], _LinearStack] = {}
         for module, statistics in work:
             scheme = self._schemes[module]
             if scheme.algorithm == "gptq" and statistics is not None:
                 shape = self._source[f"{module}.weight"].spec.shape
                 key = scheme, shape, id(statistics)
-                readers.setdefault(key, _Readers(scheme, statistics)).modules.append(module)
-        factors = self._invert(list(readers.values()))
-        batches: dict[tuple[object, ...], list[_Readers]] = {}
+                readers.setdefault(key, _LinearStack(scheme, statistics)).modules.append(module)
+        factors = self._factorize(list(readers.values()))
+        batches: dict[tuple[object, ...], list[_LinearStack]] = {}
         for (scheme_, shape_, _), stack in readers.items():
             batches.setdefault((scheme_, shape_, len(stack.modules)), []).append(stack)
         rounded: dict[str, Rounded] = {}
@@ -291,7 +295,7 @@ class UnitSolver:
                     self._note_factor(module, factor, scheme)
         return rounded
 
-    def _invert(self, readers: Sequence[_Readers]) -> dict[_FactorKey, Factor]:
+    def _factorize(self, readers: Sequence[_LinearStack]) -> dict[_FactorKey, Factor]:
         """The factors of their Gram matrices, each in the place of its matrix."""
         factors: dict[_FactorKey, Factor] = {}
         keys = [_factor_key(stack) for stack in readers]
@@ -305,7 +309,7 @@ class UnitSolver:
             is_last = all(other == key or other[0] != key[0] for other in keys[place + 1 :])
             assert stack.statistics.gram is not None, stack.modules
             gram = stack.statistics.take_gram() if is_last else stack.statistics.gram.clone()
-            factors[key] = _factor_of(gram, stack.scheme)
+            factors[key] = _factorize_gram(gram, stack.scheme)
         return factors
 
     def _shared_factor(self, statistics: InputStatistics, scheme: Scheme) -> Factor:
@@ -313,7 +317,7 @@ class UnitSolver:
         assert statistics.gram is not None
         key = scheme.damping, scheme.act_order
         if key not in self._factors:
-            self._factors[key] = _factor_of(statistics.gram.clone(), scheme)
+            self._factors[key] = _factorize_gram(statistics.gram.clone(), scheme)
         return self._factors[key]
 
     def _stack(self, rows: Sequence[Sequence[str]], smoothing: Smoothing) -> Tensor:
@@ -340,9 +344,9 @@ class UnitSolver:
 _FactorKey = tuple[int, float, bool]
 
 
-def _factor_key(readers: _Readers) -> _FactorKey:
+def _factor_key(readers: _LinearStack) -> _FactorKey:
     return id(readers.statistics), readers.scheme.damping, readers.scheme.act_order
 
 
-def _factor_of(gram: Tensor, scheme: Scheme) -> Factor:
+def _factorize_gram(gram: Tensor, scheme: Scheme) -> Factor:
     return inverse_factor(gram, scheme.damping, act_order=scheme.act_order)

@@ -252,7 +252,7 @@ class Worker:
     def combine(self, layer: int, blocks: Sequence[int], *outputs: ExpertOutputsByBlock) -> None:
         """The layer's outputs for some of this worker's blocks."""
         with self._timed("forward"):
-            self._files.hold(layer + 1, self._quantized_of(layer).combine(blocks, outputs))
+            self._files.buffer(layer + 1, self._quantized_of(layer).combine(blocks, outputs))
 
     def store(self, layer: int, blocks: Sequence[int], file: Path, combined: None) -> None:
         """Store what goes into `layer`, of some of this worker's blocks. Runs beside other calls,

@@ -38,7 +38,7 @@ def run_quantize(
     Connects to Ray, or starts a local one, until the job ends; with `workers` 0 one worker in this
     process runs the job without Ray. A finished output of the same inputs is returned unchanged.
     `progress` None shows a progress line on stderr. On `device` cuda each worker has its own GPU.
-    `cpus_per_worker` is the number of Ray CPUs that each worker reserves; it computes on one thread.
+    `cpus_per_worker` is how many Ray CPUs each worker reserves; it computes on one thread.
 
     Raises:
         IntServeError: a subclass for a wrong input, before any work is done; itself when workers

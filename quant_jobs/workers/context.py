@@ -1,4 +1,4 @@
-"""What every layer of a worker's job has in common: model, recipe, device. Set once per job."""
+"""What all layers of a worker's job share: model, recipe, device. Made once per job by `Worker`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from quant_jobs.workers.messages import Message, to_device
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """`schemes` are by module name; `num_blocks` is of the whole job; `device` is what the worker
-    computes on."""
+    """`schemes` by module name; `num_blocks` of the whole job; `device` that the worker computes
+    on."""
 
     config: ModelConfig
     recipe: Recipe
@@ -26,5 +26,5 @@ class LayerContext:
     rotary: Rotary
 
     def to_device(self, value: Message) -> Message:
-        """A message with its tensors on the worker's device."""
+        """Copy a message's tensors to the worker's device."""
         return to_device(value, self.device)

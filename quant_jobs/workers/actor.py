@@ -121,9 +121,9 @@ class QuantizeWorker:
         return self._worker.attend_quantized(layer, blocks)
 
     def run_experts(
-        self, layer: int, homes: Sequence[Sequence[int]], *routed: RoutedBlocks
+        self, layer: int, blocks_by_node: Sequence[Sequence[int]], *routed: RoutedBlocks
     ) -> ExpertOutputsByBlock | list[ExpertOutputsByBlock]:
-        outputs = self._worker.run_experts(layer, homes, *routed)
+        outputs = self._worker.run_experts(layer, blocks_by_node, *routed)
         return outputs if len(outputs) > 1 else outputs[0]  # Ray does not unpack a single value
 
     def combine(self, layer: int, blocks: Sequence[int], *outputs: ExpertOutputsByBlock) -> None:

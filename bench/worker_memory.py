@@ -27,7 +27,7 @@ from quant_jobs.calibration import units
 
 INTERVAL_S = 0.01
 #: Files whose functions name a step.
-STEPS = ("worker.py", "solve_units.py", "solve.py", "gptq.py")
+STEPS = ("worker.py", "unit_solver.py", "linear.py", "gptq.py")
 
 app = make_app(__doc__ or "")
 
@@ -83,7 +83,7 @@ class Watch:
         frame, names = sys._current_frames().get(self.thread), []
         while frame is not None and len(names) < 3:
             path = Path(frame.f_code.co_filename)
-            if path.parent.name == "quant_jobs" and path.name in STEPS:
+            if "quant_jobs" in path.parts and path.name in STEPS:
                 names.append(frame.f_code.co_name)
             frame = frame.f_back
         return " > ".join(reversed(names)) or "between steps"

@@ -42,7 +42,7 @@ from deepseek.files import write_atomic
 from deepseek.recipe import Recipe, parse_recipe
 from quant_jobs.calibration.token_blocks import TokenBlocks, load_token_blocks
 from quant_jobs.evaluation.metrics import Interval, TokenScores, compare_logits, estimate
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job
 from quant_jobs.job.progress import Event
@@ -210,7 +210,7 @@ def quantize(model: Path, recipe: Recipe, folder: Path, pool: WorkerPool) -> Man
     output = folder / "checkpoint"
     job = plan_job(model, recipe, model / "calibration.txt", output)
     with JobFolder(output, job.fingerprint) as lock:
-        return Run(job, lock, pool, _quiet).run()
+        return Driver(job, lock, pool, _quiet).run()
 
 
 def _quiet(_: Event) -> None:

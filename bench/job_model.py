@@ -30,10 +30,10 @@ from deepseek.source.synthetic import Size, synthesize, synthetic_config
 from quant_jobs.cost.model import bytes_read, bytes_written, job_time
 from quant_jobs.cost.rates import machine_rates
 from quant_jobs.cost.work import PIECES, Job, pieces
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job
-from quant_jobs.workers.in_process import WorkerHere
+from quant_jobs.workers.in_process import InProcessWorker
 
 #: Calls of a worker -> the section of the schedule that they belong to.
 SECTION = {
@@ -48,7 +48,7 @@ STEPS = ("read", "attend", "solve", "carry", "write")
 app = make_app(__doc__ or "")
 
 
-class TimedWorker(WorkerHere):
+class TimedWorker(InProcessWorker):
     """CPU seconds of its calls add up by section, in whatever thread they run."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def check(folder: Path, recipe: Path) -> dict[str, Any]:
     )
     with JobFolder(planned.output, planned.fingerprint) as held, TimedWorker() as pool:
         pool.count_reading()
-        Run(planned, held, pool, lambda _: None).run()
+        Driver(planned, held, pool, lambda _: None).run()
     report = json.loads((planned.output / "job_report.json").read_text())
     shutil.rmtree(planned.output)
     return {

@@ -38,7 +38,7 @@ def run_ours(spec: dict[str, Any], clock: Clock) -> None:
     """The steps of `run_quantize`, with Ray and the workers' libraries counted as imports. Loading
     and saving are part of quantizing: layers stream."""
     from deepseek.recipe import parse_recipe
-    from quant_jobs.job.driver import Run
+    from quant_jobs.job.driver import Driver
     from quant_jobs.job.folder import JobFolder
     from quant_jobs.job.job import plan_job
     from quant_jobs.quantize import start_workers
@@ -51,7 +51,7 @@ def run_ours(spec: dict[str, Any], clock: Clock) -> None:
         clock.lap("import")
         job = plan_job(Path(spec["source"]), recipe, Path(spec["calibration"]), output)
         with JobFolder(output, job.fingerprint) as folder:
-            Run(job, folder, pool, lambda _: None).run()
+            Driver(job, folder, pool, lambda _: None).run()
         clock.lap("quantize")
 
 

@@ -58,7 +58,7 @@ from quant_jobs.algorithms.ranges import group_ranges
 from quant_jobs.calibration.forward import Rotary, Routed, Trunk, hidden, run_expert, tokens_of
 from quant_jobs.calibration.statistics import SAMPLE_TOKENS, Accumulator, observe
 from quant_jobs.workers.devices import use_one_thread
-from quant_jobs.workers.messages import travel_light
+from quant_jobs.workers.messages import register_tensor_serializer
 
 INT4 = Scheme(weights="int4", group_size=128)
 INT4_MSE = Scheme(weights="int4", group_size=128, clip="mse")
@@ -164,7 +164,7 @@ def storage_rates(folder: Path, num_bytes: int) -> dict[str, float]:
 class _Peer:
     def __init__(self) -> None:
         use_one_thread()
-        travel_light()
+        register_tensor_serializer()
 
     def nothing(self) -> None:
         pass

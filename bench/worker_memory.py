@@ -26,11 +26,8 @@ from quant_jobs.__main__ import app as quant_jobs
 from quant_jobs.calibration import units
 
 INTERVAL_S = 0.01
-#: Files of quant_jobs whose functions name a step.
-STEPS = (
-    *("workers/worker.py", "workers/original.py", "workers/quantized.py"),
-    *("workers/unit_solver.py", "algorithms/linear.py", "algorithms/gptq.py"),
-)
+#: Files whose functions name a step.
+STEPS = ("worker.py", "unit_solver.py", "linear.py", "gptq.py")
 
 app = make_app(__doc__ or "")
 
@@ -85,7 +82,8 @@ class Watch:
         """`solve > _gptq > inverse_factor`: our functions on the stack, the last three of them."""
         frame, names = sys._current_frames().get(self.thread), []
         while frame is not None and len(names) < 3:
-            if frame.f_code.co_filename.endswith(STEPS):
+            path = Path(frame.f_code.co_filename)
+            if "quant_jobs" in path.parts and path.name in STEPS:
                 names.append(frame.f_code.co_name)
             frame = frame.f_back
         return " > ".join(reversed(names)) or "between steps"

@@ -2,8 +2,8 @@
 
     quantize -> build -> evaluate -> gate -> report
 
-Only words are here: what a command is called, what it takes, what it prints. Each body lives in the
-file named after its step and is imported when the command runs, so that `--help` is instant.
+This file defines names, options and output of the commands. The work is done by the file named
+after the step, imported when the command runs, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def quantize(
     from quant_jobs.calibration.token_blocks import CalibrationSource
     from quant_jobs.quantize import run_quantize
 
-    sources = [CalibrationSource.parse(given) for given in calibration]
-    with redirect_stdout(sys.stderr):  # Ray would say there that a node has died
+    sources = [CalibrationSource.parse(argument) for argument in calibration]
+    with redirect_stdout(sys.stderr):  # Ray prints to stdout when a node dies
         manifest = run_quantize(
             model, recipe, sources, output, workers, device=device, cpus_per_worker=cpus_per_worker
         )
@@ -155,15 +155,16 @@ def submit(
 
     job = jobs.make_submission(model, recipe, calibration, output, workers, device, cpus_per_worker)
     client = jobs.connect_to_jobs(address)
-    found = jobs.submit(client, job, working_dir)
-    if wait and found.outcome != "succeeded":
-        typer.echo(found.describe(), err=True)
-        found = replace(found, status=jobs.follow(client, found.submission_id))
-        text = f"{found.submission_id}: {found.status}"
+    submitted = jobs.submit(client, job, working_dir)
+    if wait and submitted.outcome != "succeeded":
+        typer.echo(submitted.describe(), err=True)
+        status = jobs.follow(client, submitted.submission_id)
+        submitted = replace(submitted, status=status)
+        text = f"{submitted.submission_id}: {status}"
     else:
-        text = found.describe()
-    _show(asdict(found), as_json, text)
-    if wait and found.status != "SUCCEEDED":
+        text = submitted.describe()
+    _show(asdict(submitted), as_json, text)
+    if wait and submitted.status != "SUCCEEDED":
         raise typer.Exit(1)
 
 
@@ -314,14 +315,14 @@ def estimate(
     from quant_jobs.cost.estimate import print_estimate
     from quant_jobs.estimate import run_estimate
 
-    found = run_estimate(
+    result = run_estimate(
         model, recipe, nodes, tokens=tokens, block_tokens=block_tokens, storage_gb=storage
     )
     if as_json:
-        typer.echo(json.dumps(as_json_object(found, model), indent=2))
+        typer.echo(json.dumps(as_json_object(result, model), indent=2))
     else:
-        print_estimate(found, model)
-    raise typer.Exit(0 if found.fits else 1)
+        print_estimate(result, model)
+    raise typer.Exit(0 if result.fits else 1)
 
 
 @app.command(name="synthesize")
@@ -383,7 +384,7 @@ def synthesize_command(
 
 
 def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """The answer on stdout: one JSON object, or sentences for a person."""
+    """Print the result on stdout: one JSON object, or `text` for a person."""
     typer.echo(json.dumps(result, indent=2, sort_keys=True) if as_json else text)
 
 

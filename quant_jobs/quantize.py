@@ -1,7 +1,7 @@
-"""Quantize a checkpoint: check the inputs, take the job's folder, start workers, run the driver.
+"""Quantize a checkpoint: check the inputs, lock the job's folder, start workers, run the driver.
 
-The driver is `job/driver.py`. `--workers 0` needs no Ray; which kind of workers runs the job is
-decided here alone.
+Only this file chooses between workers on Ray and one in this process (`--workers 0`, no Ray). The
+schedule is `job/driver.py`. Called by the command and by benches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from deepseek.artifact.manifest import Manifest
 from deepseek.artifact.tensors import layer_keys
 from deepseek.errors import DeployError
 from deepseek.recipe import Recipe
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import Calibration, finished, plan_job
 from quant_jobs.job.progress import Progress, TerminalProgress
@@ -33,16 +33,16 @@ def run_quantize(
     device: Device = "cpu",
     cpus_per_worker: int = 1,
 ) -> Manifest:
-    """Quantize the checkpoint in `model` into `output`, or go on where a killed run stopped.
+    """Quantize the checkpoint in `model` into `output`, or resume a killed run.
 
-    Connects to Ray (or starts a local one) for as long as it takes; `workers` 0 needs no Ray, one
-    worker in this process does it all. A finished output of the same inputs is returned as it is.
-    `progress` None shows a progress line on stderr. On `device` cuda every worker has a GPU of its
-    own. `cpus_per_worker` is what each reserves of Ray's CPUs; it computes on one thread.
+    Connects to Ray, or starts a local one, until the job ends; with `workers` 0 one worker in this
+    process runs the job without Ray. A finished output of the same inputs is returned unchanged.
+    `progress` None shows a progress line on stderr. On `device` cuda each worker has its own GPU.
+    `cpus_per_worker` is how many Ray CPUs each worker reserves; it computes on one thread.
 
     Raises:
-        IntServeError: its subclasses, for what is wrong with each input, before any work is done;
-            itself when workers keep dying.
+        IntServeError: a subclass for a wrong input, before any work is done; itself when workers
+            keep dying.
     """
     if not workers and cpus_per_worker != 1:
         raise DeployError(
@@ -60,13 +60,13 @@ def run_quantize(
         folder = stack.enter_context(JobFolder(output, job.fingerprint))
         pool = stack.enter_context(start_workers(workers, device, cpus_per_worker))
         if progress is not None:
-            return Run(job, folder, pool, progress).run()
+            return Driver(job, folder, pool, progress).run()
         with TerminalProgress(len(layer_keys(job.source.config))) as terminal:
-            return Run(job, folder, pool, terminal).run()
+            return Driver(job, folder, pool, terminal).run()
 
 
 def _ray(num_cpus: int) -> AbstractContextManager[object]:
-    """The Ray of a job; within another one of these, that one."""
+    """The Ray of a job. Nested calls share one connection."""
     from cluster.connect import connect
 
     return connect(num_cpus=num_cpus)
@@ -76,13 +76,13 @@ def _ray(num_cpus: int) -> AbstractContextManager[object]:
 def start_workers(
     number: int, device: Device = "cpu", cpus_per_worker: int = 1
 ) -> Iterator[Workers]:
-    """The workers of a job, for as long as it takes. What the other kind needs (Ray here, what
-    computes there) is not even imported."""
+    """Start the workers of a job, and stop them on exit. Imports only what this kind of workers
+    needs: no Ray for a worker in this process, no modeling code for a driver on Ray."""
     if not number:
-        from quant_jobs.workers.in_process import WorkerHere
+        from quant_jobs.workers.in_process import InProcessWorker
 
-        with WorkerHere() as here:
-            yield here
+        with InProcessWorker() as worker:
+            yield worker
         return
     from quant_jobs.workers.pool import WorkerPool
 

@@ -204,10 +204,10 @@ def submit(
     working_dir: Path | None = None,
     start_timeout_s: float = START_TIMEOUT_S,
 ) -> Submitted:
-    """Submit the job to the cluster, unless it runs or has succeeded.
+    """Submit the job to the cluster, unless it is running or has succeeded.
 
-    `working_dir` holds the code and is sent with the job; with None the nodes have the code. A head
-    that is starting may refuse jobs for `start_timeout_s` seconds.
+    `working_dir` is the directory of the code, sent with the job; None means the nodes have the
+    code. A head that is starting may refuse jobs for `start_timeout_s` seconds.
 
     Raises:
         DeployError: the job server refuses the job, or the working directory is too large for it.

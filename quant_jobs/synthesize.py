@@ -1,5 +1,7 @@
-"""Writes a checkpoint of random weights to measure with: `deepseek/source/synthetic.py` behind a
-progress bar."""
+"""The `synthesize` command: writes a checkpoint of random weights for measurements.
+
+`deepseek/source/synthetic.py` makes it; this file adds the progress bar. Called by `__main__.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from deepseek.source.synthetic import Preset, Size, num_bytes, synthesize, synth
 
 
 class SynthesizeResult(BaseModel):
-    """What `synthesize` prints with --json. `bytes` counts the tensors; `layers` and `experts` (of
-    a layer) are the model's, without the MTP layer; `parameters` include it."""
+    """The JSON output of `synthesize`. `bytes` is the size of all tensors; `layers` and `experts`
+    (per layer) are the model's without MTP layers; `parameters` includes them."""
 
     output: str
     layers: int

@@ -1,16 +1,16 @@
-"""The solver of each linear: its weight and what was measured of its input -> what is stored.
+"""Quantizes one linear: its weight and the sampled inputs -> packed tensors and the output error.
 
-    max, smoothquant   the nearest code under a range chosen from the weight (`ranges.py`)
-    awq                the same under the range that AWQ's clip search finds (`awq.py`)
-    gptq               codes and ranges come from `gptq.py`, which solves many linears at once
+    max, smoothquant   nearest codes in a range chosen from the weight (`ranges.py`)
+    awq                nearest codes in the range that AWQ's clip search returns (`awq.py`)
+    gptq               codes and ranges from `gptq.py`, which solves many linears at once
 
-For the plain range, `clip: max`, modelopt's TensorQuantizer gives the amax of every row or group;
-those are the numerics of record. The codes are made by `deepseek.formats`, whose scale is the one
-that will be stored (BF16 for INT4), so they are nearest for the reader; modelopt's fake
-quantization agrees with them within that rounding (tested). Zero points have no counterpart in
-modelopt: the asymmetric formats are ours alone.
+For `clip: max`, modelopt's TensorQuantizer computes the amax of every row or group; its numerics
+are the reference. `deepseek.formats` computes the codes with the scale that is stored (BF16 for
+INT4), so that they are nearest for the reader; modelopt's fake quantization is equal within that
+rounding (tested). modelopt has no zero points: the asymmetric formats are our own.
 
-Scales of channels (SmoothQuant, AWQ) have changed the weight before: `folding.py`.
+Smoothing scales (SmoothQuant, AWQ) are chosen elsewhere (`scaling.py`) and folded here with
+`folding.py`. Called by `workers/unit_solver.py`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from quant_jobs.algorithms.ranges import Range, group_ranges
 
 @dataclass(frozen=True, slots=True)
 class SolvedLinear:
-    """`tensors` by full name, as the artifact stores them (an `input_scale` apart, which the whole
-    layer agrees on later); `error` is ||y' - y|| / ||y|| on the sampled tokens, None where the
-    weight is only carried through."""
+    """`tensors` by full name, as the artifact stores them (without `input_scale`, which is chosen
+    for the whole layer later); `error` is ||y' - y|| / ||y|| on the sampled tokens, None if the
+    weight is copied unchanged."""
 
     tensors: dict[str, Tensor]
     error: float | None
@@ -55,27 +55,26 @@ def solve_linear(
     ledger: Ledger,
     rounded: Rounded | None = None,
 ) -> SolvedLinear:
-    """Quantize one linear. `weight()` is `source` dequantized, float32 [N, K], on the device to
-    work on. `sample` f32 [R, K] are inputs of the calibration data, before folding; None where no
-    token reached the linear, which is then rounded to nearest. `rounded` is GPTQ's result for the
-    folded weight.
+    """Quantize one linear. `weight()` returns `source` dequantized, f32 [N, K], on the device to
+    compute on. `sample` f32 [R, K] are sampled inputs before folding; None if no token reached the
+    linear, which is then rounded to nearest. `rounded` is GPTQ's result for the folded weight.
 
-    One float32 copy of the weight is held at a time: the original, folded, restored.
+    One float32 copy of the weight is in memory at a time: original, folded, restored.
 
     Raises:
         CheckpointError: the weight cannot be represented.
     """
     name, module = source.spec.name, source.spec.module
     if not scheme.is_quantized and not smoothing.changes(name):
-        # Perhaps nobody else looks at it: the last layer computes nothing with its down_proj.
+        # Perhaps nothing else checks it: the last layer's down_proj is never computed with.
         if not all(bool(largest(band.dequantize()).isfinite()) for band in source.bands()):
             raise _damaged(name)
         return SolvedLinear(store_tensor(source, scheme), None)
     folded = weight()
     y = None if sample is None else sample @ folded.T
-    # A source in float32 gives its own memory.
+    # A float32 source is not copied by `weight()`, so it must not be overwritten.
     folded = smoothing.fold(name, folded, in_place=source.data.dtype != torch.float32)
-    if not bool(largest(folded).isfinite()):  # modelopt asserts that, in words for its developers
+    if not bool(largest(folded).isfinite()):  # modelopt's own assertion does not name the tensor
         raise _damaged(name)
     try:
         if rounded is not None:
@@ -109,11 +108,11 @@ def _damaged(name: str) -> CheckpointError:
 
 
 def _count_empty(weight: Tensor, scheme: Scheme) -> int:
-    """Rows or groups that are all zero."""
+    """Number of rows or groups that are all zero."""
     count = 0
     for rows in row_chunks(weight):
-        part = weight[rows]
-        groups = part.view(len(part), -1, scheme.group_size or part.shape[1])
+        chunk = weight[rows]
+        groups = chunk.view(len(chunk), -1, scheme.group_size or chunk.shape[1])
         count += int((groups == 0).all(dim=-1).sum())
     return count
 
@@ -130,9 +129,9 @@ def output_error(
     sample: Tensor,
     smoothing: Smoothing,
 ) -> float:
-    """||y' - y|| / ||y|| over the sampled tokens, six digits. `y` f32 [R, N] is the original's
-    output for `sample` f32 [R, K]; `restored` f32 [N, K] is the folded weight as it will be read
-    back, and is overwritten."""
+    """||y' - y|| / ||y|| over the sampled tokens, to six digits. `y` f32 [R, N] is the original
+    output for `sample` f32 [R, K]; `restored` f32 [N, K] is the dequantized folded weight, and is
+    overwritten."""
     columns, rows = smoothing.columns.get(name), smoothing.rows.get(name)
     if rows is not None:
         restored.mul_(rows[:, None])
@@ -145,8 +144,8 @@ def output_error(
 
 
 def weight_error(name: str, weight: Tensor, restored: Tensor, smoothing: Smoothing) -> float:
-    """Of an unseen expert: the weight's own relative error, which is the expected output error on
-    white inputs. `restored` is overwritten."""
+    """The relative error of the weight itself, for an expert without tokens: the expected output
+    error on white inputs. `restored` is overwritten."""
     columns, rows = smoothing.columns.get(name), smoothing.rows.get(name)
     if rows is not None:
         restored.mul_(rows[:, None])
@@ -158,14 +157,14 @@ def weight_error(name: str, weight: Tensor, restored: Tensor, smoothing: Smoothi
 def _relative(value: Tensor, reference: Tensor) -> float:
     error = float((value - reference).double().norm())
     size = float(reference.double().norm())
-    # Zero weights or inputs give exactly zero; anything else is infinitely wrong, but a manifest
-    # holds no infinity.
+    # A zero reference that is met exactly has error 0; otherwise the error is infinite, which a
+    # manifest cannot record.
     return float(f"{error / size if size else min(error, 1.0):.6g}")
 
 
 def _amax(weight: Tensor, scheme: Scheme) -> Tensor | None:
-    """amax of every output channel [N, 1] (int8) or group [N, K/g] (int4); None where the format
-    decides: zero points have no modelopt counterpart, and BF16 has no scale."""
+    """amax of every output channel [N, 1] (int8) or group [N, K/g] (int4); None for formats with
+    zero points, which modelopt lacks, and for BF16, which has no scale."""
     match scheme.weights:
         case "int8":
             return _modelopt_amax(weight, num_bits=8, axis=0)
@@ -188,8 +187,8 @@ def _modelopt_amax(weight: Tensor, **attributes: Any) -> Tensor:
 def modelopt_quantizer(**attributes: Any) -> Any:
     """modelopt's TensorQuantizer with these attributes (`num_bits`, `axis`, `block_sizes`)."""
     with warnings.catch_warnings():
-        # Importing modelopt 0.47 warns of transformers above 5.15 and of its own use of deprecated
-        # torch functions; what we use of it is tested.
+        # Importing modelopt 0.47 warns about transformers above 5.15 and about its own use of
+        # deprecated torch functions. Tests cover what we use of it.
         warnings.simplefilter("ignore")
         from modelopt.torch.quantization.config import QuantizerAttributeConfig
         from modelopt.torch.quantization.nn import TensorQuantizer

@@ -1,8 +1,9 @@
 """How the smoothing scale of a folding group is chosen: SmoothQuant's formula or AWQ's search.
 
-The choice is one function, whether the group's linears are all with one worker or spread over many:
-each linear brings its statistics (`weight_statistics`) and, for AWQ, its losses; both are added up
-in the order of the linears, so that no number of workers shows.
+`choose_scale` serves groups within one worker (`workers/unit_solver.py`) and groups over several
+(`job/layer_steps.py`): the caller collects the weight statistics of each linear and, for AWQ, its
+losses. Both are added in the order of the linears, so the scale does not depend on the number of
+workers. Folding the scale into weights is `folding.py`.
 
 N outputs · K inputs · A candidates
 """
@@ -20,13 +21,13 @@ from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, foldable
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.smoothquant import column_amax, smoothing_scale
 
-#: What one linear brings: for SmoothQuant the channel maxima f32 [K] of its weight (count 1), for
-#: AWQ the sums f64 [K] of its relative magnitudes and how many rows they are of.
+#: Statistics of one linear's weight: for SmoothQuant its channel maxima f32 [K] and 1, for AWQ the
+#: sums f64 [K] of its relative magnitudes and the number of rows summed.
 WeightStatistics = tuple[Tensor, int]
 
 
 def weight_statistics(weight: Tensor, method: ScaleMethod, scheme: Scheme) -> WeightStatistics:
-    """What a linear of weight f32 [N, K] brings to the scale of its group."""
+    """The statistics of a weight f32 [N, K] that the scale of its folding group depends on."""
     if method.strength is not None:
         return column_amax(weight), 1
     return weight_means(weight, scheme)
@@ -44,13 +45,13 @@ def choose_scale(
     layer: int,
     ledger: Ledger,
 ) -> Tensor:
-    """The scale f32 [K] that a folding group shares.
+    """The smoothing scale f32 [K] of a folding group.
 
-    `statistics` are of the group's linears in their order; `amax` and `mean_abs` f32 [K] are the
-    channels' largest and mean magnitudes in the input that they share. `divided` is the norm that
-    takes 1/s, None where a quantized weight takes it. `losses_of` gives, for AWQ's candidates f32
-    [A, K], the losses f64 [A] of each linear that has seen a token, in the order of the linears.
-    Dead channels and clipped scales are counted in `ledger`.
+    `statistics` are those of the group's linears, in their order; `amax` and `mean_abs` f32 [K] are
+    the largest and mean magnitudes of the channels of their common input. `divided` is the norm
+    that absorbs 1/s, None if a quantized weight does. `losses_of` maps AWQ's candidates f32 [A, K]
+    to the losses f64 [A] of each linear that received a token, in the order of the linears. Dead
+    channels and clipped scales are counted in `ledger`.
     """
     if method.strength is not None:
         amax_w = torch.stack([weight_amax for weight_amax, _ in statistics]).amax(dim=0)

@@ -1,16 +1,16 @@
-"""One decoder layer to calibrate on, in two halves that may live on different workers.
+"""The forward pass of one decoder layer, in two halves that may run on different workers.
 
-The `Trunk` is transformers' DeepSeek-V3 layer without its routed experts, every linear replaced by
-a `LazyLinear`, whose weight is restored when it is used: resident are the stored bytes of the layer
-and one float32 weight. Routed experts are plain functions of their three weights. transformers 5
-fuses them into 3-D parameters, which no algorithm of modelopt 0.47 reaches (97.5 % of the
-parameters, skipped in silence); here each is its own. `combine` puts the halves together. The
-arithmetic is transformers' to the bit (a test compares with its eager experts).
+The `Trunk` is transformers' DeepSeek-V3 layer without its routed experts, with every linear
+replaced by a `LazyLinear`, whose weight is dequantized when it is used: in memory are the stored
+bytes of the layer and one float32 weight. Routed experts are functions of their three weights:
+transformers 5 fuses them into 3-D parameters, which modelopt 0.47 silently skips (97.5 % of the
+parameters). `combine` adds the halves. The arithmetic equals transformers' bit by bit (a test
+compares with its eager experts). Nothing is measured or quantized here.
 
-Everything is float32 on one thread: the forward pass of a block must not depend on the machine that
-runs it beyond its instruction set, and an expert always sees the rows of one block at a time. Only
-workers import this module: transformers' modeling code takes seconds to load, and the driver does
-not need it.
+Everything is float32 on one thread: the result for a block depends on nothing of the machine but
+its instruction set, and an expert runs on the rows of one block at a time. Called by `workers/` and
+`measuring.py`; the driver does not import it, because transformers' modeling code takes seconds to
+load.
 
 T tokens · D hidden size · I intermediate size · k experts per token
 """
@@ -37,22 +37,22 @@ from deepseek.formats import RoundInput
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """One block where it enters the MLP: `z` f32 [T, D], normed. In a MoE layer the router's choice
-    too: `experts` int64 [T, k] and `weights` f32 [T, k], None in a dense layer."""
+    """The MLP input of one calibration block: `z` f32 [T, D], after the norm; and the router's
+    choice, `experts` int64 [T, k] and `weights` f32 [T, k], which are None in a dense layer."""
 
     z: Tensor
     experts: Tensor | None = None
     weights: Tensor | None = None
 
 
-#: Routed calibration blocks by index, as one worker sends them.
+#: MLP inputs by calibration block, as one worker sends them.
 RoutedBlocks = dict[int, Routed]
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertOutputs:
-    """What some routed experts make of one block: expert -> (`token` int64 [n], `rows` f32 [n, D],
-    weighted by the router)."""
+    """Outputs of some routed experts for one calibration block: expert -> (`token` int64 [n],
+    `rows` f32 [n, D] multiplied by the router's weights)."""
 
     by_expert: dict[int, tuple[Tensor, Tensor]]
 
@@ -64,7 +64,7 @@ ExpertOutputsByBlock = dict[int, ExpertOutputs]
 def to_hf_config(config: ModelConfig, attention: str = "sdpa") -> Any:
     """transformers' configuration of the same model; `attention` is its attention implementation.
 
-    The one place where our names become transformers'.
+    Only this function maps our field names to transformers'.
     """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.yarn is not None:
@@ -101,7 +101,7 @@ def to_hf_config(config: ModelConfig, attention: str = "sdpa") -> Any:
 
 
 class Rotary:
-    """Cosines and sines of positions 0..T-1 by transformers' own rotary module, kept per T."""
+    """Cosines and sines of positions 0..T-1 by transformers' rotary module, cached per T."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._module = DeepseekV3RotaryEmbedding(to_hf_config(config))
@@ -116,9 +116,9 @@ class Rotary:
 
 
 class LazyLinear(nn.Module):
-    """y = round_input(x) W^T with W restored by `load()` at every call: f32 [N, K].
+    """y = round_input(x) W^T, where every call gets W f32 [N, K] from `load()` and frees it.
 
-    `observer` is called with every input x, f32 [..., K], before it is rounded.
+    `observer` is called with every input x, f32 [..., K], before rounding.
     """
 
     def __init__(self, load: Callable[[], Tensor], round_input: RoundInput | None = None) -> None:
@@ -135,8 +135,9 @@ class LazyLinear(nn.Module):
 class Trunk:
     """Attention, norms, router and shared expert (or dense MLP) of one decoder layer.
 
-    `high` holds what is not a linear, by full name, in any float type; `load` restores the weight
-    of a linear by full module name; `round_input` gives its activation quantization, if it has one.
+    `high` has all tensors but the linears' (norms and router), by full name, in any float dtype.
+    `load` returns the weight f32 [N, K] of a linear by full module name; `round_input` has the
+    activation quantization of those linears that have one.
     """
 
     def __init__(
@@ -171,8 +172,8 @@ class Trunk:
 
     @torch.no_grad()
     def attend(self, rotary: Rotary, x_TD: Tensor) -> tuple[Tensor, Routed]:
-        """One block of T tokens, causal, alone in its batch -> the residual stream after attention,
-        f32 [T, D], and what enters the MLP."""
+        """Causal attention over one block x f32 [T, D], alone in its batch. Returns the residual
+        stream after attention, f32 [T, D], and the MLP input."""
         module = self._module
         attended, _ = module.self_attn(
             hidden_states=module.input_layernorm(x_TD[None]),
@@ -188,14 +189,14 @@ class Trunk:
 
     @torch.no_grad()
     def combine(self, h_TD: Tensor, routed: Routed, outputs: Sequence[ExpertOutputs]) -> Tensor:
-        """The layer's output f32 [T, D]: the experts' rows in the order of the experts, then the
-        shared expert, then the residual, as transformers adds them."""
+        """The layer's output f32 [T, D]. Adds routed experts by ascending number, then the shared
+        expert, then the residual, in the order of transformers."""
         if not self.is_moe:
             return h_TD + self._module.mlp(routed.z)
         y_TD = torch.zeros_like(h_TD)
         by_expert: dict[int, tuple[Tensor, Tensor]] = {}
-        for some in outputs:
-            by_expert |= some.by_expert
+        for expert_outputs in outputs:
+            by_expert |= expert_outputs.by_expert
         for expert in sorted(by_expert):
             token, rows = by_expert[expert]
             y_TD.index_add_(0, token.to(y_TD.device), rows.to(y_TD.device))
@@ -203,15 +204,15 @@ class Trunk:
 
 
 def tokens_of(routed: Routed, expert: int) -> tuple[Tensor, Tensor]:
-    """Which tokens of a block go to an expert, int64 [n], and as which of their k choices; ordered
-    by choice, then by token, as transformers gathers them."""
+    """The tokens of a block routed to an expert, int64 [n], and which of their k choices it is,
+    int64 [n]; ordered by choice, then by token, as transformers gathers them."""
     assert routed.experts is not None
     token, choice = torch.where((routed.experts == expert).T)[::-1]
     return token, choice
 
 
 def hidden(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """What enters down_proj: silu(x gate^T) * (x up^T), f32 [T, I] from x f32 [T, D]."""
+    """The input of down_proj: silu(x gate^T) * (x up^T), f32 [T, I], of x f32 [T, D]."""
     return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
 
@@ -221,8 +222,9 @@ def run_expert(
     weights: Mapping[str, Tensor],
     round_input: Mapping[str, RoundInput],
 ) -> tuple[Tensor, Tensor] | None:
-    """One routed expert on its tokens of one block -> (tokens int64 [n], rows f32 [n, D] weighted
-    by the router); None where it has none. `weights` and `round_input` are by role."""
+    """Run one routed expert on its tokens of one block. Returns (tokens int64 [n], rows f32 [n, D]
+    multiplied by the router's weights), or None without tokens. `weights` f32 [N, K] and
+    `round_input` are by role."""
     token, choice = tokens_of(routed, expert)
     if not len(token):
         return None

@@ -1,16 +1,16 @@
-"""Statistics of the inputs of one layer's linears, attention and MLP alike. Quantizes nothing.
+"""Statistics of the inputs of one layer's linears, attention and MLP. Quantizes nothing.
 
-    observe_attention   one calibration block through the original attention: what its linears see
-    LayerInputs         adds up what all blocks bring; gives the statistics of any linear's input
+    observe_attention   statistics of the attention's inputs on one calibration block
+    LayerInputs         accumulates them over all blocks; computes those of the MLP inputs
 
-`LayerInputs` is the one place that knows on which tokens a linear is measured: every token for
-attention, shared expert and dense MLP; for a routed expert those of the recipe's policy
-(`ExpertCoverage`: those that the router sends, all, or those and a few of everybody's). The input
-of `down_proj` follows from the *original* gate and up. Workers feed it what the router sent from
-all of them (`workers/original.py`); a search that only wants statistics feeds it its own blocks.
+Only `LayerInputs` knows on which tokens a linear is measured: every token for attention, shared
+expert and dense MLP; for a routed expert those of the recipe's policy (`ExpertCoverage`: the tokens
+routed to it; all; or those routed to it and a few of each block). The input of `down_proj` is
+computed with the *original* gate and up. Called by `workers/original.py` with the blocks of all
+workers; a search that needs only statistics may pass its own blocks.
 
-Memory: what enters the MLP, all blocks, and the statistics that were asked for last. A Gram matrix
-belongs to whoever asked for the statistics (`InputStatistics.take_gram`).
+Memory: the MLP inputs of all blocks, until `release`, and the statistics over all tokens. Other
+statistics belong to the caller, who frees their Gram matrix (`InputStatistics.take_gram`).
 
 D hidden size · I intermediate size · T tokens of one block · K inputs of a linear
 """
@@ -44,11 +44,11 @@ def observe_attention(
     block: int,
     num_blocks: int,
     inputs: Sequence[str],
-    keeps_rows: Callable[[str], bool],
+    wants_rows: Callable[[str], bool],
 ) -> tuple[Routed, dict[str, InputShare]]:
-    """One calibration block x f32 [T, D] through the original attention: what enters the MLP, and
-    what each of `inputs` (module names) brings to its statistics. `keeps_rows(name)` says whether
-    the rows themselves are needed, for a Gram matrix.
+    """Run one calibration block x f32 [T, D] through the original attention. Returns the MLP input,
+    and the statistics of each of `inputs` (`LinearInput.name`). `wants_rows(name)` says whether
+    they include the rows, for a Gram matrix.
 
     Raises:
         CheckpointError: an activation is not finite.
@@ -57,12 +57,12 @@ def observe_attention(
     shares: dict[str, InputShare] = {}
 
     def observer(name: str) -> Callable[[Tensor], None]:
-        def see(x: Tensor) -> None:
-            share = observe(x.flatten(0, -2), num_rows, keep_rows=keeps_rows(name))
-            share.check_finite(name, block)  # here, where the first to meet it says so
+        def add_share(x: Tensor) -> None:
+            share = observe(x.flatten(0, -2), num_rows, keep_rows=wants_rows(name))
+            share.check_finite(name, block)  # here, so that the error names the first such input
             shares[name] = share
 
-        return see
+        return add_share
 
     for name in inputs:
         trunk.watch(name, observer(name))
@@ -72,9 +72,9 @@ def observe_attention(
 
 @dataclass(frozen=True, slots=True)
 class MlpInput:
-    """What one MLP of the layer sees. `statistics` is of the input of gate and up, None where no
-    token is measured; `routed_tokens` counts what the router sent; `is_starved`: too few for an
-    algorithm that needs statistics. `expert` is None for a shared expert or a dense MLP."""
+    """The input of one MLP. `statistics` is of the input of gate and up, None if no token is
+    measured; `routed_tokens` is the number of tokens that the router sent; `is_starved`: too few
+    for an algorithm that needs statistics. `expert` is None for a shared expert or a dense MLP."""
 
     mlp: str
     expert: int | None
@@ -84,11 +84,11 @@ class MlpInput:
 
 
 class LayerInputs:
-    """Adds up what calibration blocks bring to the linears of one layer.
+    """Accumulates the input statistics of one layer's linears over calibration blocks.
 
-    `weight(module)` is the original weight f32 [N, K]; `wants_gram(name)` says whether the Gram
-    matrix of an input is needed (`LinearInput.name`). Blocks come in ascending order, whoever
-    computed them, so that no number of workers shows in the sums.
+    `weight(module)` returns the original weight f32 [N, K]; `wants_gram(name)` says whether the
+    Gram matrix of an input (`LinearInput.name`) is needed. Blocks must come in ascending order, so
+    that the sums do not depend on the number of workers.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class LayerInputs:
         self._blocks: Sequence[tuple[int, Routed]] = ()
         self._all_tokens: InputStatistics | None = None
 
-    # --- feeding ---
+    # --- input ---
 
     def add_attention(self, name: str, block: int, share: InputShare) -> None:
-        """Add what one block brings to the attention input `name`.
+        """Add one block's statistics of the attention input `name`.
 
         Raises:
             CheckpointError: an activation is not finite.
@@ -121,25 +121,25 @@ class LayerInputs:
         self._attention[name].add(block, share)
 
     def set_mlp_blocks(self, blocks: Sequence[tuple[int, Routed]]) -> None:
-        """Give what enters the MLP, all blocks in ascending order."""
+        """Set the MLP inputs of all blocks, in ascending block order."""
         self._blocks = blocks
 
     def release(self) -> None:
-        """Let go of what entered the MLP and of all statistics: the layer is solved."""
+        """Free the MLP inputs and all statistics, once the layer is solved."""
         self._attention.clear()
         self._blocks, self._all_tokens = (), None
 
     # --- statistics ---
 
     def take_attention(self, name: str) -> InputStatistics:
-        """Statistics of the attention input `name`; its sums are given away with them."""
+        """Transfer the statistics of the attention input `name` to the caller."""
         statistics = self._attention.pop(name).finish()
         assert statistics is not None, "every token passes the attention"
         return statistics
 
     def mlp(self, mlp: str, expert: int | None) -> MlpInput:
-        """What the MLP of that module name sees: on all tokens, or where `expert` is given on the
-        tokens of the recipe's policy."""
+        """The input of the MLP of this module name: over all tokens, or for a routed `expert` over
+        the tokens of the recipe's policy."""
         gram = self._wants_gram(f"{mlp}.gate_proj")
         routed_tokens = sum(
             len(routed.z) if expert is None else len(tokens_of(routed, expert)[0])
@@ -154,14 +154,14 @@ class LayerInputs:
                 if len(x):
                     accumulator.add(block, observe(x, self._num_rows, keep_rows=gram))
             statistics = accumulator.finish()
-        # Without any token there is nothing to solve on, whatever the floor.
+        # An expert without any token is starved even where the floor is 0.
         floor = max(self._coverage.floor_tokens, 1)
         is_topk = expert is not None and self._coverage.policy == "topk"
         return MlpInput(mlp, expert, statistics, routed_tokens, is_topk and routed_tokens < floor)
 
     def down(self, mlp: MlpInput) -> InputStatistics | None:
-        """Statistics of the input of `down_proj`, which is that of the original gate and up; None
-        where no token is measured. Computed at every call: nothing of it stays here."""
+        """Statistics of the input of `down_proj`, computed with the original gate and up; None if
+        no token is measured. Every call computes them anew; this object keeps nothing."""
         gate, up = (self._weight(f"{mlp.mlp}.{role}") for role in ("gate_proj", "up_proj"))
         gram = self._wants_gram(f"{mlp.mlp}.down_proj")
         accumulator = Accumulator(f"{mlp.mlp}.down_proj", gram=gram)
@@ -174,7 +174,8 @@ class LayerInputs:
         return accumulator.finish()
 
     def all_tokens(self, *, gram: bool) -> InputStatistics:
-        """Statistics of what enters the MLP over all tokens. Kept: every expert may share them."""
+        """Statistics of the MLP input over all tokens. Kept until `release`, because all experts
+        may share them."""
         if self._all_tokens is None or (gram and self._all_tokens.gram is None):
             accumulator = Accumulator(f"model.layers.{self._layer}.mlp", gram=gram)
             for block, routed in self._blocks:
@@ -184,12 +185,12 @@ class LayerInputs:
         return self._all_tokens
 
     def is_shared(self, statistics: InputStatistics) -> bool:
-        """Whether all experts share these statistics, so that nobody may use their Gram up."""
+        """Whether all experts share these statistics, whose Gram matrix must then stay intact."""
         return statistics is self._all_tokens and self._coverage.policy == "all"
 
     def sample(self, mlp: str, expert: int | None) -> Tensor | None:
-        """Sampled inputs f32 [R, D] of gate and up, as `mlp(...).statistics` has them, without the
-        rest of the statistics; None where no token is measured."""
+        """Sampled inputs f32 [R, D] of gate and up, equal to `mlp(...).statistics.sample` without
+        computing the rest; None if no token is measured."""
         if self._measures_all(expert):
             return self.all_tokens(gram=False).sample
         rows = []
@@ -203,7 +204,7 @@ class LayerInputs:
         return expert is None or self._coverage.policy == "all"
 
     def _measured_tokens(self, routed: Routed, expert: int | None) -> Tensor:
-        """The tokens of one block that an expert is measured on, int64 [n]."""
+        """The tokens of one block on which an expert is measured, int64 [n]."""
         assert expert is not None
         token, _ = tokens_of(routed, expert)
         if self._coverage.policy != "shrink":

@@ -1,8 +1,9 @@
-"""Step 3, calibrate: statistics of the input of every linear, measured on the calibration blocks.
+"""Statistics of one input of linears over the calibration blocks. Runs no layer.
 
-Each block has its own statistics; the worker that owns the linear (`units.py`) adds them up in the
-order of the blocks. So the bytes depend neither on the number of workers nor on crashes. Statistics
-of one input (gate and up of one expert read the same one, `deepseek/inventory.py`):
+Each block has its own statistics; the worker that owns the linears (`units.py`) adds them up in
+block order, so that the bytes depend neither on the number of workers nor on crashes. Called by
+`measuring.py`. Statistics of one input (gate and up of an expert read the same one,
+`deepseek/inventory.py`):
 
     amax      the largest magnitude of each channel (SmoothQuant)
     mean_abs  the mean magnitude of each channel (AWQ)
@@ -23,18 +24,18 @@ from torch import Tensor
 
 from deepseek.errors import CheckpointError
 
-#: Tokens per linear on which its output error is measured, over all blocks.
+#: Sampled tokens per input over all blocks, on which output errors are measured.
 SAMPLE_TOKENS = 256
 
-#: Elements of an input that are summed up at once.
+#: Elements of an input that are summed at once.
 _BAND_ELEMENTS = 1 << 22
 
 
 @dataclass(slots=True)
 class InputStatistics:
-    """Statistics of one input over all tokens: `amax` and `mean_abs` f32 [K] are the largest and
-    the mean magnitude of each channel, `sample` f32 [R, K] some of the tokens, `gram` f32 [K, K]
-    the sum of x x^T (only for GPTQ)."""
+    """Statistics of one input over all measured tokens: `amax` and `mean_abs` f32 [K] are the
+    largest and the mean magnitude of each channel, `sample` f32 [R, K] sampled tokens, `gram` f32
+    [K, K] the sum of x x^T (only for GPTQ)."""
 
     amax: Tensor
     sample: Tensor
@@ -51,8 +52,8 @@ class InputStatistics:
 
 @dataclass(frozen=True, slots=True)
 class InputShare:
-    """Statistics of one input over one block: `amax` f32 [K], `abs_sum` f64 [K], `sample` f32
-    [R, K], and the block's `rows` f32 [T, K] where the owner needs them for a Gram matrix."""
+    """Statistics of one input over one calibration block: `amax` f32 [K], `abs_sum` f64 [K],
+    `sample` f32 [R, K], and the block's `rows` f32 [T, K] if a Gram matrix needs them."""
 
     amax: Tensor
     abs_sum: Tensor
@@ -61,7 +62,7 @@ class InputShare:
     rows: Tensor | None = None
 
     def check_finite(self, name: str, block: int) -> None:
-        """Check the activations of block number `block` at the linear `name`.
+        """Check the block's activations; `name` and `block` are for the error sentence.
 
         Raises:
             CheckpointError: an activation is NaN or infinite.
@@ -74,19 +75,20 @@ class InputShare:
 
 
 def rows_per_block(num_rows: int, num_blocks: int) -> int:
-    """Number of tokens of one block in a sample of `num_rows` tokens."""
+    """Number of tokens to sample from one block for `num_rows` tokens over all blocks."""
     return math.ceil(num_rows / num_blocks)
 
 
 def spread(num_tokens: int, num_rows: int) -> Tensor:
-    """At most `num_rows` positions spread evenly over 0..num_tokens-1: int64 [R]."""
+    """At most `num_rows` positions, spread evenly over 0..num_tokens-1: int64 [R]."""
     rows = min(num_rows, num_tokens)
     return torch.arange(rows) * num_tokens // max(rows, 1)
 
 
 def observe(x_TK: Tensor, num_rows: int, *, keep_rows: bool = False) -> InputShare:
-    """Statistics of one block's input to one linear: f32 [T, K], T at least 1."""
-    # In bands of channels: a sum in float64 begins with a float64 copy of what it adds up.
+    """Statistics of one block's input x f32 [T, K], T at least 1. `sample` has at most `num_rows`
+    rows."""
+    # In bands of channels, because a float64 sum first copies its operand to float64.
     width = max(_BAND_ELEMENTS // len(x_TK) // 64, 1) * 64
     bands = [_magnitudes(band) for band in torch.split(x_TK, width, dim=1)]
     return InputShare(
@@ -99,13 +101,13 @@ def observe(x_TK: Tensor, num_rows: int, *, keep_rows: bool = False) -> InputSha
 
 
 def _magnitudes(band: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest magnitude f32 [k] and the sum of magnitudes f64 [k] of channels f32 [T, k]."""
+    """The largest magnitude f32 [k] and the sum of magnitudes f64 [k] of k channels f32 [T, k]."""
     magnitude = band.abs()
     return magnitude.amax(dim=0), magnitude.sum(dim=0, dtype=torch.float64)
 
 
 class Accumulator:
-    """Adds up the statistics of one input, given block by block in their order."""
+    """Accumulates the statistics of one input; blocks come in ascending order."""
 
     def __init__(self, name: str, *, gram: bool) -> None:
         self._name = name
@@ -134,7 +136,7 @@ class Accumulator:
             assert share.rows is not None, f"{self._name}: a Gram matrix needs the rows"
             if self._gram is None:
                 self._gram = share.rows.T @ share.rows
-            else:  # in place: the matrix is large, and is gone over once per block
+            else:  # in place: the matrix is large, and every block updates it
                 self._gram.addmm_(share.rows.T, share.rows)
         if self._sampled < SAMPLE_TOKENS:
             self._samples.append(share.sample[: SAMPLE_TOKENS - self._sampled].clone())
@@ -142,7 +144,7 @@ class Accumulator:
         self._tokens += share.tokens
 
     def finish(self) -> InputStatistics | None:
-        """The statistics over all blocks; None if there was no token."""
+        """The statistics over all blocks added; None if there was none."""
         if self._amax is None or self._abs_sum is None:
             return None
         return InputStatistics(

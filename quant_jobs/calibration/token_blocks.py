@@ -1,17 +1,18 @@
-"""Text to blocks of token ids: a job's calibration data, or an evaluation's held-out data.
+"""Cuts text into blocks of token ids: calibration data of a job, or held-out data of an evaluation.
 
-A file is tokenized, cut into pieces of equal length, and as many pieces as asked for are taken,
+A file is tokenized and cut into pieces of equal length, of which the requested number is taken,
 spread evenly over the file. Several files share the blocks in proportion to their weights. Every
-block opens with BOS where the model has one, as every sequence that the model was trained on does.
-The digest of the ids, not of the files, names the data: files that give the same blocks are the
-same data.
+block begins with BOS if the model has one, like every sequence that the model was trained on. The
+data is identified by the digest of the ids, not of the files: files that give the same blocks are
+the same data.
 
-Two kinds of files. Plain text, UTF-8, is one document. JSON lines (`.jsonl`) hold one document
-each, the string `text` of an object (other keys are what collections note about a document, and are
-not read); documents are packed one after the other, EOS between them where the model has one.
+Two kinds of files. Plain text, UTF-8, is one document. Each line of a `.jsonl` file is one
+document, the string `text` of an object (other keys are metadata, and are ignored); documents are
+concatenated, separated by EOS if the model has one.
 
-The `tokenizers` library reads tokenizer.json directly. It is what transformers' fast tokenizers
-wrap (a test holds the ids equal to AutoTokenizer's) and saves six seconds of import.
+The `tokenizers` library reads tokenizer.json directly. transformers' fast tokenizers wrap it (a
+test compares the ids with AutoTokenizer's), and importing it is six seconds faster. Called by
+`job/job.py` and `evaluate.py`.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from deepseek.errors import CalibrationError
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSource:
-    """A file of text, and its share of the blocks: `weight` over the sum of all weights."""
+    """A text file. Its share of the blocks is `weight` over the sum of all weights."""
 
     path: Path
     weight: float = 1.0
 
     @classmethod
     def parse(cls, given: str) -> CalibrationSource:
-        """`FILE` or `FILE=WEIGHT`, as on the command line. What follows the last `=` is a weight
-        where it is a number; otherwise it belongs to the name.
+        """Parse `FILE` or `FILE=WEIGHT`, as on the command line. The text after the last `=` is a
+        weight if it is a number, and otherwise part of the name.
 
         Raises:
             CalibrationError: the weight is not positive.
@@ -61,7 +62,8 @@ class CalibrationSource:
 
 @dataclass(frozen=True, slots=True)
 class SourceBlocks:
-    """What one file gave: `tokens` of its own text, BOS not counted. `sha256` is of the file."""
+    """The blocks from one file: `blocks` is their number, `tokens` that of their text tokens
+    (without BOS), `sha256` the digest of the file."""
 
     path: Path
     weight: float
@@ -73,7 +75,7 @@ class SourceBlocks:
 @dataclass(frozen=True, slots=True)
 class TokenBlocks:
     """`ids` int64 [B, T]: B independent sequences of T tokens, those of the first file first.
-    `digest`: SHA-256 in hex of them. `sources`: by file, in the order given."""
+    `digest`: their SHA-256 in hex. `sources`: one entry per file, in the order given."""
 
     ids: Tensor
     digest: str
@@ -90,12 +92,12 @@ def load_token_blocks(
     num_blocks: int,
     block_tokens: int,
 ) -> TokenBlocks:
-    """Cut a file, or several by weight, into `num_blocks` blocks of `block_tokens` tokens, BOS
+    """Cut one file, or several by weight, into `num_blocks` blocks of `block_tokens` tokens, BOS
     included.
 
     Raises:
-        CalibrationError: a file is absent, empty, malformed, too short, or of so little weight that
-            it gives no block; or there is no tokenizer.
+        CalibrationError: a file is absent, empty, malformed, too short, or has too little weight
+            for a single block; or there is no tokenizer.
         ConfigError: config.json in `tokenizer_dir` cannot be read.
     """
     if isinstance(sources, Path):
@@ -106,36 +108,38 @@ def load_token_blocks(
             f"block_tokens {block_tokens} is more than the model's {config.max_position_embeddings}"
             " positions; lower it"
         )
-    shares = _deal(sources, num_blocks)
+    shares = _share_blocks(sources, num_blocks)
     bos = config.bos_token_id
     length = block_tokens - (bos is not None)
     pieces: list[Tensor] = []
-    given: list[SourceBlocks] = []
+    source_blocks: list[SourceBlocks] = []
     for source, share in zip(sources, shares, strict=True):
         documents, sha256 = _read_documents(source.path)
         ids = _tokenize(documents, tokenizer_dir, config)
         pieces.append(_cut(ids, share, length, source.path, is_alone=len(sources) == 1))
-        given.append(SourceBlocks(source.path, source.weight, sha256, share, share * length))
-    cut = torch.cat(pieces)
+        source_blocks.append(
+            SourceBlocks(source.path, source.weight, sha256, share, share * length)
+        )
+    blocks = torch.cat(pieces)
     if bos is not None:
-        cut = torch.cat([torch.full((num_blocks, 1), bos), cut], dim=1)
-    return TokenBlocks(cut, _digest(cut), tuple(given))
+        blocks = torch.cat([torch.full((num_blocks, 1), bos), blocks], dim=1)
+    return TokenBlocks(blocks, _digest(blocks), tuple(source_blocks))
 
 
-def _deal(sources: Sequence[CalibrationSource], num_blocks: int) -> list[int]:
-    """Blocks of each file: the whole part of its due, then one more each to the largest
-    remainders (to the earlier file where they are equal)."""
+def _share_blocks(sources: Sequence[CalibrationSource], num_blocks: int) -> list[int]:
+    """The number of blocks of each file: its exact share rounded down, then one more each for the
+    largest remainders (the earlier file first where they are equal)."""
     if not sources:
         raise CalibrationError("no calibration text is given; name at least one file")
-    seen: set[Path] = set()
+    paths: set[Path] = set()
     for source in sources:
-        if source.path.resolve() in seen:
+        if source.path.resolve() in paths:
             raise CalibrationError(f"{source.path} is given twice; give it once, with more weight")
-        seen.add(source.path.resolve())
+        paths.add(source.path.resolve())
     weights = [Fraction(source.weight) for source in sources]
-    due = [weight * num_blocks / sum(weights) for weight in weights]
-    shares = [math.floor(one) for one in due]
-    order = sorted(range(len(due)), key=lambda index: (shares[index] - due[index], index))
+    exact = [weight * num_blocks / sum(weights) for weight in weights]
+    shares = [math.floor(share) for share in exact]
+    order = sorted(range(len(exact)), key=lambda index: (shares[index] - exact[index], index))
     for index in order[: num_blocks - sum(shares)]:
         shares[index] += 1
     for source, share in zip(sources, shares, strict=True):
@@ -148,7 +152,7 @@ def _deal(sources: Sequence[CalibrationSource], num_blocks: int) -> list[int]:
 
 
 def _read_documents(path: Path) -> tuple[list[str], str]:
-    """The texts of a file, and its SHA-256 in hex."""
+    """The documents of a file, and the file's SHA-256 in hex."""
     try:
         content = path.read_bytes()
         text = content.decode("utf-8")
@@ -164,7 +168,7 @@ def _read_documents(path: Path) -> tuple[list[str], str]:
         raise CalibrationError(f"{path} is empty; give a text file")
     if path.suffix != ".jsonl":
         return [text], hashlib.sha256(content).hexdigest()
-    # Not splitlines: JSON strings may hold other line separators as they are.
+    # Not splitlines: JSON strings may contain other line separators unescaped.
     documents = [
         _document(line, f"{path}, line {number}")
         for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1)
@@ -173,20 +177,20 @@ def _read_documents(path: Path) -> tuple[list[str], str]:
 
 
 def _document(line: str, place: str) -> str:
-    """The text of one JSON line."""
+    """The text of one line of JSON; `place` names it in errors."""
     try:
-        found = json.loads(line)
+        document = json.loads(line)
     except ValueError as error:
         raise CalibrationError(f"{place}: not JSON ({error}); correct the line") from error
-    if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
         raise CalibrationError(
             f'{place}: not an object with a string "text"; each line must be {{"text": "..."}}'
         )
-    return str(found["text"])
+    return str(document["text"])
 
 
 def _tokenize(documents: list[str], tokenizer_dir: Path, config: ModelConfig) -> list[int]:
-    """The ids of all documents, one after the other; EOS between them."""
+    """The ids of all documents, concatenated, with EOS between them."""
     file = tokenizer_dir / "tokenizer.json"
     if not file.is_file():
         raise CalibrationError(f"{file} is absent; the model directory must hold its tokenizer")
@@ -208,7 +212,7 @@ def _tokenize(documents: list[str], tokenizer_dir: Path, config: ModelConfig) ->
 
 
 def _cut(ids: list[int], num_blocks: int, length: int, path: Path, *, is_alone: bool) -> Tensor:
-    """int64 [num_blocks, length]: pieces spread evenly over the text, each used once."""
+    """int64 [num_blocks, length]: distinct pieces of the text, spread evenly over it."""
     pieces = len(ids) // length
     if pieces < num_blocks:
         raise CalibrationError(

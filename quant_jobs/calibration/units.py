@@ -1,9 +1,9 @@
-"""How a layer is shared out among workers: who reads, measures and solves what.
+"""Units: how the work on a layer is divided among workers. Arithmetic on the inventory only.
 
 The *trunk* of a layer is everything but the routed experts: attention, norms, router, shared expert
-or dense MLP. One worker reads it and sends every worker a copy, because every worker runs its
+or dense MLP. One worker reads it and sends a copy to every worker, because every worker runs its
 blocks through it. A routed expert is read by its owner alone, so a cluster reads each byte of a
-layer once.
+layer once. Called by `job/layer_steps.py`, `workers/` and `cost/`.
 
 A *unit* is what one worker solves: the attention linears that share an input, one whole MLP, or a
 group of routed experts. Units do not depend on the number of workers; only `share_out`, which gives
@@ -19,19 +19,19 @@ from typing import Literal
 from deepseek.config import ModelConfig
 from deepseek.inventory import LinearInput, TensorSpec, layer_inputs, layer_tensors
 
-#: A layer's routed experts are cut into at most this many groups. On a GPU GPTQ runs a group as one
-#: batch (8 experts of DeepSeek-V3's 256); more workers than groups find no more work in a layer.
+#: The routed experts of a layer form at most this many groups. On a GPU, GPTQ solves a group as one
+#: batch (8 of DeepSeek-V3's 256 experts). Workers beyond this number have no experts to solve.
 MAX_EXPERT_GROUPS = 32
 
-#: Calibration blocks go through a layer in waves of so many tokens, or of so many blocks of each
-#: worker where that is more: with fewer, a cluster would wait for the worker whose turn it is.
+#: Calibration blocks go through a layer in waves of this many tokens, or this many blocks per
+#: worker if that is more: with fewer, the other workers would idle while one computes.
 WAVE_TOKENS = 1 << 16
 WAVE_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Work that is not cut further: some inputs of a layer with all linears that read them.
+    """The smallest piece of work: some inputs of a layer with all linears that read them.
 
     `attention`: one input. `mlp`: both inputs of one MLP, or of each MLP in a group of routed
     experts, one MLP after the other.
@@ -54,24 +54,24 @@ class Unit:
 
     @property
     def experts(self) -> tuple[int, ...]:
-        """Numbers of the MLPs where they are routed experts."""
+        """Numbers of the routed experts; empty for attention, shared expert and dense MLP."""
         numbers = (linear_input.expert for linear_input in self.inputs)
         return tuple(dict.fromkeys(number for number in numbers if number is not None))
 
     @property
     def numel(self) -> int:
-        """Weights of the linears."""
+        """Number of weights of the linears."""
         return sum(spec.numel for linear_input in self.inputs for spec in linear_input.readers)
 
     def numbered_mlps(self) -> list[tuple[str, int | None]]:
-        """Its MLPs by module name, each with the routed expert's number, or None."""
+        """Module names of the MLPs, each with the routed expert's number, or None."""
         numbers = self.experts or (None,) * len(self.mlps)
         return list(zip(self.mlps, numbers, strict=True))
 
 
 def units(config: ModelConfig, layer: int) -> list[Unit]:
-    """All units of one decoder layer, in a fixed order: attention, the MLP that every token passes
-    (dense or shared expert), groups of routed experts."""
+    """All units of one decoder layer, in a fixed order: attention, the dense MLP or shared expert,
+    groups of routed experts."""
     attention: list[Unit] = []
     trunk_mlp: list[LinearInput] = []
     routed: dict[int, list[LinearInput]] = {}
@@ -88,8 +88,8 @@ def units(config: ModelConfig, layer: int) -> list[Unit]:
 
 
 def share_out(config: ModelConfig, layer: int, num_workers: int) -> list[list[Unit]]:
-    """The units of each worker, in the order of `units`. Shared out largest first, each to the
-    worker with the fewest weights so far."""
+    """The units of each worker, in the order of `units`. Assigns the largest unit first, each to
+    the worker with the fewest weights so far."""
     layer_units = units(config, layer)
     indices: list[list[int]] = [[] for _ in range(num_workers)]
     load = [0] * num_workers  # weights of each worker
@@ -102,16 +102,16 @@ def share_out(config: ModelConfig, layer: int, num_workers: int) -> list[list[Un
 
 
 def trunk_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
-    """The tensors of a layer that are not a routed expert's."""
+    """The tensors of a layer's trunk."""
     return [spec for spec in layer_tensors(config, layer) if spec.expert is None]
 
 
 def expert_specs(config: ModelConfig, layer: int, share: Sequence[Unit]) -> list[TensorSpec]:
-    """The tensors of the routed experts of a worker's share."""
+    """The tensors of the routed experts in a worker's share of the units."""
     experts = {expert for unit in share for expert in unit.experts}
     return [spec for spec in layer_tensors(config, layer) if spec.expert in experts]
 
 
 def trunk_reader(layer: int, num_workers: int) -> int:
-    """The worker that reads the trunk: workers take turns, layer by layer."""
+    """The index of the worker that reads the trunk; workers take turns, layer by layer."""
     return layer % num_workers

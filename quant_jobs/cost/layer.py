@@ -1,6 +1,6 @@
 """The work of quantizing one layer, per worker: FLOPs, bytes and kernels, counted from shapes.
 
-Follows the schedule of `job/layer_run.py` step by step. No rate is in here (`rates.py` has them;
+Follows the schedule of `job/layer_steps.py` step by step. No rate is in here (`rates.py` has them;
 `model.py` divides one by the other):
 
     attend   a worker runs its own blocks through the original attention, wave by wave

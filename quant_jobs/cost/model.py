@@ -1,7 +1,7 @@
 """Estimates what quantizing a whole model takes: seconds, bytes and memory.
 
 Arithmetic, no measurement: `work.py` and `layer.py` count the work of the schedule, `rates.py` has
-the rates and where each comes from. The schedule of a layer (`quant_jobs/job/layer_run.py`):
+the rates and where each comes from. The schedule of a layer (`quant_jobs/job/layer_steps.py`):
 
     attend -> wait until the layer before is written -> solve -> carry
     meanwhile: the next layer is read; this layer is written once it is solved, and its boundary

@@ -27,7 +27,7 @@ _NODES = (1, 2, 4)
 _MOE_QUANT_S = 2 * 3600.0
 
 _BUILT = (
-    "**What is built.** The schedule (`quant_jobs/job/layer_run.py`), the sharing of reading, "
+    "**What is built.** The schedule (`quant_jobs/job/layer_steps.py`), the sharing of reading, "
     "solving and packing, the exchange through Ray's object store (what an expert makes of a "
     "token goes to its node only), waves, writing beside the next layer: built, and tested on "
     "CPU workers over several raylets. `quantize --device cuda` gives each worker a GPU, which "

@@ -1,6 +1,6 @@
-"""What a run of a job took: the driver's times, and the record that the job report is made of.
+"""The resources of one run: the driver's timings, and the record behind the job report.
 
-Times and memory are of this run alone and never repeat, so nothing here goes into the artifact.
+Times and memory differ from run to run, so nothing here enters the artifact. Called by `driver.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from quant_jobs.reports.job_record import (
     SourceAccount,
     WorkerAccount,
 )
-from quant_jobs.workers.messages import Usage
+from quant_jobs.workers.messages import WorkerUsage
 
 
 @dataclass(slots=True)
 class Timings:
-    """Wall seconds of the driver by layer and step, and the bytes that it moved itself."""
+    """Wall seconds of the driver by layer and step, and the bytes that it read and wrote itself."""
 
     layers: dict[LayerKey, dict[str, float]] = field(default_factory=dict)
     workers_lost: int = 0
@@ -47,14 +47,14 @@ def make_record(
     job: Job,
     timings: Timings,
     published: Mapping[LayerKey, PublishedFile],
-    usage: Sequence[Usage],
+    usage: Sequence[WorkerUsage],
     *,
     num_workers: int,
     started_at_layer: int,
     fallbacks: tuple[Fallback, ...],
 ) -> JobRecord:
-    """The record of a run whose files are all published. `usage` is of the workers that are left;
-    `num_workers` is how many were asked for."""
+    """Build the record of a run whose files are all published. `usage` has one entry per worker
+    still alive; `num_workers` is the number requested."""
     blocks, settings = job.blocks, job.recipe.calibration
     return JobRecord(
         recipe=job.recipe.name,

@@ -1,23 +1,23 @@
-"""The driver of a quantize job. One layer at a time; workers compute, this file decides.
+"""The driver of a quantize job: schedules one layer after the other. Workers compute; it does not.
 
-The steps of one layer are `layer_run.py`; here is what goes around them: what is done already,
-which worker holds which calibration blocks, when a layer counts as published, and what to do when
-workers die.
+`layer_steps.py` has the steps of one layer. This file decides what is left to do, which worker
+holds which calibration blocks, when a layer counts as published, and what happens when workers die.
+Called by `quantize.py`.
 
 While layer N is being written (weights and boundary), layer N+1 is read and its attention runs.
-Layer N is durable before N+1 is solved. Kill the job anywhere and run the same command again: it
-goes on after the last published layer, and the output has the same bytes, whatever the number of
-workers then or now (`folder.py`). Workers that die are replaced, or the job goes on without them;
-their blocks are loaded from the last boundary, and at most one layer is redone.
+Layer N is durable before N+1 is solved. A killed job resumes with the same command after the last
+published layer and writes the same bytes, whatever the number of workers before and after
+(`folder.py`). Dead workers are replaced, or the job continues without them; their blocks are loaded
+from the last boundary, and at most one layer is redone.
 
-A driver killed with SIGKILL takes a local Ray of its own with it: the kernel ends Ray's processes
-with their parent, workers end with their raylet; two idle agents of Ray's take a minute longer. On
-a cluster, Ray ends its workers. What such a worker may still write in its last moments are boundary
-files, which the next run would write with the same bytes.
+When a driver with a local Ray is killed with SIGKILL, the kernel kills Ray's processes with their
+parent, and workers exit with their raylet; two idle Ray agents exit a minute later. On a cluster,
+Ray kills the workers. Until then such a worker may write boundary files; the next run would write
+the same bytes.
 
 The bytes depend on the source, the recipe, the calibration tokens, the device
-(`workers/devices.py`) and the versions of the tools, all pinned in the manifest. Only the recorded
-output errors may differ in their last digit between kinds of CPU.
+(`workers/devices.py`) and the tool versions, all pinned in the manifest. Only the recorded output
+errors may differ in their last digit between CPU models.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.job.account import Timings, make_record
 from quant_jobs.job.folder import JobFolder, PublishedFile
 from quant_jobs.job.job import Job, tools
-from quant_jobs.job.layer_run import LayerRun, Solution
+from quant_jobs.job.layer_steps import LayerSteps, Solution
 from quant_jobs.job.progress import Event, Progress, Step
 from quant_jobs.reports.job_report import write_job_report
 from quant_jobs.workers.messages import SolveSummary, WorkerJob
 from quant_jobs.workers.protocol import Workers, WorkersLost
 
-#: Times that workers may die within one layer before the job gives up.
+#: Number of times that workers may die within one layer before the job fails.
 MAX_LOSSES_PER_LAYER = 3
 
 
 @dataclass(slots=True)
-class _Writing:
-    """A layer that a worker is writing: the reference to its record, and what goes beside it."""
+class _WritingLayer:
+    """A layer whose file a worker is writing. `record` is a reference to its LayerRecord."""
 
     layer: int
     record: Any
@@ -58,18 +58,18 @@ class _Writing:
 
 
 @dataclass(slots=True)
-class _Storing:
-    """What goes into a layer, while workers store it: references to who is done."""
+class _StoringBoundary:
+    """The boundary of `layer` that workers are storing. `files` has one reference per file."""
 
     layer: int
     files: list[Any]
 
 
-class Run:
-    """One run of a job on a pool of workers. The job's folder is locked by the caller.
+class Driver:
+    """One run of a job on a pool of workers. The caller holds the lock of the job's folder.
 
-    `wave_blocks` is how many calibration blocks are between workers at a time, None for as many as
-    suit the cluster. The bytes do not depend on it.
+    `wave_blocks` is the number of calibration blocks per wave; None chooses it by the number of
+    workers. The bytes do not depend on it.
     """
 
     def __init__(
@@ -83,22 +83,28 @@ class Run:
         self._job, self._folder, self._pool, self._progress = job, folder, pool, progress
         self._config = job.source.config
         self._writer = ArtifactWriter(job.output, source=job.source, recipe=job.recipe)
-        self._layers = LayerRun(self._config, job.recipe, self._writer.schemes, pool, wave_blocks)
+        self._steps = LayerSteps(self._config, job.recipe, self._writer.schemes, pool, wave_blocks)
         self._blocks = job.blocks
-        self._held: dict[int, tuple[int, ...]] = {}  # place -> the blocks that it holds
-        self._writing: _Writing | None = None
-        self._storing: _Storing | None = None
+        self._blocks_by_slot: dict[int, tuple[int, ...]] = {}  # slot -> the blocks that it holds
+        self._writing: _WritingLayer | None = None
+        self._storing: _StoringBoundary | None = None
         self._timings = Timings()
         self._published = folder.load_published()
         for file in self._published.values():
             self._writer.register(file.record, verify=False)  # load_published has verified it
 
     def run(self) -> Manifest:
-        """Everything that is still to do, up to the manifest."""
+        """Run all remaining layers and write the manifest.
+
+        Raises:
+            ArtifactError: a boundary file is damaged.
+            CheckpointError: a weight cannot be represented, or an activation is not finite.
+            IntServeError: workers die too often, or none is left.
+        """
         todo = [n for n in range(self._config.num_hidden_layers) if n not in self._published]
         start = self._folder.last_boundary(len(self._blocks.ids), todo[0]) if todo else 0
         self._announce(todo, start)
-        self._publish_untouched()  # in the driver, while the workers load their libraries
+        self._publish_unquantized()  # in the driver, while the workers load their libraries
         if todo:
             self._run_layers(start, todo[-1])
         return self._finish(start)
@@ -127,27 +133,27 @@ class Run:
 
     def _run_layer(self, layer: int, is_last: bool) -> None:
         if self._pool.admit():
-            self._await_files()  # all begin anew, and forget what they write
-            self._held.clear()
+            self._await_files()  # `begin` discards what a worker has not stored
+            self._blocks_by_slot.clear()
             self._progress(Event("joined", layer, detail=f"now on {self._pool.describe()}"))
-        self._supply(layer)
+        self._load_boundary(layer)
         if layer in self._published:
             self._await_files()
             if not is_last:
                 with self._timings.step(layer, "carry"):
                     published = (self._job.output / layer_file(layer)).resolve()
-                    self._layers.use_published(layer, published)
+                    self._steps.use_published(layer, published)
                     self._carry(layer)
             return
         solution = self._solve(layer)
         if not is_last:
             with self._timings.step(layer, "carry"):
-                self._layers.use_solved(layer, solution)
+                self._steps.use_solved(layer, solution)
                 self._carry(layer)
 
     def _recover(self, layer: int, losses: int) -> int:
-        """Replace the dead; the layer to go on with, which is the one before where that, or what
-        came out of it, was still being written by one of them."""
+        """Replace dead workers and return the layer to continue with: this one, or the one before
+        where its file or its output boundary is not durable."""
         lost = self._pool.recover()
         self._timings.workers_lost += len(lost)
         if losses > MAX_LOSSES_PER_LAYER:
@@ -156,11 +162,10 @@ class Run:
                 "probably for lack of memory: run again with fewer --workers per node or more "
                 "memory; the job goes on at this layer"
             )
-        self._held.clear()
-        # What of the layers before is not safe after all?
-        if self._writing is not None and not self._is_safe(self._await_writing):
+        self._blocks_by_slot.clear()
+        if self._writing is not None and not self._is_durable(self._await_writing):
             layer = min(layer, self._writing.layer)
-        if self._storing is not None and not self._is_safe(self._await_storing):
+        if self._storing is not None and not self._is_durable(self._await_storing):
             layer = min(layer, self._storing.layer - 1)
         self._writing = self._storing = None
         self._progress(
@@ -170,18 +175,18 @@ class Run:
         return layer
 
     @staticmethod
-    def _is_safe(wait: Callable[[], None]) -> bool:
+    def _is_durable(wait: Callable[[], None]) -> bool:
         try:
             wait()
         except WorkersLost:
             return False
         return True
 
-    def _supply(self, layer: int) -> None:
-        """See to it that every worker holds what goes into this layer for its blocks."""
-        places = self._pool.places
-        due = {place: tuple(self._layers.blocks_of(i)) for i, place in enumerate(places)}
-        new = [i for i, place in enumerate(places) if self._held.get(place) != due[place]]
+    def _load_boundary(self, layer: int) -> None:
+        """Give every worker the inputs of this layer for its blocks, where it lacks them."""
+        slots = self._pool.slots
+        due = {slot: tuple(self._steps.blocks_of(i)) for i, slot in enumerate(slots)}
+        new = [i for i, slot in enumerate(slots) if self._blocks_by_slot.get(slot) != due[slot]]
         if not new:
             return
         job = WorkerJob(
@@ -194,14 +199,14 @@ class Run:
         boundary = self._folder.boundary(layer).resolve()
 
         def ids(index: int) -> dict[int, Tensor]:
-            return {block: self._blocks.ids[block] for block in self._layers.blocks_of(index)}
+            return {block: self._blocks.ids[block] for block in self._steps.blocks_of(index)}
 
         with self._timings.step(layer, "supply"):
             self._pool.each(lambda worker, _: worker.begin.remote(job), new)
             self._pool.each(
                 lambda worker, i: worker.load_boundary.remote(layer, ids(i), boundary), new
             )
-        self._held = due
+        self._blocks_by_slot = due
 
     # --- the steps of one layer ---
 
@@ -210,32 +215,32 @@ class Run:
         following = next((n for n in later if n not in self._published), None)
         ledger = Ledger()
         with self._timings.step(layer, "attend"):
-            received = self._layers.attend(layer, following)
-        self._say("calibrated", layer)
-        # The layer before is safe before this one costs much: a death costs one layer, not two.
+            received = self._steps.attend(layer, following)
+        self._report("calibrated", layer)
+        # Layer N-1 becomes durable before N is solved, so that a death costs one layer, not two.
         self._await_files()
         with self._timings.step(layer, "solve"):
-            shared = self._layers.shared_smoothing(layer, received, ledger)
-            solution = self._layers.solve(layer, shared, received, ledger)
-        self._say("solved", layer)
-        record = self._layers.write(layer, solution)
-        self._writing = _Writing(layer, record, solution.summary)
+            shared = self._steps.shared_smoothing(layer, received, ledger)
+            solution = self._steps.solve(layer, shared, received, ledger)
+        self._report("solved", layer)
+        record = self._steps.write(layer, solution)
+        self._writing = _WritingLayer(layer, record, solution.summary)
         return solution
 
     def _carry(self, layer: int) -> None:
-        """Activations through the quantized layer; boundaries that nothing needs any more go."""
+        """Run the blocks through the quantized layer and start storing the next boundary."""
         boundary = self._folder.boundary(layer + 1)
         boundary.mkdir(exist_ok=True)
-        self._storing = _Storing(layer + 1, [])
-        self._layers.carry(layer, boundary.resolve(), self._storing.files)
-        self._say("carried", layer)
+        self._storing = _StoringBoundary(layer + 1, [])
+        self._steps.carry(layer, boundary.resolve(), self._storing.files)
+        self._report("carried", layer)
 
     def _await_files(self) -> None:
         self._await_writing()
         self._await_storing()
 
     def _await_storing(self) -> None:
-        """Wait until what comes out of the layer before is stored."""
+        """Wait until the boundary in progress is stored."""
         storing = self._storing
         if storing is None:
             return
@@ -244,7 +249,7 @@ class Run:
         self._storing = None
 
     def _await_writing(self) -> None:
-        """Wait until the layer that is being written is published."""
+        """Wait until the layer in progress is written, and publish it."""
         writing = self._writing
         if writing is None:
             return
@@ -263,7 +268,7 @@ class Run:
         self._writing = None
 
     def _coverage(self, layer: int, summary: SolveSummary) -> tuple[int, ...]:
-        """Tokens that the router sent to each expert; empty in a dense layer."""
+        """Number of tokens that the router sent to each expert; empty for a dense layer."""
         gates = [
             spec.module
             for spec in linears(self._config, layer)
@@ -273,11 +278,12 @@ class Run:
 
     # --- publishing ---
 
-    def _publish_untouched(self) -> None:
-        """Globals and MTP layers go through by name, as the source stores them."""
+    def _publish_unquantized(self) -> None:
+        """Publish globals and MTP layers unquantized, as the source stores them. Runs in the
+        driver."""
         for key in layer_keys(self._config):
-            untouched = key == "globals" or key >= self._config.num_hidden_layers
-            if not untouched or key in self._published:
+            is_quantized = key != "globals" and key < self._config.num_hidden_layers
+            if is_quantized or key in self._published:
                 continue
             source = self._job.source
             with self._timings.step(key, "write"):
@@ -292,13 +298,13 @@ class Run:
             self._register(PublishedFile(record=record))
 
     def _register(self, file: PublishedFile) -> None:
-        """From here on the file counts as published; boundaries that led to it are deleted."""
+        """Record the file as published, and delete the boundaries of the layers before it."""
         self._folder.save_published(file)
         key = file.record.layer
         self._published[key] = file
         if key != "globals" and key < self._config.num_hidden_layers:
-            self._folder.drop_boundaries(before=key)
-        self._say("published", key, file)
+            self._folder.delete_boundaries(before=key)
+        self._report("published", key, file)
 
     def _finish(self, start: int) -> Manifest:
         ledger = Ledger()
@@ -318,14 +324,14 @@ class Run:
             },
         )
         self._folder.remove()
-        self._say("finished", "globals")
+        self._report("finished", "globals")
         return manifest
 
     def _write_report(self, start: int, ledger: Ledger) -> None:
         try:
-            known = [i for i, place in enumerate(self._pool.places) if place in self._held]
+            known = [i for i, slot in enumerate(self._pool.slots) if slot in self._blocks_by_slot]
             usage = self._pool.each(lambda worker, _: worker.usage.remote(), known)
-        except WorkersLost:  # after their work was done: nothing but this account is lost
+        except WorkersLost:  # their work is complete: only their usage is missing
             usage = []
         record = make_record(
             self._job,
@@ -338,5 +344,5 @@ class Run:
         )
         write_job_report(self._job.output, record)
 
-    def _say(self, step: Step, layer: LayerKey, published: PublishedFile | None = None) -> None:
+    def _report(self, step: Step, layer: LayerKey, published: PublishedFile | None = None) -> None:
         self._progress(Event(step, layer, published))

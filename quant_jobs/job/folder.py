@@ -1,15 +1,16 @@
-"""What a killed job leaves behind, and how the next run of the same command takes it up.
+"""The state of an unfinished job on disk, from which the next run of the same command resumes.
 
-    OUTPUT/.job/lock                                     held by flock: dies with its driver
-    OUTPUT/.job/job.json                                 what the output is made of
-    OUTPUT/.job/part-00003.json                          layer 3 is published: what is known of it
-    OUTPUT/.job/boundary-00004/worker-*.safetensors      what goes into layer 4, by block
+    OUTPUT/.job/lock                                     flock: released when its driver dies
+    OUTPUT/.job/job.json                                 fingerprint of the job's inputs
+    OUTPUT/.job/part-00003.json                          layer 3 is published: its PublishedFile
+    OUTPUT/.job/boundary-00004/worker-*.safetensors      inputs of layer 4, by calibration block
 
-A layer counts as published when its part file exists, which is written after the layer's own file.
-A boundary counts when it has all blocks; boundary 0 is the embedding and is never stored. Old
-boundaries go once the next is complete, and all of .job goes last of all, after intserve.json.
+A layer counts as published when its part-*.json exists, which is written after the layer's own
+file. A boundary is complete when it has all blocks; boundary 0 is the embedding and is never
+stored. The driver deletes a boundary once a later layer is published, and .job itself after
+intserve.json is written. Workers write the boundaries (`workers/boundary.py`).
 
-On disk beside the output: one boundary, two while the next is being written; B*T*D*4 bytes each
+Disk space beside the output: one boundary, two while the next is being written; B*T*D*4 bytes each
 (float32: 2.1 M tokens of DeepSeek-V3 are 60 GB).
 """
 
@@ -30,15 +31,15 @@ from deepseek.artifact.manifest import MANIFEST_FILE, Fallback, LayerKey, LayerR
 from deepseek.errors import ArtifactError
 from deepseek.files import sha256_file, write_json
 from deepseek.tensor_files import tensor_digest
-from quant_jobs.workers.boundary import _block_name, _stored_blocks
+from quant_jobs.workers.boundary import block_name, stored_blocks
 
 FOLDER = ".job"
-#: Times that a folder is deleted before that which keeps appearing in it is an error.
+#: Attempts to delete a folder into which a worker may still write.
 _REMOVALS = 10
 
 
 class PublishedFile(BaseModel):
-    """One published tensor file, and what was learned on the way, as the manifest will need it."""
+    """One published tensor file, and what the manifest will record about its layer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,16 +50,16 @@ class PublishedFile(BaseModel):
 
 
 class JobFolder:
-    """OUTPUT/.job of one running job; opening it takes the lock.
+    """OUTPUT/.job of one running job. Opening it takes the lock; `release` or `remove` frees it.
 
     Raises on opening:
-        ArtifactError: another process writes this output, or it holds another run's work.
+        ArtifactError: another process writes this output, or it belongs to another job.
     """
 
     def __init__(self, output: Path, fingerprint: dict[str, Any]) -> None:
         self.output = output
         self.path = output / FOLDER
-        self._refuse_strangers()
+        self._refuse_foreign_files()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = self._take_lock()
         try:
@@ -74,13 +75,13 @@ class JobFolder:
         self.release()
 
     def release(self) -> None:
-        """Give up the lock; everything else stays for the next run."""
+        """Release the lock. The files stay for the next run."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def remove(self) -> None:
-        """The job is done: delete the folder, the lock last of all."""
+        """Delete the folder of a finished job, the lock file last, and release the lock."""
         for path in sorted(self.path.iterdir()):
             if path.name != "lock":
                 _remove_folder(path) if path.is_dir() else path.unlink()
@@ -95,12 +96,11 @@ class JobFolder:
         write_json(self._record_path(file.record.layer), file.model_dump(mode="json"))
 
     def load_published(self) -> dict[LayerKey, PublishedFile]:
-        """Every published file that is still there, verified byte by byte.
-
-        A file that was deleted is simply made again.
+        """Every published file that still exists, verified by its digest. The layer of a deleted
+        file is forgotten, and so quantized again.
 
         Raises:
-            ArtifactError: a file is not the one that was published; names it and the tensor.
+            ArtifactError: a file has other bytes than were published; names it and the tensor.
         """
         published: dict[LayerKey, PublishedFile] = {}
         for record_path in sorted(self.path.glob("part-*.json")):
@@ -126,33 +126,38 @@ class JobFolder:
     # --- boundaries ---
 
     def boundary(self, layer: int) -> Path:
-        """Folder of what goes into this layer."""
+        """The folder with the inputs of this layer."""
         return self.path / f"boundary-{layer:05d}"
 
     def last_boundary(self, num_blocks: int, at_most: int) -> int:
-        """The last complete boundary up to layer `at_most`; 0, the embedding, is always there."""
-        wanted = {_block_name(block) for block in range(num_blocks)}
+        """The last layer up to `at_most` whose boundary is complete; that of layer 0, the
+        embedding, always is.
+
+        Raises:
+            ArtifactError: a boundary file is damaged.
+        """
+        required = {block_name(block) for block in range(num_blocks)}
         for layer in range(at_most, 0, -1):
-            if wanted <= _stored_blocks(self.boundary(layer)):
+            if required <= stored_blocks(self.boundary(layer)):
                 return layer
         return 0
 
-    def drop_boundaries(self, *, before: int) -> None:
+    def delete_boundaries(self, *, before: int) -> None:
         for path in sorted(self.path.glob("boundary-*")):
             if path.name < self.boundary(before).name:
                 _remove_folder(path)
 
-    # --- whose folder is it? ---
+    # --- ownership ---
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_foreign_files(self) -> None:
         if not self.output.is_dir() or self.path.is_dir():
             return
         if (self.output / MANIFEST_FILE).exists():
             return
-        strangers = sorted(path.name for path in self.output.iterdir())
-        if strangers:
+        foreign = sorted(path.name for path in self.output.iterdir())
+        if foreign:
             raise ArtifactError(
-                f"{self.output} is not empty ({strangers[0]}) and not an output of quantize; "
+                f"{self.output} is not empty ({foreign[0]}) and not an output of quantize; "
                 "choose another --output"
             )
 
@@ -180,42 +185,43 @@ class JobFolder:
 
     def _pin(self, fingerprint: dict[str, Any]) -> None:
         path = self.path / "job.json"
-        wanted = json.loads(json.dumps(fingerprint))
+        current = json.loads(json.dumps(fingerprint))
         if not path.exists():
-            write_json(path, wanted)
+            write_json(path, current)
             return
         try:
-            found = json.loads(path.read_bytes())
+            stored = json.loads(path.read_bytes())
         except ValueError as error:
             raise ArtifactError(f"{path} is damaged; delete {self.output}") from error
-        check_same_run(self.output, found, wanted)
+        check_same_run(self.output, stored, current)
 
 
-def check_same_run(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Hold the fingerprint of the run in `output` against this run's; keys are what they name.
+def check_same_run(output: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Compare the fingerprint stored with `output` with the current job's. Keys are words for the
+    error sentence.
 
     Raises:
-        ArtifactError: they differ; the sentence says in what.
+        ArtifactError: they differ; the sentence names the input that does.
     """
-    for what in sorted(found.keys() | wanted.keys()):
-        theirs, ours = found.get(what), wanted.get(what)
+    for key in sorted(stored.keys() | current.keys()):
+        theirs, ours = stored.get(key), current.get(key)
         if theirs == ours:
             continue
-        name = f"recipe {_recipe_name(found)}"
-        if what == "recipe" and _recipe_name(found) != _recipe_name(wanted):
-            difference = f"not {_recipe_name(wanted)}"
-        elif what == "recipe":
+        name = f"recipe {_recipe_name(stored)}"
+        if key == "recipe" and _recipe_name(stored) != _recipe_name(current):
+            difference = f"not {_recipe_name(current)}"
+        elif key == "recipe":
             difference = "whose rules or settings have changed since"
         else:
-            difference = f"with another {what} ({_short(theirs)}, now {_short(ours)})"
+            difference = f"with another {key} ({_short(theirs)}, now {_short(ours)})"
         raise ArtifactError(
             f"{output} holds a run of {name}, {difference}; choose another --output or delete it"
         )
 
 
 def _remove_folder(path: Path) -> None:
-    """Delete a boundary, also while a worker that was given up for dead still writes into it: on a
-    node that lost its link, one ends its last call."""
+    """Delete a boundary, even while a worker that counts as dead still writes into it: one whose
+    node lost its network link finishes its last call."""
     for _ in range(_REMOVALS):
         with contextlib.suppress(OSError):  # not empty after all
             shutil.rmtree(path)

@@ -1,4 +1,7 @@
-"""A checked job: what its output is made of."""
+"""The inputs of a job, checked, and the fingerprint by which a rerun recognizes its own output.
+
+Starts nothing and writes nothing. Called by `quantize.py` before it takes the job's folder.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,13 @@ from quant_jobs.workers.devices import Device
 #: A file of text, or several with weights.
 Calibration = Path | Sequence[CalibrationSource]
 
-#: Libraries whose version can change the bytes.
+#: Packages whose version can change the bytes.
 _TOOLS = ("intserve", "nvidia-modelopt", "torch", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked job: everything that its output is made of."""
+    """A checked job: all inputs that determine the bytes of its output."""
 
     source: CheckpointReader
     recipe: Recipe
@@ -43,7 +46,7 @@ class Job:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a rerun to continue; keys are words for the error sentence."""
+        """What a rerun must have in common to resume. Keys are words for the error sentence."""
         return {
             "source checkpoint": self.source.fingerprint,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -54,7 +57,7 @@ class Job:
 
     @property
     def calibration(self) -> CalibrationRecord:
-        """The calibration data for the manifest: its files by digest, no paths."""
+        """The calibration data as the manifest records it: files by digest, no paths."""
         num_blocks, block_tokens = self.blocks.ids.shape
         return CalibrationRecord(
             digest=self.blocks.digest,
@@ -63,9 +66,9 @@ class Job:
             block_tokens=block_tokens,
             files=tuple(
                 CalibrationFile(
-                    sha256=one.sha256, weight=one.weight, blocks=one.blocks, tokens=one.tokens
+                    sha256=file.sha256, weight=file.weight, blocks=file.blocks, tokens=file.tokens
                 )
-                for one in self.blocks.sources
+                for file in self.blocks.sources
             ),
         )
 
@@ -77,7 +80,14 @@ def plan_job(
     output: Path,
     device: Device = "cpu",
 ) -> Job:
-    """Check all inputs; reads headers and the text, no weights, and writes nothing."""
+    """Check all inputs. Reads tensor headers and the calibration text, no weights.
+
+    Raises:
+        RecipeError: there is no such recipe, or it does not suit the model.
+        CheckpointError: the source is incomplete or malformed.
+        ConfigError: its config.json cannot be read.
+        CalibrationError: see `load_token_blocks`.
+    """
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
     source = CheckpointReader(model)
@@ -90,29 +100,30 @@ def plan_job(
 
 
 def finished(job: Job) -> Manifest | None:
-    """The manifest of a finished output of this very job; None where there is work to do.
+    """The manifest of a finished output of the same job; None where work is left. Deletes the job's
+    folder where a kill left it.
 
     Raises:
-        ArtifactError: the output is finished, but another run's.
+        ArtifactError: the output is finished and belongs to another job.
     """
     if not (job.output / MANIFEST_FILE).exists():
         return None
     manifest = read_manifest(job.output)
-    found = {
+    stored = {
         "source checkpoint": manifest.source.fingerprint,
         "recipe": manifest.recipe.model_dump(mode="json"),
         "calibration text": _digest(manifest.calibration),
         "device": manifest.tools.get("device", "cpu"),
         "tools": {name: manifest.tools[name] for name in manifest.tools if name != "device"},
     }
-    check_same_run(job.output, found, job.fingerprint)
-    if (job.output / FOLDER).exists():  # killed between the manifest and the end
+    check_same_run(job.output, stored, job.fingerprint)
+    if (job.output / FOLDER).exists():  # killed after the manifest was written
         JobFolder(job.output, job.fingerprint).remove()
     return manifest
 
 
 def tools() -> dict[str, str]:
-    """Versions that the output's bytes may depend on."""
+    """Package versions that the output's bytes may depend on."""
     return {name: importlib.metadata.version(name) for name in _TOOLS}
 
 

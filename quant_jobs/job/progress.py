@@ -24,7 +24,7 @@ Step = Literal[
 class Event:
     """Step `step` of `layer` is complete.
 
-    `published` is set with the step of that name only. `detail` is a sentence for people, empty for
+    `published` is set for the step of that name only. `detail` is a sentence for people, empty for
     most steps.
     """
 

@@ -1,6 +1,6 @@
-"""A worker of a quantize job as a Ray actor: `worker.Worker`, one remote method per call.
+"""A worker of a quantize job as a Ray actor: passes each remote call through to `worker.Worker`.
 
-Apart from `pool.py`, which starts these, calls them and replaces the dead.
+Started, called and replaced by `pool.py`. Contracts are documented in `worker.py`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from quant_jobs.workers.messages import (
     AttentionShare,
     SolveSummary,
     Tensors,
-    Usage,
     WorkerJob,
-    travel_light,
+    WorkerUsage,
+    register_tensor_serializer,
 )
 
 
 def _end_with_raylet() -> None:
-    """Leave at once when the raylet, this process's parent, is gone: left to itself, Ray lets a
-    worker live on for a minute, waiting for a head node that was killed with its driver."""
+    """Exit as soon as the raylet, this process's parent, is dead. Without this, Ray lets a worker
+    live for another minute, waiting for a head node that was killed with its driver."""
     raylet = os.getppid()
 
     def watch() -> None:
@@ -45,18 +45,18 @@ def _end_with_raylet() -> None:
 
 
 class QuantizeWorker:
-    """`worker.Worker` behind Ray. Loads it in the actor's own process: the driver never needs the
-    libraries that it computes with."""
+    """`worker.Worker` behind Ray. Imports it in the actor's process, so that the driver never loads
+    the libraries that workers compute with."""
 
     def __init__(self) -> None:
         _end_with_raylet()
-        travel_light()
+        register_tensor_serializer()
         from quant_jobs.workers.worker import Worker
 
         self._worker = Worker()
 
     def ready(self) -> str:
-        """Answered once the libraries are loaded: Ray's name for this worker's node."""
+        """Returns Ray's id of this worker's node, once the libraries are loaded."""
         return str(ray.get_runtime_context().get_node_id())
 
     def begin(self, job: WorkerJob) -> None:
@@ -121,10 +121,10 @@ class QuantizeWorker:
         return self._worker.attend_quantized(layer, blocks)
 
     def run_experts(
-        self, layer: int, homes: Sequence[Sequence[int]], *routed: RoutedBlocks
+        self, layer: int, blocks_by_node: Sequence[Sequence[int]], *routed: RoutedBlocks
     ) -> ExpertOutputsByBlock | list[ExpertOutputsByBlock]:
-        outputs = self._worker.run_experts(layer, homes, *routed)
-        return outputs if len(outputs) > 1 else outputs[0]  # Ray takes one returned value as it is
+        outputs = self._worker.run_experts(layer, blocks_by_node, *routed)
+        return outputs if len(outputs) > 1 else outputs[0]  # Ray does not unpack a single value
 
     def combine(self, layer: int, blocks: Sequence[int], *outputs: ExpertOutputsByBlock) -> None:
         self._worker.combine(layer, blocks, *outputs)
@@ -136,5 +136,5 @@ class QuantizeWorker:
     def advance(self, layer: int) -> None:
         self._worker.advance(layer)
 
-    def usage(self) -> Usage:
+    def usage(self) -> WorkerUsage:
         return self._worker.usage()

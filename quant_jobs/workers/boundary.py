@@ -1,4 +1,7 @@
-"""What goes into a layer, stored block by block: a killed job resumes from it."""
+"""Boundary files: the inputs of a layer by calibration block, from which a killed job resumes.
+
+Written by `files.py`, read by `worker.py`. `job/folder.py` decides which boundary to use.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from deepseek.tensor_files import DamagedFileError, read_header, save_tensors, t
 
 
 def boundary_files(boundary: Path, num_workers: int, wave: int = 0) -> list[Path]:
-    """One file per worker and wave. Any number of workers can read what any other number, in any
-    waves, has written."""
+    """The file of each worker for one wave. Readers take blocks from all files of the folder, so
+    the number of workers and the waves may change between runs."""
     return [
         boundary / f"worker-{index:03d}-of-{num_workers:03d}-wave-{wave:03d}.safetensors"
         for index in range(num_workers)
@@ -22,40 +25,45 @@ def boundary_files(boundary: Path, num_workers: int, wave: int = 0) -> list[Path
 
 
 def save_blocks(path: Path, blocks: Mapping[int, Tensor]) -> int:
-    """Store what goes into a layer, f32 [T, D] by block; whole or not at all. Bytes written."""
-    named = {_block_name(block): x_TD for block, x_TD in blocks.items()}
+    """Store inputs of a layer, f32 [T, D] by block, atomically. Returns the bytes written."""
+    named = {block_name(block): x_TD for block, x_TD in blocks.items()}
     digests = {name: tensor_digest(x_TD) for name, x_TD in named.items()}
     return save_tensors(path, named, digests).num_bytes
 
 
 def load_blocks(boundary: Path, blocks: Sequence[int]) -> dict[int, Tensor]:
-    """These blocks of a complete boundary.
+    """Load these blocks, f32 [T, D], of a complete boundary.
 
     Raises:
         ArtifactError: a file is damaged.
     """
-    found: dict[int, Tensor] = {}
+    loaded: dict[int, Tensor] = {}
     for path in sorted(boundary.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 digests = file.metadata() or {}
                 for block in blocks:
-                    name = _block_name(block)
-                    if block in found or name not in digests:
+                    name = block_name(block)
+                    if block in loaded or name not in digests:
                         continue
                     x_TD = file.get_tensor(name).clone()
                     if tensor_digest(x_TD) != digests[name]:
                         raise SafetensorError(f"{name} has other bytes than were written")
-                    found[block] = x_TD
+                    loaded[block] = x_TD
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
                 f"{path} is damaged ({error}); delete {boundary} and run again, which goes "
                 "through the published layers once more"
             ) from error
-    return {block: found[block] for block in blocks}
+    return {block: loaded[block] for block in blocks}
 
 
-def _stored_blocks(boundary: Path) -> set[str]:
+def stored_blocks(boundary: Path) -> set[str]:
+    """Names (`block_name`) of the blocks in the boundary's files, by their headers alone.
+
+    Raises:
+        ArtifactError: a header is damaged.
+    """
     names: set[str] = set()
     for path in boundary.glob("*.safetensors"):
         try:
@@ -68,5 +76,6 @@ def _stored_blocks(boundary: Path) -> set[str]:
     return names
 
 
-def _block_name(block: int) -> str:
+def block_name(block: int) -> str:
+    """The tensor name of a calibration block in a boundary file."""
     return f"block-{block:05d}"

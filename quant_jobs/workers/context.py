@@ -1,4 +1,4 @@
-"""What every layer of a worker's job has in common: model, recipe, device. Set once per job."""
+"""What all layers of a worker's job share: model, recipe, device. Made once per job by `Worker`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from deepseek.config import ModelConfig
 from deepseek.recipe import Recipe, Scheme
 from quant_jobs.calibration.forward import Rotary
-from quant_jobs.workers.messages import Message, moved
+from quant_jobs.workers.messages import Message, to_device
 
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """`schemes` are by module name; `num_blocks` is of the whole job; `device` is what the worker
-    computes on."""
+    """`schemes` by module name; `num_blocks` of the whole job; `device` that the worker computes
+    on."""
 
     config: ModelConfig
     recipe: Recipe
@@ -25,6 +25,6 @@ class LayerContext:
     device: torch.device
     rotary: Rotary
 
-    def moved(self, value: Message) -> Message:
-        """A message with its tensors on the worker's device."""
-        return moved(value, self.device)
+    def to_device(self, value: Message) -> Message:
+        """Copy a message's tensors to the worker's device."""
+        return to_device(value, self.device)

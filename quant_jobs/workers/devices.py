@@ -1,15 +1,15 @@
-"""What a job computes on, and how a GPU is made to give the same bytes every time.
+"""The device that a job computes on, and the settings that make its results repeatable.
 
-The device is part of what an output is made of, like the recipe: a GPU adds in another order, so a
-layer from there beside layers from here would be bytes that no run repeats. An output is bound to
-its device (`quantize.Job.fingerprint`); going on with another one is refused.
+The device is one of the inputs of a job, like the recipe: a GPU adds in another order than a CPU,
+so an output with layers from both could not be reproduced. The job's fingerprint (`job/job.py`)
+includes the device; resuming on another one is refused.
 
-On `cuda` any number of workers is to write the same bytes, as on `cpu`, where all GPUs are of one
-model: kernels are chosen by it. That they are is not checked. Ray shows each worker one GPU, its
-own, so the device of every worker is plain `cuda`; without Ray it is the first that torch sees.
+On `cuda`, as on `cpu`, any number of workers must write the same bytes, provided that all GPUs are
+of one model, which decides the kernels. This is not checked. Ray shows each worker only its own
+GPU, so the device of every worker is plain `cuda`; without Ray it is the first that torch sees.
 
-No GPU has run this yet. Tests hold it against a stand-in for one, which knows where each tensor is
-and nothing of CUDA's kernels (`tests/support/elsewhere.py`); those marked `gpu` wait for a GPU.
+No GPU has run this yet. Tests use a stand-in that tracks where each tensor is and knows no CUDA
+kernels (`tests/support/elsewhere.py`); tests marked `gpu` need a GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from deepseek.errors import DeployError
 
 Device = Literal["cpu", "cuda"]
 
-#: cuBLAS picks kernels by the memory that it may use; with this setting, of the two that NVIDIA
-#: documents as deterministic, it picks the same ones every time.
+#: cuBLAS chooses kernels by its workspace size. NVIDIA documents this setting as one of two that
+#: make the choice deterministic.
 _CUBLAS_WORKSPACE = ":4096:8"
 
 
 def check_gpus(*, on_ray: bool) -> None:
-    """See that there is a GPU: on the Ray that is connected, or in this machine.
+    """Check that there is a GPU: on the connected Ray cluster, or in this machine.
 
     Raises:
         DeployError: there is none.
@@ -35,12 +35,12 @@ def check_gpus(*, on_ray: bool) -> None:
     if on_ray:
         import ray
 
-        found, lacking = ray.cluster_resources().get("GPU", 0), "this Ray has none"
+        num_gpus, lacking = ray.cluster_resources().get("GPU", 0), "this Ray has none"
     else:
         import torch
 
-        found, lacking = torch.cuda.device_count(), "PyTorch finds none on this machine"
-    if not found:
+        num_gpus, lacking = torch.cuda.device_count(), "PyTorch finds none on this machine"
+    if not num_gpus:
         raise DeployError(
             f"--device cuda needs a GPU for each worker, and {lacking}; add one, or choose "
             "--device cpu"
@@ -48,20 +48,20 @@ def check_gpus(*, on_ray: bool) -> None:
 
 
 def make_repeatable(device: Device) -> None:
-    """Have this process compute the same on its device every time; before its first product.
+    """Make this process's results on its device repeatable. Call it before the first product.
 
-    The other half, `use_one_thread`, is for both devices: without deterministic algorithms
-    CUDA adds the rows of experts (`index_add_`) in any order.
+    `use_one_thread`, which both devices need too, turns deterministic algorithms on: without them
+    CUDA adds expert outputs (`index_add_`) in any order.
 
     Raises:
-        DeployError: PyTorch cannot use the GPU that this process was given.
+        DeployError: PyTorch cannot use the GPU assigned to this process.
     """
     if device == "cpu":
         return
     import torch
 
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = _CUBLAS_WORKSPACE
-    torch.set_float32_matmul_precision("highest")  # no TF32, whatever was set before
+    torch.set_float32_matmul_precision("highest")  # no TF32
     try:
         torch.zeros(1, device=device)
     except (AssertionError, RuntimeError) as error:  # a build without CUDA, or a broken driver
@@ -72,7 +72,8 @@ def make_repeatable(device: Device) -> None:
 
 
 def use_one_thread() -> None:
-    """Make this process's results independent of thread counts and of random choices."""
+    """Make this process's results independent of the thread count and of nondeterministic
+    kernels."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""What a worker writes: layers' files, and the boundaries that a killed job resumes from.
+"""The files that a worker writes: layers, and the boundaries from which a killed job resumes.
 
-Both run beside the worker's other calls, one at a time (`actor.py`, `in_process.py`).
+Writing runs beside the worker's other calls, in one thread (`actor.py`, `in_process.py`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from quant_jobs.workers.messages import Tensors, WorkerJob
 
 
 class WorkerFiles:
-    """`bytes_written` counts both kinds of file."""
+    """Writes the files of one job. `bytes_written` counts layers and boundaries."""
 
     def __init__(self, job: WorkerJob, reader: CheckpointReader) -> None:
         self._job, self._reader = job, reader
         self._writer: ArtifactWriter | None = None
-        self._unsaved: dict[tuple[int, int], Tensor] = {}  # by layer that it enters, and block
+        self._unsaved: dict[tuple[int, int], Tensor] = {}  # (layer, block) -> the layer's input
         self.bytes_written = 0
 
     def write_layer(
@@ -33,7 +33,7 @@ class WorkerFiles:
         errors: Mapping[str, float],
         pieces: Sequence[Tensors],
     ) -> LayerRecord:
-        """Publish a layer's file from what all workers solved."""
+        """Publish a layer's file from the packed tensors of all workers."""
         if self._writer is None:
             self._writer = ArtifactWriter(
                 self._job.output, source=self._reader, recipe=self._job.recipe
@@ -48,14 +48,14 @@ class WorkerFiles:
         self.bytes_written += record.num_bytes
         return record
 
-    def hold(self, layer: int, blocks: Mapping[int, Tensor]) -> None:
-        """Keep what goes into `layer`, f32 [T, D] by block, until `store` is called for it."""
+    def buffer(self, layer: int, blocks: Mapping[int, Tensor]) -> None:
+        """Keep inputs of `layer`, f32 [T, D] by block, in memory until `store` writes them."""
         self._unsaved |= {(layer, block): x_TD for block, x_TD in blocks.items()}
 
     def store(self, layer: int, blocks: Sequence[int], file: Path) -> None:
-        """Store what goes into `layer`, of some of this worker's blocks, and let go of it.
+        """Write the buffered inputs of `layer` for these blocks, and free them.
 
-        The file's folder must exist: a worker whose driver is gone must not bring it back.
+        The folder of `file` must exist: a worker whose driver is dead must not create it again.
         """
-        leaving = {block: self._unsaved.pop((layer, block)) for block in sorted(blocks)}
-        self.bytes_written += save_blocks(file, leaving)
+        inputs = {block: self._unsaved.pop((layer, block)) for block in sorted(blocks)}
+        self.bytes_written += save_blocks(file, inputs)

@@ -1,17 +1,17 @@
-"""A job in this process, without Ray: one worker, spoken to as the pool of `pool.py`.
+"""A pool of one worker in this process, without Ray; implements `protocol.Workers`.
 
-    with WorkerHere() as worker:
-        Run(job, folder, worker, progress).run()
+    with InProcessWorker() as worker:
+        Driver(job, folder, worker, progress).run()
 
-The same calls in the same order give the same bytes as any pool's. A call is done when it returns,
-and its result is its own reference. What runs beside the others on Ray runs beside them here too:
-the worker reads ahead in a thread of its own, and what writes files goes to one more (hashing and
-writing let go of Python's lock), with a future as its reference.
+The same calls in the same order give the same bytes as on any pool. A call runs when it is made,
+and its result is its own reference. As on Ray, reading ahead and writing files run beside the other
+calls: the worker reads ahead in its own thread, and files are written in a second one (hashing and
+writing release the GIL), with a future as the reference.
 
-What a worker on a GPU returns comes to host memory, as through Ray's object store.
+Results of a worker on a GPU are copied to host memory, as Ray's object store does.
 
-The worker computes on one thread and with deterministic algorithms, which torch knows only for a
-whole process; closing puts back what was before.
+The worker computes on one thread with deterministic algorithms. torch has these settings per
+process only; `close` restores them. Used by `quantize.py` for `--workers 0`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from typing import Any
 
 import torch
 
-from quant_jobs.workers.messages import moved
+from quant_jobs.workers.messages import to_device
 from quant_jobs.workers.worker import Worker
 
-#: Calls of a worker that run beside the others, one after the other; on Ray, by `actor.py`.
+#: Calls that run in the background, one after the other; on Ray, see `actor.py`.
 BACKGROUND = frozenset({"write", "store"})
 
 _HOST = torch.device("cpu")
 
 
-class WorkerHere:
-    """A pool (`workers.Workers`) of one worker in this process. Nobody can be lost: it dies with
-    its driver."""
+class InProcessWorker:
+    """A pool (`protocol.Workers`) of one worker in this process, which dies only with its driver.
+    `close` ends its threads."""
 
     size = 1
 
     def __init__(self) -> None:
-        self._before = (
+        self._torch_settings = (
             torch.get_num_threads(),
             torch.get_deterministic_debug_mode(),
             torch.get_float32_matmul_precision(),
@@ -47,17 +47,17 @@ class WorkerHere:
         self._worker = Worker()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
 
-    def __enter__(self) -> WorkerHere:
+    def __enter__(self) -> InProcessWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the threads, what they have begun apart, and give torch's settings back."""
+        """Stop both threads, dropping calls that have not begun, and restore torch's settings."""
         self._background.shutdown(cancel_futures=True)
         self._worker.close()
-        num_threads, deterministic, precision = self._before
+        num_threads, deterministic, precision = self._torch_settings
         torch.set_num_threads(num_threads)
         torch.set_deterministic_debug_mode(deterministic)
         torch.set_float32_matmul_precision(precision)
@@ -66,7 +66,7 @@ class WorkerHere:
         return 1
 
     @property
-    def places(self) -> list[int]:
+    def slots(self) -> list[int]:
         return [0]
 
     @property
@@ -100,28 +100,29 @@ class WorkerHere:
         raise AssertionError("a worker in this process dies with its driver")
 
     def __getattr__(self, name: str) -> Any:
-        """A method of the worker, called as an actor's; a future where it runs beside the rest."""
+        """A method of the worker with an actor's interface; background calls return a future."""
         method = self.method(name)
 
         def remote(*arguments: Any) -> Any:
-            given = [_result(argument) for argument in arguments]
+            values = [_result(argument) for argument in arguments]
             if name in BACKGROUND:
-                return self._background.submit(method, *given)
-            return moved(method(*given), _HOST)
+                return self._background.submit(method, *values)
+            return to_device(method(*values), _HOST)
 
-        def only(*arguments: Any) -> Any:
-            (found,) = remote(*arguments)
-            return found
+        def remote_single(*arguments: Any) -> Any:
+            (result,) = remote(*arguments)
+            return result
 
         def options(num_returns: int) -> SimpleNamespace:
-            return SimpleNamespace(remote=only if num_returns == 1 else remote)
+            return SimpleNamespace(remote=remote_single if num_returns == 1 else remote)
 
         return SimpleNamespace(remote=remote, options=options)
 
     def method(self, name: str) -> Callable[..., Any]:
-        """What a call of that name runs, in whatever thread; benches time it."""
-        found: Callable[..., Any] = getattr(self._worker, name)
-        return found
+        """The function behind a call, in whichever thread it runs; benches override this to time
+        it."""
+        method: Callable[..., Any] = getattr(self._worker, name)
+        return method
 
 
 def _result(reference: Any) -> Any:

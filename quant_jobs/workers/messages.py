@@ -1,11 +1,12 @@
-"""What driver and workers say to each other, and how tensors travel between them.
+"""The messages between driver and workers, and how tensors travel between processes.
 
-Apart from `worker.py`, so that the driver need not load transformers' modeling code and modelopt.
+Separate from `worker.py`, so that the driver does not load transformers' modeling code and
+modelopt.
 
-Tensors travel through Ray's object store as plain buffers (`travel_light`): written once, mapped by
-every process of the node that asks, never pickled. What arrives is read-only memory: nobody may
-write into a tensor that came in a message. And it is host memory, whatever the sender computes on;
-a worker on a GPU moves (`moved`) what it is told to where it computes.
+Tensors travel through Ray's object store as raw buffers (`register_tensor_serializer`): written
+once, mapped by every process of the node that asks, never pickled. A received tensor is read-only
+memory: no one may write into it. It is host memory, whatever device the sender computes on; a
+worker on a GPU copies messages to its device (`to_device`).
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ Message = TypeVar("Message")
 
 @dataclass(frozen=True, slots=True)
 class WorkerJob:
-    """What a worker must know to work. `num_blocks` is of the whole job, not of this worker;
-    `device` is what it computes on."""
+    """The parameters of a job for one worker. `num_blocks` is the number of calibration blocks of
+    the whole job, not of this worker; `device` is the one it computes on."""
 
     model: Path
     output: Path
@@ -42,15 +43,16 @@ class WorkerJob:
     device: Device = "cpu"
 
 
-#: What the attention's linears saw on one worker's blocks: by input, then by block.
+#: Input statistics of the attention's linears on one worker's blocks: by input, then by block.
 AttentionShare = dict[str, dict[int, InputShare]]
 
 
 @dataclass(slots=True)
 class SolveSummary:
-    """What solving a share of a layer amounts to, without the tensors.
+    """The results of solving some units of a layer, without the tensors; mappings are by module.
 
-    `tokens`, `input_amax` and `kv_latent_amax` are of the inputs as they are after folding.
+    `tokens` counts tokens that the router sent to an MLP, and measured tokens elsewhere.
+    `input_amax` and `kv_latent_amax` are of the inputs after folding.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -62,13 +64,14 @@ class SolveSummary:
     source_digests: dict[str, str] = field(default_factory=dict)
 
 
-#: Tensors of the artifact by full name.
+#: Packed tensors, as the artifact stores them, by full name.
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """Where this worker's time went, by step, its peak resident memory, and bytes moved."""
+class WorkerUsage:
+    """Resources that a worker used since `begin`: wall seconds by step, peak resident memory, bytes
+    read and written."""
 
     pid: int
     node: str
@@ -79,7 +82,7 @@ class Usage:
 
 
 def in_block_order(shares: Iterator[Mapping[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """What several workers sent, block by block in ascending order."""
+    """Merge the answers of several workers, each by calibration block, in ascending block order."""
     whole: dict[int, Any] = {}
     for share in shares:
         assert not whole.keys() & share.keys(), "two workers held the same block"
@@ -87,31 +90,31 @@ def in_block_order(shares: Iterator[Mapping[int, Any]]) -> Iterator[tuple[int, A
     yield from sorted(whole.items())
 
 
-def moved(value: Message, device: torch.device) -> Message:
-    """A message, or a part of one (of dicts, lists, tuples and dataclasses), with its tensors on
-    `device`; a tensor that is there already is not copied."""
+def to_device(value: Message, device: torch.device) -> Message:
+    """Copy the tensors of a message (dicts, lists, tuples and dataclasses of them) to `device`. A
+    tensor that is there already is not copied."""
 
-    def move(one: Any) -> Any:
-        match one:
+    def move(item: Any) -> Any:
+        match item:
             case Tensor():
-                return one.to(device)
+                return item.to(device)
             case dict():
-                return {key: move(part) for key, part in one.items()}
+                return {key: move(value) for key, value in item.items()}
             case list() | tuple():
-                return type(one)(move(part) for part in one)
-            case _ if is_dataclass(one) and not isinstance(one, type):
-                parts = {part.name: move(getattr(one, part.name)) for part in fields(one)}
-                return replace(one, **parts)
+                return type(item)(move(value) for value in item)
+            case _ if is_dataclass(item) and not isinstance(item, type):
+                values = {part.name: move(getattr(item, part.name)) for part in fields(item)}
+                return replace(item, **values)
             case _:
-                return one
+                return item
 
     return move(value)
 
 
-def travel_light() -> None:
-    """Have Ray move tensors as raw buffers of host memory. To be called once in every process that
-    sends any; torch's own pickling copies them twice, cannot read float8 back, and would bring a
-    tensor of a GPU back on one."""
+def register_tensor_serializer() -> None:
+    """Make Ray send tensors as raw buffers of host memory. Call it once in every process that sends
+    tensors. torch's own pickling copies them twice, cannot restore float8, and restores a GPU's
+    tensor on a GPU."""
     import ray
 
     ray.util.register_serializer(Tensor, serializer=_flatten, deserializer=_restore)
@@ -122,11 +125,11 @@ def _flatten(tensor: Tensor) -> tuple[np.ndarray[Any, Any], torch.dtype, tuple[i
     return host.reshape(-1).view(torch.uint8).numpy(), host.dtype, tuple(host.shape)
 
 
-def _restore(parts: tuple[np.ndarray[Any, Any], torch.dtype, tuple[int, ...]]) -> Tensor:
-    flat, dtype, shape = parts
+def _restore(buffer: tuple[np.ndarray[Any, Any], torch.dtype, tuple[int, ...]]) -> Tensor:
+    flat, dtype, shape = buffer
     with warnings.catch_warnings():
         # The memory is the object store's and read-only, which torch cannot express.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(flat).view(dtype).view(shape)
-    # MKL's products round differently on memory that does not begin at a cache line.
+    # MKL's products round differently on memory that is not aligned to a cache line.
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

@@ -1,12 +1,12 @@
-"""The layer in hand as the source has it: run, measured, and solved. Nothing here is quantized yet.
+"""One worker's view of the original layer: run, measured and solved, before it is quantized.
 
-In the order of the calls (`job/layer_run.py`): `attend` and `observe` wave by wave, then `receive`
-once, then what several workers agree on (`scale_statistics`, `scale_losses`), then `solve` and
-`folded_norms`. The layer is redone from the start when a worker dies in it; then all this is made
-anew.
+Called by `worker.py` in this order (`job/layer_steps.py`): `attend` and `observe` per wave,
+`receive` once, `scale_statistics` and `scale_losses` for the scale that several workers share, then
+`solve` and `folded_norms`. When a worker dies, the layer is redone with a new object.
 
-Memory: the stored bytes of the trunk and of this worker's routed experts, the sums of its attention
-inputs, and from `receive` to the end of `solve` what enters the MLP, all blocks (on a GPU: there).
+Memory: the stored bytes of the trunk and of this worker's routed experts, the accumulated
+statistics of its attention inputs, and from `receive` until `solve` returns the MLP inputs of all
+blocks, on the worker's device.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from quant_jobs.workers.unit_solver import UnitSolver
 
 
 class OriginalLayer:
-    """`share` are this worker's units; `source` holds the trunk's tensors and those of this
-    worker's routed experts; `digests` are of what this worker itself has read."""
+    """`share` are this worker's units; `source` has the stored tensors of the trunk and of this
+    worker's routed experts; `digests` are of the tensors that this worker read itself."""
 
     def __init__(
         self,
@@ -50,9 +50,9 @@ class OriginalLayer:
         }
 
         def dequantized(module: str) -> Tensor:
-            return context.moved(source[f"{module}.weight"]).dequantize()
+            return context.to_device(source[f"{module}.weight"]).dequantize()
 
-        self._trunk = Trunk(context.config, layer, context.moved(high), dequantized)
+        self._trunk = Trunk(context.config, layer, context.to_device(high), dequantized)
         self._inputs = LayerInputs(
             layer,
             context.recipe.expert_coverage,
@@ -68,15 +68,19 @@ class OriginalLayer:
             if any(context.schemes[module].algorithm == "gptq" for module in x.modules)
         }
         groups = scaled_groups(context.config, context.schemes, layer)
-        #: The folding group whose linears belong to several workers: what the router's norm feeds.
+        #: The folding group that reads the router's norm; its linears belong to several workers.
         self.shared = next((pair for pair in groups if pair[0].router is not None), None)
         self._own_groups = [pair for pair in groups if pair != self.shared]
 
     # --- statistics ---
 
     def attend(self, block: int, x_TD: Tensor) -> tuple[Routed, dict[str, InputShare]]:
-        """One calibration block f32 [T, D] through the attention: what enters the MLP, and what the
-        attention's linears saw, by input."""
+        """Run one calibration block f32 [T, D] through the attention. Returns the MLP input, and
+        the statistics of the attention's inputs by name.
+
+        Raises:
+            CheckpointError: an activation is not finite.
+        """
         return observe_attention(
             self._trunk,
             self._context.rotary,
@@ -84,45 +88,49 @@ class OriginalLayer:
             block=block,
             num_blocks=self._context.num_blocks,
             inputs=self._attention_inputs,
-            keeps_rows=self._wants_gram,
+            wants_rows=self._wants_gram,
         )
 
     def observe(self, shares: Sequence[AttentionShare]) -> None:
-        """Add what the blocks of one wave, everybody's, bring to this worker's attention units."""
+        """Accumulate the statistics of one wave, from all workers, for this worker's attention
+        units."""
         for unit in self.share:
             if unit.kind != "attention":
                 continue
             (name,) = (linear_input.name for linear_input in unit.inputs)
-            of_input = (share[name] for share in shares if name in share)
-            for block, share in in_block_order(of_input):
-                self._inputs.add_attention(name, block, self._context.moved(share))
+            by_worker = (share[name] for share in shares if name in share)
+            for block, share in in_block_order(by_worker):
+                self._inputs.add_attention(name, block, self._context.to_device(share))
 
     def receive(self, routed: Sequence[RoutedBlocks]) -> None:
-        """Take what enters the MLP, everybody's blocks, to where it is computed with."""
-        blocks = [(block, self._context.moved(one)) for block, one in in_block_order(iter(routed))]
+        """Copy the MLP inputs of all blocks to the device. `solve` frees them."""
+        blocks = [
+            (block, self._context.to_device(routed_block))
+            for block, routed_block in in_block_order(iter(routed))
+        ]
         self._inputs.set_mlp_blocks(blocks)
 
-    # --- the scale that several workers share ---
+    # --- the scale that linears of several workers share ---
 
     def scale_statistics(self) -> tuple[dict[str, WeightStatistics], InputStatistics | None]:
-        """What this worker's linears of the shared group bring to its scale, by module; and from
-        the owner of the shared expert the statistics of the input."""
+        """Weight statistics of this worker's linears in the shared group, by module; and, from the
+        owner of the shared expert only, the statistics of the group's input."""
         group, method = self._shared_group()
         statistics = {
             module: weight_statistics(self.weight(module), method, self._context.schemes[module])
-            for module in self._mine(group.consumers)
+            for module in self._owned(group.consumers)
         }
-        is_measured_here = bool(self._mine([group.measured]))
+        is_measured_here = bool(self._owned([group.measured]))
         return statistics, self._inputs.all_tokens(gram=False) if is_measured_here else None
 
     def scale_losses(self, candidates: Tensor) -> dict[str, Tensor]:
-        """AWQ's losses f64 [A] of candidates f32 [A, K] for the shared scale, by module; of this
-        worker's linears that have seen a token."""
+        """AWQ's losses f64 [A] of candidates f32 [A, K] for the shared scale, by module, for this
+        worker's linears that received a token."""
         group, _ = self._shared_group()
-        candidates = self._context.moved(candidates)
+        candidates = self._context.to_device(candidates)
         losses: dict[str, Tensor] = {}
         experts = {mlp: expert for unit in self.share for mlp, expert in unit.numbered_mlps()}
-        for module in self._mine(group.consumers):
+        for module in self._owned(group.consumers):
             mlp = module.rpartition(".")[0]
             sample = self._inputs.sample(mlp, experts[mlp])
             if sample is not None:
@@ -133,16 +141,16 @@ class OriginalLayer:
     # --- solving ---
 
     def solve(self, smoothing: Smoothing) -> tuple[Tensors, Tensors, SolveSummary]:
-        """Quantize this worker's units. `smoothing` is what the whole layer shares.
+        """Quantize this worker's units. `smoothing` has the scale that the whole layer shares.
 
-        Returns the packed tensors of the trunk, those of the routed experts, and the summary. What
-        entered the MLP is let go of.
+        Returns the packed tensors of the trunk, those of the routed experts, and the summary. Frees
+        the MLP inputs and all statistics.
 
         Raises:
             CheckpointError: a weight cannot be represented, or an activation is not finite.
         """
         solver = self.solver()
-        smoothing = self._context.moved(smoothing)
+        smoothing = self._context.to_device(smoothing)
         trunk: Tensors = {}
         experts: Tensors = {}
         for unit in self.share:
@@ -153,7 +161,7 @@ class OriginalLayer:
         return trunk, experts, summary
 
     def solver(self) -> UnitSolver:
-        """Solves units of this layer; each once, for it uses their statistics up."""
+        """A solver of this layer's units. It consumes their statistics, so each is solved once."""
         return UnitSolver(
             self._context.recipe,
             self._context.schemes,
@@ -166,7 +174,7 @@ class OriginalLayer:
         )
 
     def folded_norms(self, smoothing: Smoothing) -> Tensors:
-        """What of the trunk is not a linear, norms and router, in the source's own type."""
+        """Norms and router of the trunk with `smoothing` folded in, in the source's dtype."""
         return {
             name: smoothing.fold(name, tensor.data)
             for name, tensor in self._source.items()
@@ -177,12 +185,12 @@ class OriginalLayer:
         """The original weight f32 [N, K].
 
         Raises:
-            CheckpointError: it is to be quantized, and cannot be.
+            CheckpointError: it must be quantized and has values that cannot be.
         """
         name = f"{module}.weight"
-        weight = self._context.moved(self._source[name]).dequantize()
+        weight = self._context.to_device(self._source[name]).dequantize()
         if self._context.schemes[module].is_quantized:
-            # Here, where its name is known: the searches on several weights would not say whose.
+            # Checked here, where the name is known: searches over several weights know none.
             try:
                 check_magnitude(largest(weight))
             except CheckpointError as refusal:
@@ -193,10 +201,10 @@ class OriginalLayer:
         assert self.shared is not None, "the driver asks only where the recipe scales this group"
         return self.shared
 
-    def _mine(self, modules: Sequence[str]) -> list[str]:
+    def _owned(self, modules: Sequence[str]) -> list[str]:
         owned = {module for unit in self.share for module in unit.modules}
         return [module for module in modules if module in owned]
 
     def _wants_gram(self, input_name: str) -> bool:
-        """Whether GPTQ solves one of the linears that read an input (`LinearInput.name`)."""
+        """Whether GPTQ solves a linear that reads this input (`LinearInput.name`)."""
         return input_name in self._gram_inputs

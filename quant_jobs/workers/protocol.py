@@ -1,9 +1,12 @@
-"""What the driver needs of its workers, wherever they are: `pool.py` has them on Ray, `here.py` one
-in the driver's own process. Knows neither, so that a job without Ray imports none of it.
+"""The interface between the driver and a pool of workers.
 
-A call names a worker's method as Ray does, `lambda worker, index: worker.attend.remote(...)`. What
-it returns is a *reference*, to be passed on to other calls or to `gather`; or several, for the
-parts of an answer that go different ways, from `worker.attend.options(num_returns=2).remote(...)`.
+`pool.py` implements it on Ray, `in_process.py` in the driver's process. This file imports neither,
+so that a job without Ray does not load it.
+
+A call names a worker's method as Ray does, `lambda worker, index: worker.attend.remote(...)`, and
+returns a *reference*, to pass to other calls or to `gather`. A call with
+`.options(num_returns=2).remote(...)` returns one reference per element of the answer, so that each
+can go to a different worker.
 """
 
 from __future__ import annotations
@@ -13,52 +16,53 @@ from typing import Any, Protocol
 
 
 class WorkersLost(Exception):
-    """Some workers died, or their nodes did; `Workers.recover` finds out which."""
+    """Workers or their nodes died; `Workers.recover` determines which."""
 
 
 class Workers(Protocol):
-    """The workers of one job. `len` and every index count those that are at work now, `size` those
-    that were asked for."""
+    """The workers of one job. `len` and all indices count active workers; `size` is the number
+    requested."""
 
     @property
     def size(self) -> int: ...
 
     @property
-    def places(self) -> list[int]:
-        """Who is at work: by index, a number that stays with its worker."""
+    def slots(self) -> list[int]:
+        """Maps worker index to slot. Indices change as workers die and join; a worker's slot does
+        not, and its replacement takes the same one."""
         ...
 
     @property
     def nodes(self) -> list[int]:
-        """By index, the node that a worker is on, numbered from 0."""
+        """Maps worker index to node, numbered from 0."""
         ...
 
     def __len__(self) -> int: ...
 
     def describe(self) -> str:
-        """Who they are, for a line of progress."""
+        """The workers in a few words, for a progress line."""
         ...
 
     def submit(
         self, call: Callable[[Any, int], Any], indices: Sequence[int] | None = None
     ) -> list[Any]:
-        """`call(worker, index)` on each worker, or on those of `indices`: references, in that
-        order."""
+        """Make `call(worker, index)` on each worker, or on those of `indices`. Returns its
+        references, in that order."""
         ...
 
     def each(
         self, call: Callable[[Any, int], Any], indices: Sequence[int] | None = None
     ) -> list[Any]:
-        """`submit`, and the results themselves.
+        """`submit`, and wait for the results.
 
         Raises:
-            WorkersLost: after all others have answered, so that nobody is still at work.
-            IntServeError: what a worker raised as the user's mistake.
+            WorkersLost: a worker died; raised after all others have answered.
+            IntServeError: a worker raised it for a mistake of the user's.
         """
         ...
 
     def gather(self, references: Sequence[Any]) -> list[Any]:
-        """The results that references stand for; raises as `each`."""
+        """Wait for the results behind references; raises as `each`."""
         ...
 
     def share(self, value: Any) -> Any:
@@ -66,9 +70,9 @@ class Workers(Protocol):
         ...
 
     def admit(self) -> bool:
-        """Take in workers that have become ready since; whether who is at work has changed."""
+        """Activate workers that have become ready; returns whether the active set has changed."""
         ...
 
     def recover(self) -> list[int]:
-        """After `WorkersLost`: replace the dead, or go on without them; the places of the dead."""
+        """After `WorkersLost`: replace the dead, or continue without them. Returns their slots."""
         ...

@@ -1,8 +1,9 @@
-"""The layer in hand as it was published: what the next layer's calibration blocks go through.
+"""One worker's view of the quantized layer, which computes the inputs of the next layer.
 
-Made of what was just solved, or of the layer's file when a job resumes. In the order of the calls,
-wave by wave: `attend`, `run_experts` (everybody's tokens through this worker's experts), `combine`.
-Weights are restored from their packed form when they are used, one expert at a time.
+Made by `worker.py` from the packed tensors just solved, or from the layer's file when a job
+resumes. Called in this order, wave by wave: `attend`, `run_experts` (the tokens of all workers
+through this worker's experts), `combine`. A weight is dequantized when it is used, one expert at a
+time, and freed afterwards.
 
 T tokens of one block · D hidden size
 """
@@ -32,9 +33,9 @@ from quant_jobs.workers.messages import in_block_order
 
 
 class QuantizedLayer:
-    """`trunk` are the packed tensors that every worker holds, by full name, norms and router among
-    them; `experts` those of this worker's routed experts. `input_scales` are static FP8 scales by
-    module."""
+    """`trunk` has the packed tensors of the trunk by full name, norms and router included;
+    `experts` those of this worker's routed experts. `input_scales` are static FP8 scales by module.
+    """
 
     def __init__(
         self,
@@ -56,19 +57,19 @@ class QuantizedLayer:
             return self._restore(trunk, module, linears[module])
 
         self._trunk = Trunk(
-            context.config, layer, context.moved(high), restored, self._input_roundings(linears)
+            context.config, layer, context.to_device(high), restored, self._input_roundings(linears)
         )
         self._residual: dict[int, Tensor] = {}
         self._routed: RoutedBlocks = {}
-        #: What comes out of the layer, f32 [T, D] by block, in host memory.
+        #: The layer's outputs, f32 [T, D] by block, in host memory.
         self.outputs: dict[int, Tensor] = {}
 
     @classmethod
     def load(
         cls, context: LayerContext, layer: int, share: Sequence[Unit], published: Path
     ) -> QuantizedLayer:
-        """From the layer's file, which the driver has verified: the trunk, and of the routed
-        experts those of `share`."""
+        """Load the trunk and the routed experts of `share` from the layer's file, which the driver
+        has verified."""
         owned = {spec.module for spec in expert_specs(context.config, layer, share)}
         routed = {
             spec.module for spec in layer_tensors(context.config, layer) if spec.expert is not None
@@ -86,20 +87,25 @@ class QuantizedLayer:
         return cls(context, layer, share, trunk, experts, scales)
 
     def attend(self, block: int, x_TD: Tensor) -> Routed:
-        """One calibration block f32 [T, D] through the attention; `combine` needs its residual."""
+        """Run one calibration block f32 [T, D] through the attention. Keeps the residual and the
+        MLP input until `combine`."""
         h_TD, routed = self._trunk.attend(self._context.rotary, x_TD.to(self._context.device))
         self._residual[block], self._routed[block] = h_TD, routed
         return routed
 
     @torch.no_grad()
     def run_experts(
-        self, homes: Sequence[Sequence[int]], routed: Sequence[RoutedBlocks]
+        self, blocks_by_node: Sequence[Sequence[int]], routed: Sequence[RoutedBlocks]
     ) -> list[ExpertOutputsByBlock]:
-        """Everybody's tokens of one wave through this worker's routed experts. `homes` are the
-        blocks of each node; the answer has an entry for each, with the rows of its own blocks."""
+        """Run the tokens of one wave, from all workers, through this worker's routed experts.
+        `blocks_by_node` are the blocks of each node; returns the outputs for each node's blocks, in
+        that order."""
         specs = expert_specs(self._context.config, self.layer, self._share)
         shapes = {spec.module: spec.shape for spec in specs}
-        blocks = [(block, self._context.moved(one)) for block, one in in_block_order(iter(routed))]
+        blocks = [
+            (block, self._context.to_device(routed_block))
+            for block, routed_block in in_block_order(iter(routed))
+        ]
         outputs: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         for unit in self._share:
             for mlp, expert in unit.numbered_mlps():
@@ -121,39 +127,39 @@ class QuantizedLayer:
                     if rows is not None:
                         outputs.setdefault(block, {})[expert] = rows
         return [
-            {block: ExpertOutputs(outputs[block]) for block in home if block in outputs}
-            for home in homes
+            {block: ExpertOutputs(outputs[block]) for block in node_blocks if block in outputs}
+            for node_blocks in blocks_by_node
         ]
 
     def combine(
         self, blocks: Sequence[int], outputs: Sequence[ExpertOutputsByBlock]
     ) -> dict[int, Tensor]:
-        """What comes out of the layer for blocks that `attend` was called with, f32 [T, D]; kept in
-        `outputs` too. The residuals are let go of."""
+        """The layer's outputs f32 [T, D] for blocks that `attend` has run; also kept in `outputs`.
+        Frees their residuals and MLP inputs."""
         for block in sorted(blocks):
-            of_block = [by_block[block] for by_block in outputs if block in by_block]
+            block_outputs = [by_block[block] for by_block in outputs if block in by_block]
             h_TD, routed = self._residual.pop(block), self._routed.pop(block)
-            self.outputs[block] = self._trunk.combine(h_TD, routed, of_block).cpu()
+            self.outputs[block] = self._trunk.combine(h_TD, routed, block_outputs).cpu()
         return {block: self.outputs[block] for block in blocks}
 
     def _restore(self, packed: Mapping[str, Tensor], module: str, shape: tuple[int, ...]) -> Tensor:
-        """The weight f32 [N, K] as it will be read back."""
+        """Dequantize the weight f32 [N, K] as a reader of the artifact will."""
         scheme, (outputs, inputs) = self._context.schemes[module], shape
-        # A static input scale is not among the tensors of a layer that was just solved.
+        # The packed tensors of a layer just solved have no static input scale.
         stored = {
             suffix: packed[name]
             for suffix in stored_shapes(scheme, outputs, inputs)
             if (name := f"{module}.{suffix}") in packed
         }
-        return decompress(self._context.moved(stored), scheme, (outputs, inputs))
+        return decompress(self._context.to_device(stored), scheme, (outputs, inputs))
 
     def _input_roundings(self, modules: Iterable[str]) -> dict[str, RoundInput]:
-        """By module, of those whose kernel rounds its input."""
+        """The input rounding by module, for modules whose kernel quantizes its input."""
         roundings: dict[str, RoundInput] = {}
         for module in modules:
             scale = self._input_scales.get(module)
-            given = None if scale is None else torch.tensor([scale], device=self._context.device)
-            rounding = input_rounding(self._context.schemes[module], given)
+            static = None if scale is None else torch.tensor([scale], device=self._context.device)
+            rounding = input_rounding(self._context.schemes[module], static)
             if rounding is not None:
                 roundings[module] = rounding
         return roundings

@@ -1,7 +1,7 @@
-"""Reads the next layer's stored bytes in a thread, while the worker computes on this one.
+"""Reads the stored bytes of the next layer in a thread, while the worker computes on this one.
 
-Holds what was read until it is taken: this worker's routed experts of at most two layers, and a
-trunk where it is this worker's turn to read one. The thread takes digests of what it reads.
+Called by `worker.py`. Owns the tensors until `take`: this worker's routed experts of at most two
+layers, and the trunk of a layer that this worker reads for all. The thread also digests them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Literal
 from deepseek.source.checkpoint import CheckpointReader, SourceTensor, source_digests
 from quant_jobs.calibration.units import Unit, expert_specs, trunk_specs
 
-#: What was read of a layer: tensors by name, and the digests of their stored bytes.
+#: Tensors by name, and the digests of their stored bytes.
 Stored = tuple[dict[str, SourceTensor], dict[str, str]]
 
 _Half = Literal["trunk", "experts"]
 
 
 class ReadAhead:
-    """`reader` is the job's source; `count_seconds` is told the time of each read, in the thread
-    that reads."""
+    """`reader` is the job's source; the reading thread calls `count_seconds` with the wall time of
+    each read."""
 
     def __init__(self, reader: CheckpointReader, count_seconds: Callable[[float], None]) -> None:
         self._reader, self._count_seconds = reader, count_seconds
@@ -31,12 +31,12 @@ class ReadAhead:
         self._reads: dict[tuple[int, _Half], Future[Stored]] = {}
 
     def close(self) -> None:
-        """End the thread; what it has not begun is dropped."""
+        """Stop the thread, dropping reads that have not begun."""
         self._thread.shutdown(cancel_futures=True)
 
     def prefetch(self, layer: int, share: Sequence[Unit], with_trunk: bool) -> None:
-        """Begin to read the routed experts of `share`; and the trunk, if asked. What is being read
-        already is not read twice."""
+        """Start reading the routed experts of `share`, and the trunk if `with_trunk`. Does not
+        repeat a read that was started for the same share."""
         if self._shares.get(layer) != share:
             self._shares[layer] = share
             self._reads.pop((layer, "experts"), None)
@@ -46,13 +46,13 @@ class ReadAhead:
                 self._reads[layer, half] = self._thread.submit(self._read, layer, half)
 
     def trunk(self, layer: int) -> dict[str, SourceTensor]:
-        """The trunk of a layer that `prefetch` was asked for; waits for it. It stays here until
-        `take`."""
+        """Wait for the trunk that `prefetch` was asked for. This object keeps it until `take`."""
         return self._reads[layer, "trunk"].result()[0]
 
     def take(self, layer: int) -> tuple[Sequence[Unit], dict[str, SourceTensor], dict[str, str]]:
-        """This worker's share of a layer, the tensors of its routed experts, and the digests of all
-        that this worker read of it; waits for them. From now on nothing of the layer is here."""
+        """Wait for this worker's share of a layer and transfer it to the caller: the units, the
+        tensors of their routed experts, and the digests of everything that this worker read of the
+        layer. This object no longer holds any of it."""
         experts, digests = self._reads.pop((layer, "experts")).result()
         if (trunk := self._reads.pop((layer, "trunk"), None)) is not None:
             digests = digests | trunk.result()[1]

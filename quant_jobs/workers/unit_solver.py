@@ -1,13 +1,13 @@
-"""Solves the units of one layer: scales of channels, ranges, codes.
+"""Solves the units of one layer: smoothing scales, ranges and codes of their linears.
 
-What is measured comes from `calibration/measuring.py`. The order within one MLP follows from what
-depends on what: the input of gate and up is known (it was routed here), the input of down follows
-from the *original* gate and up; the scale of down's channels is folded into up's rows, so it is
-chosen before either is rounded. GPTQ then takes the experts of a unit as one batch on a GPU, where
-that saves launches, and one by one elsewhere.
+Called by `original.py`. Measures nothing: input statistics come from `calibration/measuring.py`.
+The order within an MLP follows its data dependencies: the input of gate and up is known, the input
+of down is computed with the *original* gate and up; the smoothing scale of down is folded into the
+rows of up, so it is chosen before either is rounded. On a GPU, GPTQ solves the experts of a unit as
+one batch, which saves launches; on a CPU one by one.
 
-Memory: a weight is dequantized when it is used, and let go of then; at most gate and up of one MLP
-are here at once. Reading a weight again costs a thousandth of what is done with it.
+Memory: a weight is dequantized when it is used and freed afterwards; at most gate and up of one MLP
+are in memory at once. Dequantizing again costs a thousandth of the work done with the weight.
 
 D hidden size · I intermediate size · K inputs of a linear
 """
@@ -37,8 +37,7 @@ from quant_jobs.workers.messages import SolveSummary, Tensors
 
 @dataclass(slots=True)
 class _Mlp:
-    """One MLP in work: what it sees, and the statistics of the input of down once they were asked
-    for."""
+    """An MLP being solved: its input, and the input statistics of `down_proj` once computed."""
 
     input: MlpInput
     down: InputStatistics | None = None
@@ -50,8 +49,8 @@ class _Mlp:
 
 
 @dataclass(slots=True)
-class _Readers:
-    """Linears of one scheme and shape that GPTQ solves under one Gram matrix."""
+class _LinearStack:
+    """Linears of one scheme, shape and input, which GPTQ solves stacked along their outputs."""
 
     scheme: Scheme
     statistics: InputStatistics
@@ -61,9 +60,10 @@ class _Readers:
 class UnitSolver:
     """Solves units of one layer.
 
-    `source` is the original layer as far as it is here, `inputs` what its linears see (their Gram
-    matrices are used up, so a unit is solved once), `groups` the folding groups whose linears are
-    all in one unit, `weight(module)` the original weight f32 [N, K].
+    `source` has the stored tensors that this worker holds; `inputs` the statistics of the layer's
+    inputs, whose Gram matrices are consumed, so each unit is solved once; `groups` the folding
+    groups whose linears are all in one unit. `weight(module)` returns the original weight f32
+    [N, K]. Packed tensors are returned in host memory.
     """
 
     def __init__(
@@ -80,22 +80,27 @@ class UnitSolver:
         self._recipe, self._schemes, self._layer = recipe, schemes, layer
         self._source, self._inputs, self._groups = source, inputs, groups
         self._weight, self._device = weight, device
-        self._factors: dict[tuple[float, bool], Factor] = {}  # of the Gram matrix that all share
+        self._factors: dict[tuple[float, bool], Factor] = {}  # of the Gram matrix all experts share
         self._ledger = Ledger()
         self._summary = SolveSummary()
 
     def summary(self) -> SolveSummary:
-        """What was solved so far, without the tensors."""
+        """The summary of the units solved so far."""
         self._summary.fallbacks = self._ledger.entries()
         return self._summary
 
     def solve(self, unit: Unit, shared: Smoothing) -> Tensors:
-        """Quantize one unit; packed tensors by full name. `shared` is what the whole layer shares.
+        """Quantize one unit; returns packed tensors by full name. `shared` has the scale that the
+        whole layer shares.
 
         Raises:
             CheckpointError: a weight cannot be represented, or an activation is not finite.
         """
-        return self._solve_attention(unit) if unit.kind == "attention" else self._mlps(unit, shared)
+        return (
+            self._solve_attention(unit)
+            if unit.kind == "attention"
+            else self._solve_mlp_unit(unit, shared)
+        )
 
     # --- attention ---
 
@@ -117,13 +122,13 @@ class UnitSolver:
 
     # --- MLPs ---
 
-    def _mlps(self, unit: Unit, shared: Smoothing) -> Tensors:
+    def _solve_mlp_unit(self, unit: Unit, shared: Smoothing) -> Tensors:
         mlps = unit.numbered_mlps()
-        # One by one is less to hold. Where all experts see the same tokens, all of a unit that read
-        # one input are stacked.
-        together = self._device.type != "cpu" or self._recipe.expert_coverage.policy == "all"
+        # One by one takes less memory. Where all experts have the same input, those of a unit are
+        # stacked.
+        is_batched = self._device.type != "cpu" or self._recipe.expert_coverage.policy == "all"
         packed: Tensors = {}
-        for batch in [mlps] if together else [[mlp] for mlp in mlps]:
+        for batch in [mlps] if is_batched else [[mlp] for mlp in mlps]:
             packed |= self._solve_mlps([_Mlp(self._inputs.mlp(*mlp)) for mlp in batch], shared)
         return packed
 
@@ -157,19 +162,19 @@ class UnitSolver:
         return packed
 
     def _statistics(self, mlp: _Mlp, role: str) -> InputStatistics | None:
-        """Input statistics of one linear. The Gram matrix of `down_proj`, the largest of a layer,
-        is computed lazily: gate and up have let go of theirs by then. Where down stays as it is,
-        nothing of it is measured."""
+        """Input statistics of one linear. Those of `down_proj`, whose Gram matrix is the largest of
+        a layer, are computed lazily, after GPTQ has freed the Gram matrix of gate and up; and only
+        if `down_proj` is quantized."""
         if role != "down_proj":
             return mlp.input.statistics
         if not mlp.is_down_measured and self._schemes[f"{mlp.name}.down_proj"].is_quantized:
             mlp.down, mlp.is_down_measured = self._inputs.down(mlp.input), True
         return mlp.down
 
-    # --- scales of channels ---
+    # --- smoothing scales ---
 
     def _groups_within(self, modules: Sequence[str]) -> list[tuple[FoldingGroup, ScaleMethod]]:
-        """The folding groups whose linears are all among these modules."""
+        """The folding groups all of whose linears are among these modules."""
         owned = set(modules)
         return [pair for pair in self._groups if owned.issuperset(pair[0].consumers)]
 
@@ -178,7 +183,7 @@ class UnitSolver:
     ) -> None:
         role = group.measured.rpartition(".")[2]
         if mlp.input.is_starved and method.algorithm == "awq":
-            return  # noted when its linears are rounded
+            return  # counted when its linears are rounded
         statistics = self._statistics(mlp, role)
         if statistics is None:
             self._ledger.note("unseen_expert", self._layer, group.measured)
@@ -198,7 +203,7 @@ class UnitSolver:
         statistics: InputStatistics,
         divided: Tensor | None,
     ) -> Tensor:
-        """The scale f32 [K] of a group whose linears are all here."""
+        """The smoothing scale f32 [K] of a group whose linears all belong to this worker."""
 
         def losses_of(candidates: Tensor) -> list[Tensor]:
             return [
@@ -262,63 +267,64 @@ class UnitSolver:
     def _gptq(
         self, work: Sequence[tuple[str, InputStatistics | None]], smoothing: Smoothing
     ) -> dict[str, Rounded]:
-        """GPTQ of those of these linears (module, its input) that ask for it and have seen tokens,
-        as one batch per shape and scheme. Their Gram matrices are used up."""
-        # Linears of one shape that share an input (gate and up of one expert; everybody's under
+        """Run GPTQ on those of these linears (module, its input statistics) whose scheme asks for
+        it and that have received tokens, in one batch per shape and scheme. Frees their Gram
+        matrices."""
+        # Linears of one shape and input (gate and up of one expert; those of all experts under
         # policy `all`) are stacked along their outputs.
-        readers: dict[tuple[object, ...], _Readers] = {}
+        stacks: dict[tuple[object, ...], _LinearStack] = {}
         for module, statistics in work:
             scheme = self._schemes[module]
             if scheme.algorithm == "gptq" and statistics is not None:
                 shape = self._source[f"{module}.weight"].spec.shape
                 key = scheme, shape, id(statistics)
-                readers.setdefault(key, _Readers(scheme, statistics)).modules.append(module)
-        factors = self._invert(list(readers.values()))
-        batches: dict[tuple[object, ...], list[_Readers]] = {}
-        for (scheme_, shape_, _), stack in readers.items():
+                stacks.setdefault(key, _LinearStack(scheme, statistics)).modules.append(module)
+        factors = self._factorize(list(stacks.values()))
+        batches: dict[tuple[object, ...], list[_LinearStack]] = {}
+        for (scheme_, shape_, _), stack in stacks.items():
             batches.setdefault((scheme_, shape_, len(stack.modules)), []).append(stack)
         rounded: dict[str, Rounded] = {}
         for batch in batches.values():
             scheme = batch[0].scheme
-            own_factors = [factors[_factor_key(stack)] for stack in batch]
+            batch_factors = [factors[_factor_key(stack)] for stack in batch]
             weights = self._stack([stack.modules for stack in batch], smoothing)
             for stack, factor, solved in zip(
-                batch, own_factors, gptq(weights, own_factors, scheme), strict=True
+                batch, batch_factors, gptq(weights, batch_factors, scheme), strict=True
             ):
                 modules = stack.modules
-                for module, own in zip(modules, solved.split(len(modules)), strict=True):
-                    rounded[module] = own
+                for module, result in zip(modules, solved.split(len(modules)), strict=True):
+                    rounded[module] = result
                     self._note_factor(module, factor, scheme)
         return rounded
 
-    def _invert(self, readers: Sequence[_Readers]) -> dict[_FactorKey, Factor]:
-        """The factors of their Gram matrices, each in the place of its matrix."""
+    def _factorize(self, stacks: Sequence[_LinearStack]) -> dict[_FactorKey, Factor]:
+        """The inverse factors of the stacks' Gram matrices, each in the memory of its matrix."""
         factors: dict[_FactorKey, Factor] = {}
-        keys = [_factor_key(stack) for stack in readers]
-        for place, (key, stack) in enumerate(zip(keys, readers, strict=True)):
+        keys = [_factor_key(stack) for stack in stacks]
+        for position, (key, stack) in enumerate(zip(keys, stacks, strict=True)):
             if key in factors:
                 continue
             if self._inputs.is_shared(stack.statistics):
                 factors[key] = self._shared_factor(stack.statistics, stack.scheme)
                 continue
-            # Readers of one input may ask for it damped in several ways.
-            is_last = all(other == key or other[0] != key[0] for other in keys[place + 1 :])
+            # Linears of one input may damp its Gram matrix differently; the last takes it.
+            is_last = all(other == key or other[0] != key[0] for other in keys[position + 1 :])
             assert stack.statistics.gram is not None, stack.modules
             gram = stack.statistics.take_gram() if is_last else stack.statistics.gram.clone()
-            factors[key] = _factor_of(gram, stack.scheme)
+            factors[key] = _factorize_gram(gram, stack.scheme)
         return factors
 
     def _shared_factor(self, statistics: InputStatistics, scheme: Scheme) -> Factor:
-        """The factor of what all experts see: inverted once for all units."""
+        """The factor of the input that all experts share: computed once for all units."""
         assert statistics.gram is not None
         key = scheme.damping, scheme.act_order
         if key not in self._factors:
-            self._factors[key] = _factor_of(statistics.gram.clone(), scheme)
+            self._factors[key] = _factorize_gram(statistics.gram.clone(), scheme)
         return self._factors[key]
 
     def _stack(self, rows: Sequence[Sequence[str]], smoothing: Smoothing) -> Tensor:
-        """The weights of linears of one shape as they will be rounded, those of a row one below the
-        other: f32 [n, rows of N, K]."""
+        """The folded weights of linears of one shape, those of a row stacked along the outputs: f32
+        [n, linears per row * N, K]."""
         outputs, inputs = self._source[f"{rows[0][0]}.weight"].spec.shape
         shape = len(rows), len(rows[0]) * outputs, inputs
         stacked = torch.empty(shape, dtype=torch.float32, device=self._device)
@@ -336,13 +342,13 @@ class UnitSolver:
             self._ledger.note("damped_hessian", self._layer, module)
 
 
-#: Which Gram matrix, and how it is damped and ordered.
+#: Identity of the Gram matrix, damping, and whether columns are reordered.
 _FactorKey = tuple[int, float, bool]
 
 
-def _factor_key(readers: _Readers) -> _FactorKey:
-    return id(readers.statistics), readers.scheme.damping, readers.scheme.act_order
+def _factor_key(stack: _LinearStack) -> _FactorKey:
+    return id(stack.statistics), stack.scheme.damping, stack.scheme.act_order
 
 
-def _factor_of(gram: Tensor, scheme: Scheme) -> Factor:
+def _factorize_gram(gram: Tensor, scheme: Scheme) -> Factor:
     return inverse_factor(gram, scheme.damping, act_order=scheme.act_order)

@@ -1,33 +1,32 @@
-"""One worker of a quantize job: holds some calibration blocks, and owns some units of every layer.
+"""One worker of a quantize job: holds some calibration blocks and owns some units of every layer.
 
-A plain class; `pool.py` makes Ray actors of it, `in_process.py` calls it directly. A worker decides
-nothing that depends on others; what needs several of them (a scale that all experts share) goes
-through the driver. The driver calls, per layer (`job/layer_run.py` has the order, and who is
-called):
+A plain class; `actor.py` makes it a Ray actor, `in_process.py` calls it directly. A worker decides
+nothing that depends on other workers; what needs several (a scale that all experts share) is done
+by the driver. Per layer, the driver calls (`job/layer_steps.py` has the order and the workers):
 
-    prefetch          begin to read the stored bytes of this worker's units       read_ahead.py
-    trunk             (one worker) the trunk, for all to hold
-    attend            this worker's blocks through the original attention         original.py
-    observe           statistics of this worker's attention units, from everybody's blocks
-    receive           what enters the MLP, everybody's blocks
-    scale_statistics, scale_losses   what this worker's experts bring to the scale that all share
+    prefetch          start reading the stored bytes of this worker's units        read_ahead.py
+    trunk             (one worker) return the trunk, for all workers
+    attend            run this worker's blocks through the original attention      original.py
+    observe           accumulate statistics of this worker's attention units, from all blocks
+    receive           take the MLP inputs of all blocks
+    scale_statistics, scale_losses   return what the scale shared by all experts is chosen from
     solve             quantize and pack this worker's units
-    folded_norms      (one worker) norms and router, folded
-    write             (one worker) the layer's file, while the next layer is in hand   files.py
-    use_solved        the quantized layer takes the original's place              quantized.py
+    folded_norms      (one worker) return norms and router, folded
+    write             (one worker) write the layer's file, in the background       files.py
+    use_solved        replace the original layer by the quantized one              quantized.py
     use_published     the same, from the layer's file
-    attend_quantized, run_experts, combine, advance   this worker's blocks through it
-    store             what comes out of it, to resume from, while the next layer is in hand
+    attend_quantized, run_experts, combine, advance   run this worker's blocks through it
+    store             write its outputs for a resumed run, in the background       files.py
 
-Every call may be repeated: a layer is redone when some worker died in it. The inputs of the
-current layer therefore stay in memory until the driver moves on.
+Every call may be repeated: a layer is redone when a worker dies in it. The inputs of a layer
+therefore stay in memory until `attend` of the next one, which frees them.
 
-Memory: the stored bytes of this worker's units of two layers and of one trunk, what it has packed
-of one layer, at most three float32 weights of one MLP and what GPTQ needs for it
-(`algorithms/gptq.py`; on a GPU those of a group of experts), and the activations of its blocks.
-What others made (`Routed`, `ExpertOutputs`) lies in the node's object store, once for all workers
-of the node. On `cuda` all of that is host memory but for what is computed with: weights in work,
-the blocks of a wave, and to solve a layer what entered its MLP.
+Memory: stored bytes of this worker's units of two layers and of one trunk; its packed tensors of
+one layer; at most three float32 weights of one MLP and what GPTQ needs for it
+(`algorithms/gptq.py`; on a GPU those of a group of experts); the activations of its blocks. Values
+from other workers (`Routed`, `ExpertOutputs`) lie in the node's object store, shared by all workers
+of the node. On `cuda` only operands are in GPU memory: weights in use, the blocks of a wave, and
+during solve the MLP inputs of all blocks.
 """
 
 from __future__ import annotations
@@ -56,7 +55,13 @@ from quant_jobs.workers.boundary import load_blocks
 from quant_jobs.workers.context import LayerContext
 from quant_jobs.workers.devices import make_repeatable, use_one_thread
 from quant_jobs.workers.files import WorkerFiles
-from quant_jobs.workers.messages import AttentionShare, SolveSummary, Tensors, Usage, WorkerJob
+from quant_jobs.workers.messages import (
+    AttentionShare,
+    SolveSummary,
+    Tensors,
+    WorkerJob,
+    WorkerUsage,
+)
 from quant_jobs.workers.original import OriginalLayer
 from quant_jobs.workers.quantized import QuantizedLayer
 from quant_jobs.workers.read_ahead import ReadAhead
@@ -64,7 +69,7 @@ from quant_jobs.workers.read_ahead import ReadAhead
 
 @dataclass(frozen=True, slots=True)
 class _Solved:
-    """This worker's routed experts of a layer, packed."""
+    """The packed routed experts of a layer that this worker has solved; freed by `advance`."""
 
     layer: int
     share: Sequence[Unit]
@@ -72,22 +77,26 @@ class _Solved:
 
 
 class Worker:
-    """See the module. Not thread-safe; one call at a time, `write` and `store` apart, of which
-    there is one at a time too."""
+    """See the module. Not thread-safe: one call at a time, and beside it one `write` or `store`.
+    `close` ends the reading thread."""
 
     def __init__(self) -> None:
         use_one_thread()
-        # Its import takes seconds; not within the first layer.
+        # modelopt's import takes seconds; here it is outside the first layer's time.
         modelopt_quantizer(num_bits=8, axis=0)
         self._seconds: dict[str, float] = {}
 
     def close(self) -> None:
-        """End the thread that reads ahead."""
+        """Stop the thread that reads ahead."""
         if hasattr(self, "_read_ahead"):
             self._read_ahead.close()
 
     def begin(self, job: WorkerJob) -> None:
-        """Start on a job, forgetting the one before."""
+        """Set up a job, discarding all state of the previous one.
+
+        Raises:
+            DeployError: PyTorch cannot use the GPU assigned to this process.
+        """
         self.close()
         self._seconds = {}
         self._reader = CheckpointReader(job.model)
@@ -109,8 +118,8 @@ class Worker:
         self._solved: _Solved | None = None
 
     def load_boundary(self, layer: int, ids: Mapping[int, Tensor], boundary: Path) -> None:
-        """Take charge of blocks, by index, where they enter `layer`: embedded from their token ids
-        int64 [T] at layer 0, else loaded from the files of the boundary's folder.
+        """Make these blocks this worker's own, with their inputs of `layer`: embedded from their
+        token ids int64 [T] for layer 0, else loaded from the folder `boundary`.
 
         Raises:
             ArtifactError: a boundary file is damaged.
@@ -126,16 +135,16 @@ class Worker:
     # --- reading ---
 
     def prefetch(self, layer: int, share: Sequence[Unit], with_trunk: bool) -> None:
-        """Begin to read this worker's units of a layer; and its trunk, if asked.
+        """Start reading this worker's units of a layer, and its trunk if `with_trunk`.
 
-        For a layer that was in hand already, everything starts anew: it is being redone.
+        If the worker already computes on this layer, discards it: the layer is being redone.
         """
         if self._original is not None and self._original.layer == layer:
             self._original = None
         self._read_ahead.prefetch(layer, share, with_trunk)
 
     def trunk(self, layer: int) -> dict[str, SourceTensor]:
-        """The trunk of a layer as stored; `prefetch` was asked for it."""
+        """Wait for the stored trunk of a layer, which `prefetch` was asked for."""
         with self._timed("wait"):
             return self._read_ahead.trunk(layer)
 
@@ -148,26 +157,30 @@ class Worker:
         blocks: Sequence[int],
         inputs: Sequence[Sequence[str]],
     ) -> tuple[RoutedBlocks | AttentionShare, ...]:
-        """Some of this worker's blocks through the original attention: what enters the MLP, then
-        what the attention's linears saw, for each node those whose `inputs` it adds up."""
+        """Run some of this worker's blocks through the original attention. Frees the inputs of the
+        layer before.
+
+        Returns the MLP inputs, then for each node the statistics of the attention inputs named in
+        its entry of `inputs`.
+        """
         original = self._open_original(layer, trunk)
         self._inputs = {layer: self._inputs[layer]}
         routed: RoutedBlocks = {}
         shares: AttentionShare = {}
         with self._timed("forward"):
             for block in sorted(blocks):
-                routed[block], of_block = original.attend(block, self._inputs[layer][block])
-                for name, share in of_block.items():
+                routed[block], by_name = original.attend(block, self._inputs[layer][block])
+                for name, share in by_name.items():
                     shares.setdefault(name, {})[block] = share
         return routed, *({name: shares.get(name, {}) for name in names} for names in inputs)
 
     def observe(self, layer: int, *shares: AttentionShare) -> None:
-        """Add what everybody's blocks of one wave brought to this worker's attention units."""
+        """See `OriginalLayer.observe`."""
         with self._timed("forward"):
             self._original_of(layer).observe(shares)
 
     def receive(self, layer: int, *routed: RoutedBlocks) -> None:
-        """Take what enters the MLP, everybody's blocks; measuring and solving read it."""
+        """See `OriginalLayer.receive`."""
         with self._timed("solve"):
             self._original_of(layer).receive(routed)
 
@@ -194,13 +207,13 @@ class Worker:
             return trunk, experts, summary
 
     def folded_norms(self, layer: int, smoothing: Smoothing) -> Tensors:
-        """Norms and router of the trunk, in the source's own type, folded."""
+        """See `OriginalLayer.folded_norms`."""
         return self._original_of(layer).folded_norms(smoothing)
 
     def write(
         self, layer: int, source_sha256: str, errors: Mapping[str, float], *pieces: Tensors
     ) -> LayerRecord:
-        """Publish a layer's file from everybody's tensors. Runs beside the other calls."""
+        """Publish a layer's file from the packed tensors of all workers. Runs in the background."""
         with self._timed("write"):
             return self._files.write_layer(layer, source_sha256, errors, pieces)
 
@@ -209,8 +222,8 @@ class Worker:
     def use_solved(
         self, layer: int, input_scales: Mapping[str, float], norms: Tensors, *trunk: Tensors
     ) -> None:
-        """From now on this layer is the quantized one: `norms` and `trunk` are everybody's, the
-        routed experts this worker's own. The original is let go of."""
+        """Replace the original layer, which is freed, by the quantized one: `norms` and `trunk`
+        come from all workers, the routed experts are those that this worker has solved."""
         solved = self._solved
         assert solved is not None
         assert solved.layer == layer
@@ -223,47 +236,48 @@ class Worker:
         )
 
     def use_published(self, layer: int, published: Path, share: Sequence[Unit]) -> None:
-        """`use_solved`, of a layer that was published before: everything comes from its file, which
-        the driver has verified."""
+        """Like `use_solved`, for a layer published by an earlier run: everything comes from its
+        file, which the driver has verified."""
         with self._timed("load"):
             self._original = None
             self._quantized = QuantizedLayer.load(self._context, layer, share, published)
 
     def attend_quantized(self, layer: int, blocks: Sequence[int]) -> RoutedBlocks:
-        """Some of this worker's blocks through the quantized attention."""
+        """Run some of this worker's blocks through the quantized attention."""
         quantized = self._quantized_of(layer)
         with self._timed("forward"):
             inputs = self._inputs[layer]
             return {block: quantized.attend(block, inputs[block]) for block in sorted(blocks)}
 
     def run_experts(
-        self, layer: int, homes: Sequence[Sequence[int]], *routed: RoutedBlocks
+        self, layer: int, blocks_by_node: Sequence[Sequence[int]], *routed: RoutedBlocks
     ) -> list[ExpertOutputsByBlock]:
         """See `QuantizedLayer.run_experts`."""
         with self._timed("forward"):
-            return self._quantized_of(layer).run_experts(homes, routed)
+            return self._quantized_of(layer).run_experts(blocks_by_node, routed)
 
     def combine(self, layer: int, blocks: Sequence[int], *outputs: ExpertOutputsByBlock) -> None:
-        """The layer's outputs for some of this worker's blocks."""
+        """Compute the layer's outputs for some of this worker's blocks, and buffer them for
+        `store`."""
         with self._timed("forward"):
-            self._files.hold(layer + 1, self._quantized_of(layer).combine(blocks, outputs))
+            self._files.buffer(layer + 1, self._quantized_of(layer).combine(blocks, outputs))
 
     def store(self, layer: int, blocks: Sequence[int], file: Path, combined: None) -> None:
-        """Store what goes into `layer`, of some of this worker's blocks. Runs beside other calls,
-        after that whose result `combined` is: the one that made those blocks."""
+        """Write the buffered inputs of `layer` for some of this worker's blocks. Runs in the
+        background, after the `combine` of these blocks, whose result is `combined`."""
         with self._timed("write"):
             self._files.store(layer, blocks, file)
 
     def advance(self, layer: int) -> None:
-        """The layer is done: what came out of it goes into the next."""
+        """Make the outputs of `layer` the inputs of the next one, and free the quantized layer."""
         self._inputs[layer + 1] = self._quantized_of(layer).outputs
         self._quantized = None
         self._solved = None
 
-    def usage(self) -> Usage:
-        """What this worker took since `begin`."""
+    def usage(self) -> WorkerUsage:
+        """The resources that this worker used since `begin`."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return Usage(
+        return WorkerUsage(
             os.getpid(),
             socket.gethostname(),
             dict(self._seconds),
@@ -272,7 +286,7 @@ class Worker:
             self._files.bytes_written,
         )
 
-    # --- the layer in hand ---
+    # --- the current layer ---
 
     def _open_original(self, layer: int, trunk: Mapping[str, SourceTensor]) -> OriginalLayer:
         if self._original is not None and self._original.layer == layer:

@@ -52,7 +52,7 @@ class Search:
                 block=block,
                 num_blocks=NUM_BLOCKS,
                 inputs=INPUTS,
-                keeps_rows=lambda name: True,
+                wants_rows=lambda name: True,
             )
             self.blocks.append((block, routed))
             for name, share in shares.items():

@@ -33,14 +33,14 @@ from deepseek.formats import decompress
 from deepseek.recipe import Recipe
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.algorithms.linear import modelopt_quantizer
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import finished, plan_job, tools
 from quant_jobs.job.progress import Event, Step
 from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.job_report import REPORT_FILE
-from quant_jobs.workers.in_process import WorkerHere
-from quant_jobs.workers.messages import SolveSummary, Usage
+from quant_jobs.workers.in_process import InProcessWorker
+from quant_jobs.workers.messages import SolveSummary, WorkerUsage
 from quant_jobs.workers.pool import WorkerPool
 from quant_jobs.workers.protocol import Workers, WorkersLost
 
@@ -70,9 +70,9 @@ def three(ray_here: None) -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="module")
-def one(three: WorkerPool) -> Iterator[WorkerHere]:
+def one(three: WorkerPool) -> Iterator[InProcessWorker]:
     """`three` first: its processes load their libraries while this one does."""
-    with WorkerHere() as here:
+    with InProcessWorker() as here:
         yield here
 
 
@@ -95,13 +95,13 @@ def quantize(
     job = plan_job(small.directory, recipe, small.text, output)
     assert finished(job) is None
     with JobFolder(output, job.fingerprint) as folder:
-        Run(job, folder, pool, note).run()
+        Driver(job, folder, pool, note).run()
     return seen
 
 
 @pytest.fixture(scope="module")
 def whole(
-    small: SmallModel, one: WorkerHere, tmp_path_factory: pytest.TempPathFactory
+    small: SmallModel, one: InProcessWorker, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """Outputs of uninterrupted runs on one worker, by recipe."""
     outputs = {name: tmp_path_factory.mktemp(name) / "out" for name in RECIPES}
@@ -131,14 +131,14 @@ def test_blocks_in_small_waves_give_the_same_bytes(
     assert recipe.calibration.num_blocks > wave_blocks
     job = plan_job(small.directory, recipe, small.text, output)
     with JobFolder(output, job.fingerprint) as folder:
-        Run(job, folder, three, lambda event: None, wave_blocks).run()
+        Driver(job, folder, three, lambda event: None, wave_blocks).run()
     assert contents(output) == contents(whole["int4-gptq"])
 
 
 def test_stopped_after_every_step_and_resumed_it_writes_the_same_bytes(
     small: SmallModel,
     whole: dict[str, Path],
-    one: WorkerHere,
+    one: InProcessWorker,
     three: WorkerPool,
     tmp_path: Path,
 ) -> None:
@@ -191,13 +191,13 @@ def test_a_worker_killed_in_any_layer_costs_that_layer_only(
         for step, layer, index in kills:
             if (event.step, event.layer) == (step, layer) and seen.count((step, layer)) == 1:
                 (usage,) = three.each(lambda worker, _: worker.usage.remote(), [index])
-                assert isinstance(usage, Usage)
+                assert isinstance(usage, WorkerUsage)
                 os.kill(usage.pid, signal.SIGKILL)
 
     recipe, output = small_recipe("int4-all"), tmp_path / "out"
     job = plan_job(small.directory, recipe, small.text, output)
     with JobFolder(output, job.fingerprint) as folder:
-        Run(job, folder, three, kill).run()
+        Driver(job, folder, three, kill).run()
     assert contents(output) == contents(whole["int4-all"])
     assert seen.count(("calibrated", 0)) == seen.count(("published", 1)) == 1
     assert seen.count(("calibrated", 1)) == 2  # died before it was solved: the layer again
@@ -207,7 +207,7 @@ def test_a_worker_killed_in_any_layer_costs_that_layer_only(
 
 
 def test_workers_that_keep_dying_end_the_job_with_a_sentence(
-    small: SmallModel, whole: dict[str, Path], one: WorkerHere, tmp_path: Path
+    small: SmallModel, whole: dict[str, Path], one: InProcessWorker, tmp_path: Path
 ) -> None:
     class Dying:
         """A pool whose worker dies in every solve. Replacing it changes nothing."""
@@ -237,14 +237,14 @@ def test_workers_that_keep_dying_end_the_job_with_a_sentence(
         JobFolder(tmp_path / "out", job.fingerprint) as folder,
         pytest.raises(IntServeError, match=r"workers \[0\] died.*layer 0.*fewer --workers"),
     ):
-        Run(job, folder, dying, lambda event: None).run()  # type: ignore[arg-type]
+        Driver(job, folder, dying, lambda event: None).run()  # type: ignore[arg-type]
     assert dying.replaced == 4
     quantize(small, small_recipe("int8"), tmp_path / "out", one)
     assert contents(tmp_path / "out") == contents(whole["int8"])
 
 
 def test_a_driver_killed_with_its_own_ray_leaves_no_process_and_resumes(
-    small: SmallModel, whole: dict[str, Path], one: WorkerHere, tmp_path: Path, root: Path
+    small: SmallModel, whole: dict[str, Path], one: InProcessWorker, tmp_path: Path, root: Path
 ) -> None:
     output = tmp_path / "out"
     kill_driver_when(output / ".job" / "part-00000.json", small, "int8", output, tmp_path, root)
@@ -268,7 +268,7 @@ def test_a_worker_killed_at_every_step_of_every_layer_changes_no_byte(
     output = tmp_path / "out"
     job = plan_job(small.directory, small_recipe("int8-smoothquant"), small.text, output)
     with JobFolder(output, job.fingerprint) as folder:
-        Run(job, folder, three, kill).run()
+        Driver(job, folder, three, kill).run()
     assert killed == set(range(NUM_LAYERS))
     assert contents(output) == contents(whole["int8-smoothquant"])
 
@@ -383,7 +383,7 @@ def test_a_source_with_nan_is_refused_by_the_module_that_met_it(
 
 
 def test_a_damaged_weight_that_nothing_computes_with_is_refused_by_name(
-    small: SmallModel, one: WorkerHere, tmp_path: Path
+    small: SmallModel, one: InProcessWorker, tmp_path: Path
 ) -> None:
     last = small.config.num_hidden_layers - 1
 
@@ -397,7 +397,7 @@ def test_a_damaged_weight_that_nothing_computes_with_is_refused_by_name(
 
 
 def test_a_bf16_source_keeps_what_the_recipe_does_not_name(
-    small: SmallModel, one: WorkerHere, tmp_path: Path
+    small: SmallModel, one: InProcessWorker, tmp_path: Path
 ) -> None:
     directory = tmp_path / "bf16"
     write_checkpoint(directory, layers=2, fp8=False)

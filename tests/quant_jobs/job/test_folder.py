@@ -137,7 +137,7 @@ def test_a_boundary_counts_only_when_every_block_is_there(tmp_path: Path) -> Non
         assert folder.last_boundary(5, at_most=3) == 2
         found = load_blocks(folder.boundary(2), [1, 4])
         assert {block: float(x[0, 0]) for block, x in found.items()} == {1: 1.0, 4: 4.0}
-        folder.drop_boundaries(before=2)
+        folder.delete_boundaries(before=2)
         assert folder.last_boundary(5, at_most=3) == 2
         assert not folder.boundary(1).exists()
 

@@ -112,7 +112,7 @@ with WorkerPool(2) as pool:
     input()
     while not pool.admit():
         time.sleep(0.1)
-    print(*pool.places, file=answers, flush=True)
+    print(*pool.slots, file=answers, flush=True)
 """
 
 

@@ -15,13 +15,13 @@ from support.quantizing import SmallModel, contents, make_small_model, small_rec
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.recipe import Recipe
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job, tools
 from quant_jobs.job.progress import Event
 from quant_jobs.quantize import run_quantize
 from quant_jobs.workers.devices import Device, make_repeatable
-from quant_jobs.workers.in_process import WorkerHere
+from quant_jobs.workers.in_process import InProcessWorker
 
 MANIFEST = "intserve.json"
 
@@ -47,8 +47,8 @@ def quantize(
             raise Stopped
 
     job = plan_job(small.directory, recipe, small.text, output, device)
-    with JobFolder(output, job.fingerprint) as folder, WorkerHere() as here:
-        Run(job, folder, here, note).run()
+    with JobFolder(output, job.fingerprint) as folder, InProcessWorker() as here:
+        Driver(job, folder, here, note).run()
     return contents(output)
 
 

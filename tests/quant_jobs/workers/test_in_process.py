@@ -17,12 +17,12 @@ from support.quantizing import SmallModel, contents, make_small_model, small_rec
 
 from cluster.connect import connect
 from deepseek.errors import ArtifactError
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job
 from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.job_report import REPORT_FILE
-from quant_jobs.workers.in_process import WorkerHere
+from quant_jobs.workers.in_process import InProcessWorker
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_command_does_not_even_import_ray(
     assert "int8 on one worker in this process: from the start" in done.stderr
 
 
-class Noting(WorkerHere):
+class Noting(InProcessWorker):
     """Notes in which thread each call runs."""
 
     def __init__(self) -> None:
@@ -94,13 +94,13 @@ class Noting(WorkerHere):
 def test_it_writes_a_layer_beside_its_other_calls(small: SmallModel, tmp_path: Path) -> None:
     job = plan_job(small.directory, small_recipe("int8"), small.text, tmp_path / "out")
     with JobFolder(job.output, job.fingerprint) as folder, Noting() as here:
-        Run(job, folder, here, lambda event: None).run()
+        Driver(job, folder, here, lambda event: None).run()
     assert here.where.pop("write") == here.where.pop("store") == {"background_0"}
     assert set().union(*here.where.values()) == {threading.current_thread().name}
 
 
 def test_what_went_wrong_beside_the_other_calls_is_raised_when_it_is_asked_for() -> None:
-    class Full(WorkerHere):
+    class Full(InProcessWorker):
         def method(self, name: str) -> Callable[..., Any]:
             def fail() -> None:
                 raise ArtifactError("the disk is full")

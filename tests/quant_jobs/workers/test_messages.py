@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quant_jobs.algorithms.folding import Smoothing
 from quant_jobs.calibration.forward import Routed
-from quant_jobs.workers.messages import SolveSummary, _flatten, _restore, in_block_order, moved
+from quant_jobs.workers.messages import SolveSummary, _flatten, _restore, in_block_order, to_device
 
 DTYPES = [
     *(torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64),
@@ -101,9 +101,9 @@ def test_a_message_is_moved_with_all_that_is_in_it() -> None:
         sent = {
             3: (Routed(torch.ones(2)), [SolveSummary({"a": 0.5}, smoothing=smoothing)], None, "a")
         }
-        routed, (account,), *rest = moved(sent, there)[3]
+        routed, (account,), *rest = to_device(sent, there)[3]
         assert routed.z.is_cuda
         assert account.smoothing.columns["a.weight"].is_cuda
         assert (account.errors, rest) == ({"a": 0.5}, [None, "a"])
-        assert moved(moved(sent, there), here)[3][0].z.device == here
-    assert moved(sent, here)[3][0].z is sent[3][0].z
+        assert to_device(to_device(sent, there), here)[3][0].z.device == here
+    assert to_device(sent, here)[3][0].z is sent[3][0].z

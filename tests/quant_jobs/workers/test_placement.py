@@ -14,7 +14,7 @@ from ray.util import placement_group_table
 from support.quantizing import make_small_model, small_recipe
 
 from deepseek.errors import DeployError, IntServeError
-from quant_jobs.job.driver import Run
+from quant_jobs.job.driver import Driver
 from quant_jobs.job.folder import JobFolder
 from quant_jobs.job.job import plan_job
 from quant_jobs.workers.pool import WorkerPool
@@ -63,7 +63,7 @@ def test_a_gpu_that_pytorch_cannot_use_ends_the_job_in_one_sentence(
         JobFolder(job.output, job.fingerprint) as folder,
         pytest.raises(DeployError, match="^PyTorch cannot use the GPU of a worker"),
     ):
-        Run(job, folder, pair, lambda event: None).run()
+        Driver(job, folder, pair, lambda event: None).run()
 
 
 def test_too_few_gpus_or_cpus_are_said_before_and_after_the_wait(pair: WorkerPool) -> None:

@@ -1,21 +1,21 @@
-"""The steps of one layer, in their order, on a pool of workers.
+"""The steps of one layer on a pool of workers. Orders calls; computes nothing but the shared scale.
 
-    read      every worker its own experts, one the trunk; the next layer's while this one runs
-    attend    everybody's blocks through the original attention; each linear's owner adds up;
-              every worker receives what enters the MLP
-    smooth    the one scale that router, shared and all routed experts have in common
-    solve     every worker its own units
-    write     one worker the layer's file, while the next layer is read and attended
-    carry     everybody's blocks through the quantized layer: attention here, experts at their
-              owners, sums in the order of the experts
-    store     what comes out, wave by wave beside the next wave and the next layer
+    read      each worker reads its own experts, one worker the trunk; layer N+1 while N runs
+    attend    each worker runs its blocks through the original attention; the owner of a linear
+              accumulates its statistics; every worker receives the MLP inputs of all blocks
+    smooth    choose the scale that router, shared expert and all routed experts share
+    solve     each worker quantizes its own units
+    write     one worker writes the layer's file, while the next layer is read and attended
+    carry     each worker runs its blocks through the quantized layer: attention locally, experts
+              on their owners, outputs added in the order of the experts
+    store     each worker stores its outputs, one file per wave, while others run
 
-Tensors go from worker to worker through the object store; what passes through this process is
-small. What an expert makes of a token, and the rows that GPTQ needs of the attention's inputs, go
-to the node that waits for them and to no other. Blocks go in waves, two of them under way at a
-time, so that memory is bounded and nobody waits for the slowest of a wave. Nothing here depends on
-how many workers or nodes there are: owners add up in block order, sums over modules run in the
-order of the modules.
+Called by `driver.py`, which also decides when a layer counts as published. Tensors go from worker
+to worker through the object store; only small values pass through the driver. Expert outputs, and
+the rows of attention inputs that GPTQ needs, go only to the node that uses them. Blocks go in
+waves, two in flight at a time, which bounds memory and hides the slowest worker of a wave. Results
+depend on neither the number of workers nor of nodes: owners add up in block order, and sums over
+modules run in the order of the modules.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from quant_jobs.workers.protocol import Workers
 
 @dataclass(slots=True)
 class Solution:
-    """One solved layer. `pieces` are references to packed tensors by full name, for the writer;
-    among them `trunk`, which every worker needs to go on, and `norms`, which are norms and
-    router."""
+    """One solved layer. `pieces` are references to all packed tensors by full name, for the writer.
+    They include `trunk`, which every worker needs for `use_solved`, and `norms` (norms and router).
+    The object store frees the tensors with the last reference."""
 
     summary: SolveSummary
     source_sha256: str
@@ -56,8 +56,8 @@ class Solution:
     pieces: list[Any]
 
 
-class LayerRun:
-    """Runs layers on a pool whose workers hold `num_blocks` blocks, dealt out in turn."""
+class LayerSteps:
+    """The steps of a layer on a pool whose workers hold the calibration blocks round-robin."""
 
     def __init__(
         self,
@@ -71,21 +71,24 @@ class LayerRun:
         settings = recipe.calibration
         self._blocks = range(settings.num_blocks)
         self._wave_blocks = wave_blocks
-        self._many = max(WAVE_TOKENS // settings.block_tokens, 1)
+        self._min_wave_blocks = max(WAVE_TOKENS // settings.block_tokens, 1)
 
     def blocks_of(self, index: int) -> range:
-        """The blocks that a worker holds."""
+        """The calibration blocks that a worker holds."""
         return self._blocks[index :: len(self._pool)]
 
     def prefetch(self, layer: int) -> None:
-        """Have everybody begin to read a layer; returns at once."""
+        """Start reading a layer on all workers; returns at once."""
         shares = share_out(self._config, layer, len(self._pool))
         reader = trunk_reader(layer, len(self._pool))
         self._pool.submit(lambda worker, i: worker.prefetch.remote(layer, shares[i], i == reader))
 
     def attend(self, layer: int, following: int | None) -> list[Any]:
-        """Statistics of the attention; references, by worker, to its having received what enters
-        the MLP from all blocks. Begins to read the layer `following`."""
+        """Accumulate the attention's input statistics and send the MLP inputs of all blocks to all
+        workers. Starts reading the layer `following`.
+
+        Returns one reference per worker, which resolves once it has received the MLP inputs.
+        """
         self.prefetch(layer)
         reader = trunk_reader(layer, len(self._pool))
         (trunk,) = self._pool.submit(lambda worker, _: worker.trunk.remote(layer), [reader])
@@ -100,7 +103,7 @@ class LayerRun:
                 sent.append(self._attend_wave(layer, trunk, waves[number + 1]))
             routed += [blocks for blocks, *_ in sent[number]]
             shares = [by_node for _, *by_node in sent[number]]
-            sent[number] = []  # the object store may forget them
+            sent[number] = []  # frees them in the object store
             self._pool.gather(observed)  # of the wave before
             observed = self._observe_wave(layer, shares)
         self._pool.gather(observed)
@@ -115,36 +118,39 @@ class LayerRun:
         )
 
     def _inputs_by_node(self, layer: int) -> list[tuple[str, ...]]:
-        """node -> the inputs of the attention whose statistics are added up there."""
+        """By node, the names of the attention inputs whose statistics are accumulated there."""
         shares = share_out(self._config, layer, len(self._pool))
         return [
             tuple(
                 linear_input.name
-                for index in members
+                for index in workers
                 for unit in shares[index]
                 if unit.kind == "attention"
                 for linear_input in unit.inputs
             )
-            for members in self._members()
+            for workers in self._workers_by_node()
         ]
 
     def _observe_wave(self, layer: int, shares: list[list[Any]]) -> list[Any]:
         """`shares` by worker that sent them, then by node that they are for."""
         nodes = self._pool.nodes
         return self._pool.submit(
-            lambda worker, i: worker.observe.remote(layer, *(one[nodes[i]] for one in shares))
+            lambda worker, i: worker.observe.remote(
+                layer, *(by_node[nodes[i]] for by_node in shares)
+            )
         )
 
-    def _members(self) -> list[list[int]]:
-        """node -> the workers on it."""
+    def _workers_by_node(self) -> list[list[int]]:
+        """The indices of the workers on each node, by node."""
         nodes = self._pool.nodes
         return [
-            [index for index, node in enumerate(nodes) if node == wanted]
-            for wanted in range(max(nodes) + 1)
+            [index for index, worker_node in enumerate(nodes) if worker_node == node]
+            for node in range(max(nodes) + 1)
         ]
 
     def shared_smoothing(self, layer: int, received: list[Any], ledger: Ledger) -> Smoothing:
-        """The scale of the group that the router's norm feeds, if the recipe wants one."""
+        """The smoothing scale of the group that reads the router's norm, if the recipe has one.
+        `received` are the references that `attend` returned."""
         shared = Smoothing()
         for group, method in scaled_groups(self._config, self._schemes, layer):
             if group.router is not None:
@@ -159,20 +165,20 @@ class LayerRun:
         received: list[Any],
         ledger: Ledger,
     ) -> Tensor:
-        brought = self._pool.each(
+        answers = self._pool.each(
             lambda worker, i: worker.scale_statistics.remote(layer, received[i])
         )
         by_module: dict[str, WeightStatistics] = {}
-        for of_worker, _ in brought:
-            by_module |= of_worker
-        (measured,) = (statistics for _, statistics in brought if statistics is not None)
+        for weight_statistics, _ in answers:
+            by_module |= weight_statistics
+        (measured,) = (statistics for _, statistics in answers if statistics is not None)
 
         def losses_of(candidates: Tensor) -> list[Tensor]:
             losses: dict[str, Tensor] = {}
-            for of_worker in self._pool.each(
+            for worker_losses in self._pool.each(
                 lambda worker, _: worker.scale_losses.remote(layer, candidates)
             ):
-                losses |= of_worker
+                losses |= worker_losses
             return [losses[module] for module in group.consumers if module in losses]
 
         return choose_scale(
@@ -188,11 +194,18 @@ class LayerRun:
         )
 
     def solve(self, layer: int, shared: Smoothing, received: list[Any], ledger: Ledger) -> Solution:
-        """Every unit quantized and packed, in the object store."""
-        given = self._pool.share(shared)
-        sent = self._pool.submit(lambda worker, i: worker.solve.remote(layer, given, received[i]))
-        summaries = self._pool.each(lambda _, i: sent[i][2])
-        whole = _join(summaries, shared)
+        """Quantize and pack every unit. The tensors stay in the object store.
+
+        Raises:
+            CheckpointError: a weight cannot be represented, or an activation is not finite.
+            WorkersLost: a worker died.
+        """
+        smoothing = self._pool.share(shared)
+        answers = self._pool.submit(
+            lambda worker, i: worker.solve.remote(layer, smoothing, received[i])
+        )
+        summaries = self._pool.each(lambda _, i: answers[i][2])
+        whole = _merge(summaries, shared)
         ledger.extend(whole.fallbacks)
         (norms,) = self._pool.submit(
             lambda worker, _: worker.folded_norms.remote(layer, whole.smoothing), [0]
@@ -200,28 +213,30 @@ class LayerRun:
         scales = self._input_scales(layer, whole, ledger)
         whole.fallbacks = ledger.entries()
         extra = {f"{module}.input_scale": torch.tensor([scale]) for module, scale in scales.items()}
-        trunk = [tensors for tensors, _, _ in sent]
-        pieces = [norms, self._pool.share(extra), *trunk, *(experts for _, experts, _ in sent)]
+        trunk = [tensors for tensors, _, _ in answers]
+        pieces = [norms, self._pool.share(extra), *trunk, *(experts for _, experts, _ in answers)]
         digest = join_digests(whole.source_digests)
         return Solution(whole, digest, scales, norms, trunk, pieces)
 
     def _input_scales(self, layer: int, summary: SolveSummary, ledger: Ledger) -> dict[str, float]:
-        wanted = [
+        """Static FP8 input scales by module; empty where no linear has one."""
+        modules = [
             spec.module
             for spec in linears(self._config, layer)
             if self._schemes[spec.module].activations == "fp8"
         ]
-        if not wanted:
+        if not modules:
             return {}
         scales, fallbacks = share_input_scales(
-            {module: summary.input_amax[module] for module in wanted},
-            {module: summary.tokens[module] for module in wanted},
+            {module: summary.input_amax[module] for module in modules},
+            {module: summary.tokens[module] for module in modules},
         )
         ledger.extend(fallbacks)
         return scales
 
     def write(self, layer: int, solution: Solution) -> Any:
-        """Have one worker, each in its turn, publish the layer; a reference to its record."""
+        """Start writing the layer's file on one worker; workers take turns. Returns a reference to
+        the file's LayerRecord."""
         (record,) = self._pool.submit(
             lambda worker, _: worker.write.remote(
                 layer, solution.source_sha256, solution.summary.errors, *solution.pieces
@@ -231,7 +246,7 @@ class LayerRun:
         return record
 
     def use_solved(self, layer: int, solution: Solution) -> None:
-        """The layer just solved takes the place of the original."""
+        """Replace the original layer by the solved one on all workers."""
         self._pool.each(
             lambda worker, _: worker.use_solved.remote(
                 layer, solution.input_scales, solution.norms, *solution.trunk
@@ -239,27 +254,29 @@ class LayerRun:
         )
 
     def use_published(self, layer: int, published: Path) -> None:
-        """`use_solved`, from the layer's file."""
+        """Replace the original layer by the one in the file `published` on all workers."""
         shares = share_out(self._config, layer, len(self._pool))
         self._pool.each(lambda worker, i: worker.use_published.remote(layer, published, shares[i]))
 
     def carry(self, layer: int, folder: Path, stored: list[Any]) -> None:
-        """Everybody's blocks through the quantized layer. What comes out is stored in `folder`, a
-        file for each worker and wave, beside whatever workers do next: references to those who
-        store are added to `stored`."""
+        """Run all blocks through the quantized layer, whose outputs become the workers' inputs.
+
+        Workers store the outputs in `folder`, one file per worker and wave, while they compute
+        further. References to these calls are appended to `stored`.
+        """
         pool, waves = self._pool, self._waves()
-        # A worker does what it is told in that order: the attention of later waves fills the time
-        # in which it would wait for others' experts.
+        # A worker runs its calls in order: submitting the attention of later waves first fills the
+        # time in which it would wait for the experts of other workers.
         routed = [self._attend_quantized_wave(layer, wave) for wave in waves[:2]]
         before: list[Any] = []
         for number, wave in enumerate(waves):
-            parts = self._expert_wave(layer, wave, routed[number])
-            routed[number] = []  # the object store may forget them
+            outputs = self._expert_wave(layer, wave, routed[number])
+            routed[number] = []  # frees them in the object store
             if number + 2 < len(waves):
                 routed.append(self._attend_quantized_wave(layer, waves[number + 2]))
-            combined = self._combine_wave(layer, wave, parts)
+            combined = self._combine_wave(layer, wave, outputs)
             stored += self._store_wave(layer + 1, wave, folder, number, combined)
-            del parts
+            del outputs
             pool.gather(before)
             before = combined
         pool.gather(before)
@@ -269,22 +286,29 @@ class LayerRun:
         return self._pool.submit(lambda worker, i: worker.attend_quantized.remote(layer, wave[i]))
 
     def _expert_wave(self, layer: int, wave: list[list[int]], routed: list[Any]) -> list[list[Any]]:
-        """What everybody's experts make of a wave, by worker, then by the node that it is for."""
+        """References to the expert outputs of a wave, by worker, then by destination node; empty
+        for a dense layer."""
         if not self._config.is_moe(layer):
             return []
-        homes = [[b for index in members for b in wave[index]] for members in self._members()]
-        parts = self._pool.submit(
-            lambda worker, _: worker.run_experts.options(num_returns=len(homes)).remote(
-                layer, homes, *routed
+        blocks_by_node = [
+            [block for index in workers for block in wave[index]]
+            for workers in self._workers_by_node()
+        ]
+        num_nodes = len(blocks_by_node)
+        outputs = self._pool.submit(
+            lambda worker, _: worker.run_experts.options(num_returns=num_nodes).remote(
+                layer, blocks_by_node, *routed
             )
         )
-        return parts if len(homes) > 1 else [[one] for one in parts]
+        return outputs if num_nodes > 1 else [[reference] for reference in outputs]
 
-    def _combine_wave(self, layer: int, wave: list[list[int]], parts: list[list[Any]]) -> list[Any]:
+    def _combine_wave(
+        self, layer: int, wave: list[list[int]], outputs: list[list[Any]]
+    ) -> list[Any]:
         nodes = self._pool.nodes
         return self._pool.submit(
             lambda worker, i: worker.combine.remote(
-                layer, wave[i], *(one[nodes[i]] for one in parts)
+                layer, wave[i], *(by_node[nodes[i]] for by_node in outputs)
             )
         )
 
@@ -297,9 +321,9 @@ class LayerRun:
         )
 
     def _waves(self) -> list[list[list[int]]]:
-        """wave -> worker -> its blocks in it; waves follow each other in block order."""
+        """The blocks by wave, then by worker; waves follow each other in block order."""
         waves = []
-        size = self._wave_blocks or max(self._many, WAVE_BLOCKS * len(self._pool))
+        size = self._wave_blocks or max(self._min_wave_blocks, WAVE_BLOCKS * len(self._pool))
         for first in range(0, len(self._blocks), size):
             wave = self._blocks[first : first + size]
             waves.append(
@@ -311,8 +335,8 @@ class LayerRun:
         return waves
 
 
-def _join(summaries: Sequence[SolveSummary], shared: Smoothing) -> SolveSummary:
-    """What all workers' solving of a layer amounts to."""
+def _merge(summaries: Sequence[SolveSummary], shared: Smoothing) -> SolveSummary:
+    """Merge the summaries of all workers into that of the whole layer."""
     whole = SolveSummary(smoothing=Smoothing(dict(shared.columns), dict(shared.rows)))
     ledger = Ledger()
     for summary in summaries:

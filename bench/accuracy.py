@@ -1,18 +1,18 @@
-"""What each algorithm keeps of the example model: perplexity ratio, mean KL and top-1 agreement.
+"""Accuracy of each algorithm on the example model: perplexity ratio, mean KL, top-1 agreement.
 
     python bench/accuracy.py [--save runs/accuracy.json] [--only REGEX] [--workers 2]
 
-Every format (INT8 and INT4 in groups of 32 and 128, with and without zero points) by every
-algorithm that can make it, of all linears and of the routed experts only; and the expert coverage
-policies for AWQ and GPTQ. Each is a job as `quantize` runs it, packed for the embedded engine as
-`build` does, and scored against the unquantized source on held-out text as `evaluate` does. One
+Runs every format (INT8 and INT4 in groups of 32 and 128, with and without zero points) with every
+algorithm that can make it, on all linears and on the routed experts only; and AWQ and GPTQ with
+each expert coverage policy. Each run is a job as `quantize` runs it, packed for the embedded engine
+as `build` does, and scored against the unquantized source on held-out text as `evaluate` does. One
 pool of workers serves all jobs, and the source is scored once.
 
-Prints Markdown: one row per run, the least KL of each block of rows first. "against max" is the
-difference of mean KL to rounding to nearest in the same format and the same linears, with its 95 %
-interval over blocks of text, paired: below zero throughout, the algorithm is better. At INT8 a few
-tokens that rounding sends to other experts, 0.3 to 3 nats each, make up most of the mean, and the
-median tells algorithms apart. Everything is deterministic, so that one run is enough.
+Prints Markdown: one row per run, the lowest KL of each format first. "against max" is the mean KL
+minus that of rounding to nearest in the same format and the same linears, with its 95 % interval,
+paired over blocks of text; an interval below zero means that the algorithm is better. At INT8 a few
+tokens that rounding sends to other experts, 0.3 to 3 nats each, make up most of the mean, so the
+median compares algorithms better. Everything is deterministic, so one run is enough.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MODEL = ROOT / "examples" / "tiny-deepseek-v3"
 SCOPES = {"all": "*", "experts": "model.layers.*.mlp.experts.*"}
 BLOCK_TOKENS = 512
 
-#: Format -> the keys of a rule that say it.
+#: Format -> the keys of a rule that select it.
 FORMATS: dict[str, dict[str, Any]] = {
     "int8 W8A8": {"weights": "int8", "activations": "int8"},
     "int8": {"weights": "int8"},
@@ -65,7 +65,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4-asym g128": {"weights": "int4-asym", "group_size": 128},
     "int4-asym g32": {"weights": "int4-asym", "group_size": 32},
 }
-#: Method -> the keys of a rule that ask for it. `max` is rounding to nearest (RTN).
+#: Method -> the keys of a rule that select it. `max` is rounding to nearest (RTN).
 METHODS: dict[str, dict[str, Any]] = {
     "max": {},
     "mse clip": {"clip": "mse"},
@@ -77,7 +77,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq + mse clip": {"algorithm": "gptq", "clip": "mse"},
 }
 _ROUNDING = ("max", "mse clip", "99 % clip", "awq", "gptq", "gptq + act order", "gptq + mse clip")
-#: Format -> the methods that make it. INT8 has headroom: its clips and orders say nothing new.
+#: Format -> the methods to run. INT8 has headroom: clips and orders change little.
 MATRIX: dict[str, tuple[str, ...]] = {
     "int8 W8A8": ("max", "smoothquant", "gptq"),
     "int8": ("max", "mse clip", "99 % clip", "awq", "gptq"),
@@ -87,14 +87,14 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "int4-asym g128": ("max", "awq", "gptq"),
     "int4-asym g32": ("max", "awq", "gptq"),
 }
-POLICIES = ("all", "shrink")  # beside topk, which is every other row's
+POLICIES = ("all", "shrink")  # every other row has topk
 
 app = make_app(__doc__ or "")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run. `scope` is a key of SCOPES."""
+    """One run. `scope` is a key of SCOPES: which linears are quantized."""
 
     format: str
     scope: str
@@ -111,12 +111,12 @@ class Case:
         return Case(self.format, self.scope, "max")
 
     def recipe(self, num_blocks: int) -> Recipe:
-        """The recipe, with limits that nobody reads: nothing here is gated."""
+        """The recipe. Its gate limits are not read: nothing here is gated."""
         rules: list[dict[str, Any]] = [{"match": "*", "weights": "source"}]
         rule = FORMATS[self.format] | {"match": SCOPES[self.scope]}
         if self.method == "smoothquant" and self.scope == "experts":
-            # gate and up read what the shared expert and the router read, and cannot be smoothed
-            # without them: down alone, through the rows of up.
+            # gate and up share their input with the shared expert and the router and cannot be
+            # smoothed without them. Only down is smoothed, through the rows of up.
             rules.append(dict(rule))
             rule["match"] += ".down_proj"
         rules.append(rule | METHODS[self.method])
@@ -135,7 +135,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was measured; `kl_B` is the mean KL of each block of text."""
+    """What was measured in one run; `kl_B` is the mean KL of each block of text."""
 
     case: Case
     perplexity_ratio: Interval
@@ -148,7 +148,7 @@ class Row:
 
 
 def cases() -> Iterator[Case]:
-    """Every run, each baseline before what is compared with it, INT4 first."""
+    """Every run, INT4 first, each baseline before the runs that are compared with it."""
     for fmt, methods in sorted(MATRIX.items(), key=lambda item: item[0].startswith("int8")):
         for scope in SCOPES:
             for method in methods:
@@ -176,13 +176,13 @@ def main(
     model: Annotated[Path, typer.Option(help="A source with both texts beside it.")] = MODEL,
 ) -> None:
     """See the module's docstring."""
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves them beside anything else
+    os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 they starve beside other work
     chosen = [case for case in cases() if re.search(only, case.name)]
     if not chosen:
         raise typer.BadParameter(f"--only {only!r} matches none of {[c.name for c in cases()]}")
     if save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)
-    chosen = list(dict.fromkeys([one for case in chosen for one in (case.baseline, case)]))
+    chosen = list(dict.fromkeys(run for case in chosen for run in (case.baseline, case)))
     heldout = load_token_blocks(model / "heldout.txt", model, heldout_blocks, BLOCK_TOKENS)
     judge = Judge(model, heldout)
     rows = read_rows(save) if resume and save is not None and save.exists() else []
@@ -206,7 +206,7 @@ def main(
 
 
 def quantize(model: Path, recipe: Recipe, folder: Path, pool: WorkerPool) -> Manifest:
-    """`run_quantize` on workers that are there already."""
+    """`run_quantize` on the workers of `pool`."""
     output = folder / "checkpoint"
     job = plan_job(model, recipe, model / "calibration.txt", output)
     with JobFolder(output, job.fingerprint) as lock:
@@ -214,11 +214,11 @@ def quantize(model: Path, recipe: Recipe, folder: Path, pool: WorkerPool) -> Man
 
 
 def _quiet(_: Event) -> None:
-    """Dozens of small jobs: one bar over all of them says enough."""
+    """Drop a job's progress: one bar over all of the small jobs is enough."""
 
 
 class Judge:
-    """Scores engines against the source, whose logits it keeps: f32 [B, T, V] in all."""
+    """Scores engines against the source, whose logits it holds: f32 [B, T, V] in all."""
 
     def __init__(self, model: Path, heldout: TokenBlocks) -> None:
         self._ids_BT = heldout.ids
@@ -260,7 +260,7 @@ def _stacked(scores: Sequence[TokenScores], field: str) -> Tensor:
 
 
 def report(rows: Sequence[Row], source_perplexity: float, heldout: TokenBlocks) -> None:
-    """The table on stdout."""
+    """Print the table."""
     judged = heldout.num_tokens - len(heldout.ids)
     typer.echo(f"Source perplexity {source_perplexity:.3f} on {judged} held-out tokens.\n")
     typer.echo(
@@ -285,7 +285,7 @@ def report(rows: Sequence[Row], source_perplexity: float, heldout: TokenBlocks) 
 
 
 def versus(row: Row, baseline: Row) -> str:
-    """Two cells: the share of the baseline's KL, and the paired difference with its interval."""
+    """Two cells: the KL over the baseline's, and the paired difference with its interval."""
     if row.case == baseline.case:
         return "1.00 |"
     pairs = torch.tensor(row.kl_B) - torch.tensor(baseline.kl_B)
@@ -295,18 +295,18 @@ def versus(row: Row, baseline: Row) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What `--save` wrote."""
+    """Read the rows that `--save` wrote."""
     intervals = ("perplexity_ratio", "kl", "top1")
     return [
         Row(
-            case=Case(**one["case"]),
-            **{name: Interval(**one[name]) for name in intervals},
-            kl_p50=one["kl_p50"],
-            fallbacks=one["fallbacks"],
-            bytes=one["bytes"],
-            kl_B=tuple(one["kl_B"]),
+            case=Case(**row["case"]),
+            **{name: Interval(**row[name]) for name in intervals},
+            kl_p50=row["kl_p50"],
+            fallbacks=row["fallbacks"],
+            bytes=row["bytes"],
+            kl_B=tuple(row["kl_B"]),
         )
-        for one in json.loads(path.read_text())
+        for row in json.loads(path.read_text())
     ]
 
 

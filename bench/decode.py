@@ -1,11 +1,11 @@
-"""Decode speed: engines against the unquantized engine and transformers, in one run.
+"""Decode speed of engines beside the unquantized engine and transformers, in one run.
 
     python bench/decode.py --reference examples/tiny-deepseek-v3 --engine runs/demo/int8/engine
 
-Rounds are interleaved (every contender once per round), so a slow spell of the machine hits all of
-them; medians and their ratio to the unquantized engine are printed. Decode only: prefill is left
-out on both sides. transformers runs `generate` in FP32 with the attention and expert kernels that
-it chooses by itself; it is given its weights dequantized, as it cannot run FP8 blocks on a CPU.
+Every contender runs once per round, so a slow phase of the machine affects all of them. Prints
+medians and their ratio to the unquantized engine. Only decoding is timed, without prefill.
+transformers runs `generate` in FP32 with the attention and expert kernels of its own choice; it
+gets dequantized weights, because it cannot run FP8 tiles on a CPU.
 """
 
 from __future__ import annotations
@@ -79,20 +79,20 @@ def main(
 def open_contenders(
     reference: Path, engines: list[Path], max_batch: int, transformers: bool
 ) -> dict[str, Contender]:
-    """Everything that is to be measured, by name, loaded."""
+    """Load every contender, by name."""
     options = EngineOptions(max_batch_size=max(max_batch, 16))
-    found: dict[str, Contender] = {
+    contenders: dict[str, Contender] = {
         "unquantized": decode_with_engine(LLMEngine.from_checkpoint(reference, options))
     }
     for directory in engines:
         opened = LLMEngine.load(directory, options)
         name = opened.identity.recipe
-        if name in found:
+        if name in contenders:
             name = str(directory)
-        found[name] = decode_with_engine(opened)
+        contenders[name] = decode_with_engine(opened)
     if transformers:
-        found["transformers"] = decode_with_transformers(reference)
-    return found
+        contenders["transformers"] = decode_with_transformers(reference)
+    return contenders
 
 
 def decode_with_engine(engine: LLMEngine) -> Contender:
@@ -106,12 +106,12 @@ def decode_with_engine(engine: LLMEngine) -> Contender:
         while waiting:  # every prompt has its first token before the clock starts
             waiting -= {output.request_id for output in engine.step() if output.token_ids}
         started = time.perf_counter()
-        left = 0
+        num_timed = 0
         while engine.has_work:
-            left += sum(len(output.token_ids) for output in engine.step())
+            num_timed += sum(len(output.token_ids) for output in engine.step())
         taken = time.perf_counter() - started
-        # Prompts that were prefilled in an earlier step than the last have decoded meanwhile.
-        return taken * len(prompts) * tokens / left
+        # Prompts whose prefill ended before the last step have decoded tokens before the clock.
+        return taken * len(prompts) * tokens / num_timed
 
     return decode
 

@@ -1,13 +1,13 @@
-"""`quant_jobs estimate` held against real jobs: bytes, and seconds at this machine's rates.
+"""`quant_jobs estimate` compared with real jobs: bytes, and seconds at this machine's rates.
 
     python bench/pieces.py --save quant_jobs/cost/pieces.json && python bench/job_model.py [--save]
 
 Quantizes a synthetic model (half of DeepSeek-V3's widths, few experts) with one worker in this
-process, without Ray, and predicts the same job from `cost/pieces.json`, which must have been
-measured on this very machine. Bytes read must agree exactly, or the script fails. Seconds are CPU
-seconds of the worker, in the job as in the pieces, so that neighbours on a shared machine count
-little; what waits (Ray, disks, the network, overlap) is therefore not tested here. Prints Markdown;
-`--save` puts the result beside the pieces, for docs/quantize-671b.md.
+process, without Ray, and predicts the same job from `quant_jobs/cost/pieces.json`, which must have
+been measured on this machine. The script fails unless the bytes read agree exactly. Seconds are CPU
+seconds of the worker, in the job as in the pieces, so other work on the machine changes them
+little; waiting (for Ray, disks, the network) and overlap are therefore not tested. Prints Markdown;
+`--save` writes the result into pieces.json, for docs/quantize-671b.md.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ app = make_app(__doc__ or "")
 
 
 class TimedWorker(InProcessWorker):
-    """CPU seconds of its calls add up by section, in whatever thread they run."""
+    """Adds up the CPU seconds of its calls by section, in whatever thread they run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,10 +60,10 @@ class TimedWorker(InProcessWorker):
 
         def timed(*arguments: Any) -> Any:
             started = time.thread_time()
-            found = call(*arguments)
+            result = call(*arguments)
             if name in SECTION:
                 self.seconds[SECTION[name]] += time.thread_time() - started
-            return found
+            return result
 
         return timed
 
@@ -117,7 +117,7 @@ def main(
 
 
 def check(folder: Path, recipe: Path) -> dict[str, Any]:
-    """One job, predicted and run; seconds by step, bytes."""
+    """Predict and run one job; seconds by step, and bytes."""
     planned = plan_job(folder / "model", recipe=str(recipe), calibration=TEXT, output=folder / "a")
     settings = planned.recipe.calibration
     job = Job(
@@ -147,11 +147,13 @@ def check(folder: Path, recipe: Path) -> dict[str, Any]:
 
 
 def predicted_seconds(job: Job) -> dict[str, float]:
-    """One worker's CPU seconds: nothing is put anywhere, and no call waits."""
+    """CPU seconds of one worker by step, without the object store and without waiting for calls."""
     rates = replace(machine_rates(pieces(), start=0.0), put=math.inf, call=0.0)
     layers = job_time(job, rates).layers
-    found = {step: sum(layer.sections.get(step, 0.0) for layer in layers) for step in STEPS}
-    return found | {step: sum(layer.phases[step] for layer in layers) for step in ("read", "write")}
+    seconds = {step: sum(layer.sections.get(step, 0.0) for layer in layers) for step in STEPS}
+    return seconds | {
+        step: sum(layer.phases[step] for layer in layers) for step in ("read", "write")
+    }
 
 
 HEADER = (
@@ -160,14 +162,14 @@ HEADER = (
 )
 
 
-def rows(one: dict[str, Any]) -> list[str]:
-    found = []
+def rows(result: dict[str, Any]) -> list[str]:
+    lines = []
     for kind, prefix in (("predicted", "predicted_"), ("measured", "")):
-        seconds = [one[kind][step] for step in STEPS]
-        cells = [f"`{one['recipe']}`", kind, *(f"{s:.1f}" for s in (*seconds, sum(seconds)))]
-        cells += [f"{one[f'{prefix}bytes_{what}']:,}" for what in ("read", "written")]
-        found.append(f"| {' | '.join(cells)} |")
-    return found
+        seconds = [result[kind][step] for step in STEPS]
+        cells = [f"`{result['recipe']}`", kind, *(f"{s:.1f}" for s in (*seconds, sum(seconds)))]
+        cells += [f"{result[f'{prefix}bytes_{what}']:,}" for what in ("read", "written")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast one linear runs in each weight format on this CPU, and how far from the memory's floor.
+"""Time of one linear in each weight format on this CPU, and its ratio to the memory's floor.
 
     python bench/linear_formats.py [--threads 2] [--repeats 15]
 
@@ -16,10 +16,10 @@ Per call it prints the median time, the error against float32, and two ratios:
     x fp32    float32's time / this time; above 1 is faster than not quantizing
 
 The bandwidth is measured in the same run (the better of a read and a copy) unless it is given.
-Weights rotate over a pool larger than the last-level cache, because in a model each linear's weight
-is cold when its turn comes. The formats take turns inside every repetition, so that a slow phase of
-the machine falls on all of them. It measures torch's kernels and the glue around them, not the
-engine.
+Weights rotate over a pool larger than the last-level cache, because in a model the weight of a
+linear is not in the cache when its turn comes. The formats take turns in every repetition, so a
+slow phase of the machine affects all of them. This measures torch's kernels and the Python around
+them, not the engine.
 """
 
 from __future__ import annotations

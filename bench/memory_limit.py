@@ -1,12 +1,12 @@
-"""A model several times larger than the memory that the whole job may use.
+"""Quantizes a model several times larger than the memory that the whole job may use.
 
     python bench/memory_limit.py [--limit-gb 6] [--times 4] [--recipe int4] [--workers 1]
 
 Makes a synthetic model of true DeepSeek-V3 layers (or narrower ones, which need less time),
 `--times` as large as the limit, and quantizes it in a cgroup with that limit: driver, Ray with its
-object store, workers, and the page cache of all they read and write. Where no cgroup can be made,
-the limit is RLIMIT_AS of each process; the result says which it was. Prints Markdown; fails if the
-job does.
+object store, workers, and the page cache of all files that they read and write. Where no cgroup can
+be made, the limit is RLIMIT_AS of each process; the result says which limit it was. Prints
+Markdown; fails if the job fails.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def main(
     shutil.rmtree(artifact)
 
 
-def size_of_at_least(num: float, widths: Size) -> Size:
-    """One dense layer and as many MoE layers as make `num` bytes."""
+def size_of_at_least(min_bytes: float, widths: Size) -> Size:
+    """One dense layer and as many MoE layers as `min_bytes` bytes need."""
     size = replace(widths, layers=2)
-    while num_bytes(synthetic_config(size)) < num:
+    while num_bytes(synthetic_config(size)) < min_bytes:
         size = replace(size, layers=size.layers + 1)
     return size
 

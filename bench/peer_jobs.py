@@ -2,10 +2,11 @@
 
     PYTHON bench/peer_jobs.py SPEC.json
 
-SPEC.json says who (`tool`), what (`method`) and where; the answer goes to its `answer`: seconds of
-importing, loading, quantizing and saving. Runs under the peer's own Python too, so nothing of ours
-is imported outside `run_ours`. All three quantize the same linears, the routed experts, to
-symmetric INT4 in groups of 128, on the same token ids, and write what their users would be given.
+SPEC.json gives the `tool`, its `method`, and all paths. The seconds of importing, loading,
+quantizing and saving are written to the path in `answer`. The peer's own Python runs this file too,
+so only `run_ours` imports anything of this repository. All three tools quantize the same linears,
+the routed experts, to symmetric INT4 in groups of 128, on the same token ids, and write the
+checkpoint that their users would get.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ EXPERTS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
 
 
 class Clock:
-    """Seconds of each part, in the order in which they end."""
+    """Seconds of each phase, in the order in which the phases end."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -56,7 +57,7 @@ def run_ours(spec: dict[str, Any], clock: Clock) -> None:
 
 
 def run_llmcompressor(spec: dict[str, Any], clock: Clock) -> None:
-    """GPTQ W4A16 by llm-compressor, its sequential pipeline, on experts that it un-fuses itself."""
+    """GPTQ W4A16 by llm-compressor's sequential pipeline, on experts that it un-fuses itself."""
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -67,8 +68,8 @@ def run_llmcompressor(spec: dict[str, Any], clock: Clock) -> None:
 
     torch.set_num_threads(spec["threads"])
     clock.lap("import")
-    # Its loader that never fuses (`load_quantizable_moe`) imports torchvision, of which there is no
-    # build for a CPU's torch on PyPI. This un-fuses afterwards, a layer at a time.
+    # Its loader that never fuses (`load_quantizable_moe`) imports torchvision, which has no build
+    # for CPU-only torch on PyPI. This un-fuses afterwards, one layer at a time.
     model = linearize_moe(AutoModelForCausalLM.from_pretrained(spec["bf16"], dtype=torch.bfloat16))
     ids_BT = load_file(spec["tokens"])["ids"]
     rows = {"input_ids": ids_BT.tolist(), "attention_mask": torch.ones_like(ids_BT).tolist()}
@@ -101,7 +102,7 @@ def run_llmcompressor(spec: dict[str, Any], clock: Clock) -> None:
 
 
 def run_modelopt(spec: dict[str, Any], clock: Clock) -> None:
-    """AWQ by nvidia-modelopt, on experts that are un-fused here: it skips fused ones."""
+    """AWQ by nvidia-modelopt, on experts that are un-fused here, because it skips fused experts."""
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export import export_hf_checkpoint
@@ -136,8 +137,8 @@ def run_modelopt(spec: dict[str, Any], clock: Clock) -> None:
 
 
 def unfuse(model: Any) -> None:
-    """Every layer's fused experts become one nn.Module each, of three nn.Linear, in place and one
-    layer at a time; the same function in the same order of sums."""
+    """Replace the fused experts of every layer, in place and one layer at a time, by one nn.Module
+    of three nn.Linear per expert; the same function with the same order of sums."""
     import torch
     from torch import nn
 
@@ -154,26 +155,26 @@ def unfuse(model: Any) -> None:
         def forward(self, x_TD: Any, chosen_TK: Any, weight_TK: Any) -> Any:
             total_TD = torch.zeros_like(x_TD)
             for number, expert in enumerate(self):
-                token, place = (chosen_TK == number).nonzero(as_tuple=True)
+                token, choice = (chosen_TK == number).nonzero(as_tuple=True)
                 if len(token):
-                    y = expert(x_TD[token]) * weight_TK[token, place, None]
+                    y = expert(x_TD[token]) * weight_TK[token, choice, None]
                     total_TD.index_add_(0, token, y.to(total_TD.dtype))
             return total_TD
 
     def linear(weight: Any) -> Any:
-        made = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-        made.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        return made
+        module = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        return module
 
     for layer in model.model.layers:
         fused = getattr(layer.mlp, "experts", None)
         if fused is None:
             continue
-        parts = [both.chunk(2) for both in fused.gate_up_proj]
+        pairs = [gate_up.chunk(2) for gate_up in fused.gate_up_proj]
         downs = list(fused.down_proj)
-        experts = [Expert(*pair, down) for pair, down in zip(parts, downs, strict=True)]
+        experts = [Expert(*pair, down) for pair, down in zip(pairs, downs, strict=True)]
         layer.mlp.experts = Experts(experts)
-        del fused, parts, downs
+        del fused, pairs, downs
 
 
 RUN = {"ours": run_ours, "llm-compressor": run_llmcompressor, "modelopt": run_modelopt}

@@ -1,32 +1,31 @@
-"""Against llm-compressor (GPTQ) and nvidia-modelopt (AWQ): wall time, peak memory and mean KL.
+"""Beside llm-compressor (GPTQ) and nvidia-modelopt (AWQ): wall time, peak memory and mean KL.
 
     python bench/peers.py --peer-python /tmp/peers/bin/python [--model DIR] [--save FILE]
 
-All quantize the routed experts of the same checkpoint to symmetric INT4 in groups of 128, on the
-same token ids, each in a process of its own (`peer_jobs.py`), one after the other. Peers compute
-with `--threads` threads; ours with one (`--workers 0`: no Ray, as peers have none), or, in the rows
-that say so, on a Ray of its own with as many workers of one thread each. Peers cannot read the FP8
-release; they get a BF16 copy, which is made before and not counted. modelopt runs in this
-environment, its experts un-fused by hand; llm-compressor needs another transformers, and so an
-environment of its own:
+All tools quantize the routed experts of the same checkpoint to symmetric INT4 in groups of 128, on
+the same token ids, each in a process of its own (`peer_jobs.py`), one after the other. Peers
+compute with `--threads` threads; ours with one (`--workers 0`: no Ray, as peers have none), or, in
+the rows that say so, on a Ray of its own with as many workers of one thread each. Peers cannot read
+the FP8 release; they get a BF16 copy, whose making is not counted. modelopt runs in this
+environment, its experts un-fused by hand; llm-compressor needs another version of transformers, and
+so an environment of its own:
 
     python -m venv /tmp/peers
     echo torch==2.13.0 > /tmp/constraints.txt
     /tmp/peers/bin/pip install -c /tmp/constraints.txt torch==2.13.0 llmcompressor==0.14.0.1
 
-What is compared is what each one's user is given: the checkpoint that it wrote, unpacked to
-float32 and run by transformers in float32, against the source, dequantized, run likewise. AWQ's
-KL is not quite like with like: modelopt keeps a scale per linear that the engine must apply to its
-inputs, ours folds all that it uses, and has none left over.
+The KL compares the checkpoint that each tool wrote, unpacked to float32 and run by transformers in
+float32, with the dequantized source, run likewise. For AWQ the comparison is not exact: modelopt
+keeps a scale per linear that the engine must apply to its inputs; ours folds all of its scales.
 
 "job" is loading, quantizing and saving; "whole" is the process with its imports, and its Ray. On
-a machine that is not idle look at CPU seconds, which count all of the job's processes.
-Memory is of all processes of the job (Ray's with ours), sampled five times a second, of gigabytes
-more rarely, so that watching costs 5 % of a core at most: "resident" is the sum of proportional set
-sizes, "of it anonymous" leaves out pages that are files' (mapped weights and libraries, which the
+a busy machine read the CPU seconds, which count all processes of the job. Memory is that of all
+processes of the job (ours with Ray's), sampled five times a second, or less often where it is many
+gigabytes, so that sampling costs 5 % of a core at most: "resident" is the sum of proportional set
+sizes; "of it anonymous" leaves out the pages of files (mapped weights and libraries, which the
 kernel may drop).
 
-A random checkpoint, where memory shows (its KL says nothing about a model that was trained):
+On a random checkpoint memory shows more (its KL says nothing about a trained model):
 
     python -m quant_jobs synthesize --output runs/wide --layers 4 --experts 16 --hidden 2048 \\
         --intermediate 4096 --moe-intermediate 1024 --heads 16 --vocab 1024
@@ -73,10 +72,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-deepseek-v3"
 JOBS = ROOT / "bench" / "peer_jobs.py"
 
-#: Set in the environment of a job, so that all of its processes are known, Ray's daemons too.
+#: Set in the environment of a job to identify all of its processes, Ray's daemons included.
 MARK = "INTSERVE_BENCH_JOB"
-#: Least time between two samples, and how many times its own cost the watch waits: the kernel walks
-#: a process's pages for each, which takes a tenth of a second per few gigabytes.
+#: Least time between two samples, and the wait as a multiple of the time that a sample took. For a
+#: sample the kernel walks all pages, which takes a tenth of a second per few gigabytes.
 SAMPLE_S = 0.2
 SAMPLE_REST = 20
 BLOCK_TOKENS = 512
@@ -86,8 +85,8 @@ app = make_app(__doc__ or "")
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One job. `method` is the tool's own name for it; `on_ray` is ours on a Ray of its own, with
-    as many workers as there are threads, instead of all in one process, as peers are."""
+    """One job. `method` is the tool's own name of the algorithm. `on_ray` runs ours on a Ray of its
+    own, with as many workers as there are threads, instead of in one process, as peers run."""
 
     tool: str
     method: str
@@ -102,8 +101,8 @@ class Contender:
         return f"{self.method}, {self.coverage}{order}{where}"
 
 
-#: Rows that are to be compared stand together, ours first. llm-compressor's own defaults are all
-#: experts on all tokens and activation order.
+#: Rows to compare stand together, ours first. llm-compressor's own defaults are all experts on all
+#: tokens, and activation order.
 CONTENDERS = (
     Contender("ours", "max"),
     Contender("ours", "gptq"),
@@ -120,8 +119,10 @@ CONTENDERS = (
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`seconds` as the job tells them, `whole_s` of its process; memory in bytes; `kl` in nats per
-    token, None where the job failed (`error` is the last line that it said)."""
+    """What one job took. `seconds` are the job's own, `whole_s` is its process; memory in bytes.
+
+    `kl` is in nats per token, None where the job failed; `error` is then the last line of its log.
+    """
 
     contender: Contender
     seconds: dict[str, float]
@@ -160,7 +161,7 @@ def main(
     if peer_python is not None:
         pythons["llm-compressor"] = peer_python.absolute()
     source = CheckpointReader(model)
-    found = load_token_blocks(calibration, model, blocks, BLOCK_TOKENS)
+    calibration_blocks = load_token_blocks(calibration, model, blocks, BLOCK_TOKENS)
     judge = Judge(source, load_token_blocks(heldout, model, heldout_blocks, BLOCK_TOKENS))
     results = []
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
@@ -169,14 +170,14 @@ def main(
         num_bytes = write_bf16(source, folder / "bf16")
         typer.echo(
             f"{num_bytes / 1e6:.0f} MB in BF16 (written in {time.monotonic() - begun:.0f} s, not "
-            f"counted); {found.num_tokens} calibration tokens, {threads} threads.\n"
+            f"counted); {calibration_blocks.num_tokens} calibration tokens, {threads} threads.\n"
         )
-        save_tensors(folder / "tokens.safetensors", {"ids": found.ids})
+        save_tensors(folder / "tokens.safetensors", {"ids": calibration_blocks.ids})
         for contender in CONTENDERS:
-            wanted = re.search(only, f"{contender.tool} {contender.name}")
-            if contender.tool not in pythons or not wanted:
+            is_requested = re.search(only, f"{contender.tool} {contender.name}")
+            if contender.tool not in pythons or not is_requested:
                 continue
-            spec = specify(contender, folder, model, calibration, found, threads)
+            spec = specify(contender, folder, model, calibration, calibration_blocks, threads)
             result = compete(contender, spec, pythons[contender.tool], folder)
             if not result.error:
                 kl, top1 = judge.score(contender.tool, folder / "output")
@@ -194,17 +195,18 @@ def main(
 
 
 def write_bf16(source: CheckpointReader, directory: Path) -> int:
-    """The source as a BF16 checkpoint, without MTP layers, which peers do not load; its bytes."""
+    """Write the source as a BF16 checkpoint, without MTP layers, which peers do not load; return
+    its size in bytes."""
     directory.mkdir()
     config = source.config
     weight_map: dict[str, str] = {}
     total = 0
     for layer in ("globals", *range(config.num_hidden_layers)):
-        found = source.read_globals() if layer == "globals" else source.read_layer(layer)
+        stored = source.read_globals() if layer == "globals" else source.read_layer(layer)
         tensors = {}
-        for name, tensor in found.items():
-            plain = tensor.data.dtype == torch.float32  # the router's bias
-            tensors[name] = tensor.dequantize().to(torch.float32 if plain else torch.bfloat16)
+        for name, tensor in stored.items():
+            is_float32 = tensor.data.dtype == torch.float32  # the router's bias
+            tensors[name] = tensor.dequantize().to(torch.float32 if is_float32 else torch.bfloat16)
         file = f"model-{layer}.safetensors"
         total += save_tensors(directory / file, tensors, {"format": "pt"}).num_bytes
         weight_map |= dict.fromkeys(tensors, file)
@@ -228,7 +230,7 @@ def specify(
     blocks: TokenBlocks,
     threads: int,
 ) -> dict[str, Any]:
-    """What `peer_jobs.py` reads. Our job reads the text itself and gets the same ids."""
+    """The SPEC.json of `peer_jobs.py`. Our job reads the text itself and gets the same ids."""
     spec = asdict(contender) | {
         "source": str(model.absolute()),
         "calibration": str(calibration.absolute()),
@@ -258,7 +260,7 @@ def specify(
 
 
 def compete(contender: Contender, spec: dict[str, Any], python: Path, folder: Path) -> Result:
-    """Run one job, watching it."""
+    """Run one job and sample its memory."""
     (folder / "spec.json").write_text(json.dumps(spec))
     mark = uuid.uuid4().hex
     environment = os.environ | {
@@ -304,8 +306,8 @@ def compete(contender: Contender, spec: dict[str, Any], python: Path, folder: Pa
 
 
 class Watch:
-    """The peak memory, in bytes, of all processes with MARK=`mark` in their environment, and the
-    CPU seconds that they were last seen to have used."""
+    """Samples all processes with MARK=`mark` in their environment: their peak memory in bytes, and
+    the CPU seconds that they had used at the last sample."""
 
     def __init__(self, mark: str) -> None:
         self.resident = self.anonymous = 0
@@ -358,7 +360,7 @@ def cpu_s(process: Path) -> float:
 
 
 def rollup(process: Path) -> dict[str, int]:
-    """Bytes by kind, from /proc/PID/smaps_rollup; shared pages count in equal parts."""
+    """Bytes by kind, from /proc/PID/smaps_rollup; a shared page counts in equal shares."""
     sizes = {}
     for line in (process / "smaps_rollup").read_text().splitlines()[1:]:
         name, _, rest = line.partition(":")
@@ -370,7 +372,10 @@ def rollup(process: Path) -> dict[str, int]:
 
 
 class Judge:
-    """transformers in float32 under everybody's weights; the source's logits are kept."""
+    """Scores checkpoints with one transformers model in float32, whose weights it replaces.
+
+    It holds the source's logits.
+    """
 
     def __init__(self, source: CheckpointReader, heldout: TokenBlocks) -> None:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -399,14 +404,15 @@ class Judge:
         """Replace every weight; names are the release's."""
         config = self._config
         state = self._model.state_dict()
-        left = set(state) - {name for name in state if name.endswith(("gate_up_proj", "down_proj"))}
-        wanted = config.n_routed_experts * (config.num_hidden_layers - config.first_k_dense_replace)
-        experts = 3 * wanted
+        missing = set(state)
+        missing -= {name for name in state if name.endswith(("gate_up_proj", "down_proj"))}
+        num_moe_layers = config.num_hidden_layers - config.first_k_dense_replace
+        missing_experts = 3 * config.n_routed_experts * num_moe_layers
         for name, value in weights:
-            before, found, after = name.partition(".mlp.experts.")
-            if not found:
+            before, infix, after = name.partition(".mlp.experts.")
+            if not infix:
                 state[name].copy_(value)
-                left.discard(name)
+                missing.discard(name)
                 continue
             number, role, _ = after.split(".")
             fused = "down_proj" if role == "down_proj" else "gate_up_proj"
@@ -415,9 +421,9 @@ class Judge:
             if role != "down_proj":
                 half = slice(0, len(value)) if role == "gate_proj" else slice(len(value), None)
             rows[half].copy_(value)
-            experts -= 1
-        assert not left, f"missing {sorted(left)[:3]}"
-        assert not experts, f"{experts} expert weights are missing"
+            missing_experts -= 1
+        assert not missing, f"missing {sorted(missing)[:3]}"
+        assert not missing_experts, f"{missing_experts} expert weights are missing"
 
     def score(self, tool: str, directory: Path) -> tuple[Interval, float]:
         """Mean KL and top-1 agreement of a checkpoint that `tool` wrote."""
@@ -435,7 +441,7 @@ class Judge:
 
 
 def source_weights(source: CheckpointReader) -> Iterator[tuple[str, Tensor]]:
-    """Everything but MTP layers, float32."""
+    """All weights by name, float32, without MTP layers."""
     for name, tensor in source.read_globals().items():
         yield name, tensor.dequantize()
     for layer in range(source.config.num_hidden_layers):
@@ -472,15 +478,15 @@ def peer_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _packed(file: Any, module: str) -> Tensor:
-    """compressed-tensors' pack-quantized: codes + 8, eight to an int32, the low bits first."""
+    """compressed-tensors' pack-quantized: codes + 8, eight per int32, lowest bits first."""
     shape = torch.Size(file.get_tensor(f"{module}.weight_shape").tolist())
     codes = unpack_from_int32(file.get_tensor(f"{module}.weight_packed"), 4, shape)
     return _scaled(codes.float(), file.get_tensor(f"{module}.weight_scale"))
 
 
 def _modelopt(file: Any, module: str, names: set[str]) -> Tensor:
-    """modelopt's INT4: two's complement, the even row in the low four bits of each byte; what its
-    `pre_quant_scale` does to the input is done to the columns."""
+    """modelopt's INT4: two's complement, the even row in the low four bits of each byte. Its
+    `pre_quant_scale`, a factor of the input, multiplies the columns here."""
     raw = file.get_tensor(f"{module}.weight")
     assert raw.dtype == torch.uint8, (module, raw.dtype)
     low, high = (raw & 15).to(torch.int8), (raw >> 4).to(torch.int8)
@@ -493,7 +499,7 @@ def _modelopt(file: Any, module: str, names: set[str]) -> Tensor:
 
 
 def _scaled(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes f32 [N, K] by scales [N, K/g]."""
+    """Multiply codes f32 [N, K] by scales [N, K/g]."""
     grouped = codes.view(len(codes), scale.shape[1], -1)
     return (grouped * scale.float()[..., None]).flatten(1)
 
@@ -502,21 +508,21 @@ def _scaled(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def report(results: list[Result]) -> None:
-    """The table on stdout."""
+    """Print the table."""
     typer.echo(
         "| tool | method, coverage | job s | import s | whole s | whole, CPU s | peak resident MB "
         "| of it anonymous MB | written MB | mean KL | top-1 |"
     )
     typer.echo("|---|---|" + "---:|" * 9)
-    for one in results:
-        quality = f"failed: {one.error[:120]} |"
-        if one.kl is not None:
-            quality = f"{one.kl.value:.5f} [{one.kl.low:.5f}, {one.kl.high:.5f}] | {one.top1:.2%}"
+    for result in results:
+        quality = f"failed: {result.error[:120]} |"
+        if (kl := result.kl) is not None:
+            quality = f"{kl.value:.5f} [{kl.low:.5f}, {kl.high:.5f}] | {result.top1:.2%}"
         typer.echo(
-            f"| {one.contender.tool} | {one.contender.name} | {one.job_s:.1f} "
-            f"| {one.seconds.get('import', 0):.1f} | {one.whole_s:.1f} | {one.cpu_s:.0f} "
-            f"| {one.resident / 1e6:.0f} | {one.anonymous / 1e6:.0f} "
-            f"| {one.output_bytes / 1e6:.1f} | {quality} |"
+            f"| {result.contender.tool} | {result.contender.name} | {result.job_s:.1f} "
+            f"| {result.seconds.get('import', 0):.1f} | {result.whole_s:.1f} | {result.cpu_s:.0f} "
+            f"| {result.resident / 1e6:.0f} | {result.anonymous / 1e6:.0f} "
+            f"| {result.output_bytes / 1e6:.1f} | {quality} |"
         )
 
 

@@ -1,22 +1,23 @@
-"""The pieces of a quantize job, each measured alone: what `quant_jobs estimate` is made of.
+"""Measures the pieces of a quantize job, each alone, from which `quant_jobs estimate` is computed.
 
     python bench/pieces.py [--save quant_jobs/cost/pieces.json] [--repeats 5] [--gib 1]
 
-One thread, true DeepSeek-V3 widths where a CPU can bear them. Results:
+One thread, true DeepSeek-V3 widths where a CPU is fast enough. Results:
 
-    rates       of this machine: storage, hashing, Ray. They say what one process sustains.
+    rates       of this machine: storage, hashing, Ray; what one process sustains
     fractions   rate of a piece over this machine's own peak of its kind (a large float32 matmul, a
-                large copy). Carried to a GPU they are a hypothesis: shapes and caches differ there.
-    work        what a solver asks of any device: kernel launches, bytes that unfused elementwise
-                kernels move, and FLOPs, counted from the operators that torch dispatches. Exact,
-                and the same wherever it runs.
-    launches    kernels of one block (or one expert on one block) through the job's own functions.
+                large copy). For a GPU they are a hypothesis: shapes and caches differ there.
+    work        of a solver on any device: kernel launches, bytes that unfused elementwise kernels
+                move, and FLOPs, counted from the operators that torch dispatches. Exact, and the
+                same on every machine.
+    launches    kernels of one calibration block (or one expert on one calibration block) in the
+                job's own functions
 
-Compute is timed by the thread's CPU time, so that neighbours on a shared machine count little;
-what waits (storage, Ray) by the wall clock, the fastest of several. `bench/job_model.py` holds an
-estimate made of these against a real run.
+Computing is timed by the thread's CPU time, so other work on the machine changes it little;
+waiting (for storage, Ray) by the wall clock, the fastest of several. `bench/job_model.py` compares
+an estimate made from these with a real run.
 
-Prints Markdown; `--save` writes the JSON that the model reads.
+Prints Markdown; `--save` writes the JSON that `quant_jobs/cost` reads.
 """
 
 from __future__ import annotations
@@ -63,19 +64,22 @@ from quant_jobs.workers.messages import register_tensor_serializer
 INT4 = Scheme(weights="int4", group_size=128)
 INT4_MSE = Scheme(weights="int4", group_size=128, clip="mse")
 INT8 = Scheme(weights="int8")
-#: [N, K] of the weight that a solver is counted and timed on: K as gate_proj's, N cut short so that
-#: it is one chunk of `quant_jobs/algorithms/ranges.py`; elementwise work is proportional to N.
+#: [N, K] of the weight that a solver is counted and timed on: K is gate_proj's, N is one chunk of
+#: `quant_jobs/algorithms/ranges.py`; elementwise work is proportional to N.
 ROWS, WIDTH = 128, 7168
-#: Edge of the matrices of the float32 peak, and of the Gram matrix (down_proj's) that is inverted.
+#: Edge of the matrices of the float32 peak, and of the Gram matrix (of down_proj) that is inverted.
 EDGE = 2048
 MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Of one call on so many `weights`: kernels launched, bytes moved by those that multiply no
-    matrices, and FLOPs of those that do; `seconds` on this machine. `columns` is the length of
-    GPTQ's loop, whose launches are in proportion to it."""
+    """The work of one call on `weights` weights.
+
+    `launches` counts kernels, `bytes` those moved by kernels that multiply no matrices, `flops`
+    those of kernels that do; `seconds` are this machine's. `columns` is the length of GPTQ's loop,
+    to which its launches are proportional.
+    """
 
     weights: int
     launches: int
@@ -86,7 +90,8 @@ class Work:
 
 
 class _Operators(TorchDispatchMode):
-    """Counts operators that become kernels, and the bytes of their tensor arguments and results."""
+    """Counts the operators that launch kernels, and the bytes of their tensor arguments and
+    results."""
 
     _MATMULS = ("mm", "bmm", "addmm", "baddbmm")
 
@@ -97,13 +102,13 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         if not func.is_view and not name.startswith(("empty", "detach", "_unsafe_view")):
             self.launches += 1
             if name not in self._MATMULS:
-                self.bytes += sum(map(_moved, (*args, *(kwargs or {}).values(), found)))
-        return found
+                self.bytes += sum(map(_moved, (*args, *(kwargs or {}).values(), result)))
+        return result
 
 
 def _moved(value: Any) -> int:
@@ -123,7 +128,7 @@ def count(call: Callable[[], object], weights: int, repeats: int, columns: int =
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:
-    """CPU seconds of this thread: the median of `repeats` calls, after one that is thrown away."""
+    """CPU seconds of this thread: the median of `repeats` calls, after one that is not counted."""
     times = []
     for _ in range(repeats + 1):
         started = time.thread_time()
@@ -136,18 +141,18 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def storage_rates(folder: Path, num_bytes: int) -> dict[str, float]:
-    """Through the functions that the reader and the writer use. `cold`: pages dropped before."""
+    """GB/s of the functions of reader and writer. `cold`: the pages were dropped before."""
     path = folder / "piece.safetensors"
-    parts = {f"t{i}": torch.randint(0, 256, (num_bytes // 8,)).to(torch.uint8) for i in range(8)}
+    tensors = {f"t{i}": torch.randint(0, 256, (num_bytes // 8,)).to(torch.uint8) for i in range(8)}
     os.sync()
     started = time.perf_counter()
-    saved = save_tensors(path, parts)
+    saved = save_tensors(path, tensors)
     rates = {"save_tensors": saved.num_bytes / (time.perf_counter() - started) / 1e9}
-    one = parts["t0"]
-    digest = seconds(lambda: tensor_digest(one), 3)
-    whole = seconds(lambda: hashlib.sha256(tensor_bytes(one)).digest(), 3)
-    rates["digest"] = len(one) / digest / 1e9
-    rates["hash for saving"] = len(one) / (digest + whole) / 1e9
+    tensor = tensors["t0"]
+    digest = seconds(lambda: tensor_digest(tensor), 3)
+    whole = seconds(lambda: hashlib.sha256(tensor_bytes(tensor)).digest(), 3)
+    rates["digest"] = len(tensor) / digest / 1e9
+    rates["hash for saving"] = len(tensor) / (digest + whole) / 1e9
     entries = read_header(path).tensors
     for kind, clock in (("cold", time.perf_counter), ("page cache", time.thread_time)):
         with path.open("rb", buffering=0) as file:
@@ -185,20 +190,21 @@ class _Peer:
 
 
 def ray_rates(num_bytes: int, repeats: int) -> dict[str, float]:
-    """Between two actors of one node, tensors as the job sends them. `get` includes reading."""
+    """Rates between two actors of one node, with tensors as the job sends them. `get` includes
+    reading."""
     with connect(num_cpus=2):
-        one, other = _Peer.remote(), _Peer.remote()  # type: ignore[attr-defined]
-        ray.get([one.make.remote(num_bytes), other.nothing.remote()])
+        sender, receiver = _Peer.remote(), _Peer.remote()  # type: ignore[attr-defined]
+        ray.get([sender.make.remote(num_bytes), receiver.nothing.remote()])
         puts, gets = [], []
         for _ in range(repeats + 1):
-            box, took = ray.get(one.put.remote())
+            box, took = ray.get(sender.put.remote())
             puts.append(took)
-            gets.append(ray.get(other.get.remote(box)))
+            gets.append(ray.get(receiver.get.remote(box)))
             del box
         calls = []
         for _ in range(200):
             started = time.perf_counter()
-            ray.get([one.nothing.remote(), other.nothing.remote()])
+            ray.get([sender.nothing.remote(), receiver.nothing.remote()])
             calls.append(time.perf_counter() - started)
     return {
         "ray put": num_bytes / min(puts[1:]) / 1e9,
@@ -207,11 +213,11 @@ def ray_rates(num_bytes: int, repeats: int) -> dict[str, float]:
     }
 
 
-# --- what solvers ask for ---
+# --- the work of solvers ---
 
 
 def solver_work(repeats: int) -> dict[str, Work]:
-    """Of one [ROWS, WIDTH] weight each, `SAMPLE_TOKENS` tokens."""
+    """The work of each solver on one [ROWS, WIDTH] weight and `SAMPLE_TOKENS` tokens."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((ROWS, WIDTH), generator=generator) * WIDTH**-0.5
     x = torch.randn((SAMPLE_TOKENS, WIDTH), generator=generator)
@@ -230,7 +236,7 @@ def solver_work(repeats: int) -> dict[str, Work]:
     }
     work = {name: count(call, weight.numel(), repeats) for name, call in pieces.items()}
     batch = torch.randn((2, EDGE // 4, EDGE // 4), generator=generator)
-    factors = [inverse_factor(one.T @ one, damping=0.01) for one in batch]
+    factors = [inverse_factor(rows.T @ rows, damping=0.01) for rows in batch]
 
     def round_copy() -> list[Rounded]:
         return gptq(batch.clone(), factors, INT4)
@@ -239,8 +245,9 @@ def solver_work(repeats: int) -> dict[str, Work]:
 
 
 def layer_launches(model: Path) -> dict[str, int]:
-    """Kernels of one block through attention and router; of one expert measured on one block (its
-    tokens, gate and up, both inputs' statistics; Gram matrices apart); of one run on one block."""
+    """Kernels of one calibration block in attention and router (`attend`); in measuring one expert
+    (its tokens, gate and up, the statistics of both inputs without Gram matrices); and in running
+    one expert."""
     config = ModelConfig.from_directory(model)
     layer, tokens = config.first_k_dense_replace, 64
     specs = [spec for spec in layer_tensors(config, layer) if spec.expert is None]
@@ -263,7 +270,7 @@ def layer_launches(model: Path) -> dict[str, int]:
 
 
 def _measure(routed: Routed, expert: int, gate: Tensor, up: Tensor) -> None:
-    """As `LayerInputs.mlp` and `down` do for one block."""
+    """What the job's measuring of one expert does for one calibration block."""
     len(tokens_of(routed, expert)[0])
     x = routed.z[tokens_of(routed, expert)[0]]
     Accumulator("input", gram=False).add(0, observe(x, 1))
@@ -277,7 +284,7 @@ def _launches(call: Callable[[], object]) -> int:
 
 
 def peaks(repeats: int) -> dict[str, float]:
-    """This machine's own: GFLOP/s of a large float32 matmul, GB/s of a large copy (both ways)."""
+    """This machine's peaks: GFLOP/s of a large float32 matmul, GB/s of a large copy (both ways)."""
     a, b = torch.randn(EDGE, EDGE), torch.randn(EDGE, EDGE)
     source = torch.ones(64 * MIB)
     target = torch.empty_like(source)
@@ -288,7 +295,7 @@ def peaks(repeats: int) -> dict[str, float]:
 
 
 def operator_us(repeats: int) -> float:
-    """Microseconds of an operator with next to no work, called from Python."""
+    """Microseconds of an operator with almost no work, called from Python."""
     x = torch.ones(16)
 
     def many() -> None:
@@ -299,8 +306,8 @@ def operator_us(repeats: int) -> float:
 
 
 def fractions(peak: dict[str, float], work: dict[str, Work], repeats: int) -> dict[str, float]:
-    """Rate over peak. A Gram matrix is x^T x of one block's rows for an expert; `factor` is what
-    GPTQ does to it."""
+    """Rate over peak of a Gram matrix (x^T x of an expert's rows of one calibration block), of GPTQ's
+    factor of it, and of elementwise work."""
     rows = torch.randn(2 * EDGE, EDGE)
     gram = rows.T @ rows + EDGE * torch.eye(EDGE)
     elementwise = [work[name] for name in ("compress_int4", "compress_int8", "dequantize_fp8")]
@@ -327,21 +334,24 @@ def machine() -> str:
     )
 
 
-def report(found: dict[str, Any]) -> str:
-    lines = [f"{found['machine']}, {found['date']}, load average {os.getloadavg()[0]:.1f}", ""]
+def report(measured: dict[str, Any]) -> str:
+    lines = [
+        f"{measured['machine']}, {measured['date']}, load average {os.getloadavg()[0]:.1f}",
+        "",
+    ]
     for kind in ("peaks", "rates", "fractions", "launches"):
         lines += [f"| {kind} | |", "|---|---:|"]
-        lines += [f"| {name} | {value:.3g} |" for name, value in found[kind].items()] + [""]
+        lines += [f"| {name} | {value:.3g} |" for name, value in measured[kind].items()] + [""]
     lines += [
         "| work per weight | launches | bytes | FLOP | GB/s | GFLOP/s |",
         "|---|" + "---:|" * 5,
     ]
-    for name, one in found["work"].items():
-        numel = one["weights"]
+    for name, work in measured["work"].items():
+        numel = work["weights"]
         lines.append(
-            f"| {name} | {one['launches']} a call | {one['bytes'] / numel:.1f} "
-            f"| {one['flops'] / numel:.1f} | {one['bytes'] / one['seconds'] / 1e9:.2f} "
-            f"| {one['flops'] / one['seconds'] / 1e9:.2f} |"
+            f"| {name} | {work['launches']} a call | {work['bytes'] / numel:.1f} "
+            f"| {work['flops'] / numel:.1f} | {work['bytes'] / work['seconds'] / 1e9:.2f} "
+            f"| {work['flops'] / work['seconds'] / 1e9:.2f} |"
         )
     return "\n".join(lines)
 
@@ -360,18 +370,18 @@ def main() -> None:
         rates = storage_rates(Path(folder), int(arguments.gib * 1024) * MIB)
     rates |= ray_rates(256 * MIB, arguments.repeats)
     rates["operator us"] = operator_us(arguments.repeats)
-    found = {
+    measured = {
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "peaks": peak,
         "rates": rates,
         "fractions": fractions(peak, work, arguments.repeats),
-        "work": {name: asdict(one) for name, one in work.items()},
+        "work": {name: asdict(counted) for name, counted in work.items()},
         "launches": layer_launches(arguments.model),
     }
-    print(report(found))
+    print(report(measured))
     if arguments.save:
-        arguments.save.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        arguments.save.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python bench/recipes.py [--output runs/bench] [RECIPE ...]
 
-The commands of the README, one recipe after the other, judged against the source in each one's own
-run. Prints one Markdown table. What is already there is not done again: `quantize` and `build`
-resume, so a second run measures only.
+Runs the commands of the README, one recipe after the other; each evaluation scores the source in
+the same run. Prints one Markdown table. `quantize` and `build` resume, so a second run only
+measures.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(
 
 
 def judge(recipe: str, folder: Path) -> tuple[float, dict[str, Any]]:
-    """quantize, build, evaluate, gate: the first one's wall time, the last one's JSON."""
+    """Quantize, build, evaluate and gate; the wall time of quantize, and the JSON of gate."""
     checkpoint, engine, evaluation = folder / "checkpoint", folder / "engine", folder / "evaluation"
     started = time.monotonic()
     command(

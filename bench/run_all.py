@@ -1,7 +1,7 @@
 """`make bench`: every benchmark, one after the other, on an otherwise idle machine.
 
-Prints each one's command and result as Markdown, ready for docs/benchmarks.md. Nothing is run in
-parallel, and nothing is compared across runs: each script measures its peers beside us.
+Prints each command and its result as Markdown, for docs/benchmarks.md. Nothing runs in parallel,
+and no figures of different runs are compared: each script measures its peers beside us.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What the service itself costs: an echo engine with a fixed schedule, measured against that ideal.
+"""What the service itself costs: an echo engine with a fixed schedule, compared with that schedule.
 
     python bench/serve_overhead.py [--json FILE] [--tokens 64] [--requests-per-client 4]
 
-Closed loop at several concurrencies over real HTTP, streamed. The engine says its first token
-after `ttft` and one more every `itl`, whatever the load: an ideal service would show exactly that.
-Everything above it is ours, Ray Serve's and the client's, who shares the machine's cores: read the
-figures as an upper bound. Warm-up is excluded. To measure Serve's HAProxy path, set
+Closed loop at several concurrencies over real HTTP, streamed. The engine emits its first token
+after `ttft` and one more every `itl`, at any load; an ideal service would show exactly these times.
+The rest is the time of our code, of Ray Serve and of the client, which shares the machine's cores,
+so the figures are an upper bound. Warm-up is excluded. To measure Serve's HAProxy path, set
 RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_THROUGHPUT_OPTIMIZED=1.
 """
 
@@ -30,7 +30,7 @@ PROMPT = "x" * 64
 
 @dataclass(frozen=True)
 class Row:
-    """One concurrency; times in milliseconds."""
+    """What was measured at one concurrency; times in milliseconds."""
 
     max_flushes_per_s: float | None
     concurrency: int
@@ -45,7 +45,7 @@ class Row:
 
 
 async def ask(client: httpx.AsyncClient, url: str, tokens: int) -> tuple[float, float, int]:
-    """Seconds to the first event and to the end, and the number of events."""
+    """Send one request; seconds to the first event and to the end, and the number of events."""
     body = {"model": "echo", "prompt": PROMPT, "max_tokens": tokens}
     body |= {"ignore_eos": True, "stream": True}
     started = time.perf_counter()
@@ -111,33 +111,38 @@ def main() -> None:
     parser.add_argument(
         "--flushes", type=float, nargs="+", default=[0.0, 500.0], help="0 sends each token at once"
     )
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     echo = EchoOptions(ttft_s=0.02, itl_s=0.01)
     rows = []
-    for budget in given.flushes:
+    for budget in arguments.flushes:
         flushes = budget or None
         config = ServeConfig(
             echo=echo,
-            port=given.port,
+            port=arguments.port,
             replica_limits=ReplicaLimits(max_flushes_per_s=flushes),
         )
         with serving(config) as url:
-            for concurrency in given.concurrency:
+            for concurrency in arguments.concurrency:
                 row = asyncio.run(
                     measure(
-                        url, concurrency, given.requests_per_client, given.tokens, echo, flushes
+                        url,
+                        concurrency,
+                        arguments.requests_per_client,
+                        arguments.tokens,
+                        echo,
+                        flushes,
                     )
                 )
                 rows.append(row)
                 show(row)
-    if given.json:
+    if arguments.json:
         report = {
             "cpus": os.cpu_count(),
             "load_average": os.getloadavg(),
             "ha_proxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0"),
             "rows": [asdict(row) for row in rows],
         }
-        given.json.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

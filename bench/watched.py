@@ -1,8 +1,9 @@
-"""Runs `quantize` on a synthetic model in a memory cgroup and watches it; for two benchmarks.
+"""Runs `quantize` on a synthetic model in a memory cgroup and samples its memory; no script itself.
 
-What is measured, 4 times a second, is what cannot be dropped: anonymous memory and shared memory
-(Ray's object store). Page cache is counted by a cgroup too, but the kernel takes it back when it is
-needed, so that a job that reads large files always seems to fill its limit.
+memory_limit.py and workers.py call `quantize`; worker_memory.py and job_model.py use its helpers.
+Four times a second it samples the memory that the kernel cannot drop: anonymous memory and shared
+memory (Ray's object store). A cgroup counts page cache too, but the kernel reclaims it on demand,
+so a job that reads large files always seems to fill its limit.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ INTERVAL_S = 0.25
 
 @dataclass(slots=True)
 class Run:
-    """One finished run. Bytes; `peak` is the largest sum of anonymous and shared memory of all
-    processes, `at_peak` what it was made of, `cached` the same with page cache, None where no
-    cgroup could be made. `private` is the peak of anonymous memory by kind of process."""
+    """One finished run; sizes in bytes.
+
+    `peak` is the largest sum of anonymous and shared memory of all processes, `at_peak` that sum by
+    kind of process, `cached` the peak with page cache. `peak` and `cached` are None where no cgroup
+    could be made. `private` is the peak of anonymous memory by kind of process.
+    """
 
     wall_s: float
     digest: str
@@ -50,19 +54,19 @@ class Run:
 
 
 def make_model(directory: Path, size: Size) -> CheckpointReader:
-    """The synthetic model of this size; what is there already is not made again."""
+    """Open the synthetic model of this size; make it if the directory does not hold it."""
     config = synthetic_config(size)
     if not (directory / "config.json").exists():
         print(f"making {directory}", file=sys.stderr, flush=True)
         synthesize(directory, config)
-    found = CheckpointReader(directory)
-    if found.config != config:
+    model = CheckpointReader(directory)
+    if model.config != config:
         raise SystemExit(f"bench: {directory} holds another model; delete it, or give --output")
-    return found
+    return model
 
 
 def write_recipe(path: Path, name: str, num_blocks: int, block_tokens: int) -> Path:
-    """A built-in recipe on so much text."""
+    """Write a built-in recipe with this much calibration text; return `path`."""
     content = load_recipe(name).model_dump(mode="json")
     content["calibration"] = {"num_blocks": num_blocks, "block_tokens": block_tokens}
     path.write_text(yaml.safe_dump(content))
@@ -72,7 +76,7 @@ def write_recipe(path: Path, name: str, num_blocks: int, block_tokens: int) -> P
 def quantize(
     model: Path, recipe: Path, output: Path, workers: int, limit: int | None = None
 ) -> Run:
-    """Run the command, Ray and all, under a limit in bytes on all of its processes together."""
+    """Run the command, Ray included, with a limit in bytes on all of its processes together."""
     words = [
         *(sys.executable, "-m", "quant_jobs", "quantize", "--model", model, "--recipe", recipe),
         *("--calibration", TEXT, "--output", output, "--workers", workers, "--json"),
@@ -113,7 +117,7 @@ def quantize(
 
 
 class Group:
-    """No cgroup: the limit, if any, is each process's own, on its address space."""
+    """No cgroup: the limit, if any, is on the address space of each process."""
 
     name = "RLIMIT_AS of each process"
 
@@ -174,7 +178,7 @@ class CgroupV1(Group):
         return _pairs(self._folder / self._kills_file)["oom_kill"]
 
     def remove(self) -> None:
-        """Once its last process has ended: a few of Ray's outlive their driver."""
+        """Remove the cgroup once its last process has ended: some of Ray's outlive the driver."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
@@ -193,7 +197,8 @@ class CgroupV2(CgroupV1):
 
 @contextlib.contextmanager
 def memory_cgroup(limit: int | None) -> Iterator[Group]:
-    """A cgroup with this limit, swap included, of the first kind that works here."""
+    """A cgroup with this limit, swap included, of the first kind that works on this machine. It is
+    removed at the end."""
     group = Group(limit)
     for kind in (CgroupV1, CgroupV2):
         with contextlib.suppress(OSError, KeyError):
@@ -214,7 +219,7 @@ def _pairs(path: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def repeatedly(call: Callable[[], None], interval_s: float) -> Iterator[None]:
-    """Call it in a thread, every so often, while the block runs."""
+    """Call `call` in a thread, every `interval_s` seconds, while the `with` block runs."""
     stop = threading.Event()
 
     def run() -> None:
@@ -232,7 +237,7 @@ def repeatedly(call: Callable[[], None], interval_s: float) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Watch:
-    """What samples of the memory of a job's processes have shown."""
+    """Samples the memory of a job's processes and holds the peaks."""
 
     driver: int
     group: Group
@@ -256,9 +261,9 @@ class Watch:
 
 
 def anonymous_by_kind(driver: int) -> dict[str, int]:
-    """Anonymous memory, in bytes, of a driver and all below it, by kind: `driver`, `worker 0` and
-    so on (in the order of their process ids), `Ray`."""
-    found = {"driver": 0, "Ray": 0}
+    """Anonymous memory, in bytes, of a driver and its descendants, by kind of process: `driver`,
+    `worker 0` and so on (in the order of their process ids), `Ray`."""
+    sizes = {"driver": 0, "Ray": 0}
     workers: dict[int, int] = {}
     for pid in (driver, *_descendants(driver)):
         try:
@@ -266,15 +271,16 @@ def anonymous_by_kind(driver: int) -> dict[str, int]:
             status = Path(f"/proc/{pid}/status").read_text()
         except OSError:
             continue  # ended meanwhile
-        line = next((one for one in status.splitlines() if one.startswith("RssAnon")), "RssAnon 0")
-        size = int(line.split()[1]) * 1024
+        lines = status.splitlines()
+        rss_anon = next((line for line in lines if line.startswith("RssAnon")), "RssAnon 0")
+        size = int(rss_anon.split()[1]) * 1024
         if pid == driver:
-            found["driver"] = size
+            sizes["driver"] = size
         elif title.startswith(b"ray::QuantizeWorker"):
             workers[pid] = size
         else:
-            found["Ray"] += size
-    return {f"worker {n}": workers[pid] for n, pid in enumerate(sorted(workers))} | found
+            sizes["Ray"] += size
+    return {f"worker {n}": workers[pid] for n, pid in enumerate(sorted(workers))} | sizes
 
 
 def _descendants(pid: int) -> list[int]:
@@ -283,8 +289,8 @@ def _descendants(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
-    found, wave = [], [pid]
-    while wave:
-        wave = [child for parent in wave for child in children.get(parent, [])]
-        found += wave
-    return found
+    descendants, generation = [], [pid]
+    while generation:
+        generation = [child for parent in generation for child in children.get(parent, [])]
+        descendants += generation
+    return descendants

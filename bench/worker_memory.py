@@ -1,10 +1,10 @@
-"""The memory of one worker at DeepSeek-V3's true widths, and the step in which it is fullest.
+"""The memory of one worker at DeepSeek-V3's true widths, and the step with the peak.
 
     python bench/worker_memory.py --recipe int4-gptq [--experts 16] [--groups 2]
 
 Runs a job in this process, without Ray, on a synthetic model of one dense and one MoE layer, and
-looks at its anonymous and shared memory a hundred times a second. `--groups` cuts the experts into
-so many units, for 8 of them in a unit are what DeepSeek-V3's 256 make. Prints Markdown.
+samples its anonymous and shared memory a hundred times a second. `--groups` is the number of units
+of experts: the 256 experts of DeepSeek-V3 form units of 8. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from quant_jobs.__main__ import app as quant_jobs
 from quant_jobs.calibration import units
 
 INTERVAL_S = 0.01
-#: Files whose functions name a step.
-STEPS = ("worker.py", "unit_solver.py", "linear.py", "gptq.py")
+#: Files of quant_jobs whose functions name a step.
+STEPS = (
+    *("workers/worker.py", "workers/original.py", "workers/quantized.py"),
+    *("workers/unit_solver.py", "algorithms/linear.py", "algorithms/gptq.py"),
+)
 
 app = make_app(__doc__ or "")
 
@@ -69,7 +72,7 @@ def main(
 
 @dataclass(slots=True)
 class Watch:
-    """What samples of this process have shown: `peaks` in bytes, by what a thread is doing."""
+    """Samples the memory of this process; `peaks` in bytes, by the step that `thread` is in."""
 
     thread: int
     peaks: dict[str, int] = field(default_factory=dict)
@@ -79,11 +82,10 @@ class Watch:
         self.peaks[step] = max(used, self.peaks.get(step, 0))
 
     def _step(self) -> str:
-        """`solve > _gptq > inverse_factor`: our functions on the stack, the last three of them."""
+        """The last three of the job's functions on the stack: `solve > _gptq > inverse_factor`."""
         frame, names = sys._current_frames().get(self.thread), []
         while frame is not None and len(names) < 3:
-            path = Path(frame.f_code.co_filename)
-            if "quant_jobs" in path.parts and path.name in STEPS:
+            if frame.f_code.co_filename.endswith(STEPS):
                 names.append(frame.f_code.co_name)
             frame = frame.f_back
         return " > ".join(reversed(names)) or "between steps"
@@ -92,8 +94,8 @@ class Watch:
 def own_memory() -> int:
     """Anonymous and shared memory of this process, in bytes; not the pages of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    found = [line.split()[1] for line in lines if line.startswith(("RssAnon:", "RssShmem:"))]
-    return sum(int(kib) * 1024 for kib in found)
+    sizes = [line.split()[1] for line in lines if line.startswith(("RssAnon:", "RssShmem:"))]
+    return sum(int(kib) * 1024 for kib in sizes)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python bench/workers.py [--workers 1 --workers 2 --workers 4] [--recipe int4-gptq]
 
-A synthetic model of true DeepSeek-V3 layers (one dense, the others MoE with few experts), quantized
-from the start with every number of workers. All workers share this machine: above its number of
-cores they can only show that the bytes stay the same, not that it goes faster. Prints Markdown.
+Quantizes a synthetic model of true DeepSeek-V3 layers (one dense, the others MoE with few experts)
+from the start with each number of workers. All workers share this machine: with more workers than
+cores the run can only show that the bytes stay the same, not a speedup. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main(
 
 def row(done: Run, first: Run, count: int, model_bytes: int) -> str:
     report = done.report
-    read = report["driver_bytes_read"] + sum(one["bytes_read"] for one in report["workers"])
+    read = report["driver_bytes_read"] + sum(worker["bytes_read"] for worker in report["workers"])
     private = max(size for kind, size in done.private.items() if kind.startswith("worker"))
     whole = "not measured" if done.peak is None else f"{done.peak / 1e9:.2f}"
     return (

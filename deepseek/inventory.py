@@ -1,9 +1,10 @@
 """Every tensor that a DeepSeek-V3 checkpoint must hold, by name, from its config alone.
 
-One list serves all: the checkpoint reader (what must be there, and nothing else), the recipe (which
-linears exist to quantize), the memory planner (what each of them weighs, and how tensor parallelism
-splits it), and the quantize job (which linears read one input, and which tensor makes it). What a
-module's name says (layer, group, expert, input) is also here. No tensor values.
+One list serves all callers: the checkpoint reader (which tensors must be there, and no others), the
+recipe (which linears exist), the memory planner (the size of each tensor, and how tensor
+parallelism splits it), and the quantize job (which linears read the same input, and which tensor
+makes its channels). The functions that read layer, group, expert and input from a module's name are
+also here. No tensor values.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal
 
 from deepseek.config import ModelConfig
 
-#: What a tensor belongs to, in the planner's table and in the report.
+#: Group of a tensor in the planner's table and in the report.
 Group = Literal[
     "routed_experts",
     "shared_experts",
@@ -26,19 +27,19 @@ Group = Literal[
     "mtp",
 ]
 
-#: How tensor parallelism places a tensor. `expert` is split evenly over the GPUs, by expert (EP)
+#: How tensor parallelism places a tensor. `expert` means split evenly over the GPUs, by expert (EP)
 #: or inside each expert (MoE-TP); the bytes per GPU are the same.
 Split = Literal["column", "row", "expert", "replicated"]
 
-#: The linears of an attention.
+#: The linears of one attention module.
 ATTENTION_ROLES = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-#: The one among them that reads the latent which MLA caches; engines absorb it.
+#: The attention linear that reads the latent of MLA's cache; engines absorb it.
 LATENT_READER = "kv_b_proj"
 #: The linears of one MLP: dense, shared expert or routed expert.
 MLP_ROLES = ("gate_proj", "up_proj", "down_proj")
 
-#: Linears of one parent module that read one input, in checkpoint order, by the name of the linear
-#: that engines fuse them into. The first one's name stands for the input.
+#: Linears of one parent module that read the same input, in checkpoint order, by the name of the
+#: linear that engines fuse them into. The name of the first linear also names the input.
 FUSED = {
     "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -56,8 +57,8 @@ class TensorSpec:
 
     `shape` is [out, in] for linears. `layer` is None outside the decoder layers. `module` is the
     name without `.weight`. `expert` is set for routed experts only. `input_maker`, for linears and
-    the router, is the full name of the tensor that makes the channels of the input: the elements of
-    a norm, or the rows of a linear. It is None where no single tensor does (`o_proj` reads a mix of
+    the router, is the full name of the tensor whose elements (of a norm) or rows (of a linear) make
+    the channels of the input. It is None where no single tensor makes them (`o_proj` reads a mix of
     values).
     """
 
@@ -96,8 +97,8 @@ class TensorSpec:
 class LinearInput:
     """One input within a layer: `readers` are the linears that multiply it, in checkpoint order.
 
-    All of them see the same rows. The MLPs of a MoE layer are readers of different inputs (each
-    expert sees its own tokens), although one norm makes the channels of all.
+    All readers see the same rows. The MLPs of a MoE layer read different inputs (each expert sees
+    its own tokens), although one norm makes the channels of all of them.
     """
 
     readers: tuple[TensorSpec, ...]
@@ -114,12 +115,12 @@ class LinearInput:
 
     @property
     def parent(self) -> str:
-        """Module that holds the readers: the attention or one MLP."""
+        """Module that holds the readers: the attention module or one MLP."""
         return self.readers[0].parent
 
     @property
     def is_attention(self) -> bool:
-        """Whether the readers are the attention's linears; else they are those of an MLP."""
+        """Whether the readers belong to the attention module; otherwise they belong to an MLP."""
         return group_of(self.parent) == "attention"
 
     @property
@@ -139,7 +140,7 @@ class LinearInput:
 
     @property
     def fused(self) -> str | None:
-        """Module name of the one linear that engines make of the readers; None for one reader."""
+        """Module name of the linear that engines fuse the readers into; None for one reader."""
         if len(self.readers) == 1:
             return None
         return f"{self.parent}.{_FUSED_NAME[self.readers[0].role]}"
@@ -158,7 +159,7 @@ def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
-    """The tensors of one decoder layer. Those of an MTP layer all carry the group `mtp`."""
+    """The tensors of one decoder layer. All tensors of an MTP layer have the group `mtp`."""
     is_mtp = layer >= config.num_hidden_layers
     prefix = f"model.layers.{layer}"
     hidden = config.hidden_size
@@ -193,7 +194,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     def mlp(name: str, width: int, expert: int | None = None) -> Iterator[TensorSpec]:
         column: Split = "column" if expert is None else "expert"
         row: Split = "row" if expert is None else "expert"
-        # silu(gate) * up is linear in up: its rows make the channels that down reads.
+        # silu(gate) * up is linear in up, so the rows of up make the channels that down reads.
         up = f"{prefix}.{name}.up_proj.weight"
         yield linear(f"{name}.gate_proj", (width, hidden), column, mlp_norm, expert)
         yield linear(f"{name}.up_proj", (width, hidden), column, mlp_norm, expert)
@@ -247,8 +248,8 @@ def linears(config: ModelConfig, layer: int) -> list[TensorSpec]:
 
 
 def layer_inputs(config: ModelConfig, layer: int) -> list[LinearInput]:
-    """The inputs of one layer's linears, in the order of their first readers: every linear is a
-    reader of one input. Attention first, then one MLP after the other."""
+    """The inputs of one layer's linears, in the order of their first readers: attention first, then
+    one MLP after the other. Every linear reads one input."""
     readers: dict[str, list[TensorSpec]] = {}
     for spec in linears(config, layer):
         readers.setdefault(input_of(spec.module), []).append(spec)
@@ -260,7 +261,7 @@ def count_parameters(config: ModelConfig, *, with_mtp: bool = False) -> int:
     return sum(spec.numel for spec in tensors(config) if with_mtp or spec.group != "mtp")
 
 
-# --- what a module's name says ---
+# --- reading a module's name ---
 
 
 def layer_of(module: str) -> int:
@@ -270,8 +271,8 @@ def layer_of(module: str) -> int:
 
 def group_of(module: str) -> Group:
     """Group of a linear (or of the module that holds it) of a main layer, from its name:
-    `model.layers.3.mlp.experts.7.up_proj` -> `routed_experts`. An MTP layer's have the names of any
-    other layer's; only the config tells that their group is `mtp` (`layer_tensors`)."""
+    `model.layers.3.mlp.experts.7.up_proj` -> `routed_experts`. The linears of an MTP layer have the
+    same names; only the config tells that their group is `mtp` (`layer_tensors`)."""
     rest = module.split(".", 3)[3]
     if rest.startswith("self_attn"):
         return "attention"
@@ -291,8 +292,8 @@ def expert_of(module: str) -> int | None:
 
 
 def input_of(module: str) -> str:
-    """Module name that stands for the input of a linear: its own, or that of the first linear that
-    reads the same (`LinearInput.name`). `...kv_a_proj_with_mqa` -> `...q_a_proj`."""
+    """Name of the input of a linear (`LinearInput.name`): the module name of the first linear that
+    reads this input. `...kv_a_proj_with_mqa` -> `...q_a_proj`."""
     parent, _, role = module.rpartition(".")
     fused = _FUSED_NAME.get(role)
     return module if fused is None else f"{parent}.{FUSED[fused][0]}"

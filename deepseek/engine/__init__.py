@@ -1,16 +1,18 @@
 """The embedded engine: DeepSeek-V3 on a CPU, quantized or not, in continuous batches.
 
-    request.py     what is asked, what is answered, and a sequence under way
+    options.py     how an engine runs, what it serves, how busy it is
+    request.py     requests, step outputs, sequences
     scheduler.py   which tokens run next (no tensors)      pages.py     who owns which KV page
     batch.py       the tokens of one step as tensors       kv_cache.py  the paged latent cache
     model.py       the forward pass: attention.py, moe.py, rope.py
-    linear.py      the kernels, one class per weight format; the seam for a native extension
+    linear.py      the kernels, one class per weight format; a native extension goes here
     sampler.py     logits -> tokens                        detokenizer.py  tokens -> text
     engine.py      the step loop over all of these
 
     packed_layout.py  which tensors an engine holds, and their bytes, from config and schemes
     packing.py        source or artifact -> those tensors
-    packed.py         the engine directory: written once, verified when it is loaded
+    packed.py         the engine directory: manifest fields, verified loading
 
-Nothing here knows of Ray, HTTP or asyncio; serve_app's embedded adapter runs the loop in a thread.
+quant_jobs/targets/embedded.py writes engine directories. Nothing here knows of Ray, HTTP or
+asyncio; serve_app/engines/embedded.py runs the step loop in a thread.
 """

@@ -1,17 +1,20 @@
-"""Absorbed multi-head latent attention over the paged cache.
+"""Absorbed multi-head latent attention (MLA) of one layer over the paged cache.
 
 MLA (DeepSeek-V2, arXiv 2405.04434) caches one latent c and one rotary key k per token. With
 kv_b_proj = [W_UK; W_UV] per head, the score q_nope . (W_UK c) equals (q_nope W_UK) . c, and the
-output is W_UV times the weighted sum of latents; so W_UK and W_UV are applied to this step's few
-queries instead of to the whole context, and keys and values are never made.
+output is W_UV times the weighted sum of latents. So W_UK and W_UV multiply this step's few queries
+instead of the whole context, and keys and values are never computed.
 
-The context is walked in blocks of fixed size with a running maximum and sum (online softmax,
-Milakov and Gimelshein, arXiv 1805.02867). A block past a query's position leaves its sums as they
-are, bit for bit, so a token's result does not depend on what else is in the step. The rest of that
-is that FP32 products treat a row alike in any number of rows (linear.py says how).
+The context is read in attention blocks of `BLOCK_TOKENS` tokens, with a running maximum and sum
+(online softmax, Milakov and Gimelshein, arXiv 1805.02867). An attention block past a query's
+position leaves the query's sums unchanged, bit for bit, so a token's result does not depend on the
+other tokens of the step. This also needs FP32 products that treat a row alike in any number of rows
+(`RowRule` in linear.py).
+
+The caller owns cache and pages; this file writes and reads them, and frees nothing.
 
 T tokens · H heads · n, r, v widths of query without position, rotary part, value · R latent ·
-B sequences of a group · C block tokens
+B sequences of a group, A of them active · C tokens of an attention block
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ class Attention:
     def forward(
         self, x: Tensor, batch: Batch, angles: tuple[Tensor, Tensor], cache: LatentCache
     ) -> Tensor:
-        """f32 [T, hidden], normed -> f32 [T, hidden]; stores the step's latents in the cache."""
+        """f32 [T, hidden], normed -> f32 [T, hidden]. Writes the step's latents into the cache."""
         config = self._config
         widths = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
         joined = self._qkv_a.forward(encode(x, self._qkv_a.encodings))
@@ -73,9 +76,9 @@ class Attention:
         query = torch.cat((self._per_head(q_nope, self._w_uk), q_rope), dim=-1)
         query *= self._softmax_scale  # [T, H, R + r]
 
-        context = [self._attend(query[group.rows], group, cache) for group in batch.groups]
-        summed = context[0] if len(context) == 1 else torch.cat(context)  # [T, H, R]
-        values = self._per_head(summed, self._w_uv).flatten(1)  # [T, H * v]
+        by_group = [self._attend(query[group.rows], group, cache) for group in batch.groups]
+        latents = by_group[0] if len(by_group) == 1 else torch.cat(by_group)  # [T, H, R]
+        values = self._per_head(latents, self._w_uv).flatten(1)  # [T, H * v]
         return self._output.forward(encode(values, self._output.encodings))
 
     def _per_head(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -88,11 +91,11 @@ class Attention:
         heads, width = query.shape[1:]
         sequences, length = group.num_sequences, group.length
         query = self._rows.pad(query.reshape(sequences, length * heads, width), dim=1)
-        total = peak = weighted = query  # replaced by the first block
+        total = peak = weighted = query  # replaced by the first attention block
         for number, block in enumerate(group.blocks):
-            n = block.num_active
-            keys = cache.read(self._layer, block.pages)  # [n, C, R + r]
-            scores = torch.bmm(query[:n], keys.transpose(1, 2))  # [n, rows, C]
+            active = block.num_active
+            keys = cache.read(self._layer, block.pages)  # [A, C, R + r]
+            scores = torch.bmm(query[:active], keys.transpose(1, 2))  # [A, rows, C]
             if block.hidden is not None:
                 _mask(scores[:, : length * heads], block.hidden, heads)
             block_peak = scores.amax(dim=-1, keepdim=True)
@@ -103,25 +106,25 @@ class Attention:
                 total = weights.sum(dim=-1, keepdim=True)
                 weighted = torch.bmm(weights, latents)
                 continue
-            new_peak = torch.maximum(peak[:n], block_peak)
+            new_peak = torch.maximum(peak[:active], block_peak)
             weights = scores.sub_(new_peak).exp_()
-            fade = (peak[:n] - new_peak).exp_()
-            total[:n] = total[:n] * fade + weights.sum(dim=-1, keepdim=True)
-            weighted[:n] = weighted[:n] * fade + torch.bmm(weights, latents)
-            peak[:n] = new_peak
+            rescale = (peak[:active] - new_peak).exp_()
+            total[:active] = total[:active] * rescale + weights.sum(dim=-1, keepdim=True)
+            weighted[:active] = weighted[:active] * rescale + torch.bmm(weights, latents)
+            peak[:active] = new_peak
         result = (weighted / total)[:, : length * heads]
         return result.reshape(sequences * length, heads, -1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """f32 [..., K] scaled to root mean square 1, times weight f32 [K]."""
+    """Scale f32 [..., K] to root mean square 1 and multiply it by the weight f32 [K]."""
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
 def _mask(scores: Tensor, hidden: Tensor, heads: int) -> None:
-    """Set scores [n, T * H, C] to -inf where hidden [n, T, C] is true, for all heads of a token."""
-    n, length, width = hidden.shape
-    view = scores.view(n, length, heads, width) if scores.is_contiguous() else None
+    """Set scores [A, T * H, C] to -inf where hidden [A, T, C] is true, for all heads of a token."""
+    active, length, width = hidden.shape
+    view = scores.view(active, length, heads, width) if scores.is_contiguous() else None
     if view is not None:
         view.masked_fill_(hidden[:, :, None], float("-inf"))
     else:

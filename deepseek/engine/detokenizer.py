@@ -1,9 +1,9 @@
-"""Tokens to text, one at a time, showing only what is settled.
+"""Turns the tokens of one request into text, one at a time, and returns only final text.
 
-Two things are held back: the tail of the text that is not a whole UTF-8 character yet, and a tail
-that might become a stop string. A stop string ends the text before its first character. Tokens are
-decoded within a short window of their predecessors, since decoders look at neighbors (a leading
-space, bytes of one character).
+Two tails are held back: bytes that are not a whole UTF-8 character yet, and text that may become a
+stop string. A stop string ends the text before its first character. Each token is decoded in a
+short window of its predecessors, because decoders look at neighbors (a leading space, the bytes of
+one character). The engine calls `push` for every token and `flush` at the end of the request.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from deepseek.errors import ArtifactError
 
 
 class Tokenizer(Protocol):
-    """What is used of a `tokenizers.Tokenizer` (or of transformers' fast tokenizers)."""
+    """The part of `tokenizers.Tokenizer` (and of transformers' fast tokenizers) that is used."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
-#: How an unfinished UTF-8 character decodes: once per byte in some decoders, so up to three times.
+#: What an unfinished UTF-8 character decodes to: one per byte in some decoders, so up to three.
 _UNFINISHED = "\ufffd"
 _MAX_UNFINISHED = 3
-#: Tokens of context kept, and the length from which the window is cut back to that.
+#: The window is cut back to `_CONTEXT` tokens when it has more than `_WINDOW`.
 _CONTEXT, _WINDOW = 8, 32
 
 
@@ -39,23 +39,23 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._window = list(prompt_ids[-_CONTEXT:])
-        self._num_shown = len(self._settled())  # characters of the window's text already passed on
+        self._num_shown = len(self._final_text())  # characters of the window already passed on
         self._held = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that may be shown now, often empty."""
+        """Add a token and return the text that is final now, often empty."""
         assert not self.stopped
         self._window.append(token_id)
-        text = self._settled()
+        text = self._final_text()
         new, self._num_shown = text[self._num_shown :], max(self._num_shown, len(text))
         if len(self._window) > _WINDOW and not self._decode().endswith(_UNFINISHED):
             self._window = self._window[-_CONTEXT:]
-            self._num_shown = len(self._settled())
+            self._num_shown = len(self._final_text())
         return self._release(new)
 
     def flush(self) -> str:
-        """The rest, at the end of the request: what was held back cannot grow any more."""
+        """Return the held text at the end of the request, when no token can follow it."""
         text = self._release(self._decode()[self._num_shown :])
         if self.stopped:
             return text
@@ -65,27 +65,28 @@ class Detokenizer:
     def _decode(self) -> str:
         return self._tokenizer.decode(self._window, skip_special_tokens=True)
 
-    def _settled(self) -> str:
+    def _final_text(self) -> str:
+        """The window's text without an unfinished UTF-8 character."""
         text = self._decode()
         for _ in range(_MAX_UNFINISHED):
             text = text.removesuffix(_UNFINISHED)
         return text
 
     def _release(self, new: str) -> str:
-        """Append to what is held and return what cannot be part of a stop string."""
+        """Append to the held text and return the part of it that no stop string can begin in."""
         held = self._held + new
-        found = [at for stop in self._stop if (at := held.find(stop)) >= 0]
-        if found:
+        stops = [start for stop in self._stop if (start := held.find(stop)) >= 0]
+        if stops:
             self.stopped = True
             self._held = ""
-            return held[: min(found)]
-        keep = max((_overlap(held, stop) for stop in self._stop), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+            return held[: min(stops)]
+        num_held = max((_overlap(held, stop) for stop in self._stop), default=0)
+        self._held = held[len(held) - num_held :]
+        return held[: len(held) - num_held]
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer | None:
-    """DIR/tokenizer.json, or None where there is none.
+    """Load DIR/tokenizer.json; None where the directory has none.
 
     Raises:
         ArtifactError: the file is not a tokenizer.
@@ -100,7 +101,7 @@ def load_tokenizer(directory: Path | str) -> Tokenizer | None:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop` without being all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-size:]):
             return size

@@ -1,8 +1,9 @@
 """The step loop: requests in, one output per request and step out.
 
-Not thread-safe and not asynchronous: one thread owns an engine and calls `step` while `has_work`.
-Every accepted request ends in exactly one output with a finish reason, also when it is aborted or a
-step fails. Prompts and outputs are never logged.
+Not thread-safe and not asynchronous: one thread owns an engine and calls `step` while `has_work`
+(serve_app/engines/embedded.py; `quant_jobs evaluate` calls `score`). Every accepted request ends in
+exactly one output with a finish reason, also when it is aborted or a step fails; its KV pages are
+free by then. Prompts and outputs are never logged.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Tracked:
-    """A sequence with its text."""
+    """A sequence and, where the engine has a tokenizer, the detokenizer of its text."""
 
     sequence: Sequence
     detokenizer: Detokenizer | None
@@ -55,8 +56,8 @@ class _Tracked:
 class LLMEngine:
     """One model, its cache, and the requests under way.
 
-    `failure` is the last exception of a step, for health checks; `max_model_len` is what prompt and
-    completion together may reach, the cache's size included.
+    `failure` is the last exception of a step, for health checks. `max_model_len` is the limit of
+    prompt and completion together; the size of the cache bounds it too.
     """
 
     def __init__(
@@ -81,12 +82,12 @@ class LLMEngine:
             raise DeployError(
                 f"max_model_len {model_len} exceeds the model's {config.max_position_embeddings}"
             )
-        wanted = options.max_kv_tokens or max(model_len, 1024 * options.max_batch_size)
-        pages = -(-wanted // identity.page_tokens)
-        self._pool = PagePool(pages, identity.page_tokens)
+        kv_tokens = options.max_kv_tokens or max(model_len, 1024 * options.max_batch_size)
+        num_pages = -(-kv_tokens // identity.page_tokens)
+        self._pool = PagePool(num_pages, identity.page_tokens)
         self.max_model_len = min(model_len, self._pool.capacity_tokens)
         self._cache = LatentCache(
-            config, check_cache_format(identity.kv_cache), pages, identity.page_tokens
+            config, check_cache_format(identity.kv_cache), num_pages, identity.page_tokens
         )
         self._scheduler = Scheduler(
             self._pool,
@@ -109,7 +110,7 @@ class LLMEngine:
 
         Raises:
             ArtifactError: it is incomplete or damaged.
-            DeployError: the options ask for what it cannot do.
+            DeployError: the engine cannot run with these options.
         """
         options = options or EngineOptions()
         packed = load_packed(engine_dir)
@@ -156,7 +157,7 @@ class LLMEngine:
 
     @property
     def num_preemptions(self) -> int:
-        """Sequences that lost their pages to older ones, since the start."""
+        """Number of times that a sequence lost its pages to older ones, since the start."""
         return self._scheduler.num_preemptions
 
     def current_load(self) -> EngineLoad:
@@ -179,11 +180,11 @@ class LLMEngine:
             RequestError: it can never be served, or its id is in use.
         """
         self._check(request)
-        given = request.sampling.seed
+        seed = request.sampling.seed
         sequence = Sequence(
             request,
             arrived_s=self._clock(),
-            seed=secrets.randbits(64) if given is None else given,
+            seed=secrets.randbits(64) if seed is None else seed,
         )
         detokenizer = None
         if self.tokenizer is not None:
@@ -201,7 +202,7 @@ class LLMEngine:
         return True
 
     def step(self) -> list[StepOutput]:
-        """Run one step; an output for every request that got a token or ended."""
+        """Run one step and return an output for every request that got a token or ended."""
         outputs, self._finished = self._finished, []
         schedule = self._scheduler.schedule()
         if not schedule.chunks:
@@ -213,7 +214,7 @@ class LLMEngine:
         completing = [chunk for chunk in schedule.chunks if chunk.completes]
         try:
             choices = self._compute(schedule, completing)
-        except Exception as error:  # whatever it is, clients must hear of it, and health checks
+        except Exception as error:  # every failure ends its requests and shows in health checks
             LOG.exception("a step of %d tokens failed", schedule.num_tokens)
             self.failure = error
             reason = f"the engine failed in this step ({type(error).__name__})"
@@ -230,8 +231,9 @@ class LLMEngine:
         return outputs
 
     def score(self, token_ids: Tensor) -> Tensor:
-        """Logits f32 [T, V] after each of the tokens int64 [T], through the same kernels, pages and
-        KV format as generation, in chunks of `max_batched_tokens`.
+        """Logits f32 [T, V] after each of the tokens int64 [T], computed with the kernels, KV pages
+        and KV format of generation, in chunks of `max_batched_tokens`. The pages are free again
+        when it returns.
 
         Raises:
             RequestError: the text is empty or longer than the engine's limit, or running requests
@@ -269,7 +271,7 @@ class LLMEngine:
 
     @torch.inference_mode()
     def _forward(self, chunks: list[Chunk], *, every_token: bool = False) -> Tensor:
-        """Logits of every token, or of the last one of each chunk that completes its sequence."""
+        """Logits of every token, or of the last token of each chunk that completes its sequence."""
         spans = [
             Span(chunk.sequence.tokens(chunk.start, chunk.stop), chunk.start, chunk.sequence.pages)
             for chunk in chunks
@@ -283,17 +285,17 @@ class LLMEngine:
         return self._model.logits(hidden)
 
     def _append(self, sequence: Sequence, choice: Choice) -> StepOutput:
-        """Give a sequence its next token; ends it where it must."""
+        """Append the next token to a sequence; end the sequence at a limit or a stop."""
         tracked = self._tracked[sequence.request.request_id]
         if sequence.first_token_s is None:
             sequence.first_token_s = self._clock()
         sequence.output_ids.append(choice.token_id)
         logprobs = () if choice.logprob is None else (self._name_logprobs(choice),)
         reason = self._stop_reason(sequence, choice.token_id)
-        silent = reason == "stop"  # an end token has no text
+        is_end_token = reason == "stop"  # an end token has no text
         text, detokenizer = "", tracked.detokenizer
         if detokenizer is not None:
-            text = "" if silent else detokenizer.push(choice.token_id)
+            text = "" if is_end_token else detokenizer.push(choice.token_id)
             if detokenizer.stopped:
                 reason = "stop"
             elif reason is not None:
@@ -325,7 +327,7 @@ class LLMEngine:
         logprobs: tuple[TokenLogprob, ...] = (),
         error: str | None = None,
     ) -> StepOutput:
-        """Forget a request, free its pages, and make its final output."""
+        """Remove a request, free its pages, and return its final output."""
         sequence = tracked.sequence
         self._scheduler.remove(sequence)
         del self._tracked[sequence.request.request_id]
@@ -392,8 +394,8 @@ class LLMEngine:
 
 
 def _kernels(options: EngineOptions) -> Kernels:
-    spare = max(1, len(os.sched_getaffinity(0)) - 1)
-    torch.set_num_threads(options.num_threads or min(torch.get_num_threads(), spare))
+    all_but_one = max(1, len(os.sched_getaffinity(0)) - 1)
+    torch.set_num_threads(options.num_threads or min(torch.get_num_threads(), all_but_one))
     kernels = Kernels.detect(batch_invariant=options.batch_invariant)
     if options.batch_invariant and not kernels.is_batch_invariant:
         LOG.warning("this CPU's GEMM is not batch invariant; tokens may depend on the batch")

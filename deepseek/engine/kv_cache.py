@@ -1,20 +1,22 @@
-"""The paged latent cache: per layer and token one compressed latent and one rotary key.
+"""The paged latent cache (KV cache): one compressed latent and one rotary key per layer and token.
 
 Under absorbed MLA all heads share this one vector, so a token costs `kv_lora_rank + rope` values
-per layer, whatever the number of heads. Formats, in bytes per token and layer (R latent, r rope):
+per layer, whatever the number of heads. pages.py says who owns which KV page. Formats, in bytes per
+token and layer (R latent, r rope):
 
     bf16   2 (R + r)      the default
-    int8   R + 4 + 2 r    latent INT8 with one f32 scale per token; the rotary key stays BF16, for
-                          its large, position-dependent values would set everybody's scale
+    int8   R + 4 + 2 r    latent INT8 with one f32 scale per token; the rotary key stays BF16,
+                          because its large values, which depend on the position, would set the
+                          scale of the latent
     fp32   4 (R + r)      for exactness tests
 
-Reading gives f32 in whole blocks of pages, dequantized on the way: BF16 matrix products are slower
-than FP32 ones on CPUs without AMX. Page 0 stays zero and pads short page tables (pages.py). Pages
-are zeroed when they are handed out, so the unused tail of a page is zeros, never a former owner's
-data (or, in tests, the NaN that poisons free pages).
+`read` returns f32, dequantized: BF16 matrix products are slower than FP32 ones on CPUs without AMX.
+Page 0 stays zero and pads short page tables (pages.py). The engine clears a page whenever the page
+gets an owner, so the unused tail of a page is zeros, never a former owner's data (or, in tests, the
+NaN that poisons free pages).
 
 P pages · S tokens per page · L layers · R latent width · r rope width
-B sequences · C block tokens
+B sequences · C tokens of an attention block
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ CacheFormat = Literal["bf16", "int8", "fp32"]
 
 
 def check_cache_format(name: str) -> CacheFormat:
-    """The KV format by name.
+    """Return `name` if it is a KV format of this engine.
 
     Raises:
         DeployError: the embedded engine does not implement it.
@@ -79,33 +81,33 @@ class LatentCache:
             return torch.zeros((*shape, width), dtype=dtype)  # [L, P, S, width]
 
         if cache_format == "int8":
-            self._parts = [
+            self._tensors = [
                 zeros(self._latent_width, torch.int8),
                 zeros(1, torch.float32),
                 zeros(rope, torch.bfloat16),
             ]
         else:
             dtype = torch.bfloat16 if cache_format == "bf16" else torch.float32
-            self._parts = [zeros(self._latent_width + rope, dtype)]
+            self._tensors = [zeros(self._latent_width + rope, dtype)]
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.nbytes for part in self._parts)
+        return sum(tensor.nbytes for tensor in self._tensors)
 
     def clear(self, pages: list[int]) -> None:
-        """Zero these pages in all layers; done whenever they get an owner."""
+        """Zero these pages in all layers. The caller does so whenever a page gets an owner."""
         if pages:
             assert ZERO_PAGE not in pages
             index = torch.tensor(pages)
-            for part in self._parts:
-                part.index_fill_(1, index, 0)
+            for tensor in self._tensors:
+                tensor.index_fill_(1, index, 0)
 
     def poison(self, pages: list[int]) -> None:
-        """Make any use of these pages visible as NaN (tests)."""
+        """Fill these pages with NaN, so that any use of them shows (tests)."""
         index = torch.tensor(pages, dtype=torch.int64)
-        for part in self._parts:
-            if part.is_floating_point():
-                part.index_fill_(1, index, float("nan"))
+        for tensor in self._tensors:
+            if tensor.is_floating_point():
+                tensor.index_fill_(1, index, float("nan"))
 
     def write(self, layer: int, slots: Tensor, latent: Tensor, rope: Tensor) -> None:
         """Store one token per row: slots int64 [T] (page * S + offset), f32 [T, R] and [T, r]."""
@@ -114,18 +116,18 @@ class LatentCache:
             values = [codes, scale, rope]
         else:
             values = [torch.cat((latent, rope), dim=1)]
-        for part, value in zip(self._parts, values, strict=True):
-            rows = part[layer].view(-1, part.shape[-1])
-            rows.index_copy_(0, slots, value.to(part.dtype))
+        for tensor, value in zip(self._tensors, values, strict=True):
+            rows = tensor[layer].view(-1, tensor.shape[-1])
+            rows.index_copy_(0, slots, value.to(tensor.dtype))
 
     def read(self, layer: int, pages: Tensor) -> Tensor:
         """Page numbers int64 [B, C/S] -> f32 [B, C, R + r], latent first."""
-        batch, count = pages.shape
+        num_sequences, num_pages = pages.shape
         index = pages.reshape(-1)
-        parts = [part[layer].index_select(0, index) for part in self._parts]
+        stored = [tensor[layer].index_select(0, index) for tensor in self._tensors]
         if self._format == "int8":
-            codes, scale, rope = parts
+            codes, scale, rope = stored
             values = torch.cat((dequantize_int8(codes, scale), rope.float()), dim=-1)
         else:
-            values = parts[0].float()
-        return values.view(batch, count * self.page_tokens, -1)
+            values = stored[0].float()
+        return values.view(num_sequences, num_pages * self.page_tokens, -1)

@@ -1,13 +1,14 @@
-"""The kernels: one class per weight format, chosen in one place (`make_linear`).
+"""The kernels of linears: one class per weight format; `make_linear` chooses the class.
 
-`make_linear` is the seam for a native extension: return another class with the same three members
-(`encoding`, `num_bytes`, `matmul`) and nothing else in the engine changes.
+`make_linear` is where a native extension goes: return another class with the same three members
+(`encoding`, `num_bytes`, `matmul`), and nothing else in the engine changes. The formats themselves
+are deepseek/formats; model.py and moe.py call the kernels through `Projection`.
 
-What was measured decides (bench/linear_formats.py). Per format, on CPUs without AMX:
+Measurements chose each kernel (bench/linear_formats.py). Per format, on CPUs without AMX:
 
-  f32       F.linear. BF16 products are 2 to 10 times slower than FP32 ones here, so bf16 and FP8
-            block weights are held in FP32.
-  int8      weight-only: `_weight_int8pack_mm` with BF16 activations, the one fast path of that
+  f32       F.linear. BF16 products are 2 to 10 times slower than FP32 ones here, so weights in BF16
+            and in FP8 tiles are held in FP32.
+  int8      weight-only: `_weight_int8pack_mm` with BF16 activations, the only fast path of that
             operator (FP32 activations take a scalar loop, 100 times slower). Fastest of all at one
             token; slower than FP32 from about 64 tokens on. Its error is the rounding of
             activations and outputs to BF16, 2.3e-3 relative.
@@ -15,21 +16,22 @@ What was measured decides (bench/linear_formats.py). Per format, on CPUs without
             scalar loop (30 times slower than FP32), so the activation codes, integers up to 127,
             which BF16 holds exactly, go through `_weight_int8pack_mm`; the integer sum is rounded
             to BF16 once (1.7e-3, against the 2e-2 of the format itself).
-  int8-asym as int8; the zero point is taken off the sums, z * (sum of the inputs), in FP32: 2.4e-3.
-            The sums' rounding to BF16 weighs more, the farther z lies from the bulk of the codes:
-            2.3e-2 where one weight of 40 sigma sets the range (the format's own error is 4.6e-2).
-            The same speed within 5 %.
+  int8-asym as int8; z * (sum of the inputs) is subtracted from the sums in FP32: 2.4e-3. Rounding
+            the sums to BF16 costs more, the farther the zero point z lies from most codes: 2.3e-2
+            where one weight of 40 sigma sets the range (the format's own error is 4.6e-2). The same
+            speed within 5 %.
   int4      `_weight_int4pack_mm_for_cpu` with BF16 activations, scale and zero in BF16. Rounding
             the zero to BF16 costs less than 1e-4; the kernel's error is 2.4e-3, the format's 0.1.
   int4-afp8 the same on e4m3 codes of the input, which BF16 holds exactly, times the input's static
-            scale: 1.7e-3, against the 2.6e-2 of rounding to e4m3. Quantized inside the product: the
-            scale belongs to the linear, not to the token. 4 to 8 % slower than int4 ([4096, 7168],
-            1 to 256 tokens), most of it torch's cast from e4m3 to BF16.
+            scale: 1.7e-3, against the 2.6e-2 of rounding to e4m3. `matmul` quantizes the input,
+            because the scale belongs to the linear, not to the token. 4 to 8 % slower than int4
+            ([4096, 7168], 1 to 256 tokens), most of it torch's cast from e4m3 to BF16.
 
-Batch invariance: one kernel per format whatever the number of rows. The low-bit kernels compute a
-row alike in any batch. FP32 GEMMs do so only from a few rows on (one row goes another way), so
-those are padded with zero rows to a multiple of what a probe at start finds (`RowRule`; 4 here).
-Greedy tokens are then the same alone, batched, chunked or preempted, bit for bit.
+Batch invariance: each format has one kernel for any number of rows. The low-bit kernels compute a
+row alike in any batch. FP32 GEMMs do so only from a few rows on (a single row takes another code
+path), so FP32 inputs are padded with zero rows to a multiple that a probe finds at the start
+(`RowRule`; 4 here). Greedy tokens are then the same alone, batched, chunked or preempted, bit for
+bit.
 
 T tokens · N outputs · K inputs · g group size
 """
@@ -47,50 +49,50 @@ from torch import Tensor
 from deepseek.formats import quantize_input_fp8, quantize_tokens_int8
 from deepseek.recipe import Scheme
 
-#: What a kernel takes: f32, BF16, INT8 codes with a scale per token, or those codes held in BF16.
+#: Input of a kernel: f32, BF16, INT8 codes with a scale per token, or those codes held in BF16.
 Encoding = Literal["f32", "bf16", "int8", "int8-in-bf16"]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Activations [T, K] as a kernel takes them; `scale` is f32 [T, 1] for INT8 codes."""
+    """Activations [T, K] in one encoding; `scale` is f32 [T, 1] for INT8 codes, else None."""
 
     data: Tensor
     scale: Tensor | None = None
 
     def take(self, rows: Tensor) -> Encoded:
-        """The rows at these indices, int64 [R]."""
+        """Copy the rows at these indices, int64 [R]."""
         scale = None if self.scale is None else self.scale.index_select(0, rows)
         return Encoded(self.data.index_select(0, rows), scale)
 
     def cut(self, first: int, last: int) -> Encoded:
-        """Rows [first, last), not copied."""
+        """A view of the rows [first, last)."""
         scale = None if self.scale is None else self.scale[first:last]
         return Encoded(self.data[first:last], scale)
 
 
 def encode(x: Tensor, encodings: Iterable[Encoding]) -> dict[Encoding, Encoded]:
-    """f32 [T, K] in each of the encodings, made once for all linears that share the input."""
-    found: dict[Encoding, Encoded] = {}
+    """Encode f32 [T, K] once in each encoding, for all linears that share the input."""
+    encoded: dict[Encoding, Encoded] = {}
     for encoding in encodings:
         if encoding == "f32":
-            found[encoding] = Encoded(x)
+            encoded[encoding] = Encoded(x)
         elif encoding == "bf16":
-            found[encoding] = Encoded(x.bfloat16())
+            encoded[encoding] = Encoded(x.bfloat16())
         else:
             codes, scale = quantize_tokens_int8(x)
-            found[encoding] = Encoded(codes if encoding == "int8" else codes.bfloat16(), scale)
-    return found
+            encoded[encoding] = Encoded(codes if encoding == "int8" else codes.bfloat16(), scale)
+    return encoded
 
 
 @dataclass(frozen=True, slots=True)
 class RowRule:
-    """FP32 products run on multiples of `multiple` rows; 1 means as they come."""
+    """FP32 products run on a multiple of `multiple` rows; 1 means any number of rows."""
 
     multiple: int
 
     def pad(self, x: Tensor, dim: int = 0) -> Tensor:
-        """Append zero rows along `dim` up to the next multiple; the caller cuts them off again."""
+        """Append zero rows along `dim` up to the next multiple; the caller removes them again."""
         extra = -x.shape[dim] % self.multiple
         if not extra:
             return x
@@ -101,7 +103,8 @@ class RowRule:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """What this machine's kernels are like. `is_batch_invariant` says what was found, or wanted."""
+    """Properties of this machine's kernels. `is_batch_invariant` is False also where batch
+    invariance was not asked for."""
 
     rows: RowRule
     has_vnni: bool
@@ -109,7 +112,8 @@ class Kernels:
 
     @classmethod
     def detect(cls, *, batch_invariant: bool) -> Kernels:
-        """Look at this CPU and, for batch invariance, at its GEMM with the current thread count."""
+        """Ask torch about this CPU and, for batch invariance, probe its GEMM with the current
+        number of threads."""
         multiple = find_row_multiple(torch.get_num_threads()) if batch_invariant else None
         return cls(
             RowRule(multiple or 1),
@@ -132,7 +136,7 @@ class Linear(Protocol):
 
 
 class Float32Linear:
-    """Weight f32 [N, K]: unquantized, or dequantized from FP8 blocks."""
+    """Weight f32 [N, K]: unquantized, or dequantized from FP8 tiles."""
 
     encoding: Encoding = "f32"
 
@@ -155,7 +159,7 @@ class Int8Linear:
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         self._codes, self._scale = codes, scale
-        # The operator's own scale is BF16; ours is FP32 and is applied to its result.
+        # The operator's own scale is BF16. Ours is FP32 and multiplies the operator's result.
         self._ones = torch.ones(codes.shape[0], dtype=torch.bfloat16)
 
     @property
@@ -168,7 +172,7 @@ class Int8Linear:
 
 
 class Int8AsymLinear(Int8Linear):
-    """The same with a zero point int8 [N]: weight = (code - zero point) * scale (W8A16)."""
+    """`Int8Linear` with a zero point int8 [N]: weight = (code - zero point) * scale (W8A16)."""
 
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__(codes, scale)
@@ -185,7 +189,7 @@ class Int8AsymLinear(Int8Linear):
 
 
 class Int8DynamicLinear(Int8Linear):
-    """The same weight with INT8 activations (W8A8), their codes held in BF16: CPUs without VNNI."""
+    """`Int8Linear` with INT8 activations (W8A8), their codes held in BF16: CPUs without VNNI."""
 
     encoding: Encoding = "int8-in-bf16"
 
@@ -195,7 +199,7 @@ class Int8DynamicLinear(Int8Linear):
 
 
 class Int8VnniLinear:
-    """The same weight with INT8 activations in exact integer arithmetic: CPUs with VNNI."""
+    """The weight of `Int8Linear` with INT8 activations (W8A8), exact sums: CPUs with VNNI."""
 
     encoding: Encoding = "int8"
 
@@ -231,7 +235,7 @@ class Int4Linear:
 
 
 class Int4StaticFp8Linear(Int4Linear):
-    """The same with FP8 inputs (W4A8): e4m3 with one static scale, f32 [1], saturating."""
+    """`Int4Linear` with FP8 inputs (W4A8): e4m3 with one static scale, f32 [1], saturating."""
 
     encoding: Encoding = "f32"
 
@@ -251,7 +255,8 @@ class Int4StaticFp8Linear(Int4Linear):
 
 
 def make_linear(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels) -> Linear:
-    """The kernel for one packed linear (tensors as `packed_layout.packed_shapes` lists them)."""
+    """Choose the kernel of one packed linear and give it its tensors, by suffix as
+    `packed_layout.packed_shapes` lists them. The kernel holds them; nothing is copied."""
     match scheme.weights:
         case "int4" | "int4-asym":
             assert scheme.group_size is not None
@@ -275,25 +280,25 @@ def make_linear(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels)
 
 class Projection:
     """Linears that share their input, outputs side by side: one kernel where they were fused,
-    several where their schemes differ."""
+    several where their schemes differ. `encodings` are those that `forward` needs."""
 
-    def __init__(self, parts: Sequence[Linear]) -> None:
-        assert parts
-        self._parts = tuple(parts)
-        self.encodings = frozenset(part.encoding for part in parts)
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        assert linears
+        self._linears = tuple(linears)
+        self.encodings = frozenset(linear.encoding for linear in linears)
 
     def forward(self, x: Mapping[Encoding, Encoded]) -> Tensor:
-        """[T, K] in all of `encodings` -> f32 [T, N], N the sum over the parts."""
-        outputs = [part.matmul(x[part.encoding]) for part in self._parts]
+        """[T, K] in all of `encodings` -> f32 [T, N], N the sum over the linears."""
+        outputs = [linear.matmul(x[linear.encoding]) for linear in self._linears]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 @functools.cache
 def find_row_multiple(num_threads: int) -> int | None:
-    """Smallest number of rows from whose multiples on an FP32 GEMM treats every row alike.
+    """Find the smallest number of rows for whose multiples an FP32 GEMM treats every row alike.
 
-    Probed, since it depends on the BLAS library, the CPU and the number of threads; None when no
-    candidate does. Takes a few milliseconds.
+    It depends on the BLAS library, the CPU and the number of threads, so it is probed, which takes
+    a few milliseconds. None when no candidate has the property.
     """
     assert num_threads == torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
@@ -309,15 +314,15 @@ def find_row_multiple(num_threads: int) -> int | None:
 def _rows_agree(
     multiple: int, num_outputs: int, num_inputs: int, generator: torch.Generator
 ) -> bool:
-    """Whether a GEMM and a batched GEMM give the same bits for a row in products of any size."""
+    """Whether a row's bits are the same in GEMMs and batched GEMMs of any multiple of rows."""
     x = torch.randn(13 * 16, num_inputs, generator=generator)
     weight = torch.randn(num_outputs, num_inputs, generator=generator)
     whole = torch.nn.functional.linear(x, weight)
     for count in (multiple * factor for factor in (1, 2, 3, 5, 13)):
         for first in range(0, x.shape[0] - count + 1, max(count, 64)):
-            part = x[first : first + count].clone()
-            alone = torch.nn.functional.linear(part, weight)
-            stacked = torch.bmm(part.expand(2, -1, -1), weight.T.expand(2, -1, -1))[1]
+            some_rows = x[first : first + count].clone()
+            alone = torch.nn.functional.linear(some_rows, weight)
+            stacked = torch.bmm(some_rows.expand(2, -1, -1), weight.T.expand(2, -1, -1))[1]
             expected = whole[first : first + count]
             if not (torch.equal(alone, expected) and torch.equal(stacked, expected)):
                 return False

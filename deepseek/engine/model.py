@@ -1,7 +1,8 @@
 """DeepSeek-V3's forward pass over one step's tokens, from the engine's packed tensors.
 
-Residual stream, norms, attention and router are FP32; each linear computes as its format does
-(linear.py). Tokens of any number of sequences run together; only attention knows which is whose.
+Residual stream, norms, attention and router are FP32; each linear computes in its own format
+(linear.py). The tokens of all sequences run together; only attention tells the sequences apart. The
+step loop (engine.py) calls it. It keeps no state between steps; the caller owns the cache.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from deepseek.recipe import Scheme
 
 
 class Weights:
-    """The engine's tensors, each to be taken exactly once."""
+    """The engine's tensors. The model takes each of them exactly once.
+
+    `num_bytes` counts the bytes taken so far, by inventory group.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], expected: Mapping[str, PackedTensor]) -> None:
         self._tensors = dict(tensors)
@@ -39,21 +43,29 @@ class Weights:
         self.num_bytes: dict[str, int] = {}
 
     def take(self, name: str) -> Tensor:
-        """Raises ArtifactError when the tensor is absent or of another shape or type."""
+        """Remove one tensor and return it; this object no longer holds it.
+
+        Raises:
+            ArtifactError: the tensor is absent or of another shape or type.
+        """
         tensor = self._tensors.pop(name, None)
-        wanted = self._expected[name]
+        expected = self._expected[name]
         if tensor is None:
             raise ArtifactError(f"tensor {name} is missing from the engine; build it again")
-        if (tuple(tensor.shape), tensor.dtype) != (wanted.shape, wanted.dtype):
+        if (tuple(tensor.shape), tensor.dtype) != (expected.shape, expected.dtype):
             raise ArtifactError(
                 f"tensor {name} of the engine is {tensor.dtype} {list(tensor.shape)}, not "
-                f"{wanted.dtype} {list(wanted.shape)}; build it again"
+                f"{expected.dtype} {list(expected.shape)}; build it again"
             )
-        self.num_bytes[wanted.group] = self.num_bytes.get(wanted.group, 0) + tensor.nbytes
+        self.num_bytes[expected.group] = self.num_bytes.get(expected.group, 0) + tensor.nbytes
         return tensor
 
     def finish(self) -> None:
-        """Raises ArtifactError when a tensor was not taken."""
+        """Check that every tensor was taken.
+
+        Raises:
+            ArtifactError: one was not.
+        """
         if self._tensors:
             raise ArtifactError(
                 f"tensor {min(self._tensors)} of the engine belongs to no part of the model; "
@@ -71,7 +83,11 @@ class Layer:
 
 
 class Model:
-    """The whole model. `allocated_bytes` is by inventory group, as taken from the tensors."""
+    """The whole model. `allocated_bytes` are the bytes of its tensors by inventory group.
+
+    Raises on construction:
+        ArtifactError: a tensor is missing, left over, or of another shape or type.
+    """
 
     def __init__(
         self,
@@ -98,7 +114,8 @@ class Model:
         self.allocated_bytes = dict(weights.num_bytes)
 
     def forward(self, batch: Batch, cache: LatentCache) -> Tensor:
-        """Run the step and store its latents -> final hidden states, normed, f32 [T, hidden]."""
+        """Run the step and write its latents into the cache -> final hidden states, normed,
+        f32 [T, hidden]."""
         eps = self.config.rms_norm_eps
         hidden = self._embedding.index_select(0, batch.token_ids).float()
         angles = self._rope.angles(batch.positions)
@@ -118,7 +135,7 @@ class Model:
 
 
 class _Builder:
-    """Takes one layer's tensors and puts its parts together."""
+    """Takes one layer's tensors and builds the layer."""
 
     def __init__(
         self,
@@ -130,7 +147,7 @@ class _Builder:
     ) -> None:
         self._config, self._layer = config, layer
         self._weights, self._kernels = weights, kernels
-        self._parts = projections(config, layer, schemes)
+        self._projections = projections(config, layer, schemes)
         self._prefix = f"model.layers.{layer}"
 
     def build(self, rope: Rope) -> Layer:
@@ -169,15 +186,15 @@ class _Builder:
         return GatedMlp(self._project(f"{name}.gate_up_proj"), self._project(f"{name}.down_proj"))
 
     def _project(self, name: str) -> Projection:
-        return Projection(self._linears(self._parts[f"{self._prefix}.{name}"]))
+        return Projection(self._linears(self._projections[f"{self._prefix}.{name}"]))
 
-    def _linears(self, parts: Iterable[PackedLinear]) -> list[Linear]:
-        made = []
-        for part in parts:
-            suffixes = packed_shapes(part.scheme, *part.shape)
-            tensors = {suffix: self._weights.take(f"{part.name}.{suffix}") for suffix in suffixes}
-            made.append(make_linear(part.scheme, tensors, self._kernels))
-        return made
+    def _linears(self, packed: Iterable[PackedLinear]) -> list[Linear]:
+        linears = []
+        for linear in packed:
+            suffixes = packed_shapes(linear.scheme, *linear.shape)
+            tensors = {suffix: self._weights.take(f"{linear.name}.{suffix}") for suffix in suffixes}
+            linears.append(make_linear(linear.scheme, tensors, self._kernels))
+        return linears
 
     def _take(self, name: str) -> Tensor:
         return self._weights.take(f"{self._prefix}.{name}")

@@ -1,12 +1,12 @@
-"""Feed-forward parts of a layer: the gated MLP, the router, and the experts.
+"""The feed-forward part of a layer: the gated MLP, the router, and the mixture of experts.
 
 The router is DeepSeek-V3's (arXiv 2412.19437, section 2.1.2), as transformers computes it: sigmoid
 scores; groups ranked by the sum of their two best biased scores; the best experts of the best
-groups. The bias picks, it does not weigh.
+groups. The bias changes which experts are chosen, not their weights.
 
-Tokens are sorted by expert, so each active expert is two products over a contiguous run of rows
-(gate and up are one). A token's contributions are added in the order in which the router chose
-them, not in that of the run, so the batch does not show in the sum.
+Tokens are sorted by expert, so each active expert computes two products over a contiguous run of
+rows (gate and up are one product). A token's contributions are added in the order in which the
+router chose the experts, not in the order of the runs, so the sum does not depend on the batch.
 
 T tokens · D hidden · E experts · I expert width · K experts per token
 """
@@ -23,14 +23,14 @@ from deepseek.engine.linear import Encoded, Encoding, Projection, RowRule, encod
 
 
 class GatedMlp:
-    """down(silu(gate x) * up x), gate and up side by side in one projection."""
+    """down(silu(gate x) * up x), with gate and up side by side in one projection."""
 
     def __init__(self, gate_up: Projection, down: Projection) -> None:
         self.gate_up, self.down = gate_up, down
 
     @property
     def encodings(self) -> frozenset[Encoding]:
-        """What `forward` wants of its input."""
+        """The encodings of the input that `forward` needs."""
         return self.gate_up.encodings
 
     def forward(self, x: dict[Encoding, Encoded]) -> Tensor:
@@ -40,7 +40,8 @@ class GatedMlp:
 
 
 class Router:
-    """Weight f32 [E, D] and the correction bias f32 [E] that balances the experts' load."""
+    """Chooses each token's experts. Weight f32 [E, D]; correction bias f32 [E], which balances the
+    load of the experts."""
 
     def __init__(self, config: ModelConfig, weight: Tensor, bias: Tensor, rows: RowRule) -> None:
         self._config = config
@@ -64,7 +65,7 @@ class Router:
 
 
 class MixtureOfExperts:
-    """Routed experts plus the shared one."""
+    """Routed experts and the shared expert."""
 
     def __init__(self, router: Router, experts: Sequence[GatedMlp], shared: GatedMlp) -> None:
         self._router, self._experts, self._shared = router, experts, shared
@@ -81,7 +82,7 @@ class MixtureOfExperts:
     def _run_experts(self, x: dict[Encoding, Encoded], experts: Tensor, weights: Tensor) -> Tensor:
         num_tokens, num_chosen = experts.shape
         flat = experts.flatten()
-        order = flat.argsort(stable=True)  # row of the run -> token * K + choice
+        order = flat.argsort(stable=True)  # row in expert order -> token * K + choice
         tokens = order // num_chosen
         runs = _runs(torch.bincount(flat, minlength=len(self._experts)).tolist())
 
@@ -106,20 +107,23 @@ def silu_gate(gate_up: Tensor) -> Tensor:
 
 
 def _one_plus_exp(x: Tensor) -> Tensor:
-    """1 + exp(x), in place; torch's own sigmoid and silu are not used because they compute the last
-    elements of a tensor, those that fill no pair of vectors, by another formula than the rest: a
-    row's bits would depend on how many rows stand before it. `exp` treats all alike."""
+    """1 + exp(x), in place.
+
+    torch's own sigmoid and silu compute the last elements of a tensor, those that do not fill a
+    pair of vectors, by another formula than the rest, so a row's bits would depend on how many rows
+    precede it. `exp` computes all elements alike.
+    """
     return x.exp_().add_(1.0)
 
 
 def _runs(counts: list[int]) -> list[tuple[int, int, int]]:
-    """(expert, first row, last row) of every expert that has rows."""
-    found, first = [], 0
+    """(expert, first row, last row) of every expert that has rows; the last row is exclusive."""
+    runs, first = [], 0
     for expert, count in enumerate(counts):
         if count:
-            found.append((expert, first, first + count))
+            runs.append((expert, first, first + count))
         first += count
-    return found
+    return runs
 
 
 def _cut(rows: dict[Encoding, Encoded], first: int, last: int) -> dict[Encoding, Encoded]:

@@ -1,5 +1,7 @@
-"""How an engine is to run, what it serves, and how busy it is: plain values, without torch, because
-serve_app's ingress reads EngineLoad too."""
+"""Plain values of an engine: how it runs, what it serves, how busy it is.
+
+This file imports no torch, because serve_app's ingress reads EngineLoad too.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,18 @@ from deepseek.errors import DeployError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How to run an engine; None takes what it was built with.
+    """How to run an engine.
 
-    `max_model_len` bounds prompt and completion together (None: the model's limit). The cache holds
-    `max_kv_tokens`, rounded up to pages (None: enough for one request of that length, and 1024
-    tokens for each of `max_batch_size`). `max_batched_tokens` is the budget of one step, over which
-    long prompts are cut into chunks. `num_threads` None takes torch's setting, but leaves one core
-    to whatever else runs here (HTTP, Ray): a thread that loses its core stalls all others at the
-    next OpenMP barrier, for milliseconds at a time.
+    `kv_cache` and `page_tokens` None: as the engine was built. `max_model_len` bounds prompt and
+    completion together (None: the model's limit). The cache holds `max_kv_tokens`, rounded up to KV
+    pages (None: one request of that length or 1024 tokens for each of `max_batch_size`, whichever
+    is more). `max_batched_tokens` is the budget of one step; longer prompts are cut into chunks.
+    `num_threads` None takes torch's setting but leaves one core to other work on the machine (HTTP,
+    Ray): a thread that loses its core stalls all others at the next OpenMP barrier, for
+    milliseconds at a time.
 
-    `batch_invariant` makes greedy tokens independent of the batch, bit for bit; it costs FP32
-    products of fewer than four rows some time (linear.py). `poison_free_pages` is for tests.
+    `batch_invariant` makes greedy tokens independent of the batch, bit for bit; FP32 products of
+    fewer than four rows become slower (linear.py). `poison_free_pages` is for tests.
 
     Raises:
         DeployError: a value outside its range, named.
@@ -53,8 +56,10 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineIdentity:
-    """What is served: recipe, digests and KV format as they run. `engine_digest` is None for an
-    engine that was packed in memory."""
+    """What an engine serves: recipe, digests, and KV format and page size in use.
+
+    `engine_digest` is None for an engine that was packed in memory.
+    """
 
     recipe: str
     artifact_digest: str
@@ -65,7 +70,7 @@ class EngineIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """Sequences and KV tokens (in whole pages) now."""
+    """Numbers of sequences and of KV tokens (in whole KV pages) now."""
 
     running: int
     waiting: int

@@ -1,15 +1,18 @@
 """Which tensors an embedded engine holds: names, shapes and types, from config and schemes alone.
 
-The packer makes exactly these tensors, the loader takes exactly these, and the planner adds up
-their bytes (`planned_bytes`), so that planned and allocated bytes are equal. The engine's layout
-differs from the artifact's in four ways:
+packing.py makes exactly these tensors, model.py takes exactly these, and the planner adds up their
+bytes (`planned_bytes`), so planned and allocated bytes are equal. No tensor is made here. The
+engine's layout differs from the artifact's in four ways:
 
-- bf16 and FP8 block weights, norms, router and head are FP32: the fastest exact product on a CPU.
+- Weights in BF16 and in FP8 tiles, norms, router and head are FP32: the fastest exact product on a
+  CPU.
 - Linears that share their input and their scheme are fused: `qkv_a_proj` (q_a and kv_a), and
-  `gate_up_proj`. Where the schemes differ they stay two.
-- kv_b_proj is stored as the absorbed `w_uk` [H, n, R] and `w_uv` [H, R, v] in FP32, made from its
-  dequantized values whatever its scheme, because the two halves multiply different tensors.
+  `gate_up_proj`. Where the schemes differ, they stay two.
+- kv_b_proj becomes the absorbed `w_uk` [H, n, R] and `w_uv` [H, R, v] in FP32, made from its
+  dequantized values in every scheme, because the two halves multiply different tensors.
 - The MTP layer is left out, because the engine does not speculate.
+
+H heads · n, v widths of query without position and of value · R latent · N outputs · K inputs
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ _INT4_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
-    """One tensor of the engine file."""
+    """Shape, type and inventory group of one tensor of the engine's tensor file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -53,7 +56,7 @@ class PackedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """One kernel's weight: `members` stacked along the outputs, under one name and scheme."""
+    """The weight of one kernel: `members` stacked along the outputs, with one name and scheme."""
 
     name: str
     members: tuple[TensorSpec, ...]
@@ -84,7 +87,7 @@ class PackedLinear:
 def packed_shapes(
     scheme: Scheme, num_outputs: int, num_inputs: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The tensors of the kernel for an [N, K] weight, by suffix: shape and dtype."""
+    """The tensors of the kernel of an [N, K] weight, by suffix: shape and dtype."""
     match scheme.weights:
         case "int4" | "int4-asym":
             assert scheme.group_size is not None
@@ -109,7 +112,7 @@ def packed_shapes(
 
 
 def source_schemes(config: ModelConfig) -> dict[str, Scheme]:
-    """The schemes of an unquantized model: each linear as the source stores it."""
+    """The schemes of an unquantized model, by module: each linear as the source stores it."""
     scheme = Scheme(weights="fp8-block" if config.weight_block_size else "bf16")
     layers = range(config.num_layers_with_mtp)
     return {spec.module: scheme for layer in layers for spec in linears(config, layer)}
@@ -120,25 +123,25 @@ def projections(
 ) -> dict[str, tuple[PackedLinear, ...]]:
     """The linears of one main layer as the engine computes them, by projection name.
 
-    A projection has one part, or several where members of a fused one differ in scheme. The
+    A projection has one linear, or several where the linears to be fused differ in scheme. The
     absorbed kv_b_proj is not among them.
     """
-    made: dict[str, tuple[PackedLinear, ...]] = {}
+    by_name: dict[str, tuple[PackedLinear, ...]] = {}
     for linear_input in layer_inputs(config, layer):
-        members = linear_input.readers
-        if members[0].role == LATENT_READER:
+        readers = linear_input.readers
+        if readers[0].role == LATENT_READER:
             continue
-        parts = tuple(PackedLinear(m.module, (m,), schemes[m.module]) for m in members)
-        kinds = {_as_computed(part.scheme) for part in parts}
+        packed = tuple(PackedLinear(r.module, (r,), schemes[r.module]) for r in readers)
+        kernel_keys = {_kernel_key(linear.scheme) for linear in packed}
         name = linear_input.fused
-        if name is not None and len(kinds) == 1:
-            parts = (PackedLinear(name, members, parts[0].scheme),)
-        made[name or members[0].module] = parts
-    return made
+        if name is not None and len(kernel_keys) == 1:
+            packed = (PackedLinear(name, readers, packed[0].scheme),)
+        by_name[name or readers[0].module] = packed
+    return by_name
 
 
 def absorbed_spec(config: ModelConfig, layer: int) -> TensorSpec:
-    """The kv_b_proj of one layer."""
+    """The kv_b_proj of one layer, which the engine absorbs."""
     return next(spec for spec in linears(config, layer) if spec.role == LATENT_READER)
 
 
@@ -168,8 +171,8 @@ def packed_tensors(
         packed[spec.name] = PackedTensor(spec.shape, dtype, spec.group)
     heads, latent = config.num_attention_heads, config.kv_lora_rank
     for layer in range(config.num_hidden_layers):
-        for kernels in projections(config, layer, schemes).values():
-            for linear in kernels:
+        for packed_linears in projections(config, layer, schemes).values():
+            for linear in packed_linears:
                 packed |= linear.tensors()
         prefix = absorbed_prefix(layer)
         uk, uv = (heads, config.qk_nope_head_dim, latent), (heads, latent, config.v_head_dim)
@@ -179,6 +182,7 @@ def packed_tensors(
 
 
 def absorbed_prefix(layer: int) -> str:
+    """Prefix of the names of `w_uk` and `w_uv`."""
     return f"model.layers.{layer}.self_attn"
 
 
@@ -191,7 +195,7 @@ def planned_bytes(
     page_tokens: int,
     embedding_dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, int]:
-    """Bytes that the engine will allocate, by inventory group and "kv_cache"; pure arithmetic.
+    """Bytes that an engine allocates, by inventory group and "kv_cache"; pure arithmetic.
 
     Equal to `LLMEngine.allocated_bytes()` of the same engine. `num_pages` does not count the zero
     page.
@@ -210,6 +214,6 @@ def _plain(config: ModelConfig) -> Iterator[TensorSpec]:
         yield from plain_specs(config, layer)
 
 
-def _as_computed(scheme: Scheme) -> tuple[object, ...]:
+def _kernel_key(scheme: Scheme) -> tuple[object, ...]:
     """The fields of a scheme that decide the kernel."""
     return scheme.weights, scheme.group_size, scheme.activations

@@ -1,7 +1,8 @@
-"""Converts a source checkpoint or a quantized one into the tensors of the embedded engine.
+"""Converts a source checkpoint or a quantized checkpoint into the tensors of the embedded engine.
 
-packed_layout.py says which tensors these are. One layer of the input is in memory at a time, beside
-all tensors of the engine that are made so far. Codes and scales of a quantized checkpoint are not
+packed_layout.py says which tensors these are; quant_jobs/targets/embedded.py writes them to disk,
+and `LLMEngine.from_checkpoint` uses them in memory. Memory holds one layer of the input and all
+tensors of the engine that are made so far. Codes and scales of a quantized checkpoint are not
 requantized; only their order in memory changes. Every tensor of the input is read, also those of
 the MTP layer, which are then dropped.
 """
@@ -55,15 +56,15 @@ def pack_tensors(source: Source, progress: Progress | None = None) -> dict[str, 
     expected = packed_tensors(
         config, schemes, embedding_dtype=packed["model.embed_tokens.weight"].dtype
     )
-    count = config.num_layers_with_mtp
-    for layer in range(count):
+    num_layers = config.num_layers_with_mtp
+    for layer in range(num_layers):
         stored = _read_layer(source, layer)
         if layer < config.num_hidden_layers:
             packed |= _pack_layer(config, layer, schemes, stored)
             assert not stored.linears, f"layer {layer}: {next(iter(stored.linears))} left over"
             assert not stored.plain, f"layer {layer}: {next(iter(stored.plain))} left over"
         if progress is not None:
-            progress(layer + 1, count)
+            progress(layer + 1, num_layers)
     source.finish()
     actual = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in packed.items()}
     assert actual == {name: (spec.shape, spec.dtype) for name, spec in expected.items()}
@@ -71,7 +72,10 @@ def pack_tensors(source: Source, progress: Progress | None = None) -> dict[str, 
 
 
 class _Stored:
-    """One layer of the input: the tensors of each linear by module, and all others by name."""
+    """One layer of the input: the tensors of each linear by module, all others by name.
+
+    A tensor that is packed is removed here.
+    """
 
     def __init__(self, linears: dict[str, dict[str, Tensor]], plain: dict[str, Tensor]) -> None:
         self.linears, self.plain = linears, plain
@@ -118,8 +122,8 @@ def _pack_layer(
     config: ModelConfig, layer: int, schemes: Mapping[str, Scheme], stored: _Stored
 ) -> dict[str, Tensor]:
     packed = {spec.name: stored.plain.pop(spec.name).float() for spec in plain_specs(config, layer)}
-    for kernels in projections(config, layer, schemes).values():
-        for linear in kernels:
+    for packed_linears in projections(config, layer, schemes).values():
+        for linear in packed_linears:
             packed |= _pack_linear(linear, stored)
     spec = absorbed_spec(config, layer)
     packed |= _absorb(config, layer, stored.pop_dequantized(spec, schemes[spec.module]))
@@ -127,7 +131,8 @@ def _pack_layer(
 
 
 def _pack_linear(linear: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
-    """The members of one kernel's weight, stacked along the outputs, in the kernel's layout."""
+    """Remove the members of one kernel's weight from `stored`, stack them along the outputs, and
+    return them in the kernel's layout, by full name."""
     match linear.scheme.weights:
         case "int4" | "int4-asym":
             popped = [(spec, stored.linears.pop(spec.module)) for spec in linear.members]
@@ -140,7 +145,8 @@ def _pack_linear(linear: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
                 "scale_zero": torch.cat([scale_zero for _, scale_zero in members], dim=1),
             }
             if linear.scheme.activations == "fp8":
-                # Members share one input and one scale: the largest, as in TensorRT-LLM's loader.
+                # The members share one input, so they share one scale: the largest, as in
+                # TensorRT-LLM's loader.
                 scales = torch.stack([member["input_scale"] for _, member in popped])
                 tensors["input_scale"] = scales.amax(dim=0)
         case "int8" | "int8-asym":

@@ -1,8 +1,8 @@
-"""The engine's nouns: what is asked, what is answered, and a sequence under way.
+"""The engine's nouns: requests, step outputs, and sequences.
 
-SamplingParams, TokenLogprob and FinishReason are the same types in serve_app, from the HTTP body to
-the sampler, so this file imports no torch. Lengths are derived, never stored twice. No tensors, no
-clock: the engine passes times in.
+serve_app uses SamplingParams, TokenLogprob and FinishReason too, from the HTTP body to the sampler,
+so this file imports no torch. Lengths are derived, never stored twice. No tensors and no clock: the
+engine passes times in.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from deepseek.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
-#: More alternatives per token than this are refused, as OpenAI's completions do.
+#: Most alternatives per token that a request may ask for, as in OpenAI's completions.
 MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens.
+    """How to choose the tokens of one request, and when to stop.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep all tokens. `seed` None draws one.
-    `logprobs` is the number of alternatives per token; 0 gives the chosen token's only, None none.
-    `stop` strings end the text before they appear; `stop_token_ids` and, without `ignore_eos`, the
-    model's end token end it and add no text.
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep all tokens. Without `seed` the engine
+    draws one. `logprobs` is the number of alternatives per token; 0 reports the chosen token only,
+    None reports nothing. A `stop` string ends the text before its first character. The
+    `stop_token_ids` and, without `ignore_eos`, the model's end token end the text and add nothing.
 
     Raises:
         RequestError: a value outside its range, named.
@@ -81,10 +81,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    """What one step added to one request; the last one of a request has a `finish_reason`.
+    """What one step added to one request. The last output of a request has a `finish_reason`.
 
-    `text` may lag behind `token_ids`: half a character, or what might become a stop string, is held
-    back. Counts are totals so far; times are seconds spent in each phase so far.
+    `text` may lag behind `token_ids`, because the detokenizer holds text back until it is final.
+    Counts are totals so far; times are seconds spent in each phase so far.
     """
 
     request_id: str
@@ -102,10 +102,10 @@ class StepOutput:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request under way. `num_computed` tokens have their latents in `pages`.
+    """A request under way. The latents of its first `num_computed` tokens are in its KV `pages`.
 
-    After a preemption `num_computed` is 0 again and the tokens generated so far are computed anew,
-    like a longer prompt.
+    The page pool gives it pages and takes them back (pages.py). After a preemption `num_computed`
+    is 0 again and the tokens generated so far are computed anew, like a longer prompt.
     """
 
     request: Request
@@ -127,7 +127,7 @@ class Sequence:
 
     @property
     def num_to_compute(self) -> int:
-        """Tokens whose latents are missing; 1 while decoding."""
+        """Number of tokens whose latents are missing; 1 while decoding."""
         return self.num_tokens - self.num_computed
 
     def tokens(self, start: int, stop: int) -> list[int]:

@@ -1,12 +1,12 @@
 """Rotary positions with YaRN, as transformers' DeepseekV3 computes them.
 
-DeepSeek lays the rotary values out in interleaved pairs (x0, x1), (x2, x3), ...; the rotated values
-come out de-interleaved (all first members, then all second ones). Queries and keys are permuted
-alike, so their products are unaffected, and the cache holds the de-interleaved form.
+DeepSeek stores the rotary values in interleaved pairs (x0, x1), (x2, x3), ...; `rotate` returns
+them de-interleaved (all first members, then all second ones). Queries and keys are permuted alike,
+so their products do not change, and the cache holds the de-interleaved form.
 
-YaRN (arXiv 2309.00071) applies at every position whenever the config carries it; see
-`deepseek.config` for why. No table over positions is kept: a step has few tokens, and a table of
-163,840 positions would be memory that nobody planned.
+YaRN (arXiv 2309.00071) applies at every position whenever the config has it; `deepseek.config` says
+why. Angles are computed per step and not kept in a table: a step has few tokens, and a table of
+163,840 positions would be memory that the planner does not count.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / (
         (high - low) if high != low else 0.001
     )
-    keep = 1.0 - ramp.clamp(0.0, 1.0)
-    return (1.0 / (yarn.factor * power)) * (1.0 - keep) + extrapolated * keep
+    extrapolated_share = 1.0 - ramp.clamp(0.0, 1.0)
+    interpolated = 1.0 / (yarn.factor * power)
+    return interpolated * (1.0 - extrapolated_share) + extrapolated * extrapolated_share
 
 
 def softmax_scale(config: ModelConfig) -> float:
@@ -70,7 +71,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def _amplitude(yarn: YarnScaling | None) -> float:
-    """YaRN's attention factor on cosines and sines; 1 where the softmax scale carries it all."""
+    """YaRN's factor on cosines and sines; 1 where the softmax scale holds all of it."""
     if yarn is None:
         return 1.0
     if yarn.mscale and yarn.mscale_all_dim:
@@ -83,7 +84,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _dim_of(rotations: float, config: ModelConfig, yarn: YarnScaling) -> float:
-    """Dimension that makes this many rotations within the original context."""
+    """Dimension that makes `rotations` rotations within the original context."""
     context = yarn.original_max_position_embeddings
     return (config.qk_rope_head_dim * math.log(context / (rotations * 2 * math.pi))) / (
         2 * math.log(config.rope_theta)

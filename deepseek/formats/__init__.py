@@ -1,15 +1,15 @@
 """The number formats that weights are stored in: INT8, INT4 and FP8, as pure tensor functions.
 
-    quantize_*     float weight -> codes and scales, round to nearest even, no calibration here
-    dequantize_*   codes and scales -> float32, the slow reference that every kernel is held to
+    quantize_*     float weight -> codes and scales, rounded to nearest even, without calibration
+    dequantize_*   codes and scales -> float32, the slow reference of every kernel
     pack_int4      eight codes per int32 (pack_int8: four), as compressed-tensors' `pack-quantized`
     compress       one linear's weight -> the named tensors of a compressed-tensors checkpoint
     decompress     and back; `stored_shapes` and `stored_bytes` say the same without any tensor
-    input_rounding what the kernel of a linear does to its input before the product
+    input_rounding how the kernel of a linear rounds its input before the product
 
-The quantizer, the artifact, the engine, the exporters and the planner all come here, so a format
-has one definition. It is not a kernel (deepseek/engine/linear.py) and knows no file, module name or
-calibration: amax values or scales that somebody else found are passed in by keyword.
+The quantizer, the artifact, the engine and the planner all call this package, so a format has one
+definition. It is not a kernel (deepseek/engine/linear.py) and knows no file, module name or
+calibration: the caller passes calibrated amax values or scales by keyword.
 
 Conventions, chosen once:
     A scale is a multiplier: weight = code * scale, or (code - zero_point) * scale.
@@ -18,7 +18,7 @@ Conventions, chosen once:
     Symmetric scales are amax / (largest positive code): 127, 7, 448. Given an amax below the
     data's own, values clip; the one extra negative code (-128, -8) is used only then.
     Asymmetric scales are (max - min) / (number of steps), with 0 always inside the range.
-    A row, group or block of zeros has scale 1 and dequantizes to zeros, never scale 0 or NaN.
+    A row, group or FP8 tile of zeros has scale 1 and dequantizes to zeros, never scale 0 or NaN.
     Other scales are at least 2^-126, the smallest normal number: kernels that flush subnormals
     read the same value, and a division by the scale cannot overflow.
     NaN, infinity and magnitudes above 2^126 (which could dequantize to infinity) are refused.

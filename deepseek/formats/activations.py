@@ -1,4 +1,4 @@
-"""How a linear of a scheme sees its input: what its kernel rounds before the product."""
+"""How the kernel of a linear rounds its input before the product, by scheme."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ RoundInput = Callable[[Tensor], Tensor]
 
 
 def input_rounding(scheme: Scheme, input_scale: Tensor | None = None) -> RoundInput | None:
-    """INT8 with one dynamic scale per token, FP8 with the static `input_scale` f32 [1], or None
-    where the input stays as it is. The same arithmetic as the engine's kernels."""
+    """Return the rounding of a scheme: INT8 with one dynamic scale per token, FP8 with the static
+    `input_scale` f32 [1], or None where the kernel does not round its input. The arithmetic is that
+    of the engine's kernels."""
     if scheme.activations == "int8":
         return lambda x: dequantize_int8(*quantize_tokens_int8(x))
     if scheme.activations == "fp8":

@@ -1,4 +1,7 @@
-"""FP8 (e4m3): one scale per 128x128 block, as in DeepSeek's release, or one per tensor."""
+"""FP8 (e4m3): one scale per tile of 128x128 weights, as in DeepSeek's release, or one per tensor.
+
+The release and the format's name (`fp8-block`) call a tile a block.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 from deepseek.formats.scales import assert_shapes, choose_scale, row_chunks, rows_of
 
 FP8_MAX = 448.0
-#: Rows and columns of a block. Blocks at the edges of a weight may be smaller.
+#: Rows and columns of an FP8 tile. Tiles at the edges of a weight may be smaller.
 FP8_BLOCK = 128
 
 
@@ -19,29 +22,29 @@ def quantize_fp8_block(
 ) -> tuple[Tensor, Tensor]:
     """Float [N, K] -> (e4m3 [N, K], float32 scale [ceil(N/128), ceil(K/128)] = amax / 448).
 
-    The scale is what DeepSeek's release calls `weight_scale_inv`: a multiplier. That very tensor,
-    passed as `scale` with the release's dequantized weight, gives the release's codes back.
+    DeepSeek's release calls the scale `weight_scale_inv`; it is a multiplier. That tensor, passed
+    as `scale` with the release's dequantized weight, gives the release's codes back.
     `amax` or `scale`, shaped like the result's scale, replaces the data's own maximum; larger
     values then clip.
 
     Raises:
         CheckpointError: a value, amax or scale cannot be represented.
     """
-    assert_shapes(num_blocks(w.shape), amax, scale)
+    assert_shapes(num_tiles(w.shape), amax, scale)
     codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
-    scales = torch.empty(num_blocks(w.shape), dtype=torch.float32, device=w.device)
+    scales = torch.empty(num_tiles(w.shape), dtype=torch.float32, device=w.device)
     for rows in row_chunks(w, multiple=FP8_BLOCK):
-        part = _as_blocks(w[rows].float())
-        blocks = slice(rows.start // FP8_BLOCK, math.ceil(rows.stop / FP8_BLOCK))
-        scales[blocks] = choose_scale(
-            part.abs().amax(dim=(1, 3)),
+        tiles = _as_tiles(w[rows].float())
+        tile_rows = slice(rows.start // FP8_BLOCK, math.ceil(rows.stop / FP8_BLOCK))
+        scales[tile_rows] = choose_scale(
+            tiles.abs().amax(dim=(1, 3)),
             FP8_MAX,
             scales.dtype,
-            rows_of(amax, blocks),
-            rows_of(scale, blocks),
+            rows_of(amax, tile_rows),
+            rows_of(scale, tile_rows),
         )
-        part = _to_e4m3(part / scales[blocks][:, None, :, None])
-        codes[rows] = part.flatten(2).flatten(0, 1)[: rows.stop - rows.start, : w.shape[1]]
+        tiles = _to_e4m3(tiles / scales[tile_rows][:, None, :, None])
+        codes[rows] = tiles.flatten(2).flatten(0, 1)[: rows.stop - rows.start, : w.shape[1]]
     return codes, scales
 
 
@@ -50,17 +53,17 @@ def dequantize_fp8_block(q: Tensor, scale: Tensor) -> Tensor:
 
     This is also the exact reader of the release's `weight` and `weight_scale_inv`.
     """
-    assert_shapes(num_blocks(q.shape), scale)
+    assert_shapes(num_tiles(q.shape), scale)
     weight = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    for block, first in enumerate(range(0, q.shape[0], FP8_BLOCK)):
+    for tile_row, first in enumerate(range(0, q.shape[0], FP8_BLOCK)):
         rows = slice(first, min(first + FP8_BLOCK, q.shape[0]))
-        columns = scale[block].float().repeat_interleave(FP8_BLOCK)[: q.shape[1]]
+        columns = scale[tile_row].float().repeat_interleave(FP8_BLOCK)[: q.shape[1]]
         torch.mul(q[rows].float(), columns, out=weight[rows])
     return weight
 
 
 def quantize_fp8_tensor(x: Tensor, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Float [...] -> (e4m3 [...], float32 scale [] = amax / 448); beyond a given scale, clips.
+    """Float [...] -> (e4m3 [...], float32 scale [] = amax / 448). A given scale may clip values.
 
     Raises:
         CheckpointError: a value or the scale cannot be represented.
@@ -86,24 +89,24 @@ def quantize_input_fp8(x: Tensor, input_scale: Tensor) -> Tensor:
 
 
 def fake_quantize_fp8(x: Tensor, input_scale: Tensor) -> Tensor:
-    """What a linear with static FP8 inputs sees of `x`: float32 [..., K], rounded to e4m3.
+    """Round `x` as a linear with static FP8 inputs does: to e4m3 and back, float32 [..., K].
 
     `input_scale` is the float32 [1] of the artifact, amax / 448 of the calibrated input.
     """
     return dequantize_fp8_tensor(quantize_input_fp8(x, input_scale), input_scale)
 
 
-def num_blocks(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Blocks of an [N, K] weight in each direction, ragged ones included."""
+def num_tiles(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Number of FP8 tiles of an [N, K] weight in each direction, ragged ones included."""
     return math.ceil(shape[0] / FP8_BLOCK), math.ceil(shape[1] / FP8_BLOCK)
 
 
-def _as_blocks(w: Tensor) -> Tensor:
-    """[n, k] -> [n/128, 128, k/128, 128], padded with zeros, which change no block's amax."""
+def _as_tiles(w: Tensor) -> Tensor:
+    """[n, k] -> [n/128, 128, k/128, 128], padded with zeros, which change no tile's amax."""
     w = torch.nn.functional.pad(w, (0, -w.shape[1] % FP8_BLOCK, 0, -w.shape[0] % FP8_BLOCK))
     return w.reshape(w.shape[0] // FP8_BLOCK, FP8_BLOCK, w.shape[1] // FP8_BLOCK, FP8_BLOCK)
 
 
 def _to_e4m3(steps: Tensor) -> Tensor:
-    # torch 2.13 saturates in this cast, its older versions gave NaN.
+    # torch 2.13 saturates in this cast; older versions gave NaN.
     return steps.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)

@@ -1,7 +1,7 @@
 """INT4: one scale, and perhaps one zero point, per output channel and group of inputs.
 
-Codes live in int8 while they are computed with and in compressed-tensors' `pack-quantized` bytes
-when they are stored: eight per int32, value + 8, lowest bits first.
+Codes are int8 in computations. Stored, they have compressed-tensors' `pack-quantized` form: eight
+per int32, value + 8, lowest bits first.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def quantize_int4(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Float [N, K] -> (int8 codes in [-8, 7] [N, K], bfloat16 scale [N, K/g], zero point or None).
 
-    Symmetric: scale = amax / 7, modelopt's convention (compressed-tensors' own is amax / 7.5; both
-    read back alike), no zero point. Asymmetric: scale = (max - min) / 15 with 0 always inside
-    [min, max], and a zero point int8 [N, K/g] in [-8, 7], so 0 is stored exactly.
+    Symmetric: scale = amax / 7, modelopt's convention (compressed-tensors' own is amax / 7.5; a
+    reader treats both alike), no zero point. Asymmetric: scale = (max - min) / 15 with 0 always
+    inside [min, max], and a zero point int8 [N, K/g] in [-8, 7], so 0 is stored exactly.
 
     `amax` (symmetric), `scale` (symmetric) or `scale` with `zero_point` (asymmetric), each
     [N, K/g], replace what the data would give; a scale is rounded to bfloat16 first.
@@ -59,16 +59,16 @@ def quantize_int4(
     scales = torch.empty((w.shape[0], groups), dtype=torch.bfloat16, device=w.device)
     zeros = None if symmetric else torch.empty(scales.shape, dtype=torch.int8, device=w.device)
     for rows in row_chunks(w):
-        part = w[rows].float().reshape(-1, groups, group_size)
+        grouped = w[rows].float().reshape(-1, groups, group_size)
         given = rows_of(scale, rows)
         if zeros is None:
-            peak = part.abs().amax(dim=-1)
+            peak = grouped.abs().amax(dim=-1)
             scales[rows] = choose_scale(peak, INT4_MAX, scales.dtype, rows_of(amax, rows), given)
         else:
             scales[rows], zeros[rows] = choose_range(
-                part, (INT4_MIN, INT4_MAX), scales.dtype, given, rows_of(zero_point, rows)
+                grouped, (INT4_MIN, INT4_MAX), scales.dtype, given, rows_of(zero_point, rows)
             )
-        steps = part / scales[rows].float().unsqueeze(-1)
+        steps = grouped / scales[rows].float().unsqueeze(-1)
         if zeros is not None:
             steps += zeros[rows].unsqueeze(-1)  # before rounding, as compressed-tensors does
         codes[rows] = round_to_int8(steps, INT4_MIN, INT4_MAX).flatten(1)
@@ -117,10 +117,10 @@ def unpack_int4(packed: Tensor, num_columns: int) -> Tensor:
 
 
 def num_groups(num_inputs: int, group_size: int) -> int:
-    """K/g.
+    """Groups per output channel, K/g.
 
     Raises:
-        RecipeError: the division leaves a rest.
+        RecipeError: `group_size` does not divide K.
     """
     if num_inputs % group_size:
         raise RecipeError(

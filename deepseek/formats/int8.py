@@ -36,15 +36,15 @@ def quantize_int8(
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     scales = torch.empty((w.shape[0], 1), dtype=torch.float32, device=w.device)
     for rows in row_chunks(w):
-        part = w[rows].float()
+        weight = w[rows].float()
         scales[rows] = choose_scale(
-            part.abs().amax(dim=1, keepdim=True),
+            weight.abs().amax(dim=1, keepdim=True),
             INT8_MAX,
             scales.dtype,
             rows_of(amax, rows),
             rows_of(scale, rows),
         )
-        codes[rows] = round_to_int8(part / scales[rows], INT8_MIN, INT8_MAX)
+        codes[rows] = round_to_int8(weight / scales[rows], INT8_MIN, INT8_MAX)
     return codes, scales
 
 
@@ -65,15 +65,15 @@ def quantize_int8_asym(
     scales = torch.empty((w.shape[0], 1), dtype=torch.float32, device=w.device)
     zeros = torch.empty((w.shape[0], 1), dtype=torch.int8, device=w.device)
     for rows in row_chunks(w):
-        part = w[rows].float()
+        weight = w[rows].float()
         scales[rows], zeros[rows] = choose_range(
-            part.unsqueeze(1),
+            weight.unsqueeze(1),
             (INT8_MIN, INT8_MAX),
             scales.dtype,
             rows_of(scale, rows),
             rows_of(zero_point, rows),
         )
-        steps = part / scales[rows]
+        steps = weight / scales[rows]
         steps += zeros[rows]  # before rounding, as compressed-tensors does
         codes[rows] = round_to_int8(steps, INT8_MIN, INT8_MAX)
     return codes, scales, zeros
@@ -93,7 +93,7 @@ def dequantize_int8(q: Tensor, scale: Tensor, zero_point: Tensor | None = None) 
 def pack_int8(q: Tensor) -> Tensor:
     """Codes int8 [N, K] -> int32 [N, ceil(K/4)]: value + 128, column 0 in the lowest bits.
 
-    As compressed-tensors stores 8-bit weight-only linears (`pack-quantized`); bytes beyond K are 0.
+    compressed-tensors stores 8-bit weight-only linears so (`pack-quantized`); bytes beyond K are 0.
     """
     assert q.dtype == torch.int8, q.dtype
     assert sys.byteorder == "little", "packing views bytes as int32"
@@ -109,17 +109,17 @@ def unpack_int8(packed: Tensor, num_columns: int) -> Tensor:
     """int32 [N, ceil(K/4)] -> int8 codes [N, K]; `num_columns` is K."""
     assert packed.dtype == torch.int32, packed.dtype
     assert packed.shape[1] == math.ceil(num_columns / 4), (tuple(packed.shape), num_columns)
-    offset = packed.contiguous().view(torch.uint8)[:, :num_columns]
-    return (offset ^ 0x80).view(torch.int8)
+    shifted = packed.contiguous().view(torch.uint8)[:, :num_columns]
+    return (shifted ^ 0x80).view(torch.int8)
 
 
 def quantize_tokens_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Activations [..., K] -> (int8 [..., K], float32 scale [..., 1] = amax / 127), per token.
 
     The engine's hot path, so it checks nothing: a token with NaN or infinity gets a scale of NaN or
-    infinity, and its products are then NaN or infinite instead of quietly wrong. No token touches
-    another, so batching cannot change an answer. A token of zeros has scale 2^-126, which saves an
-    operation over the weights' scale of 1.
+    infinity, and its products are then NaN or infinite instead of quietly wrong. A token's codes
+    and scale depend on that token alone, so batching cannot change an answer. A token of zeros has
+    scale 2^-126 instead of the weights' 1, which saves an operation.
     """
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True).div_(INT8_MAX).clamp_min_(SMALLEST_SCALE)

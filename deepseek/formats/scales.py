@@ -1,6 +1,6 @@
-"""How a scale is chosen and a weight is walked: what every format here shares.
+"""How a scale is chosen, and how a weight is read in chunks of rows; all formats use it.
 
-The rules are those of the package's docstring. No format is defined here.
+The rules are in the package's docstring. No format is defined here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 def row_chunks(w: Tensor, multiple: int = 1) -> Iterator[slice]:
-    """Row slices of about 4 M elements; all but the last have a multiple of `multiple` rows."""
+    """Yield row slices of about 4 M elements, a multiple of `multiple` rows in all but the last."""
     assert w.ndim == 2, tuple(w.shape)
     assert w.numel(), tuple(w.shape)
     height = max(_CHUNK_ELEMENTS // w.shape[1] // multiple, 1) * multiple
@@ -28,29 +28,29 @@ def row_chunks(w: Tensor, multiple: int = 1) -> Iterator[slice]:
 
 
 def rows_of(given: Tensor | None, rows: slice) -> Tensor | None:
-    """These rows of a tensor that the caller may have left out."""
+    """These rows of an optional tensor."""
     return None if given is None else given[rows]
 
 
 def assert_shapes(shape: tuple[int, ...], *given: Tensor | None) -> None:
-    """Each given amax, scale or zero point must have the shape of the scale to be stored."""
+    """Assert that each given amax, scale or zero point has the shape of the scale to be stored."""
     for tensor in given:
         assert tensor is None or tuple(tensor.shape) == shape, (tuple(tensor.shape), shape)
 
 
 def largest(x: Tensor) -> Tensor:
-    """The largest magnitude [], NaN where any value is; unlike abs() without a copy of x."""
+    """The largest magnitude [], NaN where any value is NaN. Unlike x.abs() it does not copy x."""
     low, high = x.aminmax()
     return torch.maximum(-low, high)
 
 
 def check_magnitude(peak: Tensor) -> None:
-    """Refuse a weight by the amax of its parts.
+    """Refuse a weight by its amax values.
 
     Raises:
         CheckpointError: NaN, infinity, or so large that it might dequantize to infinity.
     """
-    # Written so that NaN, which compares false, is refused too.
+    # `not (... <= ...)` refuses NaN too, which compares false.
     if not bool((peak <= LARGEST_MAGNITUDE).all()):
         raise CheckpointError("holds NaN, infinity or magnitudes above 2^126; repair the weight")
 
@@ -62,9 +62,8 @@ def choose_scale(
     amax: Tensor | None,
     scale: Tensor | None,
 ) -> Tensor:
-    """The scale to store, shaped like `peak`: as given, or from the given amax, or from `peak`.
-
-    `peak` is the data's own amax and is checked in any case.
+    """The scale to store, shaped like `peak`: the given scale, else from the given amax, else from
+    `peak`, the data's own amax, which is checked in any case.
 
     Raises:
         CheckpointError: the data, the amax or the scale cannot be represented.
@@ -85,7 +84,7 @@ def choose_scale(
 
 
 def given_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A scale that somebody else chose, rounded to its stored dtype.
+    """The caller's scale, checked and rounded to its stored dtype.
 
     Raises:
         CheckpointError: a scale is NaN, negative, zero or outside what `choose_scale` gives.
@@ -97,29 +96,29 @@ def given_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def nonzero(scale: Tensor, peak: Tensor) -> Tensor:
-    """At least the smallest normal number, and 1 where there is nothing but zeros."""
+    """Raise `scale` to the smallest normal number, and to 1 where all values are zeros."""
     return scale.clamp_min(SMALLEST_SCALE).masked_fill(peak == 0, 1.0)
 
 
 def choose_range(
-    part: Tensor,
+    values: Tensor,
     codes: tuple[int, int],
     dtype: torch.dtype,
     scale: Tensor | None,
     zero_point: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale (`dtype`) and zero point (int8) of each run of values along the last dimension.
+    """Scale (`dtype`) and zero point (int8) of `values`, one along each last dimension.
 
-    `codes` are the smallest and the largest code. Given scale and zero point are checked and taken;
-    otherwise the scale is (max - min) / (number of steps), 0 always inside [min, max], so that 0
-    has a code of its own.
+    `codes` are the smallest and the largest code. A given scale and zero point are checked and
+    returned; otherwise the scale is (max - min) / (number of steps), with 0 always inside
+    [min, max], so that 0 has a code of its own.
 
     Raises:
         CheckpointError: the data, the scale or the zero point cannot be represented.
     """
     assert (scale is None) == (zero_point is None), "give both or neither"
     lowest, highest = codes
-    low, high = part.amin(dim=-1), part.amax(dim=-1)
+    low, high = values.amin(dim=-1), values.amax(dim=-1)
     check_magnitude(torch.maximum(-low, high))
     if scale is not None and zero_point is not None:
         if not bool(((zero_point >= lowest) & (zero_point <= highest)).all()):
@@ -132,5 +131,5 @@ def choose_range(
 
 
 def round_to_int8(steps: Tensor, low: int, high: int) -> Tensor:
-    """Round half to even (in place), clip to [low, high], as int8."""
+    """Round half to even (in place), clip to [low, high], and convert to int8."""
     return steps.round_().clamp_(low, high).to(torch.int8)

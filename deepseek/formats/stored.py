@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ArtifactError
-from deepseek.formats.fp8 import dequantize_fp8_block, num_blocks, quantize_fp8_block
+from deepseek.formats.fp8 import dequantize_fp8_block, num_tiles, quantize_fp8_block
 from deepseek.formats.int4 import dequantize_int4, num_groups, pack_int4, quantize_int4, unpack_int4
 from deepseek.formats.int8 import (
     dequantize_int8,
@@ -37,17 +37,17 @@ def compress(
 ) -> dict[str, Tensor]:
     """Float [N, K] -> the tensors to store, by suffix, exactly as `stored_shapes` lists them.
 
-    `amax`, `scale` and `zero_point` go to the format's `quantize_*` function, shaped as there. A
-    bfloat16 weight that stays bfloat16 is not copied.
+    `amax`, `scale` and `zero_point` are passed to the format's `quantize_*` function, which gives
+    their shapes. A bfloat16 weight that stays bfloat16 is not copied.
 
-    `input_scale`, float32 [1], belongs to a scheme with FP8 activations. It follows from all
-    experts of a layer together, so a weight may be compressed before it is known: left out here, it
-    has to be added to the result (`stored["input_scale"] = ...`) before the layer is published.
+    `input_scale`, float32 [1], belongs to a scheme with FP8 activations. It depends on all experts
+    of a layer together, so a weight may be compressed before it is known. A caller that leaves it
+    out adds it to the result (`stored["input_scale"] = ...`) before the layer is published.
 
     Raises:
         RecipeError: the group size does not divide K.
-        CheckpointError: a value, amax, scale or zero point cannot be represented. The message says
-            why ("holds NaN, ..."); only the caller knows the tensor's name and puts it in front.
+        CheckpointError: a value, amax, scale or zero point cannot be represented. The message gives
+            the reason ("holds NaN, ..."); the caller puts the tensor's name in front.
     """
     assert input_scale is None or scheme.activations == "fp8", scheme.label
     match scheme.weights:
@@ -83,7 +83,7 @@ def compress(
 def decompress(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Tensor:
     """The tensors of `compress` -> float32 [N, K]; `shape` is (N, K), from the inventory.
 
-    An `input_scale` says nothing about the weight and may be absent still, as after `compress`.
+    `input_scale` does not affect the weight and may still be absent, as after `compress`.
 
     Raises:
         ArtifactError: a tensor is missing, unknown, or of another shape or dtype than the scheme
@@ -112,7 +112,8 @@ def decompress(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, 
 
 
 def int8_codes(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """int8 [N, K] of an INT8 linear, packed (weight-only) or plain (with INT8 activations).
+    """The codes int8 [N, K] of an INT8 linear, stored packed (weight-only) or plain (with INT8
+    activations).
 
     Weight-only INT8 is packed because that is the form in which vLLM and transformers accept an
     8-bit weight without activation quantization.
@@ -123,7 +124,7 @@ def int8_codes(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
 
 
 def stored_shapes(scheme: Scheme, num_outputs: int, num_inputs: int) -> Stored:
-    """What an [N, K] weight is stored as: suffix -> (shape, dtype).
+    """The tensors that an [N, K] weight is stored as: suffix -> (shape, dtype).
 
     Raises:
         RecipeError: the group size does not divide the inputs.
@@ -160,7 +161,7 @@ def stored_shapes(scheme: Scheme, num_outputs: int, num_inputs: int) -> Stored:
         case "fp8-block":
             return {
                 "weight": (shape, torch.float8_e4m3fn),
-                "weight_scale": (num_blocks(shape), torch.float32),
+                "weight_scale": (num_tiles(shape), torch.float32),
             }
         case "bf16":
             return {"weight": (shape, torch.bfloat16)}
@@ -215,12 +216,12 @@ def _check_stored(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[in
     for suffix in sorted(expected.keys() ^ tensors.keys()):
         problem = "is missing" if suffix in expected else "is unknown"
         raise ArtifactError(f"{suffix} {problem} for weights {scheme.label}; quantize again")
-    for suffix, (wanted, dtype) in expected.items():
-        found = tensors[suffix]
-        if tuple(found.shape) != wanted or found.dtype != dtype:
+    for suffix, (stored_shape, dtype) in expected.items():
+        tensor = tensors[suffix]
+        if tuple(tensor.shape) != stored_shape or tensor.dtype != dtype:
             raise ArtifactError(
-                f"{suffix} is {found.dtype} {tuple(found.shape)}, but weights {scheme.label} of "
-                f"shape {shape} store {dtype} {wanted}; quantize again"
+                f"{suffix} is {tensor.dtype} {tuple(tensor.shape)}, but weights {scheme.label} of "
+                f"shape {shape} store {dtype} {stored_shape}; quantize again"
             )
     if "weight_shape" in tensors and tuple(tensors["weight_shape"].tolist()) != shape:
         raise ArtifactError(

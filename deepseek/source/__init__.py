@@ -1,1 +1,1 @@
-"""The release: its checkpoint, read strictly and streamed, and synthetic ones of its shapes."""
+"""The source checkpoint: its reader, and synthetic checkpoints of the release's shapes."""

@@ -3,8 +3,8 @@
 Opening reads the header of every shard, not its data, and checks all names, shapes and types
 against the inventory, so that a missing, extra or misshapen tensor is named before a long job
 starts. Reading a layer reads the bytes of that layer only. Two kinds of source are supported: the
-release's FP8 e4m3 blocks with a `weight_scale_inv` per linear, and plain BF16, FP16 or FP32.
-IntServe's quantized checkpoints are read by `deepseek.artifact.reader`.
+release's FP8 e4m3 tiles with a `weight_scale_inv` per linear, and plain BF16, FP16 or FP32.
+`deepseek/artifact/reader.py` reads IntServe's quantized checkpoints.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SourceTensor:
     """One tensor as the source stores it.
 
     `data` has the spec's shape. `scale_inv` is f32 [ceil(N/128), ceil(K/128)], the multiplier of
-    each FP8 block (the release names it an inverse, which it is not); None where `data` is not FP8.
+    each FP8 tile (the release names it an inverse, which it is not); None where `data` is not FP8.
     """
 
     spec: TensorSpec
@@ -59,25 +59,25 @@ class SourceTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes as stored, block scales included."""
+        """Bytes as stored, scales included."""
         return self.data.nbytes + (0 if self.scale_inv is None else self.scale_inv.nbytes)
 
     def bands(self) -> Iterator[SourceTensor]:
-        """Cut a matrix into bands of rows, so that it is never in memory as a whole in float32."""
+        """Yield bands of rows of a matrix, so that no caller needs all of it in float32 at once."""
         for rows in row_chunks(self.data, multiple=FP8_BLOCK):
-            blocks = slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
-            scale_inv = None if self.scale_inv is None else self.scale_inv[blocks]
+            tile_rows = slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
+            scale_inv = None if self.scale_inv is None else self.scale_inv[tile_rows]
             yield SourceTensor(self.spec, self.data[rows], scale_inv)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values in `dtype`, same shape; FP8 blocks are multiplied by their scales in FP32."""
+        """The values in `dtype`, same shape; FP8 tiles are multiplied by their scales in FP32."""
         if self.scale_inv is None:
             return self.data.to(dtype)
         return dequantize_fp8_block(self.data, self.scale_inv).to(dtype)
 
 
 def source_digests(source: Mapping[str, SourceTensor]) -> dict[str, str]:
-    """Digest of the stored values of each tensor by name, block scales included."""
+    """Digest of the stored values of each tensor by name, scales included."""
     return {
         name: tensor_digest(tensor.data)
         + ("" if tensor.scale_inv is None else f"*{tensor_digest(tensor.scale_inv)}")
@@ -86,7 +86,7 @@ def source_digests(source: Mapping[str, SourceTensor]) -> dict[str, str]:
 
 
 def join_digests(digests: Mapping[str, str]) -> str:
-    """SHA-256 in hex over `source_digests`; it does not depend on the order of reading."""
+    """SHA-256 in hex over `source_digests`, whatever their order."""
     lines = (f"{name}={digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -97,10 +97,10 @@ def content_digest(source: Mapping[str, SourceTensor]) -> str:
 
 
 class CheckpointReader:
-    """A checked source checkpoint that is read layer by layer.
+    """A source checkpoint, checked when it is opened and read layer by layer.
 
     Raises on opening:
-        ConfigError: config.json is absent or asks for what is not implemented.
+        ConfigError: config.json is absent or asks for something that is not implemented.
         CheckpointError: a shard is absent or damaged, or a tensor is missing, extra, of a wrong
             shape or of a wrong type; the sentence names it.
     """
@@ -154,19 +154,20 @@ class CheckpointReader:
         )
 
     def read_layer(self, layer: int) -> dict[str, SourceTensor]:
-        """All tensors of one decoder layer by name (MTP layers come after the main ones)."""
+        """All tensors of one decoder layer by name, mapped from their files. MTP layers come after
+        the main layers."""
         assert 0 <= layer < self.config.num_layers_with_mtp
         return self._read(list(layer_tensors(self.config, layer)))
 
     def read_globals(self) -> dict[str, SourceTensor]:
-        """The tensors outside the decoder layers: embeddings, final norm, head."""
+        """The tensors outside the decoder layers by name: embeddings, final norm, head."""
         return self._read(global_tensors(self.config))
 
     def load(self, specs: Iterable[TensorSpec]) -> dict[str, SourceTensor]:
         """Read these tensors into newly allocated memory and return them by name.
 
-        `read_layer` maps files, whose pages are read when they are first used. This is for threads
-        that read ahead: when it returns, all bytes are in memory and counted in `bytes_read`.
+        When it returns, all bytes are in memory and counted in `bytes_read`, which threads that
+        read ahead need; `read_layer` maps files, whose bytes are read at their first use.
 
         Raises:
             CheckpointError: a shard changed or cannot be read.
@@ -191,7 +192,7 @@ class CheckpointReader:
         return _with_scales(specs, stored)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Rows of the embedding for token ids int64 [T]: float32 [T, D]. Reads those rows only."""
+        """Read the rows of the embedding for token ids int64 [T], and no others: float32 [T, D]."""
         name = "model.embed_tokens.weight"
         path = self.directory / self._shard_of[name]
         try:
@@ -206,7 +207,7 @@ class CheckpointReader:
         """Check that every tensor was read.
 
         Raises:
-            CheckpointError: one was not, so the output would lack it.
+            CheckpointError: a tensor was not read, so the output would lack it.
         """
         if self._unread:
             raise CheckpointError(
@@ -233,8 +234,8 @@ class CheckpointReader:
         return _with_scales(specs, stored)
 
     def _locate(self, shards: dict[str, set[str] | None]) -> dict[str, str]:
-        """The shard of every tensor, checked against the index."""
-        where: dict[str, str] = {}
+        """The shard of every tensor by name, checked against the index."""
+        shard_of: dict[str, str] = {}
         for shard, indexed in shards.items():
             path = self.directory / shard
             present = set(self._headers[shard].tensors)
@@ -248,14 +249,14 @@ class CheckpointReader:
                     f"{path}: {_name_first(extra)} not listed in {INDEX_FILE}; index and shards "
                     "are of different checkpoints"
                 )
-            where |= dict.fromkeys(present, shard)
+            shard_of |= dict.fromkeys(present, shard)
         total = _index_total(self._index_bytes)
         if total is not None and total != self.total_bytes:
             _log.info(
                 "%s says total_size %s; the shards hold %d bytes of tensors",
                 self.directory / INDEX_FILE, total, self.total_bytes,
             )  # fmt: skip
-        return where
+        return shard_of
 
     def _check_inventory(self) -> None:
         expected = expected_source(self.config)
@@ -295,28 +296,29 @@ def _with_scales(specs: list[TensorSpec], stored: dict[str, Tensor]) -> dict[str
 
 
 def scale_name(name: str) -> str:
-    """Name of the FP8 block scales of the tensor `name`."""
+    """Name of the tensor that holds the scales of the FP8 tiles of the tensor `name`."""
     return f"{name}_scale_inv"
 
 
 def expected_source(
     config: ModelConfig,
 ) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Shape and admissible types of every tensor of the source, by name, block scales included."""
+    """Shape and admissible types of every tensor of the source, by name, scales included."""
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
     for spec in tensors(config):
         if spec.kind == "linear" and config.weight_block_size:
             rows, columns = config.weight_block_size
-            blocks = (-(-spec.shape[0] // rows), -(-spec.shape[1] // columns))
+            num_tiles = (-(-spec.shape[0] // rows), -(-spec.shape[1] // columns))
             expected[spec.name] = (spec.shape, (torch.float8_e4m3fn,))
-            expected[scale_name(spec.name)] = (blocks, (torch.float32,))
+            expected[scale_name(spec.name)] = (num_tiles, (torch.float32,))
         else:
             expected[spec.name] = (spec.shape, _FLOATS)
     return expected
 
 
 def _list_shards(directory: Path) -> tuple[bytes, dict[str, set[str] | None]]:
-    """The bytes of the index (empty without one), and the names it lists by shard (None: any)."""
+    """The bytes of the index (empty without one), and the names that it lists by shard (None: any
+    names)."""
     path = directory / INDEX_FILE
     if not path.exists():
         if not (directory / SINGLE_FILE).is_file():
@@ -357,9 +359,9 @@ def _open_shard(path: Path) -> Header:
 def _index_total(index: bytes) -> Any:
     """The `total_size` of the index; None where it has none.
 
-    The value is only logged. By convention it is the bytes of the tensors, but the index of
-    DeepSeek-V3 has twice its number of elements, others have 0 or the bytes of the files.
-    `weight_map` is what is checked.
+    The value is only logged; `weight_map` is checked instead. By convention `total_size` is the
+    bytes of the tensors, but the index of DeepSeek-V3 has twice the number of elements, and others
+    have 0 or the bytes of the files.
     """
     metadata = json.loads(index).get("metadata") if index else None
     return metadata.get("total_size") if isinstance(metadata, dict) else None

@@ -1,9 +1,9 @@
 """Makes checkpoints of random weights in the release's format: DeepSeek-V3's shapes, any depth.
 
-They measure how fast and in how much memory a job runs on layers of true shapes, without the 688 GB
-of the release; accuracy cannot be measured with them. Names, shapes and types are the inventory's:
-linears are e4m3 in 128x128 blocks with an FP32 `weight_scale_inv`, the bias of the router is FP32,
-all other tensors are BF16. `synthetic_weights.py` describes the values.
+Time and memory of a job on layers of true shapes can be measured with them, without the 688 GB of
+the release; accuracy cannot. Names, shapes and types are the inventory's: linears are e4m3 in FP8
+tiles with an FP32 `weight_scale_inv`, the bias of the router is FP32, all other tensors are BF16.
+`synthetic_weights.py` makes the values. `quant_jobs synthesize` and the benchmarks call this file.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ _SMALL = replace(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """The sizes of a model that may differ from the preset's. None keeps the preset's value. The
-    defaults of layers and experts are small, so that the model fits a disk."""
+    """Sizes of a model that may differ from the preset's; None keeps the preset's value.
+
+    The defaults of layers and experts are small, so that the model fits a disk.
+    """
 
     layers: int = 4
     dense_layers: int = 1
@@ -80,9 +82,10 @@ class Made:
 
 
 def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
-    """The preset's config with other sizes. The routed experts form 8, 4 or 2 groups of at
-    least two (the first of these that divides them), else one; a token reaches half of the groups,
-    as in the release.
+    """The preset's config with other sizes.
+
+    The routed experts form 8, 4 or 2 groups of at least two experts (the first of these numbers
+    that divides them), else one group. A token reaches half of the groups, as in the release.
 
     Raises:
         ConfigError: the sizes contradict each other, or the vocabulary cannot hold all bytes.
@@ -125,11 +128,11 @@ def synthesize(
     advance: Callable[[int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Made:
-    """Write a checkpoint into `output`. config.json is written last: without it no reader takes the
-    directory of a killed run for a checkpoint. Memory: the maker's pool and some rows of a tensor.
+    """Write a checkpoint into `output`.
 
-    `advance` is called with the bytes of every piece that is written; `num_bytes(config)` is their
-    sum.
+    config.json is written last, so no reader accepts the directory of a killed run as a checkpoint.
+    Memory: the weight maker's pool and some rows of one tensor. `advance` is called with the bytes
+    of every piece that is written; their sum is `num_bytes(config)`.
 
     Raises:
         CheckpointError: `output` is a file or not empty, or the disk is too small.
@@ -187,7 +190,7 @@ def shard_layouts(
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model in FP8 blocks, with the release's keys."""
+    """The config.json of a model in FP8 tiles, with the release's keys."""
     renamed = ("yarn", "weight_block_size")
     raw: dict[str, Any] = {
         key: getattr(config, key) for key in config.__slots__ if key not in renamed
@@ -244,15 +247,16 @@ def _stored(spec: TensorSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {spec.name: (torch.float32, spec.shape)}
     if spec.kind == "high":
         return {spec.name: (torch.bfloat16, spec.shape)}
-    blocks = tuple(-(-size // FP8_BLOCK) for size in spec.shape)
+    num_tiles = tuple(-(-size // FP8_BLOCK) for size in spec.shape)
     return {
         spec.name: (torch.float8_e4m3fn, spec.shape),
-        scale_name(spec.name): (torch.float32, blocks),
+        scale_name(spec.name): (torch.float32, num_tiles),
     }
 
 
 def _tokenizer_files(config: ModelConfig) -> dict[str, str]:
-    """A tokenizer of bytes: ids 0 and 1 are BOS and EOS, a byte's id follows."""
+    """The files of a tokenizer of bytes, by name: ids 0 and 1 are BOS and EOS, then one id per
+    byte."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,17 +1,17 @@
-"""Random weights with the spread and the outliers that quantization algorithms treat.
+"""Makes random weights with the spread and the outliers that quantization algorithms treat.
 
 Making them costs about as much as copying. One pool is drawn per model: strips of 128 rows of
 Gaussian weights with a log-normal spread over rows and over columns and a few outlier columns,
-rounded to FP8 blocks. A linear is assembled 128 rows at a time: one strip, its rows shuffled, its
+rounded to FP8 tiles. A linear is assembled 128 rows at a time: one strip, its rows shuffled, its
 columns taken from an offset that the whole linear shares (so that outlier columns run through all
 rows), its signs flipped by column. Rows of BF16 tables (embeddings, head, router) start at distinct
 places of one tape of Gaussian numbers. Norm weights spread around 1 with a few outlier channels,
 which cause the outliers of the activations.
 
-The correlations of a trained model are missing, so errors measured on these weights predict
-nothing.
+The weights lack the correlations of a trained model, so errors measured on them predict nothing.
 
-Each tensor has its own generator, seeded by its name: same seed, shapes and numpy, same bytes.
+Each tensor has its own generator, seeded by its name. The same seed, shapes and numpy give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -30,21 +30,24 @@ from deepseek.formats import FP8_BLOCK, quantize_fp8_block
 from deepseek.inventory import TensorSpec, tensors
 
 _NUM_STRIPS = 32
-#: Largest column offset of a linear in the pool, in blocks.
-_SPARE_BLOCKS = 8
+#: Largest column offset of a linear in the pool, in FP8 tiles.
+_SPARE_TILES = 8
 #: Standard deviations of the logarithm.
 _ROW_SPREAD, _COLUMN_SPREAD, _NORM_SPREAD = 0.25, 0.15, 0.25
 #: One column of `_OUTLIER_EVERY` is larger by the factor `_OUTLIER_SIZE`; likewise in norms.
 _OUTLIER_EVERY, _OUTLIER_SIZE = 256, 8.0
-#: Largest number of starting places on the tape. An odd stride visits each once before it repeats.
+#: Largest number of starting places on the tape. An odd stride reaches each once before it repeats.
 _MAX_PLACES, _STRIDE = 1 << 22, 2654435761
 _TABLE_ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """How a linear is assembled. `strips` int64 [blocks of rows], `shift` in blocks of columns,
-    `scale` f32 [blocks of rows, blocks of columns]; `random` draws the row orders and signs."""
+    """How a linear is assembled.
+
+    `strips` int64 [rows of tiles], `shift` in columns of tiles, `scale` f32 [rows of tiles, columns
+    of tiles]. `random` draws the orders of rows and the signs.
+    """
 
     strips: NDArray[np.int64]
     shift: int
@@ -53,8 +56,10 @@ class _Choice:
 
 
 class WeightMaker:
-    """Makes the tensors of one model, each from its name alone. It holds the pool: 79 MB of FP8 and
-    8 MB of BF16 at DeepSeek-V3's shapes."""
+    """Makes the tensors of one model, each from its name alone.
+
+    It holds the pool: 79 MB of FP8 and 8 MB of BF16 at DeepSeek-V3's shapes.
+    """
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._seed = seed
@@ -62,7 +67,7 @@ class WeightMaker:
         shapes = [spec.shape for spec in self._specs.values() if spec.kind == "linear"]
         rows, columns = (max(-(-shape[axis] // FP8_BLOCK) for shape in shapes) for axis in (0, 1))
         self._num_strips = min(_NUM_STRIPS, rows)
-        self._codes, self._scales = self._draw_strips(columns + _SPARE_BLOCKS)
+        self._codes, self._scales = self._draw_strips(columns + _SPARE_TILES)
         # Masks for the sign bit of e4m3 numbers.
         self._flips = self._random("signs").integers(0, 2, 2 * columns * FP8_BLOCK, np.uint8) << 7
         tables = [spec.shape for spec in self._specs.values() if spec.kind == "high"]
@@ -88,21 +93,21 @@ class WeightMaker:
             yield torch.from_numpy(_spread(random, spec.shape[0], _NORM_SPREAD)).bfloat16()
 
     def _linear(self, spec: TensorSpec) -> Iterator[Tensor]:
-        """Yield e4m3 [128 or fewer, K]."""
+        """Yield the rows of tiles: e4m3 [128 or fewer, K]."""
         rows, columns = spec.shape
         choice = self._choose(spec)
         window = slice(choice.shift * FP8_BLOCK, choice.shift * FP8_BLOCK + columns)
-        for block, strip in enumerate(choice.strips):
+        for tile_row, strip in enumerate(choice.strips):
             first = int(strip) * FP8_BLOCK
             order = first + choice.random.permutation(FP8_BLOCK)
             start = int(choice.random.integers(0, len(self._flips) - columns + 1))
-            codes = self._codes[:, window][order[: rows - block * FP8_BLOCK]]
+            codes = self._codes[:, window][order[: rows - tile_row * FP8_BLOCK]]
             codes ^= self._flips[start : start + columns]
             yield torch.from_numpy(codes).view(torch.float8_e4m3fn)
 
     def _choose(self, spec: TensorSpec) -> _Choice:
-        """Draw how a linear is assembled. Its weights have the mean square 1/K, so that outputs are
-        as large as inputs."""
+        """Draw how a linear is assembled. The mean square of its weights is 1/K, so outputs are as
+        large as inputs."""
         random = self._random(spec.name)
         rows, columns = (-(-size // FP8_BLOCK) for size in spec.shape)
         strips = random.permutation(max(rows, self._num_strips))[:rows] % self._num_strips
@@ -120,9 +125,9 @@ class WeightMaker:
         for first in range(0, rows, _TABLE_ROWS):
             yield starts[places[first : first + _TABLE_ROWS]] * scale
 
-    def _draw_strips(self, blocks: int) -> tuple[NDArray[np.uint8], Tensor]:
-        """The pool: e4m3 as uint8 [strips x 128, blocks x 128], scales f32 [strips, blocks]."""
-        columns = _spread(self._random("columns"), blocks * FP8_BLOCK, _COLUMN_SPREAD)
+    def _draw_strips(self, num_tiles: int) -> tuple[NDArray[np.uint8], Tensor]:
+        """The pool: e4m3 as uint8 [strips x 128, tiles x 128], scales f32 [strips, tiles]."""
+        columns = _spread(self._random("columns"), num_tiles * FP8_BLOCK, _COLUMN_SPREAD)
         columns /= np.sqrt(np.square(columns).mean())
         codes, scales = [], []
         for strip in range(self._num_strips):
@@ -140,7 +145,7 @@ class WeightMaker:
 
 
 def _spread(random: np.random.Generator, size: int, spread: float) -> NDArray[np.float32]:
-    """f32 [size]: log-normal around 1, with an outlier in each 256 and at least one."""
+    """f32 [size]: log-normal around 1, with one outlier per 256 values and at least one."""
     values = np.exp(spread * random.standard_normal(size, np.float32))
     values[random.permutation(size)[: -(-size // _OUTLIER_EVERY)]] *= _OUTLIER_SIZE
     return values

@@ -306,7 +306,7 @@ def operator_us(repeats: int) -> float:
 
 
 def fractions(peak: dict[str, float], work: dict[str, Work], repeats: int) -> dict[str, float]:
-    """Rate over peak of a Gram matrix (x^T x of an expert's rows of one calibration block), of GPTQ's
+    """Rate over peak of a Gram matrix (x^T x of an expert's rows of one block), of GPTQ's
     factor of it, and of elementwise work."""
     rows = torch.randn(2 * EDGE, EDGE)
     gram = rows.T @ rows + EDGE * torch.eye(EDGE)

@@ -119,7 +119,8 @@ def test_files_that_prose_names_exist(root: Path) -> None:
     folders = [*FORBIDDEN, "bench", "docs", "examples", "tests"]
     paths = [path for folder in folders for path in (root / folder).rglob("*.py")]
     endings = {f"/{path.relative_to(root).as_posix()}" for path in paths}
-    pages = [path for path in paths if path.relative_to(root).parts[0] != "tests"]
+    other = ("tests", "examples")  # which name files that they make, and the standard library's
+    pages = [path for path in paths if path.relative_to(root).parts[0] not in other]
     pages += [*root.glob("*.md"), *(root / "docs").rglob("*.md")]
     for page in set(pages) - quoting:
         text = page.read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deepseek.inventory import MLP_ROLES
+from deepseek.inventory import LATENT_READER, MLP_ROLES
 from deepseek.recipe import Recipe, Scheme
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
@@ -116,7 +116,7 @@ class UnitSolver:
         packed: Tensors = {}
         for module in unit.modules:
             packed |= self._linear(module, statistics, smoothing, rounded.pop(module, None))
-        if unit.modules[0].endswith("kv_b_proj"):
+        if linear_input.readers[0].role == LATENT_READER:
             self._summary.kv_latent_amax = self._summary.input_amax[unit.modules[0]]
         return packed
 
@@ -189,7 +189,7 @@ class UnitSolver:
             self._ledger.note("unseen_expert", self._layer, group.measured)
             return
         divided: Tensor | None = None
-        if not group.divided.endswith("up_proj.weight"):
+        if group.divided.removesuffix(".weight") not in self._schemes:  # a norm, not up_proj's rows
             divided = self._source[group.divided].data.to(self._device)
         scale = self._scale(group, method, statistics, divided)
         smoothing.add(group, scale)

@@ -80,14 +80,14 @@ def test_a_raylet_killed_in_the_middle_costs_no_byte_and_the_job_goes_on_with_th
 ) -> None:
     plan = Plan(0, "int4-gptq", (Kill("raylet", 0.3, 0.0),), rejoin_s=None)
     expected = reference(model, recipe_of(plan.recipe), tmp_path / "reference")
-    one = Round(pair, model, plan, tmp_path / "round", NUM_MARKS - NUM_LAYERS + 1, workers=2)
-    outcome = one.run(expected)
+    kill_round = Round(pair, model, plan, tmp_path / "round", NUM_MARKS - NUM_LAYERS + 1, workers=2)
+    outcome = kill_round.run(expected)
     assert pair.num_nodes == 1
     assert outcome.identical
     assert [hit.what for hit in outcome.hits] == ["raylet"]
-    assert (outcome.lost, outcome.joined) == (1, 0), one.report()
+    assert (outcome.lost, outcome.joined) == (1, 0), kill_round.report()
     # What Ray thinks of its dead node is not part of the answer.
-    assert outcome.printed.startswith(f"{one.output}: int4-gptq, "), outcome.printed
+    assert outcome.printed.startswith(f"{kill_round.output}: int4-gptq, "), outcome.printed
     assert outcome.printed.count("\n") == 1, outcome.printed
 
 
@@ -161,10 +161,10 @@ def test_twenty_rounds_of_kills_of_raylets_workers_and_drivers_change_no_byte(
         while cluster.num_nodes < NUM_WORKERS:
             cluster.add_node()
         plan = plan_round(seed)
-        one = Round(cluster, model, plan, tmp_path / f"round-{seed}", NUM_MARKS)
-        outcomes.append(one.run(expected[plan.recipe]))
-        assert outcomes[-1].identical, one.report()
-        assert outcomes[-1].hits, one.report()
+        kill_round = Round(cluster, model, plan, tmp_path / f"round-{seed}", NUM_MARKS)
+        outcomes.append(kill_round.run(expected[plan.recipe]))
+        assert outcomes[-1].identical, kill_round.report()
+        assert outcomes[-1].hits, kill_round.report()
     hits = [hit.what for outcome in outcomes for hit in outcome.hits]
     assert {what: hits.count(what) > 0 for what in ("raylet", "worker", "driver")} == {
         "raylet": True,
@@ -184,11 +184,11 @@ def test_a_cluster_smaller_than_the_job_asks_for_is_used_as_it_is(
         cluster.add_node()
     plan = Plan(1, "int4-awq", (Kill("raylet", 0.3, 0.0), Kill("driver", 0.4, 0.0)), rejoin_s=None)
     expected = reference(model, recipe_of(plan.recipe), tmp_path / "reference")
-    one = Round(cluster, model, plan, tmp_path / "round", NUM_MARKS)
-    outcome = one.run(expected)
+    kill_round = Round(cluster, model, plan, tmp_path / "round", NUM_MARKS)
+    outcome = kill_round.run(expected)
     assert outcome.identical
     assert [hit.what for hit in outcome.hits] == ["raylet", "driver"]
-    assert "now on 2 workers" in one.report()
+    assert "now on 2 workers" in kill_round.report()
 
 
 def failed_with(cause: BaseException) -> RayTaskError:

@@ -1,1 +1,1 @@
-"""What enters every linear of a layer, measured on calibration blocks."""
+"""Input statistics of a layer's linears over calibration blocks, and the units of its work."""

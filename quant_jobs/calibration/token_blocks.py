@@ -41,22 +41,24 @@ class CalibrationSource:
     weight: float = 1.0
 
     @classmethod
-    def parse(cls, given: str) -> CalibrationSource:
+    def parse(cls, argument: str) -> CalibrationSource:
         """Parse `FILE` or `FILE=WEIGHT`, as on the command line. The text after the last `=` is a
         weight if it is a number, and otherwise part of the name.
 
         Raises:
             CalibrationError: the weight is not positive.
         """
-        path, equals, last = given.rpartition("=")
+        path, equals, last = argument.rpartition("=")
         try:
             weight = float(last)
         except ValueError:
             equals = ""
         if not equals:
-            return cls(Path(given))
+            return cls(Path(argument))
         if not 0 < weight < math.inf:
-            raise CalibrationError(f"--calibration {given}: the weight must be a positive number")
+            raise CalibrationError(
+                f"--calibration {argument}: the weight must be a positive number"
+            )
         return cls(Path(path), weight)
 
 

@@ -7,7 +7,7 @@ layer once. Called by `job/layer_steps.py`, `workers/` and `cost/`.
 
 A *unit* is what one worker solves: the attention linears that share an input, one whole MLP, or a
 group of routed experts. Units do not depend on the number of workers; only `share_out`, which gives
-each unit to a worker, does. So a unit's result is the same whoever solves it.
+each unit to a worker, does. So a unit's result is the same on every worker.
 """
 
 from __future__ import annotations

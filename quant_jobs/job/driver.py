@@ -85,7 +85,7 @@ class Driver:
         self._writer = ArtifactWriter(job.output, source=job.source, recipe=job.recipe)
         self._steps = LayerSteps(self._config, job.recipe, self._writer.schemes, pool, wave_blocks)
         self._blocks = job.blocks
-        self._blocks_by_slot: dict[int, tuple[int, ...]] = {}  # slot -> the blocks that it holds
+        self._blocks_by_slot: dict[int, tuple[int, ...]] = {}  # calibration blocks of each worker
         self._writing: _WritingLayer | None = None
         self._storing: _StoringBoundary | None = None
         self._timings = Timings()

@@ -1,1 +1,1 @@
-"""The workers of a quantize job, on Ray or in the driver's process, and what they send."""
+"""The workers of a quantize job, on Ray or in the driver's process, and their messages."""

@@ -220,17 +220,17 @@ class WorkerPool:
         once a worker is active, at most `patience_s` after a starting one was last seen to have
         room on a node."""
         now = time.monotonic()
-        deadline, hopeless = now + timeout_s, now + patience_s
+        deadline, patience_end = now + timeout_s, now + patience_s
         while self._starting:
-            if self._find_slots() and timeout_s:
-                hopeless = time.monotonic() + patience_s
+            if self._check_placements() and timeout_s:
+                patience_end = time.monotonic() + patience_s
             left_s = max(0.0, min(deadline - time.monotonic(), 0.5))
             waiting = {reference: slot for slot, reference in self._starting.items()}
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=left_s)
             for reference in done:
                 self._finish_start(waiting[reference])
             now = time.monotonic()
-            if now >= deadline or (self._active and now >= hopeless):
+            if now >= deadline or (self._active and now >= patience_end):
                 return
 
     def _finish_start(self, slot: int) -> None:
@@ -251,7 +251,7 @@ class WorkerPool:
         self._node_ids[slot] = node
         self._active = sorted({*self._active, slot})
 
-    def _find_slots(self) -> bool:
+    def _check_placements(self) -> bool:
         """Whether Ray has placed one of the starting workers on a node. Restarts those that have
         lost their node, with a new placement group."""
         is_placed = False

@@ -20,7 +20,7 @@ from quant_jobs.reports.findings import Report
 
 Command = Callable[..., Ended]
 COMMANDS = ("quantize", "build", "evaluate", "gate", "report", "synthesize")
-#: What the demo's table reads of `gate --json`.
+#: Keys of `gate --json` that the demo's table reads.
 TABLE = {
     "bytes",
     "bf16_bytes",

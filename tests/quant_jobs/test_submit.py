@@ -1,4 +1,4 @@
-"""`submit`: ids that follow from the job, and what the same command does the second time."""
+"""`submit`: ids computed from the job, and what the same command does the second time."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from quant_jobs.submit import (
 
 
 class Jobs:
-    """A job server in memory: it takes no id twice, as Ray's."""
+    """A job server in memory. Like Ray's, it accepts no id twice."""
 
     def __init__(self) -> None:
         self.statuses: dict[str, str] = {}
         self.submitted: list[dict[str, Any]] = []
         self.logs = ["layer 0\n"]
-        #: What somebody else submits just before our own request arrives.
+        #: The id that another process submits just before our request arrives.
         self.rival: str | None = None
 
     def list_jobs(self) -> list[SimpleNamespace]:
@@ -208,13 +208,13 @@ def test_the_same_command_attaches_submits_again_or_has_nothing_to_do() -> None:
     jobs, job = Jobs(), job_of()
     base = job.base_id
     jobs.statuses[f"{base}-other"] = jobs.statuses["quantize-out-0123"] = "RUNNING"
-    seen = []
+    outcomes = []
     for status in ("RUNNING", "FAILED", "STOPPED", "PENDING", "SUCCEEDED"):
-        found = submit(jobs, job)
-        seen.append((found.submission_id.removeprefix(base), found.outcome))
-        jobs.statuses[found.submission_id] = status
-    seen.append((submit(jobs, job).submission_id.removeprefix(base), submit(jobs, job).outcome))
-    assert seen == [
+        submitted = submit(jobs, job)
+        outcomes.append((submitted.submission_id.removeprefix(base), submitted.outcome))
+        jobs.statuses[submitted.submission_id] = status
+    outcomes.append((submit(jobs, job).submission_id.removeprefix(base), submit(jobs, job).outcome))
+    assert outcomes == [
         ("", "submitted"),
         ("", "running"),
         ("-2", "submitted"),
@@ -228,8 +228,8 @@ def test_the_same_command_attaches_submits_again_or_has_nothing_to_do() -> None:
 def test_of_two_at_the_same_moment_one_submits_and_the_other_attaches() -> None:
     jobs, job = Jobs(), job_of()
     jobs.rival = job.base_id
-    found = submit(jobs, job)
-    assert (found.submission_id, found.outcome) == (job.base_id, "running")
+    submitted = submit(jobs, job)
+    assert (submitted.submission_id, submitted.outcome) == (job.base_id, "running")
     assert jobs.submitted == []
 
 
@@ -323,8 +323,8 @@ def test_a_working_directory_that_is_none_is_one_sentence(tmp_path: Path) -> Non
 
 def test_following_goes_on_when_the_log_ends_before_the_job() -> None:
     jobs, out = Jobs(), io.StringIO()
-    found = submit(jobs, job_of())
-    assert follow(jobs, found.submission_id, out, sleep=lambda seconds: None) == "SUCCEEDED"
+    submitted = submit(jobs, job_of())
+    assert follow(jobs, submitted.submission_id, out, sleep=lambda seconds: None) == "SUCCEEDED"
     assert out.getvalue() == "layer 0\nlayer 0\nlayer 1\n"
 
 
@@ -429,8 +429,8 @@ def test_a_job_that_was_killed_is_submitted_again_resumes_and_writes_the_same_by
     def answer(*more: str) -> dict[str, str]:
         ended = again(*more)
         assert ended.returncode == 0, ended.stderr
-        found: dict[str, str] = json.loads(ended.stdout)
-        return found
+        result: dict[str, str] = json.loads(ended.stdout)
+        return result
 
     refused = again(RAY_AUTH_MODE="disabled")
     assert refused.returncode == 2
@@ -442,8 +442,8 @@ def test_a_job_that_was_killed_is_submitted_again_resumes_and_writes_the_same_by
     second = answer()
     assert (second["submission_id"], second["outcome"]) == (base, "running")
 
-    part = tmp_path / "out" / ".job" / "part-00000.json"
-    wait_until(part.exists)  # the first layer is published
+    published = tmp_path / "out" / ".job" / "part-00000.json"
+    wait_until(published.exists)  # the first layer is published
     os.kill(int((tmp_path / "out" / ".job" / "lock").read_text()), signal.SIGKILL)
     wait_until(lambda: answer()["submission_id"] == f"{base}-2")
 
@@ -459,7 +459,7 @@ def test_a_job_that_was_killed_is_submitted_again_resumes_and_writes_the_same_by
     assert contents(tmp_path / "out") == undisturbed
 
 
-#: Said by every process that imports the uploaded code: where it found it, and what lies there.
+#: Makes every process that imports the uploaded code record its path and the files beside it.
 MARK = """
 def _mark() -> None:
     import json, os
@@ -491,11 +491,11 @@ def test_a_job_runs_from_the_working_directory_that_was_sent_along(
     )
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["status"] == "SUCCEEDED"
-    said = [json.loads(mark.read_text()) for mark in marks.iterdir()]
-    assert len(said) == 2, "the driver and its worker"
-    for one in said:
-        assert "_ray_pkg_" in one["place"]
-        assert one["beside"] == ["cluster", "code.py", "deepseek", "package", "quant_jobs"]
+    records = [json.loads(mark.read_text()) for mark in marks.iterdir()]
+    assert len(records) == 2, "the driver and its worker"
+    for record in records:
+        assert "_ray_pkg_" in record["place"]
+        assert record["beside"] == ["cluster", "code.py", "deepseek", "package", "quant_jobs"]
     undisturbed = reference(small, small_recipe("int4-gptq"), tmp_path / "plain")
     assert contents(tmp_path / "out") == undisturbed
 

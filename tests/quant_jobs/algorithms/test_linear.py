@@ -1,4 +1,4 @@
-"""Each linear's solution: modelopt's amax, our codes, an honest error."""
+"""Quantizing one linear: modelopt's amax, our codes, the recorded output error."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def a_statistic(columns: int = 256) -> InputStatistics:
     x[:, ::31] *= 20
     accumulator = Accumulator(NAME, gram=True)
     accumulator.add(0, observe(x, 64, keep_rows=True))
-    seen = accumulator.finish()
-    assert seen is not None
-    return seen
+    statistics = accumulator.finish()
+    assert statistics is not None
+    return statistics
 
 
 def solve(
     scheme: Scheme,
     source: SourceTensor | None = None,
-    seen: InputStatistics | None = None,
+    statistics: InputStatistics | None = None,
     smoothing: Smoothing | None = None,
     ledger: Ledger | None = None,
     rounded: Rounded | None = None,
@@ -62,7 +62,7 @@ def solve(
         source,
         source.dequantize,
         scheme,
-        None if seen is None else seen.sample,
+        None if statistics is None else statistics.sample,
         smoothing or Smoothing(),
         ledger or Ledger(),
         rounded,
@@ -74,13 +74,15 @@ def restore(solved: SolvedLinear, scheme: Scheme, rows: int = 96, columns: int =
     return decompress(stored, scheme, (rows, columns))
 
 
-def assert_same_but_for_ties(found: Tensor, wanted: Tensor, weight: Tensor, step: Tensor) -> None:
-    """modelopt computes w * (127 / amax), we compute w / scale: a value half way between two codes
-    may fall either way (FP8 weights have many), anything else may not."""
+def assert_same_but_for_ties(
+    actual: Tensor, expected: Tensor, weight: Tensor, step: Tensor
+) -> None:
+    """modelopt computes w * (127 / amax), we compute w / scale: a value halfway between two codes
+    may round either way (FP8 weights have many of them); all others must be equal."""
     steps = weight / step
     tie = (steps - steps.floor() - 0.5).abs() < 1e-4
-    assert torch.allclose(found[~tie], wanted[~tie], rtol=1e-6, atol=0)
-    assert ((found - wanted).abs() <= 1.001 * step).all()
+    assert torch.allclose(actual[~tie], expected[~tie], rtol=1e-6, atol=0)
+    assert ((actual - expected).abs() <= 1.001 * step).all()
     assert tie.float().mean() < 0.1
 
 
@@ -100,45 +102,45 @@ def test_published_int8_weights_are_modelopts_fake_quantization() -> None:
     weight = a_source().dequantize()
     theirs = modelopt_quantizer(num_bits=8, axis=0)
     theirs.amax = weight.abs().amax(dim=1, keepdim=True)
-    wanted, found = theirs(weight), restore(solve(INT8), INT8)
-    assert_same_but_for_ties(found, wanted, weight, theirs.amax / 127)
+    expected, restored = theirs(weight), restore(solve(INT8), INT8)
+    assert_same_but_for_ties(restored, expected, weight, theirs.amax / 127)
 
 
 def test_published_int4_weights_are_modelopts_with_the_stored_bf16_scale() -> None:
     weight = a_source().dequantize()
-    found = restore(solve(INT4), INT4)
+    restored = restore(solve(INT4), INT4)
     _, scale, _ = quantize_int4(weight, 128)
     theirs = modelopt_quantizer(num_bits=4, block_sizes={-1: 128})
     theirs.amax = scale.float().view(-1, 1) * 7
     step = scale.float().repeat_interleave(128, dim=1)
-    assert_same_but_for_ties(found, theirs(weight), weight, step)
+    assert_same_but_for_ties(restored, theirs(weight), weight, step)
     theirs.amax = weight.view(-1, 128).abs().amax(dim=1, keepdim=True)
-    assert (found - weight).norm() < 1.01 * (theirs(weight) - weight).norm()
+    assert (restored - weight).norm() < 1.01 * (theirs(weight) - weight).norm()
 
 
 @pytest.mark.parametrize("scheme", EVERY, ids=lambda s: s.label)
 def test_the_recorded_error_is_that_of_the_restored_weight(scheme: Scheme) -> None:
-    seen, source = a_statistic(), a_source()
-    solved = solve(scheme, source, seen)
-    restored, x = restore(solved, scheme), seen.sample
+    statistics, source = a_statistic(), a_source()
+    solved = solve(scheme, source, statistics)
+    restored, x = restore(solved, scheme), statistics.sample
     if scheme.activations == "int8":
         step = x.abs().amax(dim=1, keepdim=True) / 127
         x = (x / step).round() * step
-    wanted = seen.sample @ source.dequantize().T
-    expected = float((x @ restored.T - wanted).norm() / wanted.norm())
-    assert solved.error == pytest.approx(expected, rel=1e-4)
+    y = statistics.sample @ source.dequantize().T
+    error = float((x @ restored.T - y).norm() / y.norm())
+    assert solved.error == pytest.approx(error, rel=1e-4)
     low, high = (0.002, 0.03) if scheme.bits == 8 else (0.03, 0.2)
-    assert low < expected < high, (scheme.label, expected)
+    assert low < error < high, (scheme.label, error)
 
 
 @pytest.mark.parametrize("scheme", EVERY, ids=lambda s: s.label)
 def test_plain_rounding_stores_what_the_format_would_choose(scheme: Scheme) -> None:
     weight = a_source().dequantize()
-    wanted = compress(weight, scheme)
-    found = solve(scheme).tensors
-    assert found.keys() == {f"{NAME}.{suffix}" for suffix in wanted}
-    for suffix, tensor in wanted.items():
-        assert torch.equal(found[f"{NAME}.{suffix}"], tensor), suffix
+    expected = compress(weight, scheme)
+    tensors = solve(scheme).tensors
+    assert tensors.keys() == {f"{NAME}.{suffix}" for suffix in expected}
+    for suffix, tensor in expected.items():
+        assert torch.equal(tensors[f"{NAME}.{suffix}"], tensor), suffix
 
 
 @pytest.mark.parametrize(
@@ -148,20 +150,21 @@ def test_plain_rounding_stores_what_the_format_would_choose(scheme: Scheme) -> N
 def test_a_clipped_range_is_the_one_that_is_stored(scheme: Scheme, clip: dict[str, Any]) -> None:
     clipped = scheme.model_copy(update=clip)
     chosen = group_ranges(a_source().dequantize(), clipped)
-    found = solve(clipped, None, a_statistic()).tensors[f"{NAME}.weight_scale"]
-    assert torch.equal(found.float(), chosen.scale)
+    scale = solve(clipped, None, a_statistic()).tensors[f"{NAME}.weight_scale"]
+    assert torch.equal(scale.float(), chosen.scale)
     if scheme.bits == 4:  # 256 levels on 256 weights gain nothing from clipping
-        assert not torch.equal(found, solve(scheme).tensors[f"{NAME}.weight_scale"])
+        assert not torch.equal(scale, solve(scheme).tensors[f"{NAME}.weight_scale"])
 
 
 @pytest.mark.parametrize("scheme", EVERY[2:], ids=lambda s: s.label)
 def test_what_gptq_rounded_is_stored_as_it_is_and_errs_less(scheme: Scheme) -> None:
     scheme = scheme.model_copy(update={"algorithm": "gptq"})
-    seen, source = a_statistic(), a_source()
-    assert seen.gram is not None
-    factor = inverse_factor(seen.gram, scheme.damping)
+    statistics, source = a_statistic(), a_source()
+    assert statistics.gram is not None
+    factor = inverse_factor(statistics.gram, scheme.damping)
     (rounded,) = gptq(source.dequantize()[None], [factor], scheme)
-    solved, plain = solve(scheme, source, seen, rounded=rounded), solve(scheme, source, seen)
+    solved = solve(scheme, source, statistics, rounded=rounded)
+    plain = solve(scheme, source, statistics)
     assert torch.equal(restore(solved, scheme), rounded.weight)
     assert solved.error is not None
     assert plain.error is not None
@@ -171,22 +174,24 @@ def test_what_gptq_rounded_is_stored_as_it_is_and_errs_less(scheme: Scheme) -> N
 @pytest.mark.parametrize("scheme", EVERY[2:], ids=lambda s: s.label)
 def test_awqs_clip_search_sees_the_inputs_as_they_will_arrive(scheme: Scheme) -> None:
     scheme = scheme.model_copy(update={"algorithm": "awq"})
-    seen, source = a_statistic(), a_source()
+    statistics, source = a_statistic(), a_source()
     scale = torch.where(torch.arange(256) % 31 == 0, 4.0, 1.0)
     smoothing = Smoothing({f"{NAME}.weight": scale})
-    chosen = search_clip(source.dequantize() * scale, seen.sample / scale, scheme)
-    found = solve(scheme, source, seen, smoothing)
-    assert torch.equal(found.tensors[f"{NAME}.weight_scale"].float(), chosen.scale)
-    unscaled = solve(scheme, source, seen)
-    plain = solve(scheme.model_copy(update={"algorithm": "max"}), source, seen)
-    assert found.error is not None
+    chosen = search_clip(source.dequantize() * scale, statistics.sample / scale, scheme)
+    solved = solve(scheme, source, statistics, smoothing)
+    assert torch.equal(solved.tensors[f"{NAME}.weight_scale"].float(), chosen.scale)
+    unscaled = solve(scheme, source, statistics)
+    plain = solve(scheme.model_copy(update={"algorithm": "max"}), source, statistics)
+    assert solved.error is not None
     assert unscaled.error is not None
     assert plain.error is not None
     assert unscaled.error < plain.error
-    assert found.error < plain.error
-    # What no token reached is rounded to nearest.
-    unseen, wanted = solve(scheme, source), solve(scheme.model_copy(update={"algorithm": "max"}))
-    assert all(torch.equal(unseen.tensors[name], wanted.tensors[name]) for name in wanted.tensors)
+    assert solved.error < plain.error
+    # A linear that no token reached is rounded to nearest.
+    unseen, expected = solve(scheme, source), solve(scheme.model_copy(update={"algorithm": "max"}))
+    assert all(
+        torch.equal(unseen.tensors[name], expected.tensors[name]) for name in expected.tensors
+    )
 
 
 def test_an_unseen_expert_gets_the_error_of_its_weight() -> None:
@@ -197,18 +202,18 @@ def test_an_unseen_expert_gets_the_error_of_its_weight() -> None:
 
 
 def test_the_error_of_a_smoothed_linear_is_measured_in_the_original_units() -> None:
-    seen, source = a_statistic(), a_source()
-    plain = solve(W8A8, source, seen)
+    statistics, source = a_statistic(), a_source()
+    plain = solve(W8A8, source, statistics)
     name = f"{NAME}.weight"
     columns = torch.where(torch.arange(256) % 31 == 0, 16.0, 1.0)
     rows = torch.where(torch.arange(96) % 2 == 0, 8.0, 0.5)
-    smoothed = solve(W8A8, source, seen, Smoothing({name: columns}, {name: rows}))
+    smoothed = solve(W8A8, source, statistics, Smoothing({name: columns}, {name: rows}))
     restored = restore(smoothed, W8A8) * rows[:, None] / columns
     weight = source.dequantize()
     assert (restored - weight).norm() < 0.1 * weight.norm()
     assert plain.error is not None
     assert smoothed.error is not None
-    assert smoothed.error < 0.9 * plain.error  # outlier channels set the tokens' scales no more
+    assert smoothed.error < 0.9 * plain.error  # outlier channels no longer set the tokens' scales
     unseen = solve(W8A8, source, None, Smoothing({name: columns}, {name: rows}))
     of_the_weight = float((restored - weight).norm() / weight.norm())
     assert unseen.error == pytest.approx(of_the_weight, rel=1e-5)
@@ -273,16 +278,16 @@ def test_a_weight_of_zeros_errs_by_nothing() -> None:
 def test_one_float32_copy_of_a_weight_is_held_at_a_time(
     scheme: Scheme, smoothed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside it are codes and what is packed, up to half of it, and a few rows in work."""
+    """Plus codes and packed tensors, up to half its size, and a few rows in use."""
     monkeypatch.setattr("deepseek.formats.scales._CHUNK_ELEMENTS", 1 << 14)
     monkeypatch.setitem(ranges._CHUNK_ELEMENTS, "cpu", 1 << 14)
-    modelopt_quantizer(num_bits=8, axis=0)  # its import is not what is measured
+    modelopt_quantizer(num_bits=8, axis=0)  # its import must not count
     rows = columns = 1024
-    source, seen = a_source(rows, columns), a_statistic(columns)
+    source, statistics = a_source(rows, columns), a_statistic(columns)
     name, twos = f"{NAME}.weight", torch.full((1024,), 2.0)
     smoothing = Smoothing({name: twos}, {name: twos}) if smoothed else Smoothing()
-    taken = peak_bytes(lambda: solve(scheme, source, seen, smoothing))
-    assert taken < 1.75 * rows * columns * 4, taken / (rows * columns * 4)
+    peak = peak_bytes(lambda: solve(scheme, source, statistics, smoothing))
+    assert peak < 1.75 * rows * columns * 4, peak / (rows * columns * 4)
 
 
 def test_a_source_in_float32_is_not_folded_where_it_lies() -> None:
@@ -290,8 +295,10 @@ def test_a_source_in_float32_is_not_folded_where_it_lies() -> None:
     source = SourceTensor(a_source().spec, weight.clone())
     columns, rows = torch.full((256,), 2.0), torch.full((96,), 4.0)
     smoothing = Smoothing({f"{NAME}.weight": columns}, {f"{NAME}.weight": rows})
-    found = solve(INT8, source, a_statistic(), smoothing)
+    solved = solve(INT8, source, a_statistic(), smoothing)
     assert torch.equal(source.data, weight)
-    wanted = solve(INT8, a_source(), a_statistic(), smoothing)
-    assert found.error == wanted.error
-    assert all(torch.equal(found.tensors[name], one) for name, one in wanted.tensors.items())
+    expected = solve(INT8, a_source(), a_statistic(), smoothing)
+    assert solved.error == expected.error
+    assert all(
+        torch.equal(solved.tensors[name], tensor) for name, tensor in expected.tensors.items()
+    )

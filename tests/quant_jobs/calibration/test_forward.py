@@ -1,4 +1,4 @@
-"""The calibration layer, cut in two halves, is transformers' own to the bit."""
+"""The forward pass of a layer in two halves equals transformers' bit by bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def reader(tiny_model: Path) -> CheckpointReader:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> object:
-    """As workers run: with more threads a product may be cut, and rounded, differently."""
+    """As in workers: with more threads a product may be split, and rounded, differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,13 +80,13 @@ def run_experts(
     experts: list[int],
     prepare: Mapping[str, RoundInput] | None = None,
 ) -> ExpertOutputs:
-    """What one worker that owns these experts contributes."""
-    found = {}
+    """The outputs of a worker that owns these experts."""
+    outputs = {}
     for expert in experts:
         rows = run_expert(routed, expert, expert_of(weights, layer, expert), prepare or {})
         if rows is not None:
-            found[expert] = rows
-    return ExpertOutputs(found)
+            outputs[expert] = rows
+    return ExpertOutputs(outputs)
 
 
 def run_layer(
@@ -97,20 +97,20 @@ def run_layer(
     h_TD, routed = trunk.attend(Rotary(config), x_TD)
     if not trunk.is_moe:
         return trunk.combine(h_TD, routed, [])
-    everybody = list(range(config.n_routed_experts))
-    return trunk.combine(h_TD, routed, [run_experts(routed, layer, weights, everybody)])
+    all_experts = list(range(config.n_routed_experts))
+    return trunk.combine(h_TD, routed, [run_experts(routed, layer, weights, all_experts)])
 
 
 def fused(weights: Mapping[str, Tensor], config: ModelConfig, layer: int) -> dict[str, Tensor]:
-    """The checkpoint's names as transformers 5 keeps them: experts in two 3-D parameters."""
+    """The weights under transformers 5's names: experts fused into two 3-D parameters."""
     state = {name: tensor for name, tensor in weights.items() if ".mlp.experts." not in name}
     if config.is_moe(layer):
-        every = [expert_of(weights, layer, e) for e in range(config.n_routed_experts)]
+        experts = [expert_of(weights, layer, e) for e in range(config.n_routed_experts)]
         prefix = f"model.layers.{layer}.mlp.experts"
         state[f"{prefix}.gate_up_proj"] = torch.stack(
-            [torch.cat([one["gate_proj"], one["up_proj"]]) for one in every]
+            [torch.cat([expert["gate_proj"], expert["up_proj"]]) for expert in experts]
         )
-        state[f"{prefix}.down_proj"] = torch.stack([one["down_proj"] for one in every])
+        state[f"{prefix}.down_proj"] = torch.stack([expert["down_proj"] for expert in experts])
     return state
 
 
@@ -150,10 +150,10 @@ def test_attend_experts_combine_equal_transformers_layer_to_the_bit(
     config, weights = reader.config, weights_of(reader, layer)
     assert config.is_moe(layer) == (layer > 0)
     x_TD = an_input(config, num_tokens)
-    found = run_layer(reader, layer, weights, x_TD)
-    wanted = run_theirs(theirs(config, layer, weights), config, x_TD)
-    assert torch.equal(found, wanted)
-    assert not torch.equal(found, x_TD)
+    actual = run_layer(reader, layer, weights, x_TD)
+    expected = run_theirs(theirs(config, layer, weights), config, x_TD)
+    assert torch.equal(actual, expected)
+    assert not torch.equal(actual, x_TD)
 
 
 def test_experts_over_several_parts_in_any_order_give_the_same_bytes(
@@ -162,36 +162,40 @@ def test_experts_over_several_parts_in_any_order_give_the_same_bytes(
     config, weights = reader.config, weights_of(reader, 2)
     trunk, x_TD = trunk_of(config, 2, weights), an_input(config)
     h_TD, routed = trunk.attend(Rotary(config), x_TD)
-    every = list(range(config.n_routed_experts))
-    whole = trunk.combine(h_TD, routed, [run_experts(routed, 2, weights, every)])
-    splits = [[every[::2], every[1::2]], [[e] for e in reversed(every)], [[], every[5:], every[:5]]]
+    all_experts = list(range(config.n_routed_experts))
+    whole = trunk.combine(h_TD, routed, [run_experts(routed, 2, weights, all_experts)])
+    splits = [
+        [all_experts[::2], all_experts[1::2]],
+        [[e] for e in reversed(all_experts)],
+        [[], all_experts[5:], all_experts[:5]],
+    ]
     for split in splits:
-        parts = [run_experts(routed, 2, weights, experts) for experts in split]
-        assert torch.equal(trunk.combine(h_TD, routed, parts), whole)
-        assert torch.equal(trunk.combine(h_TD, routed, parts[::-1]), whole)
-    # One expert left out is another sum.
-    some = [run_experts(routed, 2, weights, every[1:])]
-    assert not torch.equal(trunk.combine(h_TD, routed, some), whole)
+        outputs = [run_experts(routed, 2, weights, experts) for experts in split]
+        assert torch.equal(trunk.combine(h_TD, routed, outputs), whole)
+        assert torch.equal(trunk.combine(h_TD, routed, outputs[::-1]), whole)
+    # Without one expert the sum differs.
+    incomplete = [run_experts(routed, 2, weights, all_experts[1:])]
+    assert not torch.equal(trunk.combine(h_TD, routed, incomplete), whole)
 
 
 def test_a_block_is_left_as_it_came(reader: CheckpointReader) -> None:
-    """Tensors that arrive in messages are read-only memory."""
+    """Tensors received in messages are read-only memory."""
     config, weights = reader.config, weights_of(reader, 1)
     trunk, x_TD = trunk_of(config, 1, weights), an_input(config)
     h_TD, routed = trunk.attend(Rotary(config), x_TD)
-    kept, z, h = x_TD.clone(), routed.z.clone(), h_TD.clone()
-    part = run_experts(routed, 1, weights, [0, 1, 2])
-    rows = {expert: rows.clone() for expert, (_, rows) in part.by_expert.items()}
-    trunk.combine(h_TD, routed, [part])
-    assert torch.equal(x_TD, kept)
+    before, z, h = x_TD.clone(), routed.z.clone(), h_TD.clone()
+    outputs = run_experts(routed, 1, weights, [0, 1, 2])
+    rows = {expert: rows.clone() for expert, (_, rows) in outputs.by_expert.items()}
+    trunk.combine(h_TD, routed, [outputs])
+    assert torch.equal(x_TD, before)
     assert torch.equal(routed.z, z)
     assert torch.equal(h_TD, h)
-    assert all(torch.equal(part.by_expert[expert][1], rows[expert]) for expert in rows)
+    assert all(torch.equal(outputs.by_expert[expert][1], rows[expert]) for expert in rows)
 
 
 @torch.no_grad()
 def test_layers_in_a_row_give_the_logits_of_transformers(reader: CheckpointReader) -> None:
-    """And its eager attention, which adds up in another order, agrees within rounding."""
+    """Up to rounding: its eager attention adds in another order."""
     config = reader.config
     ids = torch.randint(0, config.vocab_size, (48,), generator=torch.Generator().manual_seed(2))
     state = {name: tensor.dequantize() for name, tensor in reader.read_globals().items()}
@@ -204,9 +208,9 @@ def test_layers_in_a_row_give_the_logits_of_transformers(reader: CheckpointReade
     hf._experts_implementation = "eager"
     model = DeepseekV3ForCausalLM(hf).eval()
     model.load_state_dict(state, strict=True)
-    wanted = model(input_ids=ids[None], use_cache=False).logits[0]
+    expected = model(input_ids=ids[None], use_cache=False).logits[0]
     logits = model.lm_head(model.model.norm(x_TD))
-    assert (logits - wanted).norm() < 1e-5 * wanted.norm()
+    assert (logits - expected).norm() < 1e-5 * expected.norm()
 
 
 # --- with quantized activations ---
@@ -226,18 +230,18 @@ def slow_fp8(scale: Tensor) -> RoundInput:
     values = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
     values = values[values.isfinite()].sort().values
 
-    def see(x: Tensor) -> Tensor:
+    def round_input(x: Tensor) -> Tensor:
         steps = (x / scale).clamp(-448, 448)
         place = torch.bucketize(steps, values).clamp(1, len(values) - 1)
         below, above = values[place - 1], values[place]
         return torch.where(steps - below < above - steps, below, above) * scale
 
-    return see
+    return round_input
 
 
 def test_fp8_values_are_the_formats() -> None:
-    see = slow_fp8(torch.tensor([2.0]))
-    assert see(torch.tensor([1000.0, -3000.0, 0.0, 2.26, 2.24])).tolist() == [
+    round_input = slow_fp8(torch.tensor([2.0]))
+    assert round_input(torch.tensor([1000.0, -3000.0, 0.0, 2.26, 2.24])).tolist() == [
         *(896.0, -896.0, 0.0, 2.25, 2.25)
     ]
 
@@ -259,14 +263,14 @@ def test_prepared_inputs_are_those_of_a_slow_reference(
     linears = {n.removesuffix(".weight") for n in weights if "_proj" in n}
     trunk = trunk_of(config, layer, weights, dict.fromkeys(linears, fast))
     h_TD, routed = trunk.attend(Rotary(config), x_TD)
-    every = list(range(config.n_routed_experts))
-    parts = [run_experts(routed, layer, weights, every, dict.fromkeys(ROLES, fast))]
-    found = trunk.combine(h_TD, routed, parts)
+    all_experts = list(range(config.n_routed_experts))
+    outputs = [run_experts(routed, layer, weights, all_experts, dict.fromkeys(ROLES, fast))]
+    actual = trunk.combine(h_TD, routed, outputs)
 
     module = theirs(config, layer, weights)
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            part.register_forward_pre_hook(lambda _, args: (slow(args[0]),))
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Linear):
+            submodule.register_forward_pre_hook(lambda _, args: (slow(args[0]),))
     attended, _ = module.self_attn(
         hidden_states=module.input_layernorm(x_TD[None]),
         attention_mask=None,
@@ -275,17 +279,19 @@ def test_prepared_inputs_are_those_of_a_slow_reference(
     assert torch.allclose(h_TD, x_TD + attended[0], rtol=0, atol=1e-5)
     assert routed.experts is not None
     assert routed.weights is not None
-    wanted = h_TD + module.mlp.shared_experts(routed.z)
+    expected = h_TD + module.mlp.shared_experts(routed.z)
     for token in range(40):
         z = slow(routed.z[None, token])
         for expert, share in zip(routed.experts[token], routed.weights[token], strict=True):
-            one = expert_of(weights, layer, int(expert))
-            h = nn.functional.silu(z @ one["gate_proj"].T) * (z @ one["up_proj"].T)
-            wanted[token] += share * (slow(h) @ one["down_proj"].T)[0]
-    # Where sums in another order meet a boundary between two codes, a code moves by one step.
-    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+            expert_weights = expert_of(weights, layer, int(expert))
+            h = nn.functional.silu(z @ expert_weights["gate_proj"].T) * (
+                z @ expert_weights["up_proj"].T
+            )
+            expected[token] += share * (slow(h) @ expert_weights["down_proj"].T)[0]
+    # A sum in another order may move a code by one step.
+    assert (actual - expected).norm() < 1e-3 * expected.norm()
     plain = run_layer(reader, layer, weights, x_TD)
-    assert (found - plain).norm() > 3e-3 * plain.norm()
+    assert (actual - plain).norm() > 3e-3 * plain.norm()
 
 
 def test_only_formats_with_quantized_activations_prepare() -> None:
@@ -313,31 +319,31 @@ def test_tokens_of_an_expert_come_with_their_place_among_the_choices() -> None:
 def test_every_linear_of_the_trunk_can_be_watched(reader: CheckpointReader, layer: int) -> None:
     config, weights = reader.config, weights_of(reader, layer)
     trunk, x_TD = trunk_of(config, layer, weights), an_input(config, 24)
-    wanted = {
+    widths = {
         spec.spec.module: spec.spec.shape[1]
         for spec in reader.read_layer(layer).values()
         if spec.spec.kind == "linear" and spec.spec.expert is None
     }
-    seen: dict[str, Tensor] = {}
-    for module in wanted:
-        trunk.watch(module, lambda x, module=module: seen.update({module: x}))  # type: ignore[misc]
+    inputs: dict[str, Tensor] = {}
+    for module in widths:
+        trunk.watch(module, lambda x, module=module: inputs.update({module: x}))  # type: ignore[misc]
     h_TD, routed = trunk.attend(Rotary(config), x_TD)
     trunk.combine(h_TD, routed, [])
-    assert {module: x.shape[-1] for module, x in seen.items()} == wanted
-    assert all(x.flatten(0, -2).shape[0] == 24 for x in seen.values())
+    assert {module: x.shape[-1] for module, x in inputs.items()} == widths
+    assert all(x.flatten(0, -2).shape[0] == 24 for x in inputs.values())
     prefix = f"model.layers.{layer}.self_attn"
     normed = x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + config.rms_norm_eps)
     normed = normed * weights[f"model.layers.{layer}.input_layernorm.weight"]
-    torch.testing.assert_close(seen[f"{prefix}.q_a_proj"][0], normed)
+    torch.testing.assert_close(inputs[f"{prefix}.q_a_proj"][0], normed)
 
 
 def test_a_watched_input_is_the_one_before_its_quantization() -> None:
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     linear = LazyLinear(lambda: torch.eye(4), lambda x: x.round())
-    linear.observer = seen.append
+    linear.observer = inputs.append
     x = torch.tensor([[0.4, 1.6, -2.2, 3.0]])
     assert linear(x).tolist() == [[0.0, 2.0, -2.0, 3.0]]
-    assert torch.equal(seen[0], x)
+    assert torch.equal(inputs[0], x)
 
 
 def test_a_layer_with_a_norm_too_few_or_too_many_does_not_load(reader: CheckpointReader) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of a layer's inputs come from one place, which quantizes nothing."""
+"""Input statistics of a layer's linears, measured without quantizing, equal brute force."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INPUTS = [f"{PREFIX}.self_attn.{role}" for role in ("q_a_proj", "q_b_proj", "kv_
 
 
 class Search:
-    """What a search holds: a layer's weights and calibration blocks, and no quantizer."""
+    """A caller that only measures: a layer's weights and calibration blocks, and no quantizer."""
 
     def __init__(self, **coverage: object) -> None:
         self.config = ModelConfig.from_dict(config_dict(experts=8, fp8=False))
@@ -64,7 +64,7 @@ class Search:
 
 
 def assert_statistics(statistics: InputStatistics | None, x_TK: Tensor) -> None:
-    """Against the plain formulas over all rows at once."""
+    """Compare with the plain formulas over all rows at once."""
     assert statistics is not None
     assert statistics.tokens == len(x_TK)
     assert torch.equal(statistics.amax, x_TK.abs().amax(dim=0))
@@ -109,7 +109,7 @@ def test_an_mlp_is_measured_on_the_tokens_of_the_policy(policy: str, expert: int
     assert not mlp.is_starved
     assert_statistics(mlp.statistics, x)
     gate, up = (search.weight(f"{name}.{role}") for role in ("gate_proj", "up_proj"))
-    # Block by block as it is computed: a product of other rows rounds its last bit differently.
+    # Block by block, as in the code: a product of other rows rounds the last bit differently.
     counts = iter([len(piece) for piece in rows])
     pieces = x.split(list(counts))
     if policy == "shrink" and expert is not None:
@@ -126,11 +126,11 @@ def test_an_expert_below_the_floor_is_starved_and_one_without_tokens_has_no_stat
     search = Search(policy="topk", floor_tokens=10**6)
     assert search.inputs.mlp(f"{PREFIX}.mlp.experts.0", 0).is_starved
     assert not search.inputs.mlp(f"{PREFIX}.mlp.shared_experts", None).is_starved
-    nobody = [
+    unrouted = [
         (block, Routed(routed.z, torch.ones_like(routed.experts), routed.weights))  # type: ignore[arg-type]
         for block, routed in search.blocks
     ]
-    search.inputs.set_mlp_blocks(nobody)
+    search.inputs.set_mlp_blocks(unrouted)
     mlp = search.inputs.mlp(f"{PREFIX}.mlp.experts.0", 0)
     assert (mlp.routed_tokens, mlp.statistics, mlp.is_starved) == (0, None, True)
     assert search.inputs.down(mlp) is None

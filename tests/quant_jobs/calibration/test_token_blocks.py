@@ -1,4 +1,4 @@
-"""Text to token blocks: the tokenizer's own ids, spread over the files, and what is refused."""
+"""Token blocks: the tokenizer's ids, spread over the files; malformed input is refused."""
 
 from __future__ import annotations
 
@@ -135,10 +135,10 @@ def test_files_share_the_blocks_by_weight(
     sources = [CalibrationSource(*pair) for pair in zip(three_files, weights, strict=True)]
     blocks = load_token_blocks(sources, small.directory, num_blocks, 21)
     assert blocks.ids.shape == (num_blocks, 21)
-    wanted = [number for number, share in zip((10, 20, 30), shares, strict=True)
+    expected = [number for number, share in zip((10, 20, 30), shares, strict=True)
               for _ in range(share)]  # fmt: skip
     assert blocks.ids[:, 0].tolist() == [0] * num_blocks
-    assert blocks.ids[:, 1].tolist() == wanted
+    assert blocks.ids[:, 1].tolist() == expected
     assert [source.blocks for source in blocks.sources] == list(shares)
     assert [source.tokens for source in blocks.sources] == [20 * share for share in shares]
     assert blocks.sources[0].sha256 == hashlib.sha256(three_files[0].read_bytes()).hexdigest()
@@ -156,7 +156,7 @@ def test_a_file_gives_the_same_blocks_alone_and_among_others(
 
 
 def test_the_digest_of_one_plain_file_is_what_it_always_was(tiny_model: Path) -> None:
-    """Artifacts and half-done runs of earlier versions name this data by its digest."""
+    """Artifacts and unfinished runs of earlier versions identify this data by its digest."""
     blocks = load_token_blocks(tiny_model / "calibration.txt", tiny_model, 32, 512)
     assert blocks.digest == "6dd7fb63223d9719e13ffa6c1cfe23b0b1303cf4c3fb319b555c213c9523c14b"
 
@@ -209,17 +209,17 @@ def test_shares_that_cannot_be_dealt_are_refused(
     def load(*sources: CalibrationSource, num_blocks: int = 4) -> None:
         load_token_blocks(sources, small.directory, num_blocks, 48)
 
-    one, two, _ = three_files
+    first, second, _ = three_files
     with pytest.raises(CalibrationError, match=r"20.txt gives none of the 4 blocks at weight 0.01"):
-        load(CalibrationSource(one), CalibrationSource(two, 0.01))
+        load(CalibrationSource(first), CalibrationSource(second, 0.01))
     with pytest.raises(CalibrationError, match="10.txt is given twice"):
-        load(CalibrationSource(one), CalibrationSource(one.parent / "." / one.name, 2))
+        load(CalibrationSource(first), CalibrationSource(first.parent / "." / first.name, 2))
     with pytest.raises(CalibrationError, match="name at least one file"):
         load()
     with pytest.raises(
         CalibrationError, match=r"20.txt has 400 tokens.*need 470; .* or lower its weight"
     ):
-        load(CalibrationSource(one), CalibrationSource(two, 4), num_blocks=12)
+        load(CalibrationSource(first), CalibrationSource(second, 4), num_blocks=12)
 
 
 @pytest.mark.parametrize(
@@ -253,10 +253,12 @@ def test_a_job_records_its_files_and_is_bound_to_them(
     job = plan_job(model, small_recipe("int8"), sources, output)
     manifest = run_quantize(model, small_recipe("int8"), sources, output, 0, lambda _: None)
     assert manifest.calibration is not None
-    assert [(one.weight, one.blocks) for one in manifest.calibration.files] == [(3, 3), (1, 1)]
+    assert [(file.weight, file.blocks) for file in manifest.calibration.files] == [(3, 3), (1, 1)]
     report = json.loads((output / REPORT_FILE).read_text())["calibration"]["sources"]
-    assert [one["name"] for one in report] == [str(source.path) for source in sources]
-    assert [one["sha256"] for one in report] == [one.sha256 for one in manifest.calibration.files]
+    assert [file["name"] for file in report] == [str(source.path) for source in sources]
+    assert [file["sha256"] for file in report] == [
+        file.sha256 for file in manifest.calibration.files
+    ]
     assert str(tmp_path) not in (output / "intserve.json").read_text()
 
     assert finished(job) == manifest

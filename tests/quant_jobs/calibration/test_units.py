@@ -1,4 +1,4 @@
-"""Units: every linear once, whoever gets it; work shared out evenly."""
+"""Units cover every linear once, and are divided evenly among any number of workers."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def both_kinds(config: ModelConfig) -> tuple[int, int]:
 def test_units_hold_every_linear_once(name: str) -> None:
     config = config_of(name)
     for layer in both_kinds(config):
-        every = units(config, layer)
-        counted = Counter(module for unit in every for module in unit.modules)
+        all_units = units(config, layer)
+        counted = Counter(module for unit in all_units for module in unit.modules)
         assert counted == Counter(spec.module for spec in linears(config, layer))
         size = {spec.module: spec.numel for spec in linears(config, layer)}
-        assert all(unit.numel == sum(size[module] for module in unit.modules) for unit in every)
-        assert len(set(every)) == len(every)
+        assert all(unit.numel == sum(size[module] for module in unit.modules) for unit in all_units)
+        assert len(set(all_units)) == len(all_units)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -63,18 +63,18 @@ def test_what_is_cut_no_further_stays_together(name: str) -> None:
             roles = [module.rpartition(".")[2] for module in unit.modules]
             assert roles == ["gate_proj", "up_proj", "down_proj"] * len(unit.mlps)
             if unit.experts:
-                numbers = [int(block.rpartition(".")[2]) for block in unit.mlps]
+                numbers = [int(mlp.rpartition(".")[2]) for mlp in unit.mlps]
                 assert numbers == list(unit.experts)
     experts = [e for unit in units(config, config.first_k_dense_replace) for e in unit.experts]
     assert experts == list(range(config.n_routed_experts))
 
 
 def test_the_experts_of_deepseek_v3_come_in_32_groups_of_8() -> None:
-    found = units(DEEPSEEK_V3, 3)
-    groups = [unit.experts for unit in found if unit.experts]
+    moe_units = units(DEEPSEEK_V3, 3)
+    groups = [unit.experts for unit in moe_units if unit.experts]
     assert len(groups) == MAX_EXPERT_GROUPS == 32
     assert {len(group) for group in groups} == {8}
-    assert len(found) == 4 + 1 + 32
+    assert len(moe_units) == 4 + 1 + 32
     assert len(units(DEEPSEEK_V3, 0)) == 4 + 1
     assert len([unit for unit in units(config_of("small-33"), 1) if unit.experts]) == 17
     for name in CONFIGS:
@@ -88,27 +88,28 @@ def test_the_experts_of_deepseek_v3_come_in_32_groups_of_8() -> None:
 def test_everything_is_given_to_somebody_once_and_evenly(name: str, num_workers: int) -> None:
     config = config_of(name)
     for layer in both_kinds(config):
-        every = units(config, layer)
+        all_units = units(config, layer)
         shares = share_out(config, layer, num_workers)
         assert shares == share_out(config, layer, num_workers)
         assert len(shares) == num_workers
-        assert Counter(unit for share in shares for unit in share) == Counter(every)
+        assert Counter(unit for share in shares for unit in share) == Counter(all_units)
         for share in shares:  # in the order of the layer
-            assert share == [unit for unit in every if unit in share]
-        assert sum(bool(share) for share in shares) == min(num_workers, len(every))
+            assert share == [unit for unit in all_units if unit in share]
+        assert sum(bool(share) for share in shares) == min(num_workers, len(all_units))
         loads = [sum(unit.numel for unit in share) for share in shares]
-        # Nobody has more than the least loaded but for the last unit that he was given.
+        # Without its last unit, no worker has more than the least loaded one.
         for share, load in zip(shares, loads, strict=True):
             if len(share) > 1:
                 assert load - min(unit.numel for unit in share) <= min(loads)
         # "Largest first" is within 4/3 of the best split there is (Graham 1969).
-        assert max(loads) <= 4 / 3 * least_possible(every, num_workers)
+        assert max(loads) <= 4 / 3 * least_possible(all_units, num_workers)
 
 
-def least_possible(every: list[Unit], num_workers: int) -> float:
-    """No split has a smaller largest load: the mean, the largest unit, and, where there are more
-    units than workers, the two smallest of the largest `num_workers` + 1, of which two share."""
-    sizes = sorted((unit.numel for unit in every), reverse=True)
+def least_possible(all_units: list[Unit], num_workers: int) -> float:
+    """A lower bound of the largest load: the mean, the largest unit, and, with more units than
+    workers, the two smallest of the largest `num_workers` + 1, since two of these share a worker.
+    """
+    sizes = sorted((unit.numel for unit in all_units), reverse=True)
     return max(sum(sizes) / num_workers, sizes[0], sum(sizes[num_workers - 1 : num_workers + 1]))
 
 
@@ -125,13 +126,13 @@ def test_trunk_and_everybodys_experts_are_the_layer(name: str, num_workers: int)
     config = config_of(name)
     for layer in both_kinds(config):
         shares = share_out(config, layer, num_workers)
-        found = Counter(spec.name for spec in trunk_specs(config, layer))
+        names = Counter(spec.name for spec in trunk_specs(config, layer))
         for share in shares:
-            mine = expert_specs(config, layer, share)
+            specs = expert_specs(config, layer, share)
             owned = {module for unit in share if unit.experts for module in unit.modules}
-            assert {spec.module for spec in mine} == owned
-            found.update(spec.name for spec in mine)
-        assert found == Counter(spec.name for spec in layer_tensors(config, layer))
+            assert {spec.module for spec in specs} == owned
+            names.update(spec.name for spec in specs)
+        assert names == Counter(spec.name for spec in layer_tensors(config, layer))
 
 
 def test_the_trunk_is_read_by_each_in_turn(tiny_model: Path) -> None:

@@ -1,4 +1,4 @@
-"""The quantize job on a real Ray: same bytes for any number of workers and any kill."""
+"""The quantize job on a real Ray: the same bytes for any number of workers and after any kill."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ RECIPES = (
 
 
 class Stopped(BaseException):
-    """Ends a run where it stands, as a kill would: nobody catches it."""
+    """Ends a run at once, as a kill would: nothing catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def three(ray_here: None) -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="module")
-def one(three: WorkerPool) -> Iterator[InProcessWorker]:
-    """`three` first: its processes load their libraries while this one does."""
-    with InProcessWorker() as here:
-        yield here
+def in_process(three: WorkerPool) -> Iterator[InProcessWorker]:
+    """Depends on `three`, whose processes load their libraries at the same time."""
+    with InProcessWorker() as worker:
+        yield worker
 
 
 @pytest.fixture(scope="module")
@@ -82,31 +82,31 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 
 
 def quantize(
-    small: SmallModel, recipe: Recipe, output: Path, pool: Workers, *events: Event
+    small: SmallModel, recipe: Recipe, output: Path, pool: Workers, *stops: Event
 ) -> list[Event]:
-    """Run the job on a warm pool; stop at the first event equal to one of `events`."""
-    seen: list[Event] = []
+    """Run the job on a warm pool; stop at the first event with step and layer of one of `stops`."""
+    events: list[Event] = []
 
     def note(event: Event) -> None:
-        seen.append(event)
-        if any((event.step, event.layer) == (stop.step, stop.layer) for stop in events):
+        events.append(event)
+        if any((event.step, event.layer) == (stop.step, stop.layer) for stop in stops):
             raise Stopped
 
     job = plan_job(small.directory, recipe, small.text, output)
     assert finished(job) is None
     with JobFolder(output, job.fingerprint) as folder:
         Driver(job, folder, pool, note).run()
-    return seen
+    return events
 
 
 @pytest.fixture(scope="module")
 def whole(
-    small: SmallModel, one: InProcessWorker, tmp_path_factory: pytest.TempPathFactory
+    small: SmallModel, in_process: InProcessWorker, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """Outputs of uninterrupted runs on one worker, by recipe."""
     outputs = {name: tmp_path_factory.mktemp(name) / "out" for name in RECIPES}
     for name, output in outputs.items():
-        quantize(small, small_recipe(name), output, one)
+        quantize(small, small_recipe(name), output, in_process)
     return outputs
 
 
@@ -138,7 +138,7 @@ def test_blocks_in_small_waves_give_the_same_bytes(
 def test_stopped_after_every_step_and_resumed_it_writes_the_same_bytes(
     small: SmallModel,
     whole: dict[str, Path],
-    one: InProcessWorker,
+    in_process: InProcessWorker,
     three: WorkerPool,
     tmp_path: Path,
 ) -> None:
@@ -152,11 +152,11 @@ def test_stopped_after_every_step_and_resumed_it_writes_the_same_bytes(
         stops += [Event(step, layer) for step in steps]
     for number, stop in enumerate(stops):
         with pytest.raises(Stopped):
-            quantize(small, recipe, output, (one, three)[number % 2], stop)
+            quantize(small, recipe, output, (in_process, three)[number % 2], stop)
         assert not (output / "intserve.json").exists()
     assert len(list((output / ".job").glob("boundary-*"))) == 1
-    seen = quantize(small, recipe, output, one)
-    assert [event.step for event in seen] == ["started", "finished"]  # all was published
+    events = quantize(small, recipe, output, in_process)
+    assert [event.step for event in events] == ["started", "finished"]  # all layers were published
     assert contents(output) == contents(whole["int8-smoothquant"])
 
 
@@ -166,8 +166,8 @@ def test_a_resumed_run_repeats_no_published_layer(
     recipe, output = small_recipe("int8"), tmp_path / "out"
     with pytest.raises(Stopped):
         quantize(small, recipe, output, three, Event("published", 1))
-    seen = quantize(small, recipe, output, three)
-    steps = [(event.step, event.layer) for event in seen]
+    events = quantize(small, recipe, output, three)
+    steps = [(event.step, event.layer) for event in events]
     last = [("calibrated", 2), ("solved", 2), ("published", 2), ("finished", "globals")]
     assert steps == [("started", 2), *last]
 
@@ -175,21 +175,21 @@ def test_a_resumed_run_repeats_no_published_layer(
     with pytest.raises(Stopped):
         quantize(small, recipe, output, three, Event("published", 1))
     shutil.rmtree(output / ".job" / "boundary-00002")
-    seen = quantize(small, recipe, output, three)
-    steps = [(event.step, event.layer) for event in seen]
-    assert steps == [("started", 1), ("carried", 1), *last]  # once more through what was published
+    events = quantize(small, recipe, output, three)
+    steps = [(event.step, event.layer) for event in events]
+    assert steps == [("started", 1), ("carried", 1), *last]  # layer 1 runs again, as published
 
 
 def test_a_worker_killed_in_any_layer_costs_that_layer_only(
     small: SmallModel, whole: dict[str, Path], three: WorkerPool, tmp_path: Path
 ) -> None:
     kills = [("calibrated", 1, 2), ("published", 1, 0)]
-    seen: list[tuple[str, object]] = []
+    steps: list[tuple[str, object]] = []
 
     def kill(event: Event) -> None:
-        seen.append((event.step, event.layer))
+        steps.append((event.step, event.layer))
         for step, layer, index in kills:
-            if (event.step, event.layer) == (step, layer) and seen.count((step, layer)) == 1:
+            if (event.step, event.layer) == (step, layer) and steps.count((step, layer)) == 1:
                 (usage,) = three.each(lambda worker, _: worker.usage.remote(), [index])
                 assert isinstance(usage, WorkerUsage)
                 os.kill(usage.pid, signal.SIGKILL)
@@ -199,18 +199,18 @@ def test_a_worker_killed_in_any_layer_costs_that_layer_only(
     with JobFolder(output, job.fingerprint) as folder:
         Driver(job, folder, three, kill).run()
     assert contents(output) == contents(whole["int4-all"])
-    assert seen.count(("calibrated", 0)) == seen.count(("published", 1)) == 1
-    assert seen.count(("calibrated", 1)) == 2  # died before it was solved: the layer again
-    assert seen.count(("calibrated", 2)) == 2  # died as it began, after layer 1 was safe
-    assert [layer for step, layer in seen if step == "lost"] == [1, 2]
+    assert steps.count(("calibrated", 0)) == steps.count(("published", 1)) == 1
+    assert steps.count(("calibrated", 1)) == 2  # died before it was solved: the layer again
+    assert steps.count(("calibrated", 2)) == 2  # died as it began, after layer 1 was durable
+    assert [layer for step, layer in steps if step == "lost"] == [1, 2]
     assert json.loads((output / REPORT_FILE).read_text())["workers_lost"] == 2
 
 
 def test_workers_that_keep_dying_end_the_job_with_a_sentence(
-    small: SmallModel, whole: dict[str, Path], one: InProcessWorker, tmp_path: Path
+    small: SmallModel, whole: dict[str, Path], in_process: InProcessWorker, tmp_path: Path
 ) -> None:
     class Dying:
-        """A pool whose worker dies in every solve. Replacing it changes nothing."""
+        """A pool whose worker dies in every solve, and so does its replacement."""
 
         def __init__(self, pool: Workers) -> None:
             self._pool, self.replaced = pool, 0
@@ -222,16 +222,16 @@ def test_workers_that_keep_dying_end_the_job_with_a_sentence(
             return getattr(self._pool, name)
 
         def each(self, call: Callable[..., Any], indices: Any = None) -> list[Any]:
-            found = self._pool.each(call, indices)
-            if found and isinstance(found[0], SolveSummary):
+            results = self._pool.each(call, indices)
+            if results and isinstance(results[0], SolveSummary):
                 raise WorkersLost
-            return found
+            return results
 
         def recover(self) -> list[int]:
             self.replaced += 1
             return [0]
 
-    dying = Dying(one)
+    dying = Dying(in_process)
     job = plan_job(small.directory, small_recipe("int8"), small.text, tmp_path / "out")
     with (
         JobFolder(tmp_path / "out", job.fingerprint) as folder,
@@ -239,16 +239,20 @@ def test_workers_that_keep_dying_end_the_job_with_a_sentence(
     ):
         Driver(job, folder, dying, lambda event: None).run()  # type: ignore[arg-type]
     assert dying.replaced == 4
-    quantize(small, small_recipe("int8"), tmp_path / "out", one)
+    quantize(small, small_recipe("int8"), tmp_path / "out", in_process)
     assert contents(tmp_path / "out") == contents(whole["int8"])
 
 
 def test_a_driver_killed_with_its_own_ray_leaves_no_process_and_resumes(
-    small: SmallModel, whole: dict[str, Path], one: InProcessWorker, tmp_path: Path, root: Path
+    small: SmallModel,
+    whole: dict[str, Path],
+    in_process: InProcessWorker,
+    tmp_path: Path,
+    root: Path,
 ) -> None:
     output = tmp_path / "out"
     kill_driver_when(output / ".job" / "part-00000.json", small, "int8", output, tmp_path, root)
-    quantize(small, small_recipe("int8"), output, one)
+    quantize(small, small_recipe("int8"), output, in_process)
     assert contents(output) == contents(whole["int8"])
 
 
@@ -279,8 +283,8 @@ def test_a_driver_killed_after_each_layer_in_turn_writes_the_same_bytes(
 ) -> None:
     output = tmp_path / "out"
     for layer in range(NUM_LAYERS):
-        part = output / ".job" / f"part-{layer:05d}.json"
-        kill_driver_when(part, small, "int8-smoothquant", output, tmp_path, root)
+        published = output / ".job" / f"part-{layer:05d}.json"
+        kill_driver_when(published, small, "int8-smoothquant", output, tmp_path, root)
     command = driver_command(small, "int8-smoothquant", output, tmp_path, workers=2)
     subprocess.run(command, cwd=root, env=without_ray_address(), check=True, timeout=240)
     assert contents(output) == contents(whole["int8-smoothquant"])
@@ -292,7 +296,7 @@ def test_a_finished_output_is_returned_and_another_runs_is_refused(
     before = contents(whole["int8"])
 
     def again(recipe: Recipe, text: Path = small.text) -> str:
-        # No worker is asked: nothing of Ray starts for a run that is refused or finished.
+        # A run that is refused or finished starts neither Ray nor workers.
         return run_quantize(small.directory, recipe, text, whole["int8"], 1).digest
 
     assert again(small_recipe("int8")) == ArtifactReader(whole["int8"]).digest
@@ -383,7 +387,7 @@ def test_a_source_with_nan_is_refused_by_the_module_that_met_it(
 
 
 def test_a_damaged_weight_that_nothing_computes_with_is_refused_by_name(
-    small: SmallModel, one: InProcessWorker, tmp_path: Path
+    small: SmallModel, in_process: InProcessWorker, tmp_path: Path
 ) -> None:
     last = small.config.num_hidden_layers - 1
 
@@ -393,16 +397,16 @@ def test_a_damaged_weight_that_nothing_computes_with_is_refused_by_name(
 
     damaged = changed_model(small, tmp_path / "damaged", damage)
     with pytest.raises(CheckpointError, match=r"shared_experts.down_proj.weight holds NaN"):
-        quantize(damaged, small_recipe("int4"), tmp_path / "out", one)
+        quantize(damaged, small_recipe("int4"), tmp_path / "out", in_process)
 
 
 def test_a_bf16_source_keeps_what_the_recipe_does_not_name(
-    small: SmallModel, one: InProcessWorker, tmp_path: Path
+    small: SmallModel, in_process: InProcessWorker, tmp_path: Path
 ) -> None:
     directory = tmp_path / "bf16"
     write_checkpoint(directory, layers=2, fp8=False)
     shutil.copy(small.directory / "tokenizer.json", directory)
-    quantize(SmallModel(directory, small.text), small_recipe("int4"), tmp_path / "out", one)
+    quantize(SmallModel(directory, small.text), small_recipe("int4"), tmp_path / "out", in_process)
     source, reader = CheckpointReader(directory), ArtifactReader(tmp_path / "out")
     before, after = source.read_layer(1), reader.read_layer(1)
     for module in ("self_attn.q_b_proj", "mlp.shared_experts.down_proj"):
@@ -429,16 +433,16 @@ def test_the_published_weights_are_modelopts_fake_quantization(
     for module in ("self_attn.kv_b_proj", "mlp.experts.3.down_proj"):
         full = f"model.layers.1.{module}"
         weight = source.read_layer(1)[f"{full}.weight"].dequantize()
-        parts = {key: stored[f"{full}.{key}"] for key in ("weight", "weight_scale")}
-        found = decompress(parts, reader.schemes[full], (weight.shape[0], weight.shape[1]))
+        tensors = {key: stored[f"{full}.{key}"] for key in ("weight", "weight_scale")}
+        restored = decompress(tensors, reader.schemes[full], (weight.shape[0], weight.shape[1]))
         quantizer = modelopt_quantizer(**attributes)
         quantizer.amax = weight.abs().amax(dim=1, keepdim=True)
         step = quantizer.amax / 127
         steps = weight / step
-        tie = (steps - steps.floor() - 0.5).abs() < 1e-4  # see test_quantize_solve
-        wanted = quantizer(weight)
-        assert ((found - wanted).abs()[~tie] < 1e-6).all()
-        assert ((found - wanted).abs() <= 1.001 * step).all()
+        tie = (steps - steps.floor() - 0.5).abs() < 1e-4  # see test_linear.py
+        expected = quantizer(weight)
+        assert ((restored - expected).abs()[~tie] < 1e-6).all()
+        assert ((restored - expected).abs() <= 1.001 * step).all()
 
 
 def test_a_users_mistake_is_refused_before_anything_is_written(

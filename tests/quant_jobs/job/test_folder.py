@@ -1,4 +1,4 @@
-"""OUTPUT/.job: who may write, what counts as done, and what damage is called."""
+"""OUTPUT/.job: locking, which files and boundaries count as complete, and how damage is named."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def publish(folder: JobFolder, layer: int) -> PublishedFile:
         tensors=saved.tensors,
         errors={"m": 0.125},
     )
-    part = PublishedFile(record=record, coverage=(3, 4))
-    folder.save_published(part)
-    return part
+    file = PublishedFile(record=record, coverage=(3, 4))
+    folder.save_published(file)
+    return file
 
 
 def test_a_second_run_takes_up_what_the_first_published(tmp_path: Path) -> None:
     with JobFolder(tmp_path / "out", RUN) as folder:
-        parts = {layer: publish(folder, layer) for layer in (0, 1)}
+        files = {layer: publish(folder, layer) for layer in (0, 1)}
     with JobFolder(tmp_path / "out", dict(RUN)) as folder:
-        assert folder.load_published() == parts
+        assert folder.load_published() == files
         folder.remove()
     assert not (tmp_path / "out" / ".job").exists()
 
@@ -70,7 +70,7 @@ def test_another_driver_is_refused_while_the_lock_is_held_and_not_after(tmp_path
     finally:
         other.kill()
         other.communicate()
-    JobFolder(tmp_path / "out", RUN).release()  # a dead process holds nothing
+    JobFolder(tmp_path / "out", RUN).release()  # a dead process holds no lock
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_a_boundary_counts_only_when_every_block_is_there(tmp_path: Path) -> Non
         for index, path in enumerate(boundary_files(folder.boundary(2), 3)):
             save_blocks(path, {block: blocks[block] for block in range(index, 5, 3)})
         assert folder.last_boundary(5, at_most=3) == 2
-        found = load_blocks(folder.boundary(2), [1, 4])
-        assert {block: float(x[0, 0]) for block, x in found.items()} == {1: 1.0, 4: 4.0}
+        loaded = load_blocks(folder.boundary(2), [1, 4])
+        assert {block: float(x[0, 0]) for block, x in loaded.items()} == {1: 1.0, 4: 4.0}
         folder.delete_boundaries(before=2)
         assert folder.last_boundary(5, at_most=3) == 2
         assert not folder.boundary(1).exists()

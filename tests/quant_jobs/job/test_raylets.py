@@ -1,4 +1,4 @@
-"""quantize on a cluster of several raylets, some of which die: same bytes, whatever happens."""
+"""quantize on a cluster of several raylets, some of which die: the output has the same bytes."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from quant_jobs.workers.pool import is_loss
 
 pytestmark = pytest.mark.ray
 
-#: Files that an undisturbed run of the model on three workers brings forth: 10 layer files, 10
-#: parts, and one file of each worker for each of 7 boundaries.
+#: Files written by an undisturbed run of the model on three workers: 10 layer files, 10 of
+#: part-*.json, and one file of each worker for each of 7 boundaries.
 NUM_MARKS = 41
 NUM_ROUNDS = 20
 
@@ -68,7 +68,7 @@ def shared_pair() -> Iterator[Raylets]:
 
 @pytest.fixture
 def pair(shared_pair: Raylets) -> Raylets:
-    """Two nodes, whatever became of those of the test before."""
+    """Two nodes; replaces those that an earlier test has killed."""
     while shared_pair.num_nodes < 2:
         shared_pair.add_node()
     return shared_pair
@@ -80,14 +80,14 @@ def test_a_raylet_killed_in_the_middle_costs_no_byte_and_the_job_goes_on_with_th
 ) -> None:
     plan = Plan(0, "int4-gptq", (Kill("raylet", 0.3, 0.0),), rejoin_s=None)
     expected = reference(model, recipe_of(plan.recipe), tmp_path / "reference")
-    one = Round(pair, model, plan, tmp_path / "round", NUM_MARKS - NUM_LAYERS + 1, workers=2)
-    outcome = one.run(expected)
+    kill_round = Round(pair, model, plan, tmp_path / "round", NUM_MARKS - NUM_LAYERS + 1, workers=2)
+    outcome = kill_round.run(expected)
     assert pair.num_nodes == 1
     assert outcome.identical
     assert [hit.what for hit in outcome.hits] == ["raylet"]
-    assert (outcome.lost, outcome.joined) == (1, 0), one.report()
-    # What Ray thinks of its dead node is not part of the answer.
-    assert outcome.printed.startswith(f"{one.output}: int4-gptq, "), outcome.printed
+    assert (outcome.lost, outcome.joined) == (1, 0), kill_round.report()
+    # Ray's messages about its dead node are not on stdout.
+    assert outcome.printed.startswith(f"{kill_round.output}: int4-gptq, "), outcome.printed
     assert outcome.printed.count("\n") == 1, outcome.printed
 
 
@@ -120,7 +120,7 @@ with WorkerPool(2) as pool:
 def test_a_worker_without_a_node_waits_in_a_new_group_for_a_node_that_joins(
     pair: Raylets,
 ) -> None:
-    """A group that Ray calls RESCHEDULING would keep the head busy for as long as nobody joins."""
+    """A group in Ray's state RESCHEDULING would keep the head busy until a node joins."""
     process = subprocess.Popen(
         [sys.executable, "-c", POOL],
         cwd=ROOT,
@@ -161,10 +161,10 @@ def test_twenty_rounds_of_kills_of_raylets_workers_and_drivers_change_no_byte(
         while cluster.num_nodes < NUM_WORKERS:
             cluster.add_node()
         plan = plan_round(seed)
-        one = Round(cluster, model, plan, tmp_path / f"round-{seed}", NUM_MARKS)
-        outcomes.append(one.run(expected[plan.recipe]))
-        assert outcomes[-1].identical, one.report()
-        assert outcomes[-1].hits, one.report()
+        kill_round = Round(cluster, model, plan, tmp_path / f"round-{seed}", NUM_MARKS)
+        outcomes.append(kill_round.run(expected[plan.recipe]))
+        assert outcomes[-1].identical, kill_round.report()
+        assert outcomes[-1].hits, kill_round.report()
     hits = [hit.what for outcome in outcomes for hit in outcome.hits]
     assert {what: hits.count(what) > 0 for what in ("raylet", "worker", "driver")} == {
         "raylet": True,
@@ -178,21 +178,21 @@ def test_twenty_rounds_of_kills_of_raylets_workers_and_drivers_change_no_byte(
 def test_a_cluster_smaller_than_the_job_asks_for_is_used_as_it_is(
     cluster: Raylets, model: SmallModel, tmp_path: Path
 ) -> None:
-    """The driver and a node die, and the same command finds no place for all of its workers; a
-    node that joins later is taken in."""
+    """The driver and a node die, and the same command finds no room for all its workers; a worker
+    joins once a node does."""
     while cluster.num_nodes < NUM_WORKERS:
         cluster.add_node()
     plan = Plan(1, "int4-awq", (Kill("raylet", 0.3, 0.0), Kill("driver", 0.4, 0.0)), rejoin_s=None)
     expected = reference(model, recipe_of(plan.recipe), tmp_path / "reference")
-    one = Round(cluster, model, plan, tmp_path / "round", NUM_MARKS)
-    outcome = one.run(expected)
+    kill_round = Round(cluster, model, plan, tmp_path / "round", NUM_MARKS)
+    outcome = kill_round.run(expected)
     assert outcome.identical
     assert [hit.what for hit in outcome.hits] == ["raylet", "driver"]
-    assert "now on 2 workers" in one.report()
+    assert "now on 2 workers" in kill_round.report()
 
 
 def failed_with(cause: BaseException) -> RayTaskError:
-    """What Ray raises for a call that failed with `cause`."""
+    """The exception that Ray raises for a call that failed with `cause`."""
     return RayTaskError("solve", "", cause)
 
 
@@ -201,7 +201,7 @@ def test_every_word_of_rays_for_a_death_means_that_the_layer_is_redone() -> None
         ActorDiedError(),
         ObjectReconstructionFailedError("0" * 56, None, ""),
         OutOfMemoryError("the memory monitor killed it"),
-        failed_with(ActorDiedError()).as_instanceof_cause(),  # given the result of a dead worker
+        failed_with(ActorDiedError()).as_instanceof_cause(),  # its argument died with a worker
         failed_with(failed_with(ObjectLostError("0" * 56, None, ""))),
     ]
     assert [is_loss(error) for error in deaths] == [True] * len(deaths)
@@ -222,11 +222,11 @@ def test_rounds_repeat_by_their_seed_and_spread_kills_over_the_whole_job() -> No
 @pytest.fixture
 def network() -> Iterator[Network]:
     try:
-        made = Network(2)
+        network = Network(2)
     except NotPermitted as reason:
         pytest.skip(f"network namespaces are not permitted here ({reason})")
-    with made:
-        yield made
+    with network:
+        yield network
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def network() -> Iterator[Network]:
 def test_a_node_whose_network_link_is_cut_costs_no_byte(
     network: Network, model: SmallModel, tmp_path: Path
 ) -> None:
-    """The node goes on, and so does its worker, which believes in its work: nobody hears of it."""
+    """The node and its worker keep running, but their results reach no one."""
     expected = reference(model, recipe_of("int4-gptq"), tmp_path / "reference")
     recipe = write_recipe("int4-gptq", tmp_path)
     log, output = tmp_path / "driver.log", tmp_path / "out"

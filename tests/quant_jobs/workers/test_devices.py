@@ -1,4 +1,4 @@
-"""On a GPU: what can be known without one (`support/elsewhere.py`), and what waits for one."""
+"""Jobs on a GPU: tests with a stand-in for it (`support/elsewhere.py`), and tests that need one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
 
 
 class Stopped(BaseException):
-    """Ends a run where it stands, as a kill would: nobody catches it."""
+    """Ends a run at once, as a kill would: nothing catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
 def quantize(
     small: SmallModel, recipe: Recipe, output: Path, device: Device, stop: str = ""
 ) -> dict[str, bytes]:
-    """The job on one worker in this process, up to the first event that is named `stop`."""
+    """Run the job on a worker in this process; `stop` is `STEP LAYER` of the event to stop at."""
 
     def note(event: Event) -> None:
         if f"{event.step} {event.layer}" == stop:
             raise Stopped
 
     job = plan_job(small.directory, recipe, small.text, output, device)
-    with JobFolder(output, job.fingerprint) as folder, InProcessWorker() as here:
-        Driver(job, folder, here, note).run()
+    with JobFolder(output, job.fingerprint) as folder, InProcessWorker() as worker:
+        Driver(job, folder, worker, note).run()
     return contents(output)
 
 
@@ -56,7 +56,7 @@ _PER_CHANNEL = {"match": "*", "weights": "int8", "algorithm": "gptq", "clip": "m
 _GROUPS = {"match": "*down_proj", "weights": "int4-asym", "group_size": 64, "algorithm": "gptq"}
 _PERCENTILE = {"match": "*", "weights": "int8-asym", "clip": "percentile"}
 
-#: Every algorithm, clip and policy has its turn.
+#: Together they cover every algorithm, clip and policy.
 RECIPES = {
     "int8-smoothquant": small_recipe("int8-smoothquant", expert_coverage={"policy": "all"}),
     "int4-all-awq": small_recipe("int4-all-awq"),
@@ -69,18 +69,18 @@ RECIPES = {
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_tensor_is_where_it_is_used(small: SmallModel, tmp_path: Path, name: str) -> None:
-    """The stand-in fails at the first that is not; its values are the CPU's, and so the bytes."""
+    """The stand-in fails at the first tensor on the wrong device; it computes the CPU's values."""
     recipe, output = RECIPES[name], tmp_path / "elsewhere"
     expected = quantize(small, recipe, tmp_path / "cpu", "cpu")
     with Elsewhere() as elsewhere:
         with pytest.raises(Stopped):
             quantize(small, recipe, output, "cuda", "published 1")
         for path in (output / ".job").glob("boundary-*/*"):
-            path.unlink()  # then it goes through what was published once more
-        found = quantize(small, recipe, output, "cuda")
+            path.unlink()  # the next run repeats the published layers' forward passes
+        written = quantize(small, recipe, output, "cuda")
     assert elsewhere.moved > 100
-    manifest, on_cpu = json.loads(found.pop(MANIFEST)), json.loads(expected.pop(MANIFEST))
-    assert found == expected
+    manifest, on_cpu = json.loads(written.pop(MANIFEST)), json.loads(expected.pop(MANIFEST))
+    assert written == expected
     assert manifest.pop("tools") == {**tools(), "device": "cuda"}
     assert on_cpu.pop("tools") == tools()
     assert manifest["layers"] == on_cpu["layers"]
@@ -108,7 +108,7 @@ def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
             (there[torch.arange(2)] * torch.tensor(2.0)).cpu(), torch.full((2,), 2.0)
         )
     with pytest.raises(AssertionError, match="elsewhere"):
-        there + here  # also when it is over, and in threads that it never knew
+        there + here  # also after it has ended, and in other threads
     assert isinstance(there, There)
 
 
@@ -172,23 +172,23 @@ def test_an_output_is_bound_to_its_device(small: SmallModel, tmp_path: Path) -> 
         quantize(small, recipe, output, "cuda")
     with pytest.raises(ArtifactError, match=r"with another device \(cuda, now cpu\); choose anoth"):
         again("cpu")
-    assert again("cuda") == ArtifactReader(output).digest  # needs no GPU: it is done
+    assert again("cuda") == ArtifactReader(output).digest  # a finished output needs no GPU
 
 
 @pytest.mark.ray
 def test_more_cpus_for_each_worker_change_no_byte(small: SmallModel, tmp_path: Path) -> None:
     assert not ray.is_initialized()
-    seen: list[tuple[str, float]] = []
+    events: list[tuple[str, float]] = []
 
     def note(event: Event) -> None:
-        seen.append((event.detail, ray.cluster_resources()["CPU"]))
+        events.append((event.detail, ray.cluster_resources()["CPU"]))
 
     recipe = small_recipe("int8")
     output = tmp_path / "out"
     run_quantize(
         *(small.directory, recipe, small.text, output, 1), progress=note, cpus_per_worker=3
     )
-    assert seen[0] == ("int8 on 1 worker of 3 CPUs: from the start", 3.0)
+    assert events[0] == ("int8 on 1 worker of 3 CPUs: from the start", 3.0)
     assert contents(output) == quantize(small, recipe, tmp_path / "here", "cpu")
 
 
@@ -218,13 +218,13 @@ def test_a_gpu_writes_the_same_bytes_every_time_and_errs_as_the_cpu_does(
     assert on_gpu(0, tmp_path / "again") == whole
     assert on_gpu(1, tmp_path / "ray") == whole
     quantize(small, small_recipe(name), tmp_path / "cpu", "cpu")
-    found, wanted = ArtifactReader(tmp_path / "here"), ArtifactReader(tmp_path / "cpu")
-    # A sum that differs in its last digit may tip a code or a search, but not the errors' size.
-    for record in wanted.manifest.layers:
-        assert found.manifest.record(record.layer).errors == pytest.approx(record.errors, rel=0.1)
-    if name == "int8":  # whose codes follow from the weights alone
+    actual, expected = ArtifactReader(tmp_path / "here"), ArtifactReader(tmp_path / "cpu")
+    # A sum with another last digit may change a code or a search, but hardly the errors.
+    for record in expected.manifest.layers:
+        assert actual.manifest.record(record.layer).errors == pytest.approx(record.errors, rel=0.1)
+    if name == "int8":  # its codes depend on the weights alone
         layers = range(small.config.num_hidden_layers)
-        for ours, theirs in ((found.read_layer(n), wanted.read_layer(n)) for n in layers):
+        for ours, theirs in ((actual.read_layer(n), expected.read_layer(n)) for n in layers):
             for key, tensor in theirs.items():
                 atol = 1.0 if tensor.dtype == torch.int8 else 0.0
                 assert torch.allclose(ours[key].float(), tensor.float(), rtol=1e-5, atol=atol), key

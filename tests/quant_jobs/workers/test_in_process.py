@@ -1,4 +1,4 @@
-"""A job without Ray: one worker in the driver's process does what any pool does."""
+"""A job without Ray: one worker in the driver's process writes the bytes of any pool."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def quantize(small: SmallModel, recipe: str, output: Path, workers: int) -> dict
 def test_it_writes_the_bytes_of_a_worker_on_ray(small: SmallModel, tmp_path: Path) -> None:
     with connect(num_cpus=1):  # one Ray for both
         for recipe in ("int4-gptq", "w4a8"):
-            here = quantize(small, recipe, tmp_path / f"{recipe}-here", 0)
-            assert quantize(small, recipe, tmp_path / f"{recipe}-ray", 1) == here
+            in_process = quantize(small, recipe, tmp_path / f"{recipe}-here", 0)
+            assert quantize(small, recipe, tmp_path / f"{recipe}-ray", 1) == in_process
     report = json.loads((tmp_path / "w4a8-here" / REPORT_FILE).read_text())
     assert report["num_workers"] == report["num_nodes"] == len(report["workers"]) == 1
 
@@ -74,7 +74,7 @@ def test_the_command_does_not_even_import_ray(
 
 
 class Noting(InProcessWorker):
-    """Notes in which thread each call runs."""
+    """Records in which thread each call runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ class Noting(InProcessWorker):
 @pytest.mark.heavy
 def test_it_writes_a_layer_beside_its_other_calls(small: SmallModel, tmp_path: Path) -> None:
     job = plan_job(small.directory, small_recipe("int8"), small.text, tmp_path / "out")
-    with JobFolder(job.output, job.fingerprint) as folder, Noting() as here:
-        Driver(job, folder, here, lambda event: None).run()
-    assert here.where.pop("write") == here.where.pop("store") == {"background_0"}
-    assert set().union(*here.where.values()) == {threading.current_thread().name}
+    with JobFolder(job.output, job.fingerprint) as folder, Noting() as worker:
+        Driver(job, folder, worker, lambda event: None).run()
+    assert worker.where.pop("write") == worker.where.pop("store") == {"background_0"}
+    assert set().union(*worker.where.values()) == {threading.current_thread().name}
 
 
 def test_what_went_wrong_beside_the_other_calls_is_raised_when_it_is_asked_for() -> None:
@@ -107,10 +107,10 @@ def test_what_went_wrong_beside_the_other_calls_is_raised_when_it_is_asked_for()
 
             return fail
 
-    with Full() as here:
-        (reference,) = here.submit(lambda worker, _: worker.write.remote())
+    with Full() as worker:
+        (reference,) = worker.submit(lambda worker, _: worker.write.remote())
         with pytest.raises(ArtifactError, match="the disk is full"):
-            here.gather([reference])
+            worker.gather([reference])
 
 
 @pytest.mark.heavy

@@ -1,4 +1,4 @@
-"""What travels between processes arrives as it left."""
+"""Messages between driver and workers: tensors arrive bit for bit, in host memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = [(), (0,), (3, 0, 2), (1,), (5, 7), (2, 3, 4)]
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Every value that 8 bits have, -0.0 and NaN among them, as bytes of the dtype."""
+    """A tensor whose bytes cover all 8-bit values, so that -0.0 and NaN occur."""
     size = torch.Size(shape).numel() * dtype.itemsize
     if dtype == torch.bool:
         return (torch.arange(size) % 3 == 0).view(shape)
@@ -30,7 +30,7 @@ def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def hop(tensor: Tensor) -> Tensor:
-    """As Ray sends it: pickle protocol 5 with its buffers beside, which arrive read-only."""
+    """Send a tensor as Ray does: pickle protocol 5 with out-of-band, read-only buffers."""
     buffers: list[pickle.PickleBuffer] = []
     sent = pickle.dumps(_flatten(tensor), protocol=5, buffer_callback=buffers.append)
     return _restore(pickle.loads(sent, buffers=[bytes(buffer) for buffer in buffers]))
@@ -73,16 +73,16 @@ def test_a_contiguous_tensor_is_not_copied_on_either_side() -> None:
 
 def test_blocks_of_several_workers_come_in_their_order() -> None:
     shares = [{5: "f", 0: "a"}, {}, {2: "c", 1: "b"}]
-    wanted = [(0, "a"), (1, "b"), (2, "c"), (5, "f")]
-    assert list(in_block_order(iter(shares))) == wanted
-    assert list(in_block_order(iter(reversed(shares)))) == wanted
+    expected = [(0, "a"), (1, "b"), (2, "c"), (5, "f")]
+    assert list(in_block_order(iter(shares))) == expected
+    assert list(in_block_order(iter(reversed(shares)))) == expected
     assert list(in_block_order(iter([]))) == []
 
 
 def test_a_block_held_twice_is_our_bug() -> None:
-    one = Routed(torch.zeros(1, 2))
+    routed = Routed(torch.zeros(1, 2))
     with pytest.raises(AssertionError, match="two workers held the same block"):
-        list(in_block_order(iter([{0: one, 3: one}, {3: one}])))
+        list(in_block_order(iter([{0: routed, 3: routed}, {3: routed}])))
 
 
 def test_what_is_made_elsewhere_arrives_in_host_memory() -> None:
@@ -101,9 +101,9 @@ def test_a_message_is_moved_with_all_that_is_in_it() -> None:
         sent = {
             3: (Routed(torch.ones(2)), [SolveSummary({"a": 0.5}, smoothing=smoothing)], None, "a")
         }
-        routed, (account,), *rest = to_device(sent, there)[3]
+        routed, (summary,), *rest = to_device(sent, there)[3]
         assert routed.z.is_cuda
-        assert account.smoothing.columns["a.weight"].is_cuda
-        assert (account.errors, rest) == ({"a": 0.5}, [None, "a"])
+        assert summary.smoothing.columns["a.weight"].is_cuda
+        assert (summary.errors, rest) == ({"a": 0.5}, [None, "a"])
         assert to_device(to_device(sent, there), here)[3][0].z.device == here
     assert to_device(sent, here)[3][0].z is sent[3][0].z

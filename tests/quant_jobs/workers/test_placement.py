@@ -1,4 +1,4 @@
-"""What workers ask of Ray: CPUs and GPUs. Ray counts GPUs as it is told, so these are made up."""
+"""CPUs and GPUs that workers reserve. Ray counts the GPUs it is told of, so these are made up."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_each_worker_has_its_cpus_and_a_gpu_of_its_own(pair: WorkerPool) -> None
     def look(worker: Any) -> str | None:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
-    seen = pair.each(lambda worker, _: worker.__ray_call__.remote(look))
-    assert sorted(seen) == ["0", "1"]
+    devices = pair.each(lambda worker, _: worker.__ray_call__.remote(look))
+    assert sorted(devices) == ["0", "1"]
 
 
 def test_a_gpu_that_pytorch_cannot_use_ends_the_job_in_one_sentence(

@@ -306,8 +306,8 @@ def operator_us(repeats: int) -> float:
 
 
 def fractions(peak: dict[str, float], work: dict[str, Work], repeats: int) -> dict[str, float]:
-    """Rate over peak of a Gram matrix (x^T x of an expert's rows of one calibration block), of GPTQ's
-    factor of it, and of elementwise work."""
+    """Rate over peak of a Gram matrix (x^T x of an expert's rows of one calibration block), of its
+    factor in GPTQ, and of elementwise work."""
     rows = torch.randn(2 * EDGE, EDGE)
     gram = rows.T @ rows + EDGE * torch.eye(EDGE)
     elementwise = [work[name] for name in ("compress_int4", "compress_int8", "dequantize_fp8")]

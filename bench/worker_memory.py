@@ -27,7 +27,17 @@ from quant_jobs.calibration import units
 
 INTERVAL_S = 0.01
 #: Files whose functions name a step.
-STEPS = ("worker.py", "solve_units.py", "solve.py", "gptq.py")
+STEPS = tuple(
+    str(ROOT / "quant_jobs" / file)
+    for file in (
+        "workers/worker.py",
+        "workers/original.py",
+        "workers/quantized.py",
+        "workers/unit_solver.py",
+        "algorithms/linear.py",
+        "algorithms/gptq.py",
+    )
+)
 
 app = make_app(__doc__ or "")
 
@@ -82,8 +92,7 @@ class Watch:
         """The last three of the job's functions on the stack: `solve > _gptq > inverse_factor`."""
         frame, names = sys._current_frames().get(self.thread), []
         while frame is not None and len(names) < 3:
-            path = Path(frame.f_code.co_filename)
-            if path.parent.name == "quant_jobs" and path.name in STEPS:
+            if frame.f_code.co_filename in STEPS:
                 names.append(frame.f_code.co_name)
             frame = frame.f_back
         return " > ".join(reversed(names)) or "between steps"

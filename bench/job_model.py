@@ -63,21 +63,24 @@ class TimedWorker(InProcessWorker):
             result = call(*arguments)
             if name in SECTION:
                 self.seconds[SECTION[name]] += time.thread_time() - started
+            if name == "begin":
+                self._count_reading()
             return result
 
         return timed
 
-    def count_reading(self) -> None:
-        """Have the thread that reads ahead be timed too."""
-        read = self._worker._read
+    def _count_reading(self) -> None:
+        """Time the thread that reads ahead too; a worker makes it when a job begins."""
+        read_ahead = self._worker._read_ahead
+        read = read_ahead._read
 
-        def timed(layer: int, what: str) -> Any:
+        def timed(*arguments: Any) -> Any:
             started = time.thread_time()
-            found = read(layer, what)
+            stored = read(*arguments)
             self.seconds["read"] += time.thread_time() - started
-            return found
+            return stored
 
-        self._worker._read = timed  # type: ignore[method-assign]
+        read_ahead._read = timed  # type: ignore[method-assign]
 
 
 @app.command()
@@ -129,7 +132,6 @@ def check(folder: Path, recipe: Path) -> dict[str, Any]:
         block_tokens=settings.block_tokens,
     )
     with JobFolder(planned.output, planned.fingerprint) as held, TimedWorker() as pool:
-        pool.count_reading()
         Driver(planned, held, pool, lambda _: None).run()
     report = json.loads((planned.output / "job_report.json").read_text())
     shutil.rmtree(planned.output)

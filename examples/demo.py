@@ -2,8 +2,8 @@
 
     plan -> quantize (as Ray jobs) -> build -> evaluate -> gate -> report -> serve -> ask
 
-Every step is the command that a cluster would run, started as its own process; only the scale is
-small. It ends with one table, `runs/demo/summary.json`, and nothing left running.
+Every step is the command that one runs on a cluster, started as its own process, on a small model.
+The demo ends with one table and `runs/demo/summary.json`, and leaves no process running.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ def step(name: str, what: str) -> None:
 
 
 def start(package: str, *args: object) -> subprocess.Popen[str]:
-    """One of our commands, as a user would run it; its stdout is kept for `finish`."""
+    """Start one of our commands as a user runs it; `finish` reads its stdout."""
     words = [sys.executable, "-m", package, *map(str, args)]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def finish(commands: list[subprocess.Popen[str]], *, show: bool = True) -> list[str]:
-    """Wait for all; a command's failure ends the demo with that command's own sentence."""
+    """Wait for all commands and return their outputs; a command that fails ends the demo."""
     outputs = []
     for process in commands:
         output, _ = process.communicate()
@@ -107,24 +107,24 @@ def plan(recipe: str) -> subprocess.Popen[str]:
 
 @contextmanager
 def local_ray_with_jobs() -> Iterator[Any]:
-    """A client of a Ray head that was started for this, with a folder, ports and a token of its
-    own: other Rays of this machine neither hold its ports nor are taken for it."""
+    """Start a Ray head with a folder, ports and a token of its own, so that no other Ray on this
+    machine is in its way or is mistaken for it; yield a client of its jobs. Stops it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="demo-", dir="/tmp"))  # its sockets need short names
     url = f"http://127.0.0.1:{free_port()}"
-    # Of this process too: Ray's client reads the token where it is imported.
+    # This process needs the token too: Ray's client reads it when it is imported.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     bin_ = Path(sys.executable).parent
     environment = {
         **os.environ,
         "RAY_TMPDIR": str(folder),
         "RAY_worker_niceness": "0",
-        "PATH": f"{bin_}:{os.environ['PATH']}",  # a job's `python` is this one
+        "PATH": f"{bin_}:{os.environ['PATH']}",  # a job runs this `python`
         "PYTHONPATH": str(ROOT),
     }
     environment.pop("RAY_ADDRESS", None)
     command = [
         *(str(bin_ / "ray"), "start", "--head", "--block", "--port=0"),
-        "--num-cpus=4",  # slots for both jobs at once, however few cores there are
+        "--num-cpus=4",  # slots for both jobs at once, whatever the number of cores
         f"--dashboard-port={url.rpartition(':')[2]}",
         f"--dashboard-agent-listen-port={free_port()}",
     ]
@@ -140,7 +140,7 @@ def local_ray_with_jobs() -> Iterator[Any]:
 
 
 def submit_quantize(jobs: Any, recipe: str) -> str:
-    """What `python -m quant_jobs submit` does."""
+    """Submit a quantize job as `python -m quant_jobs submit` does; return its id."""
     text, output = MODEL / "calibration.txt", OUT / recipe / "checkpoint"
     return submit(jobs, make_submission(MODEL, recipe, [str(text)], output, 1)).submission_id
 
@@ -180,7 +180,7 @@ SUMMARY_KEYS = (
 
 
 def judge(recipe: str) -> dict[str, Any]:
-    """Evaluate and gate; what the summary says of this recipe."""
+    """Evaluate and gate one engine; return its entry of the summary."""
     folder = OUT / recipe
     evaluate = start(
         *("quant_jobs", "evaluate", "--engine", folder / "engine", "--reference", MODEL),
@@ -216,7 +216,8 @@ def free_port() -> int:
 
 @contextmanager
 def served(engine: Path) -> Iterator[str]:
-    """`python -m serve_app` until its /health answers; SIGINT at the end, as ctrl-C would."""
+    """Run `python -m serve_app` and yield its URL once /health answers; at the end SIGINT, as by
+    ctrl-C."""
     port = free_port()
     process = subprocess.Popen(
         [
@@ -300,7 +301,7 @@ def show_table(summary: dict[str, dict[str, Any]]) -> None:
             f"{row['decode_tokens_per_s'] / row['bf16_decode_tokens_per_s']:.2f}x",
             row["verdict"],
         )
-    Console(width=112).print(table)  # a pipe or log has no width of its own
+    Console(width=112).print(table)  # a pipe or a log has no width
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The benches that compare algorithms and peers: what they run exists, what they read they read
-right."""
+"""The benches that compare algorithms and peers: their jobs are valid, and they read every format
+correctly."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def test_a_checkpoint_by_llm_compressor_is_unpacked(
         "norm.weight": torch.ones(3, dtype=torch.bfloat16),
     }
     save_file(stored, tmp_path / "model.safetensors")
-    found = dict(peer_weights(tmp_path))
-    assert found.keys() == {"a.weight", "norm.weight"}
-    assert torch.equal(found["a.weight"], expected(codes, scale))
+    weights = dict(peer_weights(tmp_path))
+    assert weights.keys() == {"a.weight", "norm.weight"}
+    assert torch.equal(weights["a.weight"], expected(codes, scale))
 
 
 def test_a_checkpoint_by_modelopt_is_unpacked(tmp_path: Path, codes: Tensor, scale: Tensor) -> None:
@@ -82,8 +82,8 @@ def test_a_checkpoint_by_modelopt_is_unpacked(tmp_path: Path, codes: Tensor, sca
         "a.pre_quant_scale": before,
     }
     save_file(stored, tmp_path / "model.safetensors")
-    found = dict(peer_weights(tmp_path))
-    assert torch.equal(found["a.weight"], expected(codes, scale) * before)
+    weights = dict(peer_weights(tmp_path))
+    assert torch.equal(weights["a.weight"], expected(codes, scale) * before)
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_modelopt_packs_as_we_unpack(tmp_path: Path, codes: Tensor, scale: Tenso
 
 @pytest.mark.heavy
 def test_a_job_is_watched_with_all_that_bears_its_mark() -> None:
-    """By its mark alone: Ray's daemons are nobody's children."""
+    """By its mark alone, because Ray's daemons are not children of the job."""
     hold = "import time; kept = bytearray(b'x' * 100_000_000); time.sleep(2)"
     with Watch("one-mark") as watch:
         subprocess.run(

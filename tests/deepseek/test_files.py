@@ -59,9 +59,9 @@ def test_equal_tensors_give_equal_bytes_in_any_order_and_stride(tmp_path: Path) 
     names = list(tensors)
     random.Random(0).shuffle(names)
     shuffled = {name: tensors[name].clone() for name in names}
-    one = save_tensors(tmp_path / "one", tensors, {"a": "1", "b": "2"})
-    two = save_tensors(tmp_path / "two", shuffled, {"b": "2", "a": "1"})
-    assert one == two
+    first = save_tensors(tmp_path / "one", tensors, {"a": "1", "b": "2"})
+    second = save_tensors(tmp_path / "two", shuffled, {"b": "2", "a": "1"})
+    assert first == second
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 

@@ -113,10 +113,10 @@ def test_linears_are_what_fp8_blocks_of_the_release_cover(tiny_model: Path) -> N
     config = ModelConfig.from_directory(tiny_model)
     index = json.loads((tiny_model / "model.safetensors.index.json").read_text())
     scaled = {n.removesuffix("_scale_inv") for n in index["weight_map"] if "_scale_inv" in n}
-    found = {
+    modules = {
         spec.name for layer in range(config.num_layers_with_mtp) for spec in linears(config, layer)
     }
-    assert found == scaled
+    assert modules == scaled
 
 
 def test_router_norms_embeddings_and_head_are_never_linears(release: list) -> None:  # type: ignore[type-arg]
@@ -135,7 +135,7 @@ def test_splits_follow_the_direction_of_each_linear(release: list) -> None:  # t
     for spec in release:
         if spec.layer in (0, 3) and spec.expert in (None, 0) and spec.kind == "linear":
             split[spec.module.removeprefix(f"model.layers.{spec.layer}.")] = spec.split
-    replicated = {name for name, how in split.items() if how == "replicated"}
+    replicated = {name for name, direction in split.items() if direction == "replicated"}
     assert replicated == {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"}
     assert split["self_attn.o_proj"] == split["mlp.down_proj"] == "row"
     assert split["self_attn.kv_b_proj"] == split["mlp.shared_experts.up_proj"] == "column"
@@ -186,17 +186,17 @@ def mlp_inputs(mlp: str, width: int) -> list[tuple[object, ...]]:
 
 
 def test_the_inputs_of_a_dense_layer_of_deepseek_v3() -> None:
-    found = as_rows(layer_inputs(DEEPSEEK_V3, 0), "model.layers.0.")
-    assert found == ATTENTION_INPUTS + mlp_inputs("mlp", 18432)
+    rows = as_rows(layer_inputs(DEEPSEEK_V3, 0), "model.layers.0.")
+    assert rows == ATTENTION_INPUTS + mlp_inputs("mlp", 18432)
 
 
 def test_the_inputs_of_a_moe_layer_of_deepseek_v3() -> None:
     """The MTP layer's decoder is one too; its eh_proj is no linear that a recipe may quantize."""
     for layer in (3, 60, 61):
-        found = as_rows(layer_inputs(DEEPSEEK_V3, layer), f"model.layers.{layer}.")
+        rows = as_rows(layer_inputs(DEEPSEEK_V3, layer), f"model.layers.{layer}.")
         experts = [mlp_inputs(f"mlp.experts.{expert}", 2048) for expert in range(256)]
         shared = mlp_inputs("mlp.shared_experts", 2048)
-        assert found == ATTENTION_INPUTS + sum(experts, []) + shared
+        assert rows == ATTENTION_INPUTS + sum(experts, []) + shared
 
 
 @pytest.mark.parametrize("layer", [0, 3, 61])

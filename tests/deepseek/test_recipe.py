@@ -1,4 +1,4 @@
-"""A recipe says what every linear becomes, and nothing in it is quietly ignored."""
+"""A recipe gives every linear its scheme, and no key of it is silently ignored."""
 
 from __future__ import annotations
 

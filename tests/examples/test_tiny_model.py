@@ -1,7 +1,7 @@
-"""The example model is what it says: DeepSeek-V3's released layout around a model that learned.
+"""The example model is a trained model in DeepSeek-V3's released layout.
 
-Reads the files with nothing from the project and nothing from the script that made them: the
-FP8 blocks are undone here, by the definition, and the model is transformers' own.
+The files are read without code of the project or of the script that made them: the FP8 tiles are
+dequantized here, by their definition, and the model is transformers' own.
 """
 
 from __future__ import annotations

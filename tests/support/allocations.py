@@ -1,4 +1,4 @@
-"""How many bytes of tensors live at once: exact, where a process's resident memory is not."""
+"""Counts the bytes of tensors that live at once; exact, unlike a process's resident memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headless Chromium: a page as a browser sees it, and what its console says."""
+"""Opens a page in headless Chromium: the loaded document and the console's messages."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def open_page(page: Path, profile: Path) -> Opened:
         *("--enable-logging=stderr", "--v=0", "--dump-dom", page.resolve().as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    console = [found[1] for line in done.stderr.splitlines() if (found := _CONSOLE.search(line))]
+    console = [match[1] for line in done.stderr.splitlines() if (match := _CONSOLE.search(line))]
     return Opened(done.stdout, console)

@@ -1,4 +1,4 @@
-"""What the fixtures of quant_jobs hand to its tests."""
+"""Values that the fixtures of quant_jobs pass to its tests."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
     with Elsewhere():
         torch.zeros(3).to("cuda") + torch.zeros(3)     # AssertionError, as on a GPU
 
-What a machine without a GPU can know of code for one: that tensors meet where they are, and are in
-host memory where their bytes are read. Values are the CPU's, so a job's bytes must be too. It says
-nothing of CUDA's own kernels: which there are, how they round, whether they repeat.
+Without a GPU it checks that the tensors of an operator are on one device, and that bytes are read
+in host memory. Values are the CPU's, so a job must give the same bytes. It does not test CUDA's own
+kernels: which exist, how they round, whether they are deterministic.
 
 As on CUDA, a tensor of the host may index one that is elsewhere, be copied into one, and take part
 as a single number.

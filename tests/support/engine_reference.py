@@ -65,22 +65,22 @@ def reference_greedy(directory: Path, prompt: list[int], count: int) -> list[int
 
 
 def _source_weights(reader: CheckpointReader) -> tuple[ModelConfig, dict[str, Tensor]]:
-    found = dict(reader.read_globals())
+    stored = dict(reader.read_globals())
     for layer in range(reader.config.num_hidden_layers):
-        found |= reader.read_layer(layer)
-    return reader.config, {name: tensor.dequantize() for name, tensor in found.items()}
+        stored |= reader.read_layer(layer)
+    return reader.config, {name: tensor.dequantize() for name, tensor in stored.items()}
 
 
 def _artifact_weights(reader: ArtifactReader) -> tuple[ModelConfig, dict[str, Tensor]]:
-    found = {name: tensor.float() for name, tensor in reader.read_globals().items()}
+    weights = {name: tensor.float() for name, tensor in reader.read_globals().items()}
     for layer in range(reader.config.num_hidden_layers):
         stored = reader.read_layer(layer)
         for spec in linears(reader.config, layer):
             scheme = reader.schemes[spec.module]
             tensors = pop_linear(stored, spec.module, scheme)
-            found[spec.name] = decompress(tensors, scheme, (spec.shape[0], spec.shape[1]))
-        found |= {name: tensor.float() for name, tensor in stored.items()}
-    return reader.config, found
+            weights[spec.name] = decompress(tensors, scheme, (spec.shape[0], spec.shape[1]))
+        weights |= {name: tensor.float() for name, tensor in stored.items()}
+    return reader.config, weights
 
 
 def _stack_experts(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,15 +42,17 @@ def kill_driver_when(
         driver.kill()
         driver.wait()
     assert any(name.startswith("ray::QuantizeWorker") for _, name in family.values())
-    agents = {pid: one for pid, one in family.items() if one[1].startswith(RAY_AGENTS)}
+    agents = {pid: process for pid, process in family.items() if process[1].startswith(RAY_AGENTS)}
     deadline = time.monotonic() + 60
     try:
-        while left := [one for pid, one in family.items() if pid not in agents and alive(pid, one)]:
+        while left := [
+            process for pid, process in family.items() if pid not in agents and alive(pid, process)
+        ]:
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
     finally:  # those take a minute or two to notice
-        for pid, one in agents.items():
-            if alive(pid, one):
+        for pid, process in agents.items():
+            if alive(pid, process):
                 os.kill(pid, signal.SIGKILL)
     assert not (output / "intserve.json").exists()
 
@@ -80,12 +82,12 @@ def descendants(pid: int) -> dict[int, tuple[str, str]]:
         except OSError:
             continue  # ended meanwhile
         parents[int(path.parent.name)] = (int(fields[1]), fields[19])
-    found: dict[int, tuple[str, str]] = {}
-    wave = [pid]
-    while wave:
-        wave = [child for child, (parent, _) in parents.items() if parent in wave]
-        found |= {child: (parents[child][1], title(child)) for child in wave}
-    return found
+    below: dict[int, tuple[str, str]] = {}
+    generation = [pid]
+    while generation:
+        generation = [child for child, (parent, _) in parents.items() if parent in generation]
+        below |= {child: (parents[child][1], title(child)) for child in generation}
+    return below
 
 
 def alive(pid: int, process: tuple[str, str]) -> bool:

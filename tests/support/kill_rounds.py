@@ -1,9 +1,9 @@
 """Seeded rounds of a quantize job on a cluster of raylets, with kills at random moments.
 
 A round starts `python -m quant_jobs quantize` as a process of its own on `Raylets`, and kills a
-raylet, a worker or the driver whenever the job has got as far as its plan says. A killed driver is
-started again with the same command; now and then a node joins. How far a job has got is told by the
-files that it has brought forth so far: layers, parts and boundaries.
+raylet, a worker or the driver each time the job has made the progress that its plan names. A killed
+driver is started again with the same command; in some rounds a node joins. Progress is counted in
+the files that the job has written so far: layers, parts and boundaries.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 RECIPES = ("int4-gptq", "int4-awq", "int8-smoothquant")
 NUM_WORKERS = 3
-#: The share of its files that a job brings forth before its workers are ready.
+#: The share of its files that a job writes before its workers are ready.
 LOADING = 0.09
 #: Main layers of the model: more than the small model's, so that kills fall into many layers.
 NUM_LAYERS = 8
@@ -45,7 +45,7 @@ ROUND_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """What dies `delay_s` after the job has brought forth a share `at` of its files."""
+    """`what` is killed `delay_s` after the job has written a share `at` of its files."""
 
     what: What
     at: float

@@ -1,8 +1,8 @@
 """A Ray cluster whose nodes have networks of their own, so that a link between them can be cut.
 
-Every node is in a network namespace; a bridge in one more joins them, each by a pair of virtual
-links. What this host's own network looks like is neither used nor changed. Files are shared, as on
-a cluster with common storage, Ray's own folder apart, which every node has for itself. Needs root.
+Every node is in a network namespace of its own; a bridge in one more namespace joins them, each by
+a pair of virtual links. This host's own network is neither used nor changed. Files are shared, as
+on a cluster with common storage, except Ray's folder, of which every node has its own. Needs root.
 """
 
 from __future__ import annotations
@@ -155,10 +155,10 @@ class Network:
         return ["ip", "netns", "exec", self._space(node), "sh", "-c", mount, "sh", *command]
 
     def _pids(self, node: int) -> list[int]:
-        found = subprocess.run(
+        listed = subprocess.run(
             ["ip", "netns", "pids", self._space(node)], capture_output=True, text=True, check=False
         )
-        return [int(pid) for pid in found.stdout.split()]
+        return [int(pid) for pid in listed.stdout.split()]
 
 
 def address_of(node: int) -> str:

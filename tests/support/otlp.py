@@ -1,4 +1,4 @@
-"""An OTLP collector's HTTP end in the test's own process."""
+"""The HTTP endpoint of an OTLP collector in the test's own process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 
 class OtlpReceiver:
-    """A collector's HTTP end: decodes what exporters post to /v1/traces and keeps the spans."""
+    """A collector's HTTP endpoint: decodes the posts to /v1/traces and holds their spans."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[dict[str, Any], Any]] = []
@@ -47,12 +47,12 @@ class OtlpReceiver:
     def trace(self, trace_id: str, expected: int, timeout_s: float = 20.0) -> list[Any]:
         """The spans of one trace, once there are as many as expected; (resource, span) pairs."""
 
-        def found() -> list[Any]:
+        def spans_of_trace() -> list[Any]:
             return [pair for pair in self.spans if pair[1].trace_id.hex() == trace_id]
 
         with self.arrived:
-            self.arrived.wait_for(lambda: len(found()) >= expected, timeout_s)
-            return found()
+            self.arrived.wait_for(lambda: len(spans_of_trace()) >= expected, timeout_s)
+            return spans_of_trace()
 
 
 def read_attributes(pairs: Any) -> dict[str, Any]:

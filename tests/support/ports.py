@@ -1,8 +1,8 @@
 """Ports of this machine for servers that tests start.
 
-They lie below the range from which the kernel gives ports away by itself and above the ports of
-Ray's workers. Each process begins at a place of its own, so that two that ask at the same moment,
-as two workers of pytest-xdist do, are not given the same port.
+They lie below the range from which the kernel assigns ports and above the ports of Ray's workers.
+Each process begins at a port of its own, so two processes that ask at the same moment, as two
+workers of pytest-xdist do, do not get the same port.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small model with a tokenizer and a text, and what the tests of `quantize` ask of an output."""
+"""A small model with a tokenizer and a text, and helpers for the tests of `quantize`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SmallModel:
 
 
 def make_small_model(root: Path) -> SmallModel:
-    """FP8 blocks, 8 experts in 2 groups, a word-level tokenizer, 600 words of text."""
+    """FP8 tiles, 8 experts in 2 groups, a word-level tokenizer, 600 words of text."""
     directory = root / "model"
     write_checkpoint(directory, layers=NUM_LAYERS, experts=8)
     words = [f"w{index}" for index in range(96)]

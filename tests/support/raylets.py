@@ -1,8 +1,8 @@
 """Real Ray clusters of several nodes on this machine, whose nodes can be killed.
 
-A node is a raylet with its own scheduler, object store and workers: killing it is what a machine's
-death looks like to Ray. All share one IP address here; `namespaces.py` has nodes with their own.
-Jobs run on them as they would on a cluster: a driver process that finds Ray by RAY_ADDRESS.
+A node is a raylet with its own scheduler, object store and workers; to Ray, killing it is the death
+of a machine. All nodes share one IP address here; `namespaces.py` has nodes with their own. Jobs
+run on them as on a cluster: a driver process finds Ray by RAY_ADDRESS.
 """
 
 from __future__ import annotations

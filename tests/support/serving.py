@@ -1,4 +1,4 @@
-"""Shared by tests of the service: requests, engines in this process, a faulty one, SSE reading."""
+"""Helpers for tests of the service: requests, engines in this process, a faulty engine, SSE."""
 
 from __future__ import annotations
 

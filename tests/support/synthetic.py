@@ -1,8 +1,8 @@
 """Small checkpoints with random weights, in the release's layout, made in milliseconds.
 
-For tests of everything that moves tensors rather than judges answers; where answers matter, use the
-trained model (`tiny_model` in conftest.py). Written with the reference library's `save_file`, so
-that our own writer is not its own judge.
+For tests that move tensors and do not judge answers; where answers matter, use the trained model
+(`tiny_model` in conftest.py). The files are written with the reference library's `save_file`, so
+that our reader is not tested with our own writer.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ RECIPES = ("int8", "int8-weight-only", "int4", "int4-all", "int4-asym")
 
 
 def read_all(reader: ArtifactReader) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for layer in range(reader.config.num_layers_with_mtp):
-        found |= reader.read_layer(layer)
-    return found | reader.read_globals()
+        tensors |= reader.read_layer(layer)
+    return tensors | reader.read_globals()
 
 
 @pytest.mark.heavy
@@ -60,13 +60,13 @@ def test_reading_an_artifact_uses_every_tensor_exactly_once(
 def test_the_reader_returns_what_was_published(source: Path, finished: Path) -> None:
     original = CheckpointReader(source)
     reader = ArtifactReader(finished)
-    found = read_all(reader)
+    read = read_all(reader)
     for layer in range(reader.config.num_layers_with_mtp):
         for tensor in original.read_layer(layer).values():
-            wanted = store_tensor(tensor, reader.schemes.get(tensor.spec.module))
-            for name, value in wanted.items():
-                assert found[name].dtype == value.dtype, name
-                assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
+            published = store_tensor(tensor, reader.schemes.get(tensor.spec.module))
+            for name, value in published.items():
+                assert read[name].dtype == value.dtype, name
+                assert torch.equal(read[name].view(torch.uint8), value.view(torch.uint8)), name
 
 
 def test_fp8_blocks_of_the_source_keep_their_bits_under_compressed_tensors_names(

@@ -1,4 +1,4 @@
-"""The compressed-tensors library and transformers, as the oracle of what we write."""
+"""The compressed-tensors library and transformers read our artifacts as we do: the oracle."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_library_alone_decompresses_every_linear_to_our_weights(
             scheme = scheme_by_library(config, spec.module)
             assert scheme is not None
             compressor = BaseCompressor.get_value_from_registry(scheme.format)
-            wanted = decompress(
+            expected = decompress(
                 pop_linear(ours, spec.module, reader.schemes[spec.module]),
                 reader.schemes[spec.module],
                 (spec.shape[0], spec.shape[1]),
@@ -103,9 +103,9 @@ def test_the_library_alone_decompresses_every_linear_to_our_weights(
             stored = {suffix: theirs.pop(f"{spec.module}.{suffix}") for suffix in suffixes}
             scale = stored["weight_scale"]
             as_stored = compressor.decompress(stored, scheme)["weight"]
-            assert torch.equal(as_stored, wanted.to(scale.dtype)), spec.module
+            assert torch.equal(as_stored, expected.to(scale.dtype)), spec.module
             wide = compressor.decompress(stored | {"weight_scale": scale.float()}, scheme)
-            assert torch.equal(wide["weight"], wanted), spec.module
+            assert torch.equal(wide["weight"], expected), spec.module
             decompressed += 1
         assert theirs.keys() == ours.keys(), "both leave the same tensors: norms, router, MTP head"
     assert decompressed == len(reader.schemes)
@@ -130,19 +130,19 @@ def test_transformers_loads_the_artifact_by_itself_into_our_weights(
         for spec in linears(reader.config, layer):
             scheme = reader.schemes[spec.module]
             shape = (spec.shape[0], spec.shape[1])
-            wanted = decompress(pop_linear(ours, spec.module, scheme), scheme, shape)
+            expected = decompress(pop_linear(ours, spec.module, scheme), scheme, shape)
             if spec.expert is None:
-                found = loaded[spec.name]
+                actual = loaded[spec.name]
             else:
                 experts = f"model.layers.{layer}.mlp.experts"
                 if spec.role == "down_proj":
-                    found = loaded[f"{experts}.down_proj"][spec.expert]
+                    actual = loaded[f"{experts}.down_proj"][spec.expert]
                 else:
                     gate, up = loaded[f"{experts}.gate_up_proj"][spec.expert].chunk(2)
-                    found = gate if spec.role == "gate_proj" else up
+                    actual = gate if spec.role == "gate_proj" else up
             if scheme.weights == "int4":  # multiplied out in the scale's BF16 by the library
-                wanted = wanted.bfloat16().float()
-            assert torch.equal(found, wanted), spec.name
+                expected = expected.bfloat16().float()
+            assert torch.equal(actual, expected), spec.name
 
 
 def targets(quantization: dict[str, Any] | None) -> dict[str, list[str]]:
@@ -222,18 +222,20 @@ def test_every_linear_falls_in_its_own_group_under_any_rules(
     parsed = QuantizationConfig.model_validate(raw)
     bits = {"int8": 8, "fp8-block": 8, "int4": 4, "int4-asym": 4}
     for spec in tensors(config):
-        scheme, found = schemes.get(spec.module), scheme_by_library(parsed, spec.module)
+        scheme, parsed_scheme = schemes.get(spec.module), scheme_by_library(parsed, spec.module)
         if scheme is None or scheme.weights == "bf16":
-            assert found is None, spec.module
+            assert parsed_scheme is None, spec.module
             continue
-        assert found is not None, spec.module
-        assert found.weights is not None
-        assert found.weights.num_bits == bits[scheme.weights], spec.module
-        assert (found.weights.type == "float") == (scheme.weights == "fp8-block"), spec.module
-        assert found.weights.symmetric == (scheme.weights != "int4-asym"), spec.module
-        assert found.weights.group_size == scheme.group_size, spec.module
+        assert parsed_scheme is not None, spec.module
+        assert parsed_scheme.weights is not None
+        assert parsed_scheme.weights.num_bits == bits[scheme.weights], spec.module
+        assert (parsed_scheme.weights.type == "float") == (scheme.weights == "fp8-block"), (
+            spec.module
+        )
+        assert parsed_scheme.weights.symmetric == (scheme.weights != "int4-asym"), spec.module
+        assert parsed_scheme.weights.group_size == scheme.group_size, spec.module
         if scheme.weights == "int8":
-            assert (found.input_activations is not None) == (scheme.activations == "int8")
+            assert (parsed_scheme.input_activations is not None) == (scheme.activations == "int8")
 
 
 def test_an_artifact_of_bf16_only_has_no_quantization_config() -> None:
@@ -244,16 +246,16 @@ def test_an_artifact_of_bf16_only_has_no_quantization_config() -> None:
 
 def test_one_format_is_named_and_two_are_mixed_precision() -> None:
     config = ModelConfig.from_dict(config_dict(fp8=False, num_nextn_predict_layers=0))
-    one = quantization_config(config, load_recipe("int8").resolve(config))
-    assert one is not None
-    assert one["format"] == "int-quantized"
-    two = quantization_config(
+    uniform = quantization_config(config, load_recipe("int8").resolve(config))
+    assert uniform is not None
+    assert uniform["format"] == "int-quantized"
+    mixed = quantization_config(
         config,
         recipe_of(
             {"match": "*", "weights": "int8", "activations": "int8"},
             {"match": "*.experts.*", "weights": "int4", "group_size": 128},
         ).resolve(config),
     )
-    assert two is not None
-    assert two["format"] == "mixed-precision"
-    assert set(targets(two)) == {"int-quantized", "pack-quantized"}
+    assert mixed is not None
+    assert mixed["format"] == "mixed-precision"
+    assert set(targets(mixed)) == {"int-quantized", "pack-quantized"}

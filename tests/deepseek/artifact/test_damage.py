@@ -1,4 +1,4 @@
-"""Whatever is changed in an artifact after it was published, reading it names the change."""
+"""After any change to a published artifact, reading it fails and names the change."""
 
 from __future__ import annotations
 

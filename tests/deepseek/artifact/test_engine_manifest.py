@@ -59,8 +59,8 @@ def test_an_engine_of_another_target_is_read_without_knowing_its_own_fields(tmp_
 
 
 def test_the_digest_covers_the_fields_of_the_target() -> None:
-    one, other = trtllm_manifest(), trtllm_manifest(target_fields={"dialect": "fp8-block"})
-    assert one.digest != other.digest
+    manifest, other = trtllm_manifest(), trtllm_manifest(target_fields={"dialect": "fp8-block"})
+    assert manifest.digest != other.digest
 
 
 def test_a_changed_field_of_the_target_is_noticed(tmp_path: Path) -> None:

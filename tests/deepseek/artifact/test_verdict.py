@@ -1,4 +1,4 @@
-"""Nothing is served that its own gate did not pass."""
+"""An engine is served only with a passing verdict of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from tokens: nothing unfinished is shown, nothing is lost, stop strings end it."""
+"""Text from tokens: unfinished text is held back, no text is lost, stop strings end it."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def test_text_before_the_first_stop_string_is_shown_and_no_more(text: str, stop:
 def _first_end(text: str, stop: list[str]) -> int:
     """Where the text ends when it is read character by character."""
     for length in range(len(text) + 1):
-        found = [text[:length].find(word) for word in stop if word in text[:length]]
-        if found:
-            return min(found)
+        ends = [text[:length].find(word) for word in stop if word in text[:length]]
+        if ends:
+            return min(ends)
     return len(text)
 
 

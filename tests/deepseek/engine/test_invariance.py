@@ -1,4 +1,4 @@
-"""A token's result does not depend on its company: alone, batched, chunked, preempted, threaded."""
+"""A token's result is the same alone, batched, chunked, preempted, and with any threads."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def test_greedy_tokens_are_the_same_alone_batched_chunked_and_preempted(
     assert engine.num_preemptions == chunked_engine.num_preemptions == 0
     assert small.num_preemptions > 0
     for name, outputs in (("batched", batched), ("chunked", chunked), ("preempted", preempted)):
-        got = {request_id: tokens(each) for request_id, each in outputs.items()}
+        got = {
+            request_id: tokens(request_outputs) for request_id, request_outputs in outputs.items()
+        }
         assert got == alone, f"{recipe=} {name}"
 
 

@@ -1,4 +1,4 @@
-"""Each kernel against the slow reference: the stored tensors decompressed, times the input."""
+"""Each kernel against the slow reference: the decompressed weight times the input."""
 
 from __future__ import annotations
 
@@ -116,17 +116,17 @@ def test_kernels_compute_what_the_stored_tensors_say(
     scheme, vnni = SCHEMES[name], name.endswith("vnni")
     weight, x = weights(*shape), inputs(num_tokens, shape[1])
     linear, reference = pack([weight], scheme, vnni=vnni)
-    seen = x.double()
+    rounded = x.double()
     if scheme.activations == "int8":
         codes = encode(x, ["int8"])["int8"]
         assert codes.scale is not None
-        seen = codes.data.double() * codes.scale
+        rounded = codes.data.double() * codes.scale
     if scheme.activations == "fp8":
-        seen = fake_quantize_fp8(x, INPUT_SCALE).double()
+        rounded = fake_quantize_fp8(x, INPUT_SCALE).double()
     got = forward(linear, x)
     assert got.dtype == torch.float32
     assert got.shape == (num_tokens, shape[0])
-    kernel = relative_error(got.double(), seen @ reference.double().T)
+    kernel = relative_error(got.double(), rounded @ reference.double().T)
     total = relative_error(got, x @ weight.T)
     assert kernel < MAX_KERNEL_ERROR[name], f"{name=} {shape=} {num_tokens=} {kernel=:.2e}"
     assert total < MAX_TOTAL_ERROR[name] * 1.1, f"{name=} {shape=} {num_tokens=} {total=:.2e}"
@@ -189,10 +189,10 @@ def test_zero_points_far_from_the_bulk_of_the_codes_cost_less_than_the_format_do
 def test_fp8_inputs_beyond_the_static_scale_saturate_as_in_the_reference() -> None:
     linear, reference = pack([weights(64, 256)], SCHEMES["int4-g128-afp8"], vnni=False)
     x = 40 * inputs(8, 256)
-    seen = fake_quantize_fp8(x, INPUT_SCALE)
-    assert seen.abs().max() == INPUT_SCALE * 448
-    assert (seen.abs() == seen.abs().max()).sum() > 1000
-    assert relative_error(forward(linear, x), seen @ reference.T) < 3e-3
+    rounded = fake_quantize_fp8(x, INPUT_SCALE)
+    assert rounded.abs().max() == INPUT_SCALE * 448
+    assert (rounded.abs() == rounded.abs().max()).sum() > 1000
+    assert relative_error(forward(linear, x), rounded @ reference.T) < 3e-3
 
 
 def test_members_with_different_input_scales_share_the_largest() -> None:
@@ -228,8 +228,8 @@ def test_padding_appends_zeros_up_to_the_next_multiple(dim: int) -> None:
 
 
 def test_the_probe_finds_a_multiple_on_this_machine_or_says_that_there_is_none() -> None:
-    found = find_row_multiple(torch.get_num_threads())
+    multiple = find_row_multiple(torch.get_num_threads())
     kernels = Kernels.detect(batch_invariant=True)
-    assert kernels.is_batch_invariant == (found is not None)
-    assert kernels.rows.multiple == (found or 1)
+    assert kernels.is_batch_invariant == (multiple is not None)
+    assert kernels.rows.multiple == (multiple or 1)
     assert Kernels.detect(batch_invariant=False).rows.multiple == 1

@@ -145,11 +145,11 @@ def test_a_flipped_byte_in_the_engine_file_names_the_tensor(engine_dir: Path) ->
         LLMEngine.load(engine_dir)
 
 
-@pytest.mark.parametrize("how", ["cut", "extended", "header", "absent"])
-def test_a_damaged_engine_file_is_refused_by_name(how: str, engine_dir: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "extended", "header", "absent"])
+def test_a_damaged_engine_file_is_refused_by_name(damage: str, engine_dir: Path) -> None:
     path = engine_dir / TENSOR_FILE
     data = path.read_bytes()
-    if how == "absent":
+    if damage == "absent":
         path.unlink()
     else:
         changed = {
@@ -157,7 +157,7 @@ def test_a_damaged_engine_file_is_refused_by_name(how: str, engine_dir: Path) ->
             "extended": data + b"\0",
             "header": data.replace(b"experts.7.down", b"experts.6.down", 1),
         }
-        path.write_bytes(changed[how])
+        path.write_bytes(changed[damage])
     with pytest.raises(ArtifactError, match=TENSOR_FILE):
         LLMEngine.load(engine_dir)
 
@@ -274,13 +274,15 @@ def test_linears_are_fused_where_their_schemes_agree_and_only_there(tiny_model: 
     config = ModelConfig.from_directory(tiny_model)
     recipe = load_recipe("int8")
     plain = projections(config, 1, recipe.resolve(config))
-    assert all(len(parts) == 1 for parts in plain.values())
+    assert all(len(packed) == 1 for packed in plain.values())
     rule = Rule(match="*.kv_a_proj_with_mqa", weights="source")
     mixed = recipe.model_copy(update={"rules": (*recipe.rules, rule)})
-    found = projections(config, 1, mixed.resolve(config))
-    split = {name: parts for name, parts in found.items() if len(parts) > 1}
+    by_name = projections(config, 1, mixed.resolve(config))
+    split = {name: packed for name, packed in by_name.items() if len(packed) > 1}
     assert list(split) == ["model.layers.1.self_attn.qkv_a_proj"]
-    names = [part.name.rpartition(".")[2] for part in split["model.layers.1.self_attn.qkv_a_proj"]]
+    names = [
+        linear.name.rpartition(".")[2] for linear in split["model.layers.1.self_attn.qkv_a_proj"]
+    ]
     assert names == ["q_a_proj", "kv_a_proj_with_mqa"]
 
 

@@ -1,4 +1,4 @@
-"""Requests through the engine: accepted or refused, served, ended once, their pages given back."""
+"""Requests through the engine: accepted or refused, served, ended once, their KV pages freed."""
 
 from __future__ import annotations
 

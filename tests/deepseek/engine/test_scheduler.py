@@ -1,4 +1,4 @@
-"""The scheduler alone: no tensors, no model; a step is 'computed' by saying so."""
+"""The scheduler alone: no tensors and no model; a step only advances the counts."""
 
 from __future__ import annotations
 

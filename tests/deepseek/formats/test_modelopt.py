@@ -1,8 +1,8 @@
 """Our rounding against NVIDIA ModelOpt's TensorQuantizer, the oracle of calibration and QAT.
 
-Two differences remain, both on purpose. Our INT4 scale is rounded to bfloat16, as stored, *before*
-the codes are computed, so a code near a tie can fall one apart. And ModelOpt multiplies by 127/amax
-where we divide by the scale, which is the same up to the last bit of float32.
+Two differences are deliberate. Our INT4 scale is rounded to bfloat16, as stored, *before* the codes
+are computed, so a code near a tie can differ by one. And ModelOpt multiplies by 127/amax where we
+divide by the scale, which is the same up to the last bit of float32.
 """
 
 from __future__ import annotations

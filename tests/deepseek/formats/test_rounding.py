@@ -91,9 +91,9 @@ def test_all_254_finite_e4m3_codes_have_their_defined_value_and_survive() -> Non
     codes = finite_e4m3()
     assert codes.numel() == 254
     defined = torch.tensor([e4m3_value(code) for code in codes.view(torch.uint8).tolist()])
-    one = torch.tensor(1.0)
-    assert torch.equal(dequantize_fp8_tensor(codes, one), defined)
-    again, _ = quantize_fp8_tensor(defined, scale=one)
+    unit_scale = torch.tensor(1.0)
+    assert torch.equal(dequantize_fp8_tensor(codes, unit_scale), defined)
+    again, _ = quantize_fp8_tensor(defined, scale=unit_scale)
     assert torch.equal(again.view(torch.uint8), codes.view(torch.uint8))  # -0 stays -0
 
 
@@ -106,12 +106,12 @@ def test_a_block_of_all_finite_e4m3_codes_survives_its_own_scale(scale: float) -
 
 
 def test_e4m3_rounds_to_nearest_and_ties_to_the_even_code() -> None:
-    one = torch.tensor(1.0)
+    unit_scale = torch.tensor(1.0)
     for code in range(0x7E):  # 0x7E is 448, the largest
         low, high = e4m3_value(code), e4m3_value(code + 1)
         middle, quarter = (low + high) / 2, (high - low) / 4
         values = torch.tensor([middle - quarter, middle, middle + quarter])
-        got, _ = quantize_fp8_tensor(torch.cat((values, -values)), scale=one)
+        got, _ = quantize_fp8_tensor(torch.cat((values, -values)), scale=unit_scale)
         even = code + code % 2
         positive = [code, even, code + 1]
         assert got.view(torch.uint8).tolist() == positive + [c | 0x80 for c in positive], code
@@ -128,10 +128,10 @@ def test_integers_round_ties_to_even() -> None:
 
 def test_values_beyond_a_given_scale_clip_and_do_not_wrap_or_become_nan() -> None:
     weight = torch.tensor([[1000.0, -1000.0, 1.0, 0.0]]).repeat(1, 8)
-    one = torch.ones(1, 1)
-    assert quantize_int8(weight, scale=one)[0][0, :4].tolist() == [127, -128, 1, 0]
-    assert quantize_int4(weight, 32, scale=one)[0][0, :4].tolist() == [7, -8, 1, 0]
-    codes, scale = quantize_fp8_block(weight, scale=one)
+    unit_scale = torch.ones(1, 1)
+    assert quantize_int8(weight, scale=unit_scale)[0][0, :4].tolist() == [127, -128, 1, 0]
+    assert quantize_int4(weight, 32, scale=unit_scale)[0][0, :4].tolist() == [7, -8, 1, 0]
+    codes, scale = quantize_fp8_block(weight, scale=unit_scale)
     assert dequantize_fp8_block(codes, scale)[0, :4].tolist() == [448.0, -448.0, 1.0, 0.0]
     codes, scale = quantize_fp8_tensor(weight, scale=torch.tensor(1.0))
     assert dequantize_fp8_tensor(codes, scale)[0, :4].tolist() == [448.0, -448.0, 1.0, 0.0]
@@ -248,11 +248,13 @@ def test_each_fp8_block_has_its_own_scale_also_at_ragged_edges(shape: tuple[int,
     assert scale.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
     for i in range(scale.shape[0]):
         for j in range(scale.shape[1]):
-            block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
-            one, own = quantize_fp8_tensor(weight[block])
-            assert own == scale[i, j]
-            assert torch.equal(one.view(torch.uint8), codes[block].contiguous().view(torch.uint8))
-            assert torch.equal(dequantize_fp8_tensor(one, own), back[block])
+            tile = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+            tile_codes, tile_scale = quantize_fp8_tensor(weight[tile])
+            assert tile_scale == scale[i, j]
+            assert torch.equal(
+                tile_codes.view(torch.uint8), codes[tile].contiguous().view(torch.uint8)
+            )
+            assert torch.equal(dequantize_fp8_tensor(tile_codes, tile_scale), back[tile])
 
 
 def test_chunks_of_rows_leave_no_seam() -> None:
@@ -264,9 +266,9 @@ def test_chunks_of_rows_leave_no_seam() -> None:
     assert torch.equal(scale[part], quantize_int8(weight[part])[1])
     for symmetric in (True, False):
         whole, alone = (quantize_int4(w, 128, symmetric) for w in (weight, weight[part]))
-        for one, other in zip(whole, alone, strict=True):
-            assert (one is None) == (other is None)
-            assert one is None or other is None or torch.equal(one[part], other)
+        for of_whole, of_part in zip(whole, alone, strict=True):
+            assert (of_whole is None) == (of_part is None)
+            assert of_whole is None or of_part is None or torch.equal(of_whole[part], of_part)
     fp8, scale = quantize_fp8_block(weight)
     alone8, alone_scale = quantize_fp8_block(weight[part])
     assert torch.equal(fp8[part].view(torch.uint8), alone8.view(torch.uint8))

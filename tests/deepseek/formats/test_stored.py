@@ -1,4 +1,4 @@
-"""compress and decompress: what is stored, how large it is, how exact, and what is refused."""
+"""compress and decompress: stored tensors, sizes, errors of the values, and refusals."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_the_error_on_gaussian_weights_is_the_known_one(scheme: Scheme) -> None:
 def test_what_is_stored_is_what_was_announced(scheme: Scheme, shape: tuple[int, int]) -> None:
     tensors = compress(gaussian(shape), scheme)
     announced = stored_shapes(scheme, *shape)
-    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    assert found == announced
+    actual = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    assert actual == announced
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     assert total == stored_bytes(scheme, *shape)

@@ -27,14 +27,14 @@ Stored = dict[str, torch.Tensor]
 
 
 def read_all(reader: CheckpointReader) -> Stored:
-    found: Stored = {}
+    stored: Stored = {}
     for layer in range(reader.config.num_layers_with_mtp):
         for name, tensor in reader.read_layer(layer).items():
-            found[name] = tensor.data
+            stored[name] = tensor.data
             if tensor.scale_inv is not None:
-                found[f"{name}_scale_inv"] = tensor.scale_inv
-    found |= {name: tensor.data for name, tensor in reader.read_globals().items()}
-    return found
+                stored[f"{name}_scale_inv"] = tensor.scale_inv
+    stored |= {name: tensor.data for name, tensor in reader.read_globals().items()}
+    return stored
 
 
 @pytest.mark.parametrize("fp8", [True, False])
@@ -45,12 +45,12 @@ def test_reading_gives_every_stored_tensor_once_and_unchanged(
     config = write_checkpoint(tmp_path, fp8=fp8, by_layer=by_layer)
     stored = random_tensors(config)
     reader = CheckpointReader(tmp_path)
-    found = read_all(reader)
+    read = read_all(reader)
     reader.finish()
-    assert found.keys() == stored.keys()
+    assert read.keys() == stored.keys()
     for name, tensor in stored.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].float(), tensor.float()), name
+        assert read[name].dtype == tensor.dtype, name
+        assert torch.equal(read[name].float(), tensor.float()), name
     assert reader.total_bytes == sum(t.numel() * t.element_size() for t in stored.values())
 
 

@@ -1,5 +1,5 @@
-"""Synthetic checkpoints: the release's format and shapes, the statistics that they claim, and bytes
-that depend on seed and sizes alone."""
+"""Synthetic checkpoints have the release's format and shapes, the documented statistics, and bytes
+that depend on seed and sizes only."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def test_each_layer_has_the_shapes_of_the_release() -> None:
                     assert spec.kind != "linear"
                     continue
                 dtype, shape = layout[name]
-                wanted, dtypes = release[name.replace(f"layers.{layer}.", f"layers.{like}.", 1)]
+                expected, dtypes = release[name.replace(f"layers.{layer}.", f"layers.{like}.", 1)]
                 if spec.group == "router":
-                    wanted = (16, *wanted[1:])
-                assert shape == wanted, name
+                    expected = (16, *expected[1:])
+                assert shape == expected, name
                 assert dtype in dtypes, name
                 experts += spec.expert is not None
     assert experts == 16 * 3 * 2
@@ -236,10 +236,10 @@ def test_streaming_a_file_writes_what_the_reference_reads(tmp_path: Path) -> Non
     values = {"b": torch.arange(6.0).view(3, 2), "a": torch.arange(4).to(torch.uint8)}
     layout = {name: (value.dtype, tuple(value.shape)) for name, value in values.items()}
     stream_tensors(tmp_path / "file", layout, lambda name: values[name].split(1), {"format": "pt"})
-    found = load_file(tmp_path / "file")
-    assert found.keys() == values.keys()
+    loaded = load_file(tmp_path / "file")
+    assert loaded.keys() == values.keys()
     for name, value in values.items():
-        assert torch.equal(found[name], value)
+        assert torch.equal(loaded[name], value)
     with pytest.raises(AssertionError, match="not as long as announced"):
         stream_tensors(tmp_path / "short", layout, lambda name: values[name][:1].split(1))
     assert not list(tmp_path.glob("*short*"))

@@ -39,6 +39,20 @@ def tiny_model() -> Path:
     return ROOT / "examples" / "tiny-deepseek-v3"
 
 
+@pytest.fixture
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `support.engines` keeps what it makes once per process."""
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture
+def engine_dir(tiny_model: Path, base: Path, tmp_path: Path) -> Path:
+    """A copy of an int4 engine, free to damage."""
+    from support.engines import make_engine  # brings torch, which not every run needs
+
+    return shutil.copytree(make_engine(tiny_model, "int4", base), tmp_path / "engine")
+
+
 def pytest_configure() -> None:
     """Give this process's Rays a folder of their own. Its name is short, because Ray's sockets lie
     below it and a socket's path holds at most 107 bytes."""

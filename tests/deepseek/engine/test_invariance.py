@@ -17,11 +17,6 @@ RECIPES = [None, "int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "i
 
 
 @pytest.fixture
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture
 def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +44,6 @@ MAX_LOGIT_ERROR = {
     "int4-asym": 0.03,
     "w4a8": 0.06,
 }
-
-
-@pytest.fixture
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture
-def engine_dir(tiny_model: Path, base: Path, tmp_path: Path) -> Path:
-    """A copy of an int4 engine, free to damage."""
-    copy = tmp_path / "engine"
-    shutil.copytree(make_engine(tiny_model, "int4", base), copy)
-    return copy
 
 
 @pytest.mark.heavy

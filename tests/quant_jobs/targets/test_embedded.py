@@ -14,19 +14,6 @@ from deepseek.errors import ArtifactError, DeployError
 from quant_jobs.targets.embedded import pack_engine
 
 
-@pytest.fixture
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp()
-
-
-@pytest.fixture
-def engine_dir(tiny_model: Path, base: Path, tmp_path: Path) -> Path:
-    """A copy of an int4 engine, free to damage."""
-    copy = tmp_path / "engine"
-    shutil.copytree(make_engine(tiny_model, "int4", base), copy)
-    return copy
-
-
 def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 

@@ -10,7 +10,7 @@ import io
 import logging
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 
 from ray import serve
@@ -75,12 +75,23 @@ def _start(config: ServeConfig) -> str:
     try:
         serve.run(build(config), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
-        raise DeployError(f"the service did not start: {_reason(str(error))}") from error
+        reason = _reason(str(error), _deployment_messages())
+        raise DeployError(f"the service did not start: {reason}") from error
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{config.port}/v1"
 
 
-def _reason(message: str) -> str:
-    """The last exception line of a traceback in Serve's message, else the message's last line."""
-    exceptions = re.findall(r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (.+)$", message, re.MULTILINE)
-    return exceptions[-1] if exceptions else message.strip().splitlines()[-1]
+def _deployment_messages() -> list[str]:
+    """What Serve says of each deployment; of one whose constructor failed, with the traceback."""
+    application = serve.status().applications.get(APP_NAME)
+    return [] if application is None else [d.message for d in application.deployments.values()]
+
+
+def _reason(message: str, deployment_messages: Sequence[str]) -> str:
+    """The last exception line of a traceback in Serve's message, else in a deployment's; without
+    any traceback, the last line of Serve's message."""
+    for text in (message, *deployment_messages):
+        exceptions = re.findall(r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (.+)$", text, re.MULTILINE)
+        if exceptions:
+            return str(exceptions[-1])
+    return message.strip().splitlines()[-1]

@@ -14,13 +14,14 @@ import pytest
 from support.format_1 import write_format_1_engine
 from support.ports import free_port
 
+from deepseek.engine.packed import TENSOR_FILE
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.targets.embedded import pack_engine
 
 
-def run_cli(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_cli(root: Path, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "serve_app", *arguments]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=timeout_s)
 
 
 def assert_mistake(done: subprocess.CompletedProcess[str], says: str) -> None:
@@ -112,3 +113,19 @@ def test_an_ungated_engine_is_refused_in_one_sentence(
     done = run_cli(root, "--engine", str(tmp_path / "tiny"), "--port", str(free_port()))
     assert_mistake(done, "was never gated")
     assert "--allow-ungated" in done.stderr
+
+
+@pytest.mark.ray
+def test_a_replica_that_cannot_start_gives_the_reason(
+    root: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    pack_engine(CheckpointReader(tiny_model), tmp_path / "tiny")
+    tensors = tmp_path / "tiny" / TENSOR_FILE
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    words = ("--engine", str(tmp_path / "tiny"), "--allow-ungated", "--port", str(free_port()))
+    done = run_cli(root, *words, timeout_s=300)  # Serve starts the replica three times
+    assert done.returncode == 2, done.stderr
+    *_, last = done.stderr.strip().splitlines()
+    assert "the service did not start" in last
+    assert TENSOR_FILE in last
+    assert done.stdout == ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,11 +189,13 @@ def test_a_test_file_that_uses_ray_says_so(root: Path) -> None:
 
 
 def test_a_test_without_the_marker_cannot_connect_to_a_ray() -> None:
-    from cluster.connect import connect
-    from deepseek.errors import DeployError
-
-    with pytest.raises(DeployError, match="no Ray answers at 'this test is not marked ray'"):
-        connect(num_cpus=1)
+    """In a process of its own: this one may hold the Serve instance of other tests."""
+    program = "from cluster.connect import connect; connect(num_cpus=1)"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert "DeployError: no Ray answers at 'this test is not marked ray'" in ended.stderr
 
 
 def test_benches_and_tests_share_their_helpers_without_editing_the_path(root: Path) -> None:

@@ -42,11 +42,11 @@ quick: env ## the tests that need no Ray, no browser and no second each: within 
 	$(BIN)/python -m pytest $(PARALLEL) \
 		-m "not ray and not heavy and not browser and not slow and not gpu and not interop"
 
-slow: env ## the long tests: kill matrices, soak
-	$(BIN)/python -m pytest -m "slow and not gpu"
+slow: env ## the long tests: kill matrices and whatever takes over a minute
+	$(BIN)/python -m pytest -m "slow and not gpu and not interop"
 
 interop: env ## our artifacts in other projects' tools, each in an environment of its own
-	$(BIN)/python -m pytest -m "interop and not gpu"
+	$(BIN)/python -m pytest -m "interop and not slow and not gpu"
 
 bench: env ## regenerate the figures of docs/benchmarks.md
 	$(BIN)/python bench/run_all.py

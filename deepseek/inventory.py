@@ -37,12 +37,14 @@ ATTENTION_ROLES = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o
 LATENT_READER = "kv_b_proj"
 #: The linears of one MLP: dense, shared expert or routed expert.
 MLP_ROLES = ("gate_proj", "up_proj", "down_proj")
+#: The same by the input that they read: the MLP's own, then what gate and up make of it.
+MLP_READERS = (("gate_proj", "up_proj"), ("down_proj",))
 
 #: Linears of one parent module that read the same input, in checkpoint order, by the name of the
 #: linear that engines fuse them into. The name of the first linear also names the input.
 FUSED = {
     "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_up_proj": MLP_READERS[0],
 }
 _FUSED_NAME = {role: name for name, roles in FUSED.items() for role in roles}
 

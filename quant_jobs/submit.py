@@ -59,7 +59,7 @@ _ALIVE = ("PENDING", "RUNNING")
 #: a .gitignore; `/` is the directory itself. Ray adds what .gitignore and .rayignore name.
 EXCLUDES = (
     *(".git", ".venv", "venv", "/runs", "__pycache__", "*.egg-info"),
-    *(".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"),
+    *(".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"),
 )
 
 #: Seconds between two requests for the status of a followed job.

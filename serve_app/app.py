@@ -66,7 +66,12 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         ray_actor_options=_actor_options(config.ingress_cpus),
         **shared,
     )
-    replicas = engine.bind(make_engine, config.engine, allow_ungated=config.allow_ungated)
+    replicas = engine.bind(
+        make_engine,
+        config.engine,
+        served_name=config.served_name,
+        allow_ungated=config.allow_ungated,
+    )
     app: Application = ingress.bind(config, replicas)
     return app
 

@@ -87,11 +87,15 @@ def _deployment_messages() -> list[str]:
     return [] if application is None else [d.message for d in application.deployments.values()]
 
 
+#: The line of a traceback that names the exception; one whose text is a traceback says nothing.
+_EXCEPTION = r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (?!Traceback)(.+)$"
+
+
 def _reason(message: str, deployment_messages: Sequence[str]) -> str:
     """The last exception line of a traceback in Serve's message, else in a deployment's; without
     any traceback, the last line of Serve's message."""
     for text in (message, *deployment_messages):
-        exceptions = re.findall(r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (.+)$", text, re.MULTILINE)
+        exceptions = re.findall(_EXCEPTION, text, re.MULTILINE)
         if exceptions:
             return str(exceptions[-1])
     return message.strip().splitlines()[-1]

@@ -46,7 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def engine_dir(tiny_model: Path, base: Path, tmp_path: Path) -> Path:
+def int4_engine(tiny_model: Path, base: Path, tmp_path: Path) -> Path:
     """A copy of an int4 engine, free to damage."""
     from support.engines import make_engine  # brings torch, which not every run needs
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepseek.inventory import MLP_READERS
 from deepseek.recipe import ExpertCoverage
 from quant_jobs.calibration.forward import Rotary, Routed, Trunk, hidden, tokens_of
 from quant_jobs.calibration.statistics import (
@@ -140,7 +141,8 @@ class LayerInputs:
     def mlp(self, mlp: str, expert: int | None) -> MlpInput:
         """The input of the MLP of this module name: over all tokens, or for a routed `expert` over
         the tokens of the recipe's policy."""
-        gram = self._wants_gram(f"{mlp}.gate_proj")
+        input_name = f"{mlp}.{MLP_READERS[0][0]}"
+        gram = self._wants_gram(input_name)
         routed_tokens = sum(
             len(routed.z) if expert is None else len(tokens_of(routed, expert)[0])
             for _, routed in self._blocks
@@ -148,7 +150,7 @@ class LayerInputs:
         if self._measures_all(expert):
             statistics: InputStatistics | None = self.all_tokens(gram=gram)
         else:
-            accumulator = Accumulator(f"{mlp}.gate_proj", gram=gram)
+            accumulator = Accumulator(input_name, gram=gram)
             for block, routed in self._blocks:
                 x = routed.z[self._measured_tokens(routed, expert)]
                 if len(x):
@@ -162,9 +164,10 @@ class LayerInputs:
     def down(self, mlp: MlpInput) -> InputStatistics | None:
         """Statistics of the input of `down_proj`, computed with the original gate and up; None if
         no token is measured. Every call computes them anew; this object keeps nothing."""
-        gate, up = (self._weight(f"{mlp.mlp}.{role}") for role in ("gate_proj", "up_proj"))
-        gram = self._wants_gram(f"{mlp.mlp}.down_proj")
-        accumulator = Accumulator(f"{mlp.mlp}.down_proj", gram=gram)
+        gate, up = (self._weight(f"{mlp.mlp}.{role}") for role in MLP_READERS[0])
+        input_name = f"{mlp.mlp}.{MLP_READERS[1][0]}"
+        gram = self._wants_gram(input_name)
+        accumulator = Accumulator(input_name, gram=gram)
         for block, routed in self._blocks:
             measures_all = self._measures_all(mlp.expert)
             x = routed.z if measures_all else routed.z[self._measured_tokens(routed, mlp.expert)]
@@ -188,7 +191,7 @@ class LayerInputs:
         """Whether all experts share these statistics, whose Gram matrix must then stay intact."""
         return statistics is self._all_tokens and self._coverage.policy == "all"
 
-    def sample(self, mlp: str, expert: int | None) -> Tensor | None:
+    def sample(self, expert: int | None) -> Tensor | None:
         """Sampled inputs f32 [R, D] of gate and up, equal to `mlp(...).statistics.sample` without
         computing the rest; None if no token is measured."""
         if self._measures_all(expert):

@@ -32,7 +32,7 @@ from deepseek.artifact.manifest import LayerKey, Manifest
 from deepseek.artifact.tensors import layer_file, layer_keys, store_tensor
 from deepseek.artifact.writer import ArtifactWriter
 from deepseek.errors import IntServeError
-from deepseek.inventory import linears
+from deepseek.inventory import MLP_READERS, linears
 from deepseek.source.checkpoint import content_digest
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.job.account import Timings, make_record
@@ -272,7 +272,7 @@ class Driver:
         gates = [
             spec.module
             for spec in linears(self._config, layer)
-            if spec.expert is not None and spec.role == "gate_proj"
+            if spec.expert is not None and spec.role == MLP_READERS[0][0]
         ]
         return tuple(summary.tokens[module] for module in gates)
 

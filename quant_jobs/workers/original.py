@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepseek.errors import CheckpointError
 from deepseek.formats.scales import check_magnitude, largest
-from deepseek.inventory import layer_inputs
+from deepseek.inventory import expert_of, layer_inputs
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
 from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing, scaled_groups
@@ -129,10 +129,8 @@ class OriginalLayer:
         group, _ = self._shared_group()
         candidates = self._context.to_device(candidates)
         losses: dict[str, Tensor] = {}
-        experts = {mlp: expert for unit in self.share for mlp, expert in unit.numbered_mlps()}
         for module in self._owned(group.consumers):
-            mlp = module.rpartition(".")[0]
-            sample = self._inputs.sample(mlp, experts[mlp])
+            sample = self._inputs.sample(expert_of(module))
             if sample is not None:
                 scheme = self._context.schemes[module]
                 losses[module] = scale_losses([self.weight(module)], sample, candidates, scheme)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deepseek.inventory import LATENT_READER, MLP_ROLES
+from deepseek.inventory import LATENT_READER, MLP_READERS, MLP_ROLES
 from deepseek.recipe import Recipe, Scheme
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
@@ -139,7 +139,7 @@ class UnitSolver:
             for group, method in self._groups_within(modules):
                 self._scale_mlp(mlp, group, method, smoothing)
         packed: Tensors = {}
-        for roles in (("gate_proj", "up_proj"), ("down_proj",)):
+        for roles in MLP_READERS:
             statistics = {mlp.name: self._statistics(mlp, roles[0]) for mlp in mlps}
             work = [
                 (f"{mlp.name}.{role}", statistics[mlp.name])

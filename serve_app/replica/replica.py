@@ -42,11 +42,17 @@ class EngineReplica:
 
     The constructor raises ArtifactError when `engine_dir` has not passed its accuracy gate and
     `allow_ungated` does not override that. `engine_dir` None serves no artifact (echo).
+    `served_name` is the model's name in the API.
     """
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
     async def __init__(  # type: ignore[misc]
-        self, make_engine: EngineFactory, engine_dir: Path | None, *, allow_ungated: bool
+        self,
+        make_engine: EngineFactory,
+        engine_dir: Path | None,
+        *,
+        served_name: str,
+        allow_ungated: bool,
     ) -> None:
         # Before an engine exists, so that no adapter has to know of gates.
         self._gated = check_gate(engine_dir, allow_ungated=allow_ungated)
@@ -57,7 +63,7 @@ class EngineReplica:
         self._engine = make_engine()
         self._info = await self._engine.start()
         if not self._gated:  # once more, below everything that the engine logged while it loaded
-            log.warning("UNGATED: %s has not passed its accuracy gate", engine_dir)
+            log.warning("UNGATED: %s has not passed its accuracy gate", served_name)
         self._heartbeat = asyncio.create_task(self._send_heartbeats())
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:

@@ -363,7 +363,7 @@ class Head:
 def head() -> Iterator[Head]:
     """A head of one CPU, with a token made for it and ports of its own: Ray's default for the agent
     that starts jobs may be taken by another Ray of this machine."""
-    folder = Path(tempfile.mkdtemp(prefix="head-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="h-", dir=os.environ["RAY_TMPDIR"]))
     port, agent_port = free_ports(2)
     # The job's `python` is found by PATH, as on a node whose environment is activated.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

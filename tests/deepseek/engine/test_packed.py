@@ -120,20 +120,20 @@ def test_what_begins_within_a_cache_line_is_copied_and_the_rest_is_not() -> None
     assert torch.equal(copied, whole[8:72])
 
 
-def test_a_flipped_byte_in_the_engine_file_names_the_tensor(engine_dir: Path) -> None:
-    path = engine_dir / TENSOR_FILE
+def test_a_flipped_byte_in_the_engine_file_names_the_tensor(int4_engine: Path) -> None:
+    path = int4_engine / TENSOR_FILE
     name = "model.layers.2.mlp.experts.7.down_proj.packed"
     position = read_header(path).tensors[name].begin + 100
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match=rf"{name} in .*{TENSOR_FILE} is damaged"):
-        LLMEngine.load(engine_dir)
+        LLMEngine.load(int4_engine)
 
 
 @pytest.mark.parametrize("damage", ["cut", "extended", "header", "absent"])
-def test_a_damaged_engine_file_is_refused_by_name(damage: str, engine_dir: Path) -> None:
-    path = engine_dir / TENSOR_FILE
+def test_a_damaged_engine_file_is_refused_by_name(damage: str, int4_engine: Path) -> None:
+    path = int4_engine / TENSOR_FILE
     data = path.read_bytes()
     if damage == "absent":
         path.unlink()
@@ -145,17 +145,17 @@ def test_a_damaged_engine_file_is_refused_by_name(damage: str, engine_dir: Path)
         }
         path.write_bytes(changed[damage])
     with pytest.raises(ArtifactError, match=TENSOR_FILE):
-        LLMEngine.load(engine_dir)
+        LLMEngine.load(int4_engine)
 
 
-def test_every_tensor_is_used_and_none_is_missing(engine_dir: Path, tmp_path: Path) -> None:
-    packed = load_packed(engine_dir)
+def test_every_tensor_is_used_and_none_is_missing(int4_engine: Path, tmp_path: Path) -> None:
+    packed = load_packed(int4_engine)
     expected = packed_tensors(packed.config, packed.manifest.schemes)
     assert packed.tensors.keys() == expected.keys()
 
     def rebuilt(tensors: dict[str, torch.Tensor]) -> Path:
         """The same engine with other tensors and digests that agree with them."""
-        saved = save_tensors(engine_dir / TENSOR_FILE, tensors, {"format": "pt"})
+        saved = save_tensors(int4_engine / TENSOR_FILE, tensors, {"format": "pt"})
         fields = packed.fields.model_copy(
             update={"header_sha256": saved.header_sha256, "tensor_digests": saved.tensors}
         )
@@ -166,8 +166,8 @@ def test_every_tensor_is_used_and_none_is_missing(engine_dir: Path, tmp_path: Pa
             "tensor_files": {TENSOR_FILE: record},
             "target_fields": fields.model_dump(mode="json"),
         }
-        write_engine_manifest(engine_dir, packed.manifest.model_copy(update=update))
-        return engine_dir
+        write_engine_manifest(int4_engine, packed.manifest.model_copy(update=update))
+        return int4_engine
 
     tensors = {name: tensor.clone() for name, tensor in packed.tensors.items()}
     with pytest.raises(ArtifactError, match=r"tensor extra\.weight .* belongs to no part"):
@@ -181,24 +181,24 @@ def test_every_tensor_is_used_and_none_is_missing(engine_dir: Path, tmp_path: Pa
     assert LLMEngine.load(rebuilt(tensors)).score(torch.tensor([5])).shape == (1, 2048)
 
 
-def test_an_edited_manifest_is_refused(engine_dir: Path) -> None:
-    path = engine_dir / ENGINE_FILE
+def test_an_edited_manifest_is_refused(int4_engine: Path) -> None:
+    path = int4_engine / ENGINE_FILE
     raw = json.loads(path.read_text())
     path.write_text(json.dumps(raw | {"kv_cache": "int8"}))
     with pytest.raises(ArtifactError, match="changed after it was written"):
-        LLMEngine.load(engine_dir)
+        LLMEngine.load(int4_engine)
     path.write_text(json.dumps(raw | {"surprise": 1}))
     with pytest.raises(ArtifactError, match="surprise"):
-        LLMEngine.load(engine_dir)
+        LLMEngine.load(int4_engine)
     path.write_text(json.dumps(raw | {"format_version": 3}))
     with pytest.raises(ArtifactError, match="format_version"):
-        LLMEngine.load(engine_dir)
+        LLMEngine.load(int4_engine)
     path.write_text("{")
     with pytest.raises(ArtifactError, match="not valid JSON"):
-        LLMEngine.load(engine_dir)
+        LLMEngine.load(int4_engine)
     path.unlink()
     with pytest.raises(ArtifactError, match="is not an engine"):
-        LLMEngine.load(engine_dir)
+        LLMEngine.load(int4_engine)
 
 
 @pytest.mark.parametrize(
@@ -219,32 +219,32 @@ def test_an_edited_manifest_is_refused(engine_dir: Path) -> None:
     ],
 )
 def test_a_manifest_that_the_embedded_engine_does_not_understand_is_refused(
-    engine_dir: Path, update: dict[str, Any], sentence: str
+    int4_engine: Path, update: dict[str, Any], sentence: str
 ) -> None:
     """The common part's reader takes all of these, and the loader none."""
-    manifest = read_engine_manifest(engine_dir)
+    manifest = read_engine_manifest(int4_engine)
     if "target_fields" in update:
         update = {"target_fields": manifest.target_fields | update["target_fields"]}
-    write_engine_manifest(engine_dir, manifest.model_copy(update=update))
-    assert read_engine_manifest(engine_dir) != manifest
+    write_engine_manifest(int4_engine, manifest.model_copy(update=update))
+    assert read_engine_manifest(int4_engine) != manifest
     with pytest.raises(ArtifactError, match=sentence):
-        LLMEngine.load(engine_dir)
+        LLMEngine.load(int4_engine)
 
 
-def test_a_missing_field_of_the_embedded_engine_is_refused(engine_dir: Path) -> None:
-    manifest = read_engine_manifest(engine_dir)
+def test_a_missing_field_of_the_embedded_engine_is_refused(int4_engine: Path) -> None:
+    manifest = read_engine_manifest(int4_engine)
     fields = {name: value for name, value in manifest.target_fields.items() if name != "dtype"}
     changed = manifest.model_copy(update={"target_fields": fields})
-    write_engine_manifest(engine_dir, changed)
+    write_engine_manifest(int4_engine, changed)
     with pytest.raises(ArtifactError, match=r"target_fields\.dtype: Field required"):
-        LLMEngine.load(engine_dir)
+        LLMEngine.load(int4_engine)
 
 
-def test_an_edited_copy_of_a_source_file_is_refused(engine_dir: Path) -> None:
-    path = engine_dir / "config.json"
+def test_an_edited_copy_of_a_source_file_is_refused(int4_engine: Path) -> None:
+    path = int4_engine / "config.json"
     path.write_text(path.read_text().replace('"routed_scaling_factor": 2.5', '"x": 1'))
     with pytest.raises(ArtifactError, match=r"config\.json"):
-        LLMEngine.load(engine_dir)
+        LLMEngine.load(int4_engine)
 
 
 def test_int4_engines_are_bound_to_the_instruction_set_and_int8_ones_are_not(

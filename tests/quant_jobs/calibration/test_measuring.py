@@ -116,7 +116,7 @@ def test_an_mlp_is_measured_on_the_tokens_of_the_policy(policy: str, expert: int
         pieces = tuple(torch.cat(pair) for pair in zip(pieces[::2], pieces[1::2], strict=True))
     hidden = torch.cat([F.silu(piece @ gate.T) * (piece @ up.T) for piece in pieces if len(piece)])
     assert_statistics(search.inputs.down(mlp), hidden)
-    sample = search.inputs.sample(name, expert)
+    sample = search.inputs.sample(expert)
     assert sample is not None
     assert mlp.statistics is not None
     assert torch.equal(sample, mlp.statistics.sample)
@@ -134,7 +134,7 @@ def test_an_expert_below_the_floor_is_starved_and_one_without_tokens_has_no_stat
     mlp = search.inputs.mlp(f"{PREFIX}.mlp.experts.0", 0)
     assert (mlp.routed_tokens, mlp.statistics, mlp.is_starved) == (0, None, True)
     assert search.inputs.down(mlp) is None
-    assert search.inputs.sample(f"{PREFIX}.mlp.experts.0", 0) is None
+    assert search.inputs.sample(0) is None
 
 
 def test_released_inputs_hold_nothing() -> None:

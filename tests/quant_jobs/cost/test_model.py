@@ -42,7 +42,7 @@ def test_gptq_of_one_layer_costs_what_its_formulas_say() -> None:
 
 @pytest.mark.heavy
 def test_every_source_byte_is_read_once_whatever_the_number_of_nodes() -> None:
-    """688.6 GB is what the release's index file says: weights, scales, MTP layer."""
+    """688.6 GB are the tensors of the release: weights, scales, MTP layer."""
     read = {
         nodes: bytes_read(make_estimate(DEEPSEEK_V3, load_recipe("int4"), nodes, tokens=TOKENS).job)
         for nodes in (1, 2, 4)

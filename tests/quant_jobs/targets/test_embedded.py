@@ -27,25 +27,25 @@ def test_building_twice_gives_the_same_bytes(tiny_model: Path, base: Path, tmp_p
 
 
 def test_building_into_the_same_engine_verifies_and_keeps_it(
-    tiny_model: Path, base: Path, engine_dir: Path
+    tiny_model: Path, base: Path, int4_engine: Path
 ) -> None:
     artifact = make_artifact(tiny_model, "int4", base)
-    (engine_dir / "gate.json").write_text("{}")
-    before = contents(engine_dir)
-    manifest = pack_engine(ArtifactReader(artifact), engine_dir)
-    assert manifest == read_engine_manifest(engine_dir)
-    assert contents(engine_dir) == before
+    (int4_engine / "gate.json").write_text("{}")
+    before = contents(int4_engine)
+    manifest = pack_engine(ArtifactReader(artifact), int4_engine)
+    assert manifest == read_engine_manifest(int4_engine)
+    assert contents(int4_engine) == before
 
 
 def test_building_over_another_engine_or_other_files_is_refused(
-    tiny_model: Path, base: Path, engine_dir: Path, tmp_path: Path
+    tiny_model: Path, base: Path, int4_engine: Path, tmp_path: Path
 ) -> None:
     other = ArtifactReader(make_artifact(tiny_model, "int8", base))
     with pytest.raises(ArtifactError, match="holds an engine whose recipe differs"):
-        pack_engine(other, engine_dir)
+        pack_engine(other, int4_engine)
     same = ArtifactReader(make_artifact(tiny_model, "int4", base))
     with pytest.raises(ArtifactError, match="kv_cache differs"):
-        pack_engine(same, engine_dir, kv_cache="int8")
+        pack_engine(same, int4_engine, kv_cache="int8")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="something else"):

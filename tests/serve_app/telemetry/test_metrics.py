@@ -9,7 +9,7 @@ from support.parts import require
 from support.serving import client_of, make_service
 
 #: What promtool would name otherwise. The name is part of the interface and stays.
-KNOWN = ['intserve_engine_kv_tokens_total non-counter metrics should not have "_total" suffix']
+KNOWN = 'intserve_engine_kv_tokens_total non-counter metrics should not have "_total" suffix'
 
 
 @pytest.mark.heavy
@@ -23,5 +23,6 @@ async def test_promtool_finds_fault_with_one_name_only() -> None:
     done = subprocess.run(
         [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
-    assert done.stderr.splitlines() == KNOWN
+    findings = {line for line in done.stderr.splitlines() if "metric" in line}
+    assert findings == {KNOWN}, done.stderr
     assert done.returncode == 3, "3: read without an error, and found fault with style"

@@ -6,6 +6,7 @@ and no figures of different runs are compared: each script measures its peers be
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shlex
@@ -39,6 +40,7 @@ def cpu_name() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no options: --help alone
     print(f"Machine: {cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     failed = []
     for command in COMMANDS:

@@ -39,7 +39,9 @@ def test_a_local_ray_is_started_and_stopped_and_nested_connections_share_it(no_r
     ours.close()
 
 
-@pytest.mark.parametrize(("given", "added"), [(None, 0), ("3", 3)])
+@pytest.mark.parametrize(
+    ("given", "added"), [pytest.param(None, 0, marks=pytest.mark.slow), ("3", 3)]
+)
 def test_workers_of_a_local_ray_are_as_nice_as_their_driver_or_as_the_user_says(
     given: str | None, added: int, root: Path
 ) -> None:

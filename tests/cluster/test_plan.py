@@ -68,6 +68,7 @@ def test_int4_on_one_node_exits_0() -> None:
     assert "W4AFP8" in out
 
 
+@pytest.mark.heavy
 def test_a_recipe_that_fits_but_is_refused_exits_1_and_says_both() -> None:
     words = ("--model", "deepseek-v3", "--recipe", "int8", "--hardware", "16xH800-80GB")
     code, out = command(*words, "--target", "trtllm")
@@ -106,6 +107,7 @@ JSON_KEYS = {
 }
 
 
+@pytest.mark.heavy
 def test_the_json_keys_are_frozen() -> None:
     code, out = command(
         *("--model", "deepseek-v3", "--recipe", "int8", "--hardware", "8xH800-80GB", "--json")
@@ -232,6 +234,7 @@ def test_more_gpus_never_fit_less(recipe, gpu: str, context: int, concurrency: i
 
 @settings(max_examples=60, deadline=None)
 @given(**asked)
+@pytest.mark.heavy
 def test_the_smallest_fit_fits_and_nothing_smaller_does(
     recipe, gpu: str, context: int, concurrency: int
 ) -> None:

@@ -116,6 +116,7 @@ def test_an_ungated_engine_is_refused_in_one_sentence(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_replica_that_cannot_start_gives_the_reason(
     root: Path, tiny_model: Path, tmp_path: Path

@@ -172,6 +172,7 @@ def test_deepseek_v3s_own_int4_config_is_short_enough_to_read(
     assert deepseek_v3_int4["format"] == "mixed-precision"
 
 
+@pytest.mark.heavy
 def test_the_library_puts_deepseek_v3s_modules_where_the_recipe_does(
     deepseek_v3_int4: dict[str, Any],
 ) -> None:

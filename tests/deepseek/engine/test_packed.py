@@ -31,6 +31,8 @@ from deepseek.source.checkpoint import CheckpointReader
 from deepseek.tensor_files import read_header, save_tensors
 from quant_jobs.targets.embedded import pack_engine
 
+pytestmark = pytest.mark.heavy
+
 RECIPES = ["int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "int4-asym", "w4a8"]
 #: Relative error of an engine's logits against transformers with the same artifact decompressed:
 #: BF16 rounding in and out of each kernel, for int8 also that of activations. Measured on several

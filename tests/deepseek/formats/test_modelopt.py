@@ -16,6 +16,8 @@ import torch
 from deepseek.formats import compress, decompress, dequantize_int8, quantize_int4, quantize_int8
 from deepseek.recipe import Scheme
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def modelopt_quantizers() -> Any:

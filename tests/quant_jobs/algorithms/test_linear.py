@@ -98,6 +98,7 @@ def test_the_amax_of_rows_and_groups_is_modelopts() -> None:
     assert _amax(weight, INT4_ASYM) is None
 
 
+@pytest.mark.heavy
 def test_published_int8_weights_are_modelopts_fake_quantization() -> None:
     weight = a_source().dequantize()
     theirs = modelopt_quantizer(num_bits=8, axis=0)

@@ -20,6 +20,8 @@ from quant_jobs.cost.layer import LayerWork
 from quant_jobs.cost.model import bytes_read, peak_bytes
 from quant_jobs.cost.work import Job
 
+pytestmark = pytest.mark.heavy
+
 TOKENS = 64 * 4096
 
 

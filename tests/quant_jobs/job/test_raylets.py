@@ -116,6 +116,7 @@ with WorkerPool(2) as pool:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_worker_without_a_node_waits_in_a_new_group_for_a_node_that_joins(
     pair: Raylets,

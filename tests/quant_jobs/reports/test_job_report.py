@@ -113,6 +113,7 @@ def test_every_linear_has_its_group(module: str, group: str) -> None:
     assert group in ERROR_GROUPS
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("module", ["quant_jobs.quantize", "quant_jobs.job.driver"])
 def test_a_job_loads_what_draws_its_page_only_when_it_writes_it(module: str) -> None:
     code = f"import sys, {module}; sys.exit('matplotlib' in sys.modules)"

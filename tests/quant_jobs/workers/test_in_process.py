@@ -99,6 +99,7 @@ def test_it_writes_a_layer_beside_its_other_calls(small: SmallModel, tmp_path: P
     assert set().union(*worker.where.values()) == {threading.current_thread().name}
 
 
+@pytest.mark.heavy
 def test_what_went_wrong_beside_the_other_calls_is_raised_when_it_is_asked_for() -> None:
     class Full(InProcessWorker):
         def method(self, name: str) -> Callable[..., Any]:

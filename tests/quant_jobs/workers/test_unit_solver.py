@@ -51,6 +51,8 @@ from quant_jobs.workers.messages import AttentionShare, SolveSummary, Tensors
 from quant_jobs.workers.original import OriginalLayer
 from quant_jobs.workers.unit_solver import UnitSolver
 
+pytestmark = pytest.mark.heavy
+
 NUM_BLOCKS, BLOCK_TOKENS = 4, 48
 DENSE, MOE = 0, 1
 #: Its correction bias is -9: no token goes there.

@@ -15,6 +15,8 @@ from deepseek.recipe import Scheme
 from quant_jobs.algorithms.gptq import MAX_DAMPING, Factor, Rounded, gptq, inverse_factor
 from quant_jobs.algorithms.ranges import group_ranges, grouped, nearest
 
+pytestmark = pytest.mark.heavy
+
 SCHEMES: dict[str, dict[str, Any]] = {
     "int4-g32": {"weights": "int4", "group_size": 32},
     "int4-g64": {"weights": "int4", "group_size": 64},

@@ -11,6 +11,8 @@ from matplotlib.image import imread
 
 from quant_jobs.reports.figures import coverage, layer_errors
 
+pytestmark = pytest.mark.heavy
+
 RED = (0xC0, 0x39, 0x2B)
 
 

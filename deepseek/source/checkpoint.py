@@ -359,9 +359,9 @@ def _open_shard(path: Path) -> Header:
 def _index_total(index: bytes) -> Any:
     """The `total_size` of the index; None where it has none.
 
-    The value is only logged; `weight_map` is checked instead. By convention `total_size` is the
-    bytes of the tensors, but the index of DeepSeek-V3 has twice the number of elements, and others
-    have 0 or the bytes of the files.
+    The value is only logged, at level INFO; `weight_map` is checked instead. By convention
+    `total_size` is the bytes of the tensors, but the index of DeepSeek-V3 has twice the number of
+    elements, and others have 0 or the bytes of the files.
     """
     metadata = json.loads(index).get("metadata") if index else None
     return metadata.get("total_size") if isinstance(metadata, dict) else None

@@ -172,7 +172,8 @@ def layer_errors(errors: Mapping[str, float]) -> str:
 
 def coverage(counts: Mapping[int, Sequence[int]], floor_tokens: int) -> str:
     """Calibration tokens per routed expert (columns) and layer (rows), on a logarithmic scale from
-    the smallest count that reaches the floor. Experts below the floor or without tokens are red."""
+    the floor, or from the smallest count where all reach it. Experts below the floor or without
+    tokens are red."""
     rows = [list(experts) for experts in counts.values()]
     smallest, largest = min(map(min, rows)), max(map(max, rows))
     low = max(smallest, floor_tokens, 1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from deepseek.errors import DeployError
+from deepseek.errors import DeployError, first_line
 
 Device = Literal["cpu", "cuda"]
 
@@ -66,7 +66,7 @@ def make_repeatable(device: Device) -> None:
         torch.zeros(1, device=device)
     except (AssertionError, RuntimeError) as error:  # a build without CUDA, or a broken driver
         raise DeployError(
-            f"PyTorch cannot use the GPU of a worker ({str(error).splitlines()[0]}); install its "
+            f"PyTorch cannot use the GPU of a worker ({first_line(error)}); install its "
             "CUDA build and a driver for it on every node, or choose --device cpu"
         ) from error
 

@@ -69,8 +69,8 @@ class OriginalLayer:
         }
         groups = scaled_groups(context.config, context.schemes, layer)
         #: The folding group that reads the router's norm; its linears belong to several workers.
-        self.shared = next((pair for pair in groups if pair[0].router is not None), None)
-        self._own_groups = [pair for pair in groups if pair != self.shared]
+        self._shared = next((pair for pair in groups if pair[0].router is not None), None)
+        self._own_groups = [pair for pair in groups if pair != self._shared]
 
     # --- statistics ---
 
@@ -196,8 +196,8 @@ class OriginalLayer:
         return weight
 
     def _shared_group(self) -> tuple[FoldingGroup, ScaleMethod]:
-        assert self.shared is not None, "the driver asks only where the recipe scales this group"
-        return self.shared
+        assert self._shared is not None, "the driver asks only where the recipe scales this group"
+        return self._shared
 
     def _owned(self, modules: Sequence[str]) -> list[str]:
         owned = {module for unit in self.share for module in unit.modules}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from support.synthetic import config_dict, random_tensors
@@ -138,8 +140,11 @@ def test_an_expert_below_the_floor_is_starved_and_one_without_tokens_has_no_stat
 
 
 def test_released_inputs_hold_nothing() -> None:
-    search = Search()
+    search = Search(policy="all")
+    gram = weakref.ref(search.inputs.all_tokens(gram=True).gram)
+    assert gram() is not None
     search.inputs.release()
+    assert gram() is None
     assert search.inputs.mlp(f"{PREFIX}.mlp.experts.0", 0).statistics is None
     with pytest.raises(KeyError):
         search.inputs.take_attention(INPUTS[0])

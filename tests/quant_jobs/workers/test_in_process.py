@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 import yaml
 from support.quantizing import SmallModel, contents, make_small_model, small_recipe
+from torch import Tensor
 
 from cluster.connect import connect
 from deepseek.errors import ArtifactError
@@ -88,6 +91,48 @@ class Noting(InProcessWorker):
             return call(*arguments)
 
         return noted
+
+
+class Receiving(InProcessWorker):
+    """Watches what enters the MLP from `receive` on: layers received, and rows alive after each
+    call of `solve`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[int] = []
+        self.alive: list[int] = []
+        self._rows: list[weakref.ref[Tensor]] = []
+
+    def method(self, name: str) -> Callable[..., Any]:
+        call = super().method(name)
+
+        def watched(*arguments: Any) -> Any:
+            result = call(*arguments)
+            if name == "receive":
+                self.layers.append(arguments[0])
+                inputs = self._worker._original._inputs  # type: ignore[union-attr]
+                self._rows = [weakref.ref(routed.z) for _, routed in inputs._blocks]
+                assert self._rows
+            if name == "solve":
+                gc.collect()
+                self.alive.append(sum(rows() is not None for rows in self._rows))
+            return result
+
+        return watched
+
+
+@pytest.mark.heavy
+def test_what_enters_the_mlp_is_received_once_a_layer_and_freed_when_it_is_solved(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    """With a recipe whose shared scale asks for it twice before it is solved."""
+    recipe = small_recipe("int8-smoothquant")
+    job = plan_job(small.directory, recipe, small.text, tmp_path / "out")
+    with JobFolder(job.output, job.fingerprint) as folder, Receiving() as worker:
+        Driver(job, folder, worker, lambda event: None).run()
+    layers = list(range(job.source.config.num_hidden_layers))
+    assert worker.layers == layers
+    assert worker.alive == [0] * len(layers)
 
 
 @pytest.mark.heavy

@@ -140,7 +140,7 @@ def test_an_expert_below_the_floor_is_starved_and_one_without_tokens_has_no_stat
 
 
 def test_released_inputs_hold_nothing() -> None:
-    search = Search(policy="all")
+    search = Search()
     gram = weakref.ref(search.inputs.all_tokens(gram=True).gram)
     assert gram() is not None
     search.inputs.release()

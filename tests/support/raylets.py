@@ -41,7 +41,7 @@ class Raylets:
     """
 
     def __init__(self, nodes: int, cpus: int = 1) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="r-", dir=os.environ["RAY_TMPDIR"]))
+        self._folder = Path(tempfile.mkdtemp(prefix="r-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
         self._cpus = cpus
         self._nodes: list[Any] = []
         self._cluster = Cluster()

@@ -124,6 +124,11 @@ class Scheme(_Strict):
         return f"{self.weights}{group}{inputs}"
 
 
+def source_scheme(config: ModelConfig) -> Scheme:
+    """The scheme of every linear in the source checkpoint."""
+    return Scheme(weights="fp8-block" if config.weight_block_size else "bf16")
+
+
 class Rule(Scheme):
     """A scheme for all linears whose module name matches `match` (a glob; `*` crosses dots)."""
 
@@ -200,8 +205,7 @@ class Recipe(_Strict):
             RecipeError: a rule matches nothing outside the MTP layers, a group size does not divide
                 an input width, or FP8 blocks are asked of a BF16 source.
         """
-        native: WeightFormat = "fp8-block" if config.weight_block_size else "bf16"
-        as_source = Scheme(weights=native)
+        as_source = source_scheme(config)
         schemes: dict[str, Scheme] = {}
         unmatched = dict(zip((rule.match for rule in self.rules), self._patterns(), strict=True))
         for layer in range(config.num_layers_with_mtp):
@@ -212,7 +216,7 @@ class Recipe(_Strict):
                 scheme = self.scheme_for(spec)
                 if scheme.weights == "source":
                     scheme = as_source
-                if scheme.weights == "fp8-block" and native != "fp8-block":
+                if scheme.weights == "fp8-block" and as_source.weights != "fp8-block":
                     raise RecipeError(
                         f"recipe {self.name!r}: {spec.module} asks for fp8-block, but the source "
                         "is BF16; use weights: source"

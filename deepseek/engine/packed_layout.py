@@ -35,7 +35,7 @@ from deepseek.inventory import (
     layer_tensors,
     linears,
 )
-from deepseek.recipe import Scheme
+from deepseek.recipe import Scheme, source_scheme
 
 #: torch's INT4 operator works on tiles of this many outputs.
 _INT4_ROWS = 16
@@ -113,7 +113,7 @@ def packed_shapes(
 
 def source_schemes(config: ModelConfig) -> dict[str, Scheme]:
     """The schemes of an unquantized model, by module: each linear as the source stores it."""
-    scheme = Scheme(weights="fp8-block" if config.weight_block_size else "bf16")
+    scheme = source_scheme(config)
     layers = range(config.num_layers_with_mtp)
     return {spec.module: scheme for layer in layers for spec in linears(config, layer)}
 

@@ -16,7 +16,7 @@ from typing import Literal
 from deepseek.config import ModelConfig
 from deepseek.formats import stored_bytes
 from deepseek.inventory import LinearInput, TensorSpec, global_tensors, layer_tensors
-from deepseek.recipe import Scheme
+from deepseek.recipe import Scheme, source_scheme
 from quant_jobs.calibration.units import Unit, share_out, units
 
 #: Bytes of a float32 value.
@@ -82,11 +82,6 @@ def mlp_scale_algorithm(
     if algorithms == {"awq"}:
         return "awq"
     return "smoothquant" if algorithms == {"smoothquant"} else None
-
-
-def source_scheme(config: ModelConfig) -> Scheme:
-    """The scheme of every linear in the source checkpoint."""
-    return Scheme(weights="fp8-block" if config.weight_block_size else "bf16")
 
 
 @lru_cache(maxsize=256)

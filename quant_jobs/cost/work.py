@@ -20,10 +20,10 @@ from cluster.hardware import GPUS_PER_NODE
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.inventory import TensorSpec
-from deepseek.recipe import Recipe, Scheme
+from deepseek.recipe import Recipe, Scheme, source_scheme
 from quant_jobs.calibration.units import WAVE_BLOCKS, WAVE_TOKENS, Unit
 from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS
-from quant_jobs.cost.shapes import F32, counted_inputs, layer_linears, source_scheme
+from quant_jobs.cost.shapes import F32, counted_inputs, layer_linears
 
 PIECES = Path(__file__).with_name("pieces.json")
 

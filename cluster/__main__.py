@@ -13,7 +13,7 @@ from cluster.hardware import parse_hardware
 from cluster.plan import better_recipes, make_plan
 from cluster.show import as_json, print_plan
 from deepseek.cli import make_app, run
-from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.models import MODELS, load_model_config
 from deepseek.recipe import builtin_recipes, load_recipe
 
 app = make_app(
@@ -32,7 +32,7 @@ def commands() -> None:
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Option(help="deepseek-v3 (shapes built in), or a checkpoint directory.")
+        str, typer.Option(help=f"{', '.join(MODELS)} (shapes built in), or a checkpoint directory.")
     ],
     recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
     hardware: Annotated[str, typer.Option(help="COUNTxNAME, as in 8xH800-80GB; or cpu.")],
@@ -59,7 +59,7 @@ def plan(
           --context 32768 --concurrency 8 --json
       python -m cluster plan --model examples/tiny-deepseek-v3 --recipe int8 --hardware cpu
     """
-    config = DEEPSEEK_V3 if model == "deepseek-v3" else ModelConfig.from_directory(model)
+    config = load_model_config(model)
     answer = make_plan(
         config,
         load_recipe(recipe),

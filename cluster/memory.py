@@ -264,14 +264,14 @@ def _workspace(config: ModelConfig, tp: int, itemsize: int, tokens: int, max_bat
     """Peak bytes of activations in one step, on one GPU.
 
     3 T D for the residual stream, its norm and a layer's output, plus the largest of
-      attention   T (q_rank + latent + H/tp (2 qk + 2 v))
+      attention   T (q_rank + latent + H/tp (2 qk + 2 v)), q_rank 0 without a query latent
       routed      2 T k/tp (2 D + 3 I), twice the mean for imbalance
       dense       T 3 F/tp
     each times the item size, plus FP32 logits of `max_batch` sequences over the whole vocabulary.
     """
     heads = math.ceil(config.num_attention_heads / tp)
     attention = (
-        config.q_lora_rank
+        (config.q_lora_rank or 0)
         + config.latent_dim
         + heads * (2 * config.qk_head_dim + 2 * config.v_head_dim)
     )

@@ -33,7 +33,7 @@ from cluster.matrix import (
 )
 from cluster.plan import GPU_TARGETS, Plan, better_recipes, make_plan, tally_of
 from cluster.show import sentences
-from deepseek.config import DEEPSEEK_V3
+from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import builtin_recipes, load_recipe
 
 _HARDWARE = ("8xH800-80GB", "16xH800-80GB")

@@ -1,4 +1,9 @@
-"""DeepSeek-V3's config.json, read strictly: every key is understood, fixed, or known to be inert.
+"""config.json of the DeepSeek-V3 family, read strictly: every key is understood, fixed, or known to
+be inert.
+
+The family is what shares DeepSeek-V3's architecture (`FAMILY`). Moonlight has no query latent
+(`q_lora_rank` null). DeepSeek-V3.2 adds an indexer that chooses the `index_topk` tokens that a
+query attends to; up to that context it is DeepSeek-V3 (`dense_context`).
 
 A key that changes the forward pass is implemented or refused by name. Keys are therefore sorted
 into three tables: fields of `ModelConfig`, `_FIXED` (one value implemented), and `_INERT` (no
@@ -19,6 +24,15 @@ from typing import Any
 
 from deepseek.errors import ConfigError
 
+#: `model_type` of config.json -> the class names that its checkpoints give under `architectures`.
+FAMILY = {
+    "deepseek_v3": ("DeepseekV3ForCausalLM",),
+    "kimi_k2": ("DeepseekV3ForCausalLM",),
+    "deepseek_v32": ("DeepseekV32ForCausalLM",),
+}
+#: The same for people, in sentences that refuse other architectures.
+FAMILY_NAMES = "DeepSeek-V3, R1, V3.1, V3.2, Kimi-K2 and Moonlight"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnScaling:
@@ -37,9 +51,11 @@ class YarnScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shapes and constants of one DeepSeek-V3-architecture model; names as in the release.
+    """Shapes and constants of one model of the family; names as in the release.
 
-    `weight_block_size` is the source's FP8 tile (rows, columns), None for a BF16 source.
+    `q_lora_rank` None: queries are projected from the hidden state by one `q_proj`. `index_*` are
+    DeepSeek-V3.2's, None elsewhere. `weight_block_size` is the source's FP8 tile (rows, columns),
+    None for a BF16 source.
     """
 
     vocab_size: int
@@ -56,7 +72,7 @@ class ModelConfig:
     norm_topk_prob: bool
     routed_scaling_factor: float
     first_k_dense_replace: int
-    q_lora_rank: int
+    q_lora_rank: int | None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -69,9 +85,14 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     weight_block_size: tuple[int, int] | None = None
+    model_type: str = "deepseek_v3"
+    index_n_heads: int | None = None
+    index_head_dim: int | None = None
+    index_topk: int | None = None
 
     def __post_init__(self) -> None:
         _check_fields(self, "")
+        self._check_indexer()
         if self.n_routed_experts % self.n_group:
             raise ConfigError(
                 f"config.json: n_routed_experts {self.n_routed_experts} is not a multiple of "
@@ -94,6 +115,31 @@ class ModelConfig:
                 f"config.json: first_k_dense_replace {self.first_k_dense_replace} lies outside "
                 f"0..num_hidden_layers {self.num_hidden_layers}"
             )
+
+    def _check_indexer(self) -> None:
+        """Check that the indexer's shapes are given for DeepSeek-V3.2 and for nothing else."""
+        for key in ("index_n_heads", "index_head_dim", "index_topk"):
+            given = getattr(self, key) is not None
+            if given and not self.has_indexer:
+                raise ConfigError(
+                    f"config.json: {key} belongs to model_type 'deepseek_v32', not to "
+                    f"{self.model_type!r}; correct model_type"
+                )
+            if self.has_indexer and not given:
+                raise ConfigError(f"config.json: key {key!r} is missing")
+        if self.has_indexer and self.q_lora_rank is None:
+            raise ConfigError("config.json: q_lora_rank must be a positive int for 'deepseek_v32'")
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether every layer has DeepSeek-V3.2's indexer (sparse attention)."""
+        return self.model_type == "deepseek_v32"
+
+    @property
+    def dense_context(self) -> int:
+        """Tokens of context up to which attention is dense, so that what IntServe computes is the
+        model: all positions, or `index_topk` with an indexer, which then leaves no token out."""
+        return min(self.max_position_embeddings, self.index_topk or self.max_position_embeddings)
 
     @property
     def qk_head_dim(self) -> int:
@@ -141,6 +187,7 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """Build from the parsed config.json; see `from_directory` for the errors."""
         given = dict(raw)
+        _check_family(given)
         for key, allowed in _FIXED.items():
             if key in given and given.pop(key) not in allowed:
                 raise ConfigError(
@@ -169,8 +216,6 @@ class ModelConfig:
 
 # Keys with exactly these values implemented.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("deepseek_v3",),
-    "architectures": (["DeepseekV3ForCausalLM"], None),
     "hidden_act": ("silu",),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
@@ -210,7 +255,38 @@ _INERT = {
     "use_cache",
 }
 
-_OPTIONAL = {"num_nextn_predict_layers", "bos_token_id", "eos_token_id", "weight_block_size"}
+_OPTIONAL = {
+    "num_nextn_predict_layers",
+    "bos_token_id",
+    "eos_token_id",
+    "weight_block_size",
+    "model_type",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+}
+
+
+def _check_family(given: dict[str, Any]) -> None:
+    """Check model_type and architectures; takes the second out of `given`.
+
+    Raises:
+        ConfigError: another architecture; the sentence names it and what is supported.
+    """
+    model_type, architectures = given.get("model_type"), given.pop("architectures", None)
+    if model_type is None:
+        raise ConfigError("config.json: key 'model_type' is missing")
+    if not isinstance(model_type, str) or model_type not in FAMILY:
+        raise ConfigError(
+            f"config.json: model_type {model_type!r} is another architecture; IntServe quantizes "
+            f"{FAMILY_NAMES} (model_type {', '.join(FAMILY)})"
+        )
+    if architectures is not None and architectures != [*FAMILY[model_type]]:
+        raise ConfigError(
+            f"config.json: architectures = {architectures!r} is not what model_type "
+            f"{model_type!r} has, {[*FAMILY[model_type]]!r}"
+        )
+
 
 _YARN_KEYS = {field.name for field in fields(YarnScaling)}
 
@@ -312,42 +388,3 @@ def _check_fields(config: ModelConfig | YarnScaling, prefix: str) -> None:
             continue
         if not ok:
             raise ConfigError(f"config.json: {prefix}{field.name} = {value!r} must be {expected}")
-
-
-#: The released DeepSeek-V3 (671.0 B parameters, MTP layer excluded); R1, V3-0324 and V3.1 share it.
-DEEPSEEK_V3 = ModelConfig(
-    vocab_size=129280,
-    hidden_size=7168,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    num_hidden_layers=61,
-    num_attention_heads=128,
-    n_shared_experts=1,
-    n_routed_experts=256,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
-    first_k_dense_replace=3,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    max_position_embeddings=163840,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    yarn=YarnScaling(
-        factor=40.0,
-        original_max_position_embeddings=4096,
-        beta_fast=32.0,
-        beta_slow=1.0,
-        mscale=1.0,
-        mscale_all_dim=1.0,
-    ),
-    num_nextn_predict_layers=1,
-    bos_token_id=0,
-    eos_token_id=1,
-    weight_block_size=(128, 128),
-)

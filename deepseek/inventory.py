@@ -1,4 +1,4 @@
-"""Every tensor that a DeepSeek-V3 checkpoint must hold, by name, from its config alone.
+"""Every tensor that a checkpoint of the family must hold, by name, from its config alone.
 
 One list serves all callers: the checkpoint reader (which tensors must be there, and no others), the
 recipe (which linears exist), the memory planner (the size of each tensor, and how tensor
@@ -20,6 +20,7 @@ Group = Literal[
     "routed_experts",
     "shared_experts",
     "attention",
+    "indexer",
     "dense_mlp",
     "embeddings",
     "router",
@@ -31,8 +32,9 @@ Group = Literal[
 #: or inside each expert (MoE-TP); the bytes per GPU are the same.
 Split = Literal["column", "row", "expert", "replicated"]
 
-#: The linears of one attention module.
-ATTENTION_ROLES = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+#: The linears of one attention module. `q_proj` takes the place of q_a and q_b where the model has
+#: no query latent.
+ATTENTION_ROLES = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 #: The attention linear that reads the latent of MLA's cache; engines absorb it.
 LATENT_READER = "kv_b_proj"
 #: The linears of one MLP: dense, shared expert or routed expert.
@@ -40,13 +42,17 @@ MLP_ROLES = ("gate_proj", "up_proj", "down_proj")
 #: The same by the input that they read: the MLP's own, then what gate and up make of it.
 MLP_READERS = (("gate_proj", "up_proj"), ("down_proj",))
 
-#: Linears of one parent module that read the same input, in checkpoint order, by the name of the
-#: linear that engines fuse them into. The name of the first linear also names the input.
+#: Linears of one parent module that engines fuse, in checkpoint order, by the name of the result.
+#: They read the same input.
 FUSED = {
     "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     "gate_up_proj": MLP_READERS[0],
 }
-_FUSED_NAME = {role: name for name, roles in FUSED.items() for role in roles}
+#: Linears that read the same input as another one without being fused with it: role -> the role
+#: that stands for all readers of this input.
+_SAME_INPUT = {role: roles[0] for roles in FUSED.values() for role in roles} | {
+    "q_proj": "q_a_proj"
+}
 
 #: `linear` may be quantized; `high` stays in BF16 (router weight, embeddings, head, eh_proj,
 #: norms); `float32` is the router's correction bias, FP32 in the release.
@@ -88,6 +94,17 @@ class TensorSpec:
         return self.module.rpartition(".")[2]
 
     @property
+    def is_indexer(self) -> bool:
+        """Whether this belongs to DeepSeek-V3.2's indexer, in a main layer or in an MTP layer."""
+        return ".self_attn.indexer." in self.name
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether an artifact holds this tensor as the source stores it, whatever the recipe says,
+        because no evaluation runs it: MTP layers and the indexer."""
+        return self.group in ("mtp", "indexer")
+
+    @property
     def numel(self) -> int:
         count = 1
         for size in self.shape:
@@ -107,8 +124,8 @@ class LinearInput:
 
     @property
     def name(self) -> str:
-        """Module name under which statistics of this input are kept."""
-        return input_of(self.readers[0].module)
+        """Module name under which statistics of this input are kept: the first reader's."""
+        return self.readers[0].module
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -142,10 +159,10 @@ class LinearInput:
 
     @property
     def fused(self) -> str | None:
-        """Module name of the linear that engines fuse the readers into; None for one reader."""
-        if len(self.readers) == 1:
-            return None
-        return f"{self.parent}.{_FUSED_NAME[self.readers[0].role]}"
+        """Module name of the linear that engines fuse the readers into; None where they do not."""
+        roles = tuple(spec.role for spec in self.readers)
+        names = (name for name, fused in FUSED.items() if fused == roles)
+        return next((f"{self.parent}.{name}" for name in names), None)
 
 
 def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
@@ -202,6 +219,19 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
         yield linear(f"{name}.up_proj", (width, hidden), column, mlp_norm, expert)
         yield linear(f"{name}.down_proj", (hidden, width), row, up, expert)
 
+    def indexer() -> Iterator[TensorSpec]:
+        """DeepSeek-V3.2's choice of tokens. FP8 in the release: wq_b and wk."""
+        assert config.index_n_heads is not None
+        assert config.index_head_dim is not None
+        assert config.q_lora_rank is not None
+        heads, width = config.index_n_heads, config.index_head_dim
+        wq_b = heads * width, config.q_lora_rank
+        yield linear("self_attn.indexer.wq_b", wq_b, "replicated", None)
+        yield linear("self_attn.indexer.wk", (width, hidden), "replicated", None)
+        yield spec("self_attn.indexer.k_norm.weight", (width,), "indexer")
+        yield spec("self_attn.indexer.k_norm.bias", (width,), "indexer")
+        yield spec("self_attn.indexer.weights_proj.weight", (heads, hidden), "indexer")
+
     if is_mtp:
         vocab = config.vocab_size
         yield spec("embed_tokens.weight", (vocab, hidden), "mtp", split="column")
@@ -212,20 +242,28 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
         yield spec("shared_head.head.weight", (vocab, hidden), "mtp", split="column")
 
     heads, q_rank, kv_rank = config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
-    attention_norm = f"{prefix}.input_layernorm.weight"
-    q_norm, kv_norm = (f"{prefix}.self_attn.{part}_a_layernorm.weight" for part in ("q", "kv"))
-    q_b = heads * config.qk_head_dim, q_rank
+    attention_norm: str | None = f"{prefix}.input_layernorm.weight"
+    kv_norm = f"{prefix}.self_attn.kv_a_layernorm.weight"
+    q_norm: str | None = f"{prefix}.self_attn.q_a_layernorm.weight"
+    if config.has_indexer:  # which reads both too, and cannot take the factor of a smoothing scale
+        attention_norm = q_norm = None
+    q_width = heads * config.qk_head_dim
     kv_b = heads * (config.qk_nope_head_dim + config.v_head_dim), kv_rank
     o = hidden, heads * config.v_head_dim
     kv_a = config.latent_dim, hidden
     yield spec("input_layernorm.weight", (hidden,), "norms")
-    yield linear("self_attn.q_a_proj", (q_rank, hidden), "replicated", attention_norm)
-    yield spec("self_attn.q_a_layernorm.weight", (q_rank,), "norms")
-    yield linear("self_attn.q_b_proj", q_b, "column", q_norm)
+    if q_rank is None:
+        yield linear("self_attn.q_proj", (q_width, hidden), "column", attention_norm)
+    else:
+        yield linear("self_attn.q_a_proj", (q_rank, hidden), "replicated", attention_norm)
+        yield spec("self_attn.q_a_layernorm.weight", (q_rank,), "norms")
+        yield linear("self_attn.q_b_proj", (q_width, q_rank), "column", q_norm)
     yield linear("self_attn.kv_a_proj_with_mqa", kv_a, "replicated", attention_norm)
     yield spec("self_attn.kv_a_layernorm.weight", (kv_rank,), "norms")
     yield linear("self_attn.kv_b_proj", kv_b, "column", kv_norm)
     yield linear("self_attn.o_proj", o, "row", None)
+    if config.has_indexer:
+        yield from indexer()
     yield spec("post_attention_layernorm.weight", (hidden,), "norms")
 
     if not config.is_moe(layer):
@@ -245,16 +283,20 @@ def global_tensors(config: ModelConfig) -> list[TensorSpec]:
 
 
 def linears(config: ModelConfig, layer: int) -> list[TensorSpec]:
-    """The linears of one layer that a recipe may quantize."""
+    """The linears of one layer: those that a recipe may quantize, and those that stay as released
+    (`TensorSpec.is_carried`)."""
     return [spec for spec in layer_tensors(config, layer) if spec.kind == "linear"]
 
 
 def layer_inputs(config: ModelConfig, layer: int) -> list[LinearInput]:
     """The inputs of one layer's linears, in the order of their first readers: attention first, then
-    one MLP after the other. Every linear reads one input."""
+    one MLP after the other. Every linear reads one input. The indexer's linears are left out,
+    because nothing here computes them."""
     readers: dict[str, list[TensorSpec]] = {}
     for spec in linears(config, layer):
-        readers.setdefault(input_of(spec.module), []).append(spec)
+        if spec.is_indexer:
+            continue
+        readers.setdefault(input_key(spec.module), []).append(spec)
     return [LinearInput(tuple(specs)) for specs in readers.values()]
 
 
@@ -276,6 +318,8 @@ def group_of(module: str) -> Group:
     `model.layers.3.mlp.experts.7.up_proj` -> `routed_experts`. The linears of an MTP layer have the
     same names; only the config tells that their group is `mtp` (`layer_tensors`)."""
     rest = module.split(".", 3)[3]
+    if rest.startswith("self_attn.indexer"):
+        return "indexer"
     if rest.startswith("self_attn"):
         return "attention"
     if rest.startswith("mlp.experts."):
@@ -293,9 +337,9 @@ def expert_of(module: str) -> int | None:
     return int(rest.partition(".")[0]) if rest else None
 
 
-def input_of(module: str) -> str:
-    """Name of the input of a linear (`LinearInput.name`): the module name of the first linear that
-    reads this input. `...kv_a_proj_with_mqa` -> `...q_a_proj`."""
+def input_key(module: str) -> str:
+    """Key of the input of a linear, from its name: linears of one layer with equal keys read the
+    same input. `...kv_a_proj_with_mqa` -> `...q_a_proj`; in DeepSeek-V3 that is the name of the
+    input too (`LinearInput.name`)."""
     parent, _, role = module.rpartition(".")
-    fused = _FUSED_NAME.get(role)
-    return module if fused is None else f"{parent}.{FUSED[fused][0]}"
+    return f"{parent}.{_SAME_INPUT.get(role, role)}"

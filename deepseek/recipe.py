@@ -189,9 +189,9 @@ class Recipe(_Strict):
     def scheme_for(self, spec: TensorSpec) -> Scheme:
         """The scheme of the last rule that matches the linear; `source` where none does.
 
-        The MTP layer is always `source`, because no evaluation runs it.
+        MTP layers and the indexer are always `source` (`TensorSpec.is_carried`).
         """
-        if spec.group == "mtp":
+        if spec.is_carried:
             return _SOURCE
         for rule, pattern in zip(reversed(self.rules), reversed(self._patterns()), strict=True):
             if pattern.match(spec.module):
@@ -202,8 +202,8 @@ class Recipe(_Strict):
         """Scheme of every linear by module name, with `source` replaced by the source's format.
 
         Raises:
-            RecipeError: a rule matches nothing outside the MTP layers, a group size does not divide
-                an input width, or FP8 blocks are asked of a BF16 source.
+            RecipeError: a rule matches no linear that may be quantized, a group size does not
+                divide an input width, or FP8 blocks are asked of a BF16 source.
         """
         as_source = source_scheme(config)
         schemes: dict[str, Scheme] = {}
@@ -211,7 +211,7 @@ class Recipe(_Strict):
         for layer in range(config.num_layers_with_mtp):
             for spec in linears(config, layer):
                 matched = [m for m, p in unmatched.items() if p.match(spec.module)]
-                for match in matched if spec.group != "mtp" else []:
+                for match in matched if not spec.is_carried else []:
                     del unmatched[match]
                 scheme = self.scheme_for(spec)
                 if scheme.weights == "source":

@@ -5,7 +5,7 @@ Measures nothing and starts nothing. Called by `__main__.py`.
 
 from __future__ import annotations
 
-from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.models import load_model_config
 from deepseek.recipe import load_recipe
 from quant_jobs.cost.estimate import Estimate, make_estimate
 
@@ -21,7 +21,7 @@ def run_estimate(
         RecipeError: the recipe cannot be read, or a rule does not suit the model.
         DeployError: a number is out of range.
     """
-    config = DEEPSEEK_V3 if model == "deepseek-v3" else ModelConfig.from_directory(model)
+    config = load_model_config(model)
     rules = load_recipe(recipe)
     rules.resolve(config)  # its error names the rule that does not suit the model
     return make_estimate(

@@ -29,8 +29,24 @@ from deepseek.engine.linear import Projection, RowRule, encode
 from deepseek.engine.rope import rotate
 
 
+class QueryUp:
+    """The second half of the queries' projection, where the model has a query latent: its norm and
+    q_b_proj, f32 [T, q rank] -> f32 [T, H * (n + r)]."""
+
+    def __init__(self, norm: Tensor, q_b: Projection, eps: float) -> None:
+        self._norm, self._q_b, self._eps = norm, q_b, eps
+
+    def forward(self, q_a: Tensor) -> Tensor:
+        normed = rms_norm(q_a, self._norm, self._eps)
+        return self._q_b.forward(encode(normed, self._q_b.encodings))
+
+
 class Attention:
-    """One layer's attention. `w_uk` is f32 [H, n, R], `w_uv` f32 [H, R, v]."""
+    """One layer's attention. `w_uk` is f32 [H, n, R], `w_uv` f32 [H, R, v].
+
+    `qkv_a` projects the hidden state to the query latent (to the queries themselves where
+    `query_up` is None), the KV latent and the rotary key, one after the other.
+    """
 
     def __init__(
         self,
@@ -38,9 +54,8 @@ class Attention:
         layer: int,
         *,
         qkv_a: Projection,
-        q_b: Projection,
+        query_up: QueryUp | None,
         output: Projection,
-        q_norm: Tensor,
         kv_norm: Tensor,
         w_uk: Tensor,
         w_uv: Tensor,
@@ -49,8 +64,8 @@ class Attention:
     ) -> None:
         self._config = config
         self._layer = layer
-        self._qkv_a, self._q_b, self._output = qkv_a, q_b, output
-        self._q_norm, self._kv_norm = q_norm, kv_norm
+        self._qkv_a, self._query_up, self._output = qkv_a, query_up, output
+        self._kv_norm = kv_norm
         self._w_uk, self._w_uv = w_uk, w_uv
         self._softmax_scale = softmax_scale
         self._rows = rows
@@ -60,16 +75,17 @@ class Attention:
     ) -> Tensor:
         """f32 [T, hidden], normed -> f32 [T, hidden]. Writes the step's latents into the cache."""
         config = self._config
-        widths = [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim]
+        query_width = config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
+        widths = [query_width, config.kv_lora_rank, config.qk_rope_head_dim]
         joined = self._qkv_a.forward(encode(x, self._qkv_a.encodings))
-        q_a, latent, rope_key = joined.split_with_sizes(widths, dim=-1)
+        query, latent, rope_key = joined.split_with_sizes(widths, dim=-1)
         cos, sin = angles
         latent = rms_norm(latent, self._kv_norm, config.rms_norm_eps)
         cache.write(self._layer, batch.slots, latent, rotate(rope_key, cos, sin))
 
-        q_a = rms_norm(q_a, self._q_norm, config.rms_norm_eps)
-        query = self._q_b.forward(encode(q_a, self._q_b.encodings))
-        query = query.view(-1, config.num_attention_heads, config.qk_head_dim)
+        if self._query_up is not None:
+            query = self._query_up.forward(query)
+        query = query.reshape(-1, config.num_attention_heads, config.qk_head_dim)
         widths = [config.qk_nope_head_dim, config.qk_rope_head_dim]
         q_nope, q_rope = query.split_with_sizes(widths, dim=-1)
         q_rope = rotate(q_rope, cos[:, None], sin[:, None])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config import ModelConfig
-from deepseek.engine.attention import Attention, rms_norm
+from deepseek.engine.attention import Attention, QueryUp, rms_norm
 from deepseek.engine.batch import Batch
 from deepseek.engine.kv_cache import LatentCache
 from deepseek.engine.linear import Kernels, Linear, Projection, encode, make_linear
@@ -155,13 +155,13 @@ class _Builder:
             self._take("input_layernorm.weight"),
             self._take("post_attention_layernorm.weight"),
         )
+        has_latent = self._config.q_lora_rank is not None
         attention = Attention(
             self._config,
             self._layer,
-            qkv_a=self._project("self_attn.qkv_a_proj"),
-            q_b=self._project("self_attn.q_b_proj"),
+            qkv_a=self._project("self_attn.qkv_a_proj" if has_latent else "self_attn.q_proj"),
+            query_up=self._query_up() if has_latent else None,
             output=self._project("self_attn.o_proj"),
-            q_norm=self._take("self_attn.q_a_layernorm.weight"),
             kv_norm=self._take("self_attn.kv_a_layernorm.weight"),
             w_uk=self._weights.take(f"{absorbed_prefix(self._layer)}.w_uk"),
             w_uv=self._weights.take(f"{absorbed_prefix(self._layer)}.w_uv"),
@@ -169,6 +169,10 @@ class _Builder:
             rows=self._kernels.rows,
         )
         return Layer(attention, self._feed_forward(), norms)
+
+    def _query_up(self) -> QueryUp:
+        norm = self._take("self_attn.q_a_layernorm.weight")
+        return QueryUp(norm, self._project("self_attn.q_b_proj"), self._config.rms_norm_eps)
 
     def _feed_forward(self) -> GatedMlp | MixtureOfExperts:
         if not self._config.is_moe(self._layer):

@@ -19,11 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.files import write_atomic, write_json
 from deepseek.formats import FP8_BLOCK
 from deepseek.inventory import TensorSpec, tensors
+from deepseek.models import DEEPSEEK_V3
 from deepseek.source.checkpoint import INDEX_FILE, scale_name
 from deepseek.source.synthetic_weights import WeightMaker
 from deepseek.tensor_files import stream_tensors

@@ -30,7 +30,7 @@ from collections.abc import Mapping
 
 from deepseek.artifact.manifest import Fallback
 from deepseek.formats import FP8_MAX
-from deepseek.inventory import group_of, input_of, layer_of
+from deepseek.inventory import group_of, input_key, layer_of
 from quant_jobs.algorithms.ledger import Ledger
 
 #: Experts are clipped at this many times the median amax of their layer.
@@ -61,7 +61,7 @@ def share_input_scales(
     # one group; any other group has one parent in a layer.
     sharers: dict[tuple[int, str, str], dict[str, list[str]]] = {}
     for module in amax:
-        parent, _, input_role = input_of(module).rpartition(".")
+        parent, _, input_role = input_key(module).rpartition(".")
         key = layer_of(module), group_of(module), input_role
         sharers.setdefault(key, {}).setdefault(parent, []).append(module)
 

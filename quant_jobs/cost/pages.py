@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deepseek.config import DEEPSEEK_V3
+from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import load_recipe
 from quant_jobs.cost.estimate import LEVERS, Estimate, gb, make_estimate, minutes, with_levers
 from quant_jobs.cost.model import PHASES, bytes_read, bytes_written, peak_bytes

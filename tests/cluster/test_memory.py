@@ -12,10 +12,11 @@ from cluster.hardware import parse_hardware
 from cluster.matrix import FORMATS
 from cluster.memory import GROUPS, kv_bytes_per_token_and_layer
 from cluster.plan import make_plan, tally_of
-from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.config import ModelConfig
 from deepseek.engine.kv_cache import token_bytes
 from deepseek.formats import stored_bytes
 from deepseek.inventory import tensors
+from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import Recipe, load_recipe
 
 EXPERTS = "model.layers.*.mlp.experts.*"

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from cluster.__main__ import app
 from cluster.hardware import GPUS
 from cluster.plan import better_recipes
-from deepseek.config import DEEPSEEK_V3
 from deepseek.errors import DeployError, IntServeError
+from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import load_recipe
 
 #: (recipe, GPUs) -> fits, chosen target, and whom `auto` passed over.

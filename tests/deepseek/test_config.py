@@ -12,8 +12,9 @@ import pytest
 from support.synthetic import config_dict
 from transformers import DeepseekV3Config
 
-from deepseek.config import DEEPSEEK_V3, ModelConfig, YarnScaling
+from deepseek.config import ModelConfig, YarnScaling
 from deepseek.errors import ConfigError
+from deepseek.models import DEEPSEEK_V3, MODELS
 
 YARN = {
     "type": "yarn",
@@ -121,10 +122,61 @@ def test_derived_shapes_are_those_of_the_paper() -> None:
     assert [DEEPSEEK_V3.is_moe(layer) for layer in (0, 2, 3, 60, 61)] == [False] * 2 + [True] * 3
 
 
+INDEXER = {
+    "model_type": "deepseek_v32",
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+}
+
+
+def test_members_of_the_family_are_read_from_their_own_keys() -> None:
+    assert ModelConfig.from_dict(RELEASE | INDEXER) == MODELS["deepseek-v3.2"]
+    assert MODELS["deepseek-v3.2"].dense_context == 2048
+    kimi = {
+        "model_type": "kimi_k2",
+        "vocab_size": 163840,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "n_routed_experts": 384,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.827,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 50000.0,
+        "rope_scaling": YARN | {"factor": 64.0, "beta_fast": 1.0},
+        "num_nextn_predict_layers": 0,
+        "bos_token_id": 163584,
+        "eos_token_id": 163585,
+    }
+    assert ModelConfig.from_dict(RELEASE | kimi) == MODELS["kimi-k2"]
+    without_latent = ModelConfig.from_dict(RELEASE | {"q_lora_rank": None})
+    assert without_latent.q_lora_rank is None
+    assert without_latent.dense_context == 163840
+
+
+def test_an_indexer_needs_the_query_latent() -> None:
+    with pytest.raises(ConfigError, match="q_lora_rank must be a positive int for 'deepseek_v32'"):
+        ModelConfig.from_dict(RELEASE | INDEXER | {"q_lora_rank": None})
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sliding_window": 4096}, "unknown key 'sliding_window'"),
-    ({"model_type": "deepseek_v2"}, "model_type = 'deepseek_v2' is not implemented"),
+    ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2' is another architecture"),
+    ({"model_type": "glm_moe_dsa"}, "DeepSeek-V3, R1, V3.1, V3.2, Kimi-K2 and Moonlight"),
+    ({"model_type": "kimi_k25"}, "model_type 'kimi_k25' is another architecture"),
+    ({"model_type": None}, "key 'model_type' is missing"),
+    ({"model_type": ["deepseek_v3"]}, "model_type ['deepseek_v3'] is another architecture"),
     ({"architectures": ["LlamaForCausalLM"]}, "architectures = "),
+    ({"architectures": ["DeepseekV32ForCausalLM"]}, "is not what model_type 'deepseek_v3' has"),
+    ({"index_topk": 2048}, "index_topk belongs to model_type 'deepseek_v32'"),
+    (
+        {"model_type": "deepseek_v32", "architectures": None},
+        "key 'index_n_heads' is missing",
+    ),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented; only 'silu' is"),
     ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
     ({"topk_method": "greedy"}, "topk_method = 'greedy'"),
@@ -164,7 +216,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": 7168.0}, "hidden_size = 7168.0 must be a positive int"),
     ({"hidden_size": True}, "hidden_size = True must be a positive int"),
     ({"n_group": 0}, "n_group = 0 must be a positive int"),
-    ({"q_lora_rank": None}, "q_lora_rank = None must be a positive int"),
     ({"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06 must be a positive float"),
     ({"rope_theta": float("inf")}, "rope_theta = inf must be a positive float"),
     ({"rope_parameters": {"rope_theta": 9}}, "rope_theta is given as 10000 and as 9"),

@@ -12,7 +12,7 @@ from support.synthetic import config_dict
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 
-from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.config import ModelConfig
 from deepseek.inventory import (
     ATTENTION_ROLES,
     FUSED,
@@ -23,13 +23,14 @@ from deepseek.inventory import (
     expert_of,
     global_tensors,
     group_of,
-    input_of,
+    input_key,
     layer_inputs,
     layer_of,
     layer_tensors,
     linears,
     tensors,
 )
+from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2, MODELS, MOONLIGHT
 from deepseek.source.checkpoint import expected_source
 
 
@@ -208,7 +209,7 @@ def test_every_linear_reads_one_input_and_readers_agree_on_it(layer: int) -> Non
     shapes = {spec.name: spec.shape for spec in layer_tensors(DEEPSEEK_V3, layer)}
     for linear_input in inputs:
         for spec in linear_input.readers:
-            assert input_of(spec.module) == linear_input.name == linear_input.modules[0]
+            assert input_key(spec.module) == linear_input.name == linear_input.modules[0]
             assert (spec.input_maker, spec.parent) == (linear_input.maker, linear_input.parent)
             assert spec.expert == linear_input.expert
             assert linear_input.is_attention == spec.parent.endswith(".self_attn")
@@ -281,7 +282,57 @@ def test_what_a_modules_name_says(
     assert layer_of(module) == layer
     assert group_of(module) == group
     assert expert_of(module) == expert
-    assert input_of(module) == input_name
+    assert input_key(module) == input_name
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "with_mtp"),
+    [
+        ("deepseek-v3", 671_026_419_200, 684_489_845_504),
+        ("deepseek-v3.2", 671_877_944_064, 685_355_329_792),
+        ("kimi-k2", 1_026_408_232_448, 1_026_408_232_448),
+        ("moonlight", 15_960_110_208, 15_960_110_208),
+    ],
+)
+def test_models_of_the_family_have_their_published_number_of_parameters(
+    name: str, parameters: int, with_mtp: int
+) -> None:
+    assert count_parameters(MODELS[name]) == parameters
+    assert count_parameters(MODELS[name], with_mtp=True) == with_mtp
+
+
+def test_without_a_query_latent_one_linear_makes_the_queries() -> None:
+    """Its input is that of kv_a, with which engines do not fuse it."""
+    first, *_ = layer_inputs(MOONLIGHT, 0)
+    assert [spec.role for spec in first.readers] == ["q_proj", "kv_a_proj_with_mqa"]
+    assert first.readers[0].shape == (16 * 192, 2048)
+    assert first.name == "model.layers.0.self_attn.q_proj"
+    assert first.maker == "model.layers.0.input_layernorm.weight"
+    assert first.fused is None
+    assert len({input_key(module) for module in first.modules}) == 1
+
+
+def test_an_indexer_is_carried_and_nothing_is_folded_into_what_it_reads() -> None:
+    specs = {spec.name: spec for spec in layer_tensors(DEEPSEEK_V3_2, 3)}
+    indexer = {name.rpartition("indexer.")[2]: s for name, s in specs.items() if s.is_indexer}
+    assert {name: (spec.shape, spec.kind) for name, spec in indexer.items()} == {
+        "wq_b.weight": ((8192, 1536), "linear"),
+        "wk.weight": ((128, 7168), "linear"),
+        "k_norm.weight": ((128,), "high"),
+        "k_norm.bias": ((128,), "high"),
+        "weights_proj.weight": ((64, 7168), "high"),
+    }
+    assert all(spec.is_carried and spec.group == "indexer" for spec in indexer.values())
+    inputs = layer_inputs(DEEPSEEK_V3_2, 3)
+    assert not any(spec.is_indexer for each in inputs for spec in each.readers)
+    makers = {each.readers[0].role: each.maker for each in inputs if each.is_attention}
+    assert makers == {
+        "q_a_proj": None,
+        "q_b_proj": None,
+        "kv_b_proj": "model.layers.3.self_attn.kv_a_layernorm.weight",
+        "o_proj": None,
+    }
+    assert all(spec.group == "mtp" for spec in layer_tensors(DEEPSEEK_V3_2, 61))
 
 
 def test_a_name_says_what_the_inventory_states(release: list) -> None:  # type: ignore[type-arg]
@@ -294,13 +345,14 @@ def test_a_name_says_what_the_inventory_states(release: list) -> None:  # type: 
 
 
 def test_roles_are_those_of_the_linears_in_their_order() -> None:
-    assert ATTENTION_ROLES == ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    with_latent = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    assert set(ATTENTION_ROLES) == {*with_latent, "q_proj"}
     assert MLP_ROLES == ("gate_proj", "up_proj", "down_proj")
     for layer in (0, 3, 61):
         roles: dict[str, tuple[str, ...]] = {}
         for spec in linears(DEEPSEEK_V3, layer):
             roles[spec.parent] = (*roles.get(spec.parent, ()), spec.role)
-        assert roles.pop(f"model.layers.{layer}.self_attn") == ATTENTION_ROLES
+        assert roles.pop(f"model.layers.{layer}.self_attn") == with_latent
         assert set(roles.values()) == {MLP_ROLES}
     (latent_input,) = (
         linear_input

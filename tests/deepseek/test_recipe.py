@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from support.synthetic import config_dict
 
-from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.config import ModelConfig
 from deepseek.errors import RecipeError
 from deepseek.inventory import linears
+from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import Recipe, Scheme, builtin_recipes, load_recipe, parse_recipe
 
 GATE = {"max_perplexity_ratio": 1.1, "max_mean_kl": 0.1, "min_top1": 0.9}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.hardware import parse_hardware
 from cluster.plan import Plan, make_plan
-from deepseek.config import DEEPSEEK_V3
+from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import Recipe, load_recipe, parse_recipe
 
 GATE = {"max_perplexity_ratio": 1.1, "max_mean_kl": 0.1, "min_top1": 0.5}

@@ -18,9 +18,10 @@ from transformers import CompressedTensorsConfig, DeepseekV3ForCausalLM
 from deepseek.artifact.compressed_tensors import quantization_config
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import pop_linear
-from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.config import ModelConfig
 from deepseek.formats import decompress
 from deepseek.inventory import linears, tensors
+from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import Recipe, load_recipe, parse_recipe
 
 RECIPES = ("int8", "int8-weight-only", "int4", "int4-all", "int4-asym")

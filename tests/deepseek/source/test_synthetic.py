@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.formats import dequantize_fp8_block
 from deepseek.inventory import layer_tensors
+from deepseek.models import DEEPSEEK_V3
 from deepseek.source.checkpoint import CheckpointReader, expected_source
 from deepseek.source.synthetic import (
     Size,

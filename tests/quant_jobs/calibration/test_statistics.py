@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import CheckpointError
-from deepseek.inventory import input_of
+from deepseek.inventory import input_key
 from quant_jobs.calibration.statistics import (
     SAMPLE_TOKENS,
     Accumulator,
@@ -169,7 +169,7 @@ def test_all_blocks_together_fill_the_sample() -> None:
 
 
 def test_linears_that_share_an_input_share_its_name() -> None:
-    assert input_of("model.layers.3.mlp.experts.7.up_proj").endswith("experts.7.gate_proj")
-    assert input_of("model.layers.3.self_attn.kv_a_proj_with_mqa").endswith("q_a_proj")
+    assert input_key("model.layers.3.mlp.experts.7.up_proj").endswith("experts.7.gate_proj")
+    assert input_key("model.layers.3.self_attn.kv_a_proj_with_mqa").endswith("q_a_proj")
     for role in ("self_attn.q_b_proj", "self_attn.kv_b_proj", "mlp.down_proj", "self_attn.o_proj"):
-        assert input_of(f"model.layers.0.{role}") == f"model.layers.0.{role}"
+        assert input_key(f"model.layers.0.{role}") == f"model.layers.0.{role}"

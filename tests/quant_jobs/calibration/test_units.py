@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from support.synthetic import config_dict
 
-from deepseek.config import DEEPSEEK_V3, ModelConfig
-from deepseek.inventory import input_of, layer_tensors, linears
+from deepseek.config import ModelConfig
+from deepseek.inventory import input_key, layer_tensors, linears
+from deepseek.models import DEEPSEEK_V3
 from quant_jobs.calibration.units import (
     MAX_EXPERT_GROUPS,
     Unit,
@@ -56,7 +57,7 @@ def test_what_is_cut_no_further_stays_together(name: str) -> None:
     for layer in both_kinds(config):
         for unit in units(config, layer):
             if unit.kind == "attention":
-                assert len({input_of(module) for module in unit.modules}) == 1
+                assert len({input_key(module) for module in unit.modules}) == 1
                 assert (unit.mlps, unit.experts) == ((), ())
                 continue
             assert [module.rpartition(".")[0] for module in unit.modules[::3]] == list(unit.mlps)

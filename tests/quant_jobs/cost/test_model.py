@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deepseek.config import DEEPSEEK_V3
 from deepseek.errors import DeployError
 from deepseek.inventory import tensors
+from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import load_recipe
 from quant_jobs.__main__ import app
 from quant_jobs.calibration.statistics import SAMPLE_TOKENS

@@ -16,7 +16,7 @@ from torch import Tensor
 from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError
 from deepseek.formats import compress, decompress
-from deepseek.inventory import MLP_ROLES, input_of, layer_tensors, linears
+from deepseek.inventory import MLP_ROLES, input_key, layer_tensors, linears
 from deepseek.recipe import Recipe, Scheme, load_recipe
 from deepseek.source.checkpoint import SourceTensor, scale_name
 from quant_jobs.algorithms.awq import scale_losses
@@ -407,7 +407,7 @@ def test_the_scale_that_awq_takes_never_loses_to_plain_rounding(layer: int) -> N
         if group.measured.endswith("mlp.gate_proj"):
             x = torch.cat([routed.z for _, routed in toy_layer.blocks])
         else:
-            statistics = toy_layer.attention[input_of(group.measured)]
+            statistics = toy_layer.attention[input_key(group.measured)]
             assert statistics is not None
             x = statistics.sample
         weights = [toy_layer.weight(name) for name in group.consumers]

@@ -13,8 +13,9 @@ from cluster.hardware import parse_hardware
 from cluster.plan import better_recipes, make_plan
 from cluster.show import as_json, print_plan
 from deepseek.cli import make_app, run
-from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.config import DEEPSEEK_V3
 from deepseek.recipe import builtin_recipes, load_recipe
+from deepseek.source.origin import read_source_config
 
 app = make_app(
     """Plan DeepSeek-V3 on machines, before anything is read or rented.
@@ -59,7 +60,7 @@ def plan(
           --context 32768 --concurrency 8 --json
       python -m cluster plan --model examples/tiny-deepseek-v3 --recipe int8 --hardware cpu
     """
-    config = DEEPSEEK_V3 if model == "deepseek-v3" else ModelConfig.from_directory(model)
+    config = DEEPSEEK_V3 if model == "deepseek-v3" else read_source_config(model)
     answer = make_plan(
         config,
         load_recipe(recipe),

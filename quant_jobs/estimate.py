@@ -5,8 +5,9 @@ Measures nothing and starts nothing. Called by `__main__.py`.
 
 from __future__ import annotations
 
-from deepseek.config import DEEPSEEK_V3, ModelConfig
+from deepseek.config import DEEPSEEK_V3
 from deepseek.recipe import load_recipe
+from deepseek.source.origin import read_source_config
 from quant_jobs.cost.estimate import Estimate, make_estimate
 
 
@@ -18,10 +19,11 @@ def run_estimate(
 
     Raises:
         ConfigError: the directory has no readable config.json.
+        CheckpointError: it is quantized already, or its index is malformed.
         RecipeError: the recipe cannot be read, or a rule does not suit the model.
         DeployError: a number is out of range.
     """
-    config = DEEPSEEK_V3 if model == "deepseek-v3" else ModelConfig.from_directory(model)
+    config = DEEPSEEK_V3 if model == "deepseek-v3" else read_source_config(model)
     rules = load_recipe(recipe)
     rules.resolve(config)  # its error names the rule that does not suit the model
     return make_estimate(

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from deepseek.config import CONFIG_FILE, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError, DeployError, first_line
 from deepseek.files import canonical_json, sha256_file
 from deepseek.recipe import builtin_recipes, load_recipe
@@ -352,11 +353,19 @@ def _id(base_id: str, number: int) -> str:
 def _identify_model(model: Path) -> dict[str, Any]:
     """Identity of a source checkpoint: its fingerprint, or its path where it cannot be opened here.
 
-    A checkpoint that is absent or incomplete on this machine may be complete on the nodes.
+    A checkpoint that is absent or incomplete on this machine may be complete on the nodes; one that
+    is quantized, or whose config.json is refused, is so there too.
+
+    Raises:
+        CheckpointError, ConfigError: it is one of these.
     """
     from deepseek.artifact.writer import COPIED_FILES
     from deepseek.source.checkpoint import CheckpointReader
+    from deepseek.source.origin import refuse_quantized
 
+    refuse_quantized(model)
+    if (model / CONFIG_FILE).exists():  # what it asks for is the same on every machine
+        ModelConfig.from_directory(model)
     try:
         fingerprint = CheckpointReader(model).fingerprint
         files = {name: model / name for name in COPIED_FILES if (model / name).is_file()}

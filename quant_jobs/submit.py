@@ -43,6 +43,7 @@ from deepseek.config import CONFIG_FILE, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError, DeployError, first_line
 from deepseek.files import canonical_json, sha256_file
 from deepseek.recipe import builtin_recipes, load_recipe
+from deepseek.source.origin import refuse_quantized
 from quant_jobs.workers.devices import Device
 
 #: What a command did: it submitted the job, or found it running or succeeded.
@@ -147,9 +148,14 @@ def make_submission(
         DeployError: `workers` is less than 1.
         RecipeError: there is no such recipe, or it is wrong.
         CalibrationError: a weight is not positive.
+        CheckpointError, ConfigError: the model is here, and is quantized already or asks for what
+            is not implemented; it is so on the nodes too.
     """
     from quant_jobs.calibration.token_blocks import CalibrationSource
 
+    refuse_quantized(model)
+    if (model / CONFIG_FILE).exists():
+        ModelConfig.from_directory(model)
     if workers < 1:
         raise DeployError(
             "--workers 0 is a job without Ray, which cannot be submitted to one: give --workers 1 "
@@ -353,19 +359,11 @@ def _id(base_id: str, number: int) -> str:
 def _identify_model(model: Path) -> dict[str, Any]:
     """Identity of a source checkpoint: its fingerprint, or its path where it cannot be opened here.
 
-    A checkpoint that is absent or incomplete on this machine may be complete on the nodes; one that
-    is quantized, or whose config.json is refused, is so there too.
-
-    Raises:
-        CheckpointError, ConfigError: it is one of these.
+    A checkpoint that is absent or incomplete on this machine may be complete on the nodes.
     """
     from deepseek.artifact.writer import COPIED_FILES
     from deepseek.source.checkpoint import CheckpointReader
-    from deepseek.source.origin import refuse_quantized
 
-    refuse_quantized(model)
-    if (model / CONFIG_FILE).exists():  # what it asks for is the same on every machine
-        ModelConfig.from_directory(model)
     try:
         fingerprint = CheckpointReader(model).fingerprint
         files = {name: model / name for name in COPIED_FILES if (model / name).is_file()}

@@ -13,8 +13,9 @@ from cluster.hardware import parse_hardware
 from cluster.plan import better_recipes, make_plan
 from cluster.show import as_json, print_plan
 from deepseek.cli import make_app, run
-from deepseek.models import MODELS, load_model_config
+from deepseek.models import MODELS
 from deepseek.recipe import builtin_recipes, load_recipe
+from deepseek.source.origin import load_model_config
 
 app = make_app(
     """Plan DeepSeek-V3 on machines, before anything is read or rented.

@@ -16,13 +16,16 @@ context, so that the serving limit changes the model's answers; here it does not
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from deepseek.errors import ConfigError
+from deepseek.limits import MAX_TENSORS, excess, num_source_tensors
+from deepseek.untrusted import UnusableFileError, parse_json_object, read_bytes, show
+
+CONFIG_FILE = "config.json"
 
 #: `model_type` of config.json -> the class names that its checkpoints give under `architectures`.
 FAMILY = {
@@ -115,6 +118,19 @@ class ModelConfig:
                 f"config.json: first_k_dense_replace {self.first_k_dense_replace} lies outside "
                 f"0..num_hidden_layers {self.num_hidden_layers}"
             )
+        num_tensors = num_source_tensors(self.num_layers_with_mtp, self.n_routed_experts)
+        if num_tensors > MAX_TENSORS:
+            raise ConfigError(
+                f"config.json: {self.num_layers_with_mtp} layers of {self.n_routed_experts} "
+                f"experts are about {num_tensors:,} tensors, more than {MAX_TENSORS:,}; correct "
+                "num_hidden_layers or n_routed_experts"
+            )
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(self, name)
+            if token is not None and token >= self.vocab_size:
+                raise ConfigError(
+                    f"config.json: {name} {token} is no token of a vocabulary of {self.vocab_size}"
+                )
 
     def _check_indexer(self) -> None:
         """Check that the indexer's shapes are given for DeepSeek-V3.2 and for nothing else."""
@@ -165,53 +181,61 @@ class ModelConfig:
         """Read DIR/config.json.
 
         Raises:
-            ConfigError: the file is absent, is not JSON, or holds an unknown or unsupported value.
+            ConfigError: the file is absent, is no JSON object, is not a regular file inside the
+                directory, or holds an unknown or unsupported value.
         """
-        path = Path(directory) / "config.json"
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be read ({error.strerror}); --model must name a directory in the "
-                "Hugging Face layout"
-            ) from error
-        try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}")
-        return cls.from_dict(raw)
+        return cls.from_dict(read_config(directory)[1])
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """Build from the parsed config.json; see `from_directory` for the errors."""
         given = dict(raw)
         _check_family(given)
-        for key, allowed in _FIXED.items():
+        for key, allowed in (_FIXED | _NEUTRAL).items():
             if key in given and given.pop(key) not in allowed:
                 raise ConfigError(
-                    f"config.json: {key} = {raw[key]!r} is not implemented; "
+                    f"config.json: {key} = {show(raw[key])} is not implemented; "
                     f"only {' or '.join(repr(value) for value in allowed)} is"
                 )
         for key in _INERT:
             given.pop(key, None)
+        if isinstance(given.get("eos_token_id"), list) and len(given["eos_token_id"]) == 1:
+            given["eos_token_id"] = given["eos_token_id"][0]
+        if given.get("num_nextn_predict_layers", 0) is None:
+            given["num_nextn_predict_layers"] = 0
         heads = given.pop("num_key_value_heads", given.get("num_attention_heads"))
         if heads != given.get("num_attention_heads"):
             raise ConfigError(
-                f"config.json: num_key_value_heads {heads} differs from num_attention_heads "
-                f"{given.get('num_attention_heads')}; MLA caches one latent for all heads"
+                f"config.json: num_key_value_heads {show(heads)} differs from num_attention_heads "
+                f"{show(given.get('num_attention_heads'))}; MLA caches one latent for all heads"
             )
         given["rope_theta"], given["yarn"] = _read_rope(given)
         given["weight_block_size"] = _read_block_size(given.pop("quantization_config", None))
 
         known = {field.name for field in fields(cls)}
-        if extra := sorted(set(given) - known):
-            raise ConfigError(f"config.json: unknown key {extra[0]!r}; remove it or report it")
+        derived = {"yarn", "weight_block_size"}  # ours, from rope_scaling and quantization_config
+        if extra := sorted((set(given) - known) | (set(raw) & derived)):
+            raise ConfigError(f"config.json: unknown key {show(extra[0])}; remove it or report it")
         required = {field.name for field in fields(cls) if field.name not in _OPTIONAL}
         if missing := sorted(required - set(given)):
             raise ConfigError(f"config.json: key {missing[0]!r} is missing")
         return cls(**given)
+
+
+def read_config(directory: Path | str) -> tuple[bytes, dict[str, Any]]:
+    """DIR/config.json as it is stored, and the object that it holds.
+
+    Raises:
+        ConfigError: as `ModelConfig.from_directory`, except for the values.
+    """
+    path = Path(directory) / CONFIG_FILE
+    try:
+        content = read_bytes(path, root=Path(directory))
+        return content, parse_json_object(content)
+    except UnusableFileError as error:
+        there = path.exists() or path.is_symlink()
+        hint = "" if there else "; --model must name a directory in the Hugging Face layout"
+        raise ConfigError(f"{path} {error}{hint}") from error
 
 
 # Keys with exactly these values implemented.
@@ -229,12 +253,16 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 # Keys that no forward pass reads. auto_map names remote code, which is never loaded.
 _INERT = {
+    "_attn_implementation_autoset",
     "_name_or_path",
+    "attn_implementation",
     "auto_map",
     "aux_loss_alpha",
     "chunk_size_feed_forward",
+    "decoder_start_token_id",
     "dtype",
     "ep_size",
+    "finetuning_task",
     "head_dim",
     "id2label",
     "initializer_range",
@@ -245,13 +273,21 @@ _INERT = {
     "output_hidden_states",
     "output_router_logits",
     "pad_token_id",
+    "prefix",
     "pretraining_tp",
     "problem_type",
     "qk_head_dim",
     "return_dict",
+    "sep_token_id",
     "seq_aux",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "tokenizer_class",
     "torch_dtype",
+    "torchscript",
     "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
 }
 
@@ -278,15 +314,33 @@ def _check_family(given: dict[str, Any]) -> None:
         raise ConfigError("config.json: key 'model_type' is missing")
     if not isinstance(model_type, str) or model_type not in FAMILY:
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is another architecture; IntServe quantizes "
-            f"{FAMILY_NAMES} (model_type {', '.join(FAMILY)})"
+            f"config.json: model_type {show(model_type)} is another architecture; IntServe "
+            f"quantizes {FAMILY_NAMES} (model_type {', '.join(FAMILY)})"
         )
     if architectures is not None and architectures != [*FAMILY[model_type]]:
         raise ConfigError(
-            f"config.json: architectures = {architectures!r} is not what model_type "
+            f"config.json: architectures = {show(architectures)} is not what model_type "
             f"{model_type!r} has, {[*FAMILY[model_type]]!r}"
         )
 
+
+# Keys of other architectures and of transformers, at the value that asks for nothing. They are what
+# a config holds that was saved with all of its defaults.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "is_decoder": (False, None),
+    "mlp_bias": (False, None),
+    "pruned_heads": ({}, None),
+    "sliding_window": (None,),
+    "tie_encoder_decoder": (False, None),
+    "use_bfloat16": (False, None),
+    "use_sliding_window": (False, None),
+}
+
+
+# Keys that transformers 5 knows in YaRN's parameters, at its defaults.
+_NEUTRAL_YARN = {"truncate": True, "attention_factor": None}
 
 _YARN_KEYS = {field.name for field in fields(YarnScaling)}
 
@@ -300,17 +354,26 @@ def _read_rope(given: dict[str, Any]) -> tuple[float, YarnScaling | None]:
     merged.pop("rope_theta", None)
     theta = thetas[0] if thetas else 10000.0
     if any(other != theta for other in thetas):
-        raise ConfigError(f"config.json: rope_theta is given as {theta} and as {thetas[-1]}")
-    kind = merged.pop("type", merged.pop("rope_type", "default"))
-    merged.pop("rope_type", None)
+        raise ConfigError(
+            f"config.json: rope_theta is given as {show(theta)} and as {show(thetas[-1])}"
+        )
+    kinds = [merged.pop(key) for key in ("type", "rope_type") if key in merged]
+    kind = kinds[0] if kinds else "default"
+    if any(other != kind for other in kinds):
+        raise ConfigError(
+            f"config.json: the rope scaling type is given as {show(kind)} and as {show(kinds[-1])}"
+        )
+    for key, neutral in _NEUTRAL_YARN.items():
+        if key in merged and merged[key] is neutral:
+            del merged[key]
     if kind == "default" and not merged:
         return theta, None
     if kind != "yarn":
         raise ConfigError(
-            f"config.json: rope scaling type {kind!r} is not implemented; use 'yarn' or none"
+            f"config.json: rope scaling type {show(kind)} is not implemented; use 'yarn' or none"
         )
     if extra := sorted(set(merged) - _YARN_KEYS):
-        raise ConfigError(f"config.json: rope_scaling has the unknown key {extra[0]!r}")
+        raise ConfigError(f"config.json: rope_scaling has the unknown key {show(extra[0])}")
     try:
         return theta, YarnScaling(**merged)
     except TypeError as error:
@@ -319,13 +382,14 @@ def _read_rope(given: dict[str, Any]) -> tuple[float, YarnScaling | None]:
 
 def _read_block_size(value: Any) -> tuple[int, int] | None:
     """FP8 tile (rows, columns) of a source checkpoint; None for BF16 and for a compressed-tensors
-    artifact, whose manifest says how its weights are stored."""
+    artifact, whose manifest says how its weights are stored. Other methods are refused, in full
+    sentences by `deepseek/source/origin.py` where a source is asked for."""
     quantization = _as_dict(value, "quantization_config")
     if value is None or quantization.get("quant_method") == "compressed-tensors":
         return None
     known = {"quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt"}
     if extra := sorted(set(quantization) - known):
-        raise ConfigError(f"config.json: quantization_config has the unknown key {extra[0]!r}")
+        raise ConfigError(f"config.json: quantization_config has the unknown key {show(extra[0])}")
     expected = {
         "quant_method": ("fp8",),
         "fmt": ("e4m3",),
@@ -337,21 +401,21 @@ def _read_block_size(value: Any) -> tuple[int, int] | None:
         value = quantization.get(key, allowed[0])
         if value not in allowed:
             raise ConfigError(
-                f"config.json: quantization_config.{key} = {value!r} is not implemented; "
+                f"config.json: quantization_config.{key} = {show(value)} is not implemented; "
                 f"expected {allowed[0]!r}"
             )
     block = quantization.get("weight_block_size")
     if block != [128, 128]:
         raise ConfigError(
-            f"config.json: quantization_config.weight_block_size = {block} is not implemented; "
-            "DeepSeek-V3 is released in blocks of [128, 128]"
+            f"config.json: quantization_config.weight_block_size = {show(block)} is not "
+            "implemented; DeepSeek-V3 is released in blocks of [128, 128]"
         )
     return 128, 128
 
 
 def _as_dict(value: Any, key: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"config.json: {key} = {value!r} must be a JSON object or null")
+        raise ConfigError(f"config.json: {key} = {show(value)} must be a JSON object or null")
     return dict(value or {})
 
 
@@ -381,10 +445,16 @@ def _check_fields(config: ModelConfig | YarnScaling, prefix: str) -> None:
             ok, expected = isinstance(value, bool), "true or false"
         elif kind in ("int", "float"):
             zero_ok = field.name in _MAY_BE_ZERO
-            number = type(value) is int or (kind == "float" and type(value) is float)
-            ok = number and math.isfinite(value) and (value > 0 or (zero_ok and value == 0))
+            number = type(value) is int or (
+                kind == "float" and type(value) is float and math.isfinite(value)
+            )
+            ok = number and (value > 0 or (zero_ok and value == 0))
             expected = f"{'zero or ' if zero_ok else ''}a positive {kind}"
+            if ok and (above := excess(field.name, value)):
+                raise ConfigError(f"config.json: {prefix}{field.name} = {show(value)} {above}")
         else:
             continue
         if not ok:
-            raise ConfigError(f"config.json: {prefix}{field.name} = {value!r} must be {expected}")
+            raise ConfigError(
+                f"config.json: {prefix}{field.name} = {show(value)} must be {expected}"
+            )

@@ -167,14 +167,11 @@ class LinearInput:
 
 def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
     """All tensors of the model in checkpoint order: embeddings, layers, MTP, final norm, head."""
-    vocab, hidden = config.vocab_size, config.hidden_size
-    yield TensorSpec(
-        "model.embed_tokens.weight", (vocab, hidden), "embeddings", "high", "column", None
-    )
+    embedding, *rest = global_tensors(config)
+    yield embedding
     for layer in range(config.num_layers_with_mtp):
         yield from layer_tensors(config, layer)
-    yield TensorSpec("model.norm.weight", (hidden,), "norms", "high", "replicated", None)
-    yield TensorSpec("lm_head.weight", (vocab, hidden), "embeddings", "high", "column", None)
+    yield from rest
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
@@ -279,7 +276,14 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
 
 def global_tensors(config: ModelConfig) -> list[TensorSpec]:
     """The tensors outside the decoder layers: embeddings, final norm, head."""
-    return [spec for spec in tensors(config) if spec.layer is None]
+    vocab, hidden = config.vocab_size, config.hidden_size
+    embedding = "model.embed_tokens.weight", (vocab, hidden)
+    head = "lm_head.weight", (vocab, hidden)
+    return [
+        TensorSpec(*embedding, "embeddings", "high", "column", None),
+        TensorSpec("model.norm.weight", (hidden,), "norms", "high", "replicated", None),
+        TensorSpec(*head, "embeddings", "high", "column", None),
+    ]
 
 
 def linears(config: ModelConfig, layer: int) -> list[TensorSpec]:

@@ -8,7 +8,6 @@ are planned from their own directory. Called by `cluster plan`, `quant_jobs esti
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from deepseek.config import ModelConfig, YarnScaling
 
@@ -122,13 +121,3 @@ MODELS = {
     "kimi-k2": KIMI_K2,
     "moonlight": MOONLIGHT,
 }
-
-
-def load_model_config(name_or_directory: str) -> ModelConfig:
-    """The config of a built-in model by name, or of the checkpoint in a directory.
-
-    Raises:
-        ConfigError: neither; or the directory's config.json cannot be used.
-    """
-    built_in = MODELS.get(name_or_directory)
-    return built_in or ModelConfig.from_directory(Path(name_or_directory))

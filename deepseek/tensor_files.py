@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from deepseek.files import CHUNK_BYTES, published_file
+from deepseek.untrusted import UnusableFileError, json_kind, open_regular, show, show_name
 
 #: Safetensors' names of the data types that appear in our files.
 DTYPES: dict[str, torch.dtype] = {
@@ -44,11 +45,28 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Bytes of a cache line. Kernels crash or round differently on tensors that begin within one.
 ALIGNMENT = 64
 
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+#: Longest header that is read. The largest of the release has 76 KB; the whole of DeepSeek-V3 in
+#: one file would need 11.9 MB and Kimi-K2 18 MB. safetensors itself allows 100 MB.
+MAX_HEADER_BYTES = 32 << 20
+#: A header above this size must look like a table of tensors before it is parsed: at most one
+#: character in eight is punctuation of JSON (in a true one, one in twelve).
+_SMALL_HEADER_BYTES = 1 << 20
+_MAX_DIMENSIONS = 8
+_MAX_OFFSET = 1 << 62
+
+#: Types of safetensors that no model of the family has and nothing here reads.
+_UNSUPPORTED = (
+    *("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+    *("U16", "U32", "U64", "C64"),
+)
 
 
 class DamagedFileError(Exception):
     """A damaged safetensors file. The caller puts the name of the file before the message."""
+
+
+class UnsupportedTypeError(DamagedFileError):
+    """A whole safetensors file with a tensor of a type that is not read here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,31 +160,43 @@ def stream_tensors(
         assert file.tell() == num_bytes, "a tensor is not as long as announced"
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, root: Path | None = None) -> Header:
     """Parse a safetensors header and check it: known types, no gaps, no overlaps, complete data.
+
+    `root` is the directory that the file belongs to; a link must then end inside it
+    (`untrusted.check_inside`).
 
     Raises:
         OSError: the file cannot be read.
-        DamagedFileError: it is not a complete safetensors file.
+        DamagedFileError: it is not a complete safetensors file, or no regular file.
     """
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
+    try:
+        descriptor = open_regular(path, root=root)
+    except UnusableFileError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
+        raise DamagedFileError(str(error)) from error
+    with open(descriptor, "rb") as file:
+        file_bytes = os.fstat(descriptor).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
+        if len(prefix) < 8 or length > file_bytes - 8:
             raise DamagedFileError("is not a safetensors file, or is cut off within its header")
+        if length > MAX_HEADER_BYTES:
+            raise DamagedFileError(
+                f"has a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that any "
+                "model of the family needs"
+            )
         text = file.read(length)
     try:
-        parsed = json.loads(text, object_pairs_hook=_no_duplicates)
-        metadata = parsed.pop("__metadata__", {})
-        start = 8 + length
-        tensors = {name: _entry(name, value, start) for name, value in parsed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"is not a safetensors file ({error})") from error
-    position = start
+        tensors, metadata = _parse_header(text, 8 + length)
+    except (ValueError, RecursionError) as error:
+        problem = "its header is nested without end" if isinstance(error, RecursionError) else error
+        raise DamagedFileError(f"is not a safetensors file ({problem})") from error
+    position = 8 + length
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
-            raise DamagedFileError(f"has a gap or an overlap before tensor {name}")
+            raise DamagedFileError(f"has a gap or an overlap before tensor {show_name(name)}")
         position = entry.end
     if position != file_bytes:
         raise DamagedFileError(
@@ -239,6 +269,27 @@ def _digest(tensor: Tensor, data: memoryview) -> str:
     return digest.hexdigest()
 
 
+def _parse_header(text: bytes, start: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors and the metadata of a header; `start` is the offset of the data in the file.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, or not the JSON of a header.
+        UnsupportedTypeError: a tensor's type is one that is not read.
+    """
+    punctuation = sum(text.count(sign) for sign in (b"{", b"[", b",", b":"))
+    if len(text) > _SMALL_HEADER_BYTES and punctuation > len(text) // 8:
+        raise ValueError("its header is no table of tensors")
+    parsed = json.loads(
+        text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+    )
+    if not isinstance(parsed, dict):
+        raise ValueError(f"its header is {json_kind(parsed)}, not an object")
+    metadata = parsed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(type(value) is not str for value in metadata.values()):
+        raise ValueError("__metadata__ must map names to text")
+    return {name: _entry(name, value, start) for name, value in parsed.items()}, metadata
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
@@ -246,12 +297,35 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _entry(name: str, value: dict[str, Any], start: int) -> TensorEntry:
-    if value["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name} has the unknown type {value['dtype']!r}")
-    dtype = DTYPES[value["dtype"]]
-    shape = tuple(int(size) for size in value["shape"])
-    begin, end = value["data_offsets"]
-    if any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"tensor {name} has {end - begin} bytes, which its shape contradicts")
-    return TensorEntry(dtype, shape, start + begin, start + end)
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _entry(name: str, value: Any, start: int) -> TensorEntry:
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {show_name(name)} must have dtype, shape and data_offsets")
+    label, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    dtype = DTYPES.get(label) if isinstance(label, str) else None
+    if dtype is None:
+        if isinstance(label, str) and label in _UNSUPPORTED:
+            raise UnsupportedTypeError(
+                f"holds tensor {show_name(name)} in the type {label}, which is not supported"
+            )
+        raise ValueError(f"tensor {show_name(name)} has the unknown type {show(label)}")
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"tensor {show_name(name)} has the shape {show(shape)}, which is none")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {show_name(name)} has the data_offsets {show(offsets)}")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"tensor {show_name(name)} has {end - begin} bytes, which its shape contradicts"
+        )
+    return TensorEntry(dtype, tuple(shape), start + begin, start + end)
+
+
+def _are_sizes(value: Any) -> bool:
+    """Whether it is a list of integers from 0 on that a file's size can hold."""
+    return isinstance(value, list) and all(
+        type(size) is int and 0 <= size < _MAX_OFFSET for size in value
+    )

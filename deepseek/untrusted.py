@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 MAX_FILE_BYTES = 64 << 20
 #: Deepest nesting of objects and lists; the release's tokenizer.json has 7.
 MAX_DEPTH = 64
+#: Most characters of a value or a name in a sentence.
+_SHOWN = 120
 
 
 class UnusableFileError(Exception):
@@ -146,6 +148,21 @@ def read_json_object(
 ) -> dict[str, Any]:
     """The JSON object that a file holds; see `read_bytes` and `parse_json` for the errors."""
     return parse_json_object(read_bytes(path, root=root, max_bytes=max_bytes))
+
+
+def show(value: Any) -> str:
+    """A value of a file that others wrote, for a sentence: as Python writes it, on one line, and
+    not longer than a sentence bears."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python converts
+        text = f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}..."
+
+
+def show_name(name: str) -> str:
+    """A name in a file that others wrote, for a sentence: as it is where it is harmless text."""
+    return name if name.isprintable() and len(name) <= _SHOWN else show(name)
 
 
 def json_kind(value: Any) -> str:

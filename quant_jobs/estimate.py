@@ -5,8 +5,8 @@ Measures nothing and starts nothing. Called by `__main__.py`.
 
 from __future__ import annotations
 
-from deepseek.models import load_model_config
 from deepseek.recipe import load_recipe
+from deepseek.source.origin import load_model_config
 from quant_jobs.cost.estimate import Estimate, make_estimate
 
 
@@ -18,6 +18,7 @@ def run_estimate(
 
     Raises:
         ConfigError: the directory has no readable config.json.
+        CheckpointError: it is quantized already, or its index is malformed.
         RecipeError: the recipe cannot be read, or a rule does not suit the model.
         DeployError: a number is out of range.
     """

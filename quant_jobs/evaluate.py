@@ -24,7 +24,7 @@ from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.calibration.token_blocks import load_token_blocks
 from quant_jobs.evaluation.record import EVALUATION, Evaluation, HeldOut, write_evaluation
 from quant_jobs.evaluation.scorers import score_blocks, summarize
-from quant_jobs.evaluation.sizes import file_bytes, group_sizes, stored_sizes
+from quant_jobs.evaluation.sizes import group_sizes
 from quant_jobs.evaluation.speed import BATCH_SIZES, measure_decode
 from quant_jobs.evaluation.tokens import write_tokens
 
@@ -85,8 +85,8 @@ def run_evaluate(
             block_tokens=settings.block_tokens,
         ),
         **summarize(scores),
-        artifact_bytes=built.manifest.num_bytes if built.manifest else file_bytes(reference_dir),
-        sizes=group_sizes(config, stored_sizes(reference_dir), built.schemes),
+        artifact_bytes=built.manifest.num_bytes if built.manifest else reference.file_bytes,
+        sizes=group_sizes(config, reference.stored_bytes, built.schemes),
         engine_bytes=built.num_bytes,
         speed=speed,
         tokens_sha256=tokens.sha256,

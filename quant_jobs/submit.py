@@ -39,9 +39,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from deepseek.config import CONFIG_FILE, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError, DeployError, first_line
 from deepseek.files import canonical_json, sha256_file
 from deepseek.recipe import builtin_recipes, load_recipe
+from deepseek.source.origin import refuse_quantized
 from quant_jobs.workers.devices import Device
 
 #: What a command did: it submitted the job, or found it running or succeeded.
@@ -146,9 +148,14 @@ def make_submission(
         DeployError: `workers` is less than 1.
         RecipeError: there is no such recipe, or it is wrong.
         CalibrationError: a weight is not positive.
+        CheckpointError, ConfigError: the model is here, and is quantized already or asks for what
+            is not implemented; it is so on the nodes too.
     """
     from quant_jobs.calibration.token_blocks import CalibrationSource
 
+    refuse_quantized(model)
+    if (model / CONFIG_FILE).exists():
+        ModelConfig.from_directory(model)
     if workers < 1:
         raise DeployError(
             "--workers 0 is a job without Ray, which cannot be submitted to one: give --workers 1 "

@@ -13,7 +13,6 @@ intserve.json means that the artifact is complete. `reader.py` reads it back and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,7 +34,8 @@ from deepseek.artifact.tensors import expected_tensors, layer_file, layer_keys, 
 from deepseek.errors import ArtifactError
 from deepseek.files import remove_scraps, sha256_file, write_atomic, write_json
 from deepseek.recipe import Recipe
-from deepseek.source.checkpoint import INDEX_FILE, CheckpointReader
+from deepseek.source.checkpoint import CheckpointReader
+from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import read_header, save_tensors
 
 #: Files that are copied from the source where it has them. No code is ever copied.
@@ -73,9 +73,10 @@ class ArtifactWriter:
         self.config = source.config
         self.schemes = recipe.resolve(source.config)
         self._source_dir = source.directory
+        self._source_config = source.config_content
         self._source = SourceRecord(
             fingerprint=source.fingerprint,
-            config_sha256=sha256_file(source.directory / "config.json"),
+            config_sha256=source.config_sha256,
             weight_block_size=source.config.weight_block_size,
         )
         self._records: dict[LayerKey, LayerRecord] = {}
@@ -169,7 +170,7 @@ class ArtifactWriter:
         return manifest
 
     def _write_config(self) -> None:
-        content = json.loads((self._source_dir / "config.json").read_bytes())
+        content = dict(self._source_config)
         for key in _DROPPED_KEYS:
             content.pop(key, None)
         quantization = quantization_config(self.config, self.schemes)

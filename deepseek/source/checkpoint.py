@@ -10,34 +10,28 @@ release's FP8 e4m3 tiles with a `weight_scale_inv` per linear, and plain BF16, F
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deepseek.config import ModelConfig
+from deepseek.config import ModelConfig, read_config
 from deepseek.errors import CheckpointError
 from deepseek.formats import FP8_BLOCK, dequantize_fp8_block
 from deepseek.formats.scales import row_chunks
 from deepseek.inventory import TensorSpec, global_tensors, layer_tensors, tensors
-from deepseek.tensor_files import (
-    DTYPE_NAMES,
-    DamagedFileError,
-    Header,
-    read_header,
-    read_tensor,
-    tensor_digest,
-)
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from deepseek.source.index import INDEX_FILE, Listing, list_shards
+from deepseek.source.origin import SCALE_SUFFIX, as_named, refuse_quantized, true_config
+from deepseek.source.shards import Shard, open_shard
+from deepseek.tensor_files import DTYPE_NAMES, read_tensor, tensor_digest
+from deepseek.untrusted import show, show_name
 
 _log = logging.getLogger(__name__)
 
@@ -99,48 +93,89 @@ def content_digest(source: Mapping[str, SourceTensor]) -> str:
 class CheckpointReader:
     """A source checkpoint, checked when it is opened and read layer by layer.
 
+    `config` is what the tensors say where config.json is untrue of a common kind of copy
+    (`origin.py`), with a warning; `warn` False is for workers, whose driver has warned.
+
     Raises on opening:
         ConfigError: config.json is absent or asks for something that is not implemented.
-        CheckpointError: a shard is absent or damaged, or a tensor is missing, extra, of a wrong
-            shape or of a wrong type; the sentence names it.
+        CheckpointError: the directory is quantized already, a shard is absent or damaged, or a
+            tensor is missing, extra, of a wrong shape or of a wrong type; the sentence names it.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, *, warn: bool = True) -> None:
         self.directory = Path(directory)
-        if (self.directory / "intserve.json").exists():
-            raise CheckpointError(
-                f"{self.directory} is a quantized checkpoint of IntServe; --model must name the "
-                "source checkpoint that it was made from"
-            )
-        self.config = ModelConfig.from_directory(self.directory)
-        self._index_bytes, shards = _list_shards(self.directory)
-        self._headers = {name: _open_shard(self.directory / name) for name in sorted(shards)}
-        self._shard_of = self._locate(shards)
+        refuse_quantized(self.directory)
+        self._config_bytes, self._config_content = read_config(self.directory)
+        announced = ModelConfig.from_dict(self._config_content)
+        listing = list_shards(self.directory)
+        self._index_bytes = listing.index
+        self._shards: dict[str, Shard] = {}
+        self._shard_of: dict[str, str] = {}
+        for name in sorted(listing.shards):
+            self._open(name, listing.shards[name])
+        self._log_total(listing)
+        headers = [shard.header for shard in self._shards.values()]
+        stored = {entry.dtype for header in headers for entry in header.tensors.values()}
+        self.config = as_named(
+            self.directory,
+            announced,
+            self._shard_of.keys(),
+            holds_fp8=torch.float8_e4m3fn in stored,
+            warn=warn,
+        )
         self._check_inventory()
         self._unread = set(self._shard_of)
         #: Bytes that `load` has read from storage so far.
         self.bytes_read = 0
 
+    @property
+    def config_content(self) -> dict[str, Any]:
+        """config.json's content, made true of the checkpoint; see `origin.true_config`."""
+        return true_config(self._config_content, self.config)
+
+    @property
+    def config_bytes(self) -> bytes | None:
+        """config.json as stored; None where it is untrue of the checkpoint."""
+        return self._config_bytes if self.config_content == self._config_content else None
+
+    @property
+    def config_sha256(self) -> str:
+        """SHA-256 in hex of config.json as stored."""
+        return hashlib.sha256(self._config_bytes).hexdigest()
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 in hex over config.json, the index, and each shard's header, size, first and
         last 64 KiB. Cheap for 700 GB; `content_digest` covers all bytes of a layer."""
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        digest = hashlib.sha256(self._config_bytes)
         digest.update(self._index_bytes)
-        for name, header in self._headers.items():
+        for name, shard in self._shards.items():
+            header = shard.header
             digest.update(f"\n{name} {header.file_bytes}\n".encode())
             digest.update(header.raw)
-            with (self.directory / name).open("rb") as file:
-                digest.update(file.read(_EDGE_BYTES))
-                file.seek(max(0, header.file_bytes - _EDGE_BYTES))
-                digest.update(file.read(_EDGE_BYTES))
+            with shard.opened() as file:
+                for position in (0, max(0, header.file_bytes - _EDGE_BYTES)):
+                    digest.update(os.pread(file.fileno(), _EDGE_BYTES, position))
         return digest.hexdigest()
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors as stored."""
-        headers = self._headers.values()
-        return sum(entry.num_bytes for header in headers for entry in header.tensors.values())
+        return sum(self.stored_bytes.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the shards' files, headers included."""
+        return sum(shard.header.file_bytes for shard in self._shards.values())
+
+    @property
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor as stored, by name; scales are tensors of their own."""
+        return {
+            name: entry.num_bytes
+            for shard in self._shards.values()
+            for name, entry in shard.header.tensors.items()
+        }
 
     def num_bytes(self, layer: int | Literal["globals"]) -> int:
         """Bytes, as stored, of one decoder layer or of the tensors outside the layers."""
@@ -149,7 +184,7 @@ class CheckpointReader:
         )
         names = {name for spec in specs for name in (spec.name, scale_name(spec.name))}
         return sum(
-            self._headers[self._shard_of[name]].tensors[name].num_bytes
+            self._shards[self._shard_of[name]].header.tensors[name].num_bytes
             for name in names & self._shard_of.keys()
         )
 
@@ -177,31 +212,20 @@ class CheckpointReader:
         names += [scale for name in names if (scale := scale_name(name)) in self._shard_of]
         stored: dict[str, Tensor] = {}
         for shard in sorted({self._shard_of[name] for name in names}):
-            path, entries = self.directory / shard, self._headers[shard].tensors
-            try:
-                with path.open("rb", buffering=0) as file:
-                    for name in names:
-                        if self._shard_of[name] == shard:
-                            stored[name] = read_tensor(file, entries[name])
-                            self.bytes_read += entries[name].num_bytes
-            except (OSError, EOFError) as error:
-                raise CheckpointError(
-                    f"{path} changed or became unreadable while it was in use ({error})"
-                ) from error
+            entries = self._shards[shard].header.tensors
+            with self._shards[shard].opened() as file:
+                for name in names:
+                    if self._shard_of[name] == shard:
+                        stored[name] = read_tensor(file, entries[name])
+                        self.bytes_read += entries[name].num_bytes
         self._unread -= set(names)
         return _with_scales(specs, stored)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Read the rows of the embedding for token ids int64 [T], and no others: float32 [T, D]."""
         name = "model.embed_tokens.weight"
-        path = self.directory / self._shard_of[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                return cast(Tensor, file.get_tensor(name)[ids].float())
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} changed or became unreadable while it was in use ({error})"
-            ) from error
+        with self._shards[self._shard_of[name]].mapped() as file:
+            return cast(Tensor, file.get_tensor(name)[ids].float())
 
     def finish(self) -> None:
         """Check that every tensor was read.
@@ -220,50 +244,44 @@ class CheckpointReader:
         names = [spec.name for spec in specs]
         names += [scale for name in names if (scale := scale_name(name)) in self._shard_of]
         for shard in sorted({self._shard_of[name] for name in names}):
-            path = self.directory / shard
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in names:
-                        if self._shard_of[name] == shard:
-                            stored[name] = file.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(
-                    f"{path} changed or became unreadable while it was in use ({error})"
-                ) from error
+            with self._shards[shard].mapped() as file:
+                for name in names:
+                    if self._shard_of[name] == shard:
+                        stored[name] = file.get_tensor(name)
         self._unread -= set(names)
         return _with_scales(specs, stored)
 
-    def _locate(self, shards: dict[str, set[str] | None]) -> dict[str, str]:
-        """The shard of every tensor by name, checked against the index."""
-        shard_of: dict[str, str] = {}
-        for shard, indexed in shards.items():
-            path = self.directory / shard
-            present = set(self._headers[shard].tensors)
-            if indexed is not None and (absent := indexed - present):
-                raise CheckpointError(
-                    f"{path}: {INDEX_FILE} says that {_name_first(absent)} here, but the shard "
-                    "does not hold it; download the shard again"
-                )
-            if indexed is not None and (extra := present - indexed):
-                raise CheckpointError(
-                    f"{path}: {_name_first(extra)} not listed in {INDEX_FILE}; index and shards "
-                    "are of different checkpoints"
-                )
-            shard_of |= dict.fromkeys(present, shard)
-        total = _index_total(self._index_bytes)
-        if total is not None and total != self.total_bytes:
+    def _open(self, name: str, listed: AbstractSet[str] | None) -> None:
+        """Open one shard and check its names against the index, before the next one costs time."""
+        shard = open_shard(self.directory, name)
+        present = shard.header.tensors.keys()
+        if listed is not None and (absent := listed - present):
+            raise CheckpointError(
+                f"{shard.path}: {INDEX_FILE} says that {_name_first(absent)} here, but the shard "
+                "does not hold it; download the shard again"
+            )
+        if listed is not None and (extra := present - listed):
+            raise CheckpointError(
+                f"{shard.path}: {_name_first(extra)} not listed in {INDEX_FILE}; index and shards "
+                "are of different checkpoints"
+            )
+        self._shards[name] = shard
+        self._shard_of |= dict.fromkeys(present, name)
+
+    def _log_total(self, listing: Listing) -> None:
+        """Note a `total_size` that is not the bytes of the tensors; see `Listing`."""
+        if listing.total_size is not None and listing.total_size != self.total_bytes:
             _log.info(
                 "%s says total_size %s; the shards hold %d bytes of tensors",
-                self.directory / INDEX_FILE, total, self.total_bytes,
+                self.directory / INDEX_FILE, show(listing.total_size), self.total_bytes,
             )  # fmt: skip
-        return shard_of
 
     def _check_inventory(self) -> None:
         expected = expected_source(self.config)
         actual = {
             name: entry
-            for header in self._headers.values()
-            for name, entry in header.tensors.items()
+            for shard in self._shards.values()
+            for name, entry in shard.header.tensors.items()
         }
         if missing := set(expected) - set(actual):
             raise CheckpointError(
@@ -297,7 +315,7 @@ def _with_scales(specs: list[TensorSpec], stored: dict[str, Tensor]) -> dict[str
 
 def scale_name(name: str) -> str:
     """Name of the tensor that holds the scales of the FP8 tiles of the tensor `name`."""
-    return f"{name}_scale_inv"
+    return f"{name}{SCALE_SUFFIX}"
 
 
 def expected_source(
@@ -316,58 +334,7 @@ def expected_source(
     return expected
 
 
-def _list_shards(directory: Path) -> tuple[bytes, dict[str, set[str] | None]]:
-    """The bytes of the index (empty without one), and the names that it lists by shard (None: any
-    names)."""
-    path = directory / INDEX_FILE
-    if not path.exists():
-        if not (directory / SINGLE_FILE).is_file():
-            raise CheckpointError(
-                f"{directory} holds neither {INDEX_FILE} nor {SINGLE_FILE}; only safetensors "
-                "checkpoints are read"
-            )
-        return b"", {SINGLE_FILE: None}
-    content = path.read_bytes()
-    try:
-        weight_map = json.loads(content)["weight_map"]
-        shards: dict[str, set[str] | None] = {}
-        for name, shard in weight_map.items():
-            names = shards.setdefault(shard, set())
-            assert names is not None
-            names.add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors index ({error!r})") from error
-    for shard in shards:
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{path} names the shard {shard!r} outside its own directory")
-        if not (directory / shard).is_file():
-            raise CheckpointError(
-                f"{path} names the shard {shard}, which is absent; download it again"
-            )
-    return content, shards
-
-
-def _open_shard(path: Path) -> Header:
-    try:
-        return read_header(path)
-    except DamagedFileError as error:
-        raise CheckpointError(f"{path} {error}; download it again") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def _index_total(index: bytes) -> Any:
-    """The `total_size` of the index; None where it has none.
-
-    The value is only logged, at level INFO; `weight_map` is checked instead. By convention
-    `total_size` is the bytes of the tensors, but the index of DeepSeek-V3 has twice the number of
-    elements, and others have 0 or the bytes of the files.
-    """
-    metadata = json.loads(index).get("metadata") if index else None
-    return metadata.get("total_size") if isinstance(metadata, dict) else None
-
-
-def _name_first(names: set[str]) -> str:
+def _name_first(names: AbstractSet[str]) -> str:
     """`tensor a is`, or `tensor a (and 3 more) is`."""
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-    return f"tensor {min(names)}{more} is"
+    return f"tensor {show_name(min(names))}{more} is"

@@ -25,7 +25,8 @@ from deepseek.files import write_atomic, write_json
 from deepseek.formats import FP8_BLOCK
 from deepseek.inventory import TensorSpec, tensors
 from deepseek.models import DEEPSEEK_V3
-from deepseek.source.checkpoint import INDEX_FILE, scale_name
+from deepseek.source.checkpoint import scale_name
+from deepseek.source.index import INDEX_FILE
 from deepseek.source.synthetic_weights import WeightMaker
 from deepseek.tensor_files import stream_tensors
 

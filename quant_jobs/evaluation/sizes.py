@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from deepseek.config import ModelConfig
 from deepseek.formats import stored_bytes
 from deepseek.inventory import tensors
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import scale_name
-from deepseek.tensor_files import read_header
 from quant_jobs.evaluation.record import GroupBytes
-
-
-def stored_sizes(directory: Path) -> dict[str, int]:
-    """Bytes of every tensor of a safetensors directory, by name, from the files' headers."""
-    return {
-        name: entry.num_bytes
-        for path in sorted(directory.glob("*.safetensors"))
-        for name, entry in read_header(path).tensors.items()
-    }
-
-
-def file_bytes(directory: Path) -> int:
-    """Bytes of the tensor files of a checkpoint directory."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def group_sizes(

@@ -27,12 +27,14 @@ from deepseek.artifact.engine_manifest import (
 from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.writer import COPIED_FILES
+from deepseek.config import CONFIG_FILE
 from deepseek.engine.kv_cache import check_cache_format
 from deepseek.engine.packed import RANKS, TARGET, TENSOR_FILE, EmbeddedFields, load_packed
 from deepseek.engine.packing import Progress, Source, pack_tensors, schemes_of
 from deepseek.engine.pages import check_page_tokens
 from deepseek.errors import ArtifactError, DeployError
-from deepseek.files import sha256_file, write_atomic
+from deepseek.files import sha256_file, write_atomic, write_json
+from deepseek.source.checkpoint import CheckpointReader
 from deepseek.tensor_files import save_tensors
 
 
@@ -150,8 +152,20 @@ def _read_existing(output: Path, requested: Mapping[str, Any]) -> EngineManifest
 def _copy_files(source: Source, directory: Path) -> dict[str, str]:
     """Copy config, manifest and tokenizer into the engine; name -> SHA-256."""
     copied = {}
-    for name in ("config.json", MANIFEST_FILE, *COPIED_FILES):
-        if (source.directory / name).is_file():
+    for name in (CONFIG_FILE, MANIFEST_FILE, *COPIED_FILES):
+        if name == CONFIG_FILE and isinstance(source, CheckpointReader):
+            _write_config(source, directory / name)
+        elif (source.directory / name).is_file():
             write_atomic(directory / name, (source.directory / name).read_bytes())
-            copied[name] = sha256_file(directory / name)
+        else:
+            continue
+        copied[name] = sha256_file(directory / name)
     return dict(sorted(copied.items()))
+
+
+def _write_config(source: CheckpointReader, path: Path) -> None:
+    """The source's config.json as it is, or made true of a copy that it does not describe."""
+    if source.config_bytes is not None:
+        write_atomic(path, source.config_bytes)
+    else:
+        write_json(path, source.config_content)

@@ -99,7 +99,7 @@ class Worker:
         """
         self.close()
         self._seconds = {}
-        self._reader = CheckpointReader(job.model)
+        self._reader = CheckpointReader(job.model, warn=False)  # the driver has warned
         self._read_ahead = ReadAhead(self._reader, lambda seconds: self._count("read", seconds))
         self._files = WorkerFiles(job, self._reader)
         make_repeatable(job.device)

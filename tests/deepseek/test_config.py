@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.release import CONFIGS, R1, V3
 from support.synthetic import config_dict
 from transformers import DeepseekV3Config
 
@@ -16,80 +17,13 @@ from deepseek.config import ModelConfig, YarnScaling
 from deepseek.errors import ConfigError
 from deepseek.models import DEEPSEEK_V3, MODELS
 
-YARN = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
-
-#: The released DeepSeek-V3's config.json.
-RELEASE: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-    "aux_loss_alpha": 0.001,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "pretraining_tp": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "quantization_config": {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    },
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": YARN,
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "seq_aux": True,
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.33.1",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
+RELEASE = V3
+YARN = V3["rope_scaling"]
 
 
-def test_the_release_reads_as_the_built_in_deepseek_v3() -> None:
-    assert ModelConfig.from_dict(RELEASE) == DEEPSEEK_V3
-
-
-def test_v31s_power_of_two_activation_scales_are_accepted() -> None:
-    quantization = RELEASE["quantization_config"] | {"scale_fmt": "ue8m0"}
-    config = ModelConfig.from_dict(RELEASE | {"quantization_config": quantization})
-    assert config == DEEPSEEK_V3
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_release_of_the_v3_family_reads_as_the_built_in_deepseek_v3(name: str) -> None:
+    assert ModelConfig.from_dict(CONFIGS[name]) == DEEPSEEK_V3
 
 
 def test_what_transformers_5_saves_reads_the_same(tmp_path: Path) -> None:
@@ -98,6 +32,41 @@ def test_what_transformers_5_saves_reads_the_same(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in saved
     assert ModelConfig.from_directory(tmp_path) == DEEPSEEK_V3
+
+
+def test_what_transformers_saves_of_its_defaults_reads_back(tmp_path: Path) -> None:
+    """Its defaults are V3's shapes, with no YaRN, 4096 positions and BF16 weights."""
+    DeepseekV3Config().save_pretrained(tmp_path)
+    assert ModelConfig.from_directory(tmp_path) == dataclasses.replace(
+        DEEPSEEK_V3, max_position_embeddings=4096, yarn=None, weight_block_size=None
+    )
+
+
+@pytest.mark.parametrize("use_diff", [True, False])
+def test_every_key_that_transformers_can_save_is_known(tmp_path: Path, use_diff: bool) -> None:
+    """Also those at their defaults, which tools write that save the whole object."""
+    config = DeepseekV3Config(**copy.deepcopy(R1), pad_token_id=1)
+    config.to_json_file(tmp_path / "config.json", use_diff=use_diff)
+    assert ModelConfig.from_directory(tmp_path) == DEEPSEEK_V3
+
+
+NEUTRAL: list[dict[str, Any]] = [
+    {"sliding_window": None, "use_sliding_window": False},
+    {"mlp_bias": False, "is_decoder": False, "add_cross_attention": False, "pruned_heads": {}},
+    {"unsloth_fixed": True, "unsloth_version": "2025.3.1", "pad_token_id": 2, "torchscript": False},
+    {"eos_token_id": [1]},
+    {"rope_scaling": YARN | {"rope_type": "yarn", "truncate": True, "attention_factor": None}},
+]
+
+
+@pytest.mark.parametrize("change", NEUTRAL, ids=[str(change)[:40] for change in NEUTRAL])
+def test_a_key_that_asks_for_nothing_is_no_error(change: dict[str, Any]) -> None:
+    assert ModelConfig.from_dict(RELEASE | change) == DEEPSEEK_V3
+
+
+def test_null_mtp_layers_are_none() -> None:
+    config = ModelConfig.from_dict(RELEASE | {"num_nextn_predict_layers": None})
+    assert config.num_nextn_predict_layers == 0
 
 
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
@@ -164,12 +133,12 @@ def test_an_indexer_needs_the_query_latent() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"sliding_window": 4096}, "unknown key 'sliding_window'"),
     ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2' is another architecture"),
-    ({"model_type": "glm_moe_dsa"}, "DeepSeek-V3, R1, V3.1, V3.2, Kimi-K2 and Moonlight"),
+    ({"model_type": "glm_moe_dsa"}, "quantizes DeepSeek-V3, R1, V3.1, V3.2, Kimi-K2 and Moonlight"),
     ({"model_type": "kimi_k25"}, "model_type 'kimi_k25' is another architecture"),
     ({"model_type": None}, "key 'model_type' is missing"),
     ({"model_type": ["deepseek_v3"]}, "model_type ['deepseek_v3'] is another architecture"),
+    ({"sliding_window": 4096}, "sliding_window = 4096 is not implemented; only None is"),
     ({"architectures": ["LlamaForCausalLM"]}, "architectures = "),
     ({"architectures": ["DeepseekV32ForCausalLM"]}, "is not what model_type 'deepseek_v3' has"),
     ({"index_topk": 2048}, "index_topk belongs to model_type 'deepseek_v32'"),
@@ -188,7 +157,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_key_value_heads": 1}, "num_key_value_heads 1 differs"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope scaling type 'linear'"),
     ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn' must be a JSON object"),
-    ({"rope_scaling": YARN | {"truncate": True}}, "rope_scaling has the unknown key 'truncate'"),
+    ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling has the unknown key 'truncate'"),
+    ({"rope_scaling": YARN | {"rope_type": "linear"}}, "given as 'yarn' and as 'linear'"),
     ({"rope_scaling": YARN | {"factor": "40"}}, "rope_scaling.factor = '40'"),
     ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling is incomplete"),
     ({"quantization_config": "fp8"}, "quantization_config = 'fp8' must be a JSON object"),
@@ -220,6 +190,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_theta": float("inf")}, "rope_theta = inf must be a positive float"),
     ({"rope_parameters": {"rope_theta": 9}}, "rope_theta is given as 10000 and as 9"),
     ({"norm_topk_prob": 1}, "norm_topk_prob = 1 must be true or false"),
+    ({"yarn": YARN}, "unknown key 'yarn'"),
+    ({"weight_block_size": [128, 128]}, "unknown key 'weight_block_size'"),
+    ({"bos_token_id": 129280}, "bos_token_id 129280 is no token of a vocabulary of 129280"),
     ({"eos_token_id": [1, 2]}, "eos_token_id = [1, 2] must be zero or a positive int"),
 ]
 
@@ -252,7 +225,8 @@ def test_a_missing_key_is_named(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not valid JSON"), ("[1]", "must hold a JSON object, not list")]
+    ("text", "message"),
+    [("{", "is not valid JSON"), ("[1]", "must hold a JSON object, not a list")],
 )
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)

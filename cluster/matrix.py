@@ -45,7 +45,10 @@ GENERIC = PARTS - ROUTED - MLA
 KV_B = frozenset({"kv_b_proj"})
 #: Fused by every GPU engine, 2112 outputs for DeepSeek-V3.
 QKV_A = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
+#: DeepSeek-V3.2's, which no rule changes: FP8 blocks or BF16, as released.
+INDEXER = frozenset({"indexer"})
 KV = frozenset({KV_CACHE})
+EVERYTHING = PARTS | INDEXER | KV
 
 BF16 = frozenset({"bf16"})
 FP8 = frozenset({"fp8-block"})
@@ -87,6 +90,9 @@ _TRT_LINEAR = "TensorRT-LLM _torch/modules/linear.py get_quant_method"
 _TRT_MOE = "TensorRT-LLM fused_moe_cutlass.py _get_quant_method"
 _TRT_MODEL = "TensorRT-LLM modeling_deepseekv3.py"
 _TRT_README = "TensorRT-LLM examples/models/core/deepseek_v3/README.md"
+_TRT_INDEXER = "TensorRT-LLM attention_backend/sparse/dsa.py Indexer"
+_VLLM_INDEXER = "vLLM deepseek_v2.py Indexer, _try_load_fp8_indexer_wk"
+_SGL_INDEXER = "SGLang nsa_indexer.py Indexer"
 _VLLM_CT = "vLLM compressed_tensors.py _get_scheme_from_parts"
 _VLLM_MOE = "vLLM compressed_tensors_moe.py get_moe_method"
 _SGL_CT = "SGLang compressed_tensors.py get_moe_scheme"
@@ -97,12 +103,15 @@ _ADD = "Add to the recipe {rules}"
 _KV_INSTEAD = "Set kv_cache to fp8 or bf16 in the recipe"
 
 _TRTLLM = (
-    Row("trtllm", CPU, PARTS | KV, FORMATS | KV_FORMATS, False, _TRT_README, "reported",
+    Row("trtllm", CPU, EVERYTHING, FORMATS | KV_FORMATS, False, _TRT_README, "reported",
         "TensorRT-LLM runs on NVIDIA GPUs only", "Use --target embedded on a CPU"),
-    Row("trtllm", SM80, PARTS | KV, FORMATS | KV_FORMATS, False, _TRT_README, "reported",
+    Row("trtllm", SM80, EVERYTHING, FORMATS | KV_FORMATS, False, _TRT_README, "reported",
         "TensorRT-LLM does not support DeepSeek-V3 on Ampere",
         "Use Hopper GPUs or --target vllm"),
     Row("trtllm", SM90, PARTS, BF16 | FP8, True, _TRT_LINEAR, "read"),
+    Row("trtllm", SM90, INDEXER, BF16 | FP8, True, _TRT_INDEXER, "inferred",
+        "wk of the indexer is a plain FP32 linear there, so its FP8 blocks are dequantized on "
+        "loading"),
     Row("trtllm", SM90, PARTS, W8A8, False, _TRT_LINEAR, "read",
         "TensorRT-LLM 1.2 has no INT8 W8A8 kernels on Hopper",
         "Use --target vllm or sglang, or the recipe int4"),
@@ -142,12 +151,15 @@ _TRTLLM = (
 )  # fmt: skip
 
 _VLLM = (
-    Row("vllm", CPU, PARTS | KV, FORMATS | KV_FORMATS, False, _VLLM_CT, "unverified",
+    Row("vllm", CPU, EVERYTHING, FORMATS | KV_FORMATS, False, _VLLM_CT, "unverified",
         "its CPU backend is not a target of ours", "Use --target embedded on a CPU"),
     Row("vllm", SM80 | SM90, PARTS, BF16, True, _VLLM_CT, "read"),
     Row("vllm", SM90, PARTS, FP8, True, _VLLM_MOE, "read"),
     Row("vllm", SM80, PARTS, FP8, True, "vLLM pull request 18026, issue 40851", "reported",
         "without FP8 tensor cores FP8 weights run weight-only through Marlin"),
+    Row("vllm", SM90, INDEXER, BF16 | FP8, True, _VLLM_INDEXER, "read"),
+    Row("vllm", SM80, INDEXER, BF16 | FP8, False, "vLLM flashmla_sparse.py", "read",
+        "its sparse attention has kernels for Hopper and later only", "Use Hopper GPUs"),
     Row("vllm", SM80 | SM90, PARTS, W8A8, True, _VLLM_MOE, "read"),
     Row("vllm", SM80 | SM90, PARTS, W8A16 | INT4, True, _VLLM_MOE, "read"),
     Row("vllm", SM80 | SM90, ROUTED, INT8_ASYM, False, "vLLM marlin_utils.py", "read",
@@ -180,13 +192,16 @@ _VLLM = (
 )  # fmt: skip
 
 _SGLANG = (
-    Row("sglang", CPU, PARTS | KV, FORMATS | KV_FORMATS, False, _SGL_CT, "unverified",
+    Row("sglang", CPU, EVERYTHING, FORMATS | KV_FORMATS, False, _SGL_CT, "unverified",
         "its CPU backend is not a target of ours", "Use --target embedded on a CPU"),
     Row("sglang", SM80 | SM90, PARTS, BF16, True, _SGL_CT, "read"),
     Row("sglang", SM90, PARTS, FP8, True, "SGLang fp8.py", "reported"),
     Row("sglang", SM80, PARTS, FP8, False, "SGLang issue 12887", "reported",
         "its FP8 block kernels do not compile for Ampere",
         "Use the recipe int8, or --target vllm"),
+    Row("sglang", SM90, INDEXER, BF16 | FP8, True, _SGL_INDEXER, "read"),
+    Row("sglang", SM80, INDEXER, BF16 | FP8, False, _SGL_INDEXER, "inferred",
+        "its indexer scores tokens with DeepGEMM, which needs Hopper", "Use Hopper GPUs"),
     Row("sglang", SM80 | SM90, PARTS, W8A8, True, "SGLang w8a8_int8.py, pull request 3888", "read"),
     Row("sglang", SM80 | SM90, KV_B, W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8, False,
         "SGLang deepseek_v2.py", "unverified",
@@ -216,10 +231,11 @@ _SGLANG = (
 )  # fmt: skip
 
 _EMBEDDED = (
-    Row("embedded", SM80 | SM90, PARTS | KV, FORMATS | KV_FORMATS, False,
+    Row("embedded", SM80 | SM90, EVERYTHING, FORMATS | KV_FORMATS, False,
         "deepseek/engine/linear.py", "read", "the embedded engine runs on the CPU so far",
         "Use --target trtllm, vllm or sglang, or --hardware cpu"),
     Row("embedded", CPU, PARTS, FORMATS, True, "deepseek/engine/linear.py", "read"),
+    Row("embedded", CPU, INDEXER, BF16 | FP8, True, "deepseek/engine/packed_layout.py", "read"),
     Row("embedded", CPU, KV, frozenset({"bf16", "int8"}), True, "deepseek/engine/kv_cache.py",
         "read"),
     Row("embedded", CPU, KV, frozenset({"fp8"}), False, "deepseek/engine/kv_cache.py", "read",
@@ -246,10 +262,10 @@ def _cells(parts: frozenset[str], formats: frozenset[str]) -> frozenset[tuple[st
 
 #: SGLang picks one quantization method per model and reads one global compressed-tensors format.
 MIXES: tuple[Mix, ...] = (
-    Mix("sglang", "FP8 blocks (fp8)", SM90, _cells(PARTS, FP8)),
+    Mix("sglang", "FP8 blocks (fp8)", SM90, _cells(PARTS | INDEXER, FP8)),
     Mix("sglang", "W8A8 INT8 (w8a8_int8)", SM80 | SM90, _cells(PARTS, W8A8)),
     Mix("sglang", "INT4 g128 experts on FP8 blocks (w4afp8)", SM90,
-        _cells(PARTS - ROUTED, FP8) | _cells(ROUTED, G128 | W4A8_G128)),
+        _cells(PARTS - ROUTED | INDEXER, FP8) | _cells(ROUTED, G128 | W4A8_G128)),
     Mix("sglang", "weight-only INT (pack-quantized)", SM80 | SM90,
         _cells(PARTS, W8A16 | INT4 | INT4_ASYM)),
 )  # fmt: skip

@@ -38,6 +38,8 @@ GPU_STEP_TOKENS, GPU_MAX_BATCH = 8192, 256
 CPU_STEP_TOKENS, CPU_MAX_BATCH = 512, 16
 #: Routed tokens on the busiest GPU against the mean (expert parallelism is never even).
 _EXPERT_IMBALANCE = 2
+#: Bytes of index scores that vLLM has at a time (VLLM_SPARSE_INDEXER_MAX_LOGITS_MB's default).
+_INDEX_SCORES = 512 << 20
 #: What the embedded engine's kernels take beside a weight's codes.
 _PACKED_SCALES = frozenset({"scale", "scale_zero", "zero_point", "input_scale"})
 
@@ -149,8 +151,13 @@ class Tally:
             groups=groups,
             mtp_loaded=mtp,
             workspace_per_gpu=_workspace(self.config, tp, 2, GPU_STEP_TOKENS, GPU_MAX_BATCH)
+            + _indexer_workspace(self.config, GPU_STEP_TOKENS)
             + _absorbed_copies(self.config, tp),
-            kv_bytes_per_token=kv_bytes_per_token_and_layer(self.config, kv_format) * layers,
+            kv_bytes_per_token=layers
+            * (
+                kv_bytes_per_token_and_layer(self.config, kv_format)
+                + indexer_bytes_per_token_and_layer(self.config)
+            ),
             page_tokens=GPU_PAGE_TOKENS,
         )
 
@@ -192,6 +199,19 @@ def kv_bytes_per_token_and_layer(config: ModelConfig, kv_format: KVFormat) -> in
             return latent + 4 * math.ceil(latent / _BLOCK) + 2 * rope
         case "int8":
             return latent + 4 + 2 * rope
+
+
+def indexer_bytes_per_token_and_layer(config: ModelConfig) -> int:
+    """Bytes of one token's key of DeepSeek-V3.2's indexer in one layer, whatever the KV format: an
+    FP8 value per dimension and one f32 scale per 128. DeepSeek-V3.2: 132; others: 0.
+
+    Read in vLLM's deepseek_v2.py (`Indexer.k_cache`), SGLang's nsa_indexer.py and TensorRT-LLM's
+    dsa.py, which agree. Tensor parallelism replicates it like the latents. The embedded engine has
+    no indexer.
+    """
+    if config.index_head_dim is None:
+        return 0
+    return config.index_head_dim + 4 * math.ceil(config.index_head_dim / _BLOCK)
 
 
 def _kind(spec: TensorSpec, schemes: Mapping[str, Scheme]) -> _Kind:
@@ -280,6 +300,15 @@ def _workspace(config: ModelConfig, tp: int, itemsize: int, tokens: int, max_bat
     dense = 3 * math.ceil(config.intermediate_size / tp)
     per_token = 3 * config.hidden_size + max(attention, math.ceil(routed), dense)
     return tokens * per_token * itemsize + max_batch * config.vocab_size * 4
+
+
+def _indexer_workspace(config: ModelConfig, tokens: int) -> int:
+    """Peak bytes of an indexer's activations in one step, on every GPU: BF16 queries and keys
+    before and after their rotation, 4 T (h + 1) d, and the scores, FP32 [T, context], as many rows
+    at a time as the engine allows."""
+    if config.index_n_heads is None or config.index_head_dim is None:
+        return 0
+    return 4 * tokens * (config.index_n_heads + 1) * config.index_head_dim + _INDEX_SCORES
 
 
 def _absorbed_copies(config: ModelConfig, tp: int) -> int:

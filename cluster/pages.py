@@ -14,13 +14,13 @@ from pathlib import Path
 from cluster.deployability import check, served_schemes
 from cluster.hardware import parse_hardware
 from cluster.matrix import (
+    EVERYTHING,
     FORMATS,
     GENERIC,
     INT4,
     INT4_ASYM,
     INT4_OTHER,
     INT8_ASYM,
-    KV,
     KV_FORMATS,
     PARTS,
     ROUTED,
@@ -46,7 +46,7 @@ _RECIPES = (
 #: Shorter names for sets of parts and formats.
 _ALL = {
     PARTS: "every linear",
-    PARTS | KV: "everything",
+    EVERYTHING: "everything",
     GENERIC: "the other linears",
     GENERIC | ROUTED: "routed_experts, the other linears",
     FORMATS: "any",
@@ -112,7 +112,7 @@ def deployability_page() -> str:
         "issues or pull requests; *inferred*, *unverified*: to be settled by `build` for that "
         "target. None of it was run on a GPU by us. `int8` is weight-only, `int8-a8` has INT8 "
         "activations, `int4-afp8` FP8 ones with a static scale; SGLang takes one layout for the "
-        "whole model, see `MIXES`.",
+        "whole model, see `MIXES`. `indexer` is DeepSeek-V3.2's, which stays as released.",
         "",
         "## Built-in recipes for DeepSeek-V3",
         "",

@@ -93,7 +93,7 @@ def make_plan(
             that the attention heads cannot be split over.
         RecipeError: the recipe cannot be applied to this model.
     """
-    context = _check_context(config, context)
+    context = _check_context(config, machines, target, context)
     if concurrency < 1:
         raise DeployError(f"--concurrency must be at least 1, not {concurrency}")
     if config.num_attention_heads % machines.count:
@@ -124,7 +124,7 @@ def make_plan(
         max_concurrency=kv_tokens // _paged_tokens(footprint, context, 1),
         smallest_fit=_smallest_fit(config, tally, recipe, machines, context, concurrency, mtp),
         refusals=refusals,
-        warnings=(*notes, *_warnings(machines)),
+        warnings=(*notes, *_warnings(config, machines, chosen)),
     )
 
 
@@ -164,12 +164,18 @@ def tally_of(config: ModelConfig, recipe: Recipe) -> Tally:
     return Tally(config, recipe.resolve(config))
 
 
-def _check_context(config: ModelConfig, context: int | None) -> int:
-    limit = config.max_position_embeddings
+def _check_context(
+    config: ModelConfig, machines: Machines, target: str, context: int | None
+) -> int:
+    """The context to plan for. The embedded engine serves `ModelConfig.dense_context`."""
+    is_embedded = target == "embedded" or (target == "auto" and not machines.hardware.is_gpu)
+    limit = config.dense_context if is_embedded else config.max_position_embeddings
     if context is None:
         return min(DEFAULT_CONTEXT, limit)
     if not 1 <= context <= limit:
-        raise DeployError(f"--context must be 1 to {limit}, the model's limit, not {context}")
+        cut = limit < config.max_position_embeddings
+        whose = f"{config.context_limit} on the target embedded" if cut else "the model's limit"
+        raise DeployError(f"--context must be 1 to {limit}, {whose}, not {context}")
     return context
 
 
@@ -258,9 +264,11 @@ def _smallest_fit(
 
 
 def _lines(footprint: Footprint) -> tuple[Line, ...]:
-    """The weight lines in table order: groups, then all scales, then MTP with its own scales."""
-    main = [name for name in GROUPS if name != "mtp"]
+    """The weight lines in table order: groups, then all scales, then MTP with its own scales. The
+    indexer has a line where it is loaded."""
     groups = footprint.groups
+    left_out = {"mtp"} if groups["indexer"].values else {"mtp", "indexer"}
+    main = [name for name in GROUPS if name not in left_out]
     mtp = groups["mtp"]
     return (
         *(Line(name, groups[name].values, groups[name].values_per_gpu) for name in main),
@@ -273,10 +281,17 @@ def _lines(footprint: Footprint) -> tuple[Line, ...]:
     )
 
 
-def _warnings(machines: Machines) -> list[str]:
+def _warnings(config: ModelConfig, machines: Machines, target: Target) -> list[str]:
+    warnings = []
+    if target == "embedded" and config.has_indexer:
+        warnings.append(
+            f"the embedded engine leaves the indexer out and serves {config.dense_context} tokens "
+            f"of context, up to which attention is dense, not {config.max_position_embeddings}"
+        )
     if machines.num_nodes < 2:
-        return []
+        return warnings
     return [
+        *warnings,
         f"tensor parallelism spans {machines.num_nodes} nodes: the all-reduces of every layer "
-        f"cross the network instead of NVLink ({machines.hardware.nvlink_bandwidth / 1e9:.0f} GB/s)"
+        f"cross the network instead of NVLink ({machines.hardware.nvlink_bandwidth / 1e9:.0f} GB/s)",
     ]

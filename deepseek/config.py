@@ -158,6 +158,16 @@ class ModelConfig:
         return min(self.max_position_embeddings, self.index_topk or self.max_position_embeddings)
 
     @property
+    def context_limit(self) -> str:
+        """`dense_context` in words that say what the limit is, for sentences that refuse more."""
+        if self.dense_context == self.max_position_embeddings:
+            return f"the model's {self.max_position_embeddings} positions"
+        return (
+            f"the {self.dense_context} tokens (index_topk) within which DeepSeek-V3.2's attention "
+            "is dense, which is all that IntServe computes"
+        )
+
+    @property
     def qk_head_dim(self) -> int:
         """Width of one query head: the part without position plus the rotary part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -191,6 +201,7 @@ class ModelConfig:
         """Build from the parsed config.json; see `from_directory` for the errors."""
         given = dict(raw)
         _check_family(given)
+        _check_layer_types(given)
         for key, allowed in (_FIXED | _NEUTRAL).items():
             if key in given and given.pop(key) not in allowed:
                 raise ConfigError(
@@ -248,7 +259,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
     "moe_layer_freq": (1,),
     "rope_interleave": (True,),
-    "mlp_layer_types": (None,),
+    "indexer_rope_interleave": (False,),
+    "mlp_bias": (False,),
 }
 
 # Keys that no forward pass reads. auto_map names remote code, which is never loaded.
@@ -341,6 +353,30 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 # Keys that transformers 5 knows in YaRN's parameters, at its defaults.
 _NEUTRAL_YARN = {"truncate": True, "attention_factor": None}
+
+
+def _check_layer_types(given: dict[str, Any]) -> None:
+    """Take the lists out of `given` that transformers 5 saves beside the numbers that they repeat:
+    the first `first_k_dense_replace` MLPs are dense, and every attention has DeepSeek-V3.2's
+    indexer."""
+    layers, dense = given.get("num_hidden_layers"), given.get("first_k_dense_replace")
+    if (
+        not isinstance(layers, int)
+        or not isinstance(dense, int)
+        or excess("num_hidden_layers", layers)
+    ):
+        return  # refused below, with the key that is wrong
+    dense = min(dense, layers)
+    repeated = {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense)}
+    if given.get("model_type") == "deepseek_v32":
+        repeated["layer_types"] = ["indexed_attention"] * layers
+    for key, value in repeated.items():
+        if given.pop(key, None) not in (None, value):
+            raise ConfigError(
+                f"config.json: {key} contradicts the {layers} layers and first_k_dense_replace "
+                f"{dense}; remove it"
+            )
+
 
 _YARN_KEYS = {field.name for field in fields(YarnScaling)}
 

@@ -55,7 +55,7 @@ _SAME_INPUT = {role: roles[0] for roles in FUSED.values() for role in roles} | {
 }
 
 #: `linear` may be quantized; `high` stays in BF16 (router weight, embeddings, head, eh_proj,
-#: norms); `float32` is the router's correction bias, FP32 in the release.
+#: norms); `float32` is FP32 in the release: the router's correction bias, the indexer's norm.
 Kind = Literal["linear", "high", "float32"]
 
 
@@ -217,7 +217,14 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
         yield linear(f"{name}.down_proj", (hidden, width), row, up, expert)
 
     def indexer() -> Iterator[TensorSpec]:
-        """DeepSeek-V3.2's choice of tokens. FP8 in the release: wq_b and wk."""
+        """DeepSeek-V3.2's choice of tokens, in every layer.
+
+        In the release wq_b and wk are FP8 tiles with FP32 scales, k_norm (a LayerNorm, so it has a
+        bias) is FP32, and weights_proj is BF16. Shapes and what is computed: the Indexer of
+        DeepSeek-V3.2-Exp's inference/model.py; V3.2's copy says that weights_proj is stored in
+        BF16, vLLM's deepseek_v2.py reads wk with its scale. None is split over GPUs (vLLM: "no
+        tensor parallel, just replicated").
+        """
         assert config.index_n_heads is not None
         assert config.index_head_dim is not None
         assert config.q_lora_rank is not None
@@ -225,8 +232,8 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
         wq_b = heads * width, config.q_lora_rank
         yield linear("self_attn.indexer.wq_b", wq_b, "replicated", None)
         yield linear("self_attn.indexer.wk", (width, hidden), "replicated", None)
-        yield spec("self_attn.indexer.k_norm.weight", (width,), "indexer")
-        yield spec("self_attn.indexer.k_norm.bias", (width,), "indexer")
+        yield spec("self_attn.indexer.k_norm.weight", (width,), "indexer", "float32")
+        yield spec("self_attn.indexer.k_norm.bias", (width,), "indexer", "float32")
         yield spec("self_attn.indexer.weights_proj.weight", (heads, hidden), "indexer")
 
     if is_mtp:

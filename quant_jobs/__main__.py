@@ -329,7 +329,7 @@ def estimate(
 def synthesize_command(
     output: Annotated[Path, typer.Option(help="Directory of the checkpoint; absent or empty.")],
     preset: Annotated[
-        Literal["deepseek-v3", "small"],
+        Literal["deepseek-v3", "deepseek-v3.2", "small", "small-v3.2"],
         typer.Option(help="Shapes of one layer: the release's, or a test's of a few kilobytes."),
     ] = "deepseek-v3",
     layers: Annotated[int, typer.Option(min=1, help="Decoder layers, dense ones included.")] = 4,

@@ -47,6 +47,14 @@ _FRAGMENTS = (
     r"mlp[.](gate|up)_proj",
     *(rf"mlp[.]{name}_proj" for name in ("gate", "up", "down")),
 )
+#: The same where layers have an indexer: the first two must not reach into it, because its
+#: `weights_proj` is never quantized.
+_FRAGMENTS_WITH_INDEXER = (
+    r"(self_attn|mlp)[.](?!indexer[.]).*_proj\w*",
+    r"self_attn[.]\w+_proj\w*",
+    r"self_attn[.]indexer[.]w(k|q_b)",
+    *_FRAGMENTS[2:],
+)
 
 #: A linear as (layer, rest of its module name).
 _Place = tuple[int, str]
@@ -68,16 +76,19 @@ def quantization_config(
         return None
     all_places = high_precision.union(*places.values())
 
+    fragments = _FRAGMENTS_WITH_INDEXER if config.has_indexer else _FRAGMENTS
     groups: dict[str, Any] = {}
     # The largest group first, because transformers takes the first group where it cannot decide.
     order = sorted(places, key=lambda scheme: (-len(places[scheme]), scheme.label))
     for number, scheme in enumerate(order):
-        groups[f"group_{number}"] = _group(scheme, _targets(places[scheme], all_places))
+        groups[f"group_{number}"] = _group(scheme, _targets(places[scheme], all_places, fragments))
     ignore = ["lm_head", "re:.*[.]mlp[.]gate"]
+    if config.has_indexer:
+        ignore.append("re:.*[.]indexer[.]weights_proj")
     if config.num_nextn_predict_layers:
         ignore += ["re:.*[.]eh_proj", "re:.*[.]shared_head[.]head"]
     ignore = [f"{name}$" if name.startswith("re:") else name for name in ignore]
-    ignore += _targets(high_precision, all_places) if high_precision else []
+    ignore += _targets(high_precision, all_places, fragments) if high_precision else []
     _verify(config, schemes, groups, ignore)
     formats = {group["format"] for group in groups.values()}
     return {
@@ -156,10 +167,10 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _targets(places: set[_Place], all_places: set[_Place]) -> list[str]:
+def _targets(places: set[_Place], all_places: set[_Place], fragments: Iterable[str]) -> list[str]:
     """A few patterns that together match `places` and no other of `all_places` (greedy cover)."""
     candidates: dict[str, set[_Place]] = {}
-    for fragment in _FRAGMENTS:
+    for fragment in fragments:
         matched = {place for place in all_places if _compiled(fragment + "$").match(place[1])}
         by_layer: dict[int, set[_Place]] = {}
         for place in matched:

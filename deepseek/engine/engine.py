@@ -57,7 +57,8 @@ class LLMEngine:
     """One model, its cache, and the requests under way.
 
     `failure` is the last exception of a step, for health checks. `max_model_len` is the limit of
-    prompt and completion together; the size of the cache bounds it too.
+    prompt and completion together: at most `ModelConfig.dense_context`, because attention is dense;
+    the size of the cache bounds it too.
     """
 
     def __init__(
@@ -77,11 +78,9 @@ class LLMEngine:
         self._options = options
         self._model = model
         self._clock = clock
-        model_len = options.max_model_len or config.max_position_embeddings
-        if model_len > config.max_position_embeddings:
-            raise DeployError(
-                f"max_model_len {model_len} exceeds the model's {config.max_position_embeddings}"
-            )
+        model_len = options.max_model_len or config.dense_context
+        if model_len > config.dense_context:
+            raise DeployError(f"max_model_len {model_len} exceeds {config.context_limit}; lower it")
         kv_tokens = options.max_kv_tokens or max(model_len, 1024 * options.max_batch_size)
         num_pages = -(-kv_tokens // identity.page_tokens)
         self._pool = PagePool(num_pages, identity.page_tokens)
@@ -149,6 +148,12 @@ class LLMEngine:
             page_tokens=options.page_tokens or 16,
         )
         return cls(model, identity, options, tokenizer=load_tokenizer(source_dir), clock=clock)
+
+    @property
+    def is_cut_to_dense(self) -> bool:
+        """Whether `max_model_len` is what it is because attention is dense here, and sparse in the
+        model beyond that context (DeepSeek-V3.2)."""
+        return self.max_model_len == self.config.dense_context < self.config.max_position_embeddings
 
     @property
     def has_work(self) -> bool:
@@ -381,8 +386,9 @@ class LLMEngine:
             raise RequestError(f"the {what} is empty; give at least one token")
         if len(tokens) > limit:
             raise RequestError(
-                f"the {what} has {len(tokens)} tokens, but this engine takes at most {limit}; "
-                "shorten it"
+                f"the {what} has {len(tokens)} tokens, but this engine takes at most {limit}"
+                + (" (it has no sparse attention)" if self.is_cut_to_dense else "")
+                + "; shorten it"
             )
         vocabulary = self.config.vocab_size
         if not 0 <= min(tokens) <= max(tokens) < vocabulary:

@@ -2,7 +2,7 @@
 
 packing.py makes exactly these tensors, model.py takes exactly these, and the planner adds up their
 bytes (`planned_bytes`), so planned and allocated bytes are equal. No tensor is made here. The
-engine's layout differs from the artifact's in four ways:
+engine's layout differs from the artifact's in these ways:
 
 - Weights in BF16 and in FP8 tiles, norms, router and head are FP32: the fastest exact product on a
   CPU.
@@ -10,7 +10,8 @@ engine's layout differs from the artifact's in four ways:
   `gate_up_proj`. Where the schemes differ, they stay two.
 - kv_b_proj becomes the absorbed `w_uk` [H, n, R] and `w_uv` [H, R, v] in FP32, made from its
   dequantized values in every scheme, because the two halves multiply different tensors.
-- The MTP layer is left out, because the engine does not speculate.
+- The MTP layer is left out, because the engine does not speculate, and so is DeepSeek-V3.2's
+  indexer: within `ModelConfig.dense_context`, all that the engine serves, it chooses every token.
 
 H heads · n, v widths of query without position and of value · R latent · N outputs · K inputs
 """
@@ -146,9 +147,10 @@ def absorbed_spec(config: ModelConfig, layer: int) -> TensorSpec:
 
 
 def plain_specs(config: ModelConfig, layer: int | None) -> list[TensorSpec]:
-    """The tensors that are not linears: norms and router; embeddings and head for `layer` None."""
+    """The tensors that are not linears: norms and router; embeddings and head for `layer` None.
+    The indexer's are left out."""
     specs = global_tensors(config) if layer is None else layer_tensors(config, layer)
-    return [spec for spec in specs if spec.kind != "linear"]
+    return [spec for spec in specs if spec.kind != "linear" and not spec.is_indexer]
 
 
 def packed_tensors(

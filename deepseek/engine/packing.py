@@ -4,7 +4,7 @@ packed_layout.py says which tensors these are; quant_jobs/targets/embedded.py wr
 and `LLMEngine.from_checkpoint` uses them in memory. Memory holds one layer of the input and all
 tensors of the engine that are made so far. Codes and scales of a quantized checkpoint are not
 requantized; only their order in memory changes. Every tensor of the input is read, also those of
-the MTP layer, which are then dropped.
+the MTP layer and of the indexer, which are then dropped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from deepseek.engine.packed_layout import (
 )
 from deepseek.errors import ArtifactError
 from deepseek.formats import decompress, int8_codes, unpack_int4, unpack_zero_point
-from deepseek.inventory import TensorSpec, linears
+from deepseek.inventory import TensorSpec, layer_tensors, linears
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
 
@@ -60,6 +60,7 @@ def pack_tensors(source: Source, progress: Progress | None = None) -> dict[str, 
     for layer in range(num_layers):
         stored = _read_layer(source, layer)
         if layer < config.num_hidden_layers:
+            stored.drop_indexer(config, layer)
             packed |= _pack_layer(config, layer, schemes, stored)
             assert not stored.linears, f"layer {layer}: {next(iter(stored.linears))} left over"
             assert not stored.plain, f"layer {layer}: {next(iter(stored.plain))} left over"
@@ -79,6 +80,14 @@ class _Stored:
 
     def __init__(self, linears: dict[str, dict[str, Tensor]], plain: dict[str, Tensor]) -> None:
         self.linears, self.plain = linears, plain
+
+    def drop_indexer(self, config: ModelConfig, layer: int) -> None:
+        """Remove the tensors of the layer's indexer, if it has one."""
+        for spec in layer_tensors(config, layer):
+            if spec.is_indexer and spec.kind == "linear":
+                del self.linears[spec.module]
+            elif spec.is_indexer:
+                del self.plain[spec.name]
 
     def pop_dequantized(self, spec: TensorSpec, scheme: Scheme) -> Tensor:
         """Remove one linear and return its weight, f32 [N, K]."""

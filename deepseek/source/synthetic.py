@@ -2,7 +2,8 @@
 
 Time and memory of a job on layers of true shapes can be measured with them, without the 688 GB of
 the release; accuracy cannot. Names, shapes and types are the inventory's: linears are e4m3 in FP8
-tiles with an FP32 `weight_scale_inv`, the bias of the router is FP32, all other tensors are BF16.
+tiles with an FP32 `weight_scale_inv`, the bias of the router and the norm of an indexer are FP32,
+all other tensors are BF16.
 `synthetic_weights.py` makes the values. `quant_jobs synthesize` and the benchmarks call this file.
 """
 
@@ -19,18 +20,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deepseek.config import ModelConfig
+from deepseek.config import FAMILY, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.files import write_atomic, write_json
 from deepseek.formats import FP8_BLOCK
 from deepseek.inventory import TensorSpec, tensors
-from deepseek.models import DEEPSEEK_V3
+from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2
 from deepseek.source.checkpoint import scale_name
 from deepseek.source.index import INDEX_FILE
 from deepseek.source.synthetic_weights import WeightMaker
 from deepseek.tensor_files import stream_tensors
 
-Preset = Literal["deepseek-v3", "small"]
+Preset = Literal["deepseek-v3", "deepseek-v3.2", "small", "small-v3.2"]
 
 #: Largest size of one shard in bytes, unless one tensor is larger; as in the release.
 SHARD_BYTES = 4 << 30
@@ -53,6 +54,14 @@ _SMALL = replace(
     qk_rope_head_dim=32,
     v_head_dim=64,
 )
+_PRESETS: dict[Preset, ModelConfig] = {
+    "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v3.2": DEEPSEEK_V3_2,
+    "small": _SMALL,
+    "small-v3.2": replace(
+        _SMALL, model_type="deepseek_v32", index_n_heads=2, index_head_dim=64, index_topk=512
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +101,7 @@ def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
     Raises:
         ConfigError: the sizes contradict each other, or the vocabulary cannot hold all bytes.
     """
-    base = DEEPSEEK_V3 if preset == "deepseek-v3" else _SMALL
+    base = _PRESETS[preset]
     groups = next((n for n in (8, 4, 2) if size.experts % n == 0 and size.experts >= 2 * n), 1)
     reachable = size.experts // groups * max(groups // 2, 1)
     requested: dict[str, int | None] = {
@@ -193,13 +202,14 @@ def shard_layouts(
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a model in FP8 tiles, with the release's keys."""
-    renamed = ("yarn", "weight_block_size")
+    left_out = {"yarn", "weight_block_size"}  # under other names
+    if not config.has_indexer:
+        left_out |= {"index_n_heads", "index_head_dim", "index_topk"}
     raw: dict[str, Any] = {
-        key: getattr(config, key) for key in config.__slots__ if key not in renamed
+        key: getattr(config, key) for key in config.__slots__ if key not in left_out
     }
     raw |= {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
+        "architectures": [*FAMILY[config.model_type]],
         "hidden_act": "silu",
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",

@@ -84,8 +84,8 @@ class WeightMaker:
         elif spec.kind == "linear":
             yield from self._linear(spec)
         elif spec.kind == "float32":
-            bias = self._random(name).standard_normal(spec.shape[0], np.float32)
-            yield torch.from_numpy(0.05 * bias)
+            values = 0.05 * self._random(name).standard_normal(spec.shape[0], np.float32)
+            yield torch.from_numpy(values + 1 if name.endswith(".weight") else values)
         elif len(spec.shape) == 2:
             yield from self._table(spec)
         else:

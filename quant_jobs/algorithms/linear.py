@@ -66,10 +66,7 @@ def solve_linear(
     """
     name, module = source.spec.name, source.spec.module
     if not scheme.is_quantized and not smoothing.changes(name):
-        # Perhaps nothing else checks it: the last layer's down_proj is never computed with.
-        if not all(bool(largest(band.dequantize()).isfinite()) for band in source.bands()):
-            raise _damaged(name)
-        return SolvedLinear(store_tensor(source, scheme), None)
+        return copy_linear(source, scheme)
     folded = weight()
     y = None if sample is None else sample @ folded.T
     # A float32 source is not copied by `weight()`, so it must not be overwritten.
@@ -101,6 +98,18 @@ def solve_linear(
     else:
         error = output_error(name, y, restored, scheme, sample, smoothing)
     return SolvedLinear({f"{module}.{suffix}": value for suffix, value in stored.items()}, error)
+
+
+def copy_linear(source: SourceTensor, scheme: Scheme) -> SolvedLinear:
+    """Carry one linear through as the source stores it; `scheme` does not quantize.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
+    # Perhaps nothing else checks it: the last layer's down_proj is never computed with.
+    if not all(bool(largest(band.dequantize()).isfinite()) for band in source.bands()):
+        raise _damaged(source.spec.name)
+    return SolvedLinear(store_tensor(source, scheme), None)
 
 
 def _damaged(name: str) -> CheckpointError:

@@ -105,10 +105,9 @@ def load_token_blocks(
     if isinstance(sources, Path):
         sources = [CalibrationSource(sources)]
     config = ModelConfig.from_directory(tokenizer_dir)
-    if block_tokens > config.max_position_embeddings:
+    if block_tokens > config.dense_context:
         raise CalibrationError(
-            f"block_tokens {block_tokens} is more than the model's {config.max_position_embeddings}"
-            " positions; lower it"
+            f"block_tokens {block_tokens} is more than {config.context_limit}; lower it"
         )
     shares = _share_blocks(sources, num_blocks)
     bos = config.bos_token_id

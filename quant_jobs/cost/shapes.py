@@ -88,7 +88,7 @@ def mlp_scale_algorithm(
 def group_numel(config: ModelConfig, layer: int) -> Mapping[str, int]:
     """Number of values of one layer by group; 0 for a group that it lacks."""
     numel = dict.fromkeys(("attention", "routed_experts", "shared_experts", "dense_mlp"), 0)
-    numel |= {"router": 0, "norms": 0}
+    numel |= {"router": 0, "norms": 0, "indexer": 0}
     for spec in layer_tensors(config, layer):
         numel[spec.group] += spec.numel
     return MappingProxyType(numel)
@@ -106,10 +106,16 @@ def layer_output_bytes(
     config: ModelConfig, scheme: Callable[[TensorSpec], Scheme], layer: int
 ) -> int:
     """Bytes of the tensors of a quantized layer; its file has a header besides."""
-    high = (_high_bytes(spec) for spec in layer_tensors(config, layer) if spec.kind != "linear")
-    return sum(high) + sum(
-        copies * stored_bytes(scheme(spec), spec.shape[0], spec.shape[1])
-        for spec, copies in layer_linears(config, layer)
+    specs = list(layer_tensors(config, layer))
+    copied = _source_bytes(config, (spec for spec in specs if spec.is_indexer))
+    high = (s for s in specs if s.kind != "linear" and not s.is_indexer)
+    return (
+        copied
+        + sum(map(_high_bytes, high))
+        + sum(
+            copies * stored_bytes(scheme(spec), spec.shape[0], spec.shape[1])
+            for spec, copies in layer_linears(config, layer)
+        )
     )
 
 

@@ -61,6 +61,11 @@ class Job:
             raise DeployError(f"--nodes {self.nodes}: at least one node is needed")
         if self.block_tokens < 1:
             raise DeployError(f"--block-tokens {self.block_tokens}: give at least one")
+        if self.block_tokens > self.config.dense_context:
+            raise DeployError(
+                f"--block-tokens {self.block_tokens} is more than {self.config.context_limit}; "
+                "lower it"
+            )
         if self.tokens < self.block_tokens:
             raise DeployError(
                 f"--tokens {self.tokens}: give at least one block of {self.block_tokens} tokens"

@@ -211,11 +211,14 @@ def _visible(text: str) -> str:
 def rule_rows(recipe: Recipe, config: ModelConfig) -> tuple[RuleRow, ...]:
     """The recipe's rules, with the number of linears that each decides: the last match wins.
 
-    Linears of MTP layers are not counted, because they are carried through whatever the rules say.
+    Linears of MTP layers and of the indexer are not counted, because they are carried through
+    whatever the rules say.
     """
     counts: Counter[int] = Counter()
     for layer in range(config.num_hidden_layers):
         for spec in linears(config, layer):
+            if spec.is_carried:
+                continue
             matching = [
                 index
                 for index, rule in enumerate(recipe.rules)

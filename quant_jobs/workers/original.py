@@ -21,6 +21,7 @@ from deepseek.inventory import expert_of, layer_inputs
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
 from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing, scaled_groups
+from quant_jobs.algorithms.linear import copy_linear
 from quant_jobs.algorithms.scaling import WeightStatistics, weight_statistics
 from quant_jobs.calibration.forward import Routed, RoutedBlocks, Trunk
 from quant_jobs.calibration.measuring import LayerInputs, observe_attention
@@ -46,7 +47,9 @@ class OriginalLayer:
         self.layer, self.share = layer, share
         self._context, self._source, self._digests = context, source, digests
         high = {
-            name: tensor.data for name, tensor in source.items() if tensor.spec.kind != "linear"
+            name: tensor.data
+            for name, tensor in source.items()
+            if tensor.spec.kind != "linear" and not tensor.spec.is_indexer
         }
 
         def dequantized(module: str) -> Tensor:
@@ -172,12 +175,20 @@ class OriginalLayer:
         )
 
     def folded_norms(self, smoothing: Smoothing) -> Tensors:
-        """Norms and router of the trunk with `smoothing` folded in, in the source's dtype."""
-        return {
-            name: smoothing.fold(name, tensor.data)
-            for name, tensor in self._source.items()
-            if tensor.spec.kind != "linear"
-        }
+        """Norms and router of the trunk with `smoothing` folded in, in the source's dtype; and the
+        indexer, which no unit solves, as the source stores it.
+
+        Raises:
+            CheckpointError: a linear of the indexer is not finite.
+        """
+        norms: Tensors = {}
+        for name, tensor in self._source.items():
+            if tensor.spec.kind != "linear":
+                norms[name] = smoothing.fold(name, tensor.data)
+            elif tensor.spec.is_indexer:
+                scheme = self._context.schemes[tensor.spec.module]
+                norms |= copy_linear(tensor, scheme).tensors
+        return norms
 
     def weight(self, module: str) -> Tensor:
         """The original weight f32 [N, K].

@@ -33,7 +33,8 @@ from quant_jobs.workers.messages import in_block_order
 
 
 class QuantizedLayer:
-    """`trunk` has the packed tensors of the trunk by full name, norms and router included;
+    """`trunk` has the packed tensors of the trunk by full name, norms and router included (and the
+    indexer's, which is not computed);
     `experts` those of this worker's routed experts. `input_scales` are static FP8 scales by module.
     """
 
@@ -49,7 +50,8 @@ class QuantizedLayer:
         self.layer = layer
         self._context, self._share = context, share
         self._experts, self._input_scales = experts, input_scales
-        specs = trunk_specs(context.config, layer)
+        # The indexer is never computed: within the dense context it chooses every token.
+        specs = [spec for spec in trunk_specs(context.config, layer) if not spec.is_indexer]
         linears = {spec.module: spec.shape for spec in specs if spec.kind == "linear"}
         high = {spec.name: trunk[spec.name] for spec in specs if spec.kind != "linear"}
 

@@ -27,6 +27,9 @@ from serve_app.errors import EngineUnavailable
 
 log = logging.getLogger("ray.serve")
 
+#: `EngineInfo.context_name` where the engine's context ends before the model's.
+DENSE_CONTEXT = "dense context (index_topk; this engine has no sparse attention)"
+
 
 @dataclass(frozen=True, slots=True)
 class _Abort:
@@ -84,12 +87,21 @@ class EmbeddedEngine:
         self._thread = threading.Thread(target=self._run_steps, name="engine-steps", daemon=True)
         self._thread.start()
         identity = self._engine.identity
+        named: dict[str, str] = {}
+        if self._engine.is_cut_to_dense:
+            named["context_name"] = DENSE_CONTEXT
+            log.warning(
+                "this engine serves at most %d tokens of context, not the model's %d: beyond "
+                "index_topk tokens attention is sparse, which it does not compute",
+                self._engine.max_model_len, self._engine.config.max_position_embeddings,
+            )  # fmt: skip
         return EngineInfo(
             max_model_len=self._engine.max_model_len,
             kv_tokens_total=self._load.kv_tokens_total,
             recipe=identity.recipe,
             artifact_digest=identity.artifact_digest,
             engine="embedded",
+            **named,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:

@@ -63,7 +63,8 @@ class EngineInfo:
     """What an engine serves, known once it has started.
 
     `max_model_len` counts prompt and completion together; `kv_tokens_total` is the capacity of the
-    KV cache in tokens. `engine` names the adapter: "embedded", "echo".
+    KV cache in tokens. `engine` names the adapter: "embedded", "echo". `context_name` is what
+    `max_model_len` is the size of, for the sentence that refuses a longer prompt.
     """
 
     max_model_len: int
@@ -71,6 +72,7 @@ class EngineInfo:
     recipe: str
     artifact_digest: str
     engine: str
+    context_name: str = "model's context"
 
 
 class Engine(Protocol):

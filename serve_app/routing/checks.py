@@ -69,7 +69,7 @@ def choose_max_tokens(
         InvalidRequest: prompt and completion cannot fit, whatever else is running.
     """
     limit = min(info.max_model_len, info.kv_tokens_total)
-    holder = "model's context" if info.max_model_len <= info.kv_tokens_total else "KV cache"
+    holder = info.context_name if info.max_model_len <= info.kv_tokens_total else "KV cache"
     room = limit - num_prompt_tokens
     if room < 1:
         raise InvalidRequest(

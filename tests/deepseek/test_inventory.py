@@ -318,8 +318,8 @@ def test_an_indexer_is_carried_and_nothing_is_folded_into_what_it_reads() -> Non
     assert {name: (spec.shape, spec.kind) for name, spec in indexer.items()} == {
         "wq_b.weight": ((8192, 1536), "linear"),
         "wk.weight": ((128, 7168), "linear"),
-        "k_norm.weight": ((128,), "high"),
-        "k_norm.bias": ((128,), "high"),
+        "k_norm.weight": ((128,), "float32"),
+        "k_norm.bias": ((128,), "float32"),
         "weights_proj.weight": ((64, 7168), "high"),
     }
     assert all(spec.is_carried and spec.group == "indexer" for spec in indexer.values())

@@ -23,6 +23,14 @@ from deepseek.inventory import tensors
 from deepseek.recipe import Recipe
 from deepseek.source.checkpoint import CheckpointReader, content_digest, scale_name
 
+#: Keys of config.json that make a model DeepSeek-V3.2.
+V3_2: dict[str, Any] = {
+    "model_type": "deepseek_v32",
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_n_heads": 2,
+    "index_head_dim": 64,
+    "index_topk": 64,
+}
 #: Static scale of FP8 inputs where nothing is calibrated.
 INPUT_SCALE = torch.tensor([48 / 448])
 TINY_TOKENIZER = {"tokenizer.json": "{}\n", "tokenizer_config.json": "{}\n"}
@@ -84,8 +92,8 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
     stored: dict[str, torch.Tensor] = {}
     for spec in tensors(config):
         values = torch.randn(spec.shape, generator=generator)
-        if spec.kind == "float32":
-            stored[spec.name] = 0.1 * values
+        if spec.kind == "float32":  # the router's bias, and norm and bias of the indexer
+            stored[spec.name] = 0.1 * values + float(spec.name.endswith(".weight"))
         elif len(spec.shape) == 1:
             stored[spec.name] = (1 + 0.1 * values).bfloat16()
         else:

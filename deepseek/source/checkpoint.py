@@ -2,8 +2,10 @@
 
 Opening reads the header of every shard, not its data, and checks all names, shapes and types
 against the inventory, so that a missing, extra or misshapen tensor is named before a long job
-starts. Reading a layer reads the bytes of that layer only. Two kinds of source are supported: the
-release's FP8 e4m3 tiles with a `weight_scale_inv` per linear, and plain BF16, FP16 or FP32.
+starts. Reading a layer reads the bytes of that layer only, and checks its numbers (`values.py`): no
+tensor is handed out that holds NaN, infinity or a scale that cannot be. Two kinds of source are
+supported: the release's FP8 e4m3 tiles with a `weight_scale_inv` per linear, and plain BF16, FP16
+or FP32.
 `deepseek/artifact/reader.py` reads IntServe's quantized checkpoints.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +26,9 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError
-from deepseek.formats import FP8_BLOCK, dequantize_fp8_block
-from deepseek.formats.scales import row_chunks
+from deepseek.formats import dequantize_fp8_block
 from deepseek.inventory import TensorSpec, global_tensors, layer_tensors, tensors
+from deepseek.source.values import check_scales, check_values
 from deepseek.tensor_files import (
     DTYPE_NAMES,
     DamagedFileError,
@@ -43,6 +45,7 @@ _log = logging.getLogger(__name__)
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _EDGE_BYTES = 64 << 10
+_SCALE_SUFFIX = "_scale_inv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +64,6 @@ class SourceTensor:
     def num_bytes(self) -> int:
         """Bytes as stored, scales included."""
         return self.data.nbytes + (0 if self.scale_inv is None else self.scale_inv.nbytes)
-
-    def bands(self) -> Iterator[SourceTensor]:
-        """Yield bands of rows of a matrix, so that no caller needs all of it in float32 at once."""
-        for rows in row_chunks(self.data, multiple=FP8_BLOCK):
-            tile_rows = slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
-            scale_inv = None if self.scale_inv is None else self.scale_inv[tile_rows]
-            yield SourceTensor(self.spec, self.data[rows], scale_inv)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values in `dtype`, same shape; FP8 tiles are multiplied by their scales in FP32."""
@@ -103,6 +99,10 @@ class CheckpointReader:
         ConfigError: config.json is absent or asks for something that is not implemented.
         CheckpointError: a shard is absent or damaged, or a tensor is missing, extra, of a wrong
             shape or of a wrong type; the sentence names it.
+
+    Raises on reading:
+        CheckpointError: a shard changed or cannot be read, or a tensor holds NaN, infinity or a
+            scale that is not between 2^-126 and `values.LARGEST_SCALE_INV`; the sentence names it.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -167,10 +167,8 @@ class CheckpointReader:
         """Read these tensors into newly allocated memory and return them by name.
 
         When it returns, all bytes are in memory and counted in `bytes_read`, which threads that
-        read ahead need; `read_layer` maps files, whose bytes are read at their first use.
-
-        Raises:
-            CheckpointError: a shard changed or cannot be read.
+        read ahead need; `read_layer` maps files, whose bytes are read once to check them and may
+        be read again.
         """
         specs = list(specs)
         names = [spec.name for spec in specs]
@@ -182,7 +180,7 @@ class CheckpointReader:
                 with path.open("rb", buffering=0) as file:
                     for name in names:
                         if self._shard_of[name] == shard:
-                            stored[name] = read_tensor(file, entries[name])
+                            stored[name] = _checked(path, name, read_tensor(file, entries[name]))
                             self.bytes_read += entries[name].num_bytes
             except (OSError, EOFError) as error:
                 raise CheckpointError(
@@ -197,11 +195,13 @@ class CheckpointReader:
         path = self.directory / self._shard_of[name]
         try:
             with safe_open(path, framework="pt") as file:
-                return cast(Tensor, file.get_tensor(name)[ids].float())
+                rows = cast(Tensor, file.get_tensor(name)[ids])
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path} changed or became unreadable while it was in use ({error})"
             ) from error
+        check_values(path, name, rows, ids)
+        return rows.float()
 
     def finish(self) -> None:
         """Check that every tensor was read.
@@ -225,7 +225,7 @@ class CheckpointReader:
                 with safe_open(path, framework="pt") as file:
                     for name in names:
                         if self._shard_of[name] == shard:
-                            stored[name] = file.get_tensor(name)
+                            stored[name] = _checked(path, name, file.get_tensor(name))
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{path} changed or became unreadable while it was in use ({error})"
@@ -288,6 +288,14 @@ class CheckpointReader:
                 )
 
 
+def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of the shard `path`, once its numbers are known to be usable."""
+    check_values(path, name, tensor)
+    if name.endswith(_SCALE_SUFFIX):
+        check_scales(path, name, tensor)
+    return tensor
+
+
 def _with_scales(specs: list[TensorSpec], stored: dict[str, Tensor]) -> dict[str, SourceTensor]:
     return {
         spec.name: SourceTensor(spec, stored[spec.name], stored.get(scale_name(spec.name)))
@@ -297,7 +305,7 @@ def _with_scales(specs: list[TensorSpec], stored: dict[str, Tensor]) -> dict[str
 
 def scale_name(name: str) -> str:
     """Name of the tensor that holds the scales of the FP8 tiles of the tensor `name`."""
-    return f"{name}_scale_inv"
+    return f"{name}{_SCALE_SUFFIX}"
 
 
 def expected_source(

@@ -66,16 +66,15 @@ def solve_linear(
     """
     name, module = source.spec.name, source.spec.module
     if not scheme.is_quantized and not smoothing.changes(name):
-        # Perhaps nothing else checks it: the last layer's down_proj is never computed with.
-        if not all(bool(largest(band.dequantize()).isfinite()) for band in source.bands()):
-            raise _damaged(name)
         return SolvedLinear(store_tensor(source, scheme), None)
     folded = weight()
     y = None if sample is None else sample @ folded.T
     # A float32 source is not copied by `weight()`, so it must not be overwritten.
     folded = smoothing.fold(name, folded, in_place=source.data.dtype != torch.float32)
     if not bool(largest(folded).isfinite()):  # modelopt's own assertion does not name the tensor
-        raise _damaged(name)
+        raise CheckpointError(
+            f"tensor {name} holds NaN or infinity, or does once it is smoothed; repair the source"
+        )
     try:
         if rounded is not None:
             stored = compress(
@@ -101,10 +100,6 @@ def solve_linear(
     else:
         error = output_error(name, y, restored, scheme, sample, smoothing)
     return SolvedLinear({f"{module}.{suffix}": value for suffix, value in stored.items()}, error)
-
-
-def _damaged(name: str) -> CheckpointError:
-    return CheckpointError(f"tensor {name} holds NaN or infinity; repair the source")
 
 
 def _count_empty(weight: Tensor, scheme: Scheme) -> int:

@@ -2,8 +2,10 @@
 
 Opening reads the header of every shard, not its data, and checks all names, shapes and types
 against the inventory, so that a missing, extra or misshapen tensor is named before a long job
-starts. Reading a layer reads the bytes of that layer only. Two kinds of source are supported: the
-release's FP8 e4m3 tiles with a `weight_scale_inv` per linear, and plain BF16, FP16 or FP32.
+starts. Reading a layer reads the bytes of that layer only, and checks its numbers (`values.py`): no
+tensor is handed out that holds NaN, infinity or a scale that cannot be. Two kinds of source are
+supported: the release's FP8 e4m3 tiles with a `weight_scale_inv` per linear, and plain BF16, FP16
+or FP32.
 `deepseek/artifact/reader.py` reads IntServe's quantized checkpoints.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,12 +26,12 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig, read_config
 from deepseek.errors import CheckpointError
-from deepseek.formats import FP8_BLOCK, dequantize_fp8_block
-from deepseek.formats.scales import row_chunks
+from deepseek.formats import dequantize_fp8_block
 from deepseek.inventory import TensorSpec, global_tensors, layer_tensors, tensors
 from deepseek.source.index import INDEX_FILE, Listing, list_shards
 from deepseek.source.origin import SCALE_SUFFIX, as_named, refuse_quantized, true_config
 from deepseek.source.shards import Shard, open_shard
+from deepseek.source.values import check_scales, check_values
 from deepseek.tensor_files import DTYPE_NAMES, read_tensor, tensor_digest
 from deepseek.untrusted import show, show_name
 
@@ -55,13 +57,6 @@ class SourceTensor:
     def num_bytes(self) -> int:
         """Bytes as stored, scales included."""
         return self.data.nbytes + (0 if self.scale_inv is None else self.scale_inv.nbytes)
-
-    def bands(self) -> Iterator[SourceTensor]:
-        """Yield bands of rows of a matrix, so that no caller needs all of it in float32 at once."""
-        for rows in row_chunks(self.data, multiple=FP8_BLOCK):
-            tile_rows = slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
-            scale_inv = None if self.scale_inv is None else self.scale_inv[tile_rows]
-            yield SourceTensor(self.spec, self.data[rows], scale_inv)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values in `dtype`, same shape; FP8 tiles are multiplied by their scales in FP32."""
@@ -100,6 +95,10 @@ class CheckpointReader:
         ConfigError: config.json is absent or asks for something that is not implemented.
         CheckpointError: the directory is quantized already, a shard is absent or damaged, or a
             tensor is missing, extra, of a wrong shape or of a wrong type; the sentence names it.
+
+    Raises on reading:
+        CheckpointError: a shard changed or cannot be read, or a tensor holds NaN, infinity or a
+            scale that is not between 2^-126 and `values.LARGEST_SCALE_INV`; the sentence names it.
     """
 
     def __init__(self, directory: Path | str, *, warn: bool = True) -> None:
@@ -202,21 +201,19 @@ class CheckpointReader:
         """Read these tensors into newly allocated memory and return them by name.
 
         When it returns, all bytes are in memory and counted in `bytes_read`, which threads that
-        read ahead need; `read_layer` maps files, whose bytes are read at their first use.
-
-        Raises:
-            CheckpointError: a shard changed or cannot be read.
+        read ahead need; `read_layer` maps files, whose bytes are read once to check them and may
+        be read again.
         """
         specs = list(specs)
         names = [spec.name for spec in specs]
         names += [scale for name in names if (scale := scale_name(name)) in self._shard_of]
         stored: dict[str, Tensor] = {}
         for shard in sorted({self._shard_of[name] for name in names}):
-            entries = self._shards[shard].header.tensors
+            path, entries = self._shards[shard].path, self._shards[shard].header.tensors
             with self._shards[shard].opened() as file:
                 for name in names:
                     if self._shard_of[name] == shard:
-                        stored[name] = read_tensor(file, entries[name])
+                        stored[name] = _checked(path, name, read_tensor(file, entries[name]))
                         self.bytes_read += entries[name].num_bytes
         self._unread -= set(names)
         return _with_scales(specs, stored)
@@ -224,8 +221,11 @@ class CheckpointReader:
     def embed(self, ids: Tensor) -> Tensor:
         """Read the rows of the embedding for token ids int64 [T], and no others: float32 [T, D]."""
         name = "model.embed_tokens.weight"
-        with self._shards[self._shard_of[name]].mapped() as file:
-            return cast(Tensor, file.get_tensor(name)[ids].float())
+        shard = self._shards[self._shard_of[name]]
+        with shard.mapped() as file:
+            rows = cast(Tensor, file.get_tensor(name)[ids])
+        check_values(shard.path, name, rows, ids)
+        return rows.float()
 
     def finish(self) -> None:
         """Check that every tensor was read.
@@ -244,10 +244,11 @@ class CheckpointReader:
         names = [spec.name for spec in specs]
         names += [scale for name in names if (scale := scale_name(name)) in self._shard_of]
         for shard in sorted({self._shard_of[name] for name in names}):
+            path = self._shards[shard].path
             with self._shards[shard].mapped() as file:
                 for name in names:
                     if self._shard_of[name] == shard:
-                        stored[name] = file.get_tensor(name)
+                        stored[name] = _checked(path, name, file.get_tensor(name))
         self._unread -= set(names)
         return _with_scales(specs, stored)
 
@@ -304,6 +305,14 @@ class CheckpointReader:
                     f"{self.directory}: tensor {name} is {DTYPE_NAMES[actual[name].dtype]}; "
                     f"expected {allowed} (quantization_config in config.json decides)"
                 )
+
+
+def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of the shard `path`, once its numbers are known to be usable."""
+    check_values(path, name, tensor)
+    if name.endswith(SCALE_SUFFIX):
+        check_scales(path, name, tensor)
+    return tensor
 
 
 def _with_scales(specs: list[TensorSpec], stored: dict[str, Tensor]) -> dict[str, SourceTensor]:

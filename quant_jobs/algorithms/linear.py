@@ -72,7 +72,9 @@ def solve_linear(
     # A float32 source is not copied by `weight()`, so it must not be overwritten.
     folded = smoothing.fold(name, folded, in_place=source.data.dtype != torch.float32)
     if not bool(largest(folded).isfinite()):  # modelopt's own assertion does not name the tensor
-        raise _damaged(name)
+        raise CheckpointError(
+            f"tensor {name} holds NaN or infinity, or does once it is smoothed; repair the source"
+        )
     try:
         if rounded is not None:
             stored = compress(
@@ -101,19 +103,8 @@ def solve_linear(
 
 
 def copy_linear(source: SourceTensor, scheme: Scheme) -> SolvedLinear:
-    """Carry one linear through as the source stores it; `scheme` does not quantize.
-
-    Raises:
-        CheckpointError: it holds NaN or infinity.
-    """
-    # Perhaps nothing else checks it: the last layer's down_proj is never computed with.
-    if not all(bool(largest(band.dequantize()).isfinite()) for band in source.bands()):
-        raise _damaged(source.spec.name)
+    """Carry one linear through as the source stores it; `scheme` does not quantize."""
     return SolvedLinear(store_tensor(source, scheme), None)
-
-
-def _damaged(name: str) -> CheckpointError:
-    return CheckpointError(f"tensor {name} holds NaN or infinity; repair the source")
 
 
 def _count_empty(weight: Tensor, scheme: Scheme) -> int:

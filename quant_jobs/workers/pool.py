@@ -15,6 +15,7 @@ while a new group waits until a node joins.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,6 +72,9 @@ class WorkerPool:
     ) -> None:
         assert size > 0
         register_tensor_serializer()
+        # Ray logs a traceback for each failed call that nobody waited for, such as those whose
+        # arguments come from a failed one; `gather` reports the failure itself.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         self.size, self._cpus, self._gpus = size, cpus, gpus
         self._start_timeout_s = start_timeout_s
         placement = worker_placement(size, cpus=cpus, gpus=gpus)

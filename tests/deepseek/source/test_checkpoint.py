@@ -79,19 +79,6 @@ def test_dequantize_multiplies_each_block_by_its_scale(tmp_path: Path) -> None:
     assert torch.equal(norm.dequantize(), norm.data.float())
 
 
-@pytest.mark.parametrize("fp8", [True, False])
-def test_bands_of_rows_put_together_are_the_whole(
-    tmp_path: Path, fp8: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deepseek.formats.scales._CHUNK_ELEMENTS", 1 << 12)
-    write_checkpoint(tmp_path, fp8=fp8)
-    for tensor in CheckpointReader(tmp_path).read_layer(1).values():
-        if tensor.spec.kind == "linear":
-            bands = [band.dequantize() for band in tensor.bands()]
-            assert all(band.numel() <= max(1 << 12, 128 * band.shape[1]) for band in bands)
-            assert torch.equal(torch.cat(bands), tensor.dequantize())
-
-
 def test_reading_a_layer_touches_no_other_layers_shard(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     reader = CheckpointReader(tmp_path)

@@ -375,15 +375,24 @@ def test_a_starved_expert_is_in_the_coverage_and_a_counted_fallback_of_smoothing
     assert {kind for kind, *_ in noted} == {"unseen_expert"}
 
 
-def test_a_source_with_nan_is_refused_by_the_module_that_met_it(
-    small: SmallModel, three: WorkerPool, tmp_path: Path
+@pytest.mark.parametrize("module", ["self_attn.kv_a_layernorm", "mlp.experts.5.up_proj"])
+def test_a_source_with_nan_is_refused_by_name_whichever_worker_reads_it(
+    small: SmallModel,
+    three: WorkerPool,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    module: str,
 ) -> None:
+    name = f"model.layers.1.{module}.weight"
+
     def damage(stored: dict[str, torch.Tensor]) -> None:
-        stored["model.layers.1.self_attn.kv_a_layernorm.weight"][3] = float("nan")
+        stored[name].view(-1)[3] = float("nan")
 
     damaged = changed_model(small, tmp_path / "damaged", damage)
-    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.kv_b_proj: its input is not f"):
+    with pytest.raises(CheckpointError, match=rf"tensor {name} holds NaN at \[.*3\]"):
         quantize(damaged, small_recipe("int8"), tmp_path / "out", three)
+    assert not (tmp_path / "out" / layer_file(1)).exists()
+    assert "Traceback" not in capfd.readouterr().err, "one sentence, not one per worker"
 
 
 def test_a_damaged_weight_that_nothing_computes_with_is_refused_by_name(
@@ -396,7 +405,7 @@ def test_a_damaged_weight_that_nothing_computes_with_is_refused_by_name(
         weight.view(torch.uint8)[3, 3] = 0x7F  # e4m3's NaN
 
     damaged = changed_model(small, tmp_path / "damaged", damage)
-    with pytest.raises(CheckpointError, match=r"shared_experts.down_proj.weight holds NaN"):
+    with pytest.raises(CheckpointError, match=r"shared_experts.down_proj.weight holds NaN at"):
         quantize(damaged, small_recipe("int4"), tmp_path / "out", in_process)
 
 

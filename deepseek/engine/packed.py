@@ -23,11 +23,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deepseek.artifact.documents import document_object
 from deepseek.artifact.engine_manifest import (
     ENGINE_FILE,
     EngineManifest,
     RankLayout,
-    check_files,
+    read_documents,
     read_engine_manifest,
 )
 from deepseek.config import ModelConfig
@@ -61,13 +62,14 @@ class EmbeddedFields(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class PackedEngine:
-    """A verified engine: its manifest, its own fields, the model's config, and the tensors by name,
-    mapped from the file."""
+    """A verified engine: its manifest, its own fields, the model's config, the tensors by name,
+    mapped from the file, and the documents as they were verified."""
 
     manifest: EngineManifest
     fields: EmbeddedFields
     config: ModelConfig
     tensors: dict[str, Tensor]
+    documents: dict[str, bytes]
 
 
 def load_packed(directory: Path | str, *, cpu_layout: str | None = None) -> PackedEngine:
@@ -89,11 +91,12 @@ def load_packed(directory: Path | str, *, cpu_layout: str | None = None) -> Pack
             f"{directory} was built for {fields.cpu_layout} CPUs and this one is {capability}; "
             "build the engine on this machine"
         )
-    check_files(directory, manifest)
+    documents = read_documents(directory, manifest)
+    config = ModelConfig.from_dict(document_object(directory, documents, "config.json"))
     tensors = _load_tensors(
         directory / TENSOR_FILE, fields, planned_bytes=manifest.plan.rank_weight_bytes[0]
     )
-    return PackedEngine(manifest, fields, ModelConfig.from_directory(directory), tensors)
+    return PackedEngine(manifest, fields, config, tensors, documents)
 
 
 def _read_fields(directory: Path, manifest: EngineManifest) -> EmbeddedFields:

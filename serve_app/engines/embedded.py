@@ -90,6 +90,7 @@ class EmbeddedEngine:
             recipe=identity.recipe,
             artifact_digest=identity.artifact_digest,
             engine="embedded",
+            engine_digest=identity.engine_digest,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:

@@ -63,7 +63,8 @@ class EngineInfo:
     """What an engine serves, known once it has started.
 
     `max_model_len` counts prompt and completion together; `kv_tokens_total` is the capacity of the
-    KV cache in tokens. `engine` names the adapter: "embedded", "echo".
+    KV cache in tokens. `engine` names the adapter: "embedded", "echo". `engine_digest` is that of
+    the engine directory which was loaded, None for an adapter without one.
     """
 
     max_model_len: int
@@ -71,6 +72,7 @@ class EngineInfo:
     recipe: str
     artifact_digest: str
     engine: str
+    engine_digest: str | None = None
 
 
 class Engine(Protocol):

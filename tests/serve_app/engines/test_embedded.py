@@ -14,7 +14,7 @@ from openai import OpenAI
 from ray import serve
 from support.serving import metric, wait_for
 
-from deepseek.artifact.engine_manifest import read_engine_manifest
+from deepseek.artifact.engine_manifest import read_documents, read_engine_manifest
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.request import Request, SamplingParams, StepOutput
@@ -36,6 +36,10 @@ def engine_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     directory = tmp_path_factory.mktemp("serve") / "tiny"
     pack_engine(CheckpointReader(tiny_model), directory)
     return directory
+
+
+def documents_of(engine_dir: Path) -> dict[str, bytes]:
+    return read_documents(engine_dir, read_engine_manifest(engine_dir))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def chat(client: OpenAI, **fields: Any) -> Any:
 def test_a_greedy_chat_is_what_the_engine_says(
     client: OpenAI, direct: LLMEngine, engine_dir: Path
 ) -> None:
-    prompt_ids = HfTokenizer(engine_dir).encode_chat(QUESTION)
+    prompt_ids = HfTokenizer(engine_dir, documents_of(engine_dir)).encode_chat(QUESTION)
     outputs = run_direct(direct, prompt_ids, max_tokens=24, temperature=0.0, logprobs=2)
     expected = "".join(output.text for output in outputs)
     assert expected.strip()
@@ -249,11 +253,11 @@ async def test_what_the_engine_refuses_is_the_clients_mistake(settings: ServeCon
 
 
 async def test_the_chat_template_and_the_tokenizer_are_the_models(engine_dir: Path) -> None:
-    tokenizer = HfTokenizer(engine_dir)
+    tokenizer = HfTokenizer(engine_dir, documents_of(engine_dir))
     ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
     assert ids[0] == 0  # begin of sentence, once
     assert ids.count(0) == 1
     assert tokenizer.encode("hi")[0] == 0
     assert tokenizer.vocab_size == 2048
     with pytest.raises(ArtifactError, match=r"no tokenizer\.json"):
-        HfTokenizer(engine_dir / "nowhere")
+        HfTokenizer(engine_dir, {"config.json": b"{}"})

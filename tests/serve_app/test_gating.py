@@ -24,7 +24,7 @@ from quant_jobs.targets.embedded import pack_engine
 from serve_app.app import build_with
 from serve_app.config import EchoOptions, ServeConfig
 from serve_app.engines.echo import EchoEngine
-from serve_app.replica.gating import check_gate
+from serve_app.gating import admit
 
 
 class MarkingEngine(EchoEngine):
@@ -87,18 +87,16 @@ def test_only_a_gated_engine_passes_unless_loudly_overridden(
         if wrong is not None:
             write_verdict(engine_dir, wrong)
         with pytest.raises(ArtifactError, match=says):
-            check_gate(engine_dir, allow_ungated=False)
+            admit(engine_dir)
         caplog.clear()
-        assert check_gate(engine_dir, allow_ungated=True) is False
+        assert admit(engine_dir, allow_ungated=True).gated is False
         assert "UNGATED" in caplog.text
     write_verdict(engine_dir, verdict(engine_dir))
     caplog.clear()
-    assert check_gate(engine_dir, allow_ungated=False) is True
+    admitted = admit(engine_dir)
+    assert admitted.gated is True
+    assert admitted.engine_digest == read_engine_manifest(engine_dir).digest
     assert caplog.text == ""
-
-
-def test_an_engine_without_a_directory_has_nothing_to_gate() -> None:
-    assert check_gate(None, allow_ungated=False) is True
 
 
 @pytest.mark.ray
@@ -140,5 +138,5 @@ def test_no_engine_adapter_knows_of_gates(root: Path) -> None:
     assert adapters
     for source in adapters:
         text = source.read_text(encoding="utf-8")
-        for word in ("check_gate", "verdict", "allow_ungated", "gated"):
+        for word in ("admit(", "verdict", "allow_ungated", "gated"):
             assert word not in text, f"{source.relative_to(root)} knows of {word}"

@@ -42,7 +42,7 @@ def json_bytes(value: Any) -> bytes:
 
 def read_json_object(path: Path, hint: str) -> dict[str, Any]:
     """Read a JSON object from a file that should be one that IntServe wrote; `hint` ends the
-    sentence of the error.
+    sentence where there is no such file.
 
     Raises:
         ArtifactError: it cannot be read, is not JSON, or is not an object.
@@ -50,7 +50,8 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
     try:
         return untrusted.read_json_object(path, root=path.parent)
     except UnusableFileError as error:
-        raise ArtifactError(f"{path} {error}; {hint}") from error
+        change = "restore it or make it again" if os.path.lexists(path) else hint
+        raise ArtifactError(f"{path} {error}; {change}") from error
 
 
 def canonical_json(value: Any) -> bytes:

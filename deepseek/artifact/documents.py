@@ -60,7 +60,9 @@ def read_copied(directory: Path) -> dict[str, bytes]:
             elif not name.endswith(".model"):
                 _check_text(data)
         except UnusableFileError as error:
-            raise CheckpointError(f"{path} {error}") from error
+            raise CheckpointError(
+                f"{path} {error}; it would go into the artifact, so correct or remove it"
+            ) from error
     return found
 
 

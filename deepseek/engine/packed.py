@@ -32,7 +32,9 @@ from deepseek.artifact.engine_manifest import (
     read_engine_manifest,
 )
 from deepseek.config import ModelConfig
-from deepseek.errors import ArtifactError, first_problem
+from deepseek.engine.pages import check_page_tokens
+from deepseek.errors import ArtifactError, DeployError, first_problem
+from deepseek.inventory import linears
 from deepseek.tensor_files import ALIGNMENT, DamagedFileError, read_header, tensor_digest
 
 TARGET = "embedded"
@@ -93,6 +95,7 @@ def load_packed(directory: Path | str, *, cpu_layout: str | None = None) -> Pack
         )
     documents = read_documents(directory, manifest)
     config = ModelConfig.from_dict(document_object(directory, documents, "config.json"))
+    _check_schemes(directory, manifest, config)
     tensors = _load_tensors(
         directory / TENSOR_FILE, fields, planned_bytes=manifest.plan.rank_weight_bytes[0]
     )
@@ -116,11 +119,26 @@ def _read_fields(directory: Path, manifest: EngineManifest) -> EmbeddedFields:
             f"{path} must describe one rank and the tensor file {TENSOR_FILE}; build again"
         )
     try:
-        return EmbeddedFields.model_validate(manifest.target_fields)
+        fields = EmbeddedFields.model_validate(manifest.target_fields)
+        check_page_tokens(fields.page_tokens)
     except ValidationError as error:
         raise ArtifactError(
             f"{path}: target_fields.{first_problem(error)}; build the engine again"
         ) from error
+    except DeployError as error:
+        raise ArtifactError(f"{path}: {error}; build the engine again") from error
+    return fields
+
+
+def _check_schemes(directory: Path, manifest: EngineManifest, config: ModelConfig) -> None:
+    """Check that every linear of the model has a scheme, those of MTP layers excepted."""
+    for layer in range(config.num_hidden_layers):
+        for spec in linears(config, layer):
+            if spec.module not in manifest.schemes:
+                raise ArtifactError(
+                    f"{directory / ENGINE_FILE} has no scheme for {spec.module}, which config.json "
+                    "describes; build the engine again"
+                )
 
 
 def _load_tensors(path: Path, fields: EmbeddedFields, planned_bytes: int) -> dict[str, Tensor]:

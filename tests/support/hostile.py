@@ -13,8 +13,9 @@ from deepseek.artifact.manifest import Manifest
 
 #: An escape sequence, a forged line, markup of rich and HTML, a formula, text that runs backward.
 NAME = (
-    "\x1b[31m\nerror: forged [bold]</code></script><script>alert(1)</script>"
-    '<img src=x onerror=alert(2)>"\' onload="alert(3)" $\\frac{$ \u202ex --> font: 1px \''
+    "\x1b[31m\nerror: forged [bold]</code></script><script>console.log(1)</script>"
+    '<img src=x onerror=console.log(2)>"\' onload="console.log(3)" '
+    "$\\frac{$ \u202ex --> font: 1px '"
 )
 
 

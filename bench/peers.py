@@ -57,9 +57,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import safe_open
 from torch import Tensor
 
+from deepseek.artifact.documents import COPIED_FILES
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import pop_linear
-from deepseek.artifact.writer import COPIED_FILES
 from deepseek.cli import make_app, run
 from deepseek.formats import decompress
 from deepseek.inventory import linears

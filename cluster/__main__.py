@@ -7,12 +7,11 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from cluster.hardware import parse_hardware
 from cluster.plan import better_recipes, make_plan
 from cluster.show import as_json, print_plan
-from deepseek.cli import make_app, run
+from deepseek.cli import make_app, make_console, run
 from deepseek.models import MODELS
 from deepseek.recipe import builtin_recipes, load_recipe
 from deepseek.source.origin import load_model_config
@@ -75,7 +74,7 @@ def plan(
     if as_machine:
         sys.stdout.write(json.dumps(as_json(answer, model, alternatives), indent=2) + "\n")
     else:
-        print_plan(answer, model, alternatives, Console())
+        print_plan(answer, model, alternatives, make_console())
     raise typer.Exit(0 if answer.good else 1)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.plan import GPU_TARGETS, Plan
+from deepseek.cli import print_line
 
 _NAMES = {
     "embeddings": "embeddings, head",
@@ -78,10 +79,10 @@ def as_json(plan: Plan, model: str, alternatives: Sequence[Plan]) -> dict[str, A
 def print_plan(plan: Plan, model: str, alternatives: Sequence[Plan], console: Console) -> None:
     """The byte table, then one sentence per fact."""
     title = f"{model}, recipe {plan.recipe}, on {plan.machines.label}, target {plan.target}"
-    console.print(title, soft_wrap=True, highlight=False, markup=False, style="bold")
+    print_line(console, title, style="bold")
     console.print(_table(plan))
     for sentence in sentences(plan, alternatives):
-        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
+        print_line(console, sentence)
 
 
 def sentences(plan: Plan, alternatives: Sequence[Plan]) -> list[str]:

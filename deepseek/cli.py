@@ -1,4 +1,4 @@
-"""What all commands share: errors as one sentence, exit codes, progress with an ETA.
+"""What all commands share: errors as one sentence, exit codes, output, progress with an ETA.
 
 Exit codes: 0 success; 1 the answer is no (a plan does not fit, a gate fails); 2 the user's mistake,
 with one sentence that names it and says what to change.
@@ -7,6 +7,7 @@ with one sentence that names it and says what to change.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import NoReturn
 
 import typer
@@ -21,6 +22,7 @@ from rich.progress import (
 )
 
 from deepseek.errors import IntServeError
+from deepseek.text import printable
 
 
 def run(app: typer.Typer) -> NoReturn:
@@ -44,14 +46,31 @@ def make_app(help_text: str) -> typer.Typer:
     )
 
 
+def make_console(*, stderr: bool = False) -> Console:
+    """A console for tables and lines that may hold names of others: nothing in a text is markup or
+    the code of an emoji, and no word is colored by what it looks like."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print one line, never wrapped; what a terminal would obey in it is escaped."""
+    console.print(printable(text), soft_wrap=True, style=style)
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    """Print lines on stdout; what a terminal would obey in them is escaped."""
+    for line in lines:
+        typer.echo(printable(line))
+
+
 def make_progress() -> Progress:
     """A progress line on stderr with elapsed time and ETA; stdout stays machine-readable."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=make_console(stderr=True),
     )

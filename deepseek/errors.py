@@ -16,12 +16,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deepseek.text import printable
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
 class IntServeError(Exception):
-    """Base of all errors that name the thing at fault and what to change, in one sentence."""
+    """Base of all errors that name the thing at fault and what to change, in one sentence.
+
+    Whoever shows it, a command, Ray or a log, shows `str(error)`: printable characters in one line
+    of bounded length, whatever the names in it are.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(IntServeError):

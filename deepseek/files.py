@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from deepseek import untrusted
 from deepseek.errors import ArtifactError
+from deepseek.untrusted import UnusableFileError
 
 #: Bytes per read.
 CHUNK_BYTES = 1 << 22
@@ -30,25 +32,26 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON for people to read: sorted keys, two spaces, a final newline; atomically."""
-    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    write_atomic(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def read_json_object(path: Path, hint: str) -> dict[str, Any]:
-    """Read a JSON object from a file that IntServe wrote; `hint` ends the sentence of the error
-    where the file cannot be read.
+    """Read a JSON object from a file that should be one that IntServe wrote; `hint` ends the
+    sentence where there is no such file.
 
     Raises:
         ArtifactError: it cannot be read, is not JSON, or is not an object.
     """
     try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror}); {hint}") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ArtifactError(f"{path} must hold a JSON object, not {type(raw).__name__}")
-    return raw
+        return untrusted.read_json_object(path, root=path.parent)
+    except UnusableFileError as error:
+        change = "restore it or make it again" if os.path.lexists(path) else hint
+        raise ArtifactError(f"{path} {error}; {change}") from error
 
 
 def canonical_json(value: Any) -> bytes:

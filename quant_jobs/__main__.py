@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deepseek.cli import make_app, run
+from deepseek.cli import make_app, run, show_lines
 from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS, STORAGE
 
 app = make_app(
@@ -163,7 +163,7 @@ def submit(
         text = f"{submitted.submission_id}: {status}"
     else:
         text = submitted.describe()
-    _show(asdict(submitted), as_json, text)
+    _show(asdict(submitted), as_json, *text.split("\n"))
     if wait and submitted.status != "SUCCEEDED":
         raise typer.Exit(1)
 
@@ -241,11 +241,23 @@ def evaluate(
         num_threads=threads,
     )
     result = run_evaluate(engine, reference, data, output, settings)
-    _show(result.model_dump(mode="json"), as_json, "\n".join(result.describe()))
+    _show(result.model_dump(mode="json"), as_json, *result.describe())
 
 
 @app.command()
-def gate(engine: EngineOption, evaluation: EvaluationOption, as_json: JsonFlag = False) -> None:
+def gate(
+    engine: EngineOption,
+    evaluation: EvaluationOption,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Ed25519 private key in PEM, readable by its owner alone: signs the verdict, so "
+            "that a server can require it (`serve_app --require-signature`).",
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Judge an evaluation by the recipe's limits and write the verdict beside the engine.
 
     Exit code 0: passed, may be served. 1: failed, with one line per reason.
@@ -253,12 +265,13 @@ def gate(engine: EngineOption, evaluation: EvaluationOption, as_json: JsonFlag =
     \b
     Examples:
       python -m quant_jobs gate --engine runs/int8-engine --evaluation runs/int8-evaluation
+      python -m quant_jobs gate --engine E --evaluation OUT --sign-key gate.key
       python -m quant_jobs gate --engine E --evaluation OUT --json | jq .verdict
     """
     from quant_jobs.gate import run_gate
 
-    outcome = run_gate(engine, evaluation)
-    _show(outcome.summary(), as_json, "\n".join(outcome.describe()))
+    outcome = run_gate(engine, evaluation, sign_key=sign_key)
+    _show(outcome.summary(), as_json, *outcome.describe())
     if not outcome.verdict.passed:
         raise typer.Exit(1)
 
@@ -383,9 +396,12 @@ def synthesize_command(
     )
 
 
-def _show(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """Print the result on stdout: one JSON object, or `text` for a person."""
-    typer.echo(json.dumps(result, indent=2, sort_keys=True) if as_json else text)
+def _show(result: dict[str, Any], as_json: bool, *lines: str) -> None:
+    """Print the result on stdout: one JSON object, or lines for a person."""
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, sort_keys=True))
+    else:
+        show_lines(lines)
 
 
 if __name__ == "__main__":

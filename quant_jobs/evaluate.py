@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from deepseek.artifact.built_engine import read_engine
+from deepseek.artifact.documents import check_output
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError
@@ -46,10 +47,13 @@ def run_evaluate(
     """Measure an engine; write OUTPUT/evaluation.json and OUTPUT/tokens.safetensors.
 
     Raises:
-        ArtifactError: the engine is incomplete, or was not made from this reference.
+        ArtifactError: the engine is incomplete, or was not made from this reference; or OUTPUT lies
+            in one of the two.
         CheckpointError, ConfigError: the reference cannot be read.
         CalibrationError: the text is absent, empty or too short.
     """
+    for directory in (engine_dir, reference_dir):
+        check_output(output, directory)
     built = read_engine(engine_dir)
     reference = CheckpointReader(reference_dir)
     if built.source_fingerprint != reference.fingerprint:

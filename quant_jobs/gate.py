@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.artifact.built_engine import read_engine
+from deepseek.artifact.signature import read_private_key
 from deepseek.artifact.verdict import GateVerdict, write_verdict
 from deepseek.errors import ArtifactError
 from quant_jobs.evaluation.limits import MIN_TOKENS, judge, measure
@@ -53,13 +54,15 @@ class Outcome:
         return [f"FAIL {self.evaluation.recipe}", *(f"  {text}" for text in self.verdict.reasons)]
 
 
-def run_gate(engine_dir: Path, evaluation_dir: Path) -> Outcome:
-    """Judge an evaluation and write ENGINE/gate.json atomically.
+def run_gate(engine_dir: Path, evaluation_dir: Path, *, sign_key: Path | None = None) -> Outcome:
+    """Judge an evaluation and write ENGINE/gate.json atomically. With `sign_key`, the PEM file of
+    an Ed25519 private key, the verdict is signed, pass or fail: ENGINE/gate.json.sig.
 
     Raises:
         ArtifactError: the evaluation is of another engine or artifact, judged fewer than
-            MIN_TOKENS tokens, or the engine is of an unquantized source.
+            MIN_TOKENS tokens, or the engine is of an unquantized source; or the key cannot be used.
     """
+    key = None if sign_key is None else read_private_key(sign_key)
     engine = read_engine(engine_dir)
     evaluation = read_evaluation(evaluation_dir)
     if evaluation.engine_digest != engine.digest:
@@ -94,5 +97,5 @@ def run_gate(engine_dir: Path, evaluation_dir: Path) -> Outcome:
         limits=limits,
         reasons=reasons,
     )
-    write_verdict(engine_dir, verdict)
+    write_verdict(engine_dir, verdict, key)
     return Outcome(verdict, evaluation)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepseek.artifact.built_engine import BuiltEngine, read_engine
+from deepseek.artifact.documents import check_output
+from deepseek.artifact.engine_manifest import VERDICT_FILE
 from deepseek.artifact.manifest import read_manifest
-from deepseek.artifact.verdict import VERDICT_FILE, GateVerdict, read_verdict
+from deepseek.artifact.verdict import GateVerdict, read_verdict
 from deepseek.errors import ArtifactError
 from deepseek.files import write_atomic
 from quant_jobs.evaluation.record import Evaluation, read_evaluation
@@ -26,9 +28,12 @@ def run_report(
     """Write the page to OUTPUT and the report's data beside it, with the suffix `.json`.
 
     Raises:
-        ArtifactError: a document is missing or belongs to another engine, or OUTPUT itself has the
-            suffix `.json`.
+        ArtifactError: a document is missing or belongs to another engine; OUTPUT itself has the
+            suffix `.json`, or lies in the engine or checkpoint.
     """
+    for directory in (engine_dir, checkpoint):
+        if directory is not None:
+            check_output(output, directory)
     engine = read_engine(engine_dir)
     evaluation = read_evaluation(evaluation_dir)
     if evaluation.engine_digest != engine.digest:
@@ -39,7 +44,7 @@ def run_report(
         raise ArtifactError(f"--output {output} is where the JSON would go; name an .html file")
     if checkpoint is not None:
         _check_checkpoint(checkpoint, engine)
-    tokens = read_tokens(evaluation_dir)
+    tokens = read_tokens(evaluation_dir, evaluation)
     report = assemble(engine, evaluation, tokens, _verdict_of(engine, evaluation))
     html = render(report, draw_figures(report, engine.manifest, tokens))
     output.parent.mkdir(parents=True, exist_ok=True)

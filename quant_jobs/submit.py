@@ -361,7 +361,7 @@ def _identify_model(model: Path) -> dict[str, Any]:
 
     A checkpoint that is absent or incomplete on this machine may be complete on the nodes.
     """
-    from deepseek.artifact.writer import COPIED_FILES
+    from deepseek.artifact.documents import COPIED_FILES
     from deepseek.source.checkpoint import CheckpointReader
 
     try:

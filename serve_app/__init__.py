@@ -2,7 +2,8 @@
 
     openai/      the HTTP API: routes, request bodies, streams, answers, tokenizer, the ingress
     routing/     admission checks; the client of the engine replicas
-    replica/     the engine deployment: the gate, one engine, its messages and its heartbeats
+    gating.py    the door: which engine directory may be served
+    replica/     the engine deployment: one engine, its messages and its heartbeats
     engines/     the engine protocol and its adapters
     telemetry/   spans and metrics: they wrap the steps of a request and decide nothing
 

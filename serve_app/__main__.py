@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from deepseek.cli import make_app, run
+from deepseek.text import printable
 from serve_app.config import load_config
 
 app = make_app(
@@ -27,6 +28,8 @@ app = make_app(
     Examples:
 
       python -m serve_app --engine runs/demo/int4/engine
+
+      python -m serve_app --engine runs/demo/int4/engine --require-signature gate.pub
 
       python -m serve_app --echo --port 8080
 
@@ -57,6 +60,13 @@ def main(
         bool,
         typer.Option("--allow-ungated", help="Serve although no accuracy gate passed. Loud."),
     ] = False,
+    require_signature: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PUBLIC_KEY",
+            help="Serve only a verdict that `quant_jobs gate --sign-key` signed; Ed25519, PEM.",
+        ),
+    ] = None,
 ) -> None:
     """Serve one engine; flags override the file."""
     flags: dict[str, Any] = {
@@ -66,15 +76,21 @@ def main(
         "model_name": model_name,
         "echo": {} if echo else None,
         "allow_ungated": allow_ungated or None,
+        "require_signature": require_signature,
     }
     settings = load_config(config, {k: v for k, v in flags.items() if v is not None})
 
     # Ray is slow to import: a mistake in the settings is reported before.
+    from serve_app.gating import admit
     from serve_app.local import check_port, serving
-    from serve_app.replica.gating import check_gate
 
     check_port(settings.host, settings.port)
-    check_gate(settings.engine, allow_ungated=settings.allow_ungated)
+    if settings.engine is not None:
+        admit(
+            settings.engine,
+            allow_ungated=settings.allow_ungated,
+            require_signature=settings.require_signature,
+        )
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)
     stdout = sys.stdout
@@ -83,7 +99,8 @@ def main(
         with redirect_stdout(sys.stderr), serving(settings) as url:
             # Ray replaces the handler of SIGTERM while it starts.
             signal.signal(signal.SIGTERM, _stop)
-            print(f"serving {settings.served_name} at {url}", file=stdout, flush=True)
+            name = printable(settings.served_name)
+            print(f"serving {name} at {url}", file=stdout, flush=True)
             try:
                 while True:
                     signal.pause()

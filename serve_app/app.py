@@ -71,6 +71,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         config.engine,
         served_name=config.served_name,
         allow_ungated=config.allow_ungated,
+        require_signature=config.require_signature,
     )
     app: Application = ingress.bind(config, replicas)
     return app

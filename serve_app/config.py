@@ -12,7 +12,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from deepseek import untrusted
 from deepseek.errors import ConfigError
+from deepseek.untrusted import UnusableFileError
 
 
 class _Strict(BaseModel):
@@ -72,12 +74,21 @@ class ServeConfig(_Strict):
     num_threads: int | None = Field(default=None, ge=1)
 
     allow_ungated: bool = False
+    #: PEM file of the Ed25519 public key that the verdict must be signed with. Every replica reads
+    #: it, so that it lies at this path on each node.
+    require_signature: Path | None = None
     api_keys: tuple[SecretStr, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> ServeConfig:
         if (self.engine is None) == (self.echo is None):
             raise ValueError("give either an engine directory or echo, not both and not neither")
+        if self.require_signature is not None and self.allow_ungated:
+            raise ValueError(
+                "allow_ungated and require_signature contradict each other; remove one of them"
+            )
+        if self.require_signature is not None and self.engine is None:
+            raise ValueError("echo has no verdict that could be signed; remove require_signature")
         if any(not key.get_secret_value() for key in self.api_keys):
             raise ValueError("api_keys holds an empty key; remove it")
         return self
@@ -99,9 +110,9 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
     raw: Any = {}
     if path is not None:
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+            raw = yaml.safe_load(untrusted.read_bytes(path).decode("utf-8"))
+        except UnusableFileError as error:
+            raise ConfigError(f"{path} {error}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid YAML: {error}".replace("\n", " ")) from error
         if not isinstance(raw, dict):

@@ -18,7 +18,7 @@ MODULES = (
     "quant_jobs.evaluation.limits",
     "quant_jobs.evaluation.record",
     "quant_jobs.gate",
-    "serve_app.replica.gating",
+    "serve_app.gating",
 )
 
 

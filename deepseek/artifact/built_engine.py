@@ -11,8 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deepseek.artifact.engine_manifest import UNQUANTIZED, read_engine_manifest
-from deepseek.artifact.manifest import MANIFEST_FILE, Manifest, read_manifest
+from deepseek.artifact.documents import document_object
+from deepseek.artifact.engine_manifest import (
+    UNQUANTIZED,
+    read_documents,
+    read_engine_manifest,
+)
+from deepseek.artifact.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    check_figures,
+    parse_manifest,
+)
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError
 from deepseek.recipe import Scheme
@@ -24,6 +34,7 @@ class BuiltEngine:
 
     `config` is the source's, FP8 blocks included. `manifest` is the quantized checkpoint's, None
     for an engine of an unquantized source. `num_bytes` counts the engine's tensor files.
+    `documents` are the engine's files beside the tensors, as verified against engine.json.
     """
 
     directory: Path
@@ -36,26 +47,31 @@ class BuiltEngine:
     config: ModelConfig
     schemes: Mapping[str, Scheme]
     manifest: Manifest | None
+    documents: Mapping[str, bytes]
 
 
 def read_engine(directory: Path) -> BuiltEngine:
     """Read the documents of an engine directory.
 
     Raises:
-        ArtifactError: engine.json or intserve.json is absent, edited or of another engine.
-        ConfigError: config.json cannot be read.
+        ArtifactError: engine.json or a document is absent, edited or of another engine, or the
+            directory holds what is not the engine's.
+        ConfigError: config.json holds what is not implemented.
     """
     engine = read_engine_manifest(directory)
-    config = ModelConfig.from_directory(directory)
+    documents = read_documents(directory, engine)
+    config = ModelConfig.from_dict(document_object(directory, documents, "config.json"))
     manifest = None
     if engine.recipe != UNQUANTIZED:
-        manifest = read_manifest(directory)
+        raw = document_object(directory, documents, MANIFEST_FILE)
+        manifest = parse_manifest(raw, directory / MANIFEST_FILE)
         if manifest.digest != engine.artifact_digest:
             raise ArtifactError(
                 f"{directory / MANIFEST_FILE} is of artifact {manifest.digest[:16]}, but the "
                 f"engine was built from {engine.artifact_digest[:16]}; build again"
             )
         config = replace(config, weight_block_size=manifest.source.weight_block_size)
+        check_figures(manifest, config, directory / MANIFEST_FILE)
     return BuiltEngine(
         directory=directory,
         digest=engine.digest,
@@ -67,4 +83,5 @@ def read_engine(directory: Path) -> BuiltEngine:
         config=config,
         schemes=engine.schemes,
         manifest=manifest,
+        documents=documents,
     )

@@ -4,7 +4,8 @@
     recipe, artifact_digest,                  what the engine was built from
       source_fingerprint, schemes, kv_cache
     versions, plan                            the tools, and the bytes of each rank
-    files, tensor_files                       everything else in the directory, by SHA-256
+    files, tensor_files                       everything else in the directory, by SHA-256, apart
+                                              from the verdict (gate.json) and its signature
     target_fields                             values for the target's own loader only
     digest                                    SHA-256 of all of the above: the engine's digest
 
@@ -26,12 +27,22 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from deepseek.artifact.documents import (
+    COPIED_FILES,
+    check_nothing_else,
+    check_tensor_file,
+    read_listed,
+)
+from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.errors import ArtifactError, first_problem
-from deepseek.files import canonical_json, read_json_object, sha256_file, write_json
+from deepseek.files import canonical_json, read_json_object, write_json
 from deepseek.recipe import KVFormat, Scheme
 
 ENGINE_FILE = "engine.json"
+#: The gate's verdict on the engine, and its signature: written into the directory after `build`.
+VERDICT_FILE, SIGNATURE_FILE = "gate.json", "gate.json.sig"
 FORMAT_VERSION = 2
+_DOCUMENTS = ("config.json", MANIFEST_FILE, *COPIED_FILES)
 #: The recipe's name in an engine that was built from a source checkpoint as it is.
 UNQUANTIZED = "unquantized"
 
@@ -143,18 +154,25 @@ def read_engine_manifest(directory: Path | str) -> EngineManifest:
     return manifest
 
 
-def check_files(directory: Path, manifest: EngineManifest) -> None:
-    """Check the copied documents (config.json, tokenizer, intserve.json) against the manifest.
+def read_documents(directory: Path, manifest: EngineManifest) -> dict[str, bytes]:
+    """The copied documents (config.json, tokenizer, intserve.json) by name, each read once and
+    verified. Checks too that the tensor files have their sizes and that nothing else lies there
+    that a loader would read; the tensors are verified by the target's loader.
 
     Raises:
-        ArtifactError: one is absent or differs; the sentence names it.
+        ArtifactError: a file is absent, differs, or is not the engine's; the sentence names it.
     """
-    for name, sha256 in manifest.files.items():
-        path = directory / name
-        if Path(name).name != name or not path.is_file() or sha256_file(path) != sha256:
+    documents = read_listed(directory, manifest.files, _DOCUMENTS, manifest=ENGINE_FILE)
+    for name, file in manifest.tensor_files.items():
+        if Path(name).name != name or not name.isprintable() or not name.endswith(".safetensors"):
             raise ArtifactError(
-                f"{path} is absent or differs from what {ENGINE_FILE} records; build again"
+                f"{directory / ENGINE_FILE} lists the tensor file {name}, which is no plain name "
+                "of a safetensors file; build the engine again"
             )
+        check_tensor_file(directory / name, file.num_bytes, directory)
+    known = {ENGINE_FILE, VERDICT_FILE, SIGNATURE_FILE, *documents, *manifest.tensor_files}
+    check_nothing_else(directory, known, what="engine")
+    return documents
 
 
 def _dump(manifest: EngineManifest) -> dict[str, Any]:

@@ -11,23 +11,32 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import canonical_json, read_json_object, write_json
+from deepseek.inventory import linears
 from deepseek.recipe import KVFormat, Recipe
 
 MANIFEST_FILE = "intserve.json"
+#: What a job leaves beside the manifest; it belongs to no digest.
+JOB_REPORTS = ("job_report.json", "job_report.html")
 FORMAT_VERSION = 1
+
+#: A number of bytes, tokens or times; larger ones cannot be computed with exactly.
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+#: A relative error or a magnitude.
+Magnitude = Annotated[float, Field(ge=0.0)]
 
 #: A decoder layer by number, or the tensors outside the layers.
 LayerKey = int | Literal["globals"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SourceRecord(_Record):
@@ -71,12 +80,12 @@ class LayerRecord(_Record):
 
     layer: LayerKey
     file: str
-    num_bytes: int
+    num_bytes: Count
     sha256: str
     header_sha256: str
     source_sha256: str
     tensors: dict[str, str]
-    errors: dict[str, float] = {}
+    errors: dict[str, Magnitude] = {}
 
 
 class Fallback(_Record):
@@ -86,7 +95,7 @@ class Fallback(_Record):
     kind: str
     layer: int | None
     module: str
-    count: int = Field(ge=1)
+    count: Annotated[Count, Field(ge=1)]
     detail: str = ""
 
 
@@ -105,11 +114,11 @@ class Manifest(_Record):
     source: SourceRecord
     calibration: CalibrationRecord | None
     layers: tuple[LayerRecord, ...]
-    coverage: dict[int, tuple[int, ...]]
+    coverage: dict[int, tuple[Count, ...]]
     fallbacks: tuple[Fallback, ...]
     tools: dict[str, str]
     files: dict[str, str]
-    kv_latent_amax: dict[int, float] = {}
+    kv_latent_amax: dict[int, Magnitude] = {}
 
     @property
     def kv_cache(self) -> KVFormat:
@@ -132,6 +141,35 @@ class Manifest(_Record):
         return next(record for record in self.layers if record.layer == layer)
 
 
+def check_figures(manifest: Manifest, config: ModelConfig, path: Path) -> None:
+    """Check that the figures of the job are of this model's linears, layers and experts.
+
+    Raises:
+        ArtifactError: one is of something that the model does not have; the sentence names it.
+    """
+
+    def refuse(what: str) -> NoReturn:
+        raise ArtifactError(
+            f"{path} has figures of {what}, which the model that config.json describes does not "
+            "have; restore it or quantize again"
+        )
+
+    layers = range(config.num_hidden_layers)
+    modules = {spec.module for layer in layers for spec in linears(config, layer)}
+    for record in manifest.layers:
+        for module in record.errors:
+            if module not in modules:
+                refuse(f"the linear {module}")
+    for layer, counts in manifest.coverage.items():
+        if layer not in layers or not config.is_moe(layer):
+            refuse(f"experts in layer {layer}")
+        if len(counts) != config.n_routed_experts:
+            refuse(f"{len(counts)} experts in layer {layer}")
+    for layer in manifest.kv_latent_amax:
+        if layer not in layers:
+            refuse(f"a layer {layer}")
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write intserve.json, its own digest beside the content, atomically."""
     content = manifest.model_dump(mode="json") | {"digest": manifest.digest}
@@ -149,17 +187,25 @@ def read_manifest(directory: Path) -> Manifest:
         path,
         "the directory is not a finished quantized checkpoint: run quantize again, which resumes",
     )
+    return parse_manifest(raw, path)
+
+
+def parse_manifest(raw: dict[str, Any], path: Path) -> Manifest:
+    """The manifest that the JSON object of `path` holds; see `read_manifest` for the errors."""
     version = raw.get("format_version")
     if version != FORMAT_VERSION:
         raise ArtifactError(
             f"{path}: format_version {version!r} is not supported, only {FORMAT_VERSION}; "
             "quantize again with this version"
         )
-    recorded = raw.pop("digest", None)
+    recorded = raw.get("digest")
+    content = {key: value for key, value in raw.items() if key != "digest"}
     try:
-        manifest = Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
-        raise ArtifactError(f"{path}: {first_problem(error)}") from error
+        raise ArtifactError(
+            f"{path}: {first_problem(error)}; restore it or quantize again"
+        ) from error
     if manifest.digest != recorded:
         raise ArtifactError(
             f"{path} was changed after it was written (its digest is {manifest.digest}, it "

@@ -5,7 +5,6 @@ Every tensor is verified against the manifest, and `finish` checks that every fi
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepseek.artifact.compressed_tensors import quantization_config
-from deepseek.artifact.manifest import MANIFEST_FILE, LayerKey, read_manifest
+from deepseek.artifact.documents import (
+    COPIED_FILES,
+    check_nothing_else,
+    check_tensor_file,
+    document_object,
+    read_listed,
+)
+from deepseek.artifact.manifest import (
+    JOB_REPORTS,
+    MANIFEST_FILE,
+    LayerKey,
+    check_figures,
+    read_manifest,
+)
 from deepseek.artifact.tensors import expected_tensors, layer_file, layer_keys, mismatch
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError
-from deepseek.files import sha256_file
+from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import DamagedFileError, read_header, tensor_digest
 
 _OUR_SHARDS = re.compile(r"model-(layer-\d{5}|globals)[.]safetensors")
@@ -38,14 +50,15 @@ class ArtifactReader:
         #: The artifact's digest: that of the manifest, which covers every byte of the tensors.
         self.digest = self.manifest.digest
         self.recipe = self.manifest.recipe
-        self._check_files()
+        #: config.json, index and tokenizer files by name, as verified against the manifest.
+        self.documents = self._read_documents()
+        raw = document_object(self.directory, self.documents, "config.json")
         # The schemes follow from the *source's* config, which had FP8 blocks where this has none.
         self.config = replace(
-            ModelConfig.from_directory(self.directory),
-            weight_block_size=self.manifest.source.weight_block_size,
+            ModelConfig.from_dict(raw), weight_block_size=self.manifest.source.weight_block_size
         )
         self.schemes = self.recipe.resolve(self.config)
-        self._check_config()
+        self._check_config(raw)
         self._unread: set[LayerKey] = set(layer_keys(self.config))
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
@@ -96,35 +109,27 @@ class ArtifactReader:
         self._unread.discard(layer)
         return tensors
 
-    def _check_files(self) -> None:
-        listed = {record.file: record.num_bytes for record in self.manifest.layers}
-        for name, num_bytes in listed.items():
-            path = self.directory / name
-            if Path(name).name != name or not _OUR_SHARDS.fullmatch(name) or not path.is_file():
-                raise ArtifactError(f"{path} is absent; restore it or quantize again")
-            if path.stat().st_size != num_bytes:
+    def _read_documents(self) -> dict[str, bytes]:
+        """The documents, and a look at everything else in the directory."""
+        shards = {record.file: record.num_bytes for record in self.manifest.layers}
+        for name, num_bytes in shards.items():
+            if not _OUR_SHARDS.fullmatch(name):
                 raise ArtifactError(
-                    f"{path} has {path.stat().st_size} bytes instead of {num_bytes}; restore it "
-                    "or quantize again"
+                    f"{self.directory / MANIFEST_FILE} lists the file {name}, which is none that "
+                    "IntServe writes; quantize again"
                 )
-        for path in sorted(self.directory.glob("*.safetensors")):
-            if path.name not in listed:
-                raise ArtifactError(
-                    f"{path} is not part of this artifact, yet loaders would take it for a shard; "
-                    "remove it"
-                )
-        for name, sha256 in self.manifest.files.items():
-            path = self.directory / name
-            if Path(name).name != name or not path.is_file():
-                raise ArtifactError(f"{path} is absent; restore it or quantize again")
-            if sha256_file(path) != sha256:
-                raise ArtifactError(
-                    f"{path} differs from what {MANIFEST_FILE} records; restore it or quantize "
-                    "again"
-                )
+            check_tensor_file(self.directory / name, num_bytes, self.directory)
+        allowed = ("config.json", INDEX_FILE, *COPIED_FILES)
+        documents = read_listed(
+            self.directory, self.manifest.files, allowed, manifest=MANIFEST_FILE
+        )
+        known = {MANIFEST_FILE, *JOB_REPORTS, *documents, *shards}
+        check_nothing_else(self.directory, known, what="artifact")
+        return documents
 
-    def _check_config(self) -> None:
-        """Check the contents of the manifest against the model that config.json describes."""
+    def _check_config(self, raw: dict[str, Any]) -> None:
+        """Check the manifest against the model that config.json, of content `raw`, describes."""
+        check_figures(self.manifest, self.config, self.directory / MANIFEST_FILE)
         records = {record.layer: record for record in self.manifest.layers}
         keys = layer_keys(self.config)
         if [record.layer for record in self.manifest.layers] != keys:
@@ -140,7 +145,6 @@ class ArtifactReader:
                     f"{self.directory}: {MANIFEST_FILE} {state} tensor {different[0]} for the "
                     "model that config.json describes"
                 )
-        raw: Any = json.loads((self.directory / "config.json").read_bytes())
         if raw.get("quantization_config") != quantization_config(self.config, self.schemes):
             raise ArtifactError(
                 f"{self.directory}: quantization_config in config.json does not describe the "

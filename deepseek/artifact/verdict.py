@@ -2,21 +2,32 @@
 
 `gate` writes gate.json into the engine directory that was evaluated; `serve_app` requires it. A
 verdict names the digests of the artifact and of the engine, so it is refused beside another engine.
-This file imports no torch.
+Whoever can write into the directory can write a verdict too: gate.json alone says what was
+measured, not by whom. A signature (`signature.py`) says that, where a server requires one. This
+file imports no torch.
 """
 
 from __future__ import annotations
 
-import json
+import hmac
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError
 
+from deepseek import untrusted
+from deepseek.artifact.engine_manifest import SIGNATURE_FILE, VERDICT_FILE
+from deepseek.artifact.signature import SIGNATURE_BYTES, is_signed, read_public_key
 from deepseek.errors import ArtifactError, first_problem
-from deepseek.files import write_json
+from deepseek.files import json_bytes, write_atomic
 from deepseek.recipe import GateLimits
+from deepseek.untrusted import UnusableFileError
 
-VERDICT_FILE = "gate.json"
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+FORMAT_VERSION = 2
 
 
 class GateVerdict(BaseModel):
@@ -27,9 +38,10 @@ class GateVerdict(BaseModel):
     `reasons` holds one sentence for each broken limit.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    passed: bool
+    format_version: Literal[2] = 2
+    passed: StrictBool
     artifact_digest: str
     engine_digest: str
     measured: dict[str, float]
@@ -37,45 +49,73 @@ class GateVerdict(BaseModel):
     reasons: tuple[str, ...]
 
 
-def write_verdict(engine_dir: Path | str, verdict: GateVerdict) -> None:
-    """Write gate.json into the engine directory, atomically."""
-    write_json(Path(engine_dir) / VERDICT_FILE, verdict.model_dump(mode="json"))
+def write_verdict(
+    engine_dir: Path | str, verdict: GateVerdict, sign_key: Ed25519PrivateKey | None = None
+) -> None:
+    """Write gate.json into the engine directory, and gate.json.sig where there is a key, each
+    atomically. A signature of an earlier verdict is deleted first."""
+    directory = Path(engine_dir)
+    data = json_bytes(verdict.model_dump(mode="json"))
+    (directory / SIGNATURE_FILE).unlink(missing_ok=True)
+    write_atomic(directory / VERDICT_FILE, data)
+    if sign_key is not None:
+        write_atomic(directory / SIGNATURE_FILE, sign_key.sign(data))
 
 
-def read_verdict(engine_dir: Path | str) -> GateVerdict:
-    """Read the verdict of an engine directory.
+def read_verdict(engine_dir: Path | str, *, signed_by: Path | None = None) -> GateVerdict:
+    """Read the verdict of an engine directory. With `signed_by`, the PEM file of a public key, its
+    signature is verified before anything in it is believed.
 
     Raises:
-        ArtifactError: there is none, or it cannot be understood.
+        ArtifactError: there is none, it cannot be understood, or is not signed with this key.
     """
-    path = Path(engine_dir) / VERDICT_FILE
-    try:
-        return GateVerdict.model_validate(json.loads(path.read_bytes()))
-    except FileNotFoundError as error:
+    directory = Path(engine_dir)
+    path = directory / VERDICT_FILE
+    if not os.path.lexists(path):
         raise ArtifactError(
             f"{engine_dir} has no {VERDICT_FILE}: it was never gated; run `python -m quant_jobs "
             "evaluate` and `gate` first"
-        ) from error
+        )
+    try:
+        data = untrusted.read_bytes(path, root=directory)
+        if signed_by is not None:
+            _require_signature(directory, data, signed_by)
+        raw = untrusted.parse_json_object(data)
+    except UnusableFileError as error:
+        raise ArtifactError(f"{path} {error}; run the gate again") from error
+    # Form 1 has the same fields and no number.
+    version = raw.pop("format_version", 1)
+    if version not in (1, FORMAT_VERSION):
+        raise ArtifactError(
+            f"{path}: format_version {version!r} is not supported, only {FORMAT_VERSION}; run the "
+            "gate again with this version"
+        )
+    try:
+        return GateVerdict.model_validate(raw)
     except ValidationError as error:
         raise ArtifactError(f"{path}: {first_problem(error)}; run the gate again") from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); run the gate again") from error
 
 
 def require_passed(
-    engine_dir: Path | str, *, engine_digest: str, artifact_digest: str
+    engine_dir: Path | str,
+    *,
+    engine_digest: str,
+    artifact_digest: str,
+    signed_by: Path | None = None,
 ) -> GateVerdict:
-    """Read the verdict and check that it passed and is about exactly this engine and artifact.
+    """Read the verdict and check that it passed and is about exactly this engine and artifact, and
+    signed with the key of `signed_by` where that is given.
 
     Raises:
-        ArtifactError: no verdict, a failed one, or one about another engine or artifact.
+        ArtifactError: no verdict, a failed one, one about another engine or artifact, or not the
+            signature.
     """
-    verdict = read_verdict(engine_dir)
+    verdict = read_verdict(engine_dir, signed_by=signed_by)
     for subject, judged, present in (
         ("engine", verdict.engine_digest, engine_digest),
         ("artifact", verdict.artifact_digest, artifact_digest),
     ):
-        if judged != present:
+        if not hmac.compare_digest(judged.encode(), present.encode()):
             raise ArtifactError(
                 f"{engine_dir}: {VERDICT_FILE} judges the {subject} {judged[:16]}, but this one is "
                 f"{present[:16]}; run evaluate and gate again"
@@ -84,3 +124,23 @@ def require_passed(
         reasons = "; ".join(verdict.reasons) or "no reason was recorded"
         raise ArtifactError(f"{engine_dir} failed its accuracy gate: {reasons}")
     return verdict
+
+
+def _require_signature(directory: Path, data: bytes, public_key: Path) -> None:
+    """Check DIRECTORY/gate.json.sig over `data`, the bytes of gate.json."""
+    key = read_public_key(public_key)
+    path = directory / SIGNATURE_FILE
+    if not os.path.lexists(path):
+        raise ArtifactError(
+            f"{directory} has no {SIGNATURE_FILE}, and a signature is required: run `python -m "
+            "quant_jobs gate` with --sign-key where the private key is"
+        )
+    try:
+        signature = untrusted.read_bytes(path, root=directory, max_bytes=SIGNATURE_BYTES)
+    except UnusableFileError as error:
+        raise ArtifactError(f"{path} {error}; run the gate again with --sign-key") from error
+    if not is_signed(data, signature, key):
+        raise ArtifactError(
+            f"{path} is no signature of {VERDICT_FILE} with the key of {public_key}: the verdict "
+            "is not the gate's, or was changed; run the gate again with --sign-key"
+        )

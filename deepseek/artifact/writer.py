@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deepseek.artifact.compressed_tensors import quantization_config
+from deepseek.artifact.documents import read_copied
 from deepseek.artifact.manifest import (
     MANIFEST_FILE,
     CalibrationRecord,
@@ -37,19 +38,6 @@ from deepseek.recipe import Recipe
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import read_header, save_tensors
-
-#: Files that are copied from the source where it has them. No code is ever copied.
-COPIED_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 
 #: Keys of the source's config.json that would be untrue of, or harmful in, the artifact.
 _DROPPED_KEYS = ("auto_map", "_name_or_path", "quantization_config")
@@ -142,7 +130,12 @@ class ArtifactWriter:
         tools: Mapping[str, str],
         kv_latent_amax: Mapping[int, float] | None = None,
     ) -> Manifest:
-        """Write config, index, tokenizer and, last, the manifest. Every file must be registered."""
+        """Write config, index, tokenizer and, last, the manifest. Every file must be registered.
+
+        Raises:
+            CheckpointError: a file of the source cannot be copied; see `read_copied`, which a job
+                has called before its first layer.
+        """
         keys = layer_keys(self.config)
         missing = [key for key in keys if key not in self._records]
         assert not missing, f"finish before layer {missing[0]} was published or registered"
@@ -151,10 +144,9 @@ class ArtifactWriter:
         self._write_config()
         self._write_index(records)
         written = ["config.json", INDEX_FILE]
-        for name in COPIED_FILES:
-            if (self._source_dir / name).is_file():
-                write_atomic(self.directory / name, (self._source_dir / name).read_bytes())
-                written.append(name)
+        for name, data in read_copied(self._source_dir).items():
+            write_atomic(self.directory / name, data)
+            written.append(name)
         manifest = Manifest(
             recipe=self.recipe,
             source=self._source,

@@ -8,13 +8,15 @@ one character). The engine calls `push` for every token and `flush` at the end o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import tokenizers
-
+from deepseek import untrusted
 from deepseek.errors import ArtifactError
+from deepseek.tokenizer_file import parse_tokenizer
+from deepseek.untrusted import UnusableFileError
 
 
 class Tokenizer(Protocol):
@@ -86,18 +88,33 @@ class Detokenizer:
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer | None:
-    """Load DIR/tokenizer.json; None where the directory has none.
+    """Load DIR/tokenizer.json of a source; None where the directory has none.
 
     Raises:
-        ArtifactError: the file is not a tokenizer.
+        ArtifactError: the file cannot be read, or is not a tokenizer.
     """
     path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise ArtifactError(f"{path} is not a tokenizer of Hugging Face's: {error}") from error
+        return parse_tokenizer(untrusted.read_bytes(path, root=path.parent))
+    except UnusableFileError as error:
+        raise ArtifactError(f"{path} {error}") from error
+
+
+def engine_tokenizer(directory: Path, documents: Mapping[str, bytes]) -> Tokenizer | None:
+    """The tokenizer among the verified documents of an engine; None where it has none.
+
+    Raises:
+        ArtifactError: tokenizer.json is not a tokenizer.
+    """
+    data = documents.get("tokenizer.json")
+    if data is None:
+        return None
+    try:
+        return parse_tokenizer(data)
+    except UnusableFileError as error:
+        raise ArtifactError(f"{directory / 'tokenizer.json'} {error}") from error
 
 
 def _overlap(text: str, stop: str) -> int:

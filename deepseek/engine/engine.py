@@ -21,7 +21,12 @@ from torch import Tensor
 
 from deepseek.artifact.engine_manifest import UNQUANTIZED
 from deepseek.engine.batch import Span, make_batch
-from deepseek.engine.detokenizer import Detokenizer, Tokenizer, load_tokenizer
+from deepseek.engine.detokenizer import (
+    Detokenizer,
+    Tokenizer,
+    engine_tokenizer,
+    load_tokenizer,
+)
 from deepseek.engine.kv_cache import LatentCache, check_cache_format
 from deepseek.engine.linear import Kernels
 from deepseek.engine.model import Model
@@ -122,7 +127,8 @@ class LLMEngine:
             kv_cache=options.kv_cache or manifest.kv_cache,
             page_tokens=options.page_tokens or packed.fields.page_tokens,
         )
-        return cls(model, identity, options, tokenizer=load_tokenizer(engine_dir), clock=clock)
+        tokenizer = engine_tokenizer(Path(engine_dir), packed.documents)
+        return cls(model, identity, options, tokenizer=tokenizer, clock=clock)
 
     @classmethod
     def from_checkpoint(

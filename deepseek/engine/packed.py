@@ -23,15 +23,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deepseek.artifact.documents import document_object
 from deepseek.artifact.engine_manifest import (
     ENGINE_FILE,
     EngineManifest,
     RankLayout,
-    check_files,
+    read_documents,
     read_engine_manifest,
 )
 from deepseek.config import ModelConfig
-from deepseek.errors import ArtifactError, first_problem
+from deepseek.engine.pages import check_page_tokens
+from deepseek.errors import ArtifactError, DeployError, first_problem
+from deepseek.inventory import linears
 from deepseek.tensor_files import ALIGNMENT, DamagedFileError, read_header, tensor_digest
 
 TARGET = "embedded"
@@ -61,13 +64,14 @@ class EmbeddedFields(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class PackedEngine:
-    """A verified engine: its manifest, its own fields, the model's config, and the tensors by name,
-    mapped from the file."""
+    """A verified engine: its manifest, its own fields, the model's config, the tensors by name,
+    mapped from the file, and the documents as they were verified."""
 
     manifest: EngineManifest
     fields: EmbeddedFields
     config: ModelConfig
     tensors: dict[str, Tensor]
+    documents: dict[str, bytes]
 
 
 def load_packed(directory: Path | str, *, cpu_layout: str | None = None) -> PackedEngine:
@@ -89,11 +93,13 @@ def load_packed(directory: Path | str, *, cpu_layout: str | None = None) -> Pack
             f"{directory} was built for {fields.cpu_layout} CPUs and this one is {capability}; "
             "build the engine on this machine"
         )
-    check_files(directory, manifest)
+    documents = read_documents(directory, manifest)
+    config = ModelConfig.from_dict(document_object(directory, documents, "config.json"))
+    _check_schemes(directory, manifest, config)
     tensors = _load_tensors(
         directory / TENSOR_FILE, fields, planned_bytes=manifest.plan.rank_weight_bytes[0]
     )
-    return PackedEngine(manifest, fields, ModelConfig.from_directory(directory), tensors)
+    return PackedEngine(manifest, fields, config, tensors, documents)
 
 
 def _read_fields(directory: Path, manifest: EngineManifest) -> EmbeddedFields:
@@ -113,11 +119,26 @@ def _read_fields(directory: Path, manifest: EngineManifest) -> EmbeddedFields:
             f"{path} must describe one rank and the tensor file {TENSOR_FILE}; build again"
         )
     try:
-        return EmbeddedFields.model_validate(manifest.target_fields)
+        fields = EmbeddedFields.model_validate(manifest.target_fields)
+        check_page_tokens(fields.page_tokens)
     except ValidationError as error:
         raise ArtifactError(
             f"{path}: target_fields.{first_problem(error)}; build the engine again"
         ) from error
+    except DeployError as error:
+        raise ArtifactError(f"{path}: {error}; build the engine again") from error
+    return fields
+
+
+def _check_schemes(directory: Path, manifest: EngineManifest, config: ModelConfig) -> None:
+    """Check that every linear of the model has a scheme, those of MTP layers excepted."""
+    for layer in range(config.num_hidden_layers):
+        for spec in linears(config, layer):
+            if spec.module not in manifest.schemes:
+                raise ArtifactError(
+                    f"{directory / ENGINE_FILE} has no scheme for {spec.module}, which config.json "
+                    "describes; build the engine again"
+                )
 
 
 def _load_tensors(path: Path, fields: EmbeddedFields, planned_bytes: int) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from deepseek.cli import make_console, print_line
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.recipe import Recipe
@@ -165,17 +165,17 @@ def as_json(estimate: Estimate, model: str) -> dict[str, Any]:
 
 def print_estimate(estimate: Estimate, model: str) -> None:
     """Print two tables, then one sentence per fact, on stdout."""
-    console = Console()
+    console = make_console()
     job = estimate.job
     title = (
         f"{model}, recipe {job.recipe.name}, {job.num_blocks} x {job.block_tokens} tokens, on "
         f"{job.nodes} x 8 {GPU.name}, storage {estimate.storage / 1e9:g} GB/s a node"
     )
-    console.print(title, soft_wrap=True, highlight=False, markup=False, style="bold")
+    print_line(console, title, style="bold")
     console.print(_times(estimate))
     console.print(_memory(estimate))
     for sentence in sentences(estimate):
-        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
+        print_line(console, sentence)
 
 
 def sentences(estimate: Estimate) -> list[str]:

@@ -7,16 +7,23 @@ in bytes, speeds in generated tokens per second. This file imports no torch.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deepseek import untrusted
+from deepseek.artifact.manifest import Count
 from deepseek.errors import ArtifactError, first_problem
-from deepseek.files import sha256_file, write_atomic
+from deepseek.files import read_json_object, write_atomic
+from deepseek.inventory import Group
+from deepseek.untrusted import UnusableFileError
 
 EVALUATION = "evaluation.json"
 TOKENS = "tokens.safetensors"
+#: 17 bytes per token: 63 million of them.
+MAX_TOKENS_BYTES = 1 << 30
 
 Positive = Annotated[float, Field(gt=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -49,11 +56,11 @@ class GroupBytes(_Strict):
     """Bytes of one group of tensors: in BF16, as the source stores it, and as the artifact stores
     it (scales and zero points included)."""
 
-    group: str
-    parameters: int
-    bf16_bytes: int
-    source_bytes: int
-    artifact_bytes: int
+    group: Group
+    parameters: Count
+    bf16_bytes: Annotated[Count, Field(ge=1)]
+    source_bytes: Count
+    artifact_bytes: Count
 
 
 class DecodeSpeed(_Strict):
@@ -62,16 +69,16 @@ class DecodeSpeed(_Strict):
     batch_size: int = Field(ge=1)
     tokens_per_s: Positive
     source_tokens_per_s: Positive
-    runs: tuple[float, ...]
-    source_runs: tuple[float, ...]
+    runs: Annotated[tuple[float, ...], Field(min_length=1)]
+    source_runs: Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 class HeldOut(_Strict):
     """The held-out text: digest of its token ids, and how it was cut into blocks."""
 
     digest: str
-    num_blocks: int = Field(ge=2)
-    block_tokens: int = Field(ge=2)
+    num_blocks: int = Field(ge=2, le=MAX_TOKENS_BYTES)
+    block_tokens: int = Field(ge=2, le=MAX_TOKENS_BYTES)
 
     @property
     def judged_tokens(self) -> int:
@@ -96,9 +103,9 @@ class Evaluation(_Strict):
     perplexity_ratio: Estimate
     kl: Divergence
     top1: Estimate
-    sizes: tuple[GroupBytes, ...]
-    artifact_bytes: int = Field(ge=0, description="tensor files of the quantized checkpoint")
-    engine_bytes: int = Field(ge=0, description="tensor file of the engine")
+    sizes: Annotated[tuple[GroupBytes, ...], Field(min_length=1)]
+    artifact_bytes: Annotated[Count, Field(description="files of the quantized checkpoint")]
+    engine_bytes: Annotated[Count, Field(description="tensor file of the engine")]
     speed: tuple[DecodeSpeed, ...]
     tokens_sha256: str
     tools: dict[str, str]
@@ -144,18 +151,28 @@ def read_evaluation(directory: Path) -> Evaluation:
             that it names.
     """
     path = directory / EVALUATION
+    raw = read_json_object(path, f"run `python -m quant_jobs evaluate` with --output {directory}")
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({error.strerror}); run `python -m quant_jobs evaluate` with "
-            f"--output {directory}"
-        ) from error
-    try:
-        evaluation = Evaluation.model_validate_json(text)
+        evaluation = Evaluation.model_validate(raw)
     except ValidationError as error:
         raise ArtifactError(f"{path}: {first_problem(error)}; evaluate again") from error
-    tokens = directory / TOKENS
-    if not tokens.is_file() or sha256_file(tokens) != evaluation.tokens_sha256:
-        raise ArtifactError(f"{tokens} is missing or is not the one {path} names; evaluate again")
+    read_token_bytes(directory, evaluation)
     return evaluation
+
+
+def read_token_bytes(directory: Path, evaluation: Evaluation) -> bytes:
+    """The content of DIR/tokens.safetensors, verified.
+
+    Raises:
+        ArtifactError: it is absent, no regular file, or is not the one that the evaluation names.
+    """
+    path = directory / TOKENS
+    try:
+        data = untrusted.read_bytes(path, root=directory, max_bytes=MAX_TOKENS_BYTES)
+    except UnusableFileError as error:
+        raise ArtifactError(f"{path} {error}; evaluate again") from error
+    if hashlib.sha256(data).hexdigest() != evaluation.tokens_sha256:
+        raise ArtifactError(
+            f"{path} is not the one that {EVALUATION} beside it names; evaluate again"
+        )
+    return data

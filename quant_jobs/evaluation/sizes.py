@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from deepseek.config import ModelConfig
 from deepseek.formats import stored_bytes
-from deepseek.inventory import tensors
+from deepseek.inventory import Group, tensors
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import scale_name
 from quant_jobs.evaluation.record import GroupBytes
@@ -17,7 +17,7 @@ def group_sizes(
 ) -> tuple[GroupBytes, ...]:
     """Bytes by group of tensors. `source_bytes` and `schemes` are keyed by tensor and by module. A
     tensor without a scheme (norms, router, embeddings, head) is stored as in the source."""
-    rows: dict[str, list[int]] = {}
+    rows: dict[Group, list[int]] = {}
     for spec in tensors(config):
         source = source_bytes[spec.name] + source_bytes.get(scale_name(spec.name), 0)
         artifact = source

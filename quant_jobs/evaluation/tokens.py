@@ -9,12 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from deepseek.errors import ArtifactError
 from deepseek.tensor_files import SavedFile, save_tensors
 from quant_jobs.evaluation.metrics import TokenScores
-from quant_jobs.evaluation.record import TOKENS
+from quant_jobs.evaluation.record import TOKENS, Evaluation, read_token_bytes
+
+_FIGURES = ("source_nll", "quantized_nll", "kl")
 
 
 def write_tokens(directory: Path, ids_BT: Tensor, scores: list[TokenScores]) -> SavedFile:
@@ -29,7 +33,32 @@ def write_tokens(directory: Path, ids_BT: Tensor, scores: list[TokenScores]) -> 
     return save_tensors(directory / TOKENS, tensors)
 
 
-def read_tokens(directory: Path) -> dict[str, Tensor]:
-    """The values that `read_evaluation` has checked: `token_ids` int32 [B, T]; `source_nll`,
-    `quantized_nll` and `kl` f32 [B, T-1] in nats; `same_top1` bool [B, T-1]."""
-    return load((directory / TOKENS).read_bytes())
+def read_tokens(directory: Path, evaluation: Evaluation) -> dict[str, Tensor]:
+    """The values per token of this evaluation: `token_ids` int32 [B, T]; `source_nll`,
+    `quantized_nll` and `kl` f32 [B, T-1] in nats, finite; `same_top1` bool [B, T-1].
+
+    Raises:
+        ArtifactError: the file is not the one that the evaluation names, or holds something else.
+    """
+    path = directory / TOKENS
+    try:
+        tensors = load(read_token_bytes(directory, evaluation))
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"{path} is not a safetensors file ({error}); evaluate again"
+        ) from error
+    blocks, length = evaluation.data.num_blocks, evaluation.data.block_tokens
+    expected = {"token_ids": ((blocks, length), torch.int32)}
+    expected |= dict.fromkeys(_FIGURES, ((blocks, length - 1), torch.float32))
+    expected |= {"same_top1": ((blocks, length - 1), torch.bool)}
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if found != expected:
+        raise ArtifactError(
+            f"{path} does not hold one value per token of {blocks} blocks of {length}; evaluate "
+            "again"
+        )
+    if int(tensors["token_ids"].min()) < 0 or not all(
+        bool(tensors[name].isfinite().all()) for name in _FIGURES
+    ):
+        raise ArtifactError(f"{path} holds a value that no evaluation gives; evaluate again")
+    return tensors

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek.artifact.documents import read_copied
 from deepseek.artifact.manifest import (
     MANIFEST_FILE,
     CalibrationFile,
@@ -84,13 +85,15 @@ def plan_job(
 
     Raises:
         RecipeError: there is no such recipe, or it does not suit the model.
-        CheckpointError: the source is incomplete or malformed.
+        CheckpointError: the source is incomplete or malformed, or has a tokenizer file that cannot
+            go into the artifact.
         ConfigError: its config.json cannot be read.
         CalibrationError: see `load_token_blocks`.
     """
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
     source = CheckpointReader(model)
+    read_copied(source.directory)  # what cannot be copied is refused now, not after the last layer
     schemes = recipe.resolve(source.config)
     for layer in range(source.config.num_hidden_layers):
         scaled_groups(source.config, schemes, layer)

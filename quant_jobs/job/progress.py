@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek.artifact.manifest import LayerKey
-from deepseek.cli import make_progress
+from deepseek.cli import make_progress, print_line
 from quant_jobs.job.folder import PublishedFile
 
 Step = Literal[
@@ -54,11 +54,10 @@ class TerminalProgress:
 
     def __call__(self, event: Event) -> None:
         if event.detail:
-            self._bar.console.print(event.detail, markup=False, soft_wrap=True)
+            print_line(self._bar.console, event.detail)
         if event.published is not None:
             seconds = time.monotonic() - self._started
-            line = f"[{seconds:6.1f} s] {describe(event.published)}"
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_line(self._bar.console, f"[{seconds:6.1f} s] {describe(event.published)}")
             self._bar.advance(self._task)
 
 

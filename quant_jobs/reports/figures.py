@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, StrMethodFormatter
 
 from deepseek.inventory import group_of, layer_of
+from deepseek.text import printable
 
 # Drawn color -> CSS variable of templates/style.css.j2.
 INK, MUTED, GRID, PALE = "#010101", "#020202", "#030303", "#080808"
@@ -56,6 +57,8 @@ _STYLE = {
     "ytick.labelcolor": MUTED,
     "text.color": INK,
 }
+#: Longest label from data, in characters.
+_MAX_LABEL = 40
 #: Smallest error drawn: a linear whose weight the format holds exactly has error 0, which has no
 #: place on a logarithmic axis. 1e-6 lies below every real error (INT8 is at 1e-2) and leaves most
 #: of the axis to them.
@@ -103,18 +106,34 @@ def _inline(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
     svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.S)
-    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r"font: ([\d.]+)px '[^;\"]*", r"font-size: \1px", svg)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.S)  # the text of each label once more
+    # Only within tags: between them stands the text of labels. matplotlib escapes `<` and `>` there
+    # and in attributes.
+    svg = re.sub(r"<[^>]*>", lambda tag: _inline_tag(tag[0], name), svg)
     head, rest = svg.split(">", 1)
     # The page sets the width; the viewBox keeps the proportions.
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", head) + ">" + rest
     return svg.replace("<svg", f'<svg role="img" class="figure" data-name="{name}"', 1)
+
+
+def _inline_tag(tag: str, name: str) -> str:
+    tag = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", tag)
+    tag = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', tag)
+    tag = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", tag)
+    tag = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', tag)
+    tag = tag.replace("xlink:href", "href")
+    tag = re.sub(r"font: ([\d.]+)px '[^;\"]*", r"font-size: \1px", tag)
+    for color, variable in _VARIABLES.items():
+        tag = tag.replace(color, f"var({variable})")
+    return tag
+
+
+def label(text: str) -> str:
+    """Text of data as a label of a plot: one short line in which `$` begins no formula."""
+    shown = printable(text)
+    if len(shown) > _MAX_LABEL:
+        shown = f"{shown[: _MAX_LABEL - 1]}…"
+    return shown.replace("$", r"\$")
 
 
 def error_group(module: str) -> str:

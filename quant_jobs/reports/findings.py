@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from deepseek.artifact.built_engine import BuiltEngine
 from deepseek.artifact.manifest import Manifest
 from deepseek.artifact.verdict import GateVerdict
 from deepseek.config import ModelConfig
+from deepseek.engine.detokenizer import engine_tokenizer
+from deepseek.errors import ArtifactError
 from deepseek.inventory import linears
 from deepseek.recipe import ActivationFormat, Recipe
 from quant_jobs.evaluation.limits import judge, measure
@@ -129,7 +129,7 @@ def assemble(
         coverage=manifest.coverage if manifest else {},
         coverage_note=_coverage_note(manifest) if manifest else "",
         errors=_errors(manifest) if manifest else {},
-        worst_tokens=_worst_tokens(tokens, engine.directory),
+        worst_tokens=_worst_tokens(tokens, engine),
         rules=rule_rows(manifest.recipe, engine.config) if manifest else (),
         fallbacks=_fallbacks(manifest) if manifest else (),
         provenance=_provenance(engine, evaluation),
@@ -179,9 +179,14 @@ def _errors(manifest: Manifest) -> dict[str, float]:
     return {module: error for layer in manifest.layers for module, error in layer.errors.items()}
 
 
-def _worst_tokens(tokens: dict[str, Tensor], engine_dir: Path) -> tuple[WorstToken, ...]:
+def _worst_tokens(tokens: dict[str, Tensor], engine: BuiltEngine) -> tuple[WorstToken, ...]:
     """The tokens with the largest KL. The logits at position t are about token t+1, hence `+ 1`."""
-    tokenizer = Tokenizer.from_file(str(engine_dir / "tokenizer.json"))
+    tokenizer = engine_tokenizer(engine.directory, engine.documents)
+    if tokenizer is None:
+        raise ArtifactError(
+            f"{engine.directory} has no tokenizer.json, and so no text can be shown; build the "
+            "engine from a checkpoint with one"
+        )
     ids_BT, kl = tokens["token_ids"], tokens["kl"]
     worst = kl.flatten().argsort(descending=True, stable=True)[:NUM_WORST].tolist()
     rows = []

@@ -22,6 +22,7 @@ from quant_jobs.reports.figures import (
     THIRD,
     draw,
     draw_figure,
+    label,
     unit_of,
 )
 
@@ -43,7 +44,7 @@ def layer_times(layers: Mapping[int, Mapping[str, float]], colors: Mapping[str, 
         for step, color in colors.items():
             values = [layers[number].get(step, 0.0) for number in numbers]
             if any(values):
-                axes.bar(numbers, values, bottom=base, color=color, width=0.8, label=step)
+                axes.bar(numbers, values, bottom=base, color=color, width=0.8, label=label(step))
             base = [low + value for low, value in zip(base, values, strict=True)]
         earlier = [number for number in numbers if not layers[number]]
         if earlier:
@@ -68,7 +69,7 @@ def workers(
 ) -> str:
     """Seconds of each worker by step (left, with the wall time as a line) and its peak bytes
     (right). The driver has a memory bar only: its time is in the plot by layer."""
-    names = [*rows, "driver"]
+    names = [*map(label, rows), "driver"]
     size = 9.0 if len(names) <= 20 else 6.5
 
     def paint(figure: Any) -> None:
@@ -78,7 +79,7 @@ def workers(
         for step, color in colors.items():
             values = [seconds.get(step, 0.0) for seconds, _ in rows.values()]
             if any(values):
-                left.barh(places, values, left=base, color=color, height=0.72, label=step)
+                left.barh(places, values, left=base, color=color, height=0.72, label=label(step))
             base = [low + value for low, value in zip(base, values, strict=True)]
         left.axvline(wall_s, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), label="wall time")
         left.set_yticks(range(len(names)), names, fontsize=size)

@@ -161,7 +161,7 @@ def _ledger(record: JobRecord) -> list[dict[str, Any]]:
     rows = [
         {
             "kind": kind,
-            "meaning": MEANING[cast(FallbackKind, kind)],
+            "meaning": MEANING.get(cast(FallbackKind, kind), "not known to this version"),
             "count": sum(item.count for item in items),
             "modules": len(items),
             "layers": _ranges(sorted({item.layer for item in items if item.layer is not None})),

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from deepseek.artifact.manifest import JOB_REPORTS
 from deepseek.files import write_atomic
 from quant_jobs.reports.job_record import JobRecord
 
-REPORT_FILE = "job_report.json"
-PAGE_FILE = "job_report.html"
+REPORT_FILE, PAGE_FILE = JOB_REPORTS
 
 
 def write_job_report(output: Path, record: JobRecord) -> None:

@@ -6,6 +6,7 @@ give the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from deepseek import __version__
+from deepseek import __version__, untrusted
+from deepseek.artifact.documents import read_copied
 from deepseek.artifact.engine_manifest import (
     ENGINE_FILE,
     UNQUANTIZED,
@@ -26,16 +28,16 @@ from deepseek.artifact.engine_manifest import (
 )
 from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.reader import ArtifactReader
-from deepseek.artifact.writer import COPIED_FILES
 from deepseek.config import CONFIG_FILE
 from deepseek.engine.kv_cache import check_cache_format
 from deepseek.engine.packed import RANKS, TARGET, TENSOR_FILE, EmbeddedFields, load_packed
 from deepseek.engine.packing import Progress, Source, pack_tensors, schemes_of
 from deepseek.engine.pages import check_page_tokens
 from deepseek.errors import ArtifactError, DeployError
-from deepseek.files import sha256_file, write_atomic, write_json
-from deepseek.source.checkpoint import CheckpointReader
+from deepseek.files import json_bytes, write_atomic
+from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import save_tensors
+from deepseek.untrusted import UnusableFileError
 
 
 def pack_engine(
@@ -64,6 +66,7 @@ def pack_engine(
     own = _own_fields(source, page_tokens)
     if (existing := _read_existing(output, common | own)) is not None:
         return existing
+    documents = _documents(source)
     tensors = pack_tensors(source, progress)
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
@@ -77,7 +80,7 @@ def pack_engine(
         manifest = EngineManifest(
             **common,
             plan=EnginePlan(rank_weight_bytes=(sum(t.nbytes for t in tensors.values()),)),
-            files=_copy_files(source, staging),
+            files=_write_documents(documents, staging),
             tensor_files={TENSOR_FILE: TensorFile(num_bytes=saved.num_bytes, sha256=saved.sha256)},
             target_fields=fields.model_dump(mode="json"),
         )
@@ -149,23 +152,28 @@ def _read_existing(output: Path, requested: Mapping[str, Any]) -> EngineManifest
     return manifest
 
 
-def _copy_files(source: Source, directory: Path) -> dict[str, str]:
-    """Copy config, manifest and tokenizer into the engine; name -> SHA-256."""
-    copied = {}
-    for name in (CONFIG_FILE, MANIFEST_FILE, *COPIED_FILES):
-        if name == CONFIG_FILE and isinstance(source, CheckpointReader):
-            _write_config(source, directory / name)
-        elif (source.directory / name).is_file():
-            write_atomic(directory / name, (source.directory / name).read_bytes())
-        else:
-            continue
-        copied[name] = sha256_file(directory / name)
-    return dict(sorted(copied.items()))
+def _documents(source: Source) -> dict[str, bytes]:
+    """Config, manifest and tokenizer of the source, for the engine: name -> content. Of a quantized
+    checkpoint they are those that its reader has verified.
+
+    Raises:
+        ArtifactError, CheckpointError: one cannot be copied; the sentence names it.
+    """
+    if not isinstance(source, ArtifactReader):
+        content = source.config_bytes or json_bytes(source.config_content)
+        return read_copied(source.directory) | {CONFIG_FILE: content}
+    documents = dict(source.documents)
+    documents.pop(INDEX_FILE, None)  # of the checkpoint's shards, which the engine has not
+    path = source.directory / MANIFEST_FILE
+    try:
+        documents[MANIFEST_FILE] = untrusted.read_bytes(path, root=source.directory)
+    except UnusableFileError as error:
+        raise ArtifactError(f"{path} {error}") from error
+    return documents
 
 
-def _write_config(source: CheckpointReader, path: Path) -> None:
-    """The source's config.json as it is, or made true of a copy that it does not describe."""
-    if source.config_bytes is not None:
-        write_atomic(path, source.config_bytes)
-    else:
-        write_json(path, source.config_content)
+def _write_documents(documents: Mapping[str, bytes], directory: Path) -> dict[str, str]:
+    """Write the documents into the engine; name -> SHA-256."""
+    for name, data in documents.items():
+        write_atomic(directory / name, data)
+    return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(documents.items())}

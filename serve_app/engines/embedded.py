@@ -102,6 +102,7 @@ class EmbeddedEngine:
             artifact_digest=identity.artifact_digest,
             engine="embedded",
             **named,
+            engine_digest=identity.engine_digest,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:

@@ -64,7 +64,8 @@ class EngineInfo:
 
     `max_model_len` counts prompt and completion together; `kv_tokens_total` is the capacity of the
     KV cache in tokens. `engine` names the adapter: "embedded", "echo". `context_name` is what
-    `max_model_len` is the size of, for the sentence that refuses a longer prompt.
+    `max_model_len` is the size of, for the sentence that refuses a longer prompt. `engine_digest`
+    is that of the engine directory which was loaded, None for an adapter without one.
     """
 
     max_model_len: int
@@ -73,6 +74,7 @@ class EngineInfo:
     artifact_digest: str
     engine: str
     context_name: str = "model's context"
+    engine_digest: str | None = None
 
 
 class Engine(Protocol):

@@ -14,6 +14,7 @@ from ray import serve
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import ReplicaStatus
+from serve_app.gating import admit
 from serve_app.openai.routes import Service, make_app
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
@@ -21,8 +22,19 @@ from serve_app.telemetry.tracing import Telemetry
 
 
 def load_tokenizer(config: ServeConfig) -> Tokenizer:
-    """The tokenizer that goes with the configured engine."""
-    return ByteTokenizer() if config.engine is None else HfTokenizer(config.engine)
+    """The tokenizer that goes with the configured engine, which must be admitted (`gating.py`).
+
+    Raises:
+        ArtifactError: it is not admitted, or has no tokenizer.
+    """
+    if config.engine is None:
+        return ByteTokenizer()
+    admitted = admit(
+        config.engine,
+        allow_ungated=config.allow_ungated,
+        require_signature=config.require_signature,
+    )
+    return HfTokenizer(config.engine, admitted.documents)
 
 
 class Ingress:

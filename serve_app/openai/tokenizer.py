@@ -1,16 +1,23 @@
 """Text to token ids, in the ingress: prompts and chat templates. routes.py calls it.
 
-`HfTokenizer` reads the tokenizer files that `build` copied into the engine directory, never remote
-code. `ByteTokenizer` goes with the echo engine: one token per UTF-8 byte, and nothing to load. The
-engine turns token ids back into text.
+`HfTokenizer` is made of the tokenizer files that `build` copied into the engine directory, never of
+remote code. `ByteTokenizer` goes with the echo engine: one token per UTF-8 byte, and nothing to
+load. The engine turns token ids back into text.
 """
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from deepseek.errors import ArtifactError
+from deepseek import untrusted
+from deepseek.artifact.documents import COPIED_FILES
+from deepseek.errors import ArtifactError, first_line
+from deepseek.tokenizer_file import parse_tokenizer
+from deepseek.untrusted import UnusableFileError
 from serve_app.errors import InvalidRequest
 
 
@@ -41,16 +48,42 @@ class ByteTokenizer:
 
 
 class HfTokenizer:
-    """A Hugging Face fast tokenizer and its chat template, from local files only."""
+    """A Hugging Face fast tokenizer and its chat template, from the documents of an engine.
 
-    def __init__(self, directory: Path) -> None:
-        if not (directory / "tokenizer.json").is_file():
+    `documents` are those that `admit` has verified; the engine's directory, which is named in
+    errors, is not read again. transformers looks for further files by name (added tokens, special
+    tokens, chat templates), so it gets the verified bytes in a folder of their own.
+
+    Raises on opening:
+        ArtifactError: there is no tokenizer.json, or it cannot be loaded.
+    """
+
+    def __init__(self, directory: Path, documents: Mapping[str, bytes]) -> None:
+        if "tokenizer.json" not in documents:
             raise ArtifactError(
                 f"{directory} has no tokenizer.json; build the engine from a checkpoint with one"
             )
         from transformers import PreTrainedTokenizerFast  # a second of import, only where needed
 
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
+        try:
+            parse_tokenizer(documents["tokenizer.json"])  # names what transformers would not
+        except UnusableFileError as error:
+            raise ArtifactError(f"{directory / 'tokenizer.json'} {error}") from error
+        with tempfile.TemporaryDirectory(prefix="intserve-") as folder:
+            for name, data in _without_paths(documents).items():
+                (Path(folder) / name).write_bytes(data)
+            try:
+                self._tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                    folder, local_files_only=True
+                )
+            except Exception as error:  # of any type: a config may hold anything
+                raise ArtifactError(
+                    f"{directory} has a tokenizer that cannot be loaded ({first_line(error)}); "
+                    "correct the source's tokenizer files and build again"
+                ) from error
+        # Texts are encoded as they are, whatever length the file fixes.
+        self._tokenizer.backend_tokenizer.no_padding()
+        self._tokenizer.backend_tokenizer.no_truncation()
 
     @property
     def vocab_size(self) -> int:
@@ -73,3 +106,19 @@ class HfTokenizer:
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _without_paths(documents: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The tokenizer files, and in tokenizer_config.json no key that names another file or code:
+    what lies there is in no manifest."""
+    files = {name: data for name, data in documents.items() if name in COPIED_FILES}
+    name = "tokenizer_config.json"
+    if name in files:
+        config = untrusted.parse_json_object(files[name])
+        kept = {key: value for key, value in config.items() if not _names_file(key)}
+        files[name] = json.dumps(kept).encode()
+    return files
+
+
+def _names_file(key: str) -> bool:
+    return key.endswith(("_file", "_files")) or key in ("auto_map", "name_or_path")

@@ -18,11 +18,13 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from deepseek.errors import ArtifactError
+from deepseek.text import printable
 from serve_app.config import ReplicaLimits
 from serve_app.engines.protocol import Engine, Event, GenerateRequest, ReplicaStatus
 from serve_app.errors import ApiError, Overloaded
+from serve_app.gating import admit
 from serve_app.replica.coalesce import coalesce, flush_interval
-from serve_app.replica.gating import check_gate
 from serve_app.routing.replica_client import HEARTBEAT_S
 from serve_app.telemetry.tracing import Telemetry
 
@@ -41,7 +43,8 @@ class EngineReplica:
     """Owns one engine. Serve calls `check_health`, `reconfigure` and `__del__`.
 
     The constructor raises ArtifactError when `engine_dir` has not passed its accuracy gate and
-    `allow_ungated` does not override that. `engine_dir` None serves no artifact (echo).
+    `allow_ungated` does not override that, or when the verdict is not signed with the key of the
+    file `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
     `served_name` is the model's name in the API.
     """
 
@@ -53,17 +56,30 @@ class EngineReplica:
         *,
         served_name: str,
         allow_ungated: bool,
+        require_signature: Path | None = None,
     ) -> None:
         # Before an engine exists, so that no adapter has to know of gates.
-        self._gated = check_gate(engine_dir, allow_ungated=allow_ungated)
+        judged, self._gated = None, True
+        if engine_dir is not None:
+            admitted = admit(
+                engine_dir, allow_ungated=allow_ungated, require_signature=require_signature
+            )
+            judged, self._gated = admitted.engine_digest, admitted.gated
         self._telemetry = Telemetry.from_environment()
         self._limits = ReplicaLimits()
         self._num_streams = 0
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._engine = make_engine()
         self._info = await self._engine.start()
+        loaded = self._info.engine_digest
+        if judged is not None and loaded not in (None, judged):
+            await self._engine.shutdown()
+            raise ArtifactError(
+                f"{engine_dir} changed while it was loaded: engine {str(loaded)[:16]} where "
+                f"{judged[:16]} was admitted; start again"
+            )
         if not self._gated:  # once more, below everything that the engine logged while it loaded
-            log.warning("UNGATED: %s has not passed its accuracy gate", served_name)
+            log.warning("UNGATED: %s has not passed its accuracy gate", printable(served_name))
         self._heartbeat = asyncio.create_task(self._send_heartbeats())
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:

@@ -77,7 +77,9 @@ def test_text_of_the_data_cannot_become_markup(written: tuple[Chain, Report, Pat
     hostile = report.worst_tokens[0].model_copy(update={"text": "<script>alert(1)</script>"})
     report = report.model_copy(update={"worst_tokens": (hostile,)})
     manifest = read_engine(chain.engine).manifest
-    html = render(report, draw_figures(report, manifest, read_tokens(chain.evaluation)))
+    html = render(
+        report, draw_figures(report, manifest, read_tokens(chain.evaluation, report.evaluation))
+    )
     assert Page(html).tags["script"] == 0
     assert "&lt;script&gt;" in html
 

@@ -49,6 +49,32 @@ def test_an_unknown_setting_is_one_sentence(root: Path, tmp_path: Path) -> None:
     assert_mistake(done, "unknown key 'colour'")
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--allow-ungated", "--require-signature", "k"], "contradict each other; remove one"),
+        (["--echo", "--require-signature", "k"], "echo has no verdict that could be signed"),
+    ],
+)
+def test_flags_that_contradict_a_signature_are_one_sentence(
+    root: Path, tmp_path: Path, flags: list[str], says: str
+) -> None:
+    engine = [] if "--echo" in flags else ["--engine", str(tmp_path)]
+    assert_mistake(run_cli(root, *engine, *flags), says)
+
+
+@pytest.mark.heavy
+def test_an_engine_without_the_signature_is_refused_before_anything_starts(
+    root: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    pack_engine(CheckpointReader(tiny_model), tmp_path / "engine")
+    (tmp_path / "key").write_text("no key")
+    flags = ["--engine", str(tmp_path / "engine"), "--port", str(free_port())]
+    (tmp_path / "engine" / "gate.json").write_text("{}")
+    done = run_cli(root, *flags, "--require-signature", str(tmp_path / "key"))
+    assert_mistake(done, "key is not a public key in PEM; make one with `openssl pkey")
+
+
 @pytest.mark.heavy
 def test_a_directory_that_is_no_engine_is_one_sentence(root: Path, tmp_path: Path) -> None:
     done = run_cli(root, "--engine", str(tmp_path), "--port", str(free_port()))

@@ -20,6 +20,8 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.text: list[str] = []
         self.figures: list[str] = []
+        #: How often each kind of element has each attribute.
+        self.attributes: Counter[tuple[str, str]] = Counter()
         self.feed(html)
         self.close()
         assert not self.open, f"never closed: {self.open}"
@@ -29,6 +31,7 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         for name, value in attrs:
+            self.attributes[tag, name] += 1
             if name == "id":
                 self.ids[value or ""] += 1
             if name in ("href", "src", "xlink:href"):

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import pytest
 
 #: Program -> Debian package.
-PACKAGES = {"promtool": "prometheus", "chromium": "chromium"}
+PACKAGES = {"promtool": "prometheus", "chromium": "chromium", "openssl": "openssl"}
 
 
 def require(program: str, environ: Mapping[str, str] = os.environ) -> str:

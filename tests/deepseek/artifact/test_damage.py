@@ -134,7 +134,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "parts swapped": (edit_manifest(lambda m: m["layers"].reverse(), seal=True), "lists 4 parts"),
     "file of another directory": (
         edit_manifest(lambda m: m["layers"][0].update(file="../x.safetensors"), seal=True),
-        "is absent",
+        "lists the file ../x.safetensors, which is none that IntServe writes",
     ),
     "tensor renamed in the manifest": (
         edit_manifest(rename_tensor, seal=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from support.format_1 import write_format_1_engine
-from support.synthetic import write_checkpoint
+from support.synthetic import config_dict
 
 from deepseek.artifact.built_engine import read_engine
 from deepseek.artifact.engine_manifest import (
@@ -19,12 +20,11 @@ from deepseek.artifact.engine_manifest import (
     EnginePlan,
     RankLayout,
     TensorFile,
-    check_files,
+    read_documents,
     read_engine_manifest,
     write_engine_manifest,
 )
 from deepseek.errors import ArtifactError
-from deepseek.files import sha256_file
 from deepseek.recipe import Scheme
 
 
@@ -49,11 +49,14 @@ def trtllm_manifest(**changes: Any) -> EngineManifest:
 
 
 def test_an_engine_of_another_target_is_read_without_knowing_its_own_fields(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
-    manifest = trtllm_manifest(files={"config.json": sha256_file(tmp_path / "config.json")})
+    config = json.dumps(config_dict()).encode()
+    (tmp_path / "config.json").write_bytes(config)
+    manifest = trtllm_manifest(files={"config.json": hashlib.sha256(config).hexdigest()})
+    for name in manifest.tensor_files:
+        (tmp_path / name).write_bytes(bytes(1000))
     write_engine_manifest(tmp_path, manifest)
     assert read_engine_manifest(tmp_path) == manifest
-    check_files(tmp_path, manifest)
+    assert read_documents(tmp_path, manifest) == {"config.json": config}
     engine = read_engine(tmp_path)
     assert (engine.digest, engine.num_bytes, engine.manifest) == (manifest.digest, 3000, None)
 

@@ -82,5 +82,5 @@ def test_a_verdict_that_cannot_be_understood_is_refused(
         require(tmp_path)
     assert message in str(caught.value)
     (tmp_path / "gate.json").write_text("{")
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    with pytest.raises(ArtifactError, match="is not valid JSON"):
         require(tmp_path)

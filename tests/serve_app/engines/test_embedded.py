@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from openai import OpenAI
 from ray import serve
 from support.serving import metric, wait_for
 
-from deepseek.artifact.engine_manifest import read_engine_manifest
+from deepseek.artifact.engine_manifest import read_documents, read_engine_manifest
+from deepseek.engine.detokenizer import engine_tokenizer
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.request import Request, SamplingParams, StepOutput
@@ -36,6 +38,10 @@ def engine_dir(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     directory = tmp_path_factory.mktemp("serve") / "tiny"
     pack_engine(CheckpointReader(tiny_model), directory)
     return directory
+
+
+def documents_of(engine_dir: Path) -> dict[str, bytes]:
+    return read_documents(engine_dir, read_engine_manifest(engine_dir))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +98,7 @@ def chat(client: OpenAI, **fields: Any) -> Any:
 def test_a_greedy_chat_is_what_the_engine_says(
     client: OpenAI, direct: LLMEngine, engine_dir: Path
 ) -> None:
-    prompt_ids = HfTokenizer(engine_dir).encode_chat(QUESTION)
+    prompt_ids = HfTokenizer(engine_dir, documents_of(engine_dir)).encode_chat(QUESTION)
     outputs = run_direct(direct, prompt_ids, max_tokens=24, temperature=0.0, logprobs=2)
     expected = "".join(output.text for output in outputs)
     assert expected.strip()
@@ -249,11 +255,51 @@ async def test_what_the_engine_refuses_is_the_clients_mistake(settings: ServeCon
 
 
 async def test_the_chat_template_and_the_tokenizer_are_the_models(engine_dir: Path) -> None:
-    tokenizer = HfTokenizer(engine_dir)
+    tokenizer = HfTokenizer(engine_dir, documents_of(engine_dir))
     ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
     assert ids[0] == 0  # begin of sentence, once
     assert ids.count(0) == 1
     assert tokenizer.encode("hi")[0] == 0
     assert tokenizer.vocab_size == 2048
     with pytest.raises(ArtifactError, match=r"no tokenizer\.json"):
-        HfTokenizer(engine_dir / "nowhere")
+        HfTokenizer(engine_dir, {"config.json": b"{}"})
+
+
+def test_a_tokenizer_cannot_pad_cut_or_fetch_another_file(engine_dir: Path, tmp_path: Path) -> None:
+    """A fixed length of three thousand million tokens would fill the memory with the first
+    prompt; a path in the configuration is of a file that no digest covers."""
+    documents = documents_of(engine_dir)
+    plain = HfTokenizer(engine_dir, documents).encode("def f(x): return x")
+    raw = json.loads(documents["tokenizer.json"])
+    side = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+    raw["padding"] = side | {"strategy": {"Fixed": 3_000_000_000}, "pad_token": "x"}
+    raw["truncation"] = {"direction": "Right", "max_length": 2, "stride": 0}
+    raw["truncation"] |= {"strategy": "LongestFirst"}
+    other = tmp_path / "tokenizer.json"
+    other.write_text("no tokenizer")
+    config = json.loads(documents["tokenizer_config.json"])
+    config |= {"tokenizer_file": str(other), "vocab_file": str(other), "auto_map": {"A": "b.C"}}
+    hostile = documents | {
+        "tokenizer.json": json.dumps(raw).encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+    }
+    tokenizer = HfTokenizer(engine_dir, hostile)
+    assert tokenizer.encode("def f(x): return x") == plain
+    assert engine_tokenizer(engine_dir, hostile).encode("def f(x): return x").ids == plain
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"\xff", b'{"model": {"type": "BPE"}}'])
+def test_a_file_that_is_no_tokenizer_is_one_sentence(engine_dir: Path, content: bytes) -> None:
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json ") as refused:
+        HfTokenizer(engine_dir, documents_of(engine_dir) | {"tokenizer.json": content})
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("value", [{"bos_token": 5}, {"added_tokens_decoder": {"x": 1}}])
+def test_a_tokenizer_config_that_cannot_be_used_is_one_sentence(
+    engine_dir: Path, value: dict[str, Any]
+) -> None:
+    documents = documents_of(engine_dir)
+    config = json.dumps(json.loads(documents["tokenizer_config.json"]) | value).encode()
+    with pytest.raises(ArtifactError, match="has a tokenizer that cannot be loaded"):
+        HfTokenizer(engine_dir, documents | {"tokenizer_config.json": config})

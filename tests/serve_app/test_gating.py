@@ -1,10 +1,15 @@
-"""The door: no replica serves an ungated engine directory, whichever adapter is behind it."""
+"""The door: no replica serves an ungated engine directory, whichever adapter is behind it, and no
+ingress a file of one that was not judged."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +18,12 @@ import httpx
 import pytest
 from ray import cloudpickle, serve
 from ray.serve import Application
+from support.hostile import reseal
+from support.keys import make_keys
 from support.serving import metric, wait_for
 
 from deepseek.artifact.engine_manifest import read_engine_manifest
+from deepseek.artifact.signature import read_private_key
 from deepseek.artifact.verdict import GateVerdict, write_verdict
 from deepseek.errors import ArtifactError
 from deepseek.recipe import GateLimits
@@ -24,17 +32,23 @@ from quant_jobs.targets.embedded import pack_engine
 from serve_app.app import build_with
 from serve_app.config import EchoOptions, ServeConfig
 from serve_app.engines.echo import EchoEngine
-from serve_app.replica.gating import check_gate
+from serve_app.engines.protocol import EngineInfo
+from serve_app.gating import admit
+from serve_app.openai.ingress import load_tokenizer
 
 
 class MarkingEngine(EchoEngine):
     """An adapter that knows nothing of gates. It leaves the file `made` when it is constructed, and
     from then on copies its replica's log into the file `log`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, engine_digest: str | None = None) -> None:
         super().__init__(EchoOptions())
+        self._engine_digest = engine_digest
         (directory / "made").touch()
         logging.getLogger("ray.serve").addHandler(logging.FileHandler(directory / "log"))
+
+    async def start(self) -> EngineInfo:
+        return replace(await super().start(), engine_digest=self._engine_digest)
 
 
 def application(config: ServeConfig, marks: Path) -> Application:
@@ -87,18 +101,16 @@ def test_only_a_gated_engine_passes_unless_loudly_overridden(
         if wrong is not None:
             write_verdict(engine_dir, wrong)
         with pytest.raises(ArtifactError, match=says):
-            check_gate(engine_dir, allow_ungated=False)
+            admit(engine_dir)
         caplog.clear()
-        assert check_gate(engine_dir, allow_ungated=True) is False
+        assert admit(engine_dir, allow_ungated=True).gated is False
         assert "UNGATED" in caplog.text
     write_verdict(engine_dir, verdict(engine_dir))
     caplog.clear()
-    assert check_gate(engine_dir, allow_ungated=False) is True
+    admitted = admit(engine_dir)
+    assert admitted.gated is True
+    assert admitted.engine_digest == read_engine_manifest(engine_dir).digest
     assert caplog.text == ""
-
-
-def test_an_engine_without_a_directory_has_nothing_to_gate() -> None:
-    assert check_gate(None, allow_ungated=False) is True
 
 
 @pytest.mark.ray
@@ -135,10 +147,94 @@ def test_an_override_is_loud_in_health_metrics_and_the_replicas_log(
     assert f"UNGATED: {engine_dir.name} has not passed its accuracy gate" in log
 
 
+def change_template(directory: Path) -> None:
+    """Exchange the chat template and make engine.json right again, as whoever may write there."""
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "evil"}))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    reseal(directory / "engine.json", lambda raw: raw["files"].update({path.name: digest}))
+
+
+def test_an_ingress_uses_only_files_that_the_verdict_covers(
+    engine_dir: Path, tmp_path: Path
+) -> None:
+    write_verdict(engine_dir, verdict(engine_dir))
+    load_tokenizer(ServeConfig(engine=engine_dir))
+    for number, (harm, says) in enumerate(
+        (
+            (lambda d: (d / "chat_template.jinja").write_text("evil"), "is not part of this engi"),
+            (lambda d: (d / "special_tokens_map.json").write_text("{}"), "is not part of this en"),
+            (lambda d: (d / "additional_chat_templates").mkdir(), "is not part of this engine"),
+            (lambda d: (d / "tokenizer.json").write_text("{}"), "differs from what engine.js"),
+            (change_template, "judges the engine"),
+        )
+    ):
+        copy = shutil.copytree(engine_dir, tmp_path / str(number))
+        harm(copy)
+        with pytest.raises(ArtifactError, match=says):
+            load_tokenizer(ServeConfig(engine=copy))
+
+
+def test_a_signature_is_required_of_every_door(engine_dir: Path, tmp_path: Path) -> None:
+    keys = make_keys(tmp_path / "keys")
+    config = ServeConfig(engine=engine_dir, require_signature=keys.public)
+    doors = (
+        lambda: admit(engine_dir, require_signature=keys.public),
+        lambda: load_tokenizer(config),
+    )
+    write_verdict(engine_dir, verdict(engine_dir))
+    for door in doors:
+        with pytest.raises(ArtifactError, match="a signature is required"):
+            door()
+    write_verdict(engine_dir, verdict(engine_dir), read_private_key(keys.private))
+    for door in doors:
+        door()
+    (engine_dir / "gate.json.sig").unlink()
+
+
+def test_a_signature_is_not_overridden(engine_dir: Path, tmp_path: Path) -> None:
+    keys = make_keys(tmp_path / "keys")
+    with pytest.raises(ArtifactError, match="never gated") as refused:
+        admit(engine_dir, allow_ungated=True, require_signature=keys.public)
+    assert "--allow-ungated" not in str(refused.value)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("engine_digest", "signed", "says"),
+    [(None, False, "a signature is required"), ("0" * 64, True, "changed while it was loaded")],
+)
+def test_a_replica_serves_only_the_engine_that_was_judged_and_signed(
+    serve_url: str,
+    engine_dir: Path,
+    tmp_path: Path,
+    engine_digest: str | None,
+    signed: bool,
+    says: str,
+) -> None:
+    keys = make_keys(tmp_path / "keys")
+    key = read_private_key(keys.private) if signed else None
+    write_verdict(engine_dir, verdict(engine_dir), key)
+    # As a `serve deploy` file has it.
+    args = {"engine": str(engine_dir), "require_signature": str(keys.public)}
+    config = ServeConfig.model_validate(args)
+    app = build_with(config, partial(MarkingEngine, tmp_path, engine_digest))
+    try:
+        with pytest.raises(RuntimeError):
+            serve.run(app, name="unsigned", route_prefix="/unsigned")
+        deployments = serve.status().applications["unsigned"].deployments
+        message = deployments["engine"].message
+    finally:
+        serve.delete("unsigned")
+        (engine_dir / "gate.json.sig").unlink(missing_ok=True)
+    assert says in message
+    assert (tmp_path / "made").exists() is signed
+
+
 def test_no_engine_adapter_knows_of_gates(root: Path) -> None:
     adapters = [p for p in (root / "serve_app/engines").rglob("*.py") if p.name != "protocol.py"]
     assert adapters
     for source in adapters:
         text = source.read_text(encoding="utf-8")
-        for word in ("check_gate", "verdict", "allow_ungated", "gated"):
+        for word in ("admit(", "verdict", "allow_ungated", "gated"):
             assert word not in text, f"{source.relative_to(root)} knows of {word}"

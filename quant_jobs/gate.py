@@ -59,6 +59,7 @@ def run_gate(engine_dir: Path, evaluation_dir: Path) -> Outcome:
     Raises:
         ArtifactError: the evaluation is of another engine or artifact, judged fewer than
             MIN_TOKENS tokens, or the engine is of an unquantized source.
+        OutputError: gate.json cannot be written into the engine's directory.
     """
     engine = read_engine(engine_dir)
     evaluation = read_evaluation(evaluation_dir)

@@ -26,16 +26,18 @@ from quant_jobs.job.folder import PublishedFile
 SMALL_ARTIFACT_BYTES = 256 << 20
 
 
-def lost_files(output: Path, manifest: Manifest, *, whole: bool) -> list[str]:
+def lost_files(
+    output: Path, manifest: Manifest, *, whole: bool, small_bytes: int = SMALL_ARTIFACT_BYTES
+) -> list[str]:
     """Names of the files of a finished output that are missing or damaged, in the manifest's order.
 
     Tensor files are compared by size and header, and by their SHA-256 if `whole`, or if the
-    artifact is small; the other files by their SHA-256.
+    artifact has at most `small_bytes`; the other files by their SHA-256.
 
     Raises:
         ArtifactError: a file cannot be read, or the manifest names a file outside the output.
     """
-    whole = whole or manifest.num_bytes <= SMALL_ARTIFACT_BYTES
+    whole = whole or manifest.num_bytes <= small_bytes
     lost: list[str] = []
     for record in manifest.layers:
         if record.file != layer_file(record.layer):

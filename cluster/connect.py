@@ -12,10 +12,14 @@ tool: `cluster.yaml` and `manifests/` start machines.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import signal
 import socket
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -95,21 +99,35 @@ def connect(
         # a shared machine the job would then get only the CPU time that others leave.
         os.environ.setdefault("RAY_worker_niceness", "0")
         try:
-            ray.init(
-                "local",
-                num_cpus=num_cpus,
-                include_dashboard=include_dashboard,
-                **quiet,
-            )
+            with _same_sigterm():
+                ray.init(
+                    "local",
+                    num_cpus=num_cpus,
+                    include_dashboard=include_dashboard,
+                    **quiet,
+                )
         except (RuntimeError, OSError, ValueError) as error:
             raise DeployError(f"a local Ray did not start: {first_line(error)}") from error
         return RayConnection(_current_address(), started=True, attached=True)
     _probe(address)
     try:
-        ray.init(address, **quiet)
+        with _same_sigterm():
+            ray.init(address, **quiet)
     except (RuntimeError, OSError, ValueError) as error:
         raise _unreachable(address, first_line(error)) from error
     return RayConnection(_current_address(), started=False, attached=True)
+
+
+@contextlib.contextmanager
+def _same_sigterm() -> Iterator[None]:
+    """Leave the process's handler of SIGTERM as it was: `ray.init` puts one in its place that ends
+    the process with exit code 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @dataclass(frozen=True, slots=True)

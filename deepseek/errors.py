@@ -8,6 +8,7 @@
       ArtifactError       a quantized checkpoint or engine is incomplete, damaged, or of another run
       DeployError         the target engine or the hardware cannot load this artifact
       RequestError        a generation request that can never be served (too long, bad parameter)
+      OutputError         a file or directory cannot be written: disk full, read-only, in the way
 
 `assert` elsewhere means a bug of ours; these mean that the user can fix it, and say how.
 """
@@ -59,6 +60,10 @@ class DeployError(IntServeError):
 
 class RequestError(IntServeError):
     """A generation request that no amount of waiting would make servable."""
+
+
+class OutputError(IntServeError):
+    """A file or directory cannot be written where the user wants it."""
 
 
 def first_line(error: BaseException) -> str:

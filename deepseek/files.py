@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 
 from deepseek import untrusted
 from deepseek.errors import ArtifactError
+from deepseek.outputs import writing
 from deepseek.untrusted import UnusableFileError
 
 #: Bytes per read.
@@ -25,8 +27,12 @@ CHUNK_BYTES = 1 << 22
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it appears whole or not at all, also after a power cut."""
-    with published_file(path) as file:
+    """Write a file so that it appears whole or not at all, also after a power cut.
+
+    Raises:
+        OutputError: see `published_file`; so for all functions here that write.
+    """
+    with published_file(path, len(data)) as file:
         file.write(data)
 
 
@@ -62,7 +68,9 @@ def canonical_json(value: Any) -> bytes:
 def remove_scraps(directory: Path) -> None:
     """Delete the temporary files of killed writers. The caller knows that no writer is running."""
     for path in directory.glob(".*.tmp"):
-        path.unlink()
+        if path.is_file():
+            with writing(path):
+                path.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
@@ -75,22 +83,51 @@ def sha256_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def published_file(path: Path) -> Iterator[BinaryIO]:
+def published_file(path: Path, num_bytes: int | None = None) -> Iterator[BinaryIO]:
     """A writable file under a temporary name. It is renamed to `path` when the block ends without
-    an exception, and deleted otherwise."""
-    # The name is random because processes of several nodes may share the directory.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    an exception, and deleted otherwise. `num_bytes` is the size that it is to have, if known.
+
+    Raises:
+        OutputError: the disk is full, read-only, or otherwise refuses the file; nothing is left of
+            it, and what was at `path` before is still there.
+    """
+    # The name is random because processes of several nodes may share the directory; and short,
+    # because that of `path` may be as long as a name can be.
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+    with writing(path, num_bytes):
+        raw = _RawFile(temporary, "wb")
     try:
-        with temporary.open("wb") as file:
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+            with writing(path, num_bytes):
+                os.fsync(file.fileno())
+        with writing(path, num_bytes):
+            os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            temporary.unlink()
+        if error is raw.error:
+            with writing(path, num_bytes):
+                raise
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with writing(path):
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+class _RawFile(io.FileIO):
+    """Remembers which error a write met, so that what else happens while the file is open (reading
+    the values to be written, say) is not taken for one."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise

@@ -123,7 +123,7 @@ def save_tensors(
 
     file_digest = hashlib.sha256(raw)
     digests: dict[str, str] = {}
-    with published_file(path) as file:
+    with published_file(path, num_bytes) as file:
         file.write(raw)
         for name in order:
             tensor = tensors[name].detach().cpu()
@@ -149,15 +149,26 @@ def stream_tensors(
 
     `layout` maps each name to its type and shape. `make(name)` yields the values of one tensor in
     row-major order, in pieces of any size. No digests are computed.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     order, raw, num_bytes = _lay_out(layout, metadata)
-    with published_file(path) as file:
+    with published_file(path, num_bytes) as file:
         file.write(raw)
         for name in order:
             for piece in make(name):
                 assert piece.dtype == layout[name][0], name
                 file.write(tensor_bytes(piece))
         assert file.tell() == num_bytes, "a tensor is not as long as announced"
+
+
+def saved_bytes(
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Size of the file that `save_tensors` would write, header included."""
+    return _lay_out(layout, metadata)[2]
 
 
 def read_header(path: Path, *, root: Path | None = None) -> Header:

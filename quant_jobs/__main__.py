@@ -77,11 +77,20 @@ def quantize(
     ] = 1,
     device: DeviceOption = "cpu",
     cpus_per_worker: CpusOption = 1,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read a finished output whole; without it, one above 256 MB is checked by its "
+            "files' sizes and headers.",
+        ),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Quantize a checkpoint layer by layer, on Ray.
 
-    A rerun of the same command resumes after the last published layer.
+    A rerun of the same command resumes after the last published layer. Of a finished output it
+    makes again what is missing or damaged.
 
     \b
     Examples:
@@ -97,7 +106,14 @@ def quantize(
     sources = [CalibrationSource.parse(argument) for argument in calibration]
     with redirect_stdout(sys.stderr):  # Ray prints to stdout when a node dies
         manifest = run_quantize(
-            model, recipe, sources, output, workers, device=device, cpus_per_worker=cpus_per_worker
+            model,
+            recipe,
+            sources,
+            output,
+            workers,
+            device=device,
+            cpus_per_worker=cpus_per_worker,
+            verify=verify,
         )
     result = {
         "output": str(output),

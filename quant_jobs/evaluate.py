@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from deepseek.artifact.built_engine import read_engine
-from deepseek.artifact.documents import check_output
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError
+from deepseek.outputs import check_apart, check_directory, check_writable, make_directory, writing
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.calibration.token_blocks import load_token_blocks
 from quant_jobs.evaluation.record import EVALUATION, Evaluation, HeldOut, write_evaluation
@@ -51,9 +51,11 @@ def run_evaluate(
             in one of the two.
         CheckpointError, ConfigError: the reference cannot be read.
         CalibrationError: the text is absent, empty or too short.
+        OutputError: the output cannot be written; seen before anything is measured if it can be.
     """
-    for directory in (engine_dir, reference_dir):
-        check_output(output, directory)
+    check_directory(output)
+    check_apart(output, engine_dir, "the engine")
+    check_apart(output, reference_dir, "the reference")
     built = read_engine(engine_dir)
     reference = CheckpointReader(reference_dir)
     if built.source_fingerprint != reference.fingerprint:
@@ -65,6 +67,8 @@ def run_evaluate(
     # Blocks are spread evenly over the text, so that they represent all of a long file.
     blocks = load_token_blocks(data, reference_dir, settings.num_blocks, settings.block_tokens)
     ids_BT = blocks.ids
+    make_directory(output)
+    check_writable(output)  # now, not after an hour
     threads = settings.num_threads
     quantized = LLMEngine.load(engine_dir, EngineOptions(num_threads=threads))
     source = LLMEngine.from_checkpoint(
@@ -73,9 +77,9 @@ def run_evaluate(
     scores = score_blocks(source, quantized, ids_BT)
     speed = measure_decode(source, quantized, ids_BT, settings.decode_tokens, BATCH_SIZES)
 
-    output.mkdir(parents=True, exist_ok=True)
     # Without this, a run killed between the two writes leaves the old evaluation and new tokens.
-    (output / EVALUATION).unlink(missing_ok=True)
+    with writing(output / EVALUATION):
+        (output / EVALUATION).unlink(missing_ok=True)
     tokens = write_tokens(output, ids_BT, scores)
     evaluation = Evaluation(
         engine_digest=built.digest,

@@ -61,6 +61,7 @@ def run_gate(engine_dir: Path, evaluation_dir: Path, *, sign_key: Path | None = 
     Raises:
         ArtifactError: the evaluation is of another engine or artifact, judged fewer than
             MIN_TOKENS tokens, or the engine is of an unquantized source; or the key cannot be used.
+        OutputError: gate.json cannot be written into the engine's directory.
     """
     key = None if sign_key is None else read_private_key(sign_key)
     engine = read_engine(engine_dir)

@@ -32,11 +32,13 @@ def run_quantize(
     *,
     device: Device = "cpu",
     cpus_per_worker: int = 1,
+    verify: bool = False,
 ) -> Manifest:
     """Quantize the checkpoint in `model` into `output`, or resume a killed run.
 
     Connects to Ray, or starts a local one, until the job ends; with `workers` 0 one worker in this
-    process runs the job without Ray. A finished output of the same inputs is returned unchanged.
+    process runs the job without Ray. A finished output of the same inputs is checked, what it has
+    lost is made again, and it is returned unchanged; `verify` checks every byte of a large one.
     `progress` None shows a progress line on stderr. On `device` cuda each worker has its own GPU.
     `cpus_per_worker` is how many Ray CPUs each worker reserves; it computes on one thread.
 
@@ -50,7 +52,7 @@ def run_quantize(
             "two out"
         )
     job = plan_job(model, recipe, calibration, output, device)
-    if (done := finished(job)) is not None:
+    if (done := finished(job, whole=verify)) is not None:
         return done
     with ExitStack() as stack:
         if device == "cuda":  # before the output is bound to it

@@ -10,12 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepseek.artifact.built_engine import BuiltEngine, read_engine
-from deepseek.artifact.documents import check_output
 from deepseek.artifact.engine_manifest import VERDICT_FILE
 from deepseek.artifact.manifest import read_manifest
 from deepseek.artifact.verdict import GateVerdict, read_verdict
-from deepseek.errors import ArtifactError
+from deepseek.errors import ArtifactError, OutputError
 from deepseek.files import write_atomic
+from deepseek.outputs import check_apart, make_directory, writing
 from quant_jobs.evaluation.record import Evaluation, read_evaluation
 from quant_jobs.evaluation.tokens import read_tokens
 from quant_jobs.reports.engine_page import draw_figures, render
@@ -28,12 +28,14 @@ def run_report(
     """Write the page to OUTPUT and the report's data beside it, with the suffix `.json`.
 
     Raises:
-        ArtifactError: a document is missing or belongs to another engine; OUTPUT itself has the
-            suffix `.json`, or lies in the engine or checkpoint.
+        ArtifactError: a document is missing or belongs to another engine, or OUTPUT itself has the
+            suffix `.json`.
+        OutputError: OUTPUT is a directory, lies in the engine or the checkpoint, or cannot be
+            written.
     """
-    for directory in (engine_dir, checkpoint):
-        if directory is not None:
-            check_output(output, directory)
+    check_apart(output, engine_dir, "the engine")
+    if checkpoint is not None:
+        check_apart(output, checkpoint, "the checkpoint")
     engine = read_engine(engine_dir)
     evaluation = read_evaluation(evaluation_dir)
     if evaluation.engine_digest != engine.digest:
@@ -42,12 +44,16 @@ def run_report(
         )
     if output.suffix == ".json":
         raise ArtifactError(f"--output {output} is where the JSON would go; name an .html file")
+    with writing(output):
+        is_place = output.is_dir()
+    if is_place or not output.name:
+        raise OutputError(f"--output {output} is a directory; name an .html file in it")
     if checkpoint is not None:
         _check_checkpoint(checkpoint, engine)
     tokens = read_tokens(evaluation_dir, evaluation)
     report = assemble(engine, evaluation, tokens, _verdict_of(engine, evaluation))
     html = render(report, draw_figures(report, engine.manifest, tokens))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(output.parent)
     text = report.model_dump_json(indent=2) + "\n"
     write_atomic(output.with_suffix(".json"), text.encode())
     write_atomic(output, html.encode())

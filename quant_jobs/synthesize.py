@@ -32,7 +32,8 @@ def run_synthesize(output: Path, size: Size, preset: Preset, seed: int) -> Synth
 
     Raises:
         ConfigError: the sizes contradict each other.
-        CheckpointError: `output` is not empty, or the disk is too small.
+        CheckpointError: `output` is not empty.
+        OutputError: the disk is too small, or `output` cannot be written.
     """
     config = synthetic_config(size, preset)
     with make_progress() as bar:

@@ -147,20 +147,6 @@ def check_nothing_else(directory: Path, known: Collection[str], *, what: str) ->
             )
 
 
-def check_output(output: Path, directory: Path) -> None:
-    """Check that a command's output lies outside an artifact, engine or source that it reads, which
-    would not be one any longer with other files in it.
-
-    Raises:
-        ArtifactError: it lies inside.
-    """
-    if output.resolve().is_relative_to(directory.resolve()):
-        raise ArtifactError(
-            f"--output {output} lies in {directory}, which may hold nothing but its own files; "
-            "choose another --output"
-        )
-
-
 def _check_text(data: bytes) -> None:
     try:
         data.decode("utf-8")

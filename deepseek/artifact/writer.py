@@ -13,6 +13,7 @@ intserve.json means that the artifact is complete. `reader.py` reads it back and
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from deepseek.artifact.manifest import (
 )
 from deepseek.artifact.tensors import expected_tensors, layer_file, layer_keys, mismatch
 from deepseek.errors import ArtifactError
-from deepseek.files import remove_scraps, sha256_file, write_atomic, write_json
+from deepseek.files import json_bytes, remove_scraps, sha256_file, write_atomic
+from deepseek.outputs import check_apart, check_directory, make_directory
 from deepseek.recipe import Recipe
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.source.index import INDEX_FILE
@@ -52,6 +54,7 @@ class ArtifactWriter:
 
     Raises on opening:
         ArtifactError: the directory belongs to another recipe, source or tool.
+        OutputError: it cannot be made, or is inside the source checkpoint.
         RecipeError: the recipe does not fit the model.
     """
 
@@ -69,7 +72,7 @@ class ArtifactWriter:
         )
         self._records: dict[LayerKey, LayerRecord] = {}
         self._refuse_foreign_directory()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
 
     def publish_layer(
         self,
@@ -141,12 +144,9 @@ class ArtifactWriter:
         assert not missing, f"finish before layer {missing[0]} was published or registered"
         records = tuple(self._records[key] for key in keys)
         remove_scraps(self.directory)
-        self._write_config()
-        self._write_index(records)
-        written = ["config.json", INDEX_FILE]
-        for name, data in read_copied(self._source_dir).items():
-            write_atomic(self.directory / name, data)
-            written.append(name)
+        files = self._files_beside(records)
+        for name, content in files.items():
+            write_atomic(self.directory / name, content)
         manifest = Manifest(
             recipe=self.recipe,
             source=self._source,
@@ -155,35 +155,58 @@ class ArtifactWriter:
             coverage={layer: tuple(coverage[layer]) for layer in sorted(coverage)},
             fallbacks=tuple(fallbacks),
             tools=dict(sorted(tools.items())),
-            files={name: sha256_file(self.directory / name) for name in sorted(written)},
+            files={name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)},
             kv_latent_amax=dict(sorted((kv_latent_amax or {}).items())),
         )
         write_manifest(self.directory, manifest)
         return manifest
 
-    def _write_config(self) -> None:
+    def restore_files(self, manifest: Manifest) -> None:
+        """Write those files beside the tensors again that a finished artifact has lost, with the
+        bytes that its manifest records. Every tensor file must be registered; the manifest stays
+        as it is.
+
+        Raises:
+            ArtifactError: the source no longer holds what a lost file was copied from.
+        """
+        remove_scraps(self.directory)
+        files = self._files_beside(manifest.layers)
+        for name, sha256 in manifest.files.items():
+            path = self.directory / name
+            if path.is_file() and sha256_file(path) == sha256:
+                continue
+            content = files.get(name)
+            if content is None or hashlib.sha256(content).hexdigest() != sha256:
+                raise ArtifactError(
+                    f"{path} is missing or damaged, and {self._source_dir / name} is not what it "
+                    f"was made from; put that file back, or delete {self.directory} and run again"
+                )
+            write_atomic(path, content)
+
+    def _files_beside(self, records: tuple[LayerRecord, ...]) -> dict[str, bytes]:
+        """The content of every file beside the tensors and the manifest, by name."""
+        files = {"config.json": self._config(), INDEX_FILE: self._index(records)}
+        return files | read_copied(self._source_dir)
+
+    def _config(self) -> bytes:
         content = dict(self._source_config)
         for key in _DROPPED_KEYS:
             content.pop(key, None)
         quantization = quantization_config(self.config, self.schemes)
         if quantization is not None:
             content["quantization_config"] = quantization
-        write_json(self.directory / "config.json", content)
+        return json_bytes(content)
 
-    def _write_index(self, records: tuple[LayerRecord, ...]) -> None:
+    def _index(self, records: tuple[LayerRecord, ...]) -> bytes:
         weight_map = {name: record.file for record in records for name in record.tensors}
         headers = (read_header(self.directory / record.file) for record in records)
         total = sum(entry.num_bytes for header in headers for entry in header.tensors.values())
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(self.directory / INDEX_FILE, content)
+        return json_bytes(content)
 
     def _refuse_foreign_directory(self) -> None:
-        if self.directory.exists() and not self.directory.is_dir():
-            raise ArtifactError(f"{self.directory} is a file; --output must name a directory")
-        if self.directory.resolve() == self._source_dir.resolve():
-            raise ArtifactError(
-                f"{self.directory} is the source checkpoint itself; choose another --output"
-            )
+        check_directory(self.directory)
+        check_apart(self.directory, self._source_dir, "the source checkpoint")
         if (self.directory / MANIFEST_FILE).exists():
             other = read_manifest(self.directory)
             for input_name, recorded, ours in (

@@ -187,6 +187,10 @@ class CheckpointReader:
             for name in names & self._shard_of.keys()
         )
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type that a tensor is stored in."""
+        return self._shards[self._shard_of[name]].header.tensors[name].dtype
+
     def read_layer(self, layer: int) -> dict[str, SourceTensor]:
         """All tensors of one decoder layer by name, mapped from their files. MTP layers come after
         the main layers."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from deepseek.files import write_atomic, write_json
 from deepseek.formats import FP8_BLOCK
 from deepseek.inventory import TensorSpec, tensors
 from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2
+from deepseek.outputs import check_directory, check_space, make_directory
 from deepseek.source.checkpoint import scale_name
 from deepseek.source.index import INDEX_FILE
 from deepseek.source.synthetic_weights import WeightMaker
@@ -146,11 +146,12 @@ def synthesize(
     of every piece that is written; their sum is `num_bytes(config)`.
 
     Raises:
-        CheckpointError: `output` is a file or not empty, or the disk is too small.
+        CheckpointError: `output` is not empty.
+        OutputError: `output` cannot be a directory, or the disk is too small or refuses a file.
     """
     assert config.weight_block_size == (FP8_BLOCK, FP8_BLOCK)
     _check_place(output, num_bytes(config))
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output)
     maker = WeightMaker(config, seed)
     shards = shard_layouts(config, shard_bytes)
     weight_map: dict[str, str] = {}
@@ -236,22 +237,15 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_place(output: Path, needed_bytes: int) -> None:
+    check_directory(output)
     if output.is_dir() and any(output.iterdir()):
         finished = (output / "config.json").exists()
         content = "a checkpoint" if finished else "files that are no checkpoint, or not a whole one"
         raise CheckpointError(
             f"{output} already holds {content}; remove it, or give another --output"
         )
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output} is a file; --output must name a directory")
-    parent = next(place for place in (output, *output.absolute().parents) if place.exists())
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes:
-        raise CheckpointError(
-            f"{output}: the checkpoint takes {needed_bytes / 1e9:.1f} GB, but only "
-            f"{free_bytes / 1e9:.1f} GB are free; lower --layers, --experts or --vocab, or give "
-            "another --output"
-        )
+    remedy = "lower --layers, --experts or --vocab, or give another --output"
+    check_space(output, needed_bytes, remedy)
 
 
 def _stored(spec: TensorSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -7,8 +7,9 @@ Called by `quantize.py`.
 While layer N is being written (weights and boundary), layer N+1 is read and its attention runs.
 Layer N is durable before N+1 is solved. A killed job resumes with the same command after the last
 published layer and writes the same bytes, whatever the number of workers before and after
-(`folder.py`). Dead workers are replaced, or the job continues without them; their blocks are loaded
-from the last boundary, and at most one layer is redone.
+(`folder.py`); of a finished output it makes again what is lost (`restore.py`). Dead workers are
+replaced, or the job continues without them; their blocks are loaded from the last boundary, and at
+most one layer is redone.
 
 When a driver with a local Ray is killed with SIGKILL, the kernel kills Ray's processes with their
 parent, and workers exit with their raylet; two idle Ray agents exit a minute later. On a cluster,
@@ -28,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deepseek.artifact.manifest import LayerKey, Manifest
+from deepseek.artifact.manifest import MANIFEST_FILE, LayerKey, Manifest, read_manifest
 from deepseek.artifact.tensors import layer_file, layer_keys, store_tensor
 from deepseek.artifact.writer import ArtifactWriter
 from deepseek.errors import IntServeError
@@ -40,6 +41,9 @@ from quant_jobs.job.folder import JobFolder, PublishedFile
 from quant_jobs.job.job import Job, tools
 from quant_jobs.job.layer_steps import LayerSteps, Solution
 from quant_jobs.job.progress import Event, Progress, Step
+from quant_jobs.job.restore import check_remade, published_files
+from quant_jobs.job.source_watch import SourceWatch
+from quant_jobs.job.space import check_room
 from quant_jobs.reports.job_report import write_job_report
 from quant_jobs.workers.messages import SolveSummary, WorkerJob
 from quant_jobs.workers.protocol import Workers, WorkersLost
@@ -89,20 +93,35 @@ class Driver:
         self._writing: _WritingLayer | None = None
         self._storing: _StoringBoundary | None = None
         self._timings = Timings()
-        self._published = folder.load_published()
+        #: The manifest of a finished output that has lost files, which this run makes again.
+        self._finished: Manifest | None = None
+        self._recorded: dict[LayerKey, PublishedFile] = {}
+        if (job.output / MANIFEST_FILE).exists():
+            self._finished = read_manifest(job.output)
+            self._recorded = published_files(self._finished)
+            for file in self._recorded.values():
+                folder.save_published(file)
+        self._watch = SourceWatch(job, folder, self._recorded)
+        self._published = folder.load_published(forget_damaged=self._finished is not None)
         for file in self._published.values():
             self._writer.register(file.record, verify=False)  # load_published has verified it
 
     def run(self) -> Manifest:
-        """Run all remaining layers and write the manifest.
+        """Run all remaining layers and write the manifest. Of a finished output only what it has
+        lost is made again.
 
         Raises:
-            ArtifactError: a boundary file is damaged.
-            CheckpointError: a weight cannot be represented, or an activation is not finite.
+            ArtifactError: a boundary file is damaged, or a lost layer cannot be made again.
+            CheckpointError: a weight cannot be represented, an activation is not finite, or the
+                source has changed since this job first read it.
+            OutputError: a file cannot be written, or there is no room for what is left.
             IntServeError: workers die too often, or none is left.
         """
         todo = [n for n in range(self._config.num_hidden_layers) if n not in self._published]
         start = self._folder.last_boundary(len(self._blocks.ids), todo[0]) if todo else 0
+        missing = [key for key in layer_keys(self._config) if key not in self._published]
+        layers = range(start, todo[-1] + 1) if todo else range(0)
+        check_room(self._job, self._folder, self._writer.schemes, missing, layers)
         self._announce(todo, start)
         self._publish_unquantized()  # in the driver, while the workers load their libraries
         if todo:
@@ -110,12 +129,15 @@ class Driver:
         return self._finish(start)
 
     def _announce(self, todo: list[int], start: int) -> None:
-        if len(todo) == self._config.num_hidden_layers:
+        if self._finished is not None:
+            state = f"making lost files of a finished output again, {len(todo)} layers among them"
+        elif len(todo) == self._config.num_hidden_layers:
             state = "from the start"
         else:
             state = f"resuming, {len(todo)} layers are left"
         detail = f"{self._job.recipe.name} on {self._pool.describe()}: {state}"
-        self._progress(Event("started", start, detail=detail))
+        done = len(self._published)
+        self._progress(Event("started", start, detail=detail, done=done, left=len(todo)))
 
     # --- layer after layer, and what to do when workers die ---
 
@@ -139,6 +161,7 @@ class Driver:
         self._load_boundary(layer)
         if layer in self._published:
             self._await_files()
+            self._folder.delete_boundaries(before=layer)
             if not is_last:
                 with self._timings.step(layer, "carry"):
                     published = (self._job.output / layer_file(layer)).resolve()
@@ -202,6 +225,8 @@ class Driver:
             return {block: self._blocks.ids[block] for block in self._steps.blocks_of(index)}
 
         with self._timings.step(layer, "supply"):
+            if layer == 0:
+                self._watch.check_embedding(self._published["globals"])
             self._pool.each(lambda worker, _: worker.begin.remote(job), new)
             self._pool.each(
                 lambda worker, i: worker.load_boundary.remote(layer, ids(i), boundary), new
@@ -222,6 +247,7 @@ class Driver:
         with self._timings.step(layer, "solve"):
             shared = self._steps.shared_smoothing(layer, received, ledger)
             solution = self._steps.solve(layer, shared, received, ledger)
+        self._watch.check_layer(layer, solution.summary.source_digests, solution.source_sha256)
         self._report("solved", layer)
         record = self._steps.write(layer, solution)
         self._writing = _WritingLayer(layer, record, solution.summary)
@@ -229,8 +255,7 @@ class Driver:
 
     def _carry(self, layer: int) -> None:
         """Run the blocks through the quantized layer and start storing the next boundary."""
-        boundary = self._folder.boundary(layer + 1)
-        boundary.mkdir(exist_ok=True)
+        boundary = self._folder.make_boundary(layer + 1)
         self._storing = _StoringBoundary(layer + 1, [])
         self._steps.carry(layer, boundary.resolve(), self._storing.files)
         self._report("carried", layer)
@@ -292,6 +317,7 @@ class Driver:
                 for tensor in stored.values():
                     tensors |= store_tensor(tensor, self._writer.schemes.get(tensor.spec.module))
                 digest = content_digest(stored)
+                self._watch.check_recorded(key, digest)
                 record = self._writer.publish_layer(key, tensors, source_sha256=digest)
             self._timings.bytes_read += sum(tensor.num_bytes for tensor in stored.values())
             self._timings.bytes_written += record.num_bytes
@@ -299,14 +325,23 @@ class Driver:
 
     def _register(self, file: PublishedFile) -> None:
         """Record the file as published, and delete the boundaries of the layers before it."""
-        self._folder.save_published(file)
         key = file.record.layer
+        if (recorded := self._recorded.get(key)) is not None:
+            check_remade(self._job.output, file, recorded)
+            file = recorded
+            self._writer.register(file.record, verify=False)
+        self._folder.save_published(file)
         self._published[key] = file
         if key != "globals" and key < self._config.num_hidden_layers:
             self._folder.delete_boundaries(before=key)
         self._report("published", key, file)
 
     def _finish(self, start: int) -> Manifest:
+        if self._finished is not None:
+            self._writer.restore_files(self._finished)
+            self._folder.remove()
+            self._report("finished", "globals")
+            return self._finished
         ledger = Ledger()
         for file in self._published.values():
             ledger.extend(file.fallbacks)

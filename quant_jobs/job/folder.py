@@ -3,12 +3,15 @@
     OUTPUT/.job/lock                                     flock: released when its driver dies
     OUTPUT/.job/job.json                                 fingerprint of the job's inputs
     OUTPUT/.job/part-00003.json                          layer 3 is published: its PublishedFile
+    OUTPUT/.job/source-00003.json                        digests of what layer 3 was first read as
     OUTPUT/.job/boundary-00004/worker-*.safetensors      inputs of layer 4, by calibration block
 
 A layer counts as published when its part-*.json exists, which is written after the layer's own
 file. A boundary is complete when it has all blocks; boundary 0 is the embedding and is never
-stored. The driver deletes a boundary once a later layer is published, and .job itself after
-intserve.json is written. Workers write the boundaries (`workers/boundary.py`).
+stored. The digests of a layer's source tensors are recorded before the layer is published, so that
+a run that reads it again notices a source that has changed (`source_watch.py`). The driver deletes
+a boundary once a later layer is published, and .job itself after intserve.json is written. Workers
+write the boundaries (`workers/boundary.py`).
 
 Disk space beside the output: one boundary, two while the next is being written; B*T*D*4 bytes each
 (float32: 2.1 M tokens of DeepSeek-V3 are 60 GB).
@@ -18,9 +21,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +33,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from deepseek.artifact.manifest import MANIFEST_FILE, Fallback, LayerKey, LayerRecord
+from deepseek.artifact.tensors import layer_file
 from deepseek.errors import ArtifactError
-from deepseek.files import sha256_file, write_json
+from deepseek.files import canonical_json, remove_scraps, sha256_file, write_json
+from deepseek.outputs import check_directory, make_directory, writing
 from deepseek.tensor_files import tensor_digest
+from deepseek.untrusted import UnusableFileError, read_json_object
 from quant_jobs.workers.boundary import block_name, stored_blocks
 
 FOLDER = ".job"
@@ -54,16 +62,20 @@ class JobFolder:
 
     Raises on opening:
         ArtifactError: another process writes this output, or it belongs to another job.
+        OutputError: it cannot be written, here and in every method that writes or deletes.
     """
 
     def __init__(self, output: Path, fingerprint: dict[str, Any]) -> None:
         self.output = output
         self.path = output / FOLDER
-        self._refuse_foreign_files()
-        self.path.mkdir(parents=True, exist_ok=True)
+        check_directory(output)
+        with writing(output):
+            self._refuse_foreign_files()
+        make_directory(self.path)
         self._lock: int | None = self._take_lock()
         try:
             self._pin(fingerprint)
+            self._remove_scraps()
         except BaseException:
             self.release()
             raise
@@ -82,37 +94,40 @@ class JobFolder:
 
     def remove(self) -> None:
         """Delete the folder of a finished job, the lock file last, and release the lock."""
-        for path in sorted(self.path.iterdir()):
-            if path.name != "lock":
-                _remove_folder(path) if path.is_dir() else path.unlink()
-        (self.path / "lock").unlink()
-        self.path.rmdir()
+        with writing(self.path):
+            for path in sorted(self.path.iterdir()):
+                if path.name != "lock":
+                    _remove_folder(path) if path.is_dir() else path.unlink()
+            (self.path / "lock").unlink()
+            self.path.rmdir()
         self.release()
 
     # --- published files ---
 
     def save_published(self, file: PublishedFile) -> None:
         """Record a file as published; it must be on disk already."""
-        write_json(self._record_path(file.record.layer), file.model_dump(mode="json"))
+        content = file.model_dump(mode="json")
+        digest = hashlib.sha256(canonical_json(content)).hexdigest()
+        write_json(self._record_path(file.record.layer), content | {"digest": digest})
 
-    def load_published(self) -> dict[LayerKey, PublishedFile]:
+    def load_published(self, *, forget_damaged: bool = False) -> dict[LayerKey, PublishedFile]:
         """Every published file that still exists, verified by its digest. The layer of a deleted
-        file is forgotten, and so quantized again.
+        file is forgotten, and so quantized again; with `forget_damaged` that of a damaged one too.
 
         Raises:
-            ArtifactError: a file has other bytes than were published; names it and the tensor.
+            ArtifactError: a record is damaged, or a file has other bytes than were published; names
+                it and the tensor.
         """
         published: dict[LayerKey, PublishedFile] = {}
         for record_path in sorted(self.path.glob("part-*.json")):
-            try:
-                file = PublishedFile.model_validate_json(record_path.read_bytes())
-            except ValidationError as error:
-                raise ArtifactError(f"{record_path} is damaged; delete it and run again") from error
+            file = self._read_published(record_path)
             path = self.output / file.record.file
-            if not path.exists():
-                record_path.unlink()
+            intact = path.exists() and _digest(path) == file.record.sha256
+            if not intact and (forget_damaged or not path.exists()):
+                with writing(record_path):
+                    record_path.unlink()
                 continue
-            if sha256_file(path) != file.record.sha256:
+            if not intact:
                 raise ArtifactError(
                     f"{path} is damaged: {_damaged_tensor(path, file.record)} not as it was "
                     "published; delete that file and run again, which makes it anew"
@@ -120,14 +135,73 @@ class JobFolder:
             published[file.record.layer] = file
         return published
 
+    def _read_published(self, path: Path) -> PublishedFile:
+        """One record, which must be about the file that its own name stands for."""
+        try:
+            raw = read_json_object(path)
+            # A record of a job that an earlier version began has no digest.
+            digest = raw.pop("digest", None)
+            file = PublishedFile.model_validate(raw)
+        except (UnusableFileError, ValidationError) as error:
+            reason = "is damaged" if isinstance(error, ValidationError) else str(error)
+            raise ArtifactError(f"{path} {reason}; delete it and run again") from error
+        content = file.model_dump(mode="json")
+        if digest not in (None, hashlib.sha256(canonical_json(content)).hexdigest()):
+            raise ArtifactError(
+                f"{path} is damaged: it was changed after it was written; delete it and run again"
+            )
+        layer = file.record.layer
+        if self._record_path(layer) != path or file.record.file != layer_file(layer):
+            raise ArtifactError(
+                f"{path} is damaged: it names layer {layer} and the file {file.record.file!r}; "
+                "delete it and run again"
+            )
+        return file
+
     def _record_path(self, layer: LayerKey) -> Path:
         return self.path / f"part-{layer if layer == 'globals' else f'{layer:05d}'}.json"
+
+    # --- the source ---
+
+    def record_source(self, layer: int, digests: Mapping[str, str]) -> str | None:
+        """Record the digests of the source tensors (by name) that this layer is made from; where
+        they are recorded already, compare. Returns the first tensor that differs, or None.
+
+        Raises:
+            ArtifactError: the record is damaged.
+        """
+        path = self.path / f"source-{layer:05d}.json"
+        if not path.exists():
+            write_json(path, dict(digests))
+            return None
+        try:
+            recorded = read_json_object(path)
+        except UnusableFileError as error:
+            raise ArtifactError(f"{path} {error}; delete it and run again") from error
+        differing = sorted(
+            name
+            for name in recorded.keys() | digests.keys()
+            if recorded.get(name) != digests.get(name)
+        )
+        return differing[0] if differing else None
 
     # --- boundaries ---
 
     def boundary(self, layer: int) -> Path:
         """The folder with the inputs of this layer."""
         return self.path / f"boundary-{layer:05d}"
+
+    def make_boundary(self, layer: int) -> Path:
+        """Make that folder, unless it is there."""
+        path = self.boundary(layer)
+        with writing(path):
+            path.mkdir(exist_ok=True)
+        return path
+
+    @property
+    def boundary_bytes(self) -> int:
+        """Bytes of all boundary files."""
+        return sum(path.stat().st_size for path in self.path.glob("boundary-*/*") if path.is_file())
 
     def last_boundary(self, num_blocks: int, at_most: int) -> int:
         """The last layer up to `at_most` whose boundary is complete; that of layer 0, the
@@ -145,7 +219,8 @@ class JobFolder:
     def delete_boundaries(self, *, before: int) -> None:
         for path in sorted(self.path.glob("boundary-*")):
             if path.name < self.boundary(before).name:
-                _remove_folder(path)
+                with writing(path):
+                    _remove_folder(path)
 
     # --- ownership ---
 
@@ -163,24 +238,26 @@ class JobFolder:
 
     def _take_lock(self) -> int:
         path = self.path / "lock"
-        while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
-                os.close(handle)
-                raise ArtifactError(
-                    f"{self.output} is being written by another quantize (process {owner}); wait "
-                    "for it or choose another --output"
-                ) from None
-            # The file may have been deleted, by a job that ended, between opening and locking.
-            if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
-                break
-            os.close(handle)
-            self.path.mkdir(exist_ok=True)
-        os.truncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        with writing(path), contextlib.ExitStack() as opened:
+            while True:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                opened.callback(os.close, handle)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
+                    raise ArtifactError(
+                        f"{self.output} is being written by another quantize (process {owner}); "
+                        "wait for it or choose another --output"
+                    ) from None
+                # The file may have been deleted, by a job that ended, between opening and locking.
+                if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+                    break
+                opened.close()
+                self.path.mkdir(exist_ok=True)
+            os.truncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            opened.pop_all()  # open from here on: closing it frees the lock
         return handle
 
     def _pin(self, fingerprint: dict[str, Any]) -> None:
@@ -190,10 +267,15 @@ class JobFolder:
             write_json(path, current)
             return
         try:
-            stored = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ArtifactError(f"{path} is damaged; delete {self.output}") from error
+            stored = read_json_object(path)
+        except UnusableFileError as error:
+            raise ArtifactError(f"{path} {error}; delete {self.output} and run again") from error
         check_same_run(self.output, stored, current)
+
+    def _remove_scraps(self) -> None:
+        """Delete what killed writers left, so that it takes no space beside the output."""
+        for folder in (self.output, self.path, *self.path.glob("boundary-*")):
+            remove_scraps(folder)
 
 
 def check_same_run(output: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
@@ -242,7 +324,19 @@ def _damaged_tensor(file: Path, record: LayerRecord) -> str:
 
 
 def _recipe_name(fingerprint: dict[str, Any]) -> str:
-    return str((fingerprint.get("recipe") or {}).get("name"))
+    recipe = fingerprint.get("recipe")
+    return str(recipe.get("name")) if isinstance(recipe, dict) else "None"
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a published file; None where it is no regular file."""
+    try:
+        return sha256_file(path) if path.is_file() else None
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error.strerror}); see the state of the disk or mount, then "
+            "run again"
+        ) from error
 
 
 def _short(value: Any) -> str:

@@ -20,12 +20,15 @@ from deepseek.artifact.manifest import (
     Manifest,
     read_manifest,
 )
+from deepseek.errors import ArtifactError
 from deepseek.files import canonical_json
+from deepseek.outputs import check_apart, check_directory
 from deepseek.recipe import Recipe, load_recipe
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.algorithms.folding import scaled_groups
 from quant_jobs.calibration.token_blocks import CalibrationSource, TokenBlocks, load_token_blocks
 from quant_jobs.job.folder import FOLDER, JobFolder, check_same_run
+from quant_jobs.job.restore import lost_files
 from quant_jobs.workers.devices import Device
 
 #: A file of text, or several with weights.
@@ -81,15 +84,19 @@ def plan_job(
     output: Path,
     device: Device = "cpu",
 ) -> Job:
-    """Check all inputs. Reads tensor headers and the calibration text, no weights.
+    """Check all inputs, and that `output` can be a directory. Reads tensor headers and the
+    calibration text, no weights.
 
     Raises:
+        OutputError: something is in the way of `output`, or it is inside the source.
         RecipeError: there is no such recipe, or it does not suit the model.
         CheckpointError: the source is incomplete or malformed, or has a tokenizer file that cannot
             go into the artifact.
         ConfigError: its config.json cannot be read.
         CalibrationError: see `load_token_blocks`.
     """
+    check_directory(output)
+    check_apart(output, model, "the source checkpoint")
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
     source = CheckpointReader(model)
@@ -102,16 +109,23 @@ def plan_job(
     return Job(source, recipe, blocks, output, device)
 
 
-def finished(job: Job) -> Manifest | None:
-    """The manifest of a finished output of the same job; None where work is left. Deletes the job's
-    folder where a kill left it.
+def finished(job: Job, *, whole: bool = False) -> Manifest | None:
+    """The manifest of a finished output of the same job; None where work is left, which includes
+    making lost files again (`restore.py`). Deletes the job's folder where a kill left it.
+
+    Every file is compared with the manifest: tensor files by size and header, and byte by byte if
+    `whole` or if the artifact is small.
 
     Raises:
-        ArtifactError: the output is finished and belongs to another job.
+        ArtifactError: the output is finished and belongs to another job, or its manifest is
+            damaged.
     """
     if not (job.output / MANIFEST_FILE).exists():
         return None
-    manifest = read_manifest(job.output)
+    try:
+        manifest = read_manifest(job.output)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; to quantize anew, delete {job.output} first") from error
     stored = {
         "source checkpoint": manifest.source.fingerprint,
         "recipe": manifest.recipe.model_dump(mode="json"),
@@ -120,6 +134,8 @@ def finished(job: Job) -> Manifest | None:
         "tools": {name: manifest.tools[name] for name in manifest.tools if name != "device"},
     }
     check_same_run(job.output, stored, job.fingerprint)
+    if lost_files(job.output, manifest, whole=whole):
+        return None
     if (job.output / FOLDER).exists():  # killed after the manifest was written
         JobFolder(job.output, job.fingerprint).remove()
     return manifest

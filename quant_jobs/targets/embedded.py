@@ -7,6 +7,7 @@ give the same bytes.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -31,10 +32,12 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import CONFIG_FILE
 from deepseek.engine.kv_cache import check_cache_format
 from deepseek.engine.packed import RANKS, TARGET, TENSOR_FILE, EmbeddedFields, load_packed
+from deepseek.engine.packed_layout import packed_tensors
 from deepseek.engine.packing import Progress, Source, pack_tensors, schemes_of
 from deepseek.engine.pages import check_page_tokens
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.files import json_bytes, write_atomic
+from deepseek.outputs import check_apart, check_directory, check_space, make_directory, writing
 from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import save_tensors
 from deepseek.untrusted import UnusableFileError
@@ -52,27 +55,32 @@ def pack_engine(
     """Build the engine directory and return its manifest.
 
     `kv_cache` None takes the recipe's format (bf16 for an unquantized source). An output that
-    already holds this very engine is verified and kept.
+    already holds this very engine is verified and kept; what it has lost is built again.
 
     Raises:
         ArtifactError: the output holds something else, or the input is damaged.
         CheckpointError: the source checkpoint is damaged.
         DeployError: the engine cannot compute a format, or more than one rank was asked for.
+        OutputError: the disk is too small, or the output cannot be written.
     """
     output = Path(output)
     if tp != RANKS.tp:
         raise DeployError(f"the embedded engine runs on one rank; --tp {tp} must be 1")
     common = _common_fields(source, kv_cache)
     own = _own_fields(source, page_tokens)
-    if (existing := _read_existing(output, common | own)) is not None:
+    check_apart(output, source.directory, "the checkpoint")
+    existing = _read_existing(output, common | own)
+    if existing is not None and _is_intact(output):
         return existing
     documents = _documents(source)
-    tensors = pack_tensors(source, progress)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    make_directory(output.parent)
+    staging = output.with_name(f".{output.name[:40]}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)  # an earlier process may have had our number
     try:
-        staging.mkdir()
+        with writing(staging):
+            staging.mkdir()
+        check_space(output, _num_bytes(source), "choose another --output")
+        tensors = pack_tensors(source, progress)
         saved = save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt"})
         fields = EmbeddedFields(
             **own, header_sha256=saved.header_sha256, tensor_digests=saved.tensors
@@ -85,10 +93,13 @@ def pack_engine(
             target_fields=fields.model_dump(mode="json"),
         )
         write_engine_manifest(staging, manifest)
-        os.replace(staging, output)  # whole or absent; an empty directory in the way is fine
-    except BaseException:
+        if existing is not None:
+            _restore(output, existing, staging, manifest)
+        else:
+            with writing(output):
+                os.replace(staging, output)  # whole or absent; an empty directory is fine
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
     return manifest
 
 
@@ -124,23 +135,60 @@ def _own_fields(source: Source, page_tokens: int) -> dict[str, Any]:
     }
 
 
-def _read_existing(output: Path, requested: Mapping[str, Any]) -> EngineManifest | None:
-    """The engine that the output already holds, verified; None where the output is free.
+def _num_bytes(source: Source) -> int:
+    """Size of the engine's tensor file, its header apart."""
+    expected = packed_tensors(source.config, schemes_of(source))
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in expected.values())
+
+
+def _is_intact(output: Path) -> bool:
+    """Whether every byte of the engine in `output` is as it was built."""
+    try:
+        load_packed(output)
+    except ArtifactError:
+        return False
+    return True
+
+
+def _restore(
+    output: Path, existing: EngineManifest, staging: Path, manifest: EngineManifest
+) -> None:
+    """Put the files of an engine that was built again in the place of those that `output` has lost.
+    A verdict beside them stays.
 
     Raises:
-        ArtifactError: the output holds an engine that differs in a requested field, or other files.
+        ArtifactError: the engine that was built again is another one.
     """
-    if not output.exists():
-        return None
-    if not output.is_dir():
-        raise ArtifactError(f"{output} is a file; --output must name a directory")
-    if not any(output.iterdir()):
-        return None
+    if manifest != existing:
+        raise ArtifactError(
+            f"{output} has lost files, and the engine built again is not the one that "
+            f"{ENGINE_FILE} describes; delete {output} and run again"
+        )
+    for name in (*manifest.files, *manifest.tensor_files):
+        with writing(output / name):
+            os.replace(staging / name, output / name)
+
+
+def _read_existing(output: Path, requested: Mapping[str, Any]) -> EngineManifest | None:
+    """The manifest of the engine that the output already holds; None where the output is free.
+
+    Raises:
+        ArtifactError: the output holds an engine that differs in a requested field, or other files,
+            or its manifest is damaged.
+        OutputError: the output cannot be a directory.
+    """
+    check_directory(output)
+    with writing(output):
+        if not output.is_dir() or not any(output.iterdir()):
+            return None
     if not (output / ENGINE_FILE).exists():
         raise ArtifactError(
             f"{output} holds files of something else and no {ENGINE_FILE}; choose another --output"
         )
-    manifest = read_engine_manifest(output)
+    try:
+        manifest = read_engine_manifest(output)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; delete {output} first") from error
     recorded = dict(manifest) | manifest.target_fields
     for field, value in requested.items():
         if recorded.get(field) != value:
@@ -148,7 +196,6 @@ def _read_existing(output: Path, requested: Mapping[str, Any]) -> EngineManifest
                 f"{output} holds an engine whose {field} differs from the one to be built; choose "
                 "another --output or delete it"
             )
-    load_packed(output)
     return manifest
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -31,15 +32,18 @@ def save_blocks(path: Path, blocks: Mapping[int, Tensor]) -> int:
     return save_tensors(path, named, digests).num_bytes
 
 
-def load_blocks(boundary: Path, blocks: Sequence[int]) -> dict[int, Tensor]:
-    """Load these blocks, f32 [T, D], of a complete boundary.
+def load_blocks(
+    boundary: Path, blocks: Sequence[int], shape: tuple[int, int] | None = None
+) -> dict[int, Tensor]:
+    """Load these blocks, f32 [T, D], of a complete boundary; `shape` is the one that they have.
 
     Raises:
-        ArtifactError: a file is damaged.
+        ArtifactError: a file is damaged, or a block is in none.
     """
     loaded: dict[int, Tensor] = {}
     for path in sorted(boundary.glob("*.safetensors")):
         try:
+            read_header(path)
             with safe_open(path, framework="pt") as file:
                 digests = file.metadata() or {}
                 for block in blocks:
@@ -49,12 +53,16 @@ def load_blocks(boundary: Path, blocks: Sequence[int]) -> dict[int, Tensor]:
                     x_TD = file.get_tensor(name).clone()
                     if tensor_digest(x_TD) != digests[name]:
                         raise SafetensorError(f"{name} has other bytes than were written")
+                    if x_TD.dtype != torch.float32 or shape not in (None, tuple(x_TD.shape)):
+                        raise SafetensorError(
+                            f"{name} is {x_TD.dtype} {list(x_TD.shape)}, not of this job's shape"
+                        )
                     loaded[block] = x_TD
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(
-                f"{path} is damaged ({error}); delete {boundary} and run again, which goes "
-                "through the published layers once more"
-            ) from error
+        except (OSError, SafetensorError, DamagedFileError) as error:
+            raise _damaged(path, f"is damaged ({error})") from error
+    for block in blocks:
+        if block not in loaded:
+            raise _damaged(boundary, f"lacks {block_name(block)} or its digest")
     return {block: loaded[block] for block in blocks}
 
 
@@ -69,11 +77,18 @@ def stored_blocks(boundary: Path) -> set[str]:
         try:
             names |= read_header(path).tensors.keys()
         except DamagedFileError as error:
-            raise ArtifactError(
-                f"{path} {error}; delete {boundary} and run again, which goes through the "
-                "published layers once more"
-            ) from error
+            raise _damaged(path, str(error)) from error
+        except OSError as error:
+            raise _damaged(path, f"cannot be read ({error.strerror})") from error
     return names
+
+
+def _damaged(path: Path, how: str) -> ArtifactError:
+    boundary = path.parent if path.suffix else path
+    return ArtifactError(
+        f"{path} {how}; delete {boundary} and run again, which goes through the published layers "
+        "once more"
+    )
 
 
 def block_name(block: int) -> str:

@@ -310,9 +310,10 @@ def is_loss(error: BaseException | None) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The exception to raise for a failed call: a worker's IntServeError itself, else Ray's."""
+    """The exception to raise for a failed call: what the user or the operating system can cause
+    itself, as the worker raised it, else Ray's with the worker's traceback."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, IntServeError) else error
+    return cause if isinstance(cause, IntServeError | OSError) else error
 
 
 def _is_alive(actor: Any) -> bool:

@@ -10,13 +10,15 @@ T tokens of one block · D hidden size
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deepseek.errors import ArtifactError
 from deepseek.formats import RoundInput, decompress, input_rounding, stored_shapes
 from deepseek.inventory import MLP_ROLES, layer_tensors
 from quant_jobs.calibration.forward import (
@@ -71,21 +73,31 @@ class QuantizedLayer:
         cls, context: LayerContext, layer: int, share: Sequence[Unit], published: Path
     ) -> QuantizedLayer:
         """Load the trunk and the routed experts of `share` from the layer's file, which the driver
-        has verified."""
+        has verified.
+
+        Raises:
+            ArtifactError: it has become unreadable since, or is not to be seen from this node.
+        """
         owned = {spec.module for spec in expert_specs(context.config, layer, share)}
         routed = {
             spec.module for spec in layer_tensors(context.config, layer) if spec.expert is not None
         }
         trunk, experts, scales = {}, {}, {}
-        with safe_open(published, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                module = name.rpartition(".")[0]
-                if name.endswith(".input_scale"):
-                    scales[module] = float(file.get_tensor(name))
-                if module not in routed:
-                    trunk[name] = file.get_tensor(name)
-                elif module in owned:
-                    experts[name] = file.get_tensor(name)
+        try:
+            with safe_open(published, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    module = name.rpartition(".")[0]
+                    if name.endswith(".input_scale"):
+                        scales[module] = float(file.get_tensor(name))
+                    if module not in routed:
+                        trunk[name] = file.get_tensor(name)
+                    elif module in owned:
+                        experts[name] = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{published} cannot be read on {socket.gethostname()} ({error}); see that all "
+                "nodes share that storage, then run again, which resumes"
+            ) from error
         return cls(context, layer, share, trunk, experts, scales)
 
     def attend(self, block: int, x_TD: Tensor) -> Routed:

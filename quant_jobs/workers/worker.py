@@ -128,7 +128,8 @@ class Worker:
             if layer == 0:
                 blocks = {block: self._reader.embed(ids[block]) for block in sorted(ids)}
             else:
-                blocks = load_blocks(boundary, sorted(ids))
+                shape = (len(next(iter(ids.values()), ())), self._reader.config.hidden_size)
+                blocks = load_blocks(boundary, sorted(ids), shape)
             self._inputs = {layer: blocks}
             self._quantized = None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.recipe import Recipe, load_recipe
+from deepseek.tensor_files import read_header
 from quant_jobs.reports.job_report import PAGE_FILE, REPORT_FILE
 
 #: 1 dense and 2 MoE layers, then MTP.
@@ -29,10 +30,11 @@ class SmallModel:
         return ModelConfig.from_directory(self.directory)
 
 
-def make_small_model(root: Path) -> SmallModel:
-    """FP8 tiles, 8 experts in 2 groups, a word-level tokenizer, 600 words of text."""
+def make_small_model(root: Path, **overrides: int) -> SmallModel:
+    """FP8 tiles, 8 experts in 2 groups, a word-level tokenizer, 600 words of text. `overrides` are
+    keys of config.json."""
     directory = root / "model"
-    write_checkpoint(directory, layers=NUM_LAYERS, experts=8)
+    write_checkpoint(directory, layers=NUM_LAYERS, experts=8, **overrides)
     words = [f"w{index}" for index in range(96)]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -78,3 +80,20 @@ def contents(output: Path) -> dict[str, bytes]:
         for path in sorted(output.rglob("*"))
         if path.is_file() and path.name not in (REPORT_FILE, PAGE_FILE)
     }
+
+
+def flip_byte(file: Path, at: int = -5) -> None:
+    """Flip one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def flip_source_byte(model: SmallModel, name: str) -> None:
+    """Flip one bit in the middle of a source tensor, where the fingerprint does not look."""
+    for shard in model.directory.glob("*.safetensors"):
+        entry = read_header(shard).tensors.get(name)
+        if entry is not None:
+            flip_byte(shard, (entry.begin + entry.end) // 2)
+            return
+    raise AssertionError(f"no tensor {name}")

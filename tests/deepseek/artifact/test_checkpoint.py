@@ -14,7 +14,7 @@ from deepseek.artifact.manifest import CalibrationRecord, Fallback, read_manifes
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import expected_tensors, layer_keys, pop_linear, store_tensor
 from deepseek.artifact.writer import ArtifactWriter
-from deepseek.errors import ArtifactError, CheckpointError
+from deepseek.errors import ArtifactError, CheckpointError, OutputError
 from deepseek.files import sha256_file
 from deepseek.formats import decompress
 from deepseek.inventory import linears
@@ -172,7 +172,7 @@ def test_the_writer_resumes_its_own_directory_and_refuses_those_of_others(
         ArtifactWriter(artifact, source=other, recipe=load_recipe("int4"))
     with pytest.raises(ArtifactError, match="it holds model-00001-of"):
         ArtifactWriter(tmp_path / "other", source=reader, recipe=load_recipe("int4"))
-    with pytest.raises(ArtifactError, match="is the source checkpoint itself"):
+    with pytest.raises(OutputError, match="is the source checkpoint itself"):
         ArtifactWriter(source, source=reader, recipe=load_recipe("int4"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="must name a directory"):

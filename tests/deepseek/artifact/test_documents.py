@@ -12,13 +12,14 @@ from support.hostile import FILES, JSON, NAME, reseal
 from support.synthetic import quantize_plainly
 
 from deepseek.artifact.built_engine import read_engine
-from deepseek.artifact.documents import COPIED_FILES, check_output, read_copied
+from deepseek.artifact.documents import COPIED_FILES, read_copied
 from deepseek.artifact.engine_manifest import read_engine_manifest
 from deepseek.artifact.manifest import read_manifest
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.verdict import read_verdict
 from deepseek.engine.packed import load_packed
-from deepseek.errors import ArtifactError, CheckpointError, IntServeError
+from deepseek.errors import ArtifactError, CheckpointError, IntServeError, OutputError
+from deepseek.outputs import check_apart
 from deepseek.recipe import load_recipe
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.targets.embedded import pack_engine
@@ -274,9 +275,9 @@ def test_no_output_may_lie_in_what_is_read(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "link").symlink_to("engine")
     for output in ("engine", "engine/report.html", "link/x", "engine/../engine/x"):
-        with pytest.raises(ArtifactError, match="choose another --output"):
-            check_output(tmp_path / output, tmp_path / "engine")
-    check_output(tmp_path / "engine-report.html", tmp_path / "engine")
+        with pytest.raises(OutputError, match="choose another --output"):
+            check_apart(tmp_path / output, tmp_path / "engine", "the engine")
+    check_apart(tmp_path / "engine-report.html", tmp_path / "engine", "the engine")
 
 
 def test_build_does_not_write_into_its_checkpoint(

@@ -10,7 +10,7 @@ from support.engines import make_artifact, make_engine
 
 from deepseek.artifact.engine_manifest import read_engine_manifest
 from deepseek.artifact.reader import ArtifactReader
-from deepseek.errors import ArtifactError, DeployError
+from deepseek.errors import ArtifactError, DeployError, OutputError
 from quant_jobs.targets.embedded import pack_engine
 
 
@@ -50,7 +50,7 @@ def test_building_over_another_engine_or_other_files_is_refused(
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="something else"):
         pack_engine(other, tmp_path / "notes")
-    with pytest.raises(ArtifactError, match="is a file"):
+    with pytest.raises(OutputError, match="is a file"):
         pack_engine(other, tmp_path / "notes" / "a.txt")
 
 

@@ -165,7 +165,7 @@ def _render(template: jinja2.Template, variables: dict[str, Any], max_output: in
 def main() -> None:
     memory, seconds, max_output = map(int, sys.argv[1:4])
     environment = make_environment()
-    # From here on no file can be opened, so that all modules are imported and the time zone is read.
+    # No file can be opened after this: modules are imported now, and the time zone is read.
     environment.from_string("{{ 'text' }}{{ strftime_now('%Y') }}").render()
     limits = {
         resource.RLIMIT_AS: memory,

@@ -170,7 +170,9 @@ class _Helper:
             case b"?":
                 reason = f"is malformed ({_decode(content)}); correct it"
             case b"!":
-                reason = f"refuses this conversation: {_decode(content)}"
+                reason = f"refuses these messages: {_decode(content)}"
+            case b"X":
+                reason = f"fails on these messages: {_decode(content)}"
             case b"M":
                 reason = f"needs more than {MAX_MEMORY_BYTES >> 20} MiB of memory"
             case _:

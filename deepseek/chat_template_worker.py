@@ -12,8 +12,8 @@ in eight bytes, and the content in UTF-8:
     in   T  JSON object: the sources of the templates by name
          R  JSON object: the name of a template, and its variables
     out  =  ready, compiled or rendered; the text, where there is one
-         !  the template refuses: its message     ?  the template is malformed: why
-         M  more memory than allowed             O  more output than allowed; the process ends
+         !  the template refuses: its message     X  it fails: the error     ?  it is malformed
+         M  more memory than allowed              O  more output than allowed; the process ends
 """
 
 from __future__ import annotations
@@ -144,10 +144,7 @@ def _limit_seconds(seconds: int) -> None:
 
 def _message(error: BaseException) -> str:
     """One line of what a failed template says."""
-    text = " ".join(str(error).split())[:MAX_MESSAGE]
-    if isinstance(error, jinja2.TemplateError):
-        return text or type(error).__name__
-    return f"{type(error).__name__}: {text}"
+    return " ".join(str(error).split())[:MAX_MESSAGE] or type(error).__name__
 
 
 def _render(template: jinja2.Template, variables: dict[str, Any], max_output: int) -> str | None:
@@ -194,8 +191,10 @@ def main() -> None:
             return
         except jinja2.TemplateSyntaxError as error:
             _write(b"?", f"line {error.lineno}: {_message(error)}")
-        except Exception as error:  # whatever the template's own code raises
+        except jinja2.TemplateError as error:
             _write(b"!", _message(error))
+        except Exception as error:  # whatever the template's own code raises
+            _write(b"X", f"{type(error).__name__}: {_message(error)}")
         else:
             if text is None:
                 _write(b"O")

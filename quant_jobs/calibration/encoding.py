@@ -12,9 +12,11 @@ needs no tokenizer. What tokenizer.json says about padding and truncation does n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -31,6 +33,12 @@ from quant_jobs.calibration.records import Conversation, Text
 _BYTES_PER_TOKEN = 6
 #: Text with fewer tokens than one in so many bytes gives none beyond.
 MAX_BYTES_PER_TOKEN = 64
+
+
+#: How many times longer the normalizer may make a text, in characters.
+_MAX_GROWTH = 64
+#: Everything else that `tokenizers` raises, its panics among it, comes from the tokenizer's file.
+_INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,9 @@ class Encoder:
             self.num_bytes += size
             try:
                 encoding = tokenizer.encode(piece, add_special_tokens=False)
-            except Exception as error:  # the library raises bare Exception
+            except _INTERRUPTS:
+                raise
+            except BaseException as error:  # bare Exception, or a panic that is none
                 raise CalibrationError(
                     f"the tokenizer in {self._directory} fails ({first_line(error)[:200]}); "
                     "correct its tokenizer.json"
@@ -152,14 +162,13 @@ class Encoder:
         except UnusableFileError as error:
             raise CalibrationError(f"{file} {error}") from error
         try:
+            _check_growth(json.loads(data))
             tokenizer = Tokenizer.from_buffer(data)
             tokenizer.no_padding()
             tokenizer.no_truncation()
-        except (
-            BaseException
-        ) as error:  # bare Exception, or a panic, which derives from BaseException
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
+        except _INTERRUPTS:
+            raise
+        except BaseException as error:  # as above
             raise CalibrationError(
                 f"{file} is not a tokenizer: {first_line(error)[:200]}"
             ) from error
@@ -177,6 +186,25 @@ class Encoder:
                 "put a chat_template.jinja there, or give text"
             )
         return template
+
+
+def _check_growth(parsed: Any) -> None:
+    """Refuse a tokenizer whose normalizer replaces characters by ever longer texts: memory for
+    those is not ours to bound once it runs.
+
+    Raises:
+        ValueError: it may make a text more than _MAX_GROWTH times as long.
+    """
+    growth = 1
+    steps = [parsed.get("normalizer")] if isinstance(parsed, dict) else []
+    while steps:
+        step = steps.pop()
+        if isinstance(step, dict):
+            content = step.get("content") if step.get("type") == "Replace" else None
+            growth *= max(len(content), 1) if isinstance(content, str) else 1
+            steps += step["normalizers"] if isinstance(step.get("normalizers"), list) else []
+        if growth > _MAX_GROWTH:
+            raise ValueError(f"its normalizer makes text more than {_MAX_GROWTH} times longer")
 
 
 def _head(text: str, num_bytes: int) -> str:

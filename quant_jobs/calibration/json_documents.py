@@ -274,6 +274,7 @@ def _parse(data: bytes, place: Callable[[], str]) -> Content:
     except RecursionError as error:
         raise CalibrationError(f"{place()}: nested too deeply; correct it") from error
     except ValueError as error:
-        raise CalibrationError(f"{place()}: not JSON ({error}); correct it") from error
+        reason = str(error).partition(" for integer")[0]  # of a number of thousands of digits
+        raise CalibrationError(f"{place()}: not JSON ({reason}); correct it") from error
     except RecordError as error:
         raise CalibrationError(f"{place()}: {error}") from error

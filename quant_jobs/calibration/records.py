@@ -44,7 +44,8 @@ _ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "observation": "tool",
-} | {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+    "developer": "system",
+} | {role: role for role in ("system", "user", "assistant", "tool")}
 
 
 class RecordError(Exception):
@@ -186,7 +187,7 @@ def _message(turn: Any, place: str) -> dict[str, Any]:
 
 
 def _joined(content: Any, place: str) -> str:
-    """The text of a turn: a string, or parts of type text, which are joined by line feeds."""
+    """The text of a turn: a string, or parts of type text, joined as the server joins them."""
     if isinstance(content, str):
         return _checked(content, place)
     if not isinstance(content, list):
@@ -204,7 +205,7 @@ def _joined(content: Any, place: str) -> str:
             f"{place}[{index}] is a part of type {str(kind)[:40]!r}; only parts of type 'text' "
             "with a string can be used"
         )
-    return "\n".join(texts)
+    return "".join(texts)
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:

@@ -10,8 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from deepseek.chat_template import ChatRenderer, ChatTemplate, ChatTemplateError
 from deepseek.errors import ArtifactError
+from deepseek.untrusted import UnusableFileError
 from serve_app.errors import InvalidRequest
+
+#: Conversations that are rendered at one time: one that overruns its time holds up no other.
+RENDERERS = 2
 
 
 class Tokenizer(Protocol):
@@ -41,7 +46,8 @@ class ByteTokenizer:
 
 
 class HfTokenizer:
-    """A Hugging Face fast tokenizer and its chat template, from local files only."""
+    """A Hugging Face fast tokenizer and its chat template, from local files only. The template is
+    rendered in helper processes, where it cannot run for long."""
 
     def __init__(self, directory: Path) -> None:
         if not (directory / "tokenizer.json").is_file():
@@ -51,6 +57,11 @@ class HfTokenizer:
         from transformers import PreTrainedTokenizerFast  # a second of import, only where needed
 
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
+        try:
+            template = ChatTemplate.from_directory(directory)
+        except UnusableFileError as error:
+            raise ArtifactError(f"{error}; build the engine again") from error
+        self._renderer = ChatRenderer(template, processes=RENDERERS) if template else None
 
     @property
     def vocab_size(self) -> int:
@@ -60,16 +71,10 @@ class HfTokenizer:
         return list(self._tokenizer(text)["input_ids"])
 
     def encode_chat(self, conversation: list[dict[str, str]]) -> list[int]:
-        import jinja2
-
-        if self._tokenizer.chat_template is None:
+        if self._renderer is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions")
         try:
-            text = self._tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=False
-            )
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", param="messages"
-            ) from error
+            text = self._renderer.render(conversation, add_generation_prompt=True)
+        except ChatTemplateError as error:
+            raise InvalidRequest(f"the model's chat template {error}", param="messages") from error
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

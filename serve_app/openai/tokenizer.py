@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from deepseek.chat_template import ChatRenderer, ChatTemplate, ChatTemplateError
+from deepseek.chat_template import MAX_SECONDS, ChatRenderer, ChatTemplate, ChatTemplateError
 from deepseek.errors import ArtifactError
 from deepseek.untrusted import UnusableFileError
 from serve_app.errors import InvalidRequest
@@ -47,21 +47,25 @@ class ByteTokenizer:
 
 class HfTokenizer:
     """A Hugging Face fast tokenizer and its chat template, from local files only. The template is
-    rendered in helper processes, where it cannot run for long."""
+    rendered in helper processes, which get `max_seconds` for a conversation."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, max_seconds: float = MAX_SECONDS) -> None:
         if not (directory / "tokenizer.json").is_file():
             raise ArtifactError(
                 f"{directory} has no tokenizer.json; build the engine from a checkpoint with one"
             )
-        from transformers import PreTrainedTokenizerFast  # a second of import, only where needed
-
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
         try:
             template = ChatTemplate.from_directory(directory)
         except UnusableFileError as error:
             raise ArtifactError(f"{error}; build the engine again") from error
-        self._renderer = ChatRenderer(template, processes=RENDERERS) if template else None
+        from transformers import PreTrainedTokenizerFast  # a second of import, only where needed
+
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
+        self._renderer = (
+            ChatRenderer(template, processes=RENDERERS, max_seconds=max_seconds)
+            if template
+            else None
+        )
 
     @property
     def vocab_size(self) -> int:

@@ -16,6 +16,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -25,7 +26,14 @@ from starlette.types import Send
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineClient
-from serve_app.errors import HTTP_REASONS, ApiError, BodyTooLarge, EngineUnavailable, to_api_error
+from serve_app.errors import (
+    HTTP_REASONS,
+    ApiError,
+    BodyTooLarge,
+    DeadlineExceeded,
+    EngineUnavailable,
+    to_api_error,
+)
 from serve_app.openai.answers import ChatFormat, CompletionFormat
 from serve_app.openai.requests import AnyRequest, ChatRequest, CompletionRequest, parse
 from serve_app.openai.stream import Answer, open_stream
@@ -34,6 +42,9 @@ from serve_app.routing.checks import admit, check_key, check_model
 from serve_app.telemetry.metrics import RequestMetrics, render
 from serve_app.telemetry.request import Observation
 from serve_app.telemetry.tracing import Telemetry
+
+#: Conversations that are tokenized at one time.
+CHAT_THREADS = 8
 
 _BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/chat/completions": ChatRequest,
@@ -57,6 +68,7 @@ class Service:
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
         self.started = int(time.time())
+        self._chat_threads = ThreadPoolExecutor(CHAT_THREADS, "chat-template")
 
     async def answer(self, request: Request, route: str) -> Response:
         """Answer one generation request, and record its outcome exactly once.
@@ -88,7 +100,7 @@ class Service:
     async def _respond(self, body: AnyRequest, observation: Observation) -> Response:
         deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
         request_id = uuid.uuid4().hex
-        prompts = await asyncio.to_thread(self._tokenize, body)
+        prompts = await self._tokenize_in_thread(body, deadline)
         requests = admit(
             body,
             prompts,
@@ -121,6 +133,19 @@ class Service:
             merged.close()
         observation.finish(None, status=200)
         return JSONResponse(whole)
+
+    async def _tokenize_in_thread(self, body: AnyRequest, deadline: float) -> list[list[int]]:
+        """`_tokenize`. Conversations have threads of their own: a chat template may take seconds to
+        fail, and prompts do not wait for that."""
+        threads = self._chat_threads if isinstance(body, ChatRequest) else None
+        try:
+            async with asyncio.timeout_at(deadline):
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(threads, self._tokenize, body)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "the request waited to be tokenized until its deadline; send it again later"
+            ) from None
 
     def _tokenize(self, body: AnyRequest) -> list[list[int]]:
         """Token ids of each prompt of the body. Slow for long prompts: call it in a thread."""

@@ -15,10 +15,14 @@ from typing import Protocol
 
 from deepseek import untrusted
 from deepseek.artifact.documents import COPIED_FILES
+from deepseek.chat_template import MAX_SECONDS, ChatRenderer, ChatTemplate, ChatTemplateError
 from deepseek.errors import ArtifactError, first_line
 from deepseek.tokenizer_file import parse_tokenizer
 from deepseek.untrusted import UnusableFileError
 from serve_app.errors import InvalidRequest
+
+#: Conversations that are rendered at one time: one that overruns its time holds up no other.
+RENDERERS = 2
 
 
 class Tokenizer(Protocol):
@@ -52,17 +56,28 @@ class HfTokenizer:
 
     `documents` are those that `admit` has verified; the engine's directory, which is named in
     errors, is not read again. transformers looks for further files by name (added tokens, special
-    tokens, chat templates), so it gets the verified bytes in a folder of their own.
+    tokens), so it gets the verified bytes in a folder of their own. The template is rendered in
+    helper processes, which get `max_seconds` for a conversation.
 
     Raises on opening:
-        ArtifactError: there is no tokenizer.json, or it cannot be loaded.
+        ArtifactError: there is no tokenizer.json, or one of the files cannot be used.
     """
 
-    def __init__(self, directory: Path, documents: Mapping[str, bytes]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        documents: Mapping[str, bytes],
+        *,
+        max_seconds: float = MAX_SECONDS,
+    ) -> None:
         if "tokenizer.json" not in documents:
             raise ArtifactError(
                 f"{directory} has no tokenizer.json; build the engine from a checkpoint with one"
             )
+        try:
+            template = ChatTemplate.from_documents(directory, documents)
+        except UnusableFileError as error:
+            raise ArtifactError(f"{error}; build the engine again") from error
         from transformers import PreTrainedTokenizerFast  # a second of import, only where needed
 
         try:
@@ -84,6 +99,11 @@ class HfTokenizer:
         # Texts are encoded as they are, whatever length the file fixes.
         self._tokenizer.backend_tokenizer.no_padding()
         self._tokenizer.backend_tokenizer.no_truncation()
+        self._renderer = (
+            ChatRenderer(template, processes=RENDERERS, max_seconds=max_seconds)
+            if template
+            else None
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -93,18 +113,12 @@ class HfTokenizer:
         return list(self._tokenizer(text)["input_ids"])
 
     def encode_chat(self, conversation: list[dict[str, str]]) -> list[int]:
-        import jinja2
-
-        if self._tokenizer.chat_template is None:
+        if self._renderer is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions")
         try:
-            text = self._tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=False
-            )
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", param="messages"
-            ) from error
+            text = self._renderer.render(conversation, add_generation_prompt=True)
+        except ChatTemplateError as error:
+            raise InvalidRequest(f"the model's chat template {error}", param="messages") from error
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -23,7 +23,7 @@ from serve_app.engines.protocol import (
 )
 from serve_app.errors import EngineUnavailable, Overloaded
 from serve_app.openai.routes import Service, make_app
-from serve_app.openai.tokenizer import ByteTokenizer
+from serve_app.openai.tokenizer import ByteTokenizer, Tokenizer
 from serve_app.telemetry.tracing import Telemetry
 
 
@@ -86,12 +86,16 @@ class FaultyEngine(EchoEngine):
 
 
 def make_service(
-    engine: Engine | None = None, telemetry: Telemetry | None = None, **settings: Any
+    engine: Engine | None = None,
+    telemetry: Telemetry | None = None,
+    tokenizer: Tokenizer | None = None,
+    **settings: Any,
 ) -> Service:
     """A service over an engine in this process."""
     config = ServeConfig(**{"echo": EchoOptions(), **settings})
     engine = engine or EchoEngine(config.echo or EchoOptions())
-    return Service(config, ByteTokenizer(), LocalEngines(engine), telemetry or Telemetry(None))
+    tokenizer = tokenizer or ByteTokenizer()
+    return Service(config, tokenizer, LocalEngines(engine), telemetry or Telemetry(None))
 
 
 def client_of(service: Service) -> httpx.AsyncClient:

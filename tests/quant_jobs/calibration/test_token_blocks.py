@@ -189,9 +189,9 @@ def test_a_line_may_hold_any_character_but_a_line_feed(small: SmallModel, tmp_pa
     [
         ("w1 w2", "text.jsonl, line 2: not JSON"),
         ("", "text.jsonl, line 2: not JSON"),
-        ('["w1"]', 'line 2: not an object with a string "text"'),
-        ('{"messages": []}', 'line 2: not an object with a string "text"'),
-        ('{"text": 3}', 'line 2: not an object with a string "text"'),
+        ('["w1"]', "line 2: a list in place of an object; each record must be"),
+        ('{"messages": []}', "line 2: 'messages' is an empty list"),
+        ('{"text": 3}', "line 2: 'text' is a number, not a string"),
     ],
 )
 def test_a_malformed_line_is_refused_by_number(

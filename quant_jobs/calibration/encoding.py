@@ -1,0 +1,220 @@
+"""Documents to token ids, by the checkpoint's own tokenizer and chat template.
+
+Text is tokenized without special tokens. A conversation goes through the chat template, without a
+generation prompt, and its text is tokenized without special tokens too: the template writes those.
+Ids are taken as they are. BOS at the head of a conversation or of given ids is taken off: a block
+begins with BOS, and inside a block documents are separated by EOS alone.
+
+The `tokenizers` library reads tokenizer.json directly. transformers' fast tokenizers wrap it (a
+test compares the ids with AutoTokenizer's), and importing it is six seconds faster. A file of ids
+needs no tokenizer. What tokenizer.json says about padding and truncation does not apply here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from deepseek import untrusted
+from deepseek.chat_template import ChatRenderer, ChatTemplate, ChatTemplateError
+from deepseek.config import ModelConfig
+from deepseek.errors import CalibrationError, first_line
+from deepseek.untrusted import UnusableFileError
+from quant_jobs.calibration.documents import Document
+from quant_jobs.calibration.records import Conversation, Text
+
+#: Of a text from which N tokens are wanted, the first 6 N bytes are tokenized, then twice as many
+#: while that was too little. Prose and code have 3 to 5 bytes per token.
+_BYTES_PER_TOKEN = 6
+#: Text with fewer tokens than one in so many bytes gives none beyond.
+MAX_BYTES_PER_TOKEN = 64
+
+
+#: How many times longer the normalizer may make a text, in characters.
+_MAX_GROWTH = 64
+#: Everything else that `tokenizers` raises, its panics among it, comes from the tokenizer's file.
+_INTERRUPTS = (KeyboardInterrupt, SystemExit)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """`ids` of a document, or its first ones; `end` is the position to read on from."""
+
+    ids: Sequence[int]
+    end: int
+
+
+class Encoder:
+    """Makes ids of documents, for one checkpoint. Its tokenizer and its chat template are read when
+    a document needs them. Close it, to end the chat template's process."""
+
+    def __init__(self, directory: Path, config: ModelConfig) -> None:
+        self._directory = directory
+        self._config = config
+        self._tokenizer: Tokenizer | None = None
+        self._renderer: ChatRenderer | None = None
+        #: Bytes of text that have been tokenized.
+        self.num_bytes = 0
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+
+    def encode(self, document: Document, most: int | None = None) -> Encoded:
+        """The ids of a document, with `most` no more than its first so many.
+
+        Raises:
+            CalibrationError: there is no tokenizer or chat template, it cannot be used or refuses
+                the document; or an id is not the model's.
+        """
+        content = document.content
+        if isinstance(content, Text):
+            ids, used = self._tokenize(content.text, most)
+        elif isinstance(content, Conversation):
+            ids, used = self._tokenize(self._render(content, document), most)
+            ids = self._without_bos(ids)
+        else:
+            ids = content.ids if most is None else content.ids[: most + 1]
+            self._check(ids, document)
+            if not document.continues:
+                ids = self._without_bos(ids)
+            ids = ids if most is None else ids[:most]
+            used = len(ids) + (len(content.ids) > 0 and len(ids) > 0 and ids[0] != content.ids[0])
+        end = document.begin + used if most is not None and document.can_be_cut else document.end
+        return Encoded(ids, end)
+
+    def _tokenize(self, text: str, most: int | None) -> tuple[Sequence[int], int]:
+        """Ids of a text, and how many of its bytes they stand for."""
+        tokenizer = self._tokenizer or self._load_tokenizer()
+        per_token = _BYTES_PER_TOKEN
+        while True:
+            # Cut by characters first: a text of megabytes is not encoded for its head.
+            piece = text if most is None else _head(text, per_token * most + 64)
+            size = len(piece.encode())
+            self.num_bytes += size
+            try:
+                encoding = tokenizer.encode(piece, add_special_tokens=False)
+            except _INTERRUPTS:
+                raise
+            except BaseException as error:  # bare Exception, or a panic that is none
+                raise CalibrationError(
+                    f"the tokenizer in {self._directory} fails ({first_line(error)[:200]}); "
+                    "correct its tokenizer.json"
+                ) from error
+            ids = encoding.ids
+            if most is None or len(ids) >= most or len(piece) == len(text):
+                break
+            if per_token >= MAX_BYTES_PER_TOKEN:
+                break
+            per_token *= 2
+        self._check_vocabulary(ids)
+        if most is None or len(ids) <= most:
+            return ids, size
+        last = encoding.offsets[most - 1][1]
+        return ids[:most], len(piece[:last].encode()) if 0 < last <= len(piece) else size
+
+    def _render(self, conversation: Conversation, document: Document) -> str:
+        if self._renderer is None:
+            self._renderer = ChatRenderer(self._load_template(document))
+        try:
+            return self._renderer.render(conversation.messages, tools=conversation.tools)
+        except ChatTemplateError as error:
+            raise CalibrationError(
+                f"{document.place()}: the chat template in {self._directory} {error}"
+            ) from error
+
+    def _without_bos(self, ids: Sequence[int]) -> Sequence[int]:
+        bos = self._config.bos_token_id
+        return ids[1:] if ids and bos is not None and ids[0] == bos else ids
+
+    def _check(self, ids: Sequence[int], document: Document) -> None:
+        """Given ids must be the model's."""
+        size = self._config.vocab_size
+        if not ids or (min(ids) >= 0 and max(ids) < size):
+            return
+        index = next(index for index, token in enumerate(ids) if not 0 <= token < size)
+        raise CalibrationError(
+            f"{document.place()}: id {_short(ids[index])} (number {index}) is none of the model's "
+            f"0 to {size - 1}; tokenize with this model's own tokenizer"
+        )
+
+    def _check_vocabulary(self, ids: Sequence[int]) -> None:
+        if (largest := max(ids, default=0)) >= self._config.vocab_size:
+            raise CalibrationError(
+                f"the tokenizer in {self._directory} gives the id {largest}, but the model has "
+                f"only {self._config.vocab_size} tokens; tokenizer and model do not belong together"
+            )
+
+    def _load_tokenizer(self) -> Tokenizer:
+        file = self._directory / "tokenizer.json"
+        if not file.exists() and not file.is_symlink():
+            raise CalibrationError(
+                f"{file} is absent; the model directory must hold its tokenizer, or the file must "
+                "hold input_ids"
+            )
+        try:
+            data = untrusted.read_bytes(file, root=self._directory)
+        except UnusableFileError as error:
+            raise CalibrationError(f"{file} {error}") from error
+        try:
+            _check_growth(json.loads(data))
+            tokenizer = Tokenizer.from_buffer(data)
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        except _INTERRUPTS:
+            raise
+        except BaseException as error:  # as above
+            raise CalibrationError(
+                f"{file} is not a tokenizer: {first_line(error)[:200]}"
+            ) from error
+        self._tokenizer = tokenizer
+        return tokenizer
+
+    def _load_template(self, document: Document) -> ChatTemplate:
+        try:
+            template = ChatTemplate.from_directory(self._directory)
+        except UnusableFileError as error:
+            raise CalibrationError(str(error)) from error
+        if template is None:
+            raise CalibrationError(
+                f"{document.place()}: a conversation, but {self._directory} has no chat template; "
+                "put a chat_template.jinja there, or give text"
+            )
+        return template
+
+
+def _check_growth(parsed: Any) -> None:
+    """Refuse a tokenizer whose normalizer replaces characters by ever longer texts: memory for
+    those is not ours to bound once it runs.
+
+    Raises:
+        ValueError: it may make a text more than _MAX_GROWTH times as long.
+    """
+    growth = 1
+    steps = [parsed.get("normalizer")] if isinstance(parsed, dict) else []
+    while steps:
+        step = steps.pop()
+        if isinstance(step, dict):
+            content = step.get("content") if step.get("type") == "Replace" else None
+            growth *= max(len(content), 1) if isinstance(content, str) else 1
+            steps += step["normalizers"] if isinstance(step.get("normalizers"), list) else []
+        if growth > _MAX_GROWTH:
+            raise ValueError(f"its normalizer makes text more than {_MAX_GROWTH} times longer")
+
+
+def _head(text: str, num_bytes: int) -> str:
+    """The first characters of a text, in `num_bytes` bytes of UTF-8."""
+    head = text[:num_bytes]
+    if head.isascii():
+        return head
+    return head.encode()[:num_bytes].decode("utf-8", "ignore")
+
+
+def _short(number: int) -> str:
+    """A number as text; of a huge one only that it is huge."""
+    return str(number) if abs(number) < 1 << 64 else "of more than 64 bits"

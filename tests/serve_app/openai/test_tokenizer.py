@@ -30,6 +30,11 @@ def chat(content: str) -> dict[str, Any]:
     return {"model": "echo", "messages": [{"role": "user", "content": content}], "max_tokens": 4}
 
 
+def make_tokenizer(directory: Path, **options: Any) -> HfTokenizer:
+    documents = {path.name: path.read_bytes() for path in directory.iterdir()}
+    return HfTokenizer(directory, documents, **options)
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     write_tokenizer(tmp_path, chat_template=TEMPLATE)
@@ -48,7 +53,7 @@ def directory(tmp_path: Path) -> Path:
 async def test_what_a_template_does_not_render_is_a_400_with_one_sentence(
     directory: Path, content: str, sentence: str
 ) -> None:
-    tokenizer = HfTokenizer(directory, max_seconds=20)
+    tokenizer = make_tokenizer(directory, max_seconds=20)
     async with client_of(make_service(tokenizer=tokenizer)) as client:
         answer = await client.post(CHAT, json=chat(content))
         assert answer.status_code == 400
@@ -63,7 +68,7 @@ async def test_what_a_template_does_not_render_is_a_400_with_one_sentence(
 @pytest.mark.heavy
 async def test_conversations_that_loop_stop_no_other_request(directory: Path) -> None:
     """While one overruns another is answered, and prompts are while there is no helper left."""
-    tokenizer = HfTokenizer(directory, max_seconds=3)
+    tokenizer = make_tokenizer(directory, max_seconds=3)
     async with client_of(make_service(tokenizer=tokenizer)) as client:
         await client.post(CHAT, json=chat("hi"))  # starts a helper
         looping = asyncio.create_task(client.post(CHAT, json=chat("loops")))
@@ -85,7 +90,7 @@ async def test_conversations_that_loop_stop_no_other_request(directory: Path) ->
 
 
 async def test_a_conversation_that_waits_past_the_deadline_is_told_so(directory: Path) -> None:
-    tokenizer = HfTokenizer(directory, max_seconds=2)
+    tokenizer = make_tokenizer(directory, max_seconds=2)
     async with client_of(make_service(tokenizer=tokenizer, request_timeout_s=0.2)) as client:
         answer = await client.post(CHAT, json=chat("loops"))
     assert answer.status_code == 504
@@ -96,4 +101,4 @@ def test_malformed_template_files_are_told_when_the_server_starts(tmp_path: Path
     write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ArtifactError, match=r"chat_template\.jinja is not UTF-8 text \(byte 0\)"):
-        HfTokenizer(tmp_path)
+        make_tokenizer(tmp_path)

@@ -172,12 +172,14 @@ def test_a_damaged_file_of_the_job_is_named_with_what_to_delete(
         publish(folder, 1)
         assert folder.record_source(1, {"w": "a"}) is None
     (tmp_path / ".job" / name).write_bytes(content)
-    with (
-        pytest.raises(ArtifactError, match=rf"{name} {sentence}.*; delete .* and run again"),
-        JobFolder(tmp_path, RUN) as folder,
-    ):
-        folder.load_published()
-        folder.record_source(1, {"w": "a"})
+
+    def resume() -> None:
+        with JobFolder(tmp_path, RUN) as folder:
+            folder.load_published()
+            folder.record_source(1, {"w": "a"})
+
+    with pytest.raises(ArtifactError, match=rf"{name} {sentence}.*; delete .* and run again"):
+        resume()
 
 
 def test_a_record_whose_content_was_changed_is_refused(tmp_path: Path) -> None:

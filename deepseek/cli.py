@@ -108,19 +108,20 @@ def make_app(help_text: str) -> typer.Typer:
     )
 
 
+def make_console(*, stderr: bool = False) -> Console:
+    """A console for tables and lines that may hold names of others: nothing in a text is markup or
+    the code of an emoji, and no word is colored by what it looks like."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
 def make_progress() -> Progress:
     """A progress line on stderr with elapsed time and ETA; stdout stays machine-readable."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        console=make_console(),
+        console=make_console(stderr=True),
     )
-
-
-def make_console() -> Console:
-    """stderr for progress. Where it is no terminal, plain lines without control codes."""
-    return Console(stderr=True)

@@ -104,13 +104,13 @@ class TerminalProgress:
     def __init__(self, num_files: int) -> None:
         self._pace = Pace()
         self._bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("eta"),
             _Remaining(self._pace),
-            console=make_console(),
+            console=make_console(stderr=True),
         )
         self._task = self._bar.add_task("quantize", total=num_files)
         self._published: set[LayerKey] = set()
@@ -130,7 +130,7 @@ class TerminalProgress:
             self._pace.start(event.left)
         self._pace.note(event)
         if event.detail:
-            self._bar.console.print(event.detail, markup=False, soft_wrap=True)
+            self._bar.console.print(event.detail, soft_wrap=True)
         if event.published is not None:
             self._published.add(event.layer)
             self._print(describe(event.published))
@@ -140,7 +140,7 @@ class TerminalProgress:
 
     def _print(self, text: str) -> None:
         line = f"[{time.monotonic() - self._started:6.1f} s] {text}"
-        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(line, soft_wrap=True)
 
 
 class _Remaining(ProgressColumn):

@@ -119,6 +119,10 @@ def test_a_flipped_byte_is_named_with_its_tensor_and_a_deleted_file_is_made_agai
         with pytest.raises(ArtifactError, match=rf"{path.name} is damaged: its header is not as"):
             folder.load_published()
         path.unlink()
+        path.mkdir()
+        with pytest.raises(ArtifactError, match=rf"{path.name} is damaged: its header is not as"):
+            folder.load_published()
+        path.rmdir()
         assert list(folder.load_published()) == [0]
 
 

@@ -120,13 +120,15 @@ def check_apart(output: Path, source: Path, what: str) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Check that files can be made in a directory, before work begins whose result goes there.
+    """Check that files can be made in a directory, or in the one above it that exists, before work
+    begins whose result goes there.
 
     Raises:
         OutputError: they cannot.
     """
-    probe = directory / f".{secrets.token_hex(4)}.tmp"
     with writing(directory):
+        place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        probe = place / f".{secrets.token_hex(4)}.tmp"
         probe.touch()
         probe.unlink()
 

@@ -20,6 +20,7 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.cli import make_progress
 from deepseek.engine.packing import schemes_of
 from deepseek.errors import ArtifactError, DeployError
+from deepseek.outputs import check_directory
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.targets import embedded
 
@@ -52,7 +53,9 @@ def run_build(
         DeployError: the target is unknown, cannot load this artifact, or is not built yet.
         ArtifactError, CheckpointError, ConfigError: the checkpoint cannot be read; or the output
             directory holds something else.
+        OutputError: the disk is too small, or OUTPUT cannot be written.
     """
+    check_directory(output)
     known = require_target(target)
     source = open_checkpoint(checkpoint)
     builder = BUILDERS.get(known)

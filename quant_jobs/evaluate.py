@@ -67,7 +67,6 @@ def run_evaluate(
     # Blocks are spread evenly over the text, so that they represent all of a long file.
     blocks = load_token_blocks(data, reference_dir, settings.num_blocks, settings.block_tokens)
     ids_BT = blocks.ids
-    make_directory(output)
     check_writable(output)  # now, not after an hour
     threads = settings.num_threads
     quantized = LLMEngine.load(engine_dir, EngineOptions(num_threads=threads))
@@ -77,6 +76,7 @@ def run_evaluate(
     scores = score_blocks(source, quantized, ids_BT)
     speed = measure_decode(source, quantized, ids_BT, settings.decode_tokens, BATCH_SIZES)
 
+    make_directory(output)
     # Without this, a run killed between the two writes leaves the old evaluation and new tokens.
     with writing(output / EVALUATION):
         (output / EVALUATION).unlink(missing_ok=True)

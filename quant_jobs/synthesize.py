@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from deepseek.cli import make_progress
 from deepseek.inventory import count_parameters
+from deepseek.outputs import check_directory
 from deepseek.source.synthetic import Preset, Size, num_bytes, synthesize, synthetic_config
 
 
@@ -36,6 +37,7 @@ def run_synthesize(output: Path, size: Size, preset: Preset, seed: int) -> Synth
         OutputError: the disk is too small, or `output` cannot be written.
     """
     config = synthetic_config(size, preset)
+    check_directory(output)  # before there is a bar
     with make_progress() as bar:
         task = bar.add_task("synthesize, MB", total=num_bytes(config) // 10**6)
         written = 0

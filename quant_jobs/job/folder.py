@@ -318,7 +318,7 @@ def _damaged_tensor(file: Path, record: LayerRecord) -> str:
             for name, digest in record.tensors.items():
                 if tensor_digest(opened.get_tensor(name)) != digest:
                     return f"tensor {name} is"
-    except SafetensorError:
+    except (OSError, SafetensorError):
         pass
     return "its header is"
 

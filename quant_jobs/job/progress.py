@@ -104,7 +104,7 @@ class TerminalProgress:
     def __init__(self, num_files: int) -> None:
         self._pace = Pace()
         self._bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -37,7 +37,14 @@ from deepseek.engine.packing import Progress, Source, pack_tensors, schemes_of
 from deepseek.engine.pages import check_page_tokens
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.files import json_bytes, write_atomic
-from deepseek.outputs import check_apart, check_directory, check_space, make_directory, writing
+from deepseek.outputs import (
+    check_apart,
+    check_directory,
+    check_space,
+    check_writable,
+    make_directory,
+    writing,
+)
 from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import save_tensors
 from deepseek.untrusted import UnusableFileError
@@ -73,14 +80,15 @@ def pack_engine(
     if existing is not None and _is_intact(output):
         return existing
     documents = _documents(source)
+    check_writable(output.parent)
+    check_space(output, _num_bytes(source), "choose another --output")
+    tensors = pack_tensors(source, progress)
     make_directory(output.parent)
     staging = output.with_name(f".{output.name[:40]}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)  # an earlier process may have had our number
     try:
         with writing(staging):
             staging.mkdir()
-        check_space(output, _num_bytes(source), "choose another --output")
-        tensors = pack_tensors(source, progress)
         saved = save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt"})
         fields = EmbeddedFields(
             **own, header_sha256=saved.header_sha256, tensor_digests=saved.tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,8 +28,10 @@ def no_ray(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_local_ray_is_started_and_stopped_and_nested_connections_share_it(no_ray: None) -> None:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with connect(num_cpus=3) as ours:
         assert ours.started
+        assert signal.getsignal(signal.SIGTERM) == on_sigterm, "Ray's own ends with code 15"
         assert ray.cluster_resources()["CPU"] == 3
         with connect(num_cpus=1) as inner:
             assert not inner.started

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.chain import Chain, Ended
+from support.disks import limited_files
 from support.format_1 import write_format_1_engine
 
 from deepseek.inventory import count_parameters
@@ -143,6 +144,58 @@ def test_a_mistake_is_one_sentence_and_exit_2(
     assert ended.err.count("\n") == 1
     assert sentence in ended.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["FILE", "FILE/below", "LINK", "n" * 300])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("quantize", "--model", "SOURCE", "--recipe", "int8", "--calibration", "DATA",
+         "--workers", "0"),
+        ("build", "--checkpoint", "CHECKPOINT"),
+        ("evaluate", "--engine", "ENGINE", "--reference", "SOURCE", "--data", "DATA"),
+        ("report", "--engine", "ENGINE", "--evaluation", "EVALUATION"),
+        ("synthesize", "--preset", "small"),
+    ],
+)  # fmt: skip
+def test_an_impossible_output_is_one_sentence_before_any_work(
+    chain: Chain, command: Command, tmp_path: Path, words: tuple[str, ...], place: str
+) -> None:
+    places = {
+        "SOURCE": chain.source,
+        "DATA": chain.source / "calibration.txt",
+        "CHECKPOINT": chain.checkpoint,
+        "ENGINE": chain.engine,
+        "EVALUATION": chain.evaluation,
+    }
+    (tmp_path / "FILE").write_text("mine")
+    (tmp_path / "LINK").symlink_to("nowhere")
+    output = tmp_path / place / "page.html" if words[0] == "report" else tmp_path / place
+    ended = command(*(places.get(word, word) for word in words), "--output", output)
+    assert ended.code == 2, ended.err
+    assert ended.out == ""
+    assert ended.err.startswith(f"error: {tmp_path}/")
+    assert ended.err.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"FILE", "LINK"}
+    assert (tmp_path / "FILE").read_text() == "mine"
+
+
+def test_a_refused_verdict_or_report_is_one_sentence(
+    fresh: Chain, command: Command, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    words: dict[str, tuple[object, ...]] = {
+        "gate": ("--engine", fresh.engine, "--evaluation", fresh.evaluation),
+        "report": ("--engine", fresh.engine, "--evaluation", fresh.evaluation, "--output", page),
+    }
+    for name, arguments in words.items():
+        with limited_files(100):
+            ended = command(name, *arguments)
+        assert (ended.code, ended.out) == (2, ""), name
+        assert ended.err.count("\n") == 1
+        assert "cannot be written: it would be larger than a file may be here" in ended.err
+        assert command(name, *arguments).code == 0
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_the_writer_resumes_its_own_directory_and_refuses_those_of_others(
     with pytest.raises(OutputError, match="is the source checkpoint itself"):
         ArtifactWriter(source, source=reader, recipe=load_recipe("int4"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="must name a directory"):
+    with pytest.raises(OutputError, match="must name a directory"):
         ArtifactWriter(tmp_path / "file", source=reader, recipe=load_recipe("int4"))
 
 

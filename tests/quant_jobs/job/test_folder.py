@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +119,10 @@ def test_a_flipped_byte_is_named_with_its_tensor_and_a_deleted_file_is_made_agai
         with pytest.raises(ArtifactError, match=rf"{path.name} is damaged: its header is not as"):
             folder.load_published()
         path.unlink()
+        path.mkdir()
+        with pytest.raises(ArtifactError, match=rf"{path.name} is damaged: its header is not as"):
+            folder.load_published()
+        path.rmdir()
         assert list(folder.load_published()) == [0]
 
 
@@ -150,6 +157,97 @@ def test_a_damaged_boundary_is_named(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=rf"{path.name} is damaged .*delete {tmp_path}"):
         load_blocks(tmp_path, [0])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"null", "must hold a JSON object, not null"),
+        (b"[" * 100_000, "is nested deeper than"),
+        (b"", "is not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("name", ["job.json", "part-00001.json", "source-00001.json"])
+def test_a_damaged_file_of_the_job_is_named_with_what_to_delete(
+    tmp_path: Path, name: str, content: bytes, sentence: str
+) -> None:
+    with JobFolder(tmp_path, RUN) as folder:
+        publish(folder, 1)
+        assert folder.record_source(1, {"w": "a"}) is None
+    (tmp_path / ".job" / name).write_bytes(content)
+
+    def resume() -> None:
+        with JobFolder(tmp_path, RUN) as folder:
+            folder.load_published()
+            folder.record_source(1, {"w": "a"})
+
+    with pytest.raises(ArtifactError, match=rf"{name} {sentence}.*; delete .* and run again"):
+        resume()
+
+
+def test_a_record_whose_content_was_changed_is_refused(tmp_path: Path) -> None:
+    with JobFolder(tmp_path, RUN) as folder:
+        file = publish(folder, 1)
+        path = tmp_path / ".job" / "part-00001.json"
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(b"0.125", b"0.126"))
+        with pytest.raises(ArtifactError, match="it was changed after it was written; delete it"):
+            folder.load_published()
+        content = json.loads(whole)
+        del content["digest"]  # as earlier versions wrote it
+        path.write_text(json.dumps(content))
+        assert folder.load_published() == {1: file}
+
+
+@pytest.mark.parametrize(
+    "change", [{"file": "../../../../etc/passwd"}, {"layer": 7}, {"layer": "globals"}]
+)
+def test_a_record_of_another_file_than_its_own_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    with JobFolder(tmp_path, RUN) as folder:
+        publish(folder, 1)
+        path = tmp_path / ".job" / "part-00001.json"
+        content = json.loads(path.read_bytes())
+        del content["digest"]
+        content["record"] |= change
+        path.write_text(json.dumps(content))
+        with pytest.raises(ArtifactError, match=r"part-00001.json is damaged: it names .*; delete"):
+            folder.load_published()
+
+
+def test_the_first_source_tensor_that_differs_is_named(tmp_path: Path) -> None:
+    with JobFolder(tmp_path, RUN) as folder:
+        assert folder.record_source(3, {"a": "1", "b": "2"}) is None
+    with JobFolder(tmp_path, RUN) as folder:
+        assert folder.record_source(3, {"b": "2", "a": "1"}) is None
+        assert folder.record_source(3, {"a": "1", "b": "3"}) == "b"
+        assert folder.record_source(4, {"a": "7"}) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda path: path.write_bytes(b"\xff" * 100), "is not a safetensors file"),
+        (lambda path: os.truncate(path, 200), "is cut off"),
+        (lambda path: save_tensors(path, {"block-00000": torch.ones(4, 8)}), "lacks block-00000"),
+        (lambda path: save_blocks(path, {0: torch.ones(5, 8)}), r"is damaged .*\[5, 8\]"),
+        (lambda path: save_blocks(path, {0: torch.ones(4, 8).half()}), "is damaged .*float16"),
+        (lambda path: save_blocks(path, {1: torch.ones(4, 8)}), "lacks block-00000"),
+    ],
+)
+def test_a_boundary_that_is_not_this_jobs_is_named(
+    tmp_path: Path, damage: Callable[[Path], object], sentence: str
+) -> None:
+    boundary = tmp_path / "boundary-00001"
+    boundary.mkdir()
+    path = boundary / "worker-000-of-001.safetensors"
+    save_blocks(path, {0: torch.ones(4, 8)})
+    assert load_blocks(boundary, [0], (4, 8))[0].shape == (4, 8)
+    damage(path)
+    with pytest.raises(ArtifactError, match=f"{sentence}.*; delete {boundary} and run again"):
+        load_blocks(boundary, [0], (4, 8))
 
 
 def test_the_ledgers_order_does_not_depend_on_who_notes_first() -> None:

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.disks import NotPermitted, limited_files, mounted
 from support.engines import make_artifact, make_engine
+from support.quantizing import flip_byte
 
 from deepseek.artifact.engine_manifest import read_engine_manifest
 from deepseek.artifact.reader import ArtifactReader
@@ -35,6 +37,71 @@ def test_building_into_the_same_engine_verifies_and_keeps_it(
     manifest = pack_engine(ArtifactReader(artifact), int4_engine)
     assert manifest == read_engine_manifest(int4_engine)
     assert contents(int4_engine) == before
+
+
+@pytest.mark.parametrize("lost", ["rank-0.safetensors", "config.json", "both"])
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_an_engine_that_lost_files_gets_them_back_and_keeps_its_verdict(
+    tiny_model: Path, base: Path, int4_engine: Path, lost: str, how: str
+) -> None:
+    artifact = ArtifactReader(make_artifact(tiny_model, "int4", base))
+    (int4_engine / "gate.json").write_text("{}")
+    before = contents(int4_engine)
+    for name in ("rank-0.safetensors", "config.json") if lost == "both" else (lost,):
+        if how == "missing":
+            (int4_engine / name).unlink()
+        else:
+            flip_byte(int4_engine / name)
+    pack_engine(artifact, int4_engine)
+    assert contents(int4_engine) == before
+    assert not list(int4_engine.parent.glob(".*.tmp"))
+
+
+def test_a_damaged_engine_manifest_says_what_to_delete(
+    tiny_model: Path, base: Path, int4_engine: Path
+) -> None:
+    flip_byte(int4_engine / "engine.json", -500)
+    artifact = ArtifactReader(make_artifact(tiny_model, "int4", base))
+    with pytest.raises(ArtifactError, match=f"engine.json .*; delete {int4_engine} first"):
+        pack_engine(artifact, int4_engine)
+
+
+@pytest.mark.parametrize("limit_bytes", [10, 5_000, 1_000_000])
+def test_a_refused_engine_leaves_nothing_and_is_built_by_the_next_run(
+    tiny_model: Path, base: Path, tmp_path: Path, limit_bytes: int
+) -> None:
+    """The largest file is refused first, whatever the limit."""
+    artifact = make_artifact(tiny_model, "int4-asym", base)
+    output = tmp_path / "engine"
+    with (
+        limited_files(limit_bytes),
+        pytest.raises(OutputError, match=r"rank-0\.safetensors cannot be written: .* same comm"),
+    ):
+        pack_engine(ArtifactReader(artifact), output)
+    assert not list(tmp_path.iterdir())
+    pack_engine(ArtifactReader(artifact), output)
+    assert contents(output) == contents(make_engine(tiny_model, "int4-asym", base))
+
+
+def test_an_engine_that_does_not_fit_is_refused_before_it_is_packed(
+    tiny_model: Path, base: Path, tmp_path: Path
+) -> None:
+    artifact = ArtifactReader(make_artifact(tiny_model, "int4-asym", base))
+    layers = []
+    try:
+        with mounted(tmp_path / "disk", "size=100k") as disk:
+            with pytest.raises(OutputError, match=r"engine needs .* MB more .* only 10\d\.\d kB"):
+                pack_engine(artifact, disk / "engine", progress=lambda *done: layers.append(done))
+            assert not list(disk.iterdir())
+    except NotPermitted as error:
+        pytest.skip(str(error))
+    assert not layers
+
+
+def test_an_engine_inside_its_checkpoint_is_refused(tiny_model: Path, base: Path) -> None:
+    artifact = ArtifactReader(make_artifact(tiny_model, "int4-asym", base))
+    with pytest.raises(OutputError, match="engine is inside the checkpoint; choose another"):
+        pack_engine(artifact, artifact.directory / "engine")
 
 
 def test_building_over_another_engine_or_other_files_is_refused(

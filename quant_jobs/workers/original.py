@@ -20,6 +20,7 @@ from deepseek.formats.scales import check_magnitude, largest
 from deepseek.inventory import expert_of, layer_inputs
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
+from quant_jobs.algorithms.exact import silent_channels
 from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing, scaled_groups
 from quant_jobs.algorithms.scaling import WeightStatistics, weight_statistics
 from quant_jobs.calibration.forward import Routed, RoutedBlocks, Trunk
@@ -112,16 +113,21 @@ class OriginalLayer:
 
     # --- the scale that linears of several workers share ---
 
-    def scale_statistics(self) -> tuple[dict[str, WeightStatistics], InputStatistics | None]:
-        """Weight statistics of this worker's linears in the shared group, by module; and, from the
-        owner of the shared expert only, the statistics of the group's input."""
+    def scale_statistics(
+        self,
+    ) -> tuple[dict[str, WeightStatistics], InputStatistics | None, Tensor]:
+        """Weight statistics of this worker's linears in the shared group, by module; from the owner
+        of the shared expert only, the statistics of the group's input; and the channels of that
+        input, bool [K], that are zero on any data."""
         group, method = self._shared_group()
         statistics = {
             module: weight_statistics(self.weight(module), method, self._context.schemes[module])
             for module in self._owned(group.consumers)
         }
         is_measured_here = bool(self._owned([group.measured]))
-        return statistics, self._inputs.all_tokens(gram=False) if is_measured_here else None
+        measured = self._inputs.all_tokens(gram=False) if is_measured_here else None
+        silent = silent_channels(group, self._source)
+        return statistics, measured, self._context.to_device(silent)
 
     def scale_losses(self, candidates: Tensor) -> dict[str, Tensor]:
         """AWQ's losses f64 [A] of candidates f32 [A, K] for the shared scale, by module, for this

@@ -24,6 +24,7 @@ def run_estimate(
     config = DEEPSEEK_V3 if model == "deepseek-v3" else ModelConfig.from_directory(model)
     rules = load_recipe(recipe)
     rules.resolve(config)  # its error names the rule that does not suit the model
+    rules.check_rules(config)
     return make_estimate(
         config, rules, nodes, tokens=tokens, block_tokens=block_tokens, storage=storage_gb * 1e9
     )

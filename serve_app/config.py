@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from deepseek.errors import ConfigError
+from deepseek.untrusted import UnusableFileError
+from deepseek.yaml_files import StrictModel, read_yaml_mapping
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+class _Strict(StrictModel):
+    model_config = ConfigDict(protected_namespaces=())
 
 
 class EchoOptions(_Strict):
@@ -99,13 +100,9 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
     raw: Any = {}
     if path is not None:
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}".replace("\n", " ")) from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} must hold a mapping of settings")
+            raw = read_yaml_mapping(path)
+        except UnusableFileError as error:
+            raise ConfigError(f"{path} {error}") from error
     try:
         return ServeConfig.model_validate(raw | overrides)
     except ValidationError as error:

@@ -92,6 +92,7 @@ def plan_job(
         recipe = load_recipe(recipe)
     source = CheckpointReader(model)
     schemes = recipe.resolve(source.config)
+    recipe.check_rules(source.config)
     for layer in range(source.config.num_hidden_layers):
         scaled_groups(source.config, schemes, layer)
     settings = recipe.calibration

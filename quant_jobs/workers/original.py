@@ -21,7 +21,13 @@ from deepseek.inventory import expert_of, layer_inputs
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
 from quant_jobs.algorithms.exact import silent_channels
-from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing, scaled_groups
+from quant_jobs.algorithms.folding import (
+    FoldingGroup,
+    ScaleMethod,
+    Smoothing,
+    leaves_range,
+    scaled_groups,
+)
 from quant_jobs.algorithms.scaling import WeightStatistics, weight_statistics
 from quant_jobs.calibration.forward import Routed, RoutedBlocks, Trunk
 from quant_jobs.calibration.measuring import LayerInputs, observe_attention
@@ -178,12 +184,18 @@ class OriginalLayer:
         )
 
     def folded_norms(self, smoothing: Smoothing) -> Tensors:
-        """Norms and router of the trunk with `smoothing` folded in, in the source's dtype."""
-        return {
-            name: smoothing.fold(name, tensor.data)
-            for name, tensor in self._source.items()
-            if tensor.spec.kind != "linear"
-        }
+        """Norms and router of the trunk with `smoothing` folded in, in the source's dtype.
+
+        Raises:
+            CheckpointError: a folded value leaves the range of that dtype.
+        """
+        folded: Tensors = {}
+        for name, tensor in self._source.items():
+            if tensor.spec.kind != "linear":
+                folded[name] = smoothing.fold(name, tensor.data)
+                if not bool(largest(folded[name]).isfinite()):  # float32; others `fold` refuses
+                    raise leaves_range(name, tensor.data.dtype)
+        return folded
 
     def weight(self, module: str) -> Tensor:
         """The original weight f32 [N, K].

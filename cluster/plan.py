@@ -161,7 +161,9 @@ def _layout(recipe: Recipe) -> tuple[object, ...]:
 @lru_cache(maxsize=12)
 def tally_of(config: ModelConfig, recipe: Recipe) -> Tally:
     """The tensors of a model under a recipe, counted; the one slow step of a plan (a second)."""
-    return Tally(config, recipe.resolve(config))
+    schemes = recipe.resolve(config)
+    recipe.check_rules(config)
+    return Tally(config, schemes)
 
 
 def _check_context(

@@ -9,17 +9,19 @@ all read it. The built-in recipes are the files `deepseek/recipes/*.yaml`.
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from deepseek.config import ModelConfig
 from deepseek.errors import RecipeError
 from deepseek.inventory import TensorSpec, linears
+from deepseek.untrusted import UnusableFileError
+from deepseek.yaml_files import StrictModel, read_yaml_mapping
 
 #: `source` keeps the format of the source: FP8 128x128 tiles for the release, else BF16.
 WeightFormat = Literal["source", "bf16", "fp8-block", "int8", "int8-asym", "int4", "int4-asym"]
@@ -35,6 +37,11 @@ KVFormat = Literal["bf16", "int8", "fp8"]
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
+#: Most rules of a recipe; one for each role of each layer of DeepSeek-V3 are 500.
+MAX_RULES = 1024
+#: Longest pattern and most stars in it. Names of linears have about 40 characters.
+MAX_MATCH_LENGTH, MAX_STARS = 256, 16
+
 
 #: Activation format -> the only weight format with which a target multiplies it.
 _ACTIVATIONS_NEED: dict[ActivationFormat, WeightFormat] = {"int8": "int8", "fp8": "int4"}
@@ -47,11 +54,7 @@ _ONLY_FOR = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Scheme(_Strict):
+class Scheme(StrictModel):
     """How one linear is stored and computed.
 
     `int8` and `int8-asym` have one scale (and zero point) per output channel; `int4` and
@@ -132,22 +135,29 @@ def source_scheme(config: ModelConfig) -> Scheme:
 class Rule(Scheme):
     """A scheme for all linears whose module name matches `match` (a glob; `*` crosses dots)."""
 
-    match: str
+    match: str = Field(min_length=1, max_length=MAX_MATCH_LENGTH)
+
+    @field_validator("match")
+    @classmethod
+    def _check_match(cls, match: str) -> str:
+        if match.count("*") > MAX_STARS:
+            raise ValueError(f"a pattern may have at most {MAX_STARS} stars")
+        return match
 
     @cached_property
     def scheme(self) -> Scheme:
         return Scheme.model_construct(**{k: getattr(self, k) for k in Scheme.model_fields})
 
 
-class Calibration(_Strict):
+class Calibration(StrictModel):
     """Calibration text is cut into blocks of `block_tokens`. Statistics are added in block order,
     so that they do not depend on which worker held a block."""
 
-    num_blocks: int = Field(default=32, ge=1)
-    block_tokens: int = Field(default=512, ge=16)
+    num_blocks: int = Field(default=32, ge=1, le=1 << 16)
+    block_tokens: int = Field(default=512, ge=16, le=163_840)  # DeepSeek-V3's longest context
 
 
-class ExpertCoverage(_Strict):
+class ExpertCoverage(StrictModel):
     """Which tokens the statistics of a routed expert are taken from; forwarding is always top-k.
 
     `topk`: the tokens that the router sends. `all`: every token. `shrink`: the tokens that the
@@ -161,26 +171,26 @@ class ExpertCoverage(_Strict):
     """
 
     policy: Literal["topk", "all", "shrink"] = "topk"
-    floor_tokens: int = Field(default=16, ge=0)
-    shrink_tokens: int = Field(default=64, ge=1)
+    floor_tokens: int = Field(default=16, ge=0, le=1 << 24)
+    shrink_tokens: int = Field(default=64, ge=1, le=1 << 24)
 
 
-class GateLimits(_Strict):
+class GateLimits(StrictModel):
     """Limits that a measured artifact must keep to be served. Every limit is inclusive."""
 
     max_perplexity_ratio: float = Field(ge=1.0)
     max_mean_kl: float = Field(gt=0.0, description="nats per token, source against quantized")
     min_top1: float = Field(ge=0.0, le=1.0)
-    max_fallbacks: int = Field(default=0, ge=0)
+    max_fallbacks: int = Field(default=0, ge=0, le=1 << 31)
     max_starved_experts: float = Field(default=0.25, ge=0.0, le=1.0)
 
 
-class Recipe(_Strict):
+class Recipe(StrictModel):
     """A whole recipe, as the YAML file gives it."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    rules: tuple[Rule, ...] = Field(min_length=1, max_length=MAX_RULES)
     kv_cache: KVFormat = "bf16"
     calibration: Calibration = Calibration()
     expert_coverage: ExpertCoverage = ExpertCoverage()
@@ -234,11 +244,47 @@ class Recipe(_Strict):
             )
         return schemes
 
+    def check_rules(self, config: ModelConfig) -> None:
+        """Check that every rule decides the scheme of a linear, which a new recipe must: of an
+        artifact that exists already, nobody asks it.
+
+        Raises:
+            RecipeError: later rules decide all that a rule matches; the sentence names them.
+        """
+        patterns = self._patterns()
+        #: Rule that has decided nothing so far -> the later rules that decided what it matches.
+        idle: dict[int, set[int]] = {index: set() for index in range(len(self.rules))}
+        for layer in range(config.num_hidden_layers):
+            for spec in linears(config, layer):
+                matching = (
+                    i for i in reversed(range(len(patterns))) if _matches(patterns[i], spec)
+                )
+                deciding = next(matching, None)
+                if deciding is None:
+                    continue
+                idle.pop(deciding, None)
+                for index in matching if idle else ():
+                    if index in idle:
+                        idle[index].add(deciding)
+        for index, deciding_rules in idle.items():
+            if deciding_rules:
+                later = sorted(deciding_rules)
+                more = f" and {len(later) - 1} more" if len(later) > 1 else ""
+                raise RecipeError(
+                    f"recipe {self.name!r}: rule match {self.rules[index].match!r} decides "
+                    f"nothing, because the later rule match {self.rules[later[-1]].match!r}{more} "
+                    "wins wherever it matches; remove it, or move it after that one"
+                )
+
     def _patterns(self) -> list[re.Pattern[str]]:
         return [_compiled(rule.match) for rule in self.rules]
 
 
 _SOURCE = Scheme(weights="source")
+
+
+def _matches(pattern: re.Pattern[str], spec: TensorSpec) -> bool:
+    return pattern.match(spec.module) is not None
 
 
 @lru_cache(maxsize=1024)
@@ -257,17 +303,16 @@ def load_recipe(name_or_path: str) -> Recipe:
     Raises:
         RecipeError: no such recipe, not YAML, or an unknown or contradictory key, named.
     """
-    path = RECIPES / f"{name_or_path}.yaml"
-    if not path.is_file():
-        path = Path(name_or_path)
-    if not path.is_file():
+    known = builtin_recipes()
+    path = RECIPES / f"{name_or_path}.yaml" if name_or_path in known else Path(name_or_path)
+    if not os.path.exists(path):
         raise RecipeError(
-            f"no recipe {name_or_path!r}; use a YAML file or one of {', '.join(builtin_recipes())}"
+            f"no recipe {name_or_path[:200]!r}; use a YAML file or one of {', '.join(known)}"
         )
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}".replace("\n", " ")) from error
+        raw = read_yaml_mapping(path)
+    except UnusableFileError as error:
+        raise RecipeError(f"{path} {error}") from error
     return parse_recipe(raw, where=str(path))
 
 

@@ -25,6 +25,7 @@ def run_estimate(
     config = load_model_config(model)
     rules = load_recipe(recipe)
     rules.resolve(config)  # its error names the rule that does not suit the model
+    rules.check_rules(config)
     return make_estimate(
         config, rules, nodes, tokens=tokens, block_tokens=block_tokens, storage=storage_gb * 1e9
     )

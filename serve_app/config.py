@@ -9,16 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from deepseek import untrusted
 from deepseek.errors import ConfigError
 from deepseek.untrusted import UnusableFileError
+from deepseek.yaml_files import StrictModel, read_yaml_mapping
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+class _Strict(StrictModel):
+    model_config = ConfigDict(protected_namespaces=())
 
 
 class EchoOptions(_Strict):
@@ -110,13 +109,9 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
     raw: Any = {}
     if path is not None:
         try:
-            raw = yaml.safe_load(untrusted.read_bytes(path).decode("utf-8"))
+            raw = read_yaml_mapping(path)
         except UnusableFileError as error:
             raise ConfigError(f"{path} {error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}".replace("\n", " ")) from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} must hold a mapping of settings")
     try:
         return ServeConfig.model_validate(raw | overrides)
     except ValidationError as error:

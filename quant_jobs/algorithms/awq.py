@@ -135,10 +135,7 @@ def search_clip(weight: Tensor, x: Tensor, scheme: Scheme) -> Range:
     return by_chunks(grouped(weight, scheme), search)
 
 
-def note_fallbacks(
-    scale: Tensor, mean_abs_x: Tensor, module: str, layer: int, ledger: Ledger
-) -> None:
-    """Note the dead channels and the clipped values of a folding group's chosen scale, f32 [K]."""
-    ledger.note("dead_channel", layer, module, int((mean_abs_x == 0).sum()))
+def note_clipped(scale: Tensor, module: str, layer: int, ledger: Ledger) -> None:
+    """Note the clipped values of a folding group's chosen scale, f32 [K]."""
     clipped = scale.log2().abs() >= MAX_EXPONENT
     ledger.note("clipped_smoothing", layer, module, int(clipped.sum()))

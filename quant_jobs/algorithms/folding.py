@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config import ModelConfig
-from deepseek.errors import RecipeError
+from deepseek.errors import CheckpointError, RecipeError
 from deepseek.inventory import LinearInput, layer_inputs, layer_tensors
 from deepseek.recipe import Scheme
 
@@ -40,6 +40,8 @@ MAX_EXPONENT = 10
 
 #: How far a norm or a router may be from exact after folding: float32's rounding of s itself.
 _TOLERANCE = 2.0**-22
+#: The same for values that bfloat16 can only hold as subnormal numbers, which are zero to any sum.
+_SUBNORMAL = 2.0**-126
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,13 @@ class Smoothing:
         """The tensor as the folded layer has it, same shape and dtype. With `in_place` a float32
         tensor is overwritten.
 
-        A float32 tensor, a weight about to be quantized, takes any scale. Tensors stored in fewer
-        bits (norms, router) must represent the folded values exactly; else it is our bug.
+        A float32 weight about to be quantized takes any scale. Tensors stored in fewer bits (norms,
+        router) must represent the folded values exactly; else it is our bug, unless a value leaves
+        the range of their type, which FP16 has little of.
+
+        Raises:
+            CheckpointError: a value of a norm or router would overflow, or lose bits as a subnormal
+                number.
         """
         if not self.changes(name):
             return tensor
@@ -110,11 +117,24 @@ class Smoothing:
             divisor = self.rows[name]
             folded.div_(divisor if tensor.ndim == 1 else divisor[:, None])
         stored = folded.to(tensor.dtype)
-        exact = tensor.dtype == torch.float32 or torch.allclose(
-            stored.float(), folded, rtol=_TOLERANCE, atol=0.0
-        )
-        assert exact, f"{name}: folding is not exact"
+        if tensor.dtype == torch.float32:
+            return stored
+        exact = torch.allclose(stored.float(), folded, rtol=_TOLERANCE, atol=_SUBNORMAL)
+        if not exact:
+            smallest = torch.finfo(tensor.dtype).tiny
+            inside = stored.isfinite() & ((folded.abs() >= smallest) | (folded == 0))
+            assert not bool(inside.all()), f"{name}: folding is not exact"
+        if not exact or not bool(stored.isfinite().all()):
+            raise leaves_range(name, tensor.dtype)
         return stored
+
+
+def leaves_range(name: str, dtype: torch.dtype) -> CheckpointError:
+    """The error for a norm or router that cannot take a smoothing scale."""
+    return CheckpointError(
+        f"tensor {name} has a value so large or small that {dtype} cannot hold it once its layer "
+        "is smoothed; store the source as BF16, or use a recipe without smoothquant and awq"
+    )
 
 
 def foldable(scale: Tensor, divided: Tensor | None, has_router: bool) -> Tensor:
@@ -131,7 +151,8 @@ def foldable(scale: Tensor, divided: Tensor | None, has_router: bool) -> Tensor:
         return scale
     norm = divided.float()
     stored = (norm / scale).to(divided.dtype).float()
-    return (norm / stored).masked_fill(stored == 0, 1.0)
+    # Where norm' would be infinite, s is left as it is, for `Smoothing.fold` to refuse.
+    return torch.where(stored.isfinite(), (norm / stored).masked_fill(stored == 0, 1.0), scale)
 
 
 def folding_groups(config: ModelConfig, layer: int) -> list[FoldingGroup]:

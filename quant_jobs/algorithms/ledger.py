@@ -2,7 +2,8 @@
 
 Every kind is listed here with its meaning. The manifest stores the counts, the gate compares them
 with the recipe's `max_fallbacks`, the report shows them. Expert coverage is not a fallback: it is a
-measurement, and has its own place in the manifest.
+measurement, and has its own place in the manifest. Nor is what loses nothing on any data (zeros of
+the weights, `exact.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Literal
 from deepseek.artifact.manifest import Fallback
 
 FallbackKind = Literal[
-    "zero_scale",
     "dead_channel",
     "unseen_expert",
     "clipped_smoothing",
@@ -25,7 +25,6 @@ FallbackKind = Literal[
 ]
 
 MEANING: dict[FallbackKind, str] = {
-    "zero_scale": "rows or groups of weights that are all zero; stored with scale 1",
     "dead_channel": "input channels that calibration never activated; not smoothed",
     "unseen_expert": "no calibration token reached the expert; its down_proj is not smoothed",
     "clipped_smoothing": "smoothing scales that met the limit of 2^-10 or 2^10",

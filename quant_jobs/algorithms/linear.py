@@ -26,7 +26,7 @@ from torch import Tensor
 from deepseek.artifact.tensors import store_tensor
 from deepseek.errors import CheckpointError
 from deepseek.formats import compress, decompress, input_rounding
-from deepseek.formats.scales import largest, row_chunks
+from deepseek.formats.scales import largest
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import search_clip
@@ -90,8 +90,6 @@ def solve_linear(
             stored = compress(folded, scheme, amax=_amax(folded, scheme))
     except CheckpointError as refusal:
         raise CheckpointError(f"tensor {name} {refusal}") from refusal
-    if scheme.is_quantized:
-        ledger.note("zero_scale", source.spec.layer, module, _count_empty(folded, scheme))
     shape = (folded.shape[0], folded.shape[1])
     del folded
     restored = decompress(stored, scheme, shape)
@@ -105,16 +103,6 @@ def solve_linear(
 def copy_linear(source: SourceTensor, scheme: Scheme) -> SolvedLinear:
     """Carry one linear through as the source stores it; `scheme` does not quantize."""
     return SolvedLinear(store_tensor(source, scheme), None)
-
-
-def _count_empty(weight: Tensor, scheme: Scheme) -> int:
-    """Number of rows or groups that are all zero."""
-    count = 0
-    for rows in row_chunks(weight):
-        chunk = weight[rows]
-        groups = chunk.view(len(chunk), -1, scheme.group_size or chunk.shape[1])
-        count += int((groups == 0).all(dim=-1).sum())
-    return count
 
 
 def _compress_within(weight: Tensor, scheme: Scheme, chosen: Range) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek.recipe import Scheme
-from quant_jobs.algorithms.awq import candidate_scales, note_fallbacks, weight_means
+from quant_jobs.algorithms.awq import candidate_scales, note_clipped, weight_means
 from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, foldable
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.algorithms.smoothquant import column_amax, smoothing_scale
@@ -41,6 +41,7 @@ def choose_scale(
     amax: Tensor,
     mean_abs: Tensor,
     divided: Tensor | None,
+    silent: Callable[[], Tensor],
     losses_of: Callable[[Tensor], Sequence[Tensor]],
     layer: int,
     ledger: Ledger,
@@ -49,12 +50,16 @@ def choose_scale(
 
     `statistics` are those of the group's linears, in their order; `amax` and `mean_abs` f32 [K] are
     the largest and mean magnitudes of the channels of their common input. `divided` is the norm
-    that absorbs 1/s, None if a quantized weight does. `losses_of` maps AWQ's candidates f32 [A, K]
-    to the losses f64 [A] of each linear that received a token, in the order of the linears. Dead
-    channels and clipped scales are counted in `ledger`.
+    that absorbs 1/s, None if a quantized weight does. `silent()` returns the channels, bool
+    [K], that are zero on any data; it is called where calibration left any at zero. `losses_of`
+    maps AWQ's candidates f32 [A, K] to the losses f64 [A] of each linear that received a token, in
+    the order of the linears. Clipped scales are counted in `ledger`, and dead channels: zero on the
+    calibration data only, with weights that are not zero.
     """
     if method.strength is not None:
         amax_w = torch.stack([weight_amax for weight_amax, _ in statistics]).amax(dim=0)
+        dead = (amax == 0) & (amax_w != 0)
+        ledger.note("dead_channel", layer, group.measured, _count_dead(dead, silent))
         return smoothing_scale(amax, amax_w, method.strength, group.measured, layer, ledger)
     total = torch.stack([sums for sums, _ in statistics]).sum(dim=0)
     mean_w = (total / sum(count for _, count in statistics)).float()
@@ -62,5 +67,13 @@ def choose_scale(
     candidates = foldable(candidates, divided, group.router is not None)
     losses = torch.stack(list(losses_of(candidates))).sum(dim=0)
     scale = candidates[int(losses.argmin())]
-    note_fallbacks(scale, mean_abs, group.measured, layer, ledger)
+    dead = (mean_abs == 0) & (mean_w != 0)
+    ledger.note("dead_channel", layer, group.measured, _count_dead(dead, silent))
+    note_clipped(scale, group.measured, layer, ledger)
     return scale
+
+
+def _count_dead(zero_here: Tensor, silent: Callable[[], Tensor]) -> int:
+    """How many channels, bool [K], are zero on the calibration data though other data may differ;
+    those are not smoothed."""
+    return int((zero_here & ~silent()).sum()) if bool(zero_here.any()) else 0

@@ -36,7 +36,6 @@ def smoothing_scale(
     exponent = strength * amax_x.double().log2() - (1 - strength) * amax_w.double().log2()
     dead = (amax_x == 0) | (amax_w == 0)
     exponent = exponent.masked_fill(dead, 0.0).round()
-    ledger.note("dead_channel", layer, module, int((amax_x == 0).sum()))
     clipped = exponent.abs() > MAX_EXPONENT
     ledger.note("clipped_smoothing", layer, module, int(clipped.sum()))
     exponent = exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT)

@@ -102,6 +102,7 @@ def plan_job(
     source = CheckpointReader(model)
     read_copied(source.directory)  # what cannot be copied is refused now, not after the last layer
     schemes = recipe.resolve(source.config)
+    recipe.check_rules(source.config)
     for layer in range(source.config.num_hidden_layers):
         scaled_groups(source.config, schemes, layer)
     settings = recipe.calibration

@@ -169,9 +169,10 @@ class LayerSteps:
             lambda worker, i: worker.scale_statistics.remote(layer, received[i])
         )
         by_module: dict[str, WeightStatistics] = {}
-        for weight_statistics, _ in answers:
+        for weight_statistics, _, _ in answers:
             by_module |= weight_statistics
-        (measured,) = (statistics for _, statistics in answers if statistics is not None)
+        (measured,) = (statistics for _, statistics, _ in answers if statistics is not None)
+        silent = answers[0][2]  # the same of every worker
 
         def losses_of(candidates: Tensor) -> list[Tensor]:
             losses: dict[str, Tensor] = {}
@@ -188,6 +189,7 @@ class LayerSteps:
             amax=measured.amax,
             mean_abs=measured.mean_abs,
             divided=None,
+            silent=lambda: silent,
             losses_of=losses_of,
             layer=layer,
             ledger=ledger,
@@ -231,7 +233,7 @@ class LayerSteps:
             {module: summary.input_amax[module] for module in modules},
             {module: summary.tokens[module] for module in modules},
         )
-        ledger.extend(fallbacks)
+        ledger.extend(note for note in fallbacks if note.module not in summary.computing_zero)
         return scales
 
     def write(self, layer: int, solution: Solution) -> Any:
@@ -344,6 +346,7 @@ def _merge(summaries: Sequence[SolveSummary], shared: Smoothing) -> SolveSummary
         whole.tokens |= summary.tokens
         whole.input_amax |= summary.input_amax
         whole.source_digests |= summary.source_digests
+        whole.computing_zero |= summary.computing_zero
         whole.smoothing.rows |= summary.smoothing.rows
         if summary.kv_latent_amax is not None:
             whole.kv_latent_amax = summary.kv_latent_amax

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from markupsafe import Markup
 
 from deepseek.artifact.manifest import Fallback
 from deepseek.inventory import expert_of, layer_of
-from quant_jobs.algorithms.ledger import MEANING, FallbackKind
 from quant_jobs.reports import figures, job_figures
 from quant_jobs.reports.job_record import JobRecord
 from quant_jobs.reports.page import render_page, show_bytes
@@ -161,7 +160,7 @@ def _ledger(record: JobRecord) -> list[dict[str, Any]]:
     rows = [
         {
             "kind": kind,
-            "meaning": MEANING.get(cast(FallbackKind, kind), "not known to this version"),
+            "meaning": items[0].detail,
             "count": sum(item.count for item in items),
             "modules": len(items),
             "layers": _ranges(sorted({item.layer for item in items if item.layer is not None})),

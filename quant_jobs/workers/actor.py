@@ -88,7 +88,7 @@ class QuantizeWorker:
 
     def scale_statistics(
         self, layer: int, received: None
-    ) -> tuple[dict[str, WeightStatistics], InputStatistics | None]:
+    ) -> tuple[dict[str, WeightStatistics], InputStatistics | None, Tensor]:
         return self._worker.scale_statistics(layer, received)
 
     def scale_losses(self, layer: int, candidates: Tensor) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ class SolveSummary:
     """The results of solving some units of a layer, without the tensors; mappings are by module.
 
     `tokens` counts tokens that the router sent to an MLP, and measured tokens elsewhere.
-    `input_amax` and `kv_latent_amax` are of the inputs after folding.
+    `input_amax` and `kv_latent_amax` are of the inputs after folding. `computing_zero` are MLPs
+    that no rounding can change (`algorithms/exact.py`).
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class SolveSummary:
     fallbacks: tuple[Fallback, ...] = ()
     smoothing: Smoothing = field(default_factory=Smoothing)
     source_digests: dict[str, str] = field(default_factory=dict)
+    computing_zero: set[str] = field(default_factory=set)
 
 
 #: Packed tensors, as the artifact stores them, by full name.

@@ -20,7 +20,14 @@ from deepseek.formats.scales import check_magnitude, largest
 from deepseek.inventory import expert_of, layer_inputs
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
-from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing, scaled_groups
+from quant_jobs.algorithms.exact import silent_channels
+from quant_jobs.algorithms.folding import (
+    FoldingGroup,
+    ScaleMethod,
+    Smoothing,
+    leaves_range,
+    scaled_groups,
+)
 from quant_jobs.algorithms.linear import copy_linear
 from quant_jobs.algorithms.scaling import WeightStatistics, weight_statistics
 from quant_jobs.calibration.forward import Routed, RoutedBlocks, Trunk
@@ -115,16 +122,21 @@ class OriginalLayer:
 
     # --- the scale that linears of several workers share ---
 
-    def scale_statistics(self) -> tuple[dict[str, WeightStatistics], InputStatistics | None]:
-        """Weight statistics of this worker's linears in the shared group, by module; and, from the
-        owner of the shared expert only, the statistics of the group's input."""
+    def scale_statistics(
+        self,
+    ) -> tuple[dict[str, WeightStatistics], InputStatistics | None, Tensor]:
+        """Weight statistics of this worker's linears in the shared group, by module; from the owner
+        of the shared expert only, the statistics of the group's input; and the channels of that
+        input, bool [K], that are zero on any data."""
         group, method = self._shared_group()
         statistics = {
             module: weight_statistics(self.weight(module), method, self._context.schemes[module])
             for module in self._owned(group.consumers)
         }
         is_measured_here = bool(self._owned([group.measured]))
-        return statistics, self._inputs.all_tokens(gram=False) if is_measured_here else None
+        measured = self._inputs.all_tokens(gram=False) if is_measured_here else None
+        silent = silent_channels(group, self._source)
+        return statistics, measured, self._context.to_device(silent)
 
     def scale_losses(self, candidates: Tensor) -> dict[str, Tensor]:
         """AWQ's losses f64 [A] of candidates f32 [A, K] for the shared scale, by module, for this
@@ -179,16 +191,18 @@ class OriginalLayer:
         indexer, which no unit solves, as the source stores it.
 
         Raises:
-            CheckpointError: a linear of the indexer is not finite.
+            CheckpointError: a folded value leaves the range of that dtype.
         """
-        norms: Tensors = {}
+        tensors: Tensors = {}
         for name, tensor in self._source.items():
             if tensor.spec.kind != "linear":
-                norms[name] = smoothing.fold(name, tensor.data)
+                tensors[name] = smoothing.fold(name, tensor.data)
+                if not bool(largest(tensors[name]).isfinite()):  # float32; others `fold` refuses
+                    raise leaves_range(name, tensor.data.dtype)
             elif tensor.spec.is_indexer:
                 scheme = self._context.schemes[tensor.spec.module]
-                norms |= copy_linear(tensor, scheme).tensors
-        return norms
+                tensors |= copy_linear(tensor, scheme).tensors
+        return tensors
 
     def weight(self, module: str) -> Tensor:
         """The original weight f32 [N, K].

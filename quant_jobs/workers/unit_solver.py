@@ -24,6 +24,7 @@ from deepseek.inventory import LATENT_READER, MLP_READERS, MLP_ROLES
 from deepseek.recipe import Recipe, Scheme
 from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.awq import scale_losses
+from quant_jobs.algorithms.exact import computes_zero, silent_channels
 from quant_jobs.algorithms.folding import FoldingGroup, ScaleMethod, Smoothing
 from quant_jobs.algorithms.gptq import Factor, Rounded, gptq, inverse_factor
 from quant_jobs.algorithms.ledger import Ledger
@@ -136,6 +137,8 @@ class UnitSolver:
         smoothing = Smoothing(dict(shared.columns), dict(shared.rows))
         for mlp in mlps:
             modules = [f"{mlp.name}.{role}" for role in MLP_ROLES]
+            if computes_zero(modules[0], self._source):
+                self._summary.computing_zero.add(mlp.name)
             for group, method in self._groups_within(modules):
                 self._scale_mlp(mlp, group, method, smoothing)
         packed: Tensors = {}
@@ -186,7 +189,8 @@ class UnitSolver:
             return  # counted when its linears are rounded
         statistics = self._statistics(mlp, role)
         if statistics is None:
-            self._ledger.note("unseen_expert", self._layer, group.measured)
+            if mlp.name not in self._summary.computing_zero:
+                self._ledger.note("unseen_expert", self._layer, group.measured)
             return
         divided: Tensor | None = None
         if group.divided.removesuffix(".weight") not in self._schemes:  # a norm, not up_proj's rows
@@ -223,6 +227,7 @@ class UnitSolver:
             amax=statistics.amax,
             mean_abs=statistics.mean_abs,
             divided=divided,
+            silent=lambda: silent_channels(group, self._source).to(self._device),
             losses_of=losses_of,
             layer=self._layer,
             ledger=self._ledger,
@@ -241,7 +246,8 @@ class UnitSolver:
     ) -> Tensors:
         scheme = self._schemes[module]
         if is_starved and scheme.algorithm in ("awq", "gptq"):
-            self._ledger.note("starved_expert", self._layer, module)
+            if module.rpartition(".")[0] not in self._summary.computing_zero:
+                self._ledger.note("starved_expert", self._layer, module)
             scheme = scheme.model_copy(update={"algorithm": "max"})
         source = self._source[f"{module}.weight"]
         solved = solve_linear(
@@ -336,9 +342,13 @@ class UnitSolver:
         return stacked
 
     def _note_factor(self, module: str, factor: Factor, scheme: Scheme) -> None:
+        if not factor.failed and factor.damping <= scheme.damping:
+            return
+        if computes_zero(module, self._source):
+            return
         if factor.failed:
             self._ledger.note("unusable_hessian", self._layer, module)
-        elif factor.damping > scheme.damping:
+        else:
             self._ledger.note("damped_hessian", self._layer, module)
 
 

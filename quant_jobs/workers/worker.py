@@ -187,7 +187,7 @@ class Worker:
 
     def scale_statistics(
         self, layer: int, received: None
-    ) -> tuple[dict[str, WeightStatistics], InputStatistics | None]:
+    ) -> tuple[dict[str, WeightStatistics], InputStatistics | None, Tensor]:
         """See `OriginalLayer.scale_statistics`. Runs after the call whose result `received` is."""
         with self._timed("solve"):
             return self._original_of(layer).scale_statistics()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,7 @@ def test_the_last_rule_that_matches_wins() -> None:
     assert schemes["model.layers.1.mlp.experts.0.up_proj"].label == "int4-asym-g64"
     assert schemes["model.layers.1.mlp.experts.3.down_proj"].label == "fp8-block"
     assert schemes["model.layers.2.mlp.experts.3.down_proj"].label == "fp8-block"
+    recipe.check_rules(FP8)
     reversed_rules = parse_recipe(
         recipe.model_dump() | {"rules": recipe.model_dump()["rules"][::-1]}, where="t"
     )
@@ -92,6 +96,8 @@ def test_the_mtp_layer_is_carried_through_whatever_the_rules_say() -> None:
     mtp = {s.weights for module, s in schemes.items() if module.startswith("model.layers.3.")}
     assert mtp == {"fp8-block"}
 
+
+INT8_RULE = {"match": "*", "weights": "int8"}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (raw_recipe({"match": "*", "weights": "int8"}, mood="good"), "unknown key 'mood'"),
@@ -154,10 +160,33 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (raw_recipe({"match": "*", "weights": "int8"}, name="Not A Name"), "name: "),
     (raw_recipe({"match": "*", "weights": "int8"}, calibration={"num_blocks": 0}), "num_blocks: "),
     (raw_recipe({"match": "*", "weights": "int8"}, gate={}), "gate.max_perplexity_ratio: "),
+    (
+        raw_recipe({"match": "*" * 17, "weights": "int8"}),
+        "rules.0.match: Value error, a pattern may",
+    ),
+    (raw_recipe({"match": "a" * 257, "weights": "int8"}), "rules.0.match: "),
+    (raw_recipe({"match": "", "weights": "int8"}), "rules.0.match: "),
+    (raw_recipe(*[{"match": "*", "weights": "int8"}] * 1025), "rules: "),
+    (raw_recipe(INT8_RULE, calibration={"num_blocks": 65537}), "calibration.num_blocks: "),
+    (raw_recipe(INT8_RULE, calibration={"block_tokens": 163841}), "calibration.block_tokens: "),
+    (
+        raw_recipe(INT8_RULE, calibration={"num_blocks": True}),
+        "num_blocks: Value error, Input should",
+    ),
+    (raw_recipe(INT8_RULE, expert_coverage={"floor_tokens": 1 << 25}), "floor_tokens: "),
+    (raw_recipe(INT8_RULE, expert_coverage={"shrink_tokens": 1 << 25}), "shrink_tokens: "),
+    (raw_recipe(INT8_RULE, gate=GATE | {"max_fallbacks": True}), "not be true, a boolean"),
+    (raw_recipe(INT8_RULE, gate=GATE | {"max_fallbacks": 1 << 32}), "gate.max_fallbacks: "),
+    (raw_recipe(INT8_RULE, gate=GATE | {"min_top1": False}), "min_top1: Value error, Input should"),
+    *(
+        (raw_recipe(INT8_RULE, gate=GATE | {name: value}), f"gate.{name}: Input should be a finite")
+        for name in ("max_perplexity_ratio", "max_mean_kl", "min_top1", "max_starved_experts")
+        for value in (math.inf, math.nan, "1e400")
+    ),
 ]
 
 
-@pytest.mark.parametrize(("raw", "message"), REFUSED, ids=[m for _, m in REFUSED])
+@pytest.mark.parametrize(("raw", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_a_recipe_that_is_wrong_is_refused_in_one_sentence(
     raw: dict[str, Any], message: str
 ) -> None:
@@ -184,6 +213,65 @@ def test_a_rule_without_effect_is_refused(match: str) -> None:
     recipe = recipe_of({"match": "*", "weights": "int8"}, {"match": match, "weights": "int8"})
     with pytest.raises(RecipeError, match="matches no linear of this model"):
         recipe.resolve(FP8)
+
+
+STAR = {"match": "*", "weights": "int8"}
+SHADOWED: list[tuple[list[dict[str, Any]], str]] = [
+    ([{"match": "*.o_proj", "weights": "bf16"}, STAR], "'*.o_proj' .* later rule match '\\*' wins"),
+    ([STAR, STAR], r"'\*' decides nothing, because the later rule match '\*' wins"),
+    (
+        [STAR, *({"match": f"*.layers.{n}.*", "weights": "bf16"} for n in (2, 0, 1))],
+        r"'\*' decides nothing, because the later rule match '\*.layers.1.\*' and 2 more wins",
+    ),
+    (
+        [
+            {"match": "*.experts.3.*", "weights": "bf16"},
+            {"match": "*.experts.*", "weights": "int8"},
+        ],
+        r"'\*.experts.3.\*' decides nothing, because the later rule match '\*.experts.\*' wins",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rules", "message"), SHADOWED, ids=range(len(SHADOWED)))
+def test_a_rule_that_decides_no_linear_is_refused_with_the_one_that_does(
+    rules: list[dict[str, Any]], message: str
+) -> None:
+    recipe = recipe_of(*rules)
+    with pytest.raises(RecipeError, match=message) as caught:
+        recipe.check_rules(FP8)
+    assert "\n" not in str(caught.value)
+    recipe.resolve(FP8)  # an artifact that was made so stays readable
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_rule_of_a_built_in_recipe_decides_something(name: str) -> None:
+    for config in (FP8, BF16):
+        load_recipe(name).check_rules(config)
+
+
+def test_a_rule_that_decides_a_single_linear_stays() -> None:
+    recipe = recipe_of(
+        STAR,
+        *({"match": f"*.layers.{layer}.*", "weights": "bf16"} for layer in (0, 1)),
+        {"match": "*.layers.2.mlp.*", "weights": "bf16"},
+        {"match": "*.layers.2.self_attn.[!q]*", "weights": "bf16"},
+        {"match": "*.layers.2.*.q_b_proj", "weights": "bf16"},
+    )
+    schemes = recipe.resolve(FP8)
+    recipe.check_rules(FP8)
+    assert [m for m, s in schemes.items() if s.weights == "int8"] == [
+        "model.layers.2.self_attn.q_a_proj"
+    ]
+
+
+def test_patterns_of_many_stars_cost_no_time_worth_mentioning() -> None:
+    """A glob is translated to a pattern without backtracking over its stars."""
+    pattern = "*a" * 15 + "*b"
+    recipe = recipe_of({"match": pattern, "weights": "int8"})
+    spec = next(iter(linears(FP8, 0)))
+    long = dataclasses.replace(spec, name="a" * 5000 + ".weight")
+    assert recipe.scheme_for(long).weights == "source"
 
 
 def test_fp8_blocks_cannot_be_had_from_a_bf16_source() -> None:
@@ -215,6 +303,51 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_sentence(tmp_path: Path, tex
         load_recipe(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+VALID = "name: mine\ndescription: ''\nrules: [{match: '*', weights: int8}]\n" + (
+    "gate: {max_perplexity_ratio: 1.1, max_mean_kl: 0.1, min_top1: 0.9}\n"
+)
+HOSTILE = {
+    "a key twice": (VALID + "kv_cache: bf16\nkv_cache: int8\n", "gives the key 'kv_cache' twice"),
+    "infinity": (VALID.replace("1.1", ".inf"), "holds .inf, which is no finite number"),
+    "NaN": (VALID.replace("0.1", ".NaN"), "holds .NaN, which is no finite number"),
+    "1e400": (VALID.replace("1.1", "1e400"), "gate.max_perplexity_ratio: Input should be a finite"),
+    "null": ("null", "must hold a mapping of keys to values, not nothing"),
+    "date": (VALID.replace("mine", "2024-01-01"), "holds 2024-01-01, which YAML reads as a date"),
+    "boolean": (
+        VALID + "calibration: {num_blocks: yes}\n",
+        "num_blocks: Value error, Input should",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_yaml_reads_otherwise_than_it_looks_is_refused(tmp_path: Path, case: str) -> None:
+    text, message = HOSTILE[case]
+    path = tmp_path / "mine.yaml"
+    path.write_text(VALID)
+    load_recipe(str(path))
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path))
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_no_regular_file_is_refused_without_being_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in {
+        tmp_path / "pipe": "is a pipe, not a regular file",
+        tmp_path: "is a directory, not a regular file",
+        Path("/dev/zero"): "is a device, not a regular file",
+    }.items():
+        with pytest.raises(RecipeError, match=f"{path} {message}"):
+            load_recipe(str(path))
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(RecipeError, match="no recipe "):
+            load_recipe(name)
 
 
 @pytest.mark.parametrize("name", builtin_recipes())

@@ -29,6 +29,26 @@ def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> Non
         load_config(file, {})
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("echo: {}\nport: 1\nport: 2\n", r"serve\.yaml gives the key 'port' twice"),
+        ("echo: {}\nrequest_timeout_s: .inf\n", r"serve\.yaml holds \.inf"),
+        ("echo: {}\nrequest_timeout_s: 1e400\n", "request_timeout_s: Input should be a finite"),
+        ("echo: {}\nport: true\n", "port: Input should not be true, a boolean"),
+        ("echo: {ttft_s: yes}\n", "echo.ttft_s: Input should not be true, a boolean"),
+        ("echo: {}\nport: 1:30\n", "holds 1:30, which YAML reads as a number of base 60"),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_it_looks_is_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, {})
+
+
 def test_an_absent_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "none.yaml", {})

@@ -49,7 +49,6 @@ def refused(check: Callable[[Path, str, Tensor], None], tensor: Tensor) -> str:
     try:
         check(SHARD, "x", tensor)
     except CheckpointError as error:
-        assert "\n" not in str(error)
         return str(error)
     return ""
 
@@ -175,7 +174,7 @@ def test_a_scale_is_checked_with_the_tensor_that_it_belongs_to(tmp_path: Path, b
 
 
 def test_what_the_releases_quantizer_makes_of_a_tile_of_zeros_is_refused(tmp_path: Path) -> None:
-    """`weight_dequant`'s counterpart computes s = amax / 448 and y = x / s, without a lower limit."""
+    """It computes s = amax / 448 and y = x / s, and has no lower limit for s."""
     name = f"{MAIN}mlp.experts.3.down_proj.weight"
     stored = random_tensors(write_checkpoint(tmp_path))
     tile = torch.zeros(128, 128)

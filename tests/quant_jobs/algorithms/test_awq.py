@@ -14,7 +14,7 @@ from deepseek.recipe import Scheme, WeightFormat
 from quant_jobs.algorithms.awq import (
     CLIP_SHRINK,
     candidate_scales,
-    note_fallbacks,
+    note_clipped,
     scale_losses,
     search_clip,
     weight_means,
@@ -209,10 +209,10 @@ def test_dead_channels_stay_and_clipped_scales_are_counted() -> None:
     assert found.min() == 2.0**-10
     assert found.max() == 2.0**10
     ledger = Ledger()
-    note_fallbacks(found[-1], mean_x, "m", 3, ledger)
-    note_fallbacks(found[0], torch.ones(5), "n", 3, ledger)
+    note_clipped(found[-1], "m", 3, ledger)
+    note_clipped(found[0], "n", 3, ledger)
     counted = {(e.kind, e.layer, e.module, e.count) for e in ledger.entries()}
-    assert counted == {("dead_channel", 3, "m", 1), ("clipped_smoothing", 3, "m", 2)}
+    assert counted == {("clipped_smoothing", 3, "m", 2)}
     assert (candidate_scales(torch.zeros(5), mean_w) == 1.0).all()
 
 

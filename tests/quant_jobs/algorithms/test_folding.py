@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config import ModelConfig
-from deepseek.errors import RecipeError
+from deepseek.errors import CheckpointError, RecipeError
 from deepseek.inventory import layer_tensors
 from deepseek.recipe import Scheme, load_recipe, parse_recipe
 from deepseek.source.checkpoint import CheckpointReader
@@ -146,6 +146,30 @@ def test_a_norm_that_cannot_hold_the_scale_is_our_bug() -> None:
     smoothing = Smoothing(rows={"n": torch.full((8,), 3.0)})
     with pytest.raises(AssertionError, match="n: folding is not exact"):
         smoothing.fold("n", torch.ones(8, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("value", [60000.0, -60000.0, 1.1e-5])
+def test_a_value_that_smoothing_moves_out_of_float16_is_refused_by_name(value: float) -> None:
+    norm = torch.full((8,), 0.5, dtype=torch.float16)
+    scale = torch.ones(8)
+    norm[3], scale[3] = value, 2.0**-10 if abs(value) > 1 else 2.0**10
+    smoothing = Smoothing(rows={"a.norm": scale})
+    with pytest.raises(CheckpointError, match="tensor a.norm has a value so large or small that"):
+        smoothing.fold("a.norm", norm)
+    assert smoothing.fold("a.norm", norm.bfloat16()).float()[3] == norm.bfloat16()[3] / scale[3]
+
+
+def test_subnormal_values_of_bfloat16_are_folded_as_well_as_they_can_be() -> None:
+    norm = torch.tensor([1.0, 1e-40, -0.0], dtype=torch.bfloat16)
+    folded = Smoothing(rows={"n": torch.full((3,), 1024.0)}).fold("n", norm)
+    assert folded[0] == 2.0**-10
+    assert abs(float(folded[1])) < 1e-40
+    assert folded[2] == 0
+
+
+def test_a_scale_that_no_norm_can_take_stays_positive() -> None:
+    norm = torch.tensor([60000.0, 1.0], dtype=torch.float16)
+    assert foldable(torch.tensor([2.0**-10, 2.0]), norm, has_router=False).tolist() == [2**-10, 2.0]
 
 
 def test_what_is_in_no_set_is_returned_as_it_is() -> None:

@@ -252,7 +252,7 @@ def test_a_boundary_that_is_not_this_jobs_is_named(
 
 def test_the_ledgers_order_does_not_depend_on_who_notes_first() -> None:
     forward, backward = Ledger(), Ledger()
-    notes = [("zero_scale", 2, "b"), ("zero_scale", 1, "z"), ("dead_channel", 2, "b")]
+    notes = [("starved_expert", 2, "b"), ("starved_expert", 1, "z"), ("dead_channel", 2, "b")]
     for kind, layer, module in notes:
         forward.note(kind, layer, module, 3)  # type: ignore[arg-type]
     for kind, layer, module in reversed(notes):

@@ -137,9 +137,13 @@ def check_nothing_else(directory: Path, known: Collection[str], *, what: str) ->
     (hidden ones, README.md, licenses). `what` is "artifact" or "engine".
 
     Raises:
-        ArtifactError: it holds more; the sentence names it.
+        ArtifactError: it holds more, the sentence names it; or it cannot be listed.
     """
-    for name in sorted(os.listdir(directory)):
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise ArtifactError(f"{directory} cannot be listed ({error.strerror})") from error
+    for name in names:
         if name not in known and not _HARMLESS.fullmatch(name):
             raise ArtifactError(
                 f"{directory / name} is not part of this {what}, yet a loader may take it for a "

@@ -167,9 +167,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _targets(
-    places: set[_Place], all_places: set[_Place], fragments: Iterable[str]
-) -> list[str]:
+def _targets(places: set[_Place], all_places: set[_Place], fragments: Iterable[str]) -> list[str]:
     """A few patterns that together match `places` and no other of `all_places` (greedy cover)."""
     candidates: dict[str, set[_Place]] = {}
     for fragment in fragments:

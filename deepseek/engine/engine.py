@@ -80,9 +80,7 @@ class LLMEngine:
         self._clock = clock
         model_len = options.max_model_len or config.dense_context
         if model_len > config.dense_context:
-            raise DeployError(
-                f"max_model_len {model_len} exceeds {config.context_limit}; lower it"
-            )
+            raise DeployError(f"max_model_len {model_len} exceeds {config.context_limit}; lower it")
         kv_tokens = options.max_kv_tokens or max(model_len, 1024 * options.max_batch_size)
         num_pages = -(-kv_tokens // identity.page_tokens)
         self._pool = PagePool(num_pages, identity.page_tokens)

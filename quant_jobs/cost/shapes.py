@@ -109,9 +109,13 @@ def layer_output_bytes(
     specs = list(layer_tensors(config, layer))
     copied = _source_bytes(config, (spec for spec in specs if spec.is_indexer))
     high = (s for s in specs if s.kind != "linear" and not s.is_indexer)
-    return copied + sum(map(_high_bytes, high)) + sum(
-        copies * stored_bytes(scheme(spec), spec.shape[0], spec.shape[1])
-        for spec, copies in layer_linears(config, layer)
+    return (
+        copied
+        + sum(map(_high_bytes, high))
+        + sum(
+            copies * stored_bytes(scheme(spec), spec.shape[0], spec.shape[1])
+            for spec, copies in layer_linears(config, layer)
+        )
     )
 
 

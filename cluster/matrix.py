@@ -110,8 +110,8 @@ _TRTLLM = (
         "Use Hopper GPUs or --target vllm"),
     Row("trtllm", SM90, PARTS, BF16 | FP8, True, _TRT_LINEAR, "read"),
     Row("trtllm", SM90, INDEXER, BF16 | FP8, True, _TRT_INDEXER, "inferred",
-        "wk of the indexer is a plain FP32 linear there, so its FP8 blocks are dequantized on "
-        "loading"),
+        "it holds wk of the indexer in FP32, and how FP8 blocks become that was not read; "
+        "smoke-test the wheel"),
     Row("trtllm", SM90, PARTS, W8A8, False, _TRT_LINEAR, "read",
         "TensorRT-LLM 1.2 has no INT8 W8A8 kernels on Hopper",
         "Use --target vllm or sglang, or the recipe int4"),

@@ -205,9 +205,9 @@ def indexer_bytes_per_token_and_layer(config: ModelConfig) -> int:
     """Bytes of one token's key of DeepSeek-V3.2's indexer in one layer, whatever the KV format: an
     FP8 value per dimension and one f32 scale per 128. DeepSeek-V3.2: 132; others: 0.
 
-    Read in vLLM's deepseek_v2.py (`Indexer.k_cache`), SGLang's nsa_indexer.py and TensorRT-LLM's
-    dsa.py, which agree. Tensor parallelism replicates it like the latents. The embedded engine has
-    no indexer.
+    Read in vLLM (`Indexer.k_cache`), SGLang (`head_dim_with_sf` of its indexer) and TensorRT-LLM
+    (`_compute_slot_mappings`), which agree. Tensor parallelism replicates it like the latents. The
+    embedded engine has no indexer.
     """
     if config.index_head_dim is None:
         return 0

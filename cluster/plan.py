@@ -174,10 +174,13 @@ def _check_context(
     limit = config.dense_context if is_embedded else config.max_position_embeddings
     if context is None:
         return min(DEFAULT_CONTEXT, limit)
+    if limit < context <= config.max_position_embeddings:
+        raise DeployError(
+            f"--context {context} is more than {config.context_limit}; lower it, or plan for "
+            "GPUs, whose engines have sparse attention"
+        )
     if not 1 <= context <= limit:
-        cut = limit < config.max_position_embeddings
-        whose = f"{config.context_limit} on the target embedded" if cut else "the model's limit"
-        raise DeployError(f"--context must be 1 to {limit}, {whose}, not {context}")
+        raise DeployError(f"--context must be 1 to {limit}, the model's limit, not {context}")
     return context
 
 
@@ -290,10 +293,10 @@ def _warnings(config: ModelConfig, machines: Machines, target: Target) -> list[s
             f"the embedded engine leaves the indexer out and serves {config.dense_context} tokens "
             f"of context, up to which attention is dense, not {config.max_position_embeddings}"
         )
-    if machines.num_nodes < 2:
-        return warnings
-    return [
-        *warnings,
-        f"tensor parallelism spans {machines.num_nodes} nodes: the all-reduces of every layer "
-        f"cross the network instead of NVLink ({machines.hardware.nvlink_bandwidth / 1e9:.0f} GB/s)",
-    ]
+    if machines.num_nodes > 1:
+        nvlink = machines.hardware.nvlink_bandwidth / 1e9
+        warnings.append(
+            f"tensor parallelism spans {machines.num_nodes} nodes: the all-reduces of every layer "
+            f"cross the network instead of NVLink ({nvlink:.0f} GB/s)"
+        )
+    return warnings

@@ -360,18 +360,21 @@ def _check_layer_types(given: dict[str, Any]) -> None:
     the first `first_k_dense_replace` MLPs are dense, and every attention has DeepSeek-V3.2's
     indexer."""
     layers, dense = given.get("num_hidden_layers"), given.get("first_k_dense_replace")
-    if (
-        not isinstance(layers, int)
-        or not isinstance(dense, int)
-        or excess("num_hidden_layers", layers)
-    ):
-        return  # refused below, with the key that is wrong
-    dense = min(dense, layers)
-    repeated = {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense)}
+    keys = ["mlp_layer_types"]
     if given.get("model_type") == "deepseek_v32":
-        repeated["layer_types"] = ["indexed_attention"] * layers
-    for key, value in repeated.items():
-        if given.pop(key, None) not in (None, value):
+        keys.append("layer_types")
+    lists = {key: value for key in keys if (value := given.pop(key, None)) is not None}
+    if not isinstance(layers, int) or not isinstance(dense, int):
+        return  # whoever reads the numbers refuses them
+    if excess("num_hidden_layers", layers):
+        return  # likewise, and no list of this length is made
+    dense = min(dense, layers)
+    repeated = {
+        "mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense),
+        "layer_types": ["indexed_attention"] * layers,
+    }
+    for key, value in lists.items():
+        if value != repeated[key]:
             raise ConfigError(
                 f"config.json: {key} contradicts the {layers} layers and first_k_dense_replace "
                 f"{dense}; remove it"

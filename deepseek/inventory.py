@@ -221,8 +221,8 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
 
         In the release wq_b and wk are FP8 tiles with FP32 scales, k_norm (a LayerNorm, so it has a
         bias) is FP32, and weights_proj is BF16. Shapes and what is computed: the Indexer of
-        DeepSeek-V3.2-Exp's inference/model.py; V3.2's copy says that weights_proj is stored in
-        BF16, vLLM's deepseek_v2.py reads wk with its scale. None is split over GPUs (vLLM: "no
+        DeepSeek's own inference code for V3.2-Exp; the one for V3.2 says that weights_proj is
+        stored in BF16, vLLM's loader reads wk with its scale. None is split over GPUs (vLLM: "no
         tensor parallel, just replicated").
         """
         assert config.index_n_heads is not None

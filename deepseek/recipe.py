@@ -218,11 +218,15 @@ class Recipe(StrictModel):
         as_source = source_scheme(config)
         schemes: dict[str, Scheme] = {}
         unmatched = dict(zip((rule.match for rule in self.rules), self._patterns(), strict=True))
+        of_carried: set[str] = set()  # rules that match a linear that no rule may change
         for layer in range(config.num_layers_with_mtp):
             for spec in linears(config, layer):
                 matched = [m for m, p in unmatched.items() if p.match(spec.module)]
-                for match in matched if not spec.is_carried else []:
-                    del unmatched[match]
+                if spec.is_carried:
+                    of_carried |= set(matched)
+                else:
+                    for match in matched:
+                        del unmatched[match]
                 scheme = self.scheme_for(spec)
                 if scheme.weights == "source":
                     scheme = as_source
@@ -238,9 +242,12 @@ class Recipe(StrictModel):
                     )
                 schemes[spec.module] = scheme
         if unmatched:
+            match = next(iter(unmatched))
+            what = "no linear of this model"
+            if match in of_carried:
+                what = "only linears of an MTP layer or an indexer, which stay as released"
             raise RecipeError(
-                f"recipe {self.name!r}: rule match {next(iter(unmatched))!r} matches no linear of "
-                "this model; correct or remove it"
+                f"recipe {self.name!r}: rule match {match!r} matches {what}; correct or remove it"
             )
         return schemes
 

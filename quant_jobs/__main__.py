@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from deepseek.cli import make_app, run, show_lines
+from deepseek.models import MODELS
 from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS, STORAGE
 
 app = make_app(
@@ -321,10 +322,15 @@ def estimate(
     recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
     nodes: Annotated[int, typer.Option(help="Nodes of 8 x H800-80GB.")],
     model: Annotated[
-        str, typer.Option(help="deepseek-v3 (shapes built in), or a checkpoint directory.")
+        str, typer.Option(help=f"{', '.join(MODELS)} (shapes built in), or a checkpoint directory.")
     ] = "deepseek-v3",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = CALIBRATION_TOKENS,
-    block_tokens: Annotated[int, typer.Option(help="Tokens of one block.")] = BLOCK_TOKENS,
+    block_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens of one block [{BLOCK_TOKENS}, or what the model's attention is dense on]."
+        ),
+    ] = None,
     storage: Annotated[
         float, typer.Option(help="GB/s of one node's storage, reads and writes together.")
     ] = STORAGE / 1e9,

@@ -1,9 +1,9 @@
 """Units: how the work on a layer is divided among workers. Arithmetic on the inventory only.
 
 The *trunk* of a layer is everything but the routed experts: attention, indexer, norms, router,
-shared expert or dense MLP. One worker reads it and sends a copy to every worker, because every worker runs its
-blocks through it. A routed expert is read by its owner alone, so a cluster reads each byte of a
-layer once. Called by `job/layer_steps.py`, `workers/` and `cost/`.
+shared expert or dense MLP. One worker reads it and sends a copy to every worker, because every
+worker runs its blocks through it. A routed expert is read by its owner alone, so a cluster reads
+each byte of a layer once. Called by `job/layer_steps.py`, `workers/` and `cost/`.
 
 A *unit* is what one worker solves: the attention linears that share an input, one whole MLP, or a
 group of routed experts. Units do not depend on the number of workers; only `share_out`, which gives

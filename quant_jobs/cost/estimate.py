@@ -67,16 +67,19 @@ def make_estimate(
     nodes: int,
     *,
     tokens: int = CALIBRATION_TOKENS,
-    block_tokens: int = BLOCK_TOKENS,
+    block_tokens: int | None = None,
     storage: float = STORAGE,
 ) -> Estimate:
-    """Estimate one job. `storage` is bytes per second of one node, reads and writes together.
+    """Estimate one job. `storage` is bytes per second of one node, reads and writes together;
+    `block_tokens` None takes BLOCK_TOKENS, or the model's dense context where that is less.
 
     Raises:
         DeployError: a number is out of range.
     """
     if not storage > 0:
         raise DeployError(f"--storage {storage / 1e9:g}: give GB/s of one node, above 0")
+    if block_tokens is None:
+        block_tokens = min(BLOCK_TOKENS, config.dense_context)
     floor = Job(config=config, recipe=recipe, nodes=nodes, tokens=tokens, block_tokens=block_tokens)
     expected = replace(floor, imbalance=inputs()["imbalance"].value)
     return Estimate(

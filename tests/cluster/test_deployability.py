@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from support.plans import recipe_of
+from support.synthetic import V3_2, config_dict
 
 from cluster.deployability import Refusal, check, examine, find_row, served_schemes
 from cluster.hardware import GpuGeneration
-from cluster.matrix import FORMATS, KV_CACHE, KV_FORMATS, PARTS, ROWS, TARGETS
+from cluster.matrix import BF16, FORMATS, FP8, INDEXER, KV_CACHE, KV_FORMATS, PARTS, ROWS, TARGETS
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.recipe import Recipe, builtin_recipes, load_recipe
@@ -37,6 +38,7 @@ def refusals(config: ModelConfig):
 
 def cells():
     yield from product(TARGETS, GENERATIONS, sorted(PARTS), sorted(FORMATS))
+    yield from product(TARGETS, GENERATIONS, sorted(INDEXER), sorted(BF16 | FP8))
     yield from product(TARGETS, GENERATIONS, [KV_CACHE], sorted(KV_FORMATS))
 
 
@@ -69,6 +71,31 @@ LOADS = {
     "int8-asym": set(),
     "w4a8": {"trtllm", "sglang"},
 }
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_where_deepseek_v3_2_loads(fp8: bool) -> None:
+    """Its indexer stays as released: beside INT8, SGLang would need two layouts for FP8 tiles. No
+    engine has kernels for its attention below Hopper."""
+    config = ModelConfig.from_dict(config_dict(fp8=fp8, **V3_2))
+
+    def loads(name: str, gpu: GpuGeneration) -> set[str]:
+        recipe = load_recipe(name)
+        schemes = served_schemes(config, recipe.resolve(config))
+        return {t for t in TARGETS if not check(schemes, recipe.kv_cache, t, gpu)}
+
+    assert loads("int8", "sm90") == ({"vllm"} if fp8 else {"vllm", "sglang"})
+    assert loads("int4", "sm90") == {"trtllm", "vllm", "sglang"}
+    assert loads("int4", "cpu") == loads("int8", "cpu") == {"embedded"}
+    assert loads("int8", "sm80") == set()
+    recipe = load_recipe("int8")
+    schemes = served_schemes(config, recipe.resolve(config))
+    (refusal,) = check(schemes, "bf16", "vllm", "sm80")
+    form = "fp8-block" if fp8 else "bf16"
+    assert refusal.sentence() == (
+        f"vllm cannot load indexer as {form}: its sparse attention has kernels for Hopper and "
+        "later only. Use Hopper GPUs."
+    )
 
 
 def test_the_table_below_names_every_built_in_recipe() -> None:

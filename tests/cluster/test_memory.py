@@ -16,7 +16,7 @@ from deepseek.config import ModelConfig
 from deepseek.engine.kv_cache import token_bytes
 from deepseek.formats import stored_bytes
 from deepseek.inventory import tensors
-from deepseek.models import DEEPSEEK_V3
+from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2
 from deepseek.recipe import Recipe, load_recipe
 
 EXPERTS = "model.layers.*.mlp.experts.*"
@@ -108,6 +108,27 @@ def test_a_cached_token_takes_the_published_bytes_per_layer(form: str, size: int
     assert kv_bytes_per_token_and_layer(DEEPSEEK_V3, form) == size
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize(("form", "size"), [("bf16", 1152), ("fp8", 656)])
+def test_deepseek_v3_2_caches_132_bytes_more_for_its_indexer_in_every_layer(
+    form: str, size: int
+) -> None:
+    """128 dimensions in FP8 and one FP32 scale, as vLLM, SGLang and TensorRT-LLM cache them."""
+    tally = tally_of(DEEPSEEK_V3_2, recipe_of())
+    assert tally.gpu_footprint(8, form).kv_bytes_per_token == 61 * (size + 132)
+    assert tally.gpu_footprint(8, form, mtp=True).kv_bytes_per_token == 62 * (size + 132)
+    v3 = tally_of(DEEPSEEK_V3, recipe_of()).gpu_footprint(8, form)
+    assert v3.kv_bytes_per_token == 61 * size
+    # Its weights are whole on every GPU: wq_b and wk in FP8, k_norm in FP32, weights_proj in BF16.
+    indexer = tally.gpu_footprint(8, form).groups["indexer"]
+    values = 8192 * 1536 + 128 * 7168 + 4 * 2 * 128 + 2 * 64 * 7168
+    assert indexer.values == indexer.values_per_gpu == 61 * values
+    assert indexer.scales == indexer.scales_per_gpu == 61 * 4 * (64 * 12 + 56)
+    # 4 T (h + 1) d for its queries and keys, and 512 MiB of scores at a time.
+    more = tally.gpu_footprint(8, form).workspace_per_gpu - v3.workspace_per_gpu
+    assert more == 4 * 8192 * 65 * 128 + 2**29
+
+
 @pytest.mark.parametrize("form", ["bf16", "int8"])
 def test_kv_bytes_are_those_of_the_embedded_cache(form: str, tiny_model: Path) -> None:
     for config in (DEEPSEEK_V3, ModelConfig.from_directory(tiny_model)):
@@ -152,7 +173,7 @@ def test_every_format_of_the_matrix_has_bytes(tiny_model: Path) -> None:
         rule |= {"group_size": int(group)} if group else {}
         rule |= {"activations": "fp8" if inputs == "-afp8" else "int8"} if inputs else {}
         plan = make_plan(config, recipe_of(rule), parse_hardware("4xH800-80GB"))
-        assert {line.name for line in plan.lines} == {*GROUPS, "scales"}
+        assert {line.name for line in plan.lines} == {*GROUPS, "scales"} - {"indexer"}
         sizes[label] = plan.footprint.weights
     order = ["int4-g128", "int4-g64", "int4-g32", "int8", "bf16"]
     assert sorted(order, key=sizes.__getitem__) == order

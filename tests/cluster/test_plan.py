@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.plans import plan_v3, recipe_of
+from support.synthetic import V3_2, config_dict
 from typer.testing import CliRunner
 
 from cluster.__main__ import app
@@ -168,6 +169,60 @@ def test_bad_input_gets_one_sentence(words: tuple[str, str], sentence: str) -> N
         command(*(part for pair in given_words.items() for part in pair))
     assert sentence.replace("'8xT4'?: ", "") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def v3_2(directory: Path) -> Path:
+    """A directory with the config of a small DeepSeek-V3.2: 256 positions, index_topk 64."""
+    (directory / "config.json").write_text(json.dumps(config_dict(**V3_2)))
+    return directory
+
+
+def test_on_the_target_embedded_the_context_ends_where_attention_becomes_sparse(
+    tmp_path: Path,
+) -> None:
+    words = ("--model", str(v3_2(tmp_path)), "--recipe", "int8", "--hardware", "cpu")
+    code, out = command(*words, "--json")
+    answer = json.loads(out)
+    assert (code, answer["context"], answer["target"]) == (0, 64, "embedded")
+    assert answer["warnings"] == [
+        "the embedded engine leaves the indexer out and serves 64 tokens of context, up to which "
+        "attention is dense, not 256"
+    ]
+    assert "indexer" not in {group["name"] for group in answer["groups"]}
+    for more in ((), ("--target", "embedded")):
+        with pytest.raises(DeployError) as caught:
+            command(*words, "--context", "65", *more)
+        assert str(caught.value) == (
+            "--context 65 is more than the 64 tokens (index_topk) within which DeepSeek-V3.2's "
+            "attention is dense, which is all that IntServe computes; lower it, or plan for GPUs, "
+            "whose engines have sparse attention"
+        )
+    with pytest.raises(DeployError, match="--context must be 1 to 64, the model's limit, not 257"):
+        command(*words, "--context", "257")
+
+
+def test_on_gpus_deepseek_v3_2_has_its_whole_context_and_a_line_for_the_indexer(
+    tmp_path: Path,
+) -> None:
+    words = ("--model", str(v3_2(tmp_path)), "--recipe", "int8", "--hardware", "2xH800-80GB")
+    code, out = command(*words, "--context", "256", "--json")
+    answer = json.loads(out)
+    assert (code, answer["context"], answer["target"]) == (0, 256, "vllm")
+    assert [group["name"] for group in answer["groups"]][2:4] == ["attention", "indexer"]
+    # 2 layers, each a latent of 128 + 32 BF16 values and a key of 64 FP8 values with one scale.
+    assert answer["kv_bytes_per_token"] == 2 * (2 * (128 + 32) + 64 + 4)
+    table = command(*words, "--context", "256")[1]
+    assert "│ indexer " in table
+
+
+@pytest.mark.parametrize("hardware", ["2xH800-80GB", "cpu"])
+def test_a_model_without_an_indexer_has_no_line_for_one(hardware: str, tiny_model: Path) -> None:
+    words = ("--model", str(tiny_model), "--recipe", "int8", "--hardware", hardware)
+    groups = [group["name"] for group in json.loads(command(*words, "--json")[1])["groups"]]
+    assert groups == [
+        *("routed_experts", "shared_experts", "attention", "dense_mlp", "embeddings", "router"),
+        *("norms", "scales", "mtp"),
+    ]
 
 
 def test_a_model_on_more_gpus_than_heads_is_refused(tiny_model: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.engines import make_engine
 from support.plans import recipe_of
+from support.synthetic import V3_2, write_checkpoint
 
 from cluster.hardware import parse_hardware
 from cluster.plan import Plan, make_plan
@@ -61,3 +62,14 @@ def test_an_unquantized_engine_allocates_what_was_planned(kv_cache: str, tiny_mo
     planned = planned_bytes(plan)
     assert sum(planned.values()) == pytest.approx(sum(allocated.values()), rel=0.02)
     assert planned["kv_cache"] == pytest.approx(allocated["kv_cache"], rel=0.02)
+
+
+def test_an_engine_of_deepseek_v3_2_allocates_what_was_planned_without_its_indexer(
+    tmp_path: Path,
+) -> None:
+    config = write_checkpoint(tmp_path, **V3_2)
+    (tmp_path / "tokenizer.json").unlink()
+    plan = make_plan(config, recipe_of(), parse_hardware("cpu"))
+    engine = LLMEngine.from_checkpoint(tmp_path, EngineOptions(max_kv_tokens=KV_TOKENS))
+    assert planned_bytes(plan) == engine.allocated_bytes()
+    assert "indexer" not in engine.allocated_bytes()

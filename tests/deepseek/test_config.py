@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from support.release import CONFIGS, R1, V3
 from support.synthetic import config_dict
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, DeepseekV32Config
 
 from deepseek.config import ModelConfig, YarnScaling
 from deepseek.errors import ConfigError
-from deepseek.models import DEEPSEEK_V3, MODELS
+from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2, MODELS
 
 RELEASE = V3
 YARN = V3["rope_scaling"]
@@ -89,6 +89,113 @@ def test_derived_shapes_are_those_of_the_paper() -> None:
     assert DEEPSEEK_V3.latent_dim == 576
     assert DEEPSEEK_V3.num_layers_with_mtp == 62
     assert [DEEPSEEK_V3.is_moe(layer) for layer in (0, 2, 3, 60, 61)] == [False] * 2 + [True] * 3
+
+
+#: DeepSeek-V3.2's config.json, key for key.
+RELEASE_V3_2: dict[str, Any] = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v32",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.44.2",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+def test_the_release_of_v3_2_reads_as_the_built_in_deepseek_v3_2() -> None:
+    config = ModelConfig.from_dict(RELEASE_V3_2)
+    assert config == DEEPSEEK_V3_2
+    assert config.dense_context == 2048
+    assert "2048 tokens (index_topk)" in config.context_limit
+    assert DEEPSEEK_V3.context_limit == "the model's 163840 positions"
+
+
+def test_v3_2_as_transformers_5_saves_it_reads_the_same(tmp_path: Path) -> None:
+    """It repeats first_k_dense_replace and the kind of attention as lists over the layers."""
+    DeepseekV32Config(**copy.deepcopy(RELEASE_V3_2)).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["layer_types"] == ["indexed_attention"] * 61
+    assert saved["mlp_layer_types"] == ["dense"] * 3 + ["sparse"] * 58
+    assert (saved["mlp_bias"], saved["head_dim"]) == (False, 64)
+    assert ModelConfig.from_directory(tmp_path) == DEEPSEEK_V3_2
+    saved["indexer_rope_interleave"] = False
+    assert ModelConfig.from_dict(saved) == DEEPSEEK_V3_2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 61}, "layer_types contradicts the 61 layers"),
+        ({"layer_types": ["indexed_attention"] * 60}, "layer_types contradicts the 61 layers"),
+        ({"mlp_layer_types": ["sparse"] * 61}, "and first_k_dense_replace 3; remove it"),
+        ({"mlp_bias": True}, "mlp_bias = True is not implemented; only False is"),
+        ({"indexer_rope_interleave": True}, "indexer_rope_interleave = True is not implemented"),
+        ({"index_topk": 0}, "index_topk = 0 must be a positive int"),
+        ({"index_topk": None}, "key 'index_topk' is missing"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "is not what model_type 'deepseek_v32' has"),
+        ({"model_type": "deepseek_v3"}, "architectures = "),
+        ({"num_hidden_layers": "61", "layer_types": ["indexed_attention"]}, "num_hidden_layers ="),
+    ],
+)
+def test_other_values_of_v3_2s_keys_are_refused_by_name(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(RELEASE_V3_2 | change)
+    assert message in str(caught.value)
 
 
 INDEXER = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.synthetic import config_dict
+from support.synthetic import V3_2, config_dict
 
 from deepseek.config import ModelConfig
 from deepseek.errors import RecipeError
@@ -20,6 +20,8 @@ from deepseek.recipe import Recipe, Scheme, builtin_recipes, load_recipe, parse_
 GATE = {"max_perplexity_ratio": 1.1, "max_mean_kl": 0.1, "min_top1": 0.9}
 FP8 = ModelConfig.from_dict(config_dict(layers=3))
 BF16 = ModelConfig.from_dict(config_dict(layers=3, fp8=False))
+V32 = ModelConfig.from_dict(config_dict(layers=3, **V3_2))
+V32_BF16 = ModelConfig.from_dict(config_dict(layers=3, fp8=False, **V3_2))
 
 
 def raw_recipe(*rules: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -205,11 +207,9 @@ def test_a_group_size_that_does_not_divide_the_inputs_names_the_linear() -> None
     recipe_of({"match": "*.experts.*", "weights": "int4", "group_size": 32}).resolve(config)
 
 
-@pytest.mark.parametrize(
-    "match", ["*.q_proj", "model.layers.9.*", "lm_head", "*.mlp.gate", "model.layers.3.*"]
-)
+@pytest.mark.parametrize("match", ["*.q_proj", "model.layers.9.*", "lm_head", "*.mlp.gate"])
 def test_a_rule_without_effect_is_refused(match: str) -> None:
-    """Of the last two: the router is never quantized, and layer 3 is the MTP layer."""
+    """The last one: the router is never quantized."""
     recipe = recipe_of({"match": "*", "weights": "int8"}, {"match": match, "weights": "int8"})
     with pytest.raises(RecipeError, match="matches no linear of this model"):
         recipe.resolve(FP8)
@@ -272,6 +272,28 @@ def test_patterns_of_many_stars_cost_no_time_worth_mentioning() -> None:
     spec = next(iter(linears(FP8, 0)))
     long = dataclasses.replace(spec, name="a" * 5000 + ".weight")
     assert recipe.scheme_for(long).weights == "source"
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [(FP8, "model.layers.3.*"), (V32, "*.indexer.*"), (V32, "*.indexer.wk"), (V32, "*.wq_b")],
+)
+def test_a_rule_for_what_stays_as_released_is_refused(config: ModelConfig, match: str) -> None:
+    """Layer 3 is the MTP layer."""
+    recipe = recipe_of({"match": "*", "weights": "int8"}, {"match": match, "weights": "int8"})
+    words = "matches only linears of an MTP layer or an indexer, which stay as released; correct or"
+    with pytest.raises(RecipeError, match=words):
+        recipe.resolve(config)
+
+
+@pytest.mark.parametrize(("config", "kept"), [(V32, "fp8-block"), (V32_BF16, "bf16")])
+def test_no_rule_reaches_an_indexer(config: ModelConfig, kept: str) -> None:
+    schemes = recipe_of({"match": "*", "weights": "int4", "group_size": 128}).resolve(config)
+    indexer = {m: s.weights for m, s in schemes.items() if ".indexer." in m}
+    assert len(indexer) == 2 * config.num_layers_with_mtp
+    assert set(indexer.values()) == {kept}
+    main = [s for m, s in schemes.items() if ".indexer." not in m and ".layers.3." not in m]
+    assert {scheme.weights for scheme in main} == {"int4"}
 
 
 def test_fp8_blocks_cannot_be_had_from_a_bf16_source() -> None:

@@ -1,4 +1,5 @@
-"""transformers' DeepseekV3ForCausalLM with the same weights as an engine: the slow reference.
+"""transformers' DeepseekV3ForCausalLM (or DeepseekV32ForCausalLM, with its indexer) with the same
+weights as an engine: the slow reference.
 
 Weights come from the source checkpoint, dequantized, or from an artifact, decompressed; experts are
 stacked as transformers 5 holds them. Made once per process and source.
@@ -13,7 +14,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+)
 
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import pop_linear
@@ -26,7 +32,7 @@ from deepseek.source.checkpoint import CheckpointReader
 @functools.cache
 def reference_model(
     directory: Path, *, attention: str = "eager", experts: str = "eager"
-) -> DeepseekV3ForCausalLM:
+) -> DeepseekV3ForCausalLM | DeepseekV32ForCausalLM:
     """FP32, weights only rounded where the artifact rounds them."""
     if (directory / "intserve.json").exists():
         config, weights = _artifact_weights(ArtifactReader(directory))
@@ -35,10 +41,12 @@ def reference_model(
     raw = json.loads((directory / "config.json").read_text())
     for key in ("quantization_config", "torch_dtype", "num_nextn_predict_layers"):
         raw.pop(key, None)
-    settings = DeepseekV3Config(**raw)
+    is_v3_2 = config.has_indexer
+    settings = (DeepseekV32Config if is_v3_2 else DeepseekV3Config)(**raw)
     settings._attn_implementation = attention
     settings._experts_implementation = experts
-    model = DeepseekV3ForCausalLM(settings).float().eval()
+    kind = DeepseekV32ForCausalLM if is_v3_2 else DeepseekV3ForCausalLM
+    model = kind(settings).float().eval()
     model.load_state_dict(_stack_experts(config, weights), strict=True)
     return model
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from support.synthetic import random_tensors, write_checkpoint, write_shards
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -30,11 +31,11 @@ class SmallModel:
         return ModelConfig.from_directory(self.directory)
 
 
-def make_small_model(root: Path, **overrides: int) -> SmallModel:
-    """FP8 tiles, 8 experts in 2 groups, a word-level tokenizer, 600 words of text. `overrides` are
-    keys of config.json."""
+def make_small_model(root: Path, **changes: Any) -> SmallModel:
+    """FP8 tiles, 8 experts in 2 groups, a word-level tokenizer, 600 words of text. `changes` are
+    arguments of `write_checkpoint`."""
     directory = root / "model"
-    write_checkpoint(directory, layers=NUM_LAYERS, experts=8, **overrides)
+    write_checkpoint(directory, **{"layers": NUM_LAYERS, "experts": 8, **changes})
     words = [f"w{index}" for index in range(96)]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -12,7 +12,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import match_name
 from safetensors.torch import load_file
-from support.synthetic import config_dict, quantize_plainly, write_checkpoint
+from support.synthetic import V3_2, config_dict, quantize_plainly, write_checkpoint
 from transformers import CompressedTensorsConfig, DeepseekV3ForCausalLM
 
 from deepseek.artifact.compressed_tensors import quantization_config
@@ -214,10 +214,11 @@ def test_the_library_puts_deepseek_v3s_modules_where_the_recipe_does(
     ],
 )
 @pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize("changes", [{}, V3_2], ids=["v3", "v3.2"])
 def test_every_linear_falls_in_its_own_group_under_any_rules(
-    rules: list[dict[str, Any]], fp8: bool
+    rules: list[dict[str, Any]], fp8: bool, changes: dict[str, Any]
 ) -> None:
-    config = ModelConfig.from_dict(config_dict(layers=5, experts=4, fp8=fp8))
+    config = ModelConfig.from_dict(config_dict(layers=5, experts=4, fp8=fp8, **changes))
     schemes = recipe_of(*rules).resolve(config)
     raw = quantization_config(config, schemes)
     assert raw is not None
@@ -238,6 +239,29 @@ def test_every_linear_falls_in_its_own_group_under_any_rules(
         assert parsed_scheme.weights.group_size == scheme.group_size, spec.module
         if scheme.weights == "int8":
             assert (parsed_scheme.input_activations is not None) == (scheme.activations == "int8")
+
+
+def test_an_indexer_is_in_the_fp8_group_and_its_head_weights_are_in_none() -> None:
+    model = ModelConfig.from_dict(config_dict(layers=4, **V3_2))
+    raw = quantization_config(model, load_recipe("int8").resolve(model))
+    assert raw is not None
+    assert targets(raw)["float-quantized"] == [
+        r"re:.*[.]layers[.]4[.](self_attn|mlp)[.](?!indexer[.]).*_proj\w*$",
+        r"re:.*[.]self_attn[.]indexer[.]w(k|q_b)$",
+    ]
+    assert r"re:.*[.]indexer[.]weights_proj$" in raw["ignore"]
+    config = QuantizationConfig.model_validate(raw)
+    for layer in range(5):
+        prefix = f"model.layers.{layer}.self_attn"
+        for name in ("indexer.wq_b", "indexer.wk"):
+            scheme = scheme_by_library(config, f"{prefix}.{name}")
+            assert scheme is not None
+            assert scheme.format == "float-quantized"
+        for name in ("indexer.weights_proj", "indexer.k_norm"):
+            assert scheme_by_library(config, f"{prefix}.{name}") is None
+        o_proj = scheme_by_library(config, f"{prefix}.o_proj")
+        assert o_proj is not None
+        assert o_proj.format == ("int-quantized" if layer < 4 else "float-quantized")
 
 
 def test_an_artifact_of_bf16_only_has_no_quantization_config() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.engine_reference import reference_greedy, reference_logits, reference_model
-from support.synthetic import write_checkpoint
+from support.synthetic import V3_2, write_checkpoint
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from deepseek.config import ModelConfig
@@ -113,6 +113,40 @@ def test_other_shapes_and_constants_match_transformers(
     )
     got, want = engine.score(ids), reference_logits(tmp_path, ids)
     assert relative_error(got, want) < 1e-5, f"{overrides}"
+
+
+@pytest.mark.parametrize("yarn", [False, True], ids=["plain", "yarn"])
+def test_within_index_topk_the_engine_is_transformers_deepseek_v3_2(
+    yarn: bool, tmp_path: Path
+) -> None:
+    """Its indexer chooses every token there, so an engine without one computes the same."""
+    scaling = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32}
+    changes = V3_2 | (
+        {"rope_scaling": scaling | {"mscale": 0.7, "mscale_all_dim": 1.0}} if yarn else {}
+    )
+    write_checkpoint(tmp_path, fp8=False, **changes)
+    (tmp_path / "tokenizer.json").unlink()
+    ids = torch.randint(0, 96, (64,), generator=torch.Generator().manual_seed(1))
+    engine = LLMEngine.from_checkpoint(
+        tmp_path, EngineOptions(kv_cache="fp32", max_batched_tokens=50, page_tokens=8)
+    )
+    assert engine.max_model_len == 64
+    assert relative_error(engine.score(ids), reference_logits(tmp_path, ids)) < 1e-5
+    assert any("indexer" in name for name, _ in reference_model(tmp_path).named_parameters())
+
+
+def test_beyond_index_topk_deepseek_v3_2_is_another_function(tmp_path: Path) -> None:
+    """So the limit of the context is no formality: with a larger index_topk, transformers' own
+    answers change from the first token on whose context exceeds it."""
+    ids = torch.randint(0, 96, (96,), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for index_topk in (64, 96):
+        directory = tmp_path / str(index_topk)
+        write_checkpoint(directory, fp8=False, **V3_2 | {"index_topk": index_topk})
+        logits.append(reference_logits(directory, ids))
+    sparse, dense = logits
+    assert relative_error(sparse[:64], dense[:64]) < 1e-5
+    assert relative_error(sparse[64:], dense[64:]) > 0.01
 
 
 def test_rotary_angles_match_transformers_at_every_position(tiny_model: Path) -> None:

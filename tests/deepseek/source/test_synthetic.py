@@ -17,9 +17,10 @@ from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError, ConfigError, OutputError
 from deepseek.formats import dequantize_fp8_block
 from deepseek.inventory import layer_tensors
-from deepseek.models import DEEPSEEK_V3
+from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2
 from deepseek.source.checkpoint import CheckpointReader, expected_source
 from deepseek.source.synthetic import (
+    Preset,
     Size,
     config_json,
     num_bytes,
@@ -55,11 +56,38 @@ def test_the_reader_accepts_every_tensor_of_it(small: Path) -> None:
     assert reader.total_bytes == num_bytes(reader.config)
 
 
-def test_each_layer_has_the_shapes_of_the_release() -> None:
+def test_a_small_v3_2_has_an_indexer_in_every_layer_as_released(tmp_path: Path) -> None:
+    """wq_b and wk in FP8 tiles, its LayerNorm in FP32 and near 1, weights_proj in BF16."""
+    config = synthetic_config(SMALL, "small-v3.2")
+    synthesize(tmp_path / "model", config, seed=3)
+    reader = CheckpointReader(tmp_path / "model")
+    assert reader.config == config
+    assert config.dense_context == 512
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["index_topk"] == 512
+    for layer in range(4):
+        layer_tensors = reader.read_layer(layer)
+        prefix = f"model.layers.{layer}.self_attn.indexer"
+        for name in ("wq_b", "wk"):
+            assert layer_tensors[f"{prefix}.{name}.weight"].scale_inv is not None
+        norm = layer_tensors[f"{prefix}.k_norm.weight"].data
+        assert norm.dtype == torch.float32
+        assert (norm - 1).abs().max() < 0.5
+        assert layer_tensors[f"{prefix}.k_norm.bias"].data.dtype == torch.float32
+        assert layer_tensors[f"{prefix}.weights_proj.weight"].data.dtype == torch.bfloat16
+
+
+def test_a_model_without_an_indexer_has_no_keys_for_one() -> None:
+    assert not [key for key in config_json(synthetic_config(SMALL, "small")) if "index" in key]
+
+
+@pytest.mark.parametrize(
+    ("preset", "model"), [("deepseek-v3", DEEPSEEK_V3), ("deepseek-v3.2", DEEPSEEK_V3_2)]
+)
+def test_each_layer_has_the_shapes_of_the_release(preset: Preset, model: ModelConfig) -> None:
     """Layer 0 as the release's layer 0, layer 1 as its layer 3, but for the number of experts."""
-    config = synthetic_config(Size(layers=2, experts=16))
+    config = synthetic_config(Size(layers=2, experts=16), preset)
     layout = {name: entry for shard in shard_layouts(config) for name, entry in shard.items()}
-    release = expected_source(DEEPSEEK_V3)
+    release = expected_source(model)
     experts = 0
     for layer, like in ((0, 0), (1, 3)):
         for spec in layer_tensors(config, layer):

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.synthetic import V3_2, config_dict, write_checkpoint
 from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError, RecipeError
-from deepseek.inventory import layer_tensors
+from deepseek.inventory import ATTENTION_ROLES, layer_tensors
 from deepseek.recipe import Scheme, load_recipe, parse_recipe
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.algorithms.folding import (
@@ -29,6 +30,8 @@ AWQ: dict[str, Any] = {"weights": "int4", "group_size": 32, "algorithm": "awq"}
 SMOOTH: dict[str, Any] = {"weights": "int8", "activations": "int8", "algorithm": "smoothquant"}
 PLAIN: dict[str, Any] = {"weights": "int4", "group_size": 32}
 KEPT: dict[str, Any] = {"weights": "source"}
+#: The linears that no smoothing scale reaches where layers have an indexer.
+NOT_SMOOTHED = {"q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj"}
 
 
 def random_scale(num_channels: int, seed: int) -> Tensor:
@@ -60,7 +63,9 @@ def run_layer(
     config: ModelConfig, layer: int, weights: dict[str, Tensor], x_TD: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The layer's output f32 [T, D], and the experts that the router chose, int64 [T, k]."""
-    linears = {s.module for s in layer_tensors(config, layer) if s.kind == "linear"}
+    specs = [spec for spec in layer_tensors(config, layer) if not spec.is_indexer]
+    linears = {spec.module for spec in specs if spec.kind == "linear"}
+    weights = {spec.name: weights[spec.name] for spec in specs}
     prefix = f"model.layers.{layer}.mlp.experts"
     high = {n: t for n, t in weights.items() if n.removesuffix(".weight") not in linears}
     trunk = Trunk(config, layer, high, lambda module: weights[f"{module}.weight"])
@@ -90,6 +95,43 @@ def test_a_folded_layer_computes_the_same_function(tiny_model: Path, layer: int)
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
     if chosen is not None and now_chosen is not None:
         assert torch.equal(now_chosen, chosen)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_beside_an_indexer_folding_leaves_the_norms_that_it_reads_to_the_bit(
+    tmp_path: Path, layer: int
+) -> None:
+    """They cannot take 1/s, because wq_b, wk and weights_proj read what they make."""
+    write_checkpoint(tmp_path, **V3_2)
+    reader = CheckpointReader(tmp_path)
+    weights = stored_layer(reader, layer)
+    smoothing = fold_all(reader.config, layer, weights)
+    folded = {name: smoothing.fold(name, tensor) for name, tensor in weights.items()}
+    prefix = f"model.layers.{layer}."
+    same = {n.removeprefix(prefix) for n in weights if torch.equal(folded[n], weights[n])}
+    assert same == {
+        *("input_layernorm.weight", "self_attn.q_a_layernorm.weight"),
+        *(f"self_attn.{role}.weight" for role in ATTENTION_ROLES if role in NOT_SMOOTHED),
+        *(n.removeprefix(prefix) for n in weights if ".indexer." in n or "bias" in n),
+    }
+    x_TD = torch.randn(64, reader.config.hidden_size, generator=torch.Generator().manual_seed(4))
+    wanted, _ = run_layer(reader.config, layer, weights, x_TD)
+    found, _ = run_layer(reader.config, layer, folded, x_TD)
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("rule", [AWQ, SMOOTH], ids=["awq", "smoothquant"])
+def test_beside_an_indexer_its_fellow_readers_are_left_alone_as_o_proj_is(
+    rule: dict[str, Any],
+) -> None:
+    config = ModelConfig.from_dict(config_dict(**V3_2))
+    schemes = resolve(config, rule)
+    for layer in (0, 1):
+        scaled = {m for group, _ in scaled_groups(config, schemes, layer) for m in group.consumers}
+        linears = {s.module for s in layer_tensors(config, layer) if s.kind == "linear"}
+        alone = {m.rpartition(".")[2] for m in linears - scaled if ".indexer." not in m}
+        assert alone == NOT_SMOOTHED
+        assert not any(".indexer." in module for module in scaled)
 
 
 def test_router_logits_are_the_same_to_the_bit(tiny_model: Path) -> None:

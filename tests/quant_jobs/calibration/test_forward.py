@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.engine_reference import reference_model
+from support.synthetic import V3_2, write_checkpoint
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3DecoderLayer,
     DeepseekV3ForCausalLM,
 )
+from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32DecoderLayer
 
 from deepseek.config import ModelConfig
 from deepseek.formats import RoundInput, input_rounding
@@ -154,6 +157,29 @@ def test_attend_experts_combine_equal_transformers_layer_to_the_bit(
     expected = run_theirs(theirs(config, layer, weights), config, x_TD)
     assert torch.equal(actual, expected)
     assert not torch.equal(actual, x_TD)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_within_index_topk_a_layer_is_transformers_deepseek_v3_2_layer(
+    tmp_path: Path, layer: int
+) -> None:
+    """With its indexer, which chooses every token of a block of 64. An explicit causal mask sums in
+    another order than none, hence the tolerance."""
+    write_checkpoint(tmp_path, **V3_2)
+    reader = CheckpointReader(tmp_path)
+    config, weights = reader.config, weights_of(reader, layer)
+    with_indexer = DeepseekV32DecoderLayer(reference_model(tmp_path).config, layer).eval()
+    prefix = f"model.layers.{layer}."
+    local = {n.removeprefix(prefix): t for n, t in fused(weights, config, layer).items()}
+    with_indexer.load_state_dict(local, strict=True)
+    x_TD = an_input(config, 64)
+    mask = torch.full((64, 64), -torch.inf).triu(1)[None, None]
+    tables = Rotary(config).table(64, x_TD.device)
+    with torch.no_grad():
+        expected = with_indexer(x_TD[None], attention_mask=mask, position_embeddings=tables)[0]
+    main = {name: tensor for name, tensor in weights.items() if ".indexer." not in name}
+    actual = run_layer(reader, layer, main, x_TD)
+    assert (actual - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_experts_over_several_parts_in_any_order_give_the_same_bytes(

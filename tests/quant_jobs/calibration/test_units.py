@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.synthetic import config_dict
+from support.synthetic import V3_2, config_dict
 
 from deepseek.config import ModelConfig
-from deepseek.inventory import input_key, layer_tensors, linears
+from deepseek.inventory import TensorSpec, input_key, layer_tensors, linears
 from deepseek.models import DEEPSEEK_V3
 from quant_jobs.calibration.units import (
     MAX_EXPERT_GROUPS,
@@ -27,11 +27,17 @@ WORKERS = [1, 2, 3, 7, 8, 32, 64, 100]
 def config_of(name: str) -> ModelConfig:
     if name == "deepseek-v3":
         return DEEPSEEK_V3
-    experts = int(name.removeprefix("small-"))
-    return ModelConfig.from_dict(config_dict(experts=experts, n_group=1, topk_group=1))
+    changes = V3_2 if name == "indexer-8" else {}
+    experts = int(name.rpartition("-")[2])
+    return ModelConfig.from_dict(config_dict(experts=experts, n_group=1, topk_group=1, **changes))
 
 
-CONFIGS = ["deepseek-v3", "small-2", "small-8", "small-33", "small-50"]
+CONFIGS = ["deepseek-v3", "small-2", "small-8", "small-33", "small-50", "indexer-8"]
+
+
+def solved(config: ModelConfig, layer: int) -> list[TensorSpec]:
+    """The layer's linears but the indexer's, which are copied."""
+    return [spec for spec in linears(config, layer) if not spec.is_indexer]
 
 
 def both_kinds(config: ModelConfig) -> tuple[int, int]:
@@ -45,8 +51,8 @@ def test_units_hold_every_linear_once(name: str) -> None:
     for layer in both_kinds(config):
         all_units = units(config, layer)
         counted = Counter(module for unit in all_units for module in unit.modules)
-        assert counted == Counter(spec.module for spec in linears(config, layer))
-        size = {spec.module: spec.numel for spec in linears(config, layer)}
+        assert counted == Counter(spec.module for spec in solved(config, layer))
+        size = {spec.module: spec.numel for spec in solved(config, layer)}
         assert all(unit.numel == sum(size[module] for module in unit.modules) for unit in all_units)
         assert len(set(all_units)) == len(all_units)
 

@@ -23,7 +23,7 @@ from support.quantizing import (
     small_recipe,
     starve_expert,
 )
-from support.synthetic import write_checkpoint
+from support.synthetic import V3_2, write_checkpoint
 
 from cluster.connect import connect
 from deepseek.artifact.reader import ArtifactReader
@@ -116,6 +116,17 @@ def test_three_workers_write_the_bytes_of_one(
 ) -> None:
     quantize(small, small_recipe(name), tmp_path / "out", three)
     assert contents(tmp_path / "out") == contents(whole[name])
+
+
+def test_a_model_with_an_indexer_gives_the_same_bytes_stopped_and_resumed_on_three_workers(
+    in_process: InProcessWorker, three: WorkerPool, tmp_path: Path
+) -> None:
+    model, recipe = make_small_model(tmp_path, **V3_2), small_recipe("int8-smoothquant")
+    quantize(model, recipe, tmp_path / "one", in_process)
+    with pytest.raises(Stopped):
+        quantize(model, recipe, tmp_path / "three", three, Event("published", 1))
+    quantize(model, recipe, tmp_path / "three", three)
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize("wave_blocks", [1, 2])

@@ -29,7 +29,7 @@ from deepseek.errors import CheckpointError
 from deepseek.formats import dequantize_fp8_block
 from deepseek.inventory import TensorSpec, global_tensors, layer_tensors, tensors
 from deepseek.source.index import INDEX_FILE, Listing, list_shards
-from deepseek.source.origin import SCALE_SUFFIX, as_named, refuse_quantized, true_config
+from deepseek.source.origin import SCALE_SUFFIX, as_named, refuse_quantized, true_config, warn_once
 from deepseek.source.shards import Shard, open_shard
 from deepseek.source.values import check_scales, check_values
 from deepseek.tensor_files import DTYPE_NAMES, read_tensor, tensor_digest
@@ -115,14 +115,15 @@ class CheckpointReader:
         self._log_total(listing)
         headers = [shard.header for shard in self._shards.values()]
         stored = {entry.dtype for header in headers for entry in header.tensors.values()}
-        self.config = as_named(
+        self.config, notes = as_named(
             self.directory,
             announced,
             self._shard_of.keys(),
             holds_fp8=torch.float8_e4m3fn in stored,
-            warn=warn,
         )
         self._check_inventory()
+        for note in notes if warn else ():
+            warn_once(note)
         self._unread = set(self._shard_of)
         #: Bytes that `load` has read from storage so far.
         self.bytes_read = 0

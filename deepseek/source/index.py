@@ -74,7 +74,7 @@ def _shards(path: Path, weight_map: Any) -> dict[str, frozenset[str]]:
         found = "an empty object" if weight_map == {} else json_kind(weight_map)
         raise CheckpointError(
             f"{path} is not a safetensors index: weight_map must map each tensor to its shard, and "
-            f"is {found}"
+            f"is {found}; download the index again"
         )
     if len(weight_map) > MAX_TENSORS:
         raise CheckpointError(
@@ -86,14 +86,20 @@ def _shards(path: Path, weight_map: Any) -> dict[str, frozenset[str]]:
         if not isinstance(shard, str):
             raise CheckpointError(
                 f"{path} is not a safetensors index: the shard of {show_name(name)} must be the "
-                f"name of a file, not {json_kind(shard)}"
+                f"name of a file, not {json_kind(shard)}; download the index again"
             )
         names.setdefault(shard, set()).add(name)
     for shard in names:
         if not shard or not shard.isprintable() or len(shard) > _MAX_NAME:
-            raise CheckpointError(f"{path} names the shard {show(shard)}, which is no file's name")
+            raise CheckpointError(
+                f"{path} names the shard {show(shard)}, which is no file's name; download the "
+                "index again"
+            )
         if Path(shard).name != shard or shard == "..":
-            raise CheckpointError(f"{path} names the shard {show(shard)} outside its own directory")
+            raise CheckpointError(
+                f"{path} names the shard {show(shard)} outside its own directory; put the shards "
+                "beside the index and name them without a folder"
+            )
         if not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"{path} names the shard {show_name(shard)}; only .safetensors files are read"

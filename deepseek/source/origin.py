@@ -73,7 +73,10 @@ def read_source_config(directory: Path | str) -> ModelConfig:
     names: set[str] = set()
     for shard, listed in list_shards(directory).shards.items():
         names |= _names_in(directory, shard) if listed is None else listed
-    return as_named(directory, config, names)
+    config, notes = as_named(directory, config, names)
+    for note in notes:
+        warn_once(note)
+    return config
 
 
 def refuse_quantized(directory: Path) -> None:
@@ -101,18 +104,13 @@ def refuse_quantized(directory: Path) -> None:
 
 
 def as_named(
-    directory: Path,
-    config: ModelConfig,
-    names: Collection[str],
-    *,
-    holds_fp8: bool = False,
-    warn: bool = True,
-) -> ModelConfig:
-    """`config` as the tensors' names say, with a warning for each difference that is accepted.
+    directory: Path, config: ModelConfig, names: Collection[str], *, holds_fp8: bool = False
+) -> tuple[ModelConfig, list[str]]:
+    """`config` as the tensors' names say, and a line for `warn_once` on each difference that is
+    accepted.
 
     `names` are those of all tensors of the checkpoint; `holds_fp8` says that a tensor is stored as
-    FP8, where that is known: such a checkpoint without scales lacks them. `warn` False is for
-    workers, whose driver has warned.
+    FP8, where that is known: such a checkpoint without scales lacks them.
     """
     notes: list[str] = []
     has_scales = any(name.endswith(SCALE_SUFFIX) for name in names)
@@ -131,9 +129,13 @@ def as_named(
             "without one"
         )
         config = replace(config, num_nextn_predict_layers=0)
-    for note in notes if warn else ():
-        _warn_once(note)
-    return config
+    return config, notes
+
+
+@functools.cache
+def warn_once(note: str) -> None:
+    """Log a line at WARNING, once per process: several readers of a command open one directory."""
+    _log.warning("%s", note)
 
 
 def true_config(content: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -151,12 +153,6 @@ def _names_in(directory: Path, shard: str) -> set[str]:
     from deepseek.source.shards import open_shard  # brings torch, which an index does not need
 
     return set(open_shard(directory, shard).header.tensors)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Once per process: several readers of a command open the same directory."""
-    _log.warning(message)
 
 
 def _read_if_possible(path: Path) -> dict[str, Any]:

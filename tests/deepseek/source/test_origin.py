@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.copies import COPIES, MTP, cast_to_bf16, write_copy
+from support.copies import COPIES, MTP, cast_to_bf16, drop_mtp, write_copy
 from support.quantizing import SmallModel, make_small_model
 from support.synthetic import config_dict, random_tensors, write_checkpoint, write_shards
 
@@ -146,6 +146,11 @@ def one_fp8(stored: dict[str, torch.Tensor]) -> None:
     stored[name] = stored[name].to(torch.float8_e4m3fn)
 
 
+def no_mtp_and_no_norm(stored: dict[str, torch.Tensor]) -> None:
+    drop_mtp(stored)
+    del stored["model.norm.weight"]
+
+
 MIXTURES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
     "half of the MTP layer": (
         half_of_mtp,
@@ -153,6 +158,7 @@ MIXTURES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
     ),
     "one layer in BF16": (half_bf16, r"tensor model\.layers\.\S+_scale_inv .*is missing"),
     "FP8 without any scales": (no_scales, r"_scale_inv \(and \d+ more\) is missing"),
+    "no MTP layer and no norm": (no_mtp_and_no_norm, r"tensor model\.norm\.weight is missing"),
     "all BF16 but one": (one_fp8, r"_scale_inv \(and \d+ more\) is missing"),
 }
 

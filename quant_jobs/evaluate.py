@@ -48,7 +48,7 @@ def run_evaluate(
     Raises:
         ArtifactError: the engine is incomplete, or was not made from this reference.
         CheckpointError, ConfigError: the reference cannot be read.
-        CalibrationError: the text is absent, empty or too short.
+        CalibrationError: the data is absent, of an unknown kind, malformed or too short.
     """
     built = read_engine(engine_dir)
     reference = CheckpointReader(reference_dir)

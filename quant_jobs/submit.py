@@ -39,7 +39,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from deepseek.errors import CheckpointError, ConfigError, DeployError, first_line
+from deepseek.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    DeployError,
+    first_line,
+)
 from deepseek.files import canonical_json, sha256_file
 from deepseek.recipe import builtin_recipes, load_recipe
 from quant_jobs.workers.devices import Device
@@ -145,8 +151,9 @@ def make_submission(
     Raises:
         DeployError: `workers` is less than 1.
         RecipeError: there is no such recipe, or it is wrong.
-        CalibrationError: a weight is not positive.
+        CalibrationError: a weight is not positive, or a file is of an unknown kind.
     """
+    from quant_jobs.calibration.documents import kind_of
     from quant_jobs.calibration.token_blocks import CalibrationSource
 
     if workers < 1:
@@ -156,7 +163,7 @@ def make_submission(
         )
     load_recipe(recipe)
     for argument in calibration:
-        CalibrationSource.parse(argument)
+        kind_of(CalibrationSource.parse(argument).path)
     return Submission(
         model=model.absolute(),
         recipe=recipe if recipe in builtin_recipes() else str(Path(recipe).absolute()),
@@ -373,6 +380,8 @@ def _identify_text(argument: str) -> dict[str, Any]:
     from quant_jobs.calibration.token_blocks import CalibrationSource
 
     source = CalibrationSource.parse(argument)
+    if source.path.exists() and not source.path.is_file():  # reading a pipe would never end
+        raise CalibrationError(f"{source.path} is not a regular file; give a file of documents")
     try:
         # The ending decides how the bytes are read.
         content = {"sha256": sha256_file(source.path), "ending": source.path.suffix}

@@ -39,15 +39,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from deepseek.errors import (
-    CalibrationError,
-    CheckpointError,
-    ConfigError,
-    DeployError,
-    first_line,
-)
+from deepseek.errors import CheckpointError, ConfigError, DeployError, first_line
 from deepseek.files import canonical_json, sha256_file
 from deepseek.recipe import builtin_recipes, load_recipe
+from deepseek.untrusted import UnusableFileError, open_regular
 from quant_jobs.workers.devices import Device
 
 #: What a command did: it submitted the job, or found it running or succeeded.
@@ -380,12 +375,11 @@ def _identify_text(argument: str) -> dict[str, Any]:
     from quant_jobs.calibration.token_blocks import CalibrationSource
 
     source = CalibrationSource.parse(argument)
-    if source.path.exists() and not source.path.is_file():  # reading a pipe would never end
-        raise CalibrationError(f"{source.path} is not a regular file; give a file of documents")
     try:
+        os.close(open_regular(source.path))  # reading a pipe would never end
         # The ending decides how the bytes are read.
         content = {"sha256": sha256_file(source.path), "ending": source.path.suffix}
-    except OSError:
+    except (OSError, UnusableFileError):
         content = {"path": str(source.path)}
     return {"weight": source.weight, **content}
 

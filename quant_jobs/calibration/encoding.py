@@ -36,6 +36,8 @@ _BYTES_PER_TOKEN = 6
 MAX_BYTES_PER_TOKEN = 64
 
 
+#: The time for templates that write the date, 2025-01-01: a job may be resumed another day.
+NOW = 1735689600.0
 #: The last tokens of a text that was cut may be others than in the whole: so many are not used.
 _MARGIN = 16
 #: Longest word behind which a part begins that would begin inside of it.
@@ -152,7 +154,7 @@ class Encoder:
 
     def _render(self, conversation: Conversation, document: Document) -> str:
         if self._renderer is None:
-            self._renderer = ChatRenderer(self._load_template(document))
+            self._renderer = ChatRenderer(self._load_template(document), now=NOW)
         try:
             return self._renderer.render(conversation.messages, tools=conversation.tools)
         except ChatTemplateError as error:

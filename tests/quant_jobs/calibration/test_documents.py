@@ -423,6 +423,17 @@ def test_eos_stands_once_between_documents_and_bos_only_at_the_head_of_a_block(
     assert blocks.ids.tolist() == [[0, *ids]]
 
 
+def test_a_chat_template_that_writes_the_date_writes_the_same_one_every_day(
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "model"
+    write_checkpoint(directory)
+    template = "w{{ strftime_now('%d') | int + 10 }} w{{ strftime_now('%m') | int + 20 }} w95"
+    write_tokenizer(directory, chat_template=template)
+    blocks = load(directory, tmp_path / "a.jsonl", lines({"messages": CHAT}), 3)
+    assert blocks.ids.tolist() == [[0, 11, 21, 95]]
+
+
 def test_kinds_are_known_before_a_file_is_there() -> None:
     assert kind_of(Path("nowhere.NDJSON")) == "jsonl"
     with pytest.raises(CalibrationError, match=r"nowhere\.docx has the ending \.docx"):

@@ -125,12 +125,19 @@ class ChatTemplate:
 
 class ChatRenderer:
     """Renders conversations through one template. Threads may share it: as many conversations as
-    there are `processes` are rendered at one time, others wait."""
+    there are `processes` are rendered at one time, others wait. `now`, in seconds since 1970, is
+    what a template takes for the time, where the same text is wanted another day."""
 
     def __init__(
-        self, template: ChatTemplate, *, processes: int = 1, max_seconds: float = MAX_SECONDS
+        self,
+        template: ChatTemplate,
+        *,
+        processes: int = 1,
+        max_seconds: float = MAX_SECONDS,
+        now: float | None = None,
     ) -> None:
         self._template = template
+        self._now = now
         self._max_seconds = max_seconds
         # The last one used comes first, so that no more start than are needed.
         self._helpers: queue.LifoQueue[_Helper] = queue.LifoQueue()
@@ -162,7 +169,7 @@ class ChatRenderer:
         name = self._template.name_for(tools)
         helper = self._helpers.get()
         try:
-            return helper.render({"template": name, "variables": variables})
+            return helper.render({"template": name, "variables": variables, "now": self._now})
         finally:
             self._helpers.put(helper)
 

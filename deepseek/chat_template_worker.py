@@ -10,7 +10,7 @@ and imports nothing of ours. A message on standard input and output is one byte 
 in eight bytes, and the content in UTF-8:
 
     in   T  JSON object: the sources of the templates by name
-         R  JSON object: the name of a template, and its variables
+         R  JSON object: the name of a template, its variables, and seconds since 1970 or null
     out  =  ready, compiled or rendered; the text, where there is one
          !  the template refuses: its message     X  it fails: the error     ?  it is malformed
          M  more memory than allowed              O  more output than allowed; the process ends
@@ -25,7 +25,7 @@ import resource
 import sys
 import textwrap  # noqa: F401
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from encodings import unicode_escape  # noqa: F401
 from typing import Any, NoReturn
 
@@ -89,8 +89,19 @@ def _raise_exception(message: Any) -> NoReturn:
     raise jinja2.exceptions.TemplateError(str(message))
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+class _Clock:
+    """`strftime_now(form)`: the time that it was set to, or that it is."""
+
+    def __init__(self) -> None:
+        self._seconds: float | None = None
+
+    def set(self, seconds: float | None) -> None:
+        self._seconds = seconds
+
+    def strftime(self, form: str) -> str:
+        if self._seconds is None:
+            return datetime.now().strftime(form)
+        return datetime.fromtimestamp(self._seconds, UTC).strftime(form)
 
 
 def _tojson(
@@ -106,7 +117,7 @@ def _tojson(
     )
 
 
-def make_environment() -> ImmutableSandboxedEnvironment:
+def make_environment(clock: _Clock | None = None) -> ImmutableSandboxedEnvironment:
     """The sandbox, with what transformers gives to chat templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -114,7 +125,7 @@ def make_environment() -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
+        "strftime_now": (clock or _Clock()).strftime,
         "dict": _Dict(),
         "namespace": _Namespace,
     }
@@ -161,7 +172,8 @@ def _render(template: jinja2.Template, variables: dict[str, Any], max_output: in
 
 def main() -> None:
     memory, seconds, max_output = map(int, sys.argv[1:4])
-    environment = make_environment()
+    clock = _Clock()
+    environment = make_environment(clock)
     # No file can be opened after this: modules are imported now, and the time zone is read.
     environment.from_string("{{ 'text' }}{{ strftime_now('%Y') }}").render()
     limits = {
@@ -182,6 +194,7 @@ def main() -> None:
             continue
         _limit_seconds(seconds)
         try:
+            clock.set(value["now"])
             name = value["template"]
             if name not in compiled:
                 compiled[name] = environment.from_string(sources[name])

@@ -63,8 +63,10 @@ def quantize(
         list[str],
         typer.Option(
             metavar="FILE[=WEIGHT]",
-            help="Calibration text, UTF-8, or .jsonl with a `text` per line. May be given several "
-            "times; blocks are drawn in proportion to the weights (1 without one).",
+            help="Calibration data: plain text in UTF-8 (.txt, .md), or records (.jsonl, .json, "
+            ".parquet) with `text`, `messages`, `conversations`, `input_ids` or `prompt`, or ids "
+            "(.safetensors). May be given several times; blocks are drawn in proportion to the "
+            "weights (1 without one).",
         ),
     ],
     output: Annotated[Path, typer.Option(help="Directory of the quantized checkpoint.")],
@@ -223,7 +225,10 @@ def evaluate(
     reference: Annotated[
         Path, typer.Option(help="The source checkpoint that the engine was quantized from.")
     ],
-    data: Annotated[Path, typer.Option(help="Held-out text, UTF-8; not the calibration text.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="Held-out data, a file as for quantize; not the calibration data."),
+    ],
     output: Annotated[Path, typer.Option(help="Directory for evaluation.json.")],
     num_blocks: Annotated[
         int, typer.Option(min=2, help="Blocks of text, spread evenly over the file.")

@@ -50,7 +50,7 @@ def run_evaluate(
         ArtifactError: the engine is incomplete, or was not made from this reference; or OUTPUT lies
             in one of the two.
         CheckpointError, ConfigError: the reference cannot be read.
-        CalibrationError: the text is absent, empty or too short.
+        CalibrationError: the data is absent, of an unknown kind, malformed or too short.
         OutputError: the output cannot be written; seen before anything is measured if it can be.
     """
     check_directory(output)

@@ -44,6 +44,7 @@ from deepseek.errors import CheckpointError, ConfigError, DeployError, first_lin
 from deepseek.files import canonical_json, sha256_file
 from deepseek.recipe import builtin_recipes, load_recipe
 from deepseek.source.origin import refuse_quantized
+from deepseek.untrusted import UnusableFileError, open_regular
 from quant_jobs.workers.devices import Device
 
 #: What a command did: it submitted the job, or found it running or succeeded.
@@ -88,7 +89,6 @@ class Submission:
 
         Raises:
             RecipeError: there is no such recipe, or it is wrong.
-            CalibrationError: a weight is not positive.
         """
         identity = {
             "model": _identify_model(self.model),
@@ -150,7 +150,9 @@ def make_submission(
         CalibrationError: a weight is not positive.
         CheckpointError, ConfigError: the model is here, and is quantized already or asks for what
             is not implemented; it is so on the nodes too.
+        CalibrationError: a weight is not positive, or a file is of an unknown kind.
     """
+    from quant_jobs.calibration.documents import kind_of
     from quant_jobs.calibration.token_blocks import CalibrationSource
 
     refuse_quantized(model)
@@ -163,7 +165,7 @@ def make_submission(
         )
     load_recipe(recipe)
     for argument in calibration:
-        CalibrationSource.parse(argument)
+        kind_of(CalibrationSource.parse(argument).path)
     return Submission(
         model=model.absolute(),
         recipe=recipe if recipe in builtin_recipes() else str(Path(recipe).absolute()),
@@ -381,9 +383,10 @@ def _identify_text(argument: str) -> dict[str, Any]:
 
     source = CalibrationSource.parse(argument)
     try:
+        os.close(open_regular(source.path))  # reading a pipe would never end
         # The ending decides how the bytes are read.
         content = {"sha256": sha256_file(source.path), "ending": source.path.suffix}
-    except OSError:
+    except (OSError, UnusableFileError):
         content = {"path": str(source.path)}
     return {"weight": source.weight, **content}
 

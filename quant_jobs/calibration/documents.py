@@ -40,23 +40,23 @@ _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document, or a piece of one. `begin`: its position; `end`: where to read on after it.
-    `place` says where it is, for errors. `continues`: it belongs to the document before it.
-    `can_be_cut`: positions count its bytes or ids, so that one can read on from inside."""
+    """One document, or a piece of one, at the positions from `begin` to `end`. `place` says where
+    it is, for errors. `continues`: it belongs to the document before it."""
 
     begin: int
     end: int
     content: Content
     place: Callable[[], str]
     continues: bool = False
-    can_be_cut: bool = False
 
 
 class DocumentFile(Protocol):
-    """A file of documents at positions 0 to `length`."""
+    """A file of documents at positions 0 to `length`. `is_stream`: it is a single document, whose
+    positions count its bytes or ids, so that one can read on from any of them."""
 
     path: Path
     length: int
+    is_stream: bool
 
     def fits(self, num_bytes: int) -> bool:
         """Whether all documents together have at most so many bytes."""
@@ -73,6 +73,11 @@ class DocumentFile(Protocol):
         Raises:
             CalibrationError: a document is malformed.
         """
+        ...
+
+    def at(self, position: int, most: int) -> Document | None:
+        """The document that a position is in; None in a stream and behind the last document. Raises
+        as `documents`."""
         ...
 
 
@@ -143,6 +148,8 @@ class PlainText:
     """One document of UTF-8 text. From a position inside, it is read on from the next line, or the
     next character where no line begins nearby. A byte order mark is no part of the text."""
 
+    is_stream = True
+
     def __init__(self, path: Path, file: io.BufferedReader) -> None:
         self.path = path
         self.length = os.fstat(file.fileno()).st_size
@@ -177,8 +184,11 @@ class PlainText:
                     "convert it to UTF-8"
                 )
             here, position = position, position + len(data)
-            yield Document(here, position, Text(text), lambda: str(self.path), continues, True)
+            yield Document(here, position, Text(text), lambda: str(self.path), continues)
             continues = True
+
+    def at(self, position: int, most: int) -> Document | None:
+        return None
 
     def _boundary(self, position: int) -> int:
         """The first place at `position` or behind it where text may be cut."""

@@ -13,6 +13,7 @@ needs no tokenizer. What tokenizer.json says about padding and truncation does n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,13 @@ _BYTES_PER_TOKEN = 6
 MAX_BYTES_PER_TOKEN = 64
 
 
+#: The time for templates that write the date, 2025-01-01: a job may be resumed another day.
+NOW = 1735689600.0
+#: The last tokens of a text that was cut may be others than in the whole: so many are not used.
+_MARGIN = 16
+#: Longest word behind which a part begins that would begin inside of it.
+_WORD_CHARACTERS = 64
+_SPACE = re.compile(r"\s")
 #: How many times longer the normalizer may make a text, in characters.
 _MAX_GROWTH = 64
 #: Everything else that `tokenizers` raises, its panics among it, comes from the tokenizer's file.
@@ -43,7 +51,7 @@ _INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """`ids` of a document, or its first ones; `end` is the position to read on from."""
+    """`ids` of a document, or of a part of it; `end` is the position behind that part."""
 
     ids: Sequence[int]
     end: int
@@ -65,38 +73,64 @@ class Encoder:
         if self._renderer is not None:
             self._renderer.close()
 
-    def encode(self, document: Document, most: int | None = None) -> Encoded:
-        """The ids of a document, with `most` no more than its first so many.
+    def encode(self, document: Document) -> Sequence[int]:
+        """The ids of a document.
 
         Raises:
             CalibrationError: there is no tokenizer or chat template, it cannot be used or refuses
                 the document; or an id is not the model's.
         """
+        return self.encode_part(document, document.begin, document.end, None).ids
+
+    def encode_part(self, document: Document, begin: int, end: int, most: int | None) -> Encoded:
+        """Ids of the part of a document between two positions, with `most` no more than its first
+        so many. Raises as `encode`."""
         content = document.content
+        whole: str | Sequence[int]
         if isinstance(content, Text):
-            ids, used = self._tokenize(content.text, most)
+            whole = content.text
         elif isinstance(content, Conversation):
-            ids, used = self._tokenize(self._render(content, document), most)
-            ids = self._without_bos(ids)
+            whole = self._render(content, document)
         else:
-            ids = content.ids if most is None else content.ids[: most + 1]
-            self._check(ids, document)
-            if not document.continues:
+            whole = content.ids
+        first, last = _index(document, begin, len(whole)), len(whole)
+        if end < document.end:
+            last = _index(document, end, len(whole))
+        is_head = not first and not document.continues
+        if isinstance(whole, str):
+            first = _between_words(whole, first)
+            ids, used = self._tokenize(whole[first:last], most)
+            if is_head and isinstance(content, Conversation):
                 ids = self._without_bos(ids)
-            ids = ids if most is None else ids[:most]
-            used = len(ids) + (len(content.ids) > 0 and len(ids) > 0 and ids[0] != content.ids[0])
-        end = document.begin + used if most is not None and document.can_be_cut else document.end
-        return Encoded(ids, end)
+        else:
+            first += is_head and whole[:1] == [self._config.bos_token_id]
+            ids = whole[first : last if most is None else min(first + most, last)]
+            self._check_ids(ids, first, document)
+            used = len(ids)
+        if first + used >= len(whole):
+            return Encoded(ids, document.end)
+        span = document.end - document.begin
+        if isinstance(content, Text) and span == len(content.text.encode()):  # a piece of a stream
+            return Encoded(ids, begin + len(content.text[first : first + used].encode()))
+        return Encoded(ids, document.begin - (-(first + used) * span // len(whole)))
+
+    def _check_ids(self, ids: Sequence[int], first: int, document: Document) -> None:
+        """Given ids, number `first` of the document and on, must be the model's."""
+        size = self._config.vocab_size
+        if ids and (min(ids) < 0 or max(ids) >= size):
+            index = next(index for index, token in enumerate(ids) if not 0 <= token < size)
+            raise CalibrationError(
+                f"{document.place()}: id {_short(ids[index])} (number {first + index}) is none of "
+                f"the model's 0 to {size - 1}; tokenize with this model's own tokenizer"
+            )
 
     def _tokenize(self, text: str, most: int | None) -> tuple[Sequence[int], int]:
-        """Ids of a text, and how many of its bytes they stand for."""
+        """Ids of a text, and how many of its characters they stand for."""
         tokenizer = self._tokenizer or self._load_tokenizer()
         per_token = _BYTES_PER_TOKEN
         while True:
-            # Cut by characters first: a text of megabytes is not encoded for its head.
-            piece = text if most is None else _head(text, per_token * most + 64)
-            size = len(piece.encode())
-            self.num_bytes += size
+            piece = text if most is None else _head(text, per_token * (most + _MARGIN))
+            self.num_bytes += len(piece.encode())
             try:
                 encoding = tokenizer.encode(piece, add_special_tokens=False)
             except _INTERRUPTS:
@@ -107,20 +141,20 @@ class Encoder:
                     "correct its tokenizer.json"
                 ) from error
             ids = encoding.ids
-            if most is None or len(ids) >= most or len(piece) == len(text):
+            if most is None or len(piece) == len(text):
                 break
-            if per_token >= MAX_BYTES_PER_TOKEN:
+            if len(ids) >= most + _MARGIN or per_token >= MAX_BYTES_PER_TOKEN:
                 break
             per_token *= 2
         self._check_vocabulary(ids)
         if most is None or len(ids) <= most:
-            return ids, size
+            return ids, len(piece)
         last = encoding.offsets[most - 1][1]
-        return ids[:most], len(piece[:last].encode()) if 0 < last <= len(piece) else size
+        return ids[:most], last if 0 < last <= len(piece) else len(piece)
 
     def _render(self, conversation: Conversation, document: Document) -> str:
         if self._renderer is None:
-            self._renderer = ChatRenderer(self._load_template(document))
+            self._renderer = ChatRenderer(self._load_template(document), now=NOW)
         try:
             return self._renderer.render(conversation.messages, tools=conversation.tools)
         except ChatTemplateError as error:
@@ -131,17 +165,6 @@ class Encoder:
     def _without_bos(self, ids: Sequence[int]) -> Sequence[int]:
         bos = self._config.bos_token_id
         return ids[1:] if ids and bos is not None and ids[0] == bos else ids
-
-    def _check(self, ids: Sequence[int], document: Document) -> None:
-        """Given ids must be the model's."""
-        size = self._config.vocab_size
-        if not ids or (min(ids) >= 0 and max(ids) < size):
-            return
-        index = next(index for index, token in enumerate(ids) if not 0 <= token < size)
-        raise CalibrationError(
-            f"{document.place()}: id {_short(ids[index])} (number {index}) is none of the model's "
-            f"0 to {size - 1}; tokenize with this model's own tokenizer"
-        )
 
     def _check_vocabulary(self, ids: Sequence[int]) -> None:
         if (largest := max(ids, default=0)) >= self._config.vocab_size:
@@ -205,6 +228,18 @@ def _check_growth(parsed: Any) -> None:
             steps += step["normalizers"] if isinstance(step.get("normalizers"), list) else []
         if growth > _MAX_GROWTH:
             raise ValueError(f"its normalizer makes text more than {_MAX_GROWTH} times longer")
+
+
+def _index(document: Document, position: int, length: int) -> int:
+    """The character or id of a document, of `length` in all, where a position inside it is."""
+    span = document.end - document.begin
+    return min(-(-(position - document.begin) * length // span), length)
+
+
+def _between_words(text: str, index: int) -> int:
+    """The first white space at or behind a character, if there is some nearby."""
+    found = _SPACE.search(text, index, index + _WORD_CHARACTERS) if index else None
+    return found.start() if found else index
 
 
 def _head(text: str, num_bytes: int) -> str:

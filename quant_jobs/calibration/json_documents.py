@@ -68,6 +68,8 @@ def _skip_mark(file: io.BufferedReader) -> int:
 class JsonLines:
     """One record a line. Positions are bytes. Blank lines may stand at the end."""
 
+    is_stream = False
+
     def __init__(self, path: Path, file: io.BufferedReader) -> None:
         self.path = path
         self.length = os.fstat(file.fileno()).st_size
@@ -79,6 +81,18 @@ class JsonLines:
 
     def starts(self, count: int) -> list[int]:
         return spread(self.length, count)
+
+    def at(self, position: int, most: int) -> Document | None:
+        begin = min(position, self.length)
+        while begin > self._first:  # back to the end of the line before
+            size = min(_CHUNK_BYTES, begin - self._first)
+            self._file.seek(begin - size)
+            found = self._file.read(size).rfind(b"\n")
+            if found >= 0:
+                begin += found + 1 - size
+                break
+            begin -= size
+        return next(self.documents(begin, begin + 1, most), None)
 
     def documents(self, begin: int, end: int, most: int) -> Iterator[Document]:
         position = self._line_start(begin)
@@ -124,7 +138,9 @@ class JsonLines:
 
 class JsonList:
     """The elements of a list, which is the whole text or stands under `data` of an object.
-    Positions are bytes."""
+    Positions are bytes; what separates two elements belongs to the first."""
+
+    is_stream = False
 
     def __init__(self, path: Path, file: io.BufferedReader, first: int, *, in_object: bool) -> None:
         self.path = path
@@ -133,8 +149,9 @@ class JsonList:
         self._first = first
         self._in_object = in_object
         self._elements: Iterator[tuple[int, int, bytes]] = iter(())
-        self._next: tuple[int, int, bytes] | None = None
-        self._read_to = self.length  # nothing has been read yet
+        #: Number, position and bytes of the element in hand, and of the one after it.
+        self._current: tuple[int, int, bytes] | None = None
+        self._following: tuple[int, int, bytes] | None = None
 
     def fits(self, num_bytes: int) -> bool:
         return self.length <= num_bytes
@@ -142,18 +159,39 @@ class JsonList:
     def starts(self, count: int) -> list[int]:
         return spread(self.length, count)
 
+    def at(self, position: int, most: int) -> Document | None:
+        self._go_to(position)
+        return self._document() if self._current else None
+
     def documents(self, begin: int, end: int, most: int) -> Iterator[Document]:
-        if begin < self._read_to:  # elements are found in order: begin again
+        self._go_to(begin)
+        if self._current is not None and self._current[1] < begin:
+            self._advance()
+        while self._current is not None and self._current[1] < end:
+            here = self._current[1]
+            yield self._document()
+            self._go_to(here)  # another reader may have been here meanwhile
+            self._advance()
+
+    def _go_to(self, position: int) -> None:
+        """Take in hand the element at a position, or the first one where none is before it."""
+        if self._current is None or position < self._current[1]:  # elements are found in order
             self._elements = _Scanner(self.path, self._file, self._first).elements(self._in_object)
-            self._next = next(self._elements, None)
-            self._read_to = 0
-        while self._next is not None and self._next[1] < end:
-            number, here, data = self._next
-            self._next = next(self._elements, None)
-            self._read_to = here + len(data)
-            if here >= begin:
-                place = partial(str, f"{self.path}, element {number}")
-                yield Document(here, here + len(data), _parse(data, place), place)
+            self._following = next(self._elements, None)
+            self._advance()
+        while self._following is not None and self._following[1] <= position:
+            self._advance()
+
+    def _advance(self) -> None:
+        self._current = self._following
+        self._following = next(self._elements, None)
+
+    def _document(self) -> Document:
+        assert self._current is not None
+        number, here, data = self._current
+        end = self.length if self._following is None else self._following[1]
+        place = partial(str, f"{self.path}, element {number}")
+        return Document(here, end, _parse(data, place), place)
 
 
 class _Scanner:

@@ -7,10 +7,11 @@ number is taken, spread evenly.
 
 **A longer file** is read at as many places as blocks are wanted, spread evenly over its bytes (rows
 of a table). A block is the first tokens that are found from such a place on: from the next line of
-plain text (the next character, where none begins nearby), or the next document. It begins no
-earlier than where the block before it ended. Where this gives too few blocks, because little text
-follows the last places, what was skipped gives the rest, from the front on. Blocks stand in the
-order of the file.
+plain text (the next character, where none begins nearby), or the next document; or from inside a
+document that is so long that it covers the next place as well. A block begins no earlier than where
+the block before it ended. Where this gives too few blocks, because little text follows the last
+places, what was skipped gives the rest, from the front on. Blocks stand in the order of the file.
+Where even that is too little, the file has hardly enough text: then blocks are its first tokens.
 
 Either way documents are separated by EOS, if the model has one, and the same file gives the same
 blocks: they depend on its bytes and on the numbers wanted, on nothing else.
@@ -19,6 +20,7 @@ blocks: they depend on its bytes and on the numbers wanted, on nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,37 +53,37 @@ def draw_blocks(
     """
     wanted = num_blocks * length
     if file.fits(max(WHOLE_BYTES, _WHOLE_BYTES_PER_TOKEN * wanted)):
-        return _cut_whole(file, encoder, num_blocks, length, eos, is_alone=is_alone)
-    sampler = _Sampler(file, encoder, num_blocks, length, eos)
-    blocks = sampler.draw()
-    if len(blocks) < num_blocks:
-        raise CalibrationError(
-            f"{file.path} gives only {len(blocks)} blocks of {length} tokens where {num_blocks} "
-            "are wanted; give a longer text or "
-            + (f"lower num_blocks to {max(len(blocks), 1)}" if is_alone else "lower its weight")
-        )
-    return torch.tensor(blocks, dtype=torch.int64)
+        return _cut(_read_ids(file, encoder, eos), file, num_blocks, length, is_alone=is_alone)
+    blocks = _Sampler(file, encoder, num_blocks, length, eos).draw()
+    if len(blocks) == num_blocks:
+        return torch.tensor(blocks, dtype=torch.int64)
+    return _cut(_read_ids(file, encoder, eos, wanted), file, num_blocks, length, is_alone=is_alone)
 
 
-def _cut_whole(
-    file: DocumentFile,
-    encoder: Encoder,
-    num_blocks: int,
-    length: int,
-    eos: int | None,
-    *,
-    is_alone: bool,
-) -> Tensor:
-    """Blocks of a file that is tokenized as a whole."""
+def _read_ids(
+    file: DocumentFile, encoder: Encoder, eos: int | None, most: int | None = None
+) -> list[int]:
+    """The ids of all documents, EOS between them, or the first `most` of them."""
     ids: list[int] = []
     before: Document | None = None
+    is_blank = True
     for document in file.documents(0, file.length, MAX_PIECE_BYTES):
         if _separated(ids, before, document, eos):
             ids.append(eos)  # type: ignore[arg-type]
-        ids += encoder.encode(document).ids
+        ids += encoder.encode(document)
+        is_blank = is_blank and file.is_stream and _is_blank(document.content)
         before = document
-    if before is None or (before.can_be_cut and _is_blank(before.content) and not before.begin):
+        if most is not None and len(ids) >= most:
+            return ids[:most]
+    if is_blank:
         raise CalibrationError(f"{file.path} is empty; give a text file")
+    return ids
+
+
+def _cut(
+    ids: list[int], file: DocumentFile, num_blocks: int, length: int, *, is_alone: bool
+) -> Tensor:
+    """int64 [num_blocks, length]: distinct pieces of the ids, spread evenly over them."""
     pieces = len(ids) // length
     if pieces < num_blocks:
         raise CalibrationError(
@@ -117,46 +119,65 @@ class _Sampler:
         blocks: dict[int, list[int]] = {}
         skipped: list[tuple[int, int]] = []
         cursor, end = 0, self._file.length
-        for start in self._file.starts(self._num_blocks):
-            begin = max(start, cursor)
-            if begin > cursor:
-                skipped.append((cursor, begin))
-            block = self._read(begin, end)
+        starts = self._file.starts(self._num_blocks)
+        for start, following in zip(starts, [*starts[1:], end], strict=True):
+            block = self._read(max(start, cursor), end, following)
             if block is None:
-                cursor = end
                 break
-            blocks[begin], cursor = block
+            skipped.append((cursor, block.begin))
+            blocks[block.begin], cursor = block.ids, block.end
         skipped.append((cursor, end))
         for begin, stop in skipped:
             while len(blocks) < self._num_blocks and begin < stop:
-                block = self._read(begin, stop)
+                block = self._read(begin, stop, begin)
                 if block is None:
                     break
-                blocks[begin], begin = block
+                blocks[block.begin], begin = block.ids, block.end
         return [blocks[begin] for begin in sorted(blocks)]
 
-    def _read(self, begin: int, end: int) -> tuple[list[int], int] | None:
-        """The block of the documents that begin at `begin` or later and before `end`, and where to
-        read on; None where they are too short."""
+    def _read(self, begin: int, end: int, following: int) -> _Block | None:
+        """The block between two positions; None where there are too few tokens. It begins inside a
+        document only if that one reaches to `following`."""
         ids: list[int] = []
         before: Document | None = None
-        for document in self._documents(begin, end):
+        first = begin
+        for document in self._documents(begin, end, following):
             if _separated(ids, before, document, self._eos):
                 ids.append(self._eos)  # type: ignore[arg-type]
-            encoded = self._encoder.encode(document, self._length - len(ids))
+            if before is None:
+                first = max(begin, document.begin)
+            part = self._encoder.encode_part(
+                document, max(begin, document.begin), end, self._length - len(ids)
+            )
             if self._encoder.num_bytes > self._max_bytes:
                 raise CalibrationError(
                     f"{self._file.path} has fewer tokens than one in {MAX_BYTES_PER_TOKEN} bytes "
                     "where it was read; give a file that holds text"
                 )
-            ids += encoded.ids
+            ids += part.ids
             if len(ids) >= self._length:
-                return ids[: self._length], encoded.end
+                return _Block(first, part.end, ids[: self._length])
             before = document
         return None
 
-    def _documents(self, begin: int, end: int) -> Iterator[Document]:
-        return self._file.documents(begin, end, MAX_BYTES_PER_TOKEN * self._length)
+    def _documents(self, begin: int, end: int, following: int) -> Iterator[Document]:
+        """The documents from a position on, the first of which may begin before it."""
+        most = MAX_BYTES_PER_TOKEN * self._length
+        document = self._file.at(begin, most)
+        if document is not None and document.begin < begin:
+            if document.end >= following:
+                yield document
+            begin = document.end
+        yield from self._file.documents(begin, end, most)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Ids that stand between two positions of a file."""
+
+    begin: int
+    end: int
+    ids: list[int]
 
 
 def _separated(ids: list[int], before: Document | None, after: Document, eos: int | None) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from deepseek.errors import CalibrationError, first_line
 from deepseek.tensor_files import DamagedFileError, TensorEntry, read_header
-from quant_jobs.calibration.documents import Document, spread
+from quant_jobs.calibration.documents import MAX_DOCUMENT_BYTES, Document, spread
 from quant_jobs.calibration.records import (
     KEYS,
     OTHER_KEYS,
@@ -27,12 +27,16 @@ from quant_jobs.calibration.records import (
 _BATCH_ROWS = 64
 #: Largest lists and strings in a Parquet footer, which is read as a whole.
 _FOOTER_LIMIT = 64 << 20
+#: Positions in one row of a Parquet file.
+ROW = 1 << 20
 _IDS = "input_ids"
 
 
 class ParquetRows:
-    """One record a row. Positions are rows. Row groups are read one after the other, of their
-    columns only those that a record may need."""
+    """One record a row. Positions are rows times ROW, to name places inside one too. Row groups are
+    read one after the other, of their columns only those that a record may need."""
+
+    is_stream = False
 
     def __init__(self, path: Path, file: io.BufferedReader) -> None:
         import pyarrow.parquet as parquet
@@ -52,7 +56,7 @@ class ParquetRows:
             names = self._table.schema_arrow.names
         except Exception as error:  # pyarrow has a dozen kinds, and OSError among them
             raise self._damaged(error) from error
-        self.length = sum(rows)
+        self.length = sum(rows) * ROW
         #: First row of each row group, and the end.
         self._firsts = [sum(rows[:index]) for index in range(len(rows) + 1)]
         if not self.length:
@@ -63,8 +67,7 @@ class ParquetRows:
             raise CalibrationError(
                 f"{path} has the columns {shown}; name one of them {', '.join(KEYS)}"
             )
-        self._rows: Iterator[tuple[int, Any]] = iter(())
-        self._row = self.length  # the next one of `_rows`
+        self._row = sum(rows)  # the first one of `_batch`
         self._group = len(rows)
 
     def fits(self, num_bytes: int) -> bool:
@@ -87,17 +90,21 @@ class ParquetRows:
         """First rows of row groups, if there are enough: a row costs decoding those before it."""
         groups = len(self._firsts) - 1
         if groups >= count:
-            return [self._firsts[index] for index in spread(groups, count)]
+            return [self._firsts[index] * ROW for index in spread(groups, count)]
         return spread(self.length, count)
 
+    def at(self, position: int, most: int) -> Document | None:
+        row = position // ROW
+        return next(self.documents(row * ROW, row * ROW + 1, most), None)
+
     def documents(self, begin: int, end: int, most: int) -> Iterator[Document]:
-        for row, record in self._from(begin, end):
+        for row, record in self._from(-(-begin // ROW), -(-end // ROW)):
             place = f"{self.path}, row {row + 1}"
             try:
                 content = read_record(record)
             except RecordError as error:
                 raise CalibrationError(f"{place}: {error}") from error
-            yield Document(row, row + 1, content, partial(str, place))
+            yield Document(row * ROW, (row + 1) * ROW, content, partial(str, place))
 
     def _from(self, begin: int, end: int) -> Iterator[tuple[int, Any]]:
         """Rows `begin` to `end`. Goes on in the row group that is open where that leads there."""
@@ -203,9 +210,8 @@ def _plain(value: Any) -> Any:
 
 
 class IdRows:
-    """A tensor `input_ids`. [N] is one document that can be cut anywhere, and positions are ids;
-    [B, T] are B documents, and positions are rows; a tensor `attention_mask` of the same shape then
-    leaves out padding."""
+    """A tensor `input_ids`: [N] is one document that can be cut anywhere, [B, T] are B documents.
+    Positions count ids. A tensor `attention_mask` [B, T] leaves out padding."""
 
     def __init__(self, path: Path, file: io.BufferedReader) -> None:
         self.path = path
@@ -234,31 +240,43 @@ class IdRows:
                 f"{path}: attention_mask is {_name(self._mask)}, but {_IDS} is {_name(self._ids)}; "
                 "give it the same shape, as integers or booleans, or leave it out"
             )
-        self.length = shape[0]
+        self.is_stream = len(shape) == 1
         self._width = shape[1] if len(shape) == 2 else 1
+        self.length = shape[0] * self._width
 
     def fits(self, num_bytes: int) -> bool:
-        return 4 * self.length * self._width <= num_bytes
+        return 4 * self.length <= num_bytes
 
     def starts(self, count: int) -> list[int]:
         return spread(self.length, count)
 
-    def documents(self, begin: int, end: int, most: int) -> Iterator[Document]:
-        most = max(most // 4, 1)
-        if len(self._ids.shape) == 1:
-            for position in range(begin, end, most):
-                stop = min(position + most, end)
-                ids = self._read(position, stop - position)
-                place = f"{self.path}, {_IDS}[{position}:{stop}]"
-                yield self._document(position, stop, ids, place, position > begin, True)
-            return
-        for row in range(begin, end):
-            ids = self._read(row * self._width, min(self._width, most))
-            place = f"{self.path}, row {row + 1}"
-            yield self._document(row, row + 1, ids, place, False, False)
+    def at(self, position: int, most: int) -> Document | None:
+        if self.is_stream or position >= self.length:
+            return None
+        return self._row(position // self._width)
 
-    def _document(self, begin: int, end: int, ids: list[int], place: str, *cut: bool) -> Document:
-        return Document(begin, end, TokenIds(ids), partial(str, place), *cut)
+    def documents(self, begin: int, end: int, most: int) -> Iterator[Document]:
+        if self.is_stream:
+            step = max(most // 4, 1)
+            for position in range(begin, end, step):
+                stop = min(position + step, end)
+                place = partial(str, f"{self.path}, {_IDS}[{position}:{stop}]")
+                ids = TokenIds(self._read(position, stop - position))
+                yield Document(position, stop, ids, place, position > begin)
+            return
+        for row in range(-(-begin // self._width), -(-end // self._width)):
+            yield self._row(row)
+
+    def _row(self, row: int) -> Document:
+        first = row * self._width
+        if 4 * self._width > MAX_DOCUMENT_BYTES:
+            raise CalibrationError(
+                f"{self.path}: a row of {_IDS} has {self._width} ids, more than "
+                f"{MAX_DOCUMENT_BYTES // 4}; give it the shape [N]"
+            )
+        ids = TokenIds(self._read(first, self._width))
+        place = partial(str, f"{self.path}, row {row + 1}")
+        return Document(first, first + self._width, ids, place)
 
     def _read(self, first: int, count: int) -> list[int]:
         ids = self._values(self._ids, first, count)

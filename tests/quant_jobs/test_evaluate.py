@@ -41,6 +41,22 @@ def test_the_source_does_not_differ_from_itself(tiny_model: Path, tmp_path: Path
     assert all(group.artifact_bytes == group.source_bytes for group in result.sizes)
 
 
+@pytest.mark.heavy
+def test_held_out_data_may_be_of_any_kind_that_calibration_data_may(
+    chain: Chain, tmp_path: Path
+) -> None:
+    text = (chain.source / "heldout.txt").read_text(encoding="utf-8")
+    data = tmp_path / "heldout.JSONL"
+    data.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    plain = run_evaluate(
+        chain.engine, chain.source, chain.source / "heldout.txt", tmp_path / "a", SHORT
+    )
+    record = run_evaluate(chain.engine, chain.source, data, tmp_path / "b", SHORT)
+    assert record.data == plain.data
+    with pytest.raises(CalibrationError, match=r"heldout\.csv has the ending \.csv"):
+        run_evaluate(chain.engine, chain.source, tmp_path / "heldout.csv", tmp_path / "c", SHORT)
+
+
 def test_measures_equal_a_slow_direct_computation(chain: Chain) -> None:
     result = read_evaluation(chain.evaluation)
     tokens = read_tokens(chain.evaluation, result)

@@ -177,6 +177,14 @@ def test_a_weight_that_is_none_is_refused_before_anything_is_submitted() -> None
         make_submission(Path("m"), "int8", ["text=-1"], Path("out"), 1)
 
 
+def test_a_file_of_an_unknown_kind_is_refused_and_a_pipe_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"text\.csv has the ending \.csv"):
+        make_submission(Path("m"), "int8", ["text.csv=2"], Path("out"), 1)
+    os.mkfifo(tmp_path / "text.txt")
+    job = make_submission(Path("m"), "int8", [f"{tmp_path}/text.txt"], Path("out"), 1)
+    assert job.base_id  # by its path, as what cannot be read here
+
+
 def test_paths_become_absolute_and_the_command_survives_a_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

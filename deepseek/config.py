@@ -6,8 +6,8 @@ The family is what shares DeepSeek-V3's architecture (`FAMILY`). Moonlight has n
 query attends to; up to that context it is DeepSeek-V3 (`dense_context`).
 
 A key that changes the forward pass is implemented or refused by name. Keys are therefore sorted
-into three tables: fields of `ModelConfig`, `_FIXED` (one value implemented), and `_INERT` (no
-effect on the forward pass). Any other key is an error.
+into three tables: fields of `ModelConfig`, `FIXED` (one value implemented), and `INERT` (no effect
+on the forward pass); the last two are in `config_keys.py`. Any other key is an error.
 
 YaRN (arXiv 2309.00071) applies whenever the config has it, as in transformers, whatever the serving
 limit is. DeepSeek's own inference code applies it only when its `max_seq_len` exceeds the original
@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from deepseek.config_keys import FIXED, INERT
 from deepseek.errors import ConfigError
 
 #: `model_type` of config.json -> the class names that its checkpoints give under `architectures`.
@@ -55,7 +56,8 @@ class ModelConfig:
 
     `q_lora_rank` None: queries are projected from the hidden state by one `q_proj`. `index_*` are
     DeepSeek-V3.2's, None elsewhere. `weight_block_size` is the source's FP8 tile (rows, columns),
-    None for a BF16 source.
+    None for a BF16 source. `eos_token_id` separates documents; where config.json lists several
+    tokens that end a text, it is the first, and the others are `more_eos_token_ids`.
     """
 
     vocab_size: int
@@ -89,6 +91,7 @@ class ModelConfig:
     index_n_heads: int | None = None
     index_head_dim: int | None = None
     index_topk: int | None = None
+    more_eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_fields(self, "")
@@ -110,6 +113,13 @@ class ModelConfig:
             )
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"config.json: qk_rope_head_dim {self.qk_rope_head_dim} is odd")
+        for key, ids in (("bos", (self.bos_token_id,)), ("eos", self.eos_token_ids)):
+            for token_id in ids:
+                if token_id is not None and token_id >= self.vocab_size:
+                    raise ConfigError(
+                        f"config.json: {key}_token_id {token_id} is no token of vocab_size "
+                        f"{self.vocab_size}"
+                    )
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise ConfigError(
                 f"config.json: first_k_dense_replace {self.first_k_dense_replace} lies outside "
@@ -140,6 +150,11 @@ class ModelConfig:
         """Tokens of context up to which attention is dense, so that what IntServe computes is the
         model: all positions, or `index_topk` with an indexer, which then leaves no token out."""
         return min(self.max_position_embeddings, self.index_topk or self.max_position_embeddings)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text, none or several."""
+        return () if self.eos_token_id is None else (self.eos_token_id, *self.more_eos_token_ids)
 
     @property
     def qk_head_dim(self) -> int:
@@ -187,14 +202,16 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """Build from the parsed config.json; see `from_directory` for the errors."""
         given = dict(raw)
+        if ours := sorted(_OURS & given.keys()):
+            raise ConfigError(f"config.json: unknown key {ours[0]!r}; remove it or report it")
         _check_family(given)
-        for key, allowed in _FIXED.items():
+        for key, allowed in FIXED.items():
             if key in given and given.pop(key) not in allowed:
                 raise ConfigError(
                     f"config.json: {key} = {raw[key]!r} is not implemented; "
                     f"only {' or '.join(repr(value) for value in allowed)} is"
                 )
-        for key in _INERT:
+        for key in INERT:
             given.pop(key, None)
         heads = given.pop("num_key_value_heads", given.get("num_attention_heads"))
         if heads != given.get("num_attention_heads"):
@@ -203,6 +220,9 @@ class ModelConfig:
                 f"{given.get('num_attention_heads')}; MLA caches one latent for all heads"
             )
         given["rope_theta"], given["yarn"] = _read_rope(given)
+        if isinstance(given.get("eos_token_id"), list):
+            ids = read_token_ids(given["eos_token_id"], "config.json: eos_token_id")
+            given["eos_token_id"], given["more_eos_token_ids"] = ids[0], ids[1:]
         given["weight_block_size"] = _read_block_size(given.pop("quantization_config", None))
 
         known = {field.name for field in fields(cls)}
@@ -214,47 +234,6 @@ class ModelConfig:
         return cls(**given)
 
 
-# Keys with exactly these values implemented.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "attention_bias": (False,),
-    "attention_dropout": (0, None),
-    "tie_word_embeddings": (False,),
-    "moe_layer_freq": (1,),
-    "rope_interleave": (True,),
-    "mlp_layer_types": (None,),
-}
-
-# Keys that no forward pass reads. auto_map names remote code, which is never loaded.
-_INERT = {
-    "_name_or_path",
-    "auto_map",
-    "aux_loss_alpha",
-    "chunk_size_feed_forward",
-    "dtype",
-    "ep_size",
-    "head_dim",
-    "id2label",
-    "initializer_range",
-    "is_encoder_decoder",
-    "label2id",
-    "num_local_experts",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pad_token_id",
-    "pretraining_tp",
-    "problem_type",
-    "qk_head_dim",
-    "return_dict",
-    "seq_aux",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
-
 _OPTIONAL = {
     "num_nextn_predict_layers",
     "bos_token_id",
@@ -264,7 +243,12 @@ _OPTIONAL = {
     "index_n_heads",
     "index_head_dim",
     "index_topk",
+    "more_eos_token_ids",
 }
+
+
+#: Fields whose names are ours: config.json gives them in another form.
+_OURS = {"yarn", "weight_block_size", "more_eos_token_ids"}
 
 
 def _check_family(given: dict[str, Any]) -> None:
@@ -347,6 +331,20 @@ def _read_block_size(value: Any) -> tuple[int, int] | None:
             "DeepSeek-V3 is released in blocks of [128, 128]"
         )
     return 128, 128
+
+
+def read_token_ids(value: Any, name: str) -> tuple[int, ...]:
+    """One token id or a list of them, as config.json and generation_config.json give `name`.
+
+    Raises:
+        ConfigError: another value, an empty list, or an id given twice.
+    """
+    ids = value if isinstance(value, list) else [value]
+    if not ids or not all(type(item) is int and item >= 0 for item in ids):
+        raise ConfigError(f"{name} = {value!r} must be a token id or a list of token ids")
+    if len(set(ids)) != len(ids):
+        raise ConfigError(f"{name} = {value!r} gives a token id twice")
+    return tuple(ids)
 
 
 def _as_dict(value: Any, key: str) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from quant_jobs.cost.estimate import Estimate, make_estimate
 def run_estimate(
     model: str, recipe: str, nodes: int, *, tokens: int, block_tokens: int, storage_gb: float
 ) -> Estimate:
-    """Estimate a job on `nodes` nodes. `model` is `deepseek-v3` or a checkpoint directory; `tokens`
-    is the number of calibration tokens, `storage_gb` the storage bandwidth of one node in GB/s.
+    """Estimate a job on `nodes` nodes. `model` is a built-in model's name or a checkpoint
+    directory; `tokens` is the number of calibration tokens, `storage_gb` the storage bandwidth of
+    one node in GB/s.
 
     Raises:
         ConfigError: the directory has no readable config.json.

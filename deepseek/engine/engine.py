@@ -41,6 +41,7 @@ from deepseek.engine.sampler import Choice, Draw, choose
 from deepseek.engine.scheduler import Chunk, Schedule, Scheduler
 from deepseek.errors import DeployError, RequestError
 from deepseek.source.checkpoint import CheckpointReader
+from deepseek.stop_tokens import stop_token_ids
 
 LOG = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class LLMEngine:
     """One model, its cache, and the requests under way.
 
     `failure` is the last exception of a step, for health checks. `max_model_len` is the limit of
-    prompt and completion together; the size of the cache bounds it too.
+    prompt and completion together; the size of the cache bounds it too. A text ends at any of
+    `end_token_ids`, the config's by default.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class LLMEngine:
         options: EngineOptions,
         *,
         tokenizer: Tokenizer | None = None,
+        end_token_ids: frozenset[int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = model.config
         self.identity = identity
         self.config = config
         self.tokenizer = tokenizer
+        self._end_token_ids = end_token_ids or frozenset(config.eos_token_ids)
         self.failure: Exception | None = None
         self._options = options
         self._model = model
@@ -123,7 +127,14 @@ class LLMEngine:
             kv_cache=options.kv_cache or manifest.kv_cache,
             page_tokens=options.page_tokens or packed.fields.page_tokens,
         )
-        return cls(model, identity, options, tokenizer=load_tokenizer(engine_dir), clock=clock)
+        return cls(
+            model,
+            identity,
+            options,
+            tokenizer=load_tokenizer(engine_dir),
+            end_token_ids=stop_token_ids(engine_dir, packed.config),
+            clock=clock,
+        )
 
     @classmethod
     def from_checkpoint(
@@ -148,7 +159,14 @@ class LLMEngine:
             kv_cache=options.kv_cache or "bf16",
             page_tokens=options.page_tokens or 16,
         )
-        return cls(model, identity, options, tokenizer=load_tokenizer(source_dir), clock=clock)
+        return cls(
+            model,
+            identity,
+            options,
+            tokenizer=load_tokenizer(source_dir),
+            end_token_ids=stop_token_ids(source_dir, source.config),
+            clock=clock,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -309,7 +327,7 @@ class LLMEngine:
         sampling = sequence.request.sampling
         if token_id in sampling.stop_token_ids:
             return "stop"
-        if token_id == self.config.eos_token_id and not sampling.ignore_eos:
+        if token_id in self._end_token_ids and not sampling.ignore_eos:
             return "stop"
         if len(sequence.output_ids) >= sampling.max_tokens:
             return "length"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,11 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _log = logging.getLogger(__name__)
+
+#: A table of rotary frequencies that older code saved with each layer. Kimi-K2 was released with
+#: them (56 values, where its own code computes 32). The config says all that they could, so they
+#: are no part of the model: not read, not counted, not written. vLLM and SGLang skip them too.
+_ROTARY_TABLE = re.compile(r"model[.]layers[.]\d+[.]self_attn[.]rotary_emb[.]inv_freq")
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _EDGE_BYTES = 64 << 10
@@ -116,6 +122,7 @@ class CheckpointReader:
         self._index_bytes, shards = _list_shards(self.directory)
         self._headers = {name: _open_shard(self.directory / name) for name in sorted(shards)}
         self._shard_of = self._locate(shards)
+        self._check_total()
         self._check_inventory()
         self._unread = set(self._shard_of)
         #: Bytes that `load` has read from storage so far.
@@ -140,7 +147,12 @@ class CheckpointReader:
     def total_bytes(self) -> int:
         """Bytes of all tensors as stored."""
         headers = self._headers.values()
-        return sum(entry.num_bytes for header in headers for entry in header.tensors.values())
+        return sum(
+            entry.num_bytes
+            for header in headers
+            for name, entry in header.tensors.items()
+            if name in self._shard_of
+        )
 
     def num_bytes(self, layer: int | Literal["globals"]) -> int:
         """Bytes, as stored, of one decoder layer or of the tensors outside the layers."""
@@ -250,20 +262,21 @@ class CheckpointReader:
                     "are of different checkpoints"
                 )
             shard_of |= dict.fromkeys(present, shard)
+        return {name: at for name, at in shard_of.items() if not _ROTARY_TABLE.fullmatch(name)}
+
+    def _check_total(self) -> None:
+        """Log it where the index gives another size than the shards have."""
         total = _index_total(self._index_bytes)
         if total is not None and total != self.total_bytes:
             _log.info(
                 "%s says total_size %s; the shards hold %d bytes of tensors",
                 self.directory / INDEX_FILE, total, self.total_bytes,
             )  # fmt: skip
-        return shard_of
 
     def _check_inventory(self) -> None:
         expected = expected_source(self.config)
         actual = {
-            name: entry
-            for header in self._headers.values()
-            for name, entry in header.tensors.items()
+            name: self._headers[shard].tensors[name] for name, shard in self._shard_of.items()
         }
         if missing := set(expected) - set(actual):
             raise CheckpointError(

@@ -1,8 +1,10 @@
-"""Makes checkpoints of random weights in the release's format: DeepSeek-V3's shapes, any depth.
+"""Makes checkpoints of random weights in a release's format: the shapes of a built-in model, any
+depth.
 
 Time and memory of a job on layers of true shapes can be measured with them, without the 688 GB of
-the release; accuracy cannot. Names, shapes and types are the inventory's: linears are e4m3 in FP8
-tiles with an FP32 `weight_scale_inv`, the bias of the router is FP32, all other tensors are BF16.
+DeepSeek-V3; accuracy cannot. Names, shapes and types are the inventory's: linears are e4m3 in FP8
+tiles with an FP32 `weight_scale_inv` (BF16 for Moonlight, as released), the bias of the router is
+FP32, all other tensors are BF16.
 `synthetic_weights.py` makes the values. `quant_jobs synthesize` and the benchmarks call this file.
 """
 
@@ -19,17 +21,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deepseek.config import ModelConfig
+from deepseek.config import FAMILY, ModelConfig
 from deepseek.errors import CheckpointError, ConfigError
 from deepseek.files import write_atomic, write_json
 from deepseek.formats import FP8_BLOCK
 from deepseek.inventory import TensorSpec, tensors
-from deepseek.models import DEEPSEEK_V3
+from deepseek.models import DEEPSEEK_V3, MODELS
 from deepseek.source.checkpoint import INDEX_FILE, scale_name
 from deepseek.source.synthetic_weights import WeightMaker
 from deepseek.tensor_files import stream_tensors
 
-Preset = Literal["deepseek-v3", "small"]
+Preset = Literal["deepseek-v3", "deepseek-v3.2", "kimi-k2", "moonlight", "small"]
 
 #: Largest size of one shard in bytes, unless one tensor is larger; as in the release.
 SHARD_BYTES = 4 << 30
@@ -83,16 +85,18 @@ class Made:
 
 
 def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
-    """The preset's config with other sizes.
+    """The preset's config with other sizes. BOS and EOS are those of the tokenizer of bytes.
 
-    The routed experts form 8, 4 or 2 groups of at least two experts (the first of these numbers
-    that divides them), else one group. A token reaches half of the groups, as in the release.
+    Where the preset has several groups of experts, the routed experts form 8, 4 or 2 groups of at
+    least two experts (the first of these numbers that divides them), else one group. A token
+    reaches half of the groups, as in the release.
 
     Raises:
         ConfigError: the sizes contradict each other, or the vocabulary cannot hold all bytes.
     """
-    base = DEEPSEEK_V3 if preset == "deepseek-v3" else _SMALL
-    groups = next((n for n in (8, 4, 2) if size.experts % n == 0 and size.experts >= 2 * n), 1)
+    base = _SMALL if preset == "small" else MODELS[preset]
+    numbers = (8, 4, 2) if base.n_group > 1 else ()
+    groups = next((n for n in numbers if size.experts % n == 0 and size.experts >= 2 * n), 1)
     reachable = size.experts // groups * max(groups // 2, 1)
     requested: dict[str, int | None] = {
         "vocab_size": size.vocab,
@@ -104,8 +108,15 @@ def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
     }
     overrides: dict[str, Any] = {k: v for k, v in requested.items() if v is not None}
     overrides.setdefault("num_experts_per_tok", min(base.num_experts_per_tok, reachable))
-    config = replace(
+    if overrides.get("vocab_size", base.vocab_size) < MIN_VOCAB:
+        raise ConfigError(
+            f"a vocabulary of {overrides['vocab_size']} cannot hold BOS, EOS and all bytes; "
+            f"--vocab must be at least {MIN_VOCAB}"
+        )
+    return replace(
         base,
+        bos_token_id=0,
+        eos_token_id=1,
         num_hidden_layers=size.layers,
         first_k_dense_replace=size.dense_layers,
         num_nextn_predict_layers=size.mtp_layers,
@@ -114,12 +125,6 @@ def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
         topk_group=max(groups // 2, 1),
         **overrides,
     )
-    if config.vocab_size < MIN_VOCAB:
-        raise ConfigError(
-            f"a vocabulary of {config.vocab_size} cannot hold BOS, EOS and all bytes; "
-            f"--vocab must be at least {MIN_VOCAB}"
-        )
-    return config
 
 
 def synthesize(
@@ -138,7 +143,6 @@ def synthesize(
     Raises:
         CheckpointError: `output` is a file or not empty, or the disk is too small.
     """
-    assert config.weight_block_size == (FP8_BLOCK, FP8_BLOCK)
     _check_place(output, num_bytes(config))
     output.mkdir(parents=True, exist_ok=True)
     maker = WeightMaker(config, seed)
@@ -180,7 +184,7 @@ def shard_layouts(
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
     for spec in tensors(config):
-        stored = _stored(spec)
+        stored = _stored(config, spec)
         size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())
         if filled and filled + size > shard_bytes:
             shards.append({})
@@ -191,14 +195,15 @@ def shard_layouts(
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model in FP8 tiles, with the release's keys."""
-    renamed = ("yarn", "weight_block_size")
+    """The config.json of a synthetic model, with the release's keys."""
+    other = {"yarn", "weight_block_size", "model_type", "more_eos_token_ids"}
+    other |= set() if config.has_indexer else {"index_n_heads", "index_head_dim", "index_topk"}
     raw: dict[str, Any] = {
-        key: getattr(config, key) for key in config.__slots__ if key not in renamed
+        key: getattr(config, key) for key in config.__slots__ if key not in other
     }
     raw |= {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
+        "architectures": [*FAMILY[config.model_type]],
+        "model_type": config.model_type,
         "hidden_act": "silu",
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
@@ -208,13 +213,14 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_attention_heads,
         "torch_dtype": "bfloat16",
         "rope_scaling": None,
-        "quantization_config": {
+    }
+    if config.weight_block_size is not None:
+        raw["quantization_config"] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-        },
-    }
+        }
     if config.yarn is not None:
         scaling = {key: getattr(config.yarn, key) for key in config.yarn.__slots__}
         raw["rope_scaling"] = {"type": "yarn", **scaling}
@@ -243,10 +249,12 @@ def _check_place(output: Path, needed_bytes: int) -> None:
         )
 
 
-def _stored(spec: TensorSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _stored(
+    config: ModelConfig, spec: TensorSpec
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     if spec.kind == "float32":
         return {spec.name: (torch.float32, spec.shape)}
-    if spec.kind == "high":
+    if spec.kind == "high" or config.weight_block_size is None:
         return {spec.name: (torch.bfloat16, spec.shape)}
     num_tiles = tuple(-(-size // FP8_BLOCK) for size in spec.shape)
     return {

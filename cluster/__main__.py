@@ -17,7 +17,7 @@ from deepseek.recipe import builtin_recipes, load_recipe
 from deepseek.source.origin import load_model_config
 
 app = make_app(
-    """Plan DeepSeek-V3 on machines, before anything is read or rented.
+    """Plan DeepSeek-V3 or a model of its family on machines, before anything is read or rented.
 
     What quantizing takes there: `python -m quant_jobs estimate`.
     """

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cluster.hardware import GpuGeneration
-from cluster.matrix import GLOBS, KV_CACHE, MIXES, PARTS, ROWS, TARGETS, Row, Target
+from cluster.matrix import GLOBS, KV_CACHE, MIXES, ROWS, TARGETS, Row, Target
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.inventory import FUSED, Group, group_of
@@ -68,7 +68,8 @@ def examine(
     by_row: dict[Row, list[tuple[str, str]]] = {}
     for part, form in sorted(used) + [(KV_CACHE, kv_cache)]:
         by_row.setdefault(find_row(known, gpu, part, form), []).append((part, form))
-    refusals = [_refusal(row, cells) for row, cells in by_row.items() if not row.loads]
+    parts = {part for part, _ in used}
+    refusals = [_refusal(row, cells, parts) for row, cells in by_row.items() if not row.loads]
     notes = [row.text for row in by_row if row.loads and row.text]
     if gpu != "cpu" and not any(_stops_everything(row) for row in by_row):
         refusals += _fused_refusals(schemes, known)
@@ -123,12 +124,13 @@ def _stops_everything(row: Row) -> bool:
     return not row.loads and KV_CACHE in row.parts and len(row.parts) > 1
 
 
-def _refusal(row: Row, cells: list[tuple[str, str]]) -> Refusal:
+def _refusal(row: Row, cells: list[tuple[str, str]], all_parts: set[str]) -> Refusal:
+    """The refusal of one row; `all_parts` are the parts that the model has."""
     if _stops_everything(row):
         part = "anything on this hardware"
     else:
         parts = {part for part, _ in cells}
-        which = "every linear" if parts == PARTS else _and(sorted(parts))
+        which = "every linear" if parts == all_parts else _and(sorted(parts))
         part = f"{which} as {_and(sorted({form for _, form in cells}))}"
     globs = [GLOBS[part] for part, _ in cells if part in GLOBS]
     rules = _and(f'{{match: "{glob}", {row.instead}}}' for glob in dict.fromkeys(globs))

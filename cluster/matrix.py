@@ -26,7 +26,8 @@ TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang", "embedded")
 Evidence = Literal["read", "reported", "inferred", "unverified"]
 
 KV_CACHE = "kv_cache"
-#: Part -> the glob that a recipe rule uses for it.
+#: Part -> the glob that a recipe rule uses for it. A model has q_a_proj and q_b_proj, or without a
+#: query latent q_proj, which every engine loads as a linear of its own, as it does q_b_proj.
 GLOBS = {
     "routed_experts": "*.mlp.experts.*",
     "shared_experts": "*.shared_experts.*",
@@ -34,6 +35,7 @@ GLOBS = {
     "q_a_proj": "*.q_a_proj",
     "kv_a_proj_with_mqa": "*.kv_a_proj_with_mqa",
     "q_b_proj": "*.q_b_proj",
+    "q_proj": "*.q_proj",
     "kv_b_proj": "*.kv_b_proj",
     "o_proj": "*.o_proj",
 }
@@ -43,7 +45,7 @@ ROUTED = frozenset({"routed_experts"})
 MLA = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
 GENERIC = PARTS - ROUTED - MLA
 KV_B = frozenset({"kv_b_proj"})
-#: Fused by every GPU engine, 2112 outputs for DeepSeek-V3.
+#: Fused by every GPU engine where there is a query latent.
 QKV_A = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
 #: DeepSeek-V3.2's, which no rule changes: FP8 blocks or BF16, as released.
 INDEXER = frozenset({"indexer"})
@@ -167,8 +169,8 @@ _VLLM = (
     Row("vllm", SM80, PARTS, INT8_ASYM, False, "vLLM marlin_utils.py, machete.py", "read",
         "its kernels for Ampere take zero points of 4 bits only", _ADD, _INT8),
     Row("vllm", SM90, QKV_A, INT8_ASYM, False, "vLLM machete_utils.py", "read",
-        "Machete, its only kernel for 8-bit zero points, takes outputs in multiples of 128, and "
-        "these two together have 2112", _ADD, _INT8),
+        "Machete, its only kernel for 8-bit zero points, takes outputs in multiples of 128; "
+        "kv_a_proj_with_mqa has 576, together with q_a_proj 2112", _ADD, _INT8),
     Row("vllm", SM90, PARTS, INT8_ASYM, True, "vLLM machete.py", "inferred",
         "zero points of 8 bits go through Machete; smoke-test the wheel"),
     Row("vllm", SM80 | SM90, PARTS, W4A8, False, "vLLM compressed_tensors.py _is_fp8_w4a8", "read",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import get_args
@@ -139,6 +139,12 @@ class Tally:
             examples.setdefault(key, spec)
         self._kinds = [(_kind(examples[key], schemes), count) for key, count in counts.items()]
 
+    def linears(self) -> Iterator[tuple[str, Split, tuple[int, ...], Scheme]]:
+        """Group, split, shape [N, K] and scheme of the linears, each combination once."""
+        for kind, _ in self._kinds:
+            if kind.scheme is not None:
+                yield kind.group, kind.split, kind.shape, kind.scheme
+
     def gpu_footprint(self, tp: int, kv_format: KVFormat, *, mtp: bool = False) -> Footprint:
         """Bytes on `tp` GPUs under tensor parallelism (attention, dense MLP, shared expert,
         vocabulary) and expert parallelism (whole routed experts per GPU)."""
@@ -243,10 +249,10 @@ def _bytes_of(kind: _Kind, tp: int, num_experts: int) -> GroupBytes:
             share = [math.ceil(size * fullest / num_experts) for size in (values, scales)]
             return GroupBytes(values, share[0], scales, share[1])
         case "column":
-            ways = _ways(kind.shape[0], _granule(kind.scheme, "column"), tp)
+            ways = _ways(kind.shape[0], granule(kind.scheme, "column"), tp)
             return GroupBytes(values, -(-values // ways), scales, -(-scales // ways))
         case "row":
-            ways = _ways(kind.shape[1], _granule(kind.scheme, "row"), tp)
+            ways = _ways(kind.shape[1], granule(kind.scheme, "row"), tp)
             # A scale per output channel does not split by inputs: every GPU needs all of them.
             split_scales = kind.scheme is not None and not kind.scheme.weights.startswith("int8")
             scales_per_gpu = -(-scales // ways) if split_scales else scales
@@ -265,7 +271,7 @@ def _stored(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
     return values, scales
 
 
-def _granule(scheme: Scheme | None, split: Split) -> int:
+def granule(scheme: Scheme | None, split: Split) -> int:
     """The smallest number of outputs (column) or inputs (row) that a weight is split by."""
     if scheme is None:
         return 1

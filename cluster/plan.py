@@ -15,6 +15,7 @@ from cluster.deployability import Findings, Refusal, examine, require_target, se
 from cluster.hardware import GPUS_PER_NODE, GpuGeneration, Machines
 from cluster.matrix import Target
 from cluster.memory import GROUPS, Footprint, Tally
+from cluster.splits import split_notes, split_refusals
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.recipe import Recipe
@@ -212,7 +213,8 @@ def _choose(
         candidates = GPU_TARGETS if machines.hardware.is_gpu else ("embedded",)
     met: list[Refusal] = []
     for candidate in candidates:
-        findings = _findings(config, recipe, candidate, machines.hardware.generation, mtp)
+        gpu = machines.hardware.generation
+        findings = _findings(config, recipe, candidate, gpu, machines.num_gpus, mtp)
         refusals = [*findings.refusals, *_mtp_refusals(candidate, mtp)]
         met += refusals
         if not refusals:
@@ -222,10 +224,21 @@ def _choose(
 
 @lru_cache(maxsize=128)
 def _findings(
-    config: ModelConfig, recipe: Recipe, target: Target, gpu: GpuGeneration, mtp: bool
+    config: ModelConfig,
+    recipe: Recipe,
+    target: Target,
+    gpu: GpuGeneration,
+    num_gpus: int,
+    mtp: bool,
 ) -> Findings:
-    schemes = served_schemes(config, tally_of(config, recipe).schemes, mtp=mtp)
-    return examine(schemes, recipe.kv_cache, target, gpu)
+    tally = tally_of(config, recipe)
+    found = examine(served_schemes(config, tally.schemes, mtp=mtp), recipe.kv_cache, target, gpu)
+    if found.refusals or target == "embedded":
+        return found
+    return Findings(
+        tuple(split_refusals(tally, target, num_gpus)),
+        (*found.notes, *split_notes(tally, target, num_gpus)),
+    )
 
 
 def _mtp_refusals(target: Target, mtp: bool) -> list[Refusal]:

@@ -6,8 +6,8 @@ The family is what shares DeepSeek-V3's architecture (`FAMILY`). Moonlight has n
 query attends to; up to that context it is DeepSeek-V3 (`dense_context`).
 
 A key that changes the forward pass is implemented or refused by name. Keys are therefore sorted
-into three tables: fields of `ModelConfig`, `_FIXED` (one value implemented), and `_INERT` (no
-effect on the forward pass). Any other key is an error.
+into three tables: fields of `ModelConfig`, `FIXED` (one value implemented), and `INERT` (no effect
+on the forward pass); the last two are in `config_keys.py`. Any other key is an error.
 
 YaRN (arXiv 2309.00071) applies whenever the config has it, as in transformers, whatever the serving
 limit is. DeepSeek's own inference code applies it only when its `max_seq_len` exceeds the original
@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from deepseek.config_keys import FIXED, INERT
 from deepseek.errors import ConfigError
 from deepseek.limits import MAX_TENSORS, excess, num_source_tensors
 from deepseek.untrusted import UnusableFileError, parse_json_object, read_bytes, show
@@ -58,7 +59,8 @@ class ModelConfig:
 
     `q_lora_rank` None: queries are projected from the hidden state by one `q_proj`. `index_*` are
     DeepSeek-V3.2's, None elsewhere. `weight_block_size` is the source's FP8 tile (rows, columns),
-    None for a BF16 source.
+    None for a BF16 source. `eos_token_id` separates documents; where config.json lists several
+    tokens that end a text, it is the first, and the others are `more_eos_token_ids`.
     """
 
     vocab_size: int
@@ -92,6 +94,7 @@ class ModelConfig:
     index_n_heads: int | None = None
     index_head_dim: int | None = None
     index_topk: int | None = None
+    more_eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_fields(self, "")
@@ -113,6 +116,13 @@ class ModelConfig:
             )
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"config.json: qk_rope_head_dim {self.qk_rope_head_dim} is odd")
+        for key, ids in (("bos", (self.bos_token_id,)), ("eos", self.eos_token_ids)):
+            for token_id in ids:
+                if token_id is not None and token_id >= self.vocab_size:
+                    raise ConfigError(
+                        f"config.json: {key}_token_id {token_id} is no token of vocab_size "
+                        f"{self.vocab_size}"
+                    )
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise ConfigError(
                 f"config.json: first_k_dense_replace {self.first_k_dense_replace} lies outside "
@@ -125,12 +135,6 @@ class ModelConfig:
                 f"experts are about {num_tensors:,} tensors, more than {MAX_TENSORS:,}; correct "
                 "num_hidden_layers or n_routed_experts"
             )
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(self, name)
-            if token is not None and token >= self.vocab_size:
-                raise ConfigError(
-                    f"config.json: {name} {token} is no token of a vocabulary of {self.vocab_size}"
-                )
 
     def _check_indexer(self) -> None:
         """Check that the indexer's shapes are given for DeepSeek-V3.2 and for nothing else."""
@@ -168,6 +172,11 @@ class ModelConfig:
         )
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text, none or several."""
+        return () if self.eos_token_id is None else (self.eos_token_id, *self.more_eos_token_ids)
+
+    @property
     def qk_head_dim(self) -> int:
         """Width of one query head: the part without position plus the rotary part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -200,18 +209,18 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """Build from the parsed config.json; see `from_directory` for the errors."""
         given = dict(raw)
+        if ours := sorted(_OURS & given.keys()):
+            raise ConfigError(f"config.json: unknown key {ours[0]!r}; remove it or report it")
         _check_family(given)
         _check_layer_types(given)
-        for key, allowed in (_FIXED | _NEUTRAL).items():
+        for key, allowed in FIXED.items():
             if key in given and given.pop(key) not in allowed:
                 raise ConfigError(
                     f"config.json: {key} = {show(raw[key])} is not implemented; "
                     f"only {' or '.join(repr(value) for value in allowed)} is"
                 )
-        for key in _INERT:
+        for key in INERT:
             given.pop(key, None)
-        if isinstance(given.get("eos_token_id"), list) and len(given["eos_token_id"]) == 1:
-            given["eos_token_id"] = given["eos_token_id"][0]
         if given.get("num_nextn_predict_layers", 0) is None:
             given["num_nextn_predict_layers"] = 0
         heads = given.pop("num_key_value_heads", given.get("num_attention_heads"))
@@ -221,11 +230,13 @@ class ModelConfig:
                 f"{show(given.get('num_attention_heads'))}; MLA caches one latent for all heads"
             )
         given["rope_theta"], given["yarn"] = _read_rope(given)
+        if isinstance(given.get("eos_token_id"), list):
+            ids = read_token_ids(given["eos_token_id"], "config.json: eos_token_id")
+            given["eos_token_id"], given["more_eos_token_ids"] = ids[0], ids[1:]
         given["weight_block_size"] = _read_block_size(given.pop("quantization_config", None))
 
         known = {field.name for field in fields(cls)}
-        derived = {"yarn", "weight_block_size"}  # ours, from rope_scaling and quantization_config
-        if extra := sorted((set(given) - known) | (set(raw) & derived)):
+        if extra := sorted(set(given) - known):
             raise ConfigError(f"config.json: unknown key {show(extra[0])}; remove it or report it")
         required = {field.name for field in fields(cls) if field.name not in _OPTIONAL}
         if missing := sorted(required - set(given)):
@@ -249,60 +260,6 @@ def read_config(directory: Path | str) -> tuple[bytes, dict[str, Any]]:
         raise ConfigError(f"{path} {error}{hint}") from error
 
 
-# Keys with exactly these values implemented.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "attention_bias": (False,),
-    "attention_dropout": (0, None),
-    "tie_word_embeddings": (False,),
-    "moe_layer_freq": (1,),
-    "rope_interleave": (True,),
-    "indexer_rope_interleave": (False,),
-    "mlp_bias": (False,),
-}
-
-# Keys that no forward pass reads. auto_map names remote code, which is never loaded.
-_INERT = {
-    "_attn_implementation_autoset",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "aux_loss_alpha",
-    "chunk_size_feed_forward",
-    "decoder_start_token_id",
-    "dtype",
-    "ep_size",
-    "finetuning_task",
-    "head_dim",
-    "id2label",
-    "initializer_range",
-    "is_encoder_decoder",
-    "label2id",
-    "num_local_experts",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pad_token_id",
-    "prefix",
-    "pretraining_tp",
-    "problem_type",
-    "qk_head_dim",
-    "return_dict",
-    "sep_token_id",
-    "seq_aux",
-    "task_specific_params",
-    "tf_legacy_loss",
-    "tokenizer_class",
-    "torch_dtype",
-    "torchscript",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
-}
-
 _OPTIONAL = {
     "num_nextn_predict_layers",
     "bos_token_id",
@@ -312,7 +269,12 @@ _OPTIONAL = {
     "index_n_heads",
     "index_head_dim",
     "index_topk",
+    "more_eos_token_ids",
 }
+
+
+#: Fields whose names are ours: config.json gives them in another form.
+_OURS = {"yarn", "weight_block_size", "more_eos_token_ids"}
 
 
 def _check_family(given: dict[str, Any]) -> None:
@@ -334,21 +296,6 @@ def _check_family(given: dict[str, Any]) -> None:
             f"config.json: architectures = {show(architectures)} is not what model_type "
             f"{model_type!r} has, {[*FAMILY[model_type]]!r}"
         )
-
-
-# Keys of other architectures and of transformers, at the value that asks for nothing. They are what
-# a config holds that was saved with all of its defaults.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "is_decoder": (False, None),
-    "mlp_bias": (False, None),
-    "pruned_heads": ({}, None),
-    "sliding_window": (None,),
-    "tie_encoder_decoder": (False, None),
-    "use_bfloat16": (False, None),
-    "use_sliding_window": (False, None),
-}
 
 
 # Keys that transformers 5 knows in YaRN's parameters, at its defaults.
@@ -450,6 +397,20 @@ def _read_block_size(value: Any) -> tuple[int, int] | None:
             "implemented; DeepSeek-V3 is released in blocks of [128, 128]"
         )
     return 128, 128
+
+
+def read_token_ids(value: Any, name: str) -> tuple[int, ...]:
+    """One token id or a list of them, as config.json and generation_config.json give `name`.
+
+    Raises:
+        ConfigError: another value, an empty list, or an id given twice.
+    """
+    ids = value if isinstance(value, list) else [value]
+    if not ids or not all(type(item) is int and item >= 0 for item in ids):
+        raise ConfigError(f"{name} = {show(value)} must be a token id or a list of token ids")
+    if len(set(ids)) != len(ids):
+        raise ConfigError(f"{name} = {show(value)} gives a token id twice")
+    return tuple(ids)
 
 
 def _as_dict(value: Any, key: str) -> dict[str, Any]:

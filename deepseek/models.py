@@ -58,8 +58,9 @@ DEEPSEEK_V3_2 = replace(
     index_topk=2048,
 )
 
-#: Kimi-K2-Instruct-0905 (1,026 B parameters): one group of 384 experts, 64 heads, no MTP layer. The
-#: first release differs in the context (131,072 tokens, YaRN factor 32).
+#: Kimi-K2-Instruct-0905 (1,026 B parameters): one group of 384 experts, 64 heads, no MTP layer.
+#: The first release differs in the context (131,072 tokens, YaRN factor 32); `rms_norm_eps` is
+#: from its config.json (K2-Thinking, which is released in INT4, has 1e-5).
 KIMI_K2 = replace(
     DEEPSEEK_V3,
     model_type="kimi_k2",
@@ -71,7 +72,7 @@ KIMI_K2 = replace(
     routed_scaling_factor=2.827,
     first_k_dense_replace=1,
     max_position_embeddings=262144,
-    rms_norm_eps=1e-5,
+    rms_norm_eps=1e-6,
     rope_theta=50000.0,
     yarn=YarnScaling(
         factor=64.0,
@@ -86,7 +87,8 @@ KIMI_K2 = replace(
     eos_token_id=163585,
 )
 
-#: Moonlight-16B-A3B, released in BF16: no query latent, no YaRN, no MTP layer.
+#: Moonlight-16B-A3B, released in BF16: no query latent, no YaRN, no MTP layer. Its Instruct model
+#: ends texts with token 163586.
 MOONLIGHT = ModelConfig(
     vocab_size=163840,
     hidden_size=2048,

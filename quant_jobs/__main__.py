@@ -22,7 +22,7 @@ from deepseek.models import MODELS
 from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS, STORAGE
 
 app = make_app(
-    """Quantize DeepSeek-V3, build an engine of the result, and prove that it is still good.
+    """Quantize DeepSeek-V3 or a model of its family, build an engine, prove that it is still good.
 
     \b
     quantize   source checkpoint + recipe  -> quantized checkpoint
@@ -369,15 +369,15 @@ def estimate(
 def synthesize_command(
     output: Annotated[Path, typer.Option(help="Directory of the checkpoint; absent or empty.")],
     preset: Annotated[
-        Literal["deepseek-v3", "deepseek-v3.2", "small", "small-v3.2"],
-        typer.Option(help="Shapes of one layer: the release's, or a test's of a few kilobytes."),
+        Literal["deepseek-v3", "deepseek-v3.2", "kimi-k2", "moonlight", "small", "small-v3.2"],
+        typer.Option(help="Shapes of one layer: a release's, or a test's of a few kilobytes."),
     ] = "deepseek-v3",
     layers: Annotated[int, typer.Option(min=1, help="Decoder layers, dense ones included.")] = 4,
     dense_layers: Annotated[int, typer.Option(min=0, help="The first so many are dense.")] = 1,
     mtp_layers: Annotated[int, typer.Option(min=0, help="MTP layers behind them.")] = 0,
     experts: Annotated[int, typer.Option(min=1, help="Routed experts per MoE layer.")] = 16,
     experts_per_token: Annotated[
-        int | None, typer.Option(min=1, help="8, or as many as a token can reach, without it.")
+        int | None, typer.Option(min=1, help="As the release, or all a token can reach, without.")
     ] = None,
     vocab: Annotated[
         int | None,
@@ -392,11 +392,12 @@ def synthesize_command(
     seed: Annotated[int, typer.Option(help="Same seed and sizes, same bytes.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make a checkpoint of random weights in the release's FP8 format, to measure a job with.
+    """Make a checkpoint of random weights in a release's format, to measure a job with.
 
     \b
     Examples:
       python -m quant_jobs synthesize --output runs/v3-layers --layers 4 --experts 16 --vocab 1024
+      python -m quant_jobs synthesize --output runs/kimi --preset kimi-k2 --layers 2 --vocab 1024
       python -m quant_jobs synthesize --output runs/small --preset small --layers 3 --experts 8
     """
     from deepseek.source.synthetic import Size

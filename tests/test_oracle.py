@@ -19,6 +19,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.utils import match_name
 from safetensors.torch import load_file
 from support.engines import make_artifact, make_engine
+from support.family import NAMES, Name, family_model
 from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -46,6 +47,8 @@ CALIBRATED = {
     "int4-all-awq": TOLERANCE["int4-all"],
     "w4a8": TOLERANCE["w4a8"],
 }
+#: The same for models of random weights, where roundings reroute more tokens.
+FAMILY_TOLERANCE = (1e-4, 5e-3, 0.03)
 NUM_TOKENS = 384
 
 
@@ -70,6 +73,19 @@ def test_compressed_tensors_and_transformers_alone_give_the_engines_logits(
     assert_agreement(
         artifact, make_engine(tiny_model, recipe, base), token_ids, TOLERANCE[recipe], recipe
     )
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("recipe", ["int8-weight-only", "int4-all"])
+def test_so_do_kimi_and_moonlight(
+    recipe: str, name: Name, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = tmp_path_factory.getbasetemp()
+    source = family_model(name, base).directory
+    ids = torch.randint(0, 96, (96,), generator=torch.Generator().manual_seed(6))
+    artifact, engine = make_artifact(source, recipe, base), make_engine(source, recipe, base)
+    assert_agreement(artifact, engine, ids, FAMILY_TOLERANCE, f"{name} {recipe}")
 
 
 @pytest.mark.slow

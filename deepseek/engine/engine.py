@@ -46,6 +46,8 @@ from deepseek.engine.sampler import Choice, Draw, choose
 from deepseek.engine.scheduler import Chunk, Schedule, Scheduler
 from deepseek.errors import DeployError, RequestError
 from deepseek.source.checkpoint import CheckpointReader
+from deepseek.stop_tokens import FILE as GENERATION_FILE
+from deepseek.stop_tokens import merge_stop_tokens, stop_token_ids
 
 LOG = logging.getLogger(__name__)
 
@@ -63,7 +65,8 @@ class LLMEngine:
 
     `failure` is the last exception of a step, for health checks. `max_model_len` is the limit of
     prompt and completion together: at most `ModelConfig.dense_context`, because attention is dense;
-    the size of the cache bounds it too.
+    the size of the cache bounds it too. A text ends at any of `end_token_ids`, the config's by
+    default.
     """
 
     def __init__(
@@ -73,12 +76,14 @@ class LLMEngine:
         options: EngineOptions,
         *,
         tokenizer: Tokenizer | None = None,
+        end_token_ids: frozenset[int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = model.config
         self.identity = identity
         self.config = config
         self.tokenizer = tokenizer
+        self._end_token_ids = end_token_ids or frozenset(config.eos_token_ids)
         self.failure: Exception | None = None
         self._options = options
         self._model = model
@@ -127,8 +132,17 @@ class LLMEngine:
             kv_cache=options.kv_cache or manifest.kv_cache,
             page_tokens=options.page_tokens or packed.fields.page_tokens,
         )
-        tokenizer = engine_tokenizer(Path(engine_dir), packed.documents)
-        return cls(model, identity, options, tokenizer=tokenizer, clock=clock)
+        directory, documents = Path(engine_dir), packed.documents
+        return cls(
+            model,
+            identity,
+            options,
+            tokenizer=engine_tokenizer(directory, documents),
+            end_token_ids=merge_stop_tokens(
+                documents.get(GENERATION_FILE), directory / GENERATION_FILE, packed.config
+            ),
+            clock=clock,
+        )
 
     @classmethod
     def from_checkpoint(
@@ -153,7 +167,14 @@ class LLMEngine:
             kv_cache=options.kv_cache or "bf16",
             page_tokens=options.page_tokens or 16,
         )
-        return cls(model, identity, options, tokenizer=load_tokenizer(source_dir), clock=clock)
+        return cls(
+            model,
+            identity,
+            options,
+            tokenizer=load_tokenizer(source_dir),
+            end_token_ids=stop_token_ids(source_dir, source.config),
+            clock=clock,
+        )
 
     @property
     def is_cut_to_dense(self) -> bool:
@@ -320,7 +341,7 @@ class LLMEngine:
         sampling = sequence.request.sampling
         if token_id in sampling.stop_token_ids:
             return "stop"
-        if token_id == self.config.eos_token_id and not sampling.ignore_eos:
+        if token_id in self._end_token_ids and not sampling.ignore_eos:
             return "stop"
         if len(sequence.output_ids) >= sampling.max_tokens:
             return "length"

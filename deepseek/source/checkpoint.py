@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -32,10 +33,20 @@ from deepseek.source.index import INDEX_FILE, Listing, list_shards
 from deepseek.source.origin import SCALE_SUFFIX, as_named, refuse_quantized, true_config, warn_once
 from deepseek.source.shards import Shard, open_shard
 from deepseek.source.values import check_scales, check_values
-from deepseek.tensor_files import DTYPE_NAMES, read_tensor, tensor_digest
+from deepseek.tensor_files import DTYPE_NAMES, TensorEntry, read_tensor, tensor_digest
 from deepseek.untrusted import show, show_name
 
 _log = logging.getLogger(__name__)
+
+#: A table of rotary frequencies that older code saved with each layer. Kimi-K2 was released with
+#: them (56 values, where its own code computes 32). The config says all that they could, so they
+#: are no part of the model: not read, not counted, not written. vLLM and SGLang skip them too.
+_ROTARY_TABLE = re.compile(r"model[.]layers[.]\d+[.]self_attn[.]rotary_emb[.]inv_freq")
+
+#: A table of rotary frequencies that older code saved with each layer. Kimi-K2 was released with
+#: them (56 values, where its own code computes 32). The config says all that they could, so they
+#: are no part of the model: not read, not counted, not written. vLLM and SGLang skip them too.
+_ROTARY_TABLE = re.compile(r"model[.]layers[.]\d+[.]self_attn[.]rotary_emb[.]inv_freq")
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _EDGE_BYTES = 64 << 10
@@ -171,11 +182,7 @@ class CheckpointReader:
     @property
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of every tensor as stored, by name; scales are tensors of their own."""
-        return {
-            name: entry.num_bytes
-            for shard in self._shards.values()
-            for name, entry in shard.header.tensors.items()
-        }
+        return {name: self._entry(name).num_bytes for name in self._shard_of}
 
     def num_bytes(self, layer: int | Literal["globals"]) -> int:
         """Bytes, as stored, of one decoder layer or of the tensors outside the layers."""
@@ -183,14 +190,11 @@ class CheckpointReader:
             global_tensors(self.config) if layer == "globals" else layer_tensors(self.config, layer)
         )
         names = {name for spec in specs for name in (spec.name, scale_name(spec.name))}
-        return sum(
-            self._shards[self._shard_of[name]].header.tensors[name].num_bytes
-            for name in names & self._shard_of.keys()
-        )
+        return sum(self._entry(name).num_bytes for name in names & self._shard_of.keys())
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The type that a tensor is stored in."""
-        return self._shards[self._shard_of[name]].header.tensors[name].dtype
+        return self._entry(name).dtype
 
     def read_layer(self, layer: int) -> dict[str, SourceTensor]:
         """All tensors of one decoder layer by name, mapped from their files. MTP layers come after
@@ -257,6 +261,10 @@ class CheckpointReader:
         self._unread -= set(names)
         return _with_scales(specs, stored)
 
+    def _entry(self, name: str) -> TensorEntry:
+        """What the header of its shard says of one tensor."""
+        return self._shards[self._shard_of[name]].header.tensors[name]
+
     def _open(self, name: str, listed: AbstractSet[str] | None) -> None:
         """Open one shard and check its names against the index, before the next one costs time."""
         shard = open_shard(self.directory, name)
@@ -272,7 +280,9 @@ class CheckpointReader:
                 "are of different checkpoints"
             )
         self._shards[name] = shard
-        self._shard_of |= dict.fromkeys(present, name)
+        self._shard_of |= {
+            tensor: name for tensor in present if not _ROTARY_TABLE.fullmatch(tensor)
+        }
 
     def _log_total(self, listing: Listing) -> None:
         """Note a `total_size` that is not the bytes of the tensors; see `Listing`."""
@@ -284,11 +294,7 @@ class CheckpointReader:
 
     def _check_inventory(self) -> None:
         expected = expected_source(self.config)
-        actual = {
-            name: entry
-            for shard in self._shards.values()
-            for name, entry in shard.header.tensors.items()
-        }
+        actual = {name: self._entry(name) for name in self._shard_of}
         if missing := set(expected) - set(actual):
             raise CheckpointError(
                 f"{self.directory}: {_name_first(missing)} missing; config.json announces it"

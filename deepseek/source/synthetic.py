@@ -1,9 +1,10 @@
-"""Makes checkpoints of random weights in the release's format: DeepSeek-V3's shapes, any depth.
+"""Makes checkpoints of random weights in a release's format: the shapes of a built-in model, any
+depth.
 
 Time and memory of a job on layers of true shapes can be measured with them, without the 688 GB of
-the release; accuracy cannot. Names, shapes and types are the inventory's: linears are e4m3 in FP8
-tiles with an FP32 `weight_scale_inv`, the bias of the router and the norm of an indexer are FP32,
-all other tensors are BF16.
+DeepSeek-V3; accuracy cannot. Names, shapes and types are the inventory's: linears are e4m3 in FP8
+tiles with an FP32 `weight_scale_inv` (BF16 for Moonlight, as released), the bias of the router and
+the norm of an indexer are FP32, all other tensors are BF16.
 `synthetic_weights.py` makes the values. `quant_jobs synthesize` and the benchmarks call this file.
 """
 
@@ -24,14 +25,14 @@ from deepseek.errors import CheckpointError, ConfigError
 from deepseek.files import write_atomic, write_json
 from deepseek.formats import FP8_BLOCK
 from deepseek.inventory import TensorSpec, tensors
-from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2
+from deepseek.models import DEEPSEEK_V3, MODELS
 from deepseek.outputs import check_directory, check_space, make_directory
 from deepseek.source.checkpoint import scale_name
 from deepseek.source.index import INDEX_FILE
 from deepseek.source.synthetic_weights import WeightMaker
 from deepseek.tensor_files import stream_tensors
 
-Preset = Literal["deepseek-v3", "deepseek-v3.2", "small", "small-v3.2"]
+Preset = Literal["deepseek-v3", "deepseek-v3.2", "kimi-k2", "moonlight", "small", "small-v3.2"]
 
 #: Largest size of one shard in bytes, unless one tensor is larger; as in the release.
 SHARD_BYTES = 4 << 30
@@ -54,9 +55,8 @@ _SMALL = replace(
     qk_rope_head_dim=32,
     v_head_dim=64,
 )
-_PRESETS: dict[Preset, ModelConfig] = {
-    "deepseek-v3": DEEPSEEK_V3,
-    "deepseek-v3.2": DEEPSEEK_V3_2,
+_PRESETS: dict[str, ModelConfig] = {
+    **MODELS,
     "small": _SMALL,
     "small-v3.2": replace(
         _SMALL, model_type="deepseek_v32", index_n_heads=2, index_head_dim=64, index_topk=512
@@ -93,16 +93,18 @@ class Made:
 
 
 def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
-    """The preset's config with other sizes.
+    """The preset's config with other sizes. BOS and EOS are those of the tokenizer of bytes.
 
-    The routed experts form 8, 4 or 2 groups of at least two experts (the first of these numbers
-    that divides them), else one group. A token reaches half of the groups, as in the release.
+    Where the preset has several groups of experts, the routed experts form 8, 4 or 2 groups of at
+    least two experts (the first of these numbers that divides them), else one group. A token
+    reaches half of the groups, as in the release.
 
     Raises:
         ConfigError: the sizes contradict each other, or the vocabulary cannot hold all bytes.
     """
     base = _PRESETS[preset]
-    groups = next((n for n in (8, 4, 2) if size.experts % n == 0 and size.experts >= 2 * n), 1)
+    numbers = (8, 4, 2) if base.n_group > 1 else ()
+    groups = next((n for n in numbers if size.experts % n == 0 and size.experts >= 2 * n), 1)
     reachable = size.experts // groups * max(groups // 2, 1)
     requested: dict[str, int | None] = {
         "vocab_size": size.vocab,
@@ -114,8 +116,15 @@ def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
     }
     overrides: dict[str, Any] = {k: v for k, v in requested.items() if v is not None}
     overrides.setdefault("num_experts_per_tok", min(base.num_experts_per_tok, reachable))
-    config = replace(
+    if overrides.get("vocab_size", base.vocab_size) < MIN_VOCAB:
+        raise ConfigError(
+            f"a vocabulary of {overrides['vocab_size']} cannot hold BOS, EOS and all bytes; "
+            f"--vocab must be at least {MIN_VOCAB}"
+        )
+    return replace(
         base,
+        bos_token_id=0,
+        eos_token_id=1,
         num_hidden_layers=size.layers,
         first_k_dense_replace=size.dense_layers,
         num_nextn_predict_layers=size.mtp_layers,
@@ -124,12 +133,6 @@ def synthetic_config(size: Size, preset: Preset = "deepseek-v3") -> ModelConfig:
         topk_group=max(groups // 2, 1),
         **overrides,
     )
-    if config.vocab_size < MIN_VOCAB:
-        raise ConfigError(
-            f"a vocabulary of {config.vocab_size} cannot hold BOS, EOS and all bytes; "
-            f"--vocab must be at least {MIN_VOCAB}"
-        )
-    return config
 
 
 def synthesize(
@@ -149,7 +152,6 @@ def synthesize(
         CheckpointError: `output` is not empty.
         OutputError: `output` cannot be a directory, or the disk is too small or refuses a file.
     """
-    assert config.weight_block_size == (FP8_BLOCK, FP8_BLOCK)
     _check_place(output, num_bytes(config))
     make_directory(output)
     maker = WeightMaker(config, seed)
@@ -191,7 +193,7 @@ def shard_layouts(
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
     for spec in tensors(config):
-        stored = _stored(spec)
+        stored = _stored(config, spec)
         size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())
         if filled and filled + size > shard_bytes:
             shards.append({})
@@ -202,15 +204,15 @@ def shard_layouts(
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model in FP8 tiles, with the release's keys."""
-    left_out = {"yarn", "weight_block_size"}  # under other names
-    if not config.has_indexer:
-        left_out |= {"index_n_heads", "index_head_dim", "index_topk"}
+    """The config.json of a synthetic model, with the release's keys."""
+    other = {"yarn", "weight_block_size", "model_type", "more_eos_token_ids"}
+    other |= set() if config.has_indexer else {"index_n_heads", "index_head_dim", "index_topk"}
     raw: dict[str, Any] = {
-        key: getattr(config, key) for key in config.__slots__ if key not in left_out
+        key: getattr(config, key) for key in config.__slots__ if key not in other
     }
     raw |= {
         "architectures": [*FAMILY[config.model_type]],
+        "model_type": config.model_type,
         "hidden_act": "silu",
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
@@ -220,13 +222,14 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_attention_heads,
         "torch_dtype": "bfloat16",
         "rope_scaling": None,
-        "quantization_config": {
+    }
+    if config.weight_block_size is not None:
+        raw["quantization_config"] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-        },
-    }
+        }
     if config.yarn is not None:
         scaling = {key: getattr(config.yarn, key) for key in config.yarn.__slots__}
         raw["rope_scaling"] = {"type": "yarn", **scaling}
@@ -248,10 +251,12 @@ def _check_place(output: Path, needed_bytes: int) -> None:
     check_space(output, needed_bytes, remedy)
 
 
-def _stored(spec: TensorSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _stored(
+    config: ModelConfig, spec: TensorSpec
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     if spec.kind == "float32":
         return {spec.name: (torch.float32, spec.shape)}
-    if spec.kind == "high":
+    if spec.kind == "high" or config.weight_block_size is None:
         return {spec.name: (torch.bfloat16, spec.shape)}
     num_tiles = tuple(-(-size // FP8_BLOCK) for size in spec.shape)
     return {

@@ -4,9 +4,9 @@ Making them costs about as much as copying. One pool is drawn per model: strips 
 Gaussian weights with a log-normal spread over rows and over columns and a few outlier columns,
 rounded to FP8 tiles. A linear is assembled 128 rows at a time: one strip, its rows shuffled, its
 columns taken from an offset that the whole linear shares (so that outlier columns run through all
-rows), its signs flipped by column. Rows of BF16 tables (embeddings, head, router) start at distinct
-places of one tape of Gaussian numbers. Norm weights spread around 1 with a few outlier channels,
-which cause the outliers of the activations.
+rows), its signs flipped by column; for a BF16 model it is then dequantized. Rows of BF16 tables
+(embeddings, head, router) start at distinct places of one tape of Gaussian numbers. Norm weights
+spread around 1 with a few outlier channels, which cause the outliers of the activations.
 
 The weights lack the correlations of a trained model, so errors measured on them predict nothing.
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deepseek.config import ModelConfig
-from deepseek.formats import FP8_BLOCK, quantize_fp8_block
+from deepseek.formats import FP8_BLOCK, dequantize_fp8_block, quantize_fp8_block
 from deepseek.inventory import TensorSpec, tensors
 
 _NUM_STRIPS = 32
@@ -63,6 +63,7 @@ class WeightMaker:
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._seed = seed
+        self._is_fp8 = config.weight_block_size is not None
         self._specs = {spec.name: spec for spec in tensors(config)}
         shapes = [spec.shape for spec in self._specs.values() if spec.kind == "linear"]
         rows, columns = (max(-(-shape[axis] // FP8_BLOCK) for shape in shapes) for axis in (0, 1))
@@ -81,8 +82,12 @@ class WeightMaker:
         spec = self._specs.get(name)
         if spec is None:
             yield self._choose(self._specs[name.removesuffix("_scale_inv")]).scale
-        elif spec.kind == "linear":
+        elif spec.kind == "linear" and self._is_fp8:
             yield from self._linear(spec)
+        elif spec.kind == "linear":
+            scale = self._choose(spec).scale
+            for row, codes in enumerate(self._linear(spec)):
+                yield dequantize_fp8_block(codes, scale[row : row + 1]).bfloat16()
         elif spec.kind == "float32":
             values = 0.05 * self._random(name).standard_normal(spec.shape[0], np.float32)
             yield torch.from_numpy(values + 1 if name.endswith(".weight") else values)

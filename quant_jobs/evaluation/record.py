@@ -88,7 +88,7 @@ class HeldOut(_Strict):
 
 class Evaluation(_Strict):
     """The whole of evaluation.json. `artifact_digest` is the source's fingerprint and `recipe`
-    "unquantized" for an engine of the source itself. Sizes include the MTP layer, which the
+    "unquantized" for an engine of the source itself. Sizes include any MTP layer, which the
     artifact carries too; `sizes` counts tensors, `artifact_bytes` files, headers included."""
 
     format_version: Literal[1] = 1
@@ -118,6 +118,7 @@ class Evaluation(_Strict):
     def describe(self) -> list[str]:
         """A summary for a person, in lines of text."""
         ratio, kl, top1 = self.perplexity_ratio, self.kl, self.top1
+        has_mtp = any(size.group == "mtp" for size in self.sizes)
         lines = [
             f"engine {self.engine_digest[:16]} ({self.recipe}), "
             f"KV {self.kv_cache}, {self.data.judged_tokens} tokens judged",
@@ -127,7 +128,8 @@ class Evaluation(_Strict):
             f"p50 {kl.p50:.5f}, p99 {kl.p99:.4f}, max {kl.max:.3f}",
             f"top-1 agreement {top1.value:.2%} [{top1.low:.2%}, {top1.high:.2%}]",
             f"size {self.artifact_bytes / 1e6:.2f} MB, {self.artifact_bytes / self.bf16_bytes:.1%} "
-            f"of BF16's {self.bf16_bytes / 1e6:.2f} MB (MTP layer included in both)",
+            f"of BF16's {self.bf16_bytes / 1e6:.2f} MB"
+            + (" (MTP layer included in both)" if has_mtp else ""),
         ]
         lines += [
             f"decode at batch {speed.batch_size}: {speed.tokens_per_s:.0f} tokens/s, "

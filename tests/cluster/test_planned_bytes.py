@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.engines import make_engine
+from support.family import NAMES, Name, family_model
 from support.plans import recipe_of
 from support.synthetic import V3_2, write_checkpoint
 
@@ -37,11 +38,26 @@ def planned_bytes(plan: Plan) -> dict[str, int]:
 def test_a_quantized_engine_allocates_what_was_planned(
     name: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    config = ModelConfig.from_directory(tiny_model)
-    plan = make_plan(config, load_recipe(name), parse_hardware("cpu"))
+    assert_planned(tiny_model, name, tmp_path_factory.getbasetemp())
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-asym"])
+@pytest.mark.parametrize("model", NAMES)
+def test_so_does_one_of_kimi_or_moonlight(
+    model: Name, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = tmp_path_factory.getbasetemp()
+    assert_planned(family_model(model, base).directory, name, base)
+
+
+def assert_planned(source: Path, recipe: str, base: Path) -> None:
+    config = ModelConfig.from_directory(source)
+    plan = make_plan(config, load_recipe(recipe), parse_hardware("cpu"))
+    num_tokens = min(KV_TOKENS, config.max_position_embeddings)
     engine = LLMEngine.load(
-        make_engine(tiny_model, name, tmp_path_factory.getbasetemp()),
-        EngineOptions(max_kv_tokens=KV_TOKENS, max_model_len=KV_TOKENS),
+        make_engine(source, recipe, base),
+        EngineOptions(max_kv_tokens=KV_TOKENS, max_model_len=num_tokens),
     )
     allocated = engine.allocated_bytes()
     planned = planned_bytes(plan)

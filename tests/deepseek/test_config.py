@@ -210,28 +210,46 @@ INDEXER = {
 def test_members_of_the_family_are_read_from_their_own_keys() -> None:
     assert ModelConfig.from_dict(RELEASE | INDEXER) == MODELS["deepseek-v3.2"]
     assert MODELS["deepseek-v3.2"].dense_context == 2048
-    kimi = {
-        "model_type": "kimi_k2",
-        "vocab_size": 163840,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 64,
-        "n_routed_experts": 384,
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 2.827,
-        "first_k_dense_replace": 1,
-        "max_position_embeddings": 262144,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 50000.0,
-        "rope_scaling": YARN | {"factor": 64.0, "beta_fast": 1.0},
-        "num_nextn_predict_layers": 0,
-        "bos_token_id": 163584,
-        "eos_token_id": 163585,
-    }
-    assert ModelConfig.from_dict(RELEASE | kimi) == MODELS["kimi-k2"]
     without_latent = ModelConfig.from_dict(RELEASE | {"q_lora_rank": None})
     assert without_latent.q_lora_rank is None
     assert without_latent.dense_context == 163840
+
+
+def published(name: str) -> dict[str, Any]:
+    path = Path(__file__).parent / "published_configs" / f"{name}.json"
+    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return raw
+
+
+def test_the_published_config_of_kimi_k2_is_read_as_the_built_in_model() -> None:
+    """The first release: the built-in 0905 has twice its context."""
+    context = {
+        "max_position_embeddings": 262144,
+        "rope_scaling": published("kimi-k2-instruct")["rope_scaling"] | {"factor": 64.0},
+    }
+    assert ModelConfig.from_dict(published("kimi-k2-instruct") | context) == MODELS["kimi-k2"]
+    assert ModelConfig.from_dict(published("kimi-k2-instruct")).dense_context == 131072
+
+
+def test_the_published_config_of_moonlight_is_read_as_the_built_in_model() -> None:
+    raw = published("moonlight-16b-a3b-instruct")
+    assert ModelConfig.from_dict(raw | {"eos_token_id": 163585}) == MODELS["moonlight"]
+    assert ModelConfig.from_dict(raw).eos_token_ids == (163586,)
+
+
+def test_keys_that_transformers_4_writes_into_every_config_are_read_at_neutral_values() -> None:
+    """A config.json of Kimi-K2 with them, as its draft models are published with."""
+    raw = published("kimi-k2-all-keys")
+    assert {"num_return_sequences", "output_scores", "prefix"} < raw.keys()
+    config = ModelConfig.from_dict(raw)
+    assert (config.rms_norm_eps, config.eos_token_ids) == (1e-5, (163586,))
+
+
+def test_a_list_of_end_tokens_is_read_and_the_first_separates_documents() -> None:
+    config = ModelConfig.from_dict(RELEASE | {"eos_token_id": [7, 1, 9]})
+    assert (config.eos_token_id, config.eos_token_ids) == (7, (7, 1, 9))
+    assert ModelConfig.from_dict(RELEASE | {"eos_token_id": [1]}) == DEEPSEEK_V3
+    assert ModelConfig.from_dict(RELEASE | {"eos_token_id": None}).eos_token_ids == ()
 
 
 def test_an_indexer_needs_the_query_latent() -> None:
@@ -301,6 +319,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"weight_block_size": [128, 128]}, "unknown key 'weight_block_size'"),
     ({"bos_token_id": 129280}, "bos_token_id 129280 is no token of a vocabulary of 129280"),
     ({"eos_token_id": [1, 2]}, "eos_token_id = [1, 2] must be zero or a positive int"),
+    ({"eos_token_id": []}, "eos_token_id = [] must be a token id or a list of token ids"),
+    ({"eos_token_id": [1, "2"]}, "eos_token_id = [1, '2'] must be a token id or a list"),
+    ({"eos_token_id": [1, 1]}, "eos_token_id = [1, 1] gives a token id twice"),
+    ({"eos_token_id": [1, 129280]}, "eos_token_id 129280 is no token of vocab_size 129280"),
+    ({"bos_token_id": 129280}, "bos_token_id 129280 is no token of vocab_size 129280"),
+    ({"more_eos_token_ids": [2]}, "unknown key 'more_eos_token_ids'"),
+    ({"yarn": None}, "unknown key 'yarn'"),
+    ({"num_return_sequences": 2}, "num_return_sequences = 2 is not implemented; only 1 is"),
+    ({"output_scores": True}, "output_scores = True is not implemented; only False is"),
+    ({"prefix": "Hello"}, "prefix = 'Hello' is not implemented; only None is"),
+    ({"temperature": 0.6}, "temperature = 0.6 is not implemented; only 1.0 is"),
+    ({"pruned_heads": {"0": [1]}}, "pruned_heads = {'0': [1]} is not implemented"),
+    ({"is_encoder_decoder": True}, "is_encoder_decoder = True is not implemented"),
 ]
 
 

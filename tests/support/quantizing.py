@@ -35,13 +35,17 @@ def make_small_model(root: Path, **changes: Any) -> SmallModel:
     """FP8 tiles, 8 experts in 2 groups, a word-level tokenizer, 600 words of text. `changes` are
     arguments of `write_checkpoint`."""
     directory = root / "model"
-    write_checkpoint(directory, **{"layers": NUM_LAYERS, "experts": 8, **changes})
+    write_checkpoint(directory, layers=NUM_LAYERS, experts=8)
+    return add_text(directory, root / "text.txt")
+
+
+def add_text(directory: Path, text: Path, *, num_words: int = 600) -> SmallModel:
+    """A word-level tokenizer for a checkpoint of 96 tokens, and words of text."""
     words = [f"w{index}" for index in range(96)]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(directory / "tokenizer.json"))
-    text = root / "text.txt"
-    text.write_text(" ".join(random.Random(5).choices(words, k=600)), encoding="utf-8")
+    text.write_text(" ".join(random.Random(5).choices(words, k=num_words)), encoding="utf-8")
     return SmallModel(directory, text)
 
 

@@ -12,6 +12,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import match_name
 from safetensors.torch import load_file
+from support.family import NAMES, Name, family_config
 from support.synthetic import V3_2, config_dict, quantize_plainly, write_checkpoint
 from transformers import CompressedTensorsConfig, DeepseekV3ForCausalLM
 
@@ -22,7 +23,7 @@ from deepseek.config import ModelConfig
 from deepseek.formats import decompress
 from deepseek.inventory import linears, tensors
 from deepseek.models import DEEPSEEK_V3
-from deepseek.recipe import Recipe, load_recipe, parse_recipe
+from deepseek.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
 
 RECIPES = ("int8", "int8-weight-only", "int4", "int4-all", "int4-asym")
 GATE = {"max_perplexity_ratio": 1.1, "max_mean_kl": 0.1, "min_top1": 0.9}
@@ -262,6 +263,25 @@ def test_an_indexer_is_in_the_fp8_group_and_its_head_weights_are_in_none() -> No
         o_proj = scheme_by_library(config, f"{prefix}.o_proj")
         assert o_proj is not None
         assert o_proj.format == ("int-quantized" if layer < 4 else "float-quantized")
+
+
+@pytest.mark.parametrize("recipe", builtin_recipes())
+@pytest.mark.parametrize("name", NAMES)
+def test_every_built_in_recipe_of_kimi_and_moonlight_is_read_as_it_was_meant(
+    name: Name, recipe: str
+) -> None:
+    config = family_config(name)
+    schemes = load_recipe(recipe).resolve(config)
+    raw = quantization_config(config, schemes)
+    parsed = QuantizationConfig.model_validate(raw)
+    for module, scheme in schemes.items():
+        found = scheme_by_library(parsed, module)
+        assert (found is None) == (scheme.weights == "bf16"), module
+        if found is not None:
+            assert found.weights is not None
+            assert found.weights.group_size == scheme.group_size, module
+            wanted = "float" if scheme.weights == "fp8-block" else "int"
+            assert found.weights.type == wanted, module
 
 
 def test_an_artifact_of_bf16_only_has_no_quantization_config() -> None:

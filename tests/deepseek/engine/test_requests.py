@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 from pathlib import Path
@@ -73,7 +72,7 @@ def test_poison_reaches_the_logits_if_a_page_is_read_that_is_not_owned(
     assert engine.current_load().kv_tokens_used == 0
 
 
-def test_the_end_token_stops_unless_it_is_ignored(engine: LLMEngine, tiny_model: Path) -> None:
+def test_every_end_token_stops_unless_it_is_ignored(engine: LLMEngine) -> None:
     [whole] = run(engine, [request("a", range(30, 60), max_tokens=12)]).values()
     chosen = tokens(whole)
     # Whatever token comes at a first-time position can play the end token's part.
@@ -86,8 +85,12 @@ def test_the_end_token_stops_unless_it_is_ignored(engine: LLMEngine, tiny_model:
     assert mine[-1].completion_tokens == at + 1
     assert text(mine) == engine.tokenizer.decode(chosen[:at])  # an end token has no text
 
-    eos = LLMEngine.from_checkpoint(tiny_model, EngineOptions(max_kv_tokens=512, max_model_len=512))
-    eos.config = dataclasses.replace(eos.config, eos_token_id=chosen[at])
+    eos = LLMEngine(
+        engine._model,
+        engine.identity,
+        EngineOptions(max_kv_tokens=512, max_model_len=512),
+        end_token_ids=frozenset({1, chosen[at]}),
+    )
     [stopped] = run(eos, [request("c", range(30, 60), 12, ignore_eos=False)]).values()
     [ignored] = run(eos, [request("d", range(30, 60), 12, ignore_eos=True)]).values()
     assert tokens(stopped) == chosen[: at + 1]

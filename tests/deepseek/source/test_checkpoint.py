@@ -350,3 +350,24 @@ def test_the_content_digest_of_a_layer_sees_data_and_scales(tmp_path: Path) -> N
         assert content_digest(reader.read_layer(0)) == untouched
     write_shards(tmp_path, random_tensors(config))
     assert content_digest(CheckpointReader(tmp_path).read_layer(1)) == before
+
+
+def test_tables_of_rotary_frequencies_are_no_part_of_the_model(tmp_path: Path) -> None:
+    """Kimi-K2's release has one in each layer, of 56 values."""
+    config = write_checkpoint(tmp_path / "plain")
+    write_checkpoint(tmp_path / "with")
+    stored = random_tensors(config)
+    for layer in range(config.num_hidden_layers):
+        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+        stored[name] = torch.ones(56, dtype=torch.bfloat16)
+    write_shards(tmp_path / "with", stored)
+    plain, reader = CheckpointReader(tmp_path / "plain"), CheckpointReader(tmp_path / "with")
+    assert reader.total_bytes == plain.total_bytes
+    for layer in range(config.num_layers_with_mtp):
+        assert content_digest(reader.read_layer(layer)) == content_digest(plain.read_layer(layer))
+    reader.read_globals()
+    reader.finish()
+    stored["model.layers.0.self_attn.rotary_emb.cos_cached"] = torch.ones(56)
+    write_shards(tmp_path / "with", stored)
+    with pytest.raises(CheckpointError, match="cos_cached is not part of the model"):
+        CheckpointReader(tmp_path / "with")

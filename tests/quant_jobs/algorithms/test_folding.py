@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.family import family_model
 from support.synthetic import V3_2, config_dict, write_checkpoint
 from torch import Tensor
 
@@ -81,13 +82,30 @@ def run_layer(
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_folded_layer_computes_the_same_function(tiny_model: Path, layer: int) -> None:
-    reader = CheckpointReader(tiny_model)
+    assert_same_function(CheckpointReader(tiny_model), layer)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_so_does_one_whose_queries_have_no_latent(
+    layer: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The norm before the attention serves q_proj and kv_a."""
+    reader = CheckpointReader(family_model("moonlight", tmp_path_factory.getbasetemp()).directory)
+    first, *_ = folding_groups(reader.config, layer)
+    prefix = f"model.layers.{layer}"
+    attention = (f"{prefix}.self_attn.q_proj", f"{prefix}.self_attn.kv_a_proj_with_mqa")
+    assert (first.divided, first.consumers) == (f"{prefix}.input_layernorm.weight", attention)
+    assert first.measured == attention[0]
+    assert_same_function(reader, layer)
+
+
+def assert_same_function(reader: CheckpointReader, layer: int) -> None:
     weights = stored_layer(reader, layer)
     x_TD = torch.randn(96, reader.config.hidden_size, generator=torch.Generator().manual_seed(4))
     smoothing = fold_all(reader.config, layer, weights)
     folded = {name: smoothing.fold(name, tensor) for name, tensor in weights.items()}
     changed = {n for n in weights if not torch.equal(folded[n], weights[n])}
-    assert len(changed) > 10
+    assert len(changed) > 8
     assert not any("o_proj" in name or "bias" in name for name in changed)
     assert all(folded[name].dtype == weights[name].dtype for name in weights)
     wanted, chosen = run_layer(reader.config, layer, weights, x_TD)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.engine_reference import reference_model
+from support.family import NAMES, Name, family_model
 from support.synthetic import V3_2, write_checkpoint
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -180,6 +181,19 @@ def test_within_index_topk_a_layer_is_transformers_deepseek_v3_2_layer(
     main = {name: tensor for name, tensor in weights.items() if ".indexer." not in name}
     actual = run_layer(reader, layer, main, x_TD)
     assert (actual - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_of_kimi_and_moonlight_equal_transformers_to_the_bit(
+    name: Name, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    reader = CheckpointReader(family_model(name, tmp_path_factory.getbasetemp()).directory)
+    config = reader.config
+    for layer in range(config.num_hidden_layers):
+        weights, x_TD = weights_of(reader, layer), an_input(config)
+        actual = run_layer(reader, layer, weights, x_TD)
+        expected = run_theirs(theirs(config, layer, weights), config, x_TD)
+        assert torch.equal(actual, expected), layer
 
 
 def test_experts_over_several_parts_in_any_order_give_the_same_bytes(

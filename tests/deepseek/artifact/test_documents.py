@@ -286,7 +286,7 @@ def test_build_does_not_write_into_its_checkpoint(
 ) -> None:
     from quant_jobs.build import run_build
 
-    with pytest.raises(ArtifactError, match="which may hold nothing but its own files"):
+    with pytest.raises(OutputError, match="is inside the checkpoint; choose another --output"):
         run_build(artifact, "embedded", 1, artifact / "engine")
     ArtifactReader(artifact)
     made = make_engine(tiny_model, "int4", base)

@@ -136,7 +136,7 @@ FIELDS = sorted(
 YARN_FIELDS = sorted(field.name for field in dataclasses.fields(YarnScaling))
 WRONG: dict[str, Any] = {
     "text": "61",
-    "a list": [61, 62],
+    "a list": [61, [62]],
     "an object": {"a": 61},
     "NaN": float("nan"),
     "infinity": float("inf"),

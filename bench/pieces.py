@@ -250,7 +250,7 @@ def layer_launches(model: Path) -> dict[str, int]:
     one expert."""
     config = ModelConfig.from_directory(model)
     layer, tokens = config.first_k_dense_replace, 64
-    specs = [spec for spec in layer_tensors(config, layer) if spec.expert is None]
+    specs = [s for s in layer_tensors(config, layer) if s.expert is None and not s.is_indexer]
     filled = {spec.name: torch.randn(spec.shape) * 0.05 for spec in specs}
     high = {spec.name: filled[spec.name] for spec in specs if spec.kind != "linear"}
     trunk = Trunk(config, layer, high, lambda module: filled[f"{module}.weight"])

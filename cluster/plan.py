@@ -301,7 +301,7 @@ def _lines(footprint: Footprint) -> tuple[Line, ...]:
 
 def _warnings(config: ModelConfig, machines: Machines, target: Target) -> list[str]:
     warnings = []
-    if target == "embedded" and config.has_indexer:
+    if target == "embedded" and config.dense_context < config.max_position_embeddings:
         warnings.append(
             f"the embedded engine leaves the indexer out and serves {config.dense_context} tokens "
             f"of context, up to which attention is dense, not {config.max_position_embeddings}"

@@ -149,6 +149,11 @@ class ModelConfig:
                 raise ConfigError(f"config.json: key {key!r} is missing")
         if self.has_indexer and self.q_lora_rank is None:
             raise ConfigError("config.json: q_lora_rank must be a positive int for 'deepseek_v32'")
+        if self.index_head_dim is not None and self.index_head_dim < self.qk_rope_head_dim:
+            raise ConfigError(
+                f"config.json: index_head_dim {self.index_head_dim} is less than qk_rope_head_dim "
+                f"{self.qk_rope_head_dim}, which is a part of it"
+            )
 
     @property
     def has_indexer(self) -> bool:

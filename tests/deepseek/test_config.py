@@ -184,6 +184,7 @@ def test_v3_2_as_transformers_5_saves_it_reads_the_same(tmp_path: Path) -> None:
         ({"mlp_bias": True}, "mlp_bias = True is not implemented; only False"),
         ({"indexer_rope_interleave": True}, "indexer_rope_interleave = True is not implemented"),
         ({"index_topk": 0}, "index_topk = 0 must be a positive int"),
+        ({"index_head_dim": 32}, "index_head_dim 32 is less than qk_rope_head_dim 64"),
         ({"index_topk": None}, "key 'index_topk' is missing"),
         ({"architectures": ["DeepseekV3ForCausalLM"]}, "is not what model_type 'deepseek_v32' has"),
         ({"model_type": "deepseek_v3"}, "architectures = "),

@@ -28,6 +28,7 @@ COMMANDS = (
     "bench/memory_limit.py --limit-gb 1.6 --hidden 2048 --intermediate 4096 --moe-intermediate 512"
     " --heads 16 --experts 32",
     "bench/calibration_file.py",
+    "bench/release.py",
     "bench/kill_rounds.py --rounds 20",
     "bench/pieces.py",
 )

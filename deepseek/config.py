@@ -16,14 +16,21 @@ context, so that the serving limit changes the model's answers; here it does not
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from deepseek.config_keys import FIXED, INERT
+from deepseek.config_values import (
+    YarnScaling,
+    check_fields,
+    check_layer_types,
+    read_block_size,
+    read_rope,
+    read_token_ids,
+)
 from deepseek.errors import ConfigError
-from deepseek.limits import MAX_TENSORS, excess, num_source_tensors
+from deepseek.limits import MAX_TENSORS, num_source_tensors
 from deepseek.untrusted import UnusableFileError, parse_json_object, read_bytes, show
 
 CONFIG_FILE = "config.json"
@@ -36,21 +43,6 @@ FAMILY = {
 }
 #: The same for people, in sentences that refuse other architectures.
 FAMILY_NAMES = "DeepSeek-V3, R1, V3.1, V3.2, Kimi-K2 and Moonlight"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class YarnScaling:
-    """YaRN rope scaling (arXiv 2309.00071), names as in the release."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_fields(self, "rope_scaling.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +89,7 @@ class ModelConfig:
     more_eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_fields(self, "")
+        check_fields(self, "")
         self._check_indexer()
         if self.n_routed_experts % self.n_group:
             raise ConfigError(
@@ -217,7 +209,7 @@ class ModelConfig:
         if ours := sorted(_OURS & given.keys()):
             raise ConfigError(f"config.json: unknown key {ours[0]!r}; remove it or report it")
         _check_family(given)
-        _check_layer_types(given)
+        check_layer_types(given)
         for key, allowed in FIXED.items():
             if key in given and given.pop(key) not in allowed:
                 raise ConfigError(
@@ -234,11 +226,11 @@ class ModelConfig:
                 f"config.json: num_key_value_heads {show(heads)} differs from num_attention_heads "
                 f"{show(given.get('num_attention_heads'))}; MLA caches one latent for all heads"
             )
-        given["rope_theta"], given["yarn"] = _read_rope(given)
+        given["rope_theta"], given["yarn"] = read_rope(given)
         if isinstance(given.get("eos_token_id"), list):
             ids = read_token_ids(given["eos_token_id"], "config.json: eos_token_id")
             given["eos_token_id"], given["more_eos_token_ids"] = ids[0], ids[1:]
-        given["weight_block_size"] = _read_block_size(given.pop("quantization_config", None))
+        given["weight_block_size"] = read_block_size(given.pop("quantization_config", None))
 
         known = {field.name for field in fields(cls)}
         if extra := sorted(set(given) - known):
@@ -301,165 +293,3 @@ def _check_family(given: dict[str, Any]) -> None:
             f"config.json: architectures = {show(architectures)} is not what model_type "
             f"{model_type!r} has, {[*FAMILY[model_type]]!r}"
         )
-
-
-# Keys that transformers 5 knows in YaRN's parameters, at its defaults.
-_NEUTRAL_YARN = {"truncate": True, "attention_factor": None}
-
-
-def _check_layer_types(given: dict[str, Any]) -> None:
-    """Take the lists out of `given` that transformers 5 saves beside the numbers that they repeat:
-    the first `first_k_dense_replace` MLPs are dense, and every attention has DeepSeek-V3.2's
-    indexer."""
-    layers, dense = given.get("num_hidden_layers"), given.get("first_k_dense_replace")
-    keys = ["mlp_layer_types"]
-    if given.get("model_type") == "deepseek_v32":
-        keys.append("layer_types")
-    lists = {key: value for key in keys if (value := given.pop(key, None)) is not None}
-    if not isinstance(layers, int) or not isinstance(dense, int):
-        return  # whoever reads the numbers refuses them
-    if excess("num_hidden_layers", layers):
-        return  # likewise, and no list of this length is made
-    dense = min(dense, layers)
-    repeated = {
-        "mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense),
-        "layer_types": ["indexed_attention"] * layers,
-    }
-    for key, value in lists.items():
-        if value != repeated[key]:
-            raise ConfigError(
-                f"config.json: {key} contradicts the {layers} layers and first_k_dense_replace "
-                f"{dense}; remove it"
-            )
-
-
-_YARN_KEYS = {field.name for field in fields(YarnScaling)}
-
-
-def _read_rope(given: dict[str, Any]) -> tuple[float, YarnScaling | None]:
-    """Take the rope keys out of `given`, in the release's layout or in transformers 5's."""
-    parameters = _as_dict(given.pop("rope_parameters", None), "rope_parameters")
-    scaling = _as_dict(given.pop("rope_scaling", None), "rope_scaling")
-    merged = parameters | scaling
-    thetas = [d.pop("rope_theta") for d in (given, parameters, scaling) if "rope_theta" in d]
-    merged.pop("rope_theta", None)
-    theta = thetas[0] if thetas else 10000.0
-    if any(other != theta for other in thetas):
-        raise ConfigError(
-            f"config.json: rope_theta is given as {show(theta)} and as {show(thetas[-1])}"
-        )
-    kinds = [merged.pop(key) for key in ("type", "rope_type") if key in merged]
-    kind = kinds[0] if kinds else "default"
-    if any(other != kind for other in kinds):
-        raise ConfigError(
-            f"config.json: the rope scaling type is given as {show(kind)} and as {show(kinds[-1])}"
-        )
-    for key, neutral in _NEUTRAL_YARN.items():
-        if key in merged and merged[key] is neutral:
-            del merged[key]
-    if kind == "default" and not merged:
-        return theta, None
-    if kind != "yarn":
-        raise ConfigError(
-            f"config.json: rope scaling type {show(kind)} is not implemented; use 'yarn' or none"
-        )
-    if extra := sorted(set(merged) - _YARN_KEYS):
-        raise ConfigError(f"config.json: rope_scaling has the unknown key {show(extra[0])}")
-    try:
-        return theta, YarnScaling(**merged)
-    except TypeError as error:
-        raise ConfigError(f"config.json: rope_scaling is incomplete ({error})") from error
-
-
-def _read_block_size(value: Any) -> tuple[int, int] | None:
-    """FP8 tile (rows, columns) of a source checkpoint; None for BF16 and for a compressed-tensors
-    artifact, whose manifest says how its weights are stored. Other methods are refused, in full
-    sentences by `deepseek/source/origin.py` where a source is asked for."""
-    quantization = _as_dict(value, "quantization_config")
-    if value is None or quantization.get("quant_method") == "compressed-tensors":
-        return None
-    known = {"quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt"}
-    if extra := sorted(set(quantization) - known):
-        raise ConfigError(f"config.json: quantization_config has the unknown key {show(extra[0])}")
-    expected = {
-        "quant_method": ("fp8",),
-        "fmt": ("e4m3",),
-        "activation_scheme": ("dynamic",),
-        # V3.1 rounds activation scales to powers of two; its weight scales are plain multipliers.
-        "scale_fmt": (None, "ue8m0"),
-    }
-    for key, allowed in expected.items():
-        value = quantization.get(key, allowed[0])
-        if value not in allowed:
-            raise ConfigError(
-                f"config.json: quantization_config.{key} = {show(value)} is not implemented; "
-                f"expected {allowed[0]!r}"
-            )
-    block = quantization.get("weight_block_size")
-    if block != [128, 128]:
-        raise ConfigError(
-            f"config.json: quantization_config.weight_block_size = {show(block)} is not "
-            "implemented; DeepSeek-V3 is released in blocks of [128, 128]"
-        )
-    return 128, 128
-
-
-def read_token_ids(value: Any, name: str) -> tuple[int, ...]:
-    """One token id or a list of them, as config.json and generation_config.json give `name`.
-
-    Raises:
-        ConfigError: another value, an empty list, or an id given twice.
-    """
-    ids = value if isinstance(value, list) else [value]
-    if not ids or not all(type(item) is int and item >= 0 for item in ids):
-        raise ConfigError(f"{name} = {show(value)} must be a token id or a list of token ids")
-    if len(set(ids)) != len(ids):
-        raise ConfigError(f"{name} = {show(value)} gives a token id twice")
-    return tuple(ids)
-
-
-def _as_dict(value: Any, key: str) -> dict[str, Any]:
-    if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"config.json: {key} = {show(value)} must be a JSON object or null")
-    return dict(value or {})
-
-
-#: Counts and factors that may be 0; everything else that is a number is positive.
-_MAY_BE_ZERO = {
-    "num_nextn_predict_layers",
-    "first_k_dense_replace",
-    "bos_token_id",
-    "eos_token_id",
-    "mscale",
-    "mscale_all_dim",
-}
-
-
-def _check_fields(config: ModelConfig | YarnScaling, prefix: str) -> None:
-    """Check types and signs of all plain fields.
-
-    Raises:
-        ConfigError: a value has the wrong type (a string in place of a number) or sign.
-    """
-    for field in fields(config):
-        value, kind = getattr(config, field.name), str(field.type)
-        if kind.endswith(" | None") and value is None:
-            continue
-        kind = kind.removesuffix(" | None")
-        if kind == "bool":
-            ok, expected = isinstance(value, bool), "true or false"
-        elif kind in ("int", "float"):
-            zero_ok = field.name in _MAY_BE_ZERO
-            number = type(value) is int or (
-                kind == "float" and type(value) is float and math.isfinite(value)
-            )
-            ok = number and (value > 0 or (zero_ok and value == 0))
-            expected = f"{'zero or ' if zero_ok else ''}a positive {kind}"
-            if ok and (above := excess(field.name, value)):
-                raise ConfigError(f"config.json: {prefix}{field.name} = {show(value)} {above}")
-        else:
-            continue
-        if not ok:
-            raise ConfigError(
-                f"config.json: {prefix}{field.name} = {show(value)} must be {expected}"
-            )

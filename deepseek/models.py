@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deepseek.config import ModelConfig, YarnScaling
+from deepseek.config import ModelConfig
+from deepseek.config_values import YarnScaling
 
 #: DeepSeek-V3 (671.0 B parameters without the MTP layer); R1, V3-0324 and V3.1 share its shapes.
 DEEPSEEK_V3 = ModelConfig(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepseek.config import ModelConfig, read_token_ids
+from deepseek.config import ModelConfig
+from deepseek.config_values import read_token_ids
 from deepseek.errors import ConfigError
 from deepseek.untrusted import UnusableFileError, parse_json_object, read_bytes
 

@@ -16,7 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from deepseek.config import ModelConfig, YarnScaling
+from deepseek.config import ModelConfig
+from deepseek.config_values import YarnScaling
 
 
 class Rope:

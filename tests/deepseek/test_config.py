@@ -13,7 +13,8 @@ from support.release import CONFIGS, R1, V3
 from support.synthetic import config_dict
 from transformers import DeepseekV3Config, DeepseekV32Config
 
-from deepseek.config import ModelConfig, YarnScaling
+from deepseek.config import ModelConfig
+from deepseek.config_values import YarnScaling
 from deepseek.errors import ConfigError
 from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2, MODELS
 

@@ -16,7 +16,7 @@ from support.engines import request, run, tokens
 from support.family import NAMES, Name, family_model
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-from deepseek.config import YarnScaling
+from deepseek.config_values import YarnScaling
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.rope import Rope, inverse_frequencies

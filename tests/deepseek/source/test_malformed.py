@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from support.release import V3
 from support.synthetic import config_dict, write_checkpoint
 
-from deepseek.config import ModelConfig, YarnScaling
+from deepseek.config import ModelConfig
+from deepseek.config_values import YarnScaling
 from deepseek.errors import CheckpointError, ConfigError, IntServeError
 from deepseek.limits import MAX_TENSORS
 from deepseek.source.checkpoint import CheckpointReader

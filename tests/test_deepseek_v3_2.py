@@ -252,7 +252,7 @@ def test_an_indexer_that_is_not_finite_is_refused_by_name(
     save_file(tensors, shard, metadata={"format": "pt"})
     assert reader.config == config
     shutil.copy(model.directory / "tokenizer.json", directory)
-    with pytest.raises(CheckpointError, match=f"tensor {name} holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=f"tensor {name} holds NaN at"):
         run_quantize(directory, small_recipe("int8"), model.text, tmp_path / "out", 0)
 
 

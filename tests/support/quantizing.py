@@ -35,7 +35,7 @@ def make_small_model(root: Path, **changes: Any) -> SmallModel:
     """FP8 tiles, 8 experts in 2 groups, a word-level tokenizer, 600 words of text. `changes` are
     arguments of `write_checkpoint`."""
     directory = root / "model"
-    write_checkpoint(directory, layers=NUM_LAYERS, experts=8)
+    write_checkpoint(directory, **{"layers": NUM_LAYERS, "experts": 8, **changes})
     return add_text(directory, root / "text.txt")
 
 

@@ -45,6 +45,7 @@ COPIED_FILES = (
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
+    "tiktoken.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.errors import CalibrationError
+from deepseek.tokenizer_files import missing_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,7 @@ def _tokenize(documents: list[str], tokenizer_dir: Path, config: ModelConfig) ->
     """The ids of all documents, concatenated, with EOS between them."""
     file = tokenizer_dir / "tokenizer.json"
     if not file.is_file():
-        raise CalibrationError(f"{file} is absent; the model directory must hold its tokenizer")
+        raise CalibrationError(missing_tokenizer(tokenizer_dir))
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for a malformed file

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from deepseek.errors import ArtifactError
+from deepseek.tokenizer_files import missing_tokenizer
 from serve_app.errors import InvalidRequest
 
 
@@ -46,7 +47,7 @@ class HfTokenizer:
     def __init__(self, directory: Path) -> None:
         if not (directory / "tokenizer.json").is_file():
             raise ArtifactError(
-                f"{directory} has no tokenizer.json; build the engine from a checkpoint with one"
+                f"{missing_tokenizer(directory)}; then build the engine from that checkpoint again"
             )
         from transformers import PreTrainedTokenizerFast  # a second of import, only where needed
 

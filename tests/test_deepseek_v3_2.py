@@ -21,6 +21,7 @@ from support.synthetic import V3_2, write_checkpoint
 from typer.testing import CliRunner
 
 from cluster.__main__ import app as cluster_app
+from deepseek.artifact.built_engine import read_engine
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import layer_file
 from deepseek.cli import run
@@ -345,7 +346,12 @@ async def test_serve(engine_dir: Path, caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.WARNING, logger="ray.serve"):
         info = await engine.start()
     assert f"at most {TOPK} tokens of context, not the model's 256" in caplog.text
-    service = Service(settings, HfTokenizer(engine_dir), _Started(engine, info), Telemetry(None))
+    service = Service(
+        settings,
+        HfTokenizer(engine_dir, read_engine(engine_dir).documents),
+        _Started(engine, info),
+        Telemetry(None),
+    )
     try:
         async with client_of(service) as client:
             body = {"model": "v3.2", "prompt": "w1 w2 w3", "max_tokens": 4, "ignore_eos": True}

@@ -12,12 +12,10 @@ needs no tokenizer. What tokenizer.json says about padding and truncation does n
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -25,6 +23,7 @@ from deepseek import untrusted
 from deepseek.chat_template import ChatRenderer, ChatTemplate, ChatTemplateError
 from deepseek.config import ModelConfig
 from deepseek.errors import CalibrationError, first_line
+from deepseek.tokenizer_file import TOKENIZER_FILE, missing_tokenizer, parse_tokenizer
 from deepseek.untrusted import UnusableFileError
 from quant_jobs.calibration.documents import Document
 from quant_jobs.calibration.records import Conversation, Text
@@ -43,8 +42,6 @@ _MARGIN = 16
 #: Longest word behind which a part begins that would begin inside of it.
 _WORD_CHARACTERS = 64
 _SPACE = re.compile(r"\s")
-#: How many times longer the normalizer may make a text, in characters.
-_MAX_GROWTH = 64
 #: Everything else that `tokenizers` raises, its panics among it, comes from the tokenizer's file.
 _INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
@@ -174,29 +171,16 @@ class Encoder:
             )
 
     def _load_tokenizer(self) -> Tokenizer:
-        file = self._directory / "tokenizer.json"
+        file = self._directory / TOKENIZER_FILE
         if not file.exists() and not file.is_symlink():
             raise CalibrationError(
-                f"{file} is absent; the model directory must hold its tokenizer, or the file must "
-                "hold input_ids"
+                f"{missing_tokenizer(self._directory)}, or the file must hold input_ids"
             )
         try:
-            data = untrusted.read_bytes(file, root=self._directory)
+            self._tokenizer = parse_tokenizer(untrusted.read_bytes(file, root=self._directory))
         except UnusableFileError as error:
             raise CalibrationError(f"{file} {error}") from error
-        try:
-            _check_growth(json.loads(data))
-            tokenizer = Tokenizer.from_buffer(data)
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-        except _INTERRUPTS:
-            raise
-        except BaseException as error:  # as above
-            raise CalibrationError(
-                f"{file} is not a tokenizer: {first_line(error)[:200]}"
-            ) from error
-        self._tokenizer = tokenizer
-        return tokenizer
+        return self._tokenizer
 
     def _load_template(self, document: Document) -> ChatTemplate:
         try:
@@ -209,25 +193,6 @@ class Encoder:
                 "put a chat_template.jinja there, or give text"
             )
         return template
-
-
-def _check_growth(parsed: Any) -> None:
-    """Refuse a tokenizer whose normalizer replaces characters by ever longer texts: memory for
-    those is not ours to bound once it runs.
-
-    Raises:
-        ValueError: it may make a text more than _MAX_GROWTH times as long.
-    """
-    growth = 1
-    steps = [parsed.get("normalizer")] if isinstance(parsed, dict) else []
-    while steps:
-        step = steps.pop()
-        if isinstance(step, dict):
-            content = step.get("content") if step.get("type") == "Replace" else None
-            growth *= max(len(content), 1) if isinstance(content, str) else 1
-            steps += step["normalizers"] if isinstance(step.get("normalizers"), list) else []
-        if growth > _MAX_GROWTH:
-            raise ValueError(f"its normalizer makes text more than {_MAX_GROWTH} times longer")
 
 
 def _index(document: Document, position: int, length: int) -> int:

@@ -19,7 +19,6 @@ from deepseek.artifact.manifest import Manifest
 from deepseek.artifact.verdict import GateVerdict
 from deepseek.config import ModelConfig
 from deepseek.engine.detokenizer import engine_tokenizer
-from deepseek.errors import ArtifactError
 from deepseek.inventory import linears
 from deepseek.recipe import ActivationFormat, Recipe
 from quant_jobs.evaluation.limits import judge, measure
@@ -180,13 +179,15 @@ def _errors(manifest: Manifest) -> dict[str, float]:
 
 
 def _worst_tokens(tokens: dict[str, Tensor], engine: BuiltEngine) -> tuple[WorstToken, ...]:
-    """The tokens with the largest KL. The logits at position t are about token t+1, hence `+ 1`."""
+    """The tokens with the largest KL. The logits at position t are about token t+1, hence `+ 1`.
+    Without a tokenizer they are shown as ids."""
     tokenizer = engine_tokenizer(engine.directory, engine.documents)
-    if tokenizer is None:
-        raise ArtifactError(
-            f"{engine.directory} has no tokenizer.json, and so no text can be shown; build the "
-            "engine from a checkpoint with one"
-        )
+
+    def show(ids: list[int], *, skip_special_tokens: bool) -> str:
+        if tokenizer is None:
+            return " ".join(map(str, ids))
+        return _visible(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
     ids_BT, kl = tokens["token_ids"], tokens["kl"]
     worst = kl.flatten().argsort(descending=True, stable=True)[:NUM_WORST].tolist()
     rows = []
@@ -198,8 +199,8 @@ def _worst_tokens(tokens: dict[str, Tensor], engine: BuiltEngine) -> tuple[Worst
             WorstToken(
                 block=block,
                 position=position,
-                before=_visible(tokenizer.decode(before, skip_special_tokens=False)),
-                text=_visible(tokenizer.decode([int(ids_BT[block, position])])),
+                before=show(before, skip_special_tokens=False),
+                text=show([int(ids_BT[block, position])], skip_special_tokens=True),
                 kl=float(kl[block, step]),
                 source_nll=float(tokens["source_nll"][block, step]),
                 quantized_nll=float(tokens["quantized_nll"][block, step]),

@@ -17,7 +17,7 @@ from deepseek import untrusted
 from deepseek.artifact.documents import COPIED_FILES
 from deepseek.chat_template import MAX_SECONDS, ChatRenderer, ChatTemplate, ChatTemplateError
 from deepseek.errors import ArtifactError, first_line
-from deepseek.tokenizer_file import parse_tokenizer
+from deepseek.tokenizer_file import missing_tokenizer, parse_tokenizer
 from deepseek.untrusted import UnusableFileError
 from serve_app.errors import InvalidRequest
 
@@ -72,7 +72,7 @@ class HfTokenizer:
     ) -> None:
         if "tokenizer.json" not in documents:
             raise ArtifactError(
-                f"{directory} has no tokenizer.json; build the engine from a checkpoint with one"
+                f"{missing_tokenizer(directory)}; then build the engine from that checkpoint again"
             )
         try:
             template = ChatTemplate.from_documents(directory, documents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from deepseek.config import ModelConfig
 from deepseek.errors import CheckpointError, ConfigError, OutputError
 from deepseek.formats import dequantize_fp8_block
 from deepseek.inventory import layer_tensors
-from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2
+from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2, MODELS
 from deepseek.source.checkpoint import CheckpointReader, expected_source
 from deepseek.source.synthetic import (
     Preset,
@@ -115,6 +116,44 @@ def test_with_all_its_layers_and_experts_it_is_as_large_as_the_release() -> None
     assert ModelConfig.from_dict(json.loads(json.dumps(config_json(config)))) == DEEPSEEK_V3
     published = 688_586_727_753  # all 163 files, with the headers of 91,991 tensors
     assert num_bytes(config) == pytest.approx(published, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "size"),
+    [
+        ("kimi-k2", Size(layers=61, dense_layers=1, experts=384)),
+        ("moonlight", Size(layers=27, dense_layers=1, experts=64)),
+        ("deepseek-v3.2", Size(layers=61, dense_layers=3, mtp_layers=1, experts=256)),
+    ],
+)
+def test_so_is_each_model_of_the_family(preset: Preset, size: Size) -> None:
+    """But for BOS and EOS, which are those of the tokenizer of bytes."""
+    config = synthetic_config(size, preset)
+    assert config == replace(MODELS[preset], bos_token_id=0, eos_token_id=1)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config_json(config)))) == config
+    published = {"kimi-k2": 1_029_173_000_000, "moonlight": 31_920_000_000}
+    if preset in published:
+        assert num_bytes(config) == pytest.approx(published[preset], rel=2e-3)
+
+
+@pytest.mark.parametrize("preset", ["kimi-k2", "moonlight"])
+def test_the_reader_accepts_small_ones_of_the_family(preset: Preset, tmp_path: Path) -> None:
+    narrow = {"vocab": 300, "hidden": 256, "intermediate": 384, "moe_intermediate": 384, "heads": 2}
+    config = synthetic_config(Size(layers=2, experts=6, **narrow), preset)
+    synthesize(tmp_path / "model", config, seed=3)
+    reader = CheckpointReader(tmp_path / "model")
+    assert reader.config == config
+    assert (config.n_group, config.num_experts_per_tok) == (1, 6)
+    for layer in range(2):
+        for name, tensor in reader.read_layer(layer).items():
+            values = tensor.dequantize()
+            assert values.isfinite().all(), name
+            if tensor.spec.kind == "linear":
+                assert (tensor.scale_inv is None) == (preset == "moonlight")
+                mean_square = values.square().mean().item() * tensor.spec.shape[1]
+                assert 0.5 < mean_square < 2.0, name
+    reader.read_globals()
+    reader.finish()
 
 
 @pytest.mark.parametrize(

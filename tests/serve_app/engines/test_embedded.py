@@ -13,7 +13,8 @@ import pytest
 import torch
 from openai import OpenAI
 from ray import serve
-from support.serving import metric, wait_for
+from support.family import NAMES, Name, family_model
+from support.serving import LocalEngines, client_of, metric, wait_for
 
 from deepseek.artifact.engine_manifest import read_documents, read_engine_manifest
 from deepseek.engine.detokenizer import engine_tokenizer
@@ -26,9 +27,11 @@ from quant_jobs.targets.embedded import pack_engine
 from serve_app.app import build
 from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine
-from serve_app.engines.protocol import Done, GenerateRequest, Tokens
+from serve_app.engines.protocol import Done, EngineInfo, GenerateRequest, Tokens
 from serve_app.errors import EngineUnavailable
+from serve_app.openai.routes import Service
 from serve_app.openai.tokenizer import HfTokenizer
+from serve_app.telemetry.tracing import Telemetry
 
 QUESTION = [{"role": "user", "content": "What does a list comprehension return?"}]
 
@@ -249,6 +252,50 @@ async def test_what_the_engine_refuses_is_the_clients_mistake(settings: ServeCon
     with pytest.raises(RequestError, match="1500 tokens"):
         await consume(engine, asked("long", length=1500))
     await engine.shutdown()
+
+
+# Other models of the family.
+
+
+class Started(LocalEngines):
+    """An engine that is started once, as a replica starts it."""
+
+    def __init__(self, engine: EmbeddedEngine, info: EngineInfo) -> None:
+        super().__init__(engine)
+        self._info = info
+
+    async def info(self) -> EngineInfo:
+        return self._info
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_kimi_and_moonlight_answer_text_and_token_ids_alike(
+    name: Name, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pack_engine(
+        CheckpointReader(family_model(name, tmp_path_factory.getbasetemp()).directory),
+        tmp_path / "engine",
+    )
+    config = ServeConfig(
+        engine=tmp_path / "engine",
+        allow_ungated=True,
+        max_model_len=128,
+        kv_tokens=256,
+        num_threads=1,
+        model_name=name,
+    )
+    engine = EmbeddedEngine(config)
+    client = Started(engine, await engine.start())
+    service = Service(config, HfTokenizer(tmp_path / "engine"), client, Telemetry(None))
+    answers = []
+    async with client_of(service) as http:
+        for prompt in ("w30 w31 w32", [30, 31, 32]):
+            body = {"model": name, "prompt": prompt, "max_tokens": 5, "temperature": 0}
+            answers.append(await http.post("/v1/completions", json=body))
+    await engine.shutdown()
+    texts = [answer.json()["choices"][0]["text"] for answer in answers]
+    assert texts[0] == texts[1]
+    assert len(texts[0].split()) == 5
 
 
 # The tokenizer of its directory.

@@ -223,6 +223,13 @@ def _choose(
 
 
 @lru_cache(maxsize=128)
+def _format_findings(
+    config: ModelConfig, recipe: Recipe, target: Target, gpu: GpuGeneration, mtp: bool
+) -> Findings:
+    schemes = served_schemes(config, tally_of(config, recipe).schemes, mtp=mtp)
+    return examine(schemes, recipe.kv_cache, target, gpu)
+
+
 def _findings(
     config: ModelConfig,
     recipe: Recipe,
@@ -232,7 +239,7 @@ def _findings(
     mtp: bool,
 ) -> Findings:
     tally = tally_of(config, recipe)
-    found = examine(served_schemes(config, tally.schemes, mtp=mtp), recipe.kv_cache, target, gpu)
+    found = _format_findings(config, recipe, target, gpu, mtp)
     if found.refusals or target == "embedded":
         return found
     return Findings(

@@ -69,5 +69,6 @@ def _check_growth(parsed: dict[str, Any]) -> None:
             steps += step["normalizers"] if isinstance(step.get("normalizers"), list) else []
         if growth > _MAX_GROWTH:
             raise UnusableFileError(
-                f"is not a tokenizer: its normalizer makes text more than {_MAX_GROWTH} times longer"
+                f"is not a tokenizer: its normalizer makes text more than {_MAX_GROWTH} times "
+                "longer"
             )

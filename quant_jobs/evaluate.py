@@ -10,7 +10,12 @@ Decode speed is measured in the same process, in turns (`evaluation/speed.py`).
 
 from __future__ import annotations
 
+import os
 import platform
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +28,13 @@ from deepseek.errors import ArtifactError
 from deepseek.outputs import check_apart, check_directory, check_writable, make_directory, writing
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.calibration.token_blocks import load_token_blocks
-from quant_jobs.evaluation.record import EVALUATION, Evaluation, HeldOut, write_evaluation
+from quant_jobs.evaluation.record import (
+    EVALUATION,
+    TOKENS,
+    Evaluation,
+    HeldOut,
+    write_evaluation,
+)
 from quant_jobs.evaluation.scorers import score_blocks, summarize
 from quant_jobs.evaluation.sizes import group_sizes
 from quant_jobs.evaluation.speed import BATCH_SIZES, measure_decode
@@ -77,32 +88,47 @@ def run_evaluate(
     speed = measure_decode(source, quantized, ids_BT, settings.decode_tokens, BATCH_SIZES)
 
     make_directory(output)
-    # Without this, a run killed between the two writes leaves the old evaluation and new tokens.
-    with writing(output / EVALUATION):
-        (output / EVALUATION).unlink(missing_ok=True)
-    tokens = write_tokens(output, ids_BT, scores)
-    evaluation = Evaluation(
-        engine_digest=built.digest,
-        artifact_digest=built.artifact_digest,
-        recipe=built.recipe,
-        kv_cache=built.kv_cache,
-        reference_fingerprint=reference.fingerprint,
-        data=HeldOut(
-            digest=blocks.digest,
-            num_blocks=settings.num_blocks,
-            block_tokens=settings.block_tokens,
-        ),
-        **summarize(scores),
-        artifact_bytes=built.manifest.num_bytes if built.manifest else reference.file_bytes,
-        sizes=group_sizes(config, reference.stored_bytes, built.schemes),
-        engine_bytes=built.num_bytes,
-        speed=speed,
-        tokens_sha256=tokens.sha256,
-        tools={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": str(torch.get_num_threads()),
-        },
-    )
-    write_evaluation(output, evaluation)
+    with _staged(output) as staging:
+        tokens = write_tokens(staging, ids_BT, scores)
+        evaluation = Evaluation(
+            engine_digest=built.digest,
+            artifact_digest=built.artifact_digest,
+            recipe=built.recipe,
+            kv_cache=built.kv_cache,
+            reference_fingerprint=reference.fingerprint,
+            data=HeldOut(
+                digest=blocks.digest,
+                num_blocks=settings.num_blocks,
+                block_tokens=settings.block_tokens,
+            ),
+            **summarize(scores),
+            artifact_bytes=built.manifest.num_bytes if built.manifest else reference.file_bytes,
+            sizes=group_sizes(config, reference.stored_bytes, built.schemes),
+            engine_bytes=built.num_bytes,
+            speed=speed,
+            tokens_sha256=tokens.sha256,
+            tools={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "threads": str(torch.get_num_threads()),
+            },
+        )
+        write_evaluation(staging, evaluation)
     return evaluation
+
+
+@contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A folder in `output` for the two files, which take the place of an earlier evaluation's when
+    both are whole: a disk that is full costs neither."""
+    staging = output / f".{secrets.token_hex(4)}.tmp"
+    try:
+        make_directory(staging)
+        yield staging
+        with writing(output / EVALUATION):
+            # A run that is killed between the two leaves no old evaluation beside new tokens.
+            (output / EVALUATION).unlink(missing_ok=True)
+            for name in (TOKENS, EVALUATION):
+                os.replace(staging / name, output / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -6,16 +6,19 @@ import json
 import math
 import shutil
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from support.chain import Chain
+from support.disks import limited_files
+from support.quantizing import contents
 from torch import Tensor
 
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
-from deepseek.errors import ArtifactError, CalibrationError
+from deepseek.errors import ArtifactError, CalibrationError, OutputError
 from quant_jobs.build import run_build
 from quant_jobs.evaluate import Settings, run_evaluate
 from quant_jobs.evaluation.record import TOKENS, read_evaluation
@@ -186,3 +189,15 @@ def test_an_evaluation_is_read_back_or_refused(fresh: Chain) -> None:
     path.unlink()
     with pytest.raises(ArtifactError, match="run `python -m quant_jobs evaluate`"):
         read_evaluation(fresh.evaluation)
+
+
+@pytest.mark.heavy
+def test_an_evaluation_that_cannot_be_written_leaves_the_one_before(fresh: Chain) -> None:
+    before = contents(fresh.evaluation)
+    run = partial(run_evaluate, fresh.engine, fresh.source, fresh.source / "heldout.txt")
+    with limited_files(500), pytest.raises(OutputError, match=r"tokens\.safetensors cannot be"):
+        run(fresh.evaluation, SHORT)
+    assert contents(fresh.evaluation) == before
+    run(fresh.evaluation, SHORT)
+    assert contents(fresh.evaluation).keys() == before.keys()
+    assert read_evaluation(fresh.evaluation).data.num_blocks == SHORT.num_blocks

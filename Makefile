@@ -38,7 +38,7 @@ types: env ## mypy, strict, on the four packages
 unit: env ## the tests of the default run (CPU, no `slow`)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not interop"
 
-quick: env ## the tests that need no Ray, no browser and no second each: within a minute
+quick: env ## the tests that need no Ray, no browser and no second each: a minute and a half
 	$(BIN)/python -m pytest $(PARALLEL) \
 		-m "not ray and not heavy and not browser and not slow and not gpu and not interop"
 

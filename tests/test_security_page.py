@@ -53,6 +53,7 @@ def test_the_keys_are_made_as_they_must_be(keys: Path) -> None:
     read_public_key(keys / "gate.pub")
 
 
+@pytest.mark.heavy
 def test_the_command_that_signs_takes_the_key(keys: Path, root: Path) -> None:
     """Judging takes an engine; here its folder is empty, which the sentence says after the key."""
     done = run(block(root, "gate"), keys, root)

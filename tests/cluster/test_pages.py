@@ -16,6 +16,7 @@ def test_the_page_is_up_to_date(page: str, root: Path) -> None:
     assert found == PAGES[page](), "run `python -m cluster.pages docs`"
 
 
+@pytest.mark.heavy
 def test_the_plan_in_the_readme_is_the_one_that_is_printed(root: Path) -> None:
     """Each line of a plan that the README shows is printed by the command it names."""
     from typer.testing import CliRunner

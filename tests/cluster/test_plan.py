@@ -254,6 +254,7 @@ def test_more_tokens_than_any_number_of_gpus_holds() -> None:
     assert plan_v3("int4", "8xH800-80GB", context=131072, concurrency=100).smallest_fit is None
 
 
+@pytest.mark.heavy
 def test_alternatives_fit_load_and_are_ordered_by_precision() -> None:
     plan = plan_v3("int8", "8xH800-80GB")
     others = [load_recipe(name) for name in ("int4-all", "int4-asym", "int4", "int8")]
@@ -304,6 +305,7 @@ def test_the_smallest_fit_fits_and_nothing_smaller_does(
         assert not plan_v3(recipe, f"{plan.smallest_fit.gpus // 2}x{gpu}", **wanted).fits
 
 
+@pytest.mark.heavy
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(RECIPES), st.integers(1, 163840), st.integers(1, 163840))
 def test_a_longer_context_never_raises_the_concurrency(recipe, one: int, other: int) -> None:

@@ -81,6 +81,7 @@ def test_a_directory_that_is_no_engine_is_one_sentence(root: Path, tmp_path: Pat
     assert_mistake(done, str(tmp_path))
 
 
+@pytest.mark.heavy
 def test_an_engine_of_format_1_is_to_be_built_again(root: Path, tmp_path: Path) -> None:
     write_format_1_engine(tmp_path)
     done = run_cli(root, "--engine", str(tmp_path), "--port", str(free_port()))

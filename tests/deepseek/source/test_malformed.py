@@ -418,6 +418,7 @@ def mutated(data: st.DataObject, content: bytes, start: int = 0) -> bytes:
     return content[:position] + piece + content[end:]
 
 
+@pytest.mark.heavy
 @settings(
     max_examples=150,
     deadline=None,

@@ -139,6 +139,7 @@ def load_all(directory: Path) -> None:
     reader.load(global_tensors(reader.config))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("fp8", [True, False])
 @pytest.mark.parametrize("what", ["NaN", "infinity"])
 def test_whichever_tensor_is_damaged_is_named_with_its_shard(

@@ -107,6 +107,7 @@ def test_published_int8_weights_are_modelopts_fake_quantization() -> None:
     assert_same_but_for_ties(restored, expected, weight, theirs.amax / 127)
 
 
+@pytest.mark.heavy
 def test_published_int4_weights_are_modelopts_with_the_stored_bf16_scale() -> None:
     weight = a_source().dequantize()
     restored = restore(solve(INT4), INT4)

@@ -148,6 +148,7 @@ def test_no_element_and_no_attribute_of_a_page_comes_from_data(make: Any) -> Non
     assert "\u202e" not in text
 
 
+@pytest.mark.heavy
 def test_a_label_of_a_plot_is_text_in_one_line_and_begins_no_formula() -> None:
     def title(text: str) -> Page:
         return Page(draw("x", 2.0, 1.0, lambda axes: axes.set_title(label(text))))

@@ -347,11 +347,9 @@ def _sources(directory: Path, read: Callable[[str], bytes | None]) -> dict[str, 
         if content is None:
             continue
         try:
-            sources[template] = content.decode("utf-8").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            raise UnusableFileError(
-                f"{directory / name} is not UTF-8 text (byte {error.start}); convert it"
-            ) from error
+            sources[template] = untrusted.decode_text(content).replace("\r\n", "\n")
+        except UnusableFileError as error:
+            raise UnusableFileError(f"{directory / name} {error}") from error
     return sources
 
 

@@ -107,6 +107,20 @@ def check_inside(path: Path, root: Path) -> None:
         )
 
 
+def decode_text(data: bytes) -> str:
+    """The text of a file in UTF-8; a byte order mark is its first character.
+
+    Raises:
+        UnusableFileError: it is in another encoding.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UnusableFileError(
+            f"is not UTF-8 text (byte {error.start}); convert it to UTF-8"
+        ) from error
+
+
 def parse_json(data: bytes) -> Any:
     """The value of a JSON text (RFC 8259) in UTF-8, with or without a byte order mark.
 
@@ -116,12 +130,7 @@ def parse_json(data: bytes) -> Any:
     Raises:
         UnusableFileError: it is not such a text; the sentence says where.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UnusableFileError(
-            f"is not UTF-8 text (byte {error.start}); convert it to UTF-8"
-        ) from error
+    text = decode_text(data).removeprefix("\ufeff")
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except RecursionError as error:

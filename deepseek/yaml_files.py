@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
-from deepseek.untrusted import UnusableFileError, read_bytes
+from deepseek.untrusted import UnusableFileError, decode_text, read_bytes
 
 #: Largest file. A rule for each role of each layer of DeepSeek-V3 takes about 50 KB.
 MAX_YAML_BYTES = 256 << 10
@@ -51,13 +51,10 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
             sentence says where.
     """
     data = read_bytes(path, max_bytes=MAX_YAML_BYTES)
+    text = decode_text(data).removeprefix("\ufeff")
     try:
-        loader = _Loader(data.decode("utf-8-sig"))
+        loader = _Loader(text)
         value = loader.get_single_data()
-    except UnicodeDecodeError as error:
-        raise UnusableFileError(
-            f"is not UTF-8 text (byte {error.start}); convert it to UTF-8"
-        ) from error
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else _place(error.problem_mark)
         problem = f"{error.problem or error.context}"[:200]

@@ -58,7 +58,7 @@ def read_copied(directory: Path) -> dict[str, bytes]:
             if name.endswith(".json"):
                 untrusted.parse_json_object(data)
             elif not name.endswith(".model"):
-                _check_text(data)
+                untrusted.decode_text(data)
         except UnusableFileError as error:
             raise CheckpointError(
                 f"{path} {error}; it would go into the artifact, so correct or remove it"
@@ -149,12 +149,3 @@ def check_nothing_else(directory: Path, known: Collection[str], *, what: str) ->
                 f"{directory / name} is not part of this {what}, yet a loader may take it for a "
                 "part; remove it"
             )
-
-
-def _check_text(data: bytes) -> None:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UnusableFileError(
-            f"is not UTF-8 text (byte {error.start}); convert it to UTF-8"
-        ) from error

@@ -20,6 +20,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -127,14 +128,15 @@ def show_lines(lines: Iterable[str]) -> None:
         typer.echo(printable(line))
 
 
-def make_progress() -> Progress:
-    """A progress line on stderr with elapsed time and ETA; stdout stays machine-readable."""
+def make_progress(remaining: ProgressColumn | None = None) -> Progress:
+    """A progress line on stderr with elapsed time and ETA; stdout stays machine-readable.
+    `remaining` shows the time that is left in place of rich's own column."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
-        TimeRemainingColumn(),
+        remaining or TimeRemainingColumn(),
         console=make_console(stderr=True),
     )

@@ -11,19 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.progress import Progress as Bar
+from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
 from deepseek.artifact.manifest import LayerKey
-from deepseek.cli import make_console, print_line
+from deepseek.cli import make_progress, print_line
 from quant_jobs.job.folder import PublishedFile
 
 Step = Literal[
@@ -103,15 +95,7 @@ class TerminalProgress:
 
     def __init__(self, num_files: int) -> None:
         self._pace = Pace()
-        self._bar = Bar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            _Remaining(self._pace),
-            console=make_console(stderr=True),
-        )
+        self._bar = make_progress(_Remaining(self._pace))
         self._task = self._bar.add_task("quantize", total=num_files)
         self._published: set[LayerKey] = set()
         self._done_before = 0

@@ -48,8 +48,8 @@ FUSED = {
     "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     "gate_up_proj": MLP_READERS[0],
 }
-#: Linears that read the same input as another one without being fused with it: role -> the role
-#: that stands for all readers of this input.
+#: Role -> the role that stands for all readers of the same input, fused or not. `q_proj` takes the
+#: place of q_a_proj, so both read what kv_a_proj_with_mqa reads.
 _SAME_INPUT = {role: roles[0] for roles in FUSED.values() for role in roles} | {
     "q_proj": "q_a_proj"
 }

@@ -41,7 +41,6 @@ from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.findings import rule_rows
 from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine
-from serve_app.engines.protocol import EngineInfo, ReplicaStatus
 from serve_app.openai.routes import Service
 from serve_app.openai.tokenizer import HfTokenizer
 from serve_app.telemetry.tracing import Telemetry
@@ -323,33 +322,19 @@ def test_evaluate_refuses_blocks_longer_than_the_dense_context(
 # --- serve ---
 
 
-class _Started(LocalEngines):
-    """An engine that was started once."""
-
-    def __init__(self, engine: EmbeddedEngine, info: EngineInfo) -> None:
-        super().__init__(engine)
-        self._info = info
-
-    async def info(self) -> EngineInfo:
-        return self._info
-
-    async def statuses(self) -> list[ReplicaStatus]:
-        load = self.engine.load()
-        return [ReplicaStatus(replica_id="local", info=self._info, load=load, gated=False)]
-
-
 @pytest.mark.heavy
 async def test_serve(engine_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = ServeConfig(engine=engine_dir, model_name="v3.2", allow_ungated=True, num_threads=1)
     engine = EmbeddedEngine(settings)
     logging.getLogger("ray.serve").propagate = True
     with caplog.at_level(logging.WARNING, logger="ray.serve"):
-        info = await engine.start()
+        engines = LocalEngines(engine)
+        await engines.info()
     assert f"at most {TOPK} tokens of context, not the model's 256" in caplog.text
     service = Service(
         settings,
         HfTokenizer(engine_dir, read_engine(engine_dir).documents),
-        _Started(engine, info),
+        engines,
         Telemetry(None),
     )
     try:

@@ -42,20 +42,23 @@ async def read_answer(engine: Engine, request: GenerateRequest) -> tuple[str, Do
 
 
 class LocalEngines:
-    """Implements `EngineClient` without the actor hop."""
+    """Implements `EngineClient` without the actor hop. The engine is started once, as a replica
+    starts it."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._info: EngineInfo | None = None
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         return self.engine.generate(request)
 
     async def statuses(self) -> list[ReplicaStatus]:
-        info = await self.engine.start()
+        info = await self.info()
         return [ReplicaStatus(replica_id="local", info=info, load=self.engine.load(), gated=True)]
 
     async def info(self) -> EngineInfo:
-        return await self.engine.start()
+        self._info = self._info or await self.engine.start()
+        return self._info
 
 
 class FaultyEngine(EchoEngine):

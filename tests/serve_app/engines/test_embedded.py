@@ -27,7 +27,7 @@ from quant_jobs.targets.embedded import pack_engine
 from serve_app.app import build
 from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine
-from serve_app.engines.protocol import Done, EngineInfo, GenerateRequest, Tokens
+from serve_app.engines.protocol import Done, GenerateRequest, Tokens
 from serve_app.errors import EngineUnavailable
 from serve_app.openai.routes import Service
 from serve_app.openai.tokenizer import HfTokenizer
@@ -257,17 +257,6 @@ async def test_what_the_engine_refuses_is_the_clients_mistake(settings: ServeCon
 # Other models of the family.
 
 
-class Started(LocalEngines):
-    """An engine that is started once, as a replica starts it."""
-
-    def __init__(self, engine: EmbeddedEngine, info: EngineInfo) -> None:
-        super().__init__(engine)
-        self._info = info
-
-    async def info(self) -> EngineInfo:
-        return self._info
-
-
 @pytest.mark.parametrize("name", NAMES)
 async def test_kimi_and_moonlight_answer_text_and_token_ids_alike(
     name: Name, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -285,7 +274,7 @@ async def test_kimi_and_moonlight_answer_text_and_token_ids_alike(
         model_name=name,
     )
     engine = EmbeddedEngine(config)
-    client = Started(engine, await engine.start())
+    client = LocalEngines(engine)
     tokenizer = HfTokenizer(tmp_path / "engine", documents_of(tmp_path / "engine"))
     service = Service(config, tokenizer, client, Telemetry(None))
     answers = []

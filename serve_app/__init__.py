@@ -10,7 +10,7 @@
 The hops of a request, in order; events return the same way, and openai/answers.py writes them in
 OpenAI's words:
 
-    answer        openai/routes.py            key, body and model; one recorded outcome
+    answer        openai/service.py           key, body and model; one recorded outcome
     admit         routing/checks.py           what can never be served is refused
     open_stream   openai/stream.py            every choice has its first event before the 200
     generate      routing/replica_client.py   Serve picks a replica: the actor hop

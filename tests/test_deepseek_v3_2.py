@@ -41,7 +41,7 @@ from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.findings import rule_rows
 from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine
-from serve_app.openai.routes import Service
+from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import HfTokenizer
 from serve_app.telemetry.tracing import Telemetry
 

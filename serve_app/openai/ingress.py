@@ -15,7 +15,8 @@ from ray import serve
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.gating import admit
-from serve_app.openai.routes import Service, make_app
+from serve_app.openai.routes import make_app
+from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
 from serve_app.telemetry.tracing import Telemetry

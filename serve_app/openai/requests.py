@@ -1,7 +1,7 @@
 """OpenAI's request bodies: read strictly, and translated to the engine's nouns.
 
-Only this file knows both vocabularies; routes.py parses with it. Types are strict (`"n": "2"` is an
-error). A field of OpenAI's that this server does not implement is accepted at its neutral value,
+Only this file knows both vocabularies; service.py parses with it. Types are strict (`"n": "2"` is
+an error). A field of OpenAI's that this server does not implement is accepted at its neutral value,
 where it changes nothing, and refused by name otherwise. A field that nobody knows is refused as a
 likely typo. Extensions beyond OpenAI: `top_k`, `ignore_eos`, `stop_token_ids`.
 

@@ -4,7 +4,7 @@
 dead engine is known while the HTTP status can still report it. `MergedStream` then yields the
 events of all choices in order of arrival; each choice ends in exactly one `Done`, whatever happens
 to its engine or to the deadline. `Answer.sse` makes bytes of them, `Answer.collect` one object.
-routes.py calls both. OpenAI's words are in answers.py; which replica answers is not known here.
+service.py calls both. OpenAI's words are in answers.py; which replica answers is not known here.
 
 Cleaning up is synchronous: `close` only cancels the pump tasks, and each pump closes its own engine
 stream. A disconnect arrives as a cancellation, under which it is not reliable to await anything.

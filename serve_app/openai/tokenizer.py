@@ -1,4 +1,4 @@
-"""Text to token ids, in the ingress: prompts and chat templates. routes.py calls it.
+"""Text to token ids, in the ingress: prompts and chat templates. service.py calls it.
 
 `HfTokenizer` is made of the tokenizer files that `build` copied into the engine directory, never of
 remote code. `ByteTokenizer` goes with the echo engine: one token per UTF-8 byte, and nothing to

@@ -1,6 +1,6 @@
 """Admission checks: who may ask, for which model, and whether a request can ever be served.
 
-Pure functions, called by openai/routes.py: values in, values or errors out. Nothing here waits. It
+Pure functions, called by openai/service.py: values in, values or errors out. Nothing here waits. It
 checks the key, the model's name, that token ids exist, and that prompt and completion fit the
 context and the KV cache at all. Whether there is room *now* is decided by the engine and by Serve's
 queue, and a client sees that as a 429.

@@ -1,6 +1,6 @@
 """One request as the operator sees it: its SERVER span and its metrics, finished exactly once.
 
-openai/routes.py reports to it what happens (`describe`, `event`, `finish`). It decides nothing and
+openai/service.py reports to it what happens (`describe`, `event`, `finish`). It decides nothing and
 never sees the text of a prompt or an answer.
 """
 

@@ -22,7 +22,8 @@ from serve_app.engines.protocol import (
     Tokens,
 )
 from serve_app.errors import EngineUnavailable, Overloaded
-from serve_app.openai.routes import Service, make_app
+from serve_app.openai.routes import make_app
+from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, Tokenizer
 from serve_app.telemetry.tracing import Telemetry
 

@@ -29,7 +29,7 @@ from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine
 from serve_app.engines.protocol import Done, GenerateRequest, Tokens
 from serve_app.errors import EngineUnavailable
-from serve_app.openai.routes import Service
+from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import HfTokenizer
 from serve_app.telemetry.tracing import Telemetry
 

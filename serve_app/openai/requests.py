@@ -94,6 +94,8 @@ class _Generation(_Body):
             raise ValueError("stream_options needs stream: true")
         if isinstance(self.stop, list) and len(self.stop) > 16:
             raise ValueError("stop holds more than 16 strings")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is not available with stream: true; remove one")
         if self.max_tokens == 0 and not self.may_generate_nothing:
             raise ValueError("max_tokens must be greater than or equal to 1; 0 needs echo: true")
         return self
@@ -121,6 +123,11 @@ class _Generation(_Body):
         """Alternatives to report per token; None for no logprobs."""
         raise NotImplementedError
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives that the engine reports per token of the prompt; None for no logprobs."""
+        return self.prompt_logprobs
+
     def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
         """Sampling parameters of one choice.
 
@@ -135,6 +142,7 @@ class _Generation(_Body):
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "logprobs": self.num_logprobs,
+            "prompt_logprobs": self.num_prompt_logprobs,
         }
         return SamplingParams(**passed | rewritten)
 
@@ -204,6 +212,12 @@ class CompletionRequest(_Generation):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        counts = [count for count in (self.prompt_logprobs, echoed) if count is not None]
+        return max(counts, default=None)
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, each as text or as token ids."""

@@ -110,6 +110,7 @@ class EmbeddedEngine:
             engine="embedded",
             **named,
             engine_digest=identity.engine_digest,
+            kv_cache=identity.kv_cache,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:

@@ -73,7 +73,8 @@ class EngineInfo:
     `max_model_len` counts prompt and completion together; `kv_tokens_total` is the capacity of the
     KV cache in tokens. `engine` names the adapter: "embedded", "echo". `context_name` is what
     `max_model_len` is the size of, for the sentence that refuses a longer prompt. `engine_digest`
-    is that of the engine directory which was loaded, None for an adapter without one.
+    is that of the engine directory which was loaded, None for an adapter without one; `kv_cache` is
+    the format of the KV pages in use, None for an adapter without any.
     """
 
     max_model_len: int
@@ -83,6 +84,7 @@ class EngineInfo:
     engine: str
     context_name: str = "model's context"
     engine_digest: str | None = None
+    kv_cache: str | None = None
 
 
 class Engine(Protocol):

@@ -27,7 +27,7 @@ from serve_app.engines.protocol import EngineClient
 from serve_app.errors import DeadlineExceeded, to_api_error
 from serve_app.openai.answers import ChatFormat, CompletionFormat
 from serve_app.openai.body import read_body
-from serve_app.openai.requests import AnyRequest, ChatRequest, CompletionRequest, parse
+from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.stream import Answer, open_stream
 from serve_app.openai.tokenizer import Tokenizer
 from serve_app.routing.checks import admit, check_key, check_model
@@ -60,6 +60,7 @@ class Service:
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
         self.started = int(time.time())
+        self._parser = BodyParser()
         self._chat_threads = ThreadPoolExecutor(CHAT_THREADS, "chat-template")
 
     async def answer(self, request: Request, route: str) -> Response:
@@ -78,8 +79,10 @@ class Service:
         )
         try:
             check_key(self.config.api_keys, request.headers)
-            body = parse(_BODIES[route], await read_body(request, self.config.max_body_bytes))
-            check_model(body.model, self.config.served_name)
+            raw = await read_body(request, self.config.max_body_bytes)
+            body = await self._parser.parse(_BODIES[route], raw)
+            if body.model:  # without one, the model that is served is meant
+                check_model(body.model, self.config.served_name)
             return await self._respond(body, observation)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
@@ -103,11 +106,11 @@ class Service:
             trace_context=observation.trace_context,
         )
         make_format = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
-        form = make_format(request_id, body.model)
+        form = make_format(request_id, self.config.served_name)
         num_prompt_tokens = sum(map(len, prompts))
         observation.describe(
             requests,
-            model=body.model,
+            model=self.config.served_name,
             num_choices=body.num_choices,
             streamed=bool(body.stream),
             num_prompt_tokens=num_prompt_tokens,

@@ -67,6 +67,7 @@ class ServeConfig(_Strict):
     #: The embedded engine's own settings; None keeps what it was built with, or its default.
     max_model_len: int | None = Field(default=None, ge=2)
     kv_tokens: int | None = Field(default=None, ge=1)
+    #: Another KV format than the one that the gate judged is refused, or served as ungated.
     kv_cache: Literal["bf16", "int8"] | None = None
     max_batch_size: int | None = Field(default=None, ge=1)
     max_batched_tokens: int | None = Field(default=None, ge=1)

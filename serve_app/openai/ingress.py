@@ -32,6 +32,7 @@ def load_tokenizer(config: ServeConfig) -> Tokenizer:
         return ByteTokenizer()
     admitted = admit(
         config.engine,
+        kv_cache=config.kv_cache,
         allow_ungated=config.allow_ungated,
         require_signature=config.require_signature,
     )

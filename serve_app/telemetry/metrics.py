@@ -69,7 +69,7 @@ ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     "intserve_engine_kv_tokens_used": (("replica",), "Tokens whose KV is held."),
     "intserve_engine_kv_tokens_total": (("replica",), "Tokens whose KV could be held."),
     "intserve_engine_info": (
-        ("replica", "engine", "recipe", "artifact_digest", "gated"),
+        ("replica", "engine", "recipe", "artifact_digest", "kv_cache", "gated"),
         "What is served, always 1; gated is false when the accuracy gate was overridden.",
     ),
 }
@@ -150,6 +150,7 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
                 info.engine,
                 info.recipe,
                 info.artifact_digest,
+                info.kv_cache or "none",
                 str(status.gated).lower(),
             ],
             1,

@@ -29,7 +29,7 @@ from serve_app.openai.answers import ChatFormat, CompletionFormat
 from serve_app.openai.body import read_body
 from serve_app.openai.echoed import EchoedPrompt
 from serve_app.openai.logprobs import LogprobStyle
-from serve_app.openai.requests import AnyRequest, ChatRequest, CompletionRequest, parse
+from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.stream import Answer, open_stream
 from serve_app.openai.tokenizer import Tokenizer
 from serve_app.routing.checks import admit, check_key, check_model, check_prompt_logprobs
@@ -64,6 +64,7 @@ class Service:
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
         self.started = int(time.time())
+        self._parser = BodyParser()
         self._chat_threads = ThreadPoolExecutor(CHAT_THREADS, "chat-template")
 
     async def answer(self, request: Request, route: str) -> Response:
@@ -82,8 +83,10 @@ class Service:
         )
         try:
             check_key(self.config.api_keys, request.headers)
-            body = parse(_BODIES[route], await read_body(request, self.config.max_body_bytes))
-            check_model(body.model, self.config.served_name)
+            raw = await read_body(request, self.config.max_body_bytes)
+            body = await self._parser.parse(_BODIES[route], raw)
+            if body.model:  # without one, the model that is served is meant
+                check_model(body.model, self.config.served_name)
             return await self._respond(body, observation)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
@@ -111,7 +114,7 @@ class Service:
         num_prompt_tokens = sum(map(len, prompts))
         observation.describe(
             requests,
-            model=body.model,
+            model=self.config.served_name,
             num_choices=body.num_choices,
             streamed=bool(body.stream),
             num_prompt_tokens=num_prompt_tokens,
@@ -137,13 +140,14 @@ class Service:
         style = LogprobStyle(
             body.num_logprobs, body.prompt_logprobs, bool(body.return_tokens_as_token_ids)
         )
+        model = self.config.served_name
         if isinstance(body, ChatRequest):
-            return ChatFormat(request_id, body.model, style)
+            return ChatFormat(request_id, model, style)
         echoes: list[EchoedPrompt] = []
         if body.echo:
             sent = body.prompts()
             echoes = await self._in_thread(lambda: self._echo(sent, prompts), deadline)
-        return CompletionFormat(request_id, body.model, style, tuple(echoes), body.num_choices)
+        return CompletionFormat(request_id, model, style, tuple(echoes), body.num_choices)
 
     def _echo(self, sent: list[str | list[int]], prompts: list[list[int]]) -> list[EchoedPrompt]:
         pairs = zip(sent, prompts, strict=True)

@@ -17,9 +17,7 @@ from pydantic import SecretStr
 from deepseek.engine.request import SamplingParams
 from serve_app.engines.protocol import EngineInfo, GenerateRequest
 from serve_app.errors import InvalidRequest, ModelNotFound, Unauthorized
-
-#: Choices that one request may ask for, over all of its prompts.
-MAX_CHOICES = 32
+from serve_app.limits import MAX_CHOICES
 
 
 class GenerationBody(Protocol):

@@ -14,6 +14,8 @@ is checked in routing/checks.py. docs/openai.md lists every field.
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
@@ -89,7 +91,7 @@ def _read_stop(value: Any) -> tuple[str, ...]:
 
 
 def _read_stop_token_ids(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > MAX_STOP_TOKEN_IDS or not _are_token_ids(value):
+    if not isinstance(value, list) or len(value) > MAX_STOP_TOKEN_IDS or not are_token_ids(value):
         raise wrong_value("stop_token_ids", _STOP_TOKEN_IDS)
     return tuple(value)
 
@@ -100,19 +102,20 @@ def _read_prompt(value: Any) -> list[str | list[int]]:
         return [value]
     if not isinstance(value, list) or not value:
         raise wrong_value("prompt", _PROMPT)
-    if type(value[0]) is int and _are_token_ids(value):
+    if type(value[0]) is int and are_token_ids(value):
         return [value]
     # Counted before the items are looked at.
     if type(value[0]) is int or len(value) > MAX_PROMPTS:
         raise wrong_value("prompt", _PROMPT)
     if all(isinstance(item, str) for item in value):
         return value
-    if all(isinstance(item, list) and item and _are_token_ids(item) for item in value):
+    if all(isinstance(item, list) and item and are_token_ids(item) for item in value):
         return value
     raise wrong_value("prompt", _PROMPT)
 
 
-def _are_token_ids(values: list[Any]) -> bool:
+def are_token_ids(values: list[Any]) -> bool:
+    """Whether all are integers that could be token ids; which ids there are the model says."""
     if not values:
         return True
     return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_INT
@@ -281,6 +284,7 @@ class CompletionRequest(_Generation):
 
 AnyRequest = ChatRequest | CompletionRequest
 Body = TypeVar("Body", bound=_Generation)
+Result = TypeVar("Result")
 
 #: Field of one endpoint only -> the endpoint.
 _ENDPOINTS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
@@ -312,10 +316,14 @@ class BodyParser:
 
     async def parse(self, model: type[Body], raw: bytes) -> Body:
         """`parse`, with its errors."""
+        return await self.run(functools.partial(parse, model), raw)
+
+    async def run(self, parse_bytes: Callable[[bytes], Result], raw: bytes) -> Result:
+        """Another parser of a body, with its errors."""
         if len(raw) <= INLINE_BODY_BYTES:
-            return parse(model, raw)
+            return parse_bytes(raw)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, parse, model, raw)
+        return await loop.run_in_executor(self._threads, parse_bytes, raw)
 
 
 def _wrap(seed: int) -> int:

@@ -15,7 +15,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -59,7 +59,7 @@ class Service:
         telemetry: Telemetry,
     ) -> None:
         self.config = config
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.engines = engines
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
@@ -99,13 +99,15 @@ class Service:
     async def _respond(self, body: AnyRequest, observation: Observation) -> Response:
         deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
         request_id = uuid.uuid4().hex
-        prompts = await self._tokenize_in_thread(body, deadline)
+        prompts = await self.run_tokenizer(
+            lambda: self._tokenize(body), deadline, chat=isinstance(body, ChatRequest)
+        )
         requests = admit(
             body,
             prompts,
             request_id=request_id,
             info=await self.engines.info(),
-            vocab_size=self._tokenizer.vocab_size,
+            vocab_size=self.tokenizer.vocab_size,
             default_max_tokens=self.config.default_max_tokens,
             trace_context=observation.trace_context,
         )
@@ -146,23 +148,26 @@ class Service:
         echoes: list[EchoedPrompt] = []
         if body.echo:
             sent = body.prompts()
-            echoes = await self._in_thread(lambda: self._echo(sent, prompts), deadline)
+            echoes = await self.run_tokenizer(lambda: self._echo(sent, prompts), deadline)
         return CompletionFormat(request_id, model, style, tuple(echoes), body.num_choices)
 
     def _echo(self, sent: list[str | list[int]], prompts: list[list[int]]) -> list[EchoedPrompt]:
         pairs = zip(sent, prompts, strict=True)
-        return [EchoedPrompt.of(prompt, ids, self._tokenizer) for prompt, ids in pairs]
+        return [EchoedPrompt.of(prompt, ids, self.tokenizer) for prompt, ids in pairs]
 
-    async def _tokenize_in_thread(self, body: AnyRequest, deadline: float) -> list[list[int]]:
-        """`_tokenize`. Conversations have threads of their own: a chat template may take seconds to
-        fail, and prompts do not wait for that."""
-        threads = self._chat_threads if isinstance(body, ChatRequest) else None
-        return await self._in_thread(lambda: self._tokenize(body), deadline, threads)
+    async def read_plain(self, request: Request, parse: Callable[[bytes], Result]) -> Result:
+        """The body of a request that generates nothing, after its key."""
+        check_key(self.config.api_keys, request.headers)
+        raw = await read_body(request, self.config.max_body_bytes)
+        return await self._parser.run(parse, raw)
 
-    async def _in_thread(
-        self, work: Callable[[], Result], deadline: float, threads: Executor | None = None
+    async def run_tokenizer(
+        self, work: Callable[[], Result], deadline: float, *, chat: bool = False
     ) -> Result:
-        """Run work of the tokenizer beside the event loop, until the request's deadline."""
+        """Run work of the tokenizer in a thread, until the request's deadline. Conversations have
+        threads of their own: a chat template may take seconds to fail, and prompts do not wait for
+        that."""
+        threads = self._chat_threads if chat else None
         try:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.get_running_loop().run_in_executor(threads, work)
@@ -175,10 +180,10 @@ class Service:
         """Token ids of each prompt of the body. Slow for long prompts: call it in a thread."""
         if isinstance(body, ChatRequest):
             special = bool(body.add_special_tokens)  # the template has its own
-            return [self._tokenizer.encode_chat(body.conversation(), add_special_tokens=special)]
+            return [self.tokenizer.encode_chat(body.conversation(), add_special_tokens=special)]
         special = body.add_special_tokens is not False
         return [
-            self._tokenizer.encode(prompt, add_special_tokens=special)
+            self.tokenizer.encode(prompt, add_special_tokens=special)
             if isinstance(prompt, str)
             else prompt
             for prompt in body.prompts()

@@ -86,6 +86,15 @@ def choose_max_tokens(
     return requested
 
 
+def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises InvalidRequest for an id that the vocabulary does not have."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise InvalidRequest(
+            f"token id {largest} is outside the vocabulary of {vocab_size}", param=param
+        )
+
+
 def admit(
     body: GenerationBody,
     prompts: Sequence[Sequence[int]],
@@ -113,10 +122,7 @@ def admit(
     for prompt in prompts:
         if not prompt:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        if (largest := max(prompt)) >= vocab_size:
-            raise InvalidRequest(
-                f"token id {largest} is outside the vocabulary of {vocab_size}", param="prompt"
-            )
+        check_token_ids(prompt, vocab_size, "prompt")
         max_tokens = choose_max_tokens(len(prompt), body.completion_limit, default_max_tokens, info)
         for choice in range(body.num_choices):
             requests.append(

@@ -289,7 +289,7 @@ def test_no_new_token_is_asked_for_only_where_the_prompt_comes_back() -> None:
     for echo in ({"echo": False}, {"echo": None}, {}):
         with pytest.raises(InvalidRequest, match="needs echo"):
             parse_text(max_tokens=0, **echo)
-    with pytest.raises(InvalidRequest, match="max_tokens must be greater"):
+    with pytest.raises(InvalidRequest, match="needs echo"):
         parse_chat(max_tokens=0, prompt_logprobs=1)
 
 

@@ -40,8 +40,6 @@ INFO = EngineInfo(
 LOAD = EngineLoad(running=1, waiting=2, kv_tokens_used=3, kv_tokens_total=128)
 TOP = (TopLogprob(5, "x", -0.5, b"x"), TopLogprob(6, "", -1.5, b"\xe4"))
 LOGPROB = TokenLogprob(5, "x", -0.5, TOP, b"x", rank=1)
-    5, "x", -0.5, (TopLogprob(5, "x", -0.5, b"x"), TopLogprob(6, "", -1.5, b"\xe4")), b"x", 1
-)
 
 
 @pytest.mark.parametrize(

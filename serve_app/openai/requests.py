@@ -74,6 +74,8 @@ class StreamOptions(_Body):
 def _read_stream_options(value: Any) -> Any:
     if not isinstance(value, dict):
         raise wrong_value("stream_options", "must be an object")
+    if not value:
+        return None
     return drop_neutral(value, StreamOptions.model_fields, STREAM_OPTIONS, "stream_options")
 
 
@@ -121,8 +123,8 @@ def _are_token_ids(values: list[Any]) -> bool:
 class _Generation(_Body):
     """The fields that chat and text completions share."""
 
-    #: None or empty: the model that is served, as in vLLM.
-    model: str | None = None
+    #: Absent, null or empty: the model that is served, as in vLLM; a `BodyParser` puts its name in.
+    model: str = ""
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT)
     #: OpenAI's newer name for max_tokens.
@@ -161,6 +163,8 @@ class _Generation(_Body):
                 "max_completion_tokens",
                 "differs from max_tokens, which is its older name; give one of them",
             )
+        if self.stream and self.prompt_logprobs is not None:
+            raise wrong_value("prompt_logprobs", "is not available with stream: true; remove one")
         if self.completion_limit == 0 and not self.may_generate_nothing:
             name = "max_tokens" if asked is not None else "max_completion_tokens"
             raise wrong_value(name, "must be greater than or equal to 1; 0 needs echo: true")
@@ -198,6 +202,11 @@ class _Generation(_Body):
         """Alternatives to report per token; None for no logprobs."""
         raise NotImplementedError
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives that the engine reports per token of the prompt; None for no logprobs."""
+        return self.prompt_logprobs
+
     def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
         """Sampling parameters of one choice.
 
@@ -212,6 +221,7 @@ class _Generation(_Body):
             "stop": self.stop,
             "stop_token_ids": self.stop_token_ids,
             "logprobs": self.num_logprobs,
+            "prompt_logprobs": self.num_prompt_logprobs,
         }
         return SamplingParams(**passed | rewritten)
 
@@ -258,6 +268,12 @@ class CompletionRequest(_Generation):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        counts = [count for count in (self.prompt_logprobs, echoed) if count is not None]
+        return max(counts, default=None)
+
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, each as text or as token ids."""
         return self.prompt
@@ -289,17 +305,21 @@ def parse(model: type[Body], raw: bytes) -> Body:
 
 
 class BodyParser:
-    """`parse` for an event loop: a long body is parsed in one of a few threads."""
+    """`parse` for an event loop: a long body is parsed in one of a few threads. A body that names
+    no model gets the name of the one that is served."""
 
-    def __init__(self) -> None:
+    def __init__(self, served_name: str) -> None:
+        self._served_name = served_name
         self._threads = ThreadPoolExecutor(PARSER_THREADS, "parse-body")
 
     async def parse(self, model: type[Body], raw: bytes) -> Body:
         """`parse`, with its errors."""
         if len(raw) <= INLINE_BODY_BYTES:
-            return parse(model, raw)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, parse, model, raw)
+            body = parse(model, raw)
+        else:
+            loop = asyncio.get_running_loop()
+            body = await loop.run_in_executor(self._threads, parse, model, raw)
+        return body if body.model else body.model_copy(update={"model": self._served_name})
 
 
 def _wrap(seed: int) -> int:

@@ -27,6 +27,7 @@ from serve_app.engines.protocol import EngineClient
 from serve_app.errors import DeadlineExceeded, to_api_error
 from serve_app.openai.answers import ChatFormat, CompletionFormat
 from serve_app.openai.body import read_body
+from serve_app.openai.obfuscation import obfuscate
 from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.stream import Answer, open_stream
 from serve_app.openai.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ class Service:
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
         self.started = int(time.time())
-        self._parser = BodyParser()
+        self._parser = BodyParser(config.served_name)
         self._chat_threads = ThreadPoolExecutor(CHAT_THREADS, "chat-template")
 
     async def answer(self, request: Request, route: str) -> Response:
@@ -81,8 +82,7 @@ class Service:
             check_key(self.config.api_keys, request.headers)
             raw = await read_body(request, self.config.max_body_bytes)
             body = await self._parser.parse(_BODIES[route], raw)
-            if body.model:  # without one, the model that is served is meant
-                check_model(body.model, self.config.served_name)
+            check_model(body.model, self.config.served_name)
             return await self._respond(body, observation)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
@@ -106,11 +106,11 @@ class Service:
             trace_context=observation.trace_context,
         )
         make_format = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
-        form = make_format(request_id, self.config.served_name)
+        form = make_format(request_id, body.model)
         num_prompt_tokens = sum(map(len, prompts))
         observation.describe(
             requests,
-            model=self.config.served_name,
+            model=body.model,
             num_choices=body.num_choices,
             streamed=bool(body.stream),
             num_prompt_tokens=num_prompt_tokens,
@@ -120,7 +120,13 @@ class Service:
         merged = await open_stream(self.engines, requests, deadline)
         answer = Answer(merged, form, len(requests), observation.event)
         if body.stream:
-            chunks = answer.sse(num_prompt_tokens, include_usage=body.include_usage)
+            chunks = answer.sse(
+                num_prompt_tokens,
+                include_usage=body.include_usage,
+                continuous_usage=body.continuous_usage,
+            )
+            if body.include_obfuscation:
+                chunks = obfuscate(chunks)
             return EventStream(chunks, answer, observation)
         try:
             whole = await answer.collect(num_prompt_tokens)

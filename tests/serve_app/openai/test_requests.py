@@ -213,6 +213,7 @@ SAMPLING: dict[str, tuple[Any, Any]] = {
     "stop_token_ids": ([4, 5], (4, 5)),
     "ignore_eos": (True, True),
     "logprobs": (2, 2),
+    "prompt_logprobs": (3, 3),
 }
 
 
@@ -288,7 +289,7 @@ def test_no_new_token_is_asked_for_only_where_the_prompt_comes_back() -> None:
     for echo in ({"echo": False}, {"echo": None}, {}):
         with pytest.raises(InvalidRequest, match="needs echo"):
             parse_text(max_tokens=0, **echo)
-    with pytest.raises(InvalidRequest, match="max_tokens must be greater"):
+    with pytest.raises(InvalidRequest, match="needs echo"):
         parse_chat(max_tokens=0, prompt_logprobs=1)
 
 
@@ -307,7 +308,7 @@ def test_top_k_of_minus_one_keeps_every_token() -> None:
 @pytest.mark.parametrize("model", [{"model": None}, {"model": ""}])
 def test_a_body_without_a_model_means_the_one_that_is_served(model: Any) -> None:
     assert not parse_chat(**model).model
-    assert parse(CompletionRequest, b'{"prompt": "hi"}').model is None
+    assert parse(CompletionRequest, b'{"prompt": "hi"}').model == ""
 
 
 def test_prompts_and_n_share_one_limit() -> None:

@@ -49,13 +49,9 @@ _SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)}
 
 _PROMPT = (
     "must be a string, a list of strings, a list of token ids or a list of such lists, "
-    f"none of the lists empty, at most {MAX_PROMPTS} prompts"
+    "none of the lists empty"
 )
-_STOP = (
-    f"must be a string or a list of strings, at most {MAX_STOP_STRINGS}, each of 1 to "
-    f"{MAX_STOP_LENGTH} characters"
-)
-_STOP_TOKEN_IDS = f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids"
+_STOP = f"must be a string or a list of strings, each of 1 to {MAX_STOP_LENGTH} characters"
 
 
 class _Body(BaseModel):
@@ -79,21 +75,29 @@ def _read_stream_options(value: Any) -> Any:
     return drop_neutral(value, StreamOptions.model_fields, STREAM_OPTIONS, "stream_options")
 
 
+def _check_length(values: list[Any], limit: int, name: str, what: str) -> None:
+    """Count a list before its items are looked at."""
+    if len(values) > limit:
+        raise wrong_value(name, f"holds {len(values)} {what}; the limit is {limit}")
+
+
 def _read_stop(value: Any) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(strings, list)
-        or len(strings) > MAX_STOP_STRINGS
-        or not all(isinstance(item, str) and 1 <= len(item) <= MAX_STOP_LENGTH for item in strings)
-    ):
+    if not isinstance(strings, list):
+        raise wrong_value("stop", _STOP)
+    _check_length(strings, MAX_STOP_STRINGS, "stop", "strings")
+    if not all(isinstance(item, str) and 1 <= len(item) <= MAX_STOP_LENGTH for item in strings):
         raise wrong_value("stop", _STOP)
     return tuple(strings)
 
 
 def _read_stop_token_ids(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > MAX_STOP_TOKEN_IDS or not _are_token_ids(value):
-        raise wrong_value("stop_token_ids", _STOP_TOKEN_IDS)
-    return tuple(value)
+    if not isinstance(value, list):
+        raise wrong_value("stop_token_ids", "must be a list of token ids")
+    _check_length(value, MAX_STOP_TOKEN_IDS, "stop_token_ids", "token ids")
+    if not _are_token_ids(value):
+        raise wrong_value("stop_token_ids", "must be a list of token ids, which are integers")
+    return tuple(dict.fromkeys(value))
 
 
 def _read_prompt(value: Any) -> list[str | list[int]]:
@@ -102,11 +106,11 @@ def _read_prompt(value: Any) -> list[str | list[int]]:
         return [value]
     if not isinstance(value, list) or not value:
         raise wrong_value("prompt", _PROMPT)
-    if type(value[0]) is int and _are_token_ids(value):
+    if isinstance(value[0], int):
+        if not _are_token_ids(value):
+            raise wrong_value("prompt", _PROMPT)
         return [value]
-    # Counted before the items are looked at.
-    if type(value[0]) is int or len(value) > MAX_PROMPTS:
-        raise wrong_value("prompt", _PROMPT)
+    _check_length(value, MAX_PROMPTS, "prompt", "prompts")
     if all(isinstance(item, str) for item in value):
         return value
     if all(isinstance(item, list) and item and _are_token_ids(item) for item in value):
@@ -115,6 +119,7 @@ def _read_prompt(value: Any) -> list[str | list[int]]:
 
 
 def _are_token_ids(values: list[Any]) -> bool:
+    """Whether all are integers that can be ids of some vocabulary."""
     if not values:
         return True
     return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_INT

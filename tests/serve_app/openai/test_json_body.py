@@ -21,7 +21,7 @@ def filled(head: bytes, item: bytes, tail: bytes) -> bytes:
     return head + item * ((LIMIT - len(head) - len(tail)) // len(item)) + tail
 
 
-#: 4 MiB each; what they cost to validate before they were counted is in docs/openai.md.
+#: 4 MiB each, of the cheapest items to send and the dearest to make objects of.
 HOSTILE = {
     "numbers": filled(b'{"messages": [', b"1,", b"1]}"),
     "objects": filled(b'{"messages": [', b"{},", b"{}]}"),

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from serve_app.errors import HTTP_REASONS, ApiError, EngineUnavailable, to_api_error
 from serve_app.openai.service import Service
+from serve_app.openai.tokenize import add_tokenizing
 from serve_app.routing.checks import check_key, check_model
 from serve_app.telemetry.metrics import render
 
@@ -76,6 +77,7 @@ def make_app(service: Service, snapshots: Any = None) -> FastAPI:
         texts = await snapshots() if snapshots else {"0": service.metrics.snapshot()}
         return Response(render(texts, replicas), media_type="text/plain; version=0.0.4")
 
+    add_tokenizing(app, service)
     app.add_exception_handler(HTTPException, _refused_by_framework)
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(ApiError, _failed)

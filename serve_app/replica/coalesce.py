@@ -29,7 +29,7 @@ def flush_interval(num_streams: int, max_flushes_per_s: float | None) -> float:
 async def coalesce(
     events: AsyncGenerator[Event, None], interval_s: Callable[[], float]
 ) -> AsyncGenerator[tuple[Event, ...], None]:
-    """Yield everything that is ready, as at most one `Tokens` and one `Done` per message.
+    """Yield everything that is ready, as at most one event of each kind per message.
 
     Two messages that hold tokens only are at least `interval_s()` apart; `Done` does not wait.
     Closing this iterator closes `events`. An exception of `events` follows what came before it.

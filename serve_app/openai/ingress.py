@@ -7,10 +7,11 @@ objects. Engine replicas report their status here (`note_status`).
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
+from starlette.types import ASGIApp
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import ReplicaStatus
@@ -46,11 +47,16 @@ class Ingress:
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
         self._service = Service(
-            config, load_tokenizer(config), client, Telemetry.from_environment()
+            config,
+            load_tokenizer(config),
+            client,
+            Telemetry.from_environment(),
+            # HAProxy passes no client's address on: all requests come from its own.
+            addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
         )
         self._context = serve.get_replica_context()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots)
 
     async def note_status(self, status: ReplicaStatus) -> None:

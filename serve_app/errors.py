@@ -7,6 +7,7 @@
       BodyTooLarge          413 invalid_request_error
       Overloaded            429 rate_limit_error      Retry-After says when to come back
       EngineUnavailable     503 server_error          no replica can answer now; Retry-After too
+        Draining            503 server_error          the service is stopping; go elsewhere
       DeadlineExceeded      504 timeout_error         the request's own deadline passed
 
 An engine refuses a request for good with the ground floor's `RequestError`; a client sees it as
@@ -84,6 +85,10 @@ class Overloaded(ApiError):
 
 class EngineUnavailable(ApiError):
     status, type, code, retry_after_s = 503, "server_error", "engine_unavailable", 5
+
+
+class Draining(EngineUnavailable):
+    code = "draining"
 
 
 class DeadlineExceeded(ApiError):

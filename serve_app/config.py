@@ -77,6 +77,7 @@ class ServeConfig(_Strict):
     #: The embedded engine's own settings; None keeps what it was built with, or its default.
     max_model_len: int | None = Field(default=None, ge=2)
     kv_tokens: int | None = Field(default=None, ge=1)
+    #: Another KV format than the one that the gate judged is refused, or served as ungated.
     kv_cache: Literal["bf16", "int8"] | None = None
     max_batch_size: int | None = Field(default=None, ge=1)
     max_batched_tokens: int | None = Field(default=None, ge=1)
@@ -126,7 +127,7 @@ class ServeConfig(_Strict):
                 )
         return self
 
-    def keys(self) -> tuple[SecretStr, ...]:
+    def all_keys(self) -> tuple[SecretStr, ...]:
         """The keys of `api_keys` and of the file. Reads it: called where keys are checked.
 
         Raises:
@@ -167,5 +168,5 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
             raise ConfigError(f"{where}: unknown key {place!r}; remove or correct it") from None
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {place + ': ' if place else ''}{message}") from None
-    config.keys()  # a file that cannot be used is told now, and not by a replica
+    config.all_keys()  # a file that cannot be used is told now, and not by a replica
     return config

@@ -11,7 +11,7 @@
       Overloaded            429 rate_limit_error      Retry-After says when to come back
         TooManyFailedKeys   429 rate_limit_error      too many wrong keys from this address
       EngineUnavailable     503 server_error          no replica can answer now; Retry-After too
-        Draining            503 server_error          the service is going down
+        Draining            503 server_error          the service is stopping; go elsewhere
         TooManyConnections  503 server_error          too many bodies are arriving at once
       DeadlineExceeded      504 timeout_error         the request's own deadline passed
 

@@ -127,9 +127,8 @@ class CompletionFormat(_Base):
         }
 
 
-def _bytes(token: str) -> list[int] | None:
-    """UTF-8 bytes of a token's text; None for a token that is only part of a character."""
-    return None if "\ufffd" in token else list(token.encode())
+def _bytes(data: bytes | None) -> list[int] | None:
+    return None if data is None else list(data)
 
 
 def _chat_logprobs(logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> Any:
@@ -140,10 +139,10 @@ def _chat_logprobs(logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> A
             {
                 "token": item.token,
                 "logprob": item.logprob,
-                "bytes": _bytes(item.token),
+                "bytes": _bytes(item.bytes),
                 "top_logprobs": [
-                    {"token": token, "logprob": logprob, "bytes": _bytes(token)}
-                    for _, token, logprob in item.top
+                    {"token": top.token, "logprob": top.logprob, "bytes": _bytes(top.bytes)}
+                    for top in item.top
                 ],
             }
             for item in logprobs
@@ -166,6 +165,6 @@ def _text_logprobs(
     return {
         "tokens": [item.token for item in logprobs],
         "token_logprobs": [item.logprob for item in logprobs],
-        "top_logprobs": [{token: value for _, token, value in item.top} for item in logprobs],
+        "top_logprobs": [{top.token: top.logprob for top in item.top} for item in logprobs],
         "text_offset": offsets,
     }

@@ -69,7 +69,7 @@ class _Generation(_Body):
 
     model: str
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=0)
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     top_k: int | None = Field(default=None, ge=0, description="0 keeps every token")
@@ -77,6 +77,12 @@ class _Generation(_Body):
     stop: StopString | list[StopString] | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
     ignore_eos: bool = False
+    #: Alternatives to report for each token of the prompt; None for none (vLLM's extension).
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    #: Tokens in logprobs are written as `token_id:N` (vLLM's extension).
+    return_tokens_as_token_ids: bool | None = None
+    #: Whether the model's own special tokens are put around the text (vLLM's extension).
+    add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     #: OpenAI's free-form end-user label: nothing depends on it, and it is not recorded.
@@ -88,7 +94,14 @@ class _Generation(_Body):
             raise ValueError("stream_options needs stream: true")
         if isinstance(self.stop, list) and len(self.stop) > 16:
             raise ValueError("stop holds more than 16 strings")
+        if self.max_tokens == 0 and not self.may_generate_nothing:
+            raise ValueError("max_tokens must be greater than or equal to 1; 0 needs echo: true")
         return self
+
+    @property
+    def may_generate_nothing(self) -> bool:
+        """Whether an answer without any new token makes sense."""
+        return False
 
     @property
     def num_choices(self) -> int:
@@ -181,7 +194,12 @@ class CompletionRequest(_Generation):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    echo: Literal[False] | None = None
+    #: The prompt comes back in front of the completion, with its logprobs if `logprobs` is given.
+    echo: bool | None = None
+
+    @property
+    def may_generate_nothing(self) -> bool:
+        return bool(self.echo) or self.prompt_logprobs is not None
 
     @property
     def num_logprobs(self) -> int | None:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from deepseek.text import printable
 from serve_app.errors import HTTP_REASONS, ApiError, to_api_error
+from serve_app.openai.drain import Drain, DrainMiddleware
 from serve_app.openai.operations import Snapshots, add_operations
 from serve_app.openai.origins import Origins
 from serve_app.openai.service import Service
@@ -24,9 +25,11 @@ from serve_app.routing.checks import check_model
 _SHOWN = 200
 
 
-def make_app(service: Service, snapshots: Snapshots | None = None) -> ASGIApp:
+def make_app(
+    service: Service, snapshots: Snapshots | None = None, drain: Drain | None = None
+) -> ASGIApp:
     """The HTTP application. `snapshots` is an async function that gives the metrics text of every
-    ingress by its id; None means that this one is alone."""
+    ingress by its id; None means that this one is alone. `drain`, if any, counts its requests."""
     app = FastAPI(
         title="IntServe",
         docs_url=None,
@@ -58,6 +61,8 @@ def make_app(service: Service, snapshots: Snapshots | None = None) -> ASGIApp:
     app.add_exception_handler(HTTPException, _refused_by_framework)
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(ApiError, _failed)
+    if drain is not None:
+        app.add_middleware(DrainMiddleware, drain=drain)
     return Origins(app, service.config.allowed_origins)
 
 

@@ -73,7 +73,7 @@ class Service:
         self.engines = engines
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
-        self.keys = Keys(config.keys())
+        self.keys = Keys(config.all_keys())
         self.bodies = BodyReader(
             max_body_bytes=config.max_body_bytes,
             timeout_s=config.body_timeout_s,

@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from serve_app.engines.protocol import Done, Event, GenerateRequest, Tokens
+from serve_app.engines.protocol import Done, Event, GenerateRequest, PromptLogprobs, Tokens
 from serve_app.errors import ApiError, DeadlineExceeded, to_api_error
 from serve_app.openai.answers import ChoiceState, Format, usage
 
@@ -120,7 +120,7 @@ class MergedStream:
             self._open.discard(index)
             if event.reason not in FINISH_REASONS:
                 self.errors.setdefault(index, _engine_failed(event))
-        else:
+        elif isinstance(event, Tokens):
             self._produced[index] += len(event.token_ids)
         return event
 
@@ -189,7 +189,7 @@ class Answer:
             if isinstance(event, Done):
                 if choice.index in self.merged.errors:
                     raise self.merged.errors[choice.index]
-            else:
+            elif isinstance(event, Tokens):
                 choice.text.append(event.text)
                 choice.logprobs.extend(event.logprobs)
         done = [(c, FINISH_REASONS[c.done.reason]) for c in self.choices if c.done is not None]
@@ -205,6 +205,8 @@ class Answer:
         if include_usage:  # OpenAI: the field is there, and null, on all chunks but the last
             envelope["usage"] = None
         async for choice, event in self._events():
+            if isinstance(event, PromptLogprobs):
+                continue
             if isinstance(event, Tokens):
                 if not event.text and not event.logprobs and choice.started:
                     continue  # held back: the text may yet become a stop string

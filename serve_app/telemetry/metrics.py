@@ -75,7 +75,7 @@ ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     "intserve_engine_kv_tokens_used": (("replica",), "Tokens whose KV is held."),
     "intserve_engine_kv_tokens_capacity": (("replica",), "Tokens whose KV could be held."),
     "intserve_engine_info": (
-        ("replica", "engine", "recipe", "artifact_digest", "gated"),
+        ("replica", "engine", "recipe", "artifact_digest", "kv_cache", "gated"),
         "What is served, always 1; gated is false when the accuracy gate was overridden.",
     ),
 }
@@ -157,6 +157,7 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
                 info.engine,
                 info.recipe,
                 info.artifact_digest,
+                info.kv_cache or "none",
                 str(status.gated).lower(),
             ],
             1,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 
-from serve_app.engines.protocol import Done, Event, GenerateRequest
+from serve_app.engines.protocol import Done, Event, GenerateRequest, Tokens
 from serve_app.errors import ApiError, code_label
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.tracing import Telemetry, incoming_carrier, propagate, set_error
@@ -104,7 +104,7 @@ class Observation:
                     self._operation,
                     self._model,
                 )
-        elif self._first_token_s is None:
+        elif isinstance(event, Tokens) and self._first_token_s is None:
             self._first_token_s = time.monotonic() - self._arrived
             self._span.set_attribute("gen_ai.response.time_to_first_chunk", self._first_token_s)
             self._metrics.observe(

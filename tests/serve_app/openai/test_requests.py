@@ -27,8 +27,8 @@ def parse_text(**fields: Any) -> CompletionRequest:
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
-        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+        ({"max_tokens": 0}, None, "max_tokens must be greater than or equal to 1"),
         ({"max_tokens": 1.5}, "max_tokens", "valid integer"),
         ({"n": "2"}, "n", "valid integer"),
         ({"n": True}, "n", "valid integer"),
@@ -235,6 +235,16 @@ def test_logprobs_mean_the_same_in_both_endpoints() -> None:
 def test_zero_temperature_is_kept_and_not_taken_for_unset() -> None:
     assert parse_chat(temperature=0).sampling(max_tokens=1, choice=0).temperature == 0.0
     assert parse_chat().sampling(max_tokens=1, choice=0).temperature == 1.0
+
+
+def test_no_new_token_is_asked_for_only_where_the_prompt_comes_back() -> None:
+    assert parse_text(max_tokens=0, echo=True).completion_limit == 0
+    assert parse_text(max_tokens=0, prompt_logprobs=1).completion_limit == 0
+    for fields in ({"echo": False}, {"echo": None}, {}):
+        with pytest.raises(InvalidRequest, match="needs echo"):
+            parse_text(max_tokens=0, **fields)
+    with pytest.raises(InvalidRequest, match="max_tokens must be greater"):
+        parse_chat(max_tokens=0, prompt_logprobs=1)
 
 
 def test_content_parts_are_joined_and_developer_is_system() -> None:

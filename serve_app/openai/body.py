@@ -42,7 +42,8 @@ class BodyReader:
         self._max_total_bytes = max_total_bytes
         #: The one that has been silent longest first.
         self._arriving: OrderedDict[_Arriving, None] = OrderedDict()
-        self._total_bytes = 0
+        #: What has arrived of them.
+        self.num_bytes = 0
 
     @property
     def num_arriving(self) -> int:
@@ -101,13 +102,13 @@ class BodyReader:
             self._arriving.move_to_end(mine)
             self._make_room(now, num_bytes=num_bytes)
             mine.num_bytes += num_bytes
-            self._total_bytes += num_bytes
+            self.num_bytes += num_bytes
 
     def _make_room(self, now: float, *, num_bodies: int = 0, num_bytes: int = 0) -> None:
         """Give up bodies that have stalled until there is room. Raises TooManyConnections."""
         while (
             len(self._arriving) + num_bodies > self._max_bodies
-            or self._total_bytes + num_bytes > self._max_total_bytes
+            or self.num_bytes + num_bytes > self._max_total_bytes
         ):
             slowest = next(iter(self._arriving), None)
             if slowest is None or now - slowest.silent_since < STALLED_S:
@@ -119,7 +120,7 @@ class BodyReader:
     def _leave(self, body: _Arriving) -> None:
         if body in self._arriving:
             del self._arriving[body]
-            self._total_bytes -= body.num_bytes
+            self.num_bytes -= body.num_bytes
 
 
 def check_media_type(request: Request) -> None:

@@ -169,6 +169,7 @@ SAMPLING: dict[str, tuple[Any, Any]] = {
     "stop_token_ids": ([4, 5], (4, 5)),
     "ignore_eos": (True, True),
     "logprobs": (2, 2),
+    "prompt_logprobs": (1, 1),
 }
 
 
@@ -240,9 +241,9 @@ def test_zero_temperature_is_kept_and_not_taken_for_unset() -> None:
 def test_no_new_token_is_asked_for_only_where_the_prompt_comes_back() -> None:
     assert parse_text(max_tokens=0, echo=True).completion_limit == 0
     assert parse_text(max_tokens=0, prompt_logprobs=1).completion_limit == 0
-    for fields in ({"echo": False}, {"echo": None}, {}):
+    for extra in ({"echo": False}, {"echo": None}, {}):
         with pytest.raises(InvalidRequest, match="needs echo"):
-            parse_text(max_tokens=0, **fields)
+            parse_text(max_tokens=0, **extra)
     with pytest.raises(InvalidRequest, match="max_tokens must be greater"):
         parse_chat(max_tokens=0, prompt_logprobs=1)
 

@@ -2,8 +2,9 @@
 
 The two sides share only an inbox of commands, and callbacks posted to the event loop. The thread
 alone touches the engine and the event loop alone touches the mailboxes, so neither needs a lock. A
-step that fails ends every request in `Done("error")`; `check` raises from then on, and Serve
-replaces the replica. Batching, KV pages and sampling are in deepseek/engine, not here.
+step that fails ends every request in `Done("error")`; `check` raises from then on, and the replica
+is replaced. A step that does not end shows in `stalled_s`. Batching, KV pages and sampling are in
+deepseek/engine, not here.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from deepseek.engine.request import Request, StepOutput
 from deepseek.errors import RequestError
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import Done, EngineInfo, Event, GenerateRequest, Tokens
+from serve_app.engines.stall import StallClock
 from serve_app.errors import EngineUnavailable
 
 log = logging.getLogger("ray.serve")
 
 #: `EngineInfo.context_name` where the engine's context ends before the model's.
 DENSE_CONTEXT = "dense context (index_topk; this engine has no sparse attention)"
+#: Seconds that `shutdown` waits for the step under way. The thread is a daemon: one that hangs does
+#: not keep the process.
+JOIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,9 @@ class EmbeddedEngine:
         self._directory = config.engine
         self._mailboxes: dict[str, _Mailbox] = {}
         self._inbox: queue.SimpleQueue[GenerateRequest | _Abort | _Stop] = queue.SimpleQueue()
+        self._stall = StallClock()
         self._failed = False
+        self._stopped = False
 
     async def start(self) -> EngineInfo:
         self._loop = asyncio.get_running_loop()
@@ -109,7 +116,7 @@ class EmbeddedEngine:
         self._raise_if_failed()
         mailbox = _Mailbox(len(request.prompt_ids))
         self._mailboxes[request.request_id] = mailbox
-        self._inbox.put(request)
+        self._submit(request)
         try:
             while True:
                 item = await mailbox.events.get()
@@ -121,13 +128,13 @@ class EmbeddedEngine:
         finally:
             del self._mailboxes[request.request_id]
             if not mailbox.ended:
-                self._inbox.put(_Abort(request.request_id))
+                self._submit(_Abort(request.request_id))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             mailbox = self._mailboxes.get(request_id)
             if mailbox is not None and not mailbox.ended:
-                self._inbox.put(_Abort(request_id))
+                self._submit(_Abort(request_id))
                 mailbox.put(Done("abort", mailbox.prompt_tokens, mailbox.produced))
 
     def load(self) -> EngineLoad:
@@ -136,12 +143,26 @@ class EmbeddedEngine:
     async def check(self) -> None:
         self._raise_if_failed()
 
+    def stalled_s(self) -> float:
+        return self._stall.stalled_s()
+
     async def shutdown(self) -> None:
+        self._stopped = True
+        for mailbox in self._mailboxes.values():
+            mailbox.put(EngineUnavailable("the engine that held this request is stopping; retry"))
         if hasattr(self, "_thread"):
-            self._inbox.put(_Stop())
-            await asyncio.to_thread(self._thread.join)
+            self._submit(_Stop())
+            await asyncio.to_thread(self._thread.join, JOIN_S)
+            if self._thread.is_alive():
+                log.error("the engine's step has not ended in %g s; left behind", JOIN_S)
+
+    def _submit(self, command: GenerateRequest | _Abort | _Stop) -> None:
+        self._stall.submitted()
+        self._inbox.put(command)
 
     def _raise_if_failed(self) -> None:
+        if self._stopped:
+            raise EngineUnavailable("the engine is stopping; retry later")
         if self._failed:
             raise EngineUnavailable("the engine has failed and is being replaced; retry later")
 
@@ -153,7 +174,8 @@ class EmbeddedEngine:
                 if self._engine.has_work:
                     self._step()
                 self._load = self._engine.current_load()
-        except Exception:
+                self._stall.stepped(has_work=self._engine.has_work)
+        except BaseException:  # whatever ends the thread ends the requests, each exactly once
             log.exception("the engine's step loop failed")
             self._fail()
         else:
@@ -173,6 +195,7 @@ class EmbeddedEngine:
             except queue.Empty:
                 return True
             idle = False
+            self._stall.taken()
             if isinstance(command, _Stop):
                 return False
             if isinstance(command, _Abort):

@@ -75,10 +75,12 @@ class EmbeddedEngine:
         self,
         config: ServeConfig,
         load: Callable[[Path, EngineOptions], LLMEngine] = LLMEngine.load,
+        join_s: float = JOIN_S,
     ) -> None:
         assert config.engine is not None
         self._config = config
         self._open = load
+        self._join_s = join_s
         self._directory = config.engine
         self._mailboxes: dict[str, _Mailbox] = {}
         self._inbox: queue.SimpleQueue[GenerateRequest | _Abort | _Stop] = queue.SimpleQueue()
@@ -152,9 +154,9 @@ class EmbeddedEngine:
             mailbox.put(EngineUnavailable("the engine that held this request is stopping; retry"))
         if hasattr(self, "_thread"):
             self._submit(_Stop())
-            await asyncio.to_thread(self._thread.join, JOIN_S)
+            await asyncio.to_thread(self._thread.join, self._join_s)
             if self._thread.is_alive():
-                log.error("the engine's step has not ended in %g s; left behind", JOIN_S)
+                log.error("the engine's step has not ended in %g s; left behind", self._join_s)
 
     def _submit(self, command: GenerateRequest | _Abort | _Stop) -> None:
         self._stall.submitted()
@@ -184,7 +186,15 @@ class EmbeddedEngine:
 
     def _fail(self) -> None:
         self._failed = True
-        self._loop.call_soon_threadsafe(self._fail_all)
+        self._post(self._fail_all)
+
+    def _post(self, callback: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+            # a step that outlived the shutdown: nobody waits for it
 
     def _take_commands(self) -> bool:
         """Execute the commands in the inbox; an idle engine blocks for one. False ends the loop."""
@@ -208,14 +218,14 @@ class EmbeddedEngine:
             self._engine.add_request(_to_engine(request))
         except RequestError as error:
             refusal: list[tuple[str, Event | Exception]] = [(request.request_id, error)]
-            self._loop.call_soon_threadsafe(self._deliver, refusal)
+            self._post(self._deliver, refusal)
 
     def _step(self) -> None:
         items: list[tuple[str, Event | Exception]] = []
         for output in self._engine.step():
             items.extend((output.request_id, event) for event in _to_events(output))
         if items:  # one callback per step, not one per request
-            self._loop.call_soon_threadsafe(self._deliver, items)
+            self._post(self._deliver, items)
 
     # These run on the event loop.
 

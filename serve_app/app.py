@@ -59,6 +59,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         max_queued_requests=config.max_queued_requests,
         ray_actor_options=_actor_options(config.engine_cpus),
         user_config=config.replica_limits.model_dump(),
+        max_surge_percent=config.engine_surge_percent,
         graceful_shutdown_timeout_s=config.graceful_shutdown_s,
         **shared,
     )
@@ -68,6 +69,8 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         num_replicas=config.ingress_replicas,
         max_ongoing_requests=_INGRESS_MAX_ONGOING,
         ray_actor_options=_actor_options(config.ingress_cpus),
+        # An update starts the new ingress before the old one drains: there is always one to ask.
+        max_surge_percent=100,
         # Where both stop, engines go first: their ingresses then tell the clients that are left.
         graceful_shutdown_timeout_s=config.graceful_shutdown_s + _TELL_CLIENTS_S,
         **shared,

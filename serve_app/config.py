@@ -75,7 +75,16 @@ class ServeConfig(_Strict):
     request_timeout_s: float = Field(default=600.0, gt=0.0, description="for the whole answer")
     replica_limits: ReplicaLimits = ReplicaLimits()
     graceful_shutdown_s: float = Field(default=30.0, gt=0.0, description="streams may finish")
-    health_check_period_s: float = Field(default=10.0, gt=0.0)
+    #: Engine replicas, in percent, that an update may start before it stops old ones. 0 needs no
+    #: spare memory or GPU; requests then wait, or get a 503, while the last replica is replaced.
+    engine_surge_percent: int = Field(default=0, ge=0, le=100)
+    #: Serve looks at each replica once in a period; one that has ended is replaced then, one that
+    #: fails or does not answer in time at the third time.
+    health_check_period_s: float = Field(default=2.0, gt=0.0)
+    health_check_timeout_s: float = Field(default=10.0, gt=0.0)
+    #: An engine that has work and finishes no step for this long is replaced. A step is at most one
+    #: batch of `max_batched_tokens`; keep this well above the slowest.
+    max_step_s: float = Field(default=60.0, gt=0.0)
 
     #: The embedded engine's own settings; None keeps what it was built with, or its default.
     max_model_len: int | None = Field(default=None, ge=2)

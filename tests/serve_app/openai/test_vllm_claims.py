@@ -1,9 +1,9 @@
 """What vLLM's public tests claim of an OpenAI-compatible server, as claims of ours.
 
-Each claim names the test of vLLM (tests/entrypoints, read 2026-11) that states it. It either holds
-here, for the embedded engine over HTTP, or it asks for what is not implemented and is `refused` with
-a 400 or 404 that names the field or path. There is no third kind: a claim that is neither fails. What
-is about things that are not here at all (LoRA, images, tools as such) is left out.
+Each claim names the test of vLLM that states it (tests/entrypoints, read 2026-11). It either holds
+here, for the embedded engine over HTTP, or it asks for what is not implemented and is refused with
+a 400 or 404 that names the field or path. There is no third kind: a claim that is neither fails.
+What is about things that are not here at all (LoRA, images, tools as such) is left out.
 """
 
 from __future__ import annotations
@@ -348,9 +348,7 @@ def _echo_claim(logprobs: int, prompt: Any, kind: str) -> None:
         assert told.top_logprobs[0] is None
         num_prompt = len(served.tokenizer.encode(said) if isinstance(prompt, str) else prompt)
         assert len(told.tokens) == len(told.text_offset) == num_prompt + 5
-        assert all(
-            max(logprobs, 1) <= len(top) <= logprobs + 1 for top in told.top_logprobs[1:]
-        )
+        assert all(max(logprobs, 1) <= len(top) <= logprobs + 1 for top in told.top_logprobs[1:])
 
 
 for _num in (0, 1):
@@ -455,9 +453,7 @@ def _chat_prompt_logprobs(count: int) -> None:
         answer = await served.chat(extra_body={"prompt_logprobs": count})
         assert len(answer.prompt_logprobs) == answer.usage.prompt_tokens
         assert answer.prompt_logprobs[0] is None
-        assert all(
-            max(count, 1) <= len(entry) <= count + 1 for entry in answer.prompt_logprobs[1:]
-        )
+        assert all(max(count, 1) <= len(entry) <= count + 1 for entry in answer.prompt_logprobs[1:])
 
 
 for _num in (0, 1, 2):
@@ -840,9 +836,7 @@ async def served(
     transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
     async with (
         httpx.AsyncClient(transport=transport, base_url="http://test") as http,
-        AsyncOpenAI(
-            base_url="http://test/v1", api_key="-", max_retries=0, http_client=http
-        ) as sdk,
+        AsyncOpenAI(base_url="http://test/v1", api_key="-", max_retries=0, http_client=http) as sdk,
     ):
         yield Served(sdk, http, AutoTokenizer.from_pretrained(tiny_model))
         await engines.engine.shutdown()

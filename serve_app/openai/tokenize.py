@@ -6,7 +6,6 @@ same limits, as those of the other endpoints. No engine is asked for anything bu
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from typing import Annotated, Any, TypeVar
 
@@ -83,8 +82,7 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        deadline = asyncio.get_running_loop().time() + service.config.request_timeout_s
-        body = await service.read_plain(request, parse_tokenize)
+        body, deadline = await service.read_plain(request, parse_tokenize)
         _check_model(body, service)
         context = (await service.engines.info()).max_model_len
         work = functools.partial(_tokenize, body, service.tokenizer, context)
@@ -93,8 +91,7 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        deadline = asyncio.get_running_loop().time() + service.config.request_timeout_s
-        body = await service.read_plain(request, parse_detokenize)
+        body, deadline = await service.read_plain(request, parse_detokenize)
         _check_model(body, service)
         check_token_ids(body.tokens, service.tokenizer.vocab_size, "tokens")
         work = functools.partial(_detokenize, body, service.tokenizer)

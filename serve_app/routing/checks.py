@@ -1,22 +1,19 @@
-"""Admission checks: who may ask, for which model, and whether a request can ever be served.
+"""Admission checks: for which model, and whether a request can ever be served.
 
 Pure functions, called by openai/service.py: values in, values or errors out. Nothing here waits. It
-checks the key, the model's name, that token ids exist, and that prompt and completion fit the
+checks the model's name, that token ids exist, and that prompt and completion fit the
 context and the KV cache at all. Whether there is room *now* is decided by the engine and by Serve's
 queue, and a client sees that as a 429.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
-
-from pydantic import SecretStr
 
 from deepseek.engine.request import SamplingParams
 from serve_app.engines.protocol import EngineInfo, GenerateRequest
-from serve_app.errors import InvalidRequest, ModelNotFound, Unauthorized
+from serve_app.errors import InvalidRequest, ModelNotFound
 from serve_app.limits import MAX_CHOICES
 
 
@@ -36,20 +33,6 @@ class GenerationBody(Protocol):
     def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
         """Parameters of one choice."""
         ...
-
-
-def check_key(keys: Sequence[SecretStr], headers: Mapping[str, str]) -> None:
-    """Compare the bearer token with every key in constant time.
-
-    Raises:
-        Unauthorized: keys are configured, and the token is none of them.
-    """
-    if not keys:
-        return
-    given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-    matches = [secrets.compare_digest(given, key.get_secret_value().encode()) for key in keys]
-    if not any(matches):
-        raise Unauthorized("give a valid API key: Authorization: Bearer KEY")
 
 
 def check_model(requested: str, served: str) -> None:

@@ -104,6 +104,11 @@ class _Generation(_Body):
         return self.max_tokens
 
     @property
+    def limit_field(self) -> str:
+        """The field that `completion_limit` is from."""
+        return "max_tokens"
+
+    @property
     def num_logprobs(self) -> int | None:
         """Alternatives to report per token; None for no logprobs."""
         raise NotImplementedError
@@ -161,6 +166,18 @@ class ChatRequest(_Generation):
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
 
     @property
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
+
+    @property
+    def prompt_field(self) -> str:
+        return "messages"
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -182,6 +199,17 @@ class CompletionRequest(_Generation):
     )
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: Literal[False] | None = None
+
+    @property
+    def prompt_field(self) -> str:
+        return "prompt"
+
+    @property
+    def num_prompts(self) -> int:
+        """Of this body; see `prompts`."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return 1
+        return len(self.prompt)
 
     @property
     def num_logprobs(self) -> int | None:

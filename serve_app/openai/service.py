@@ -2,10 +2,11 @@
 
 `Service.answer` calls, in this order:
 
-    check_key -> read_body -> parse -> check_model -> tokenize -> admit -> open_stream
-              -> 200 and Answer.sse, or Answer.collect and 200
+    check_key -> read_body -> parse -> check_model -> check_choices -> encode -> admit
+              -> open_stream -> 200 and Answer.sse, or Answer.collect and 200
 
-Everything that can be refused is refused before the 200; a later failure is reported in-band.
+The deadline runs from the first of them. What can be refused is refused before the 200; a later
+failure is reported in-band.
 routes.py calls it; it knows no Ray.
 """
 
@@ -15,7 +16,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import Request, Response
@@ -24,19 +24,24 @@ from starlette.types import Send
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineClient
-from serve_app.errors import DeadlineExceeded, to_api_error
+from serve_app.errors import to_api_error
 from serve_app.openai.answers import ChatFormat, CompletionFormat
 from serve_app.openai.body import read_body
+from serve_app.openai.prompts import PromptEncoder
 from serve_app.openai.requests import AnyRequest, ChatRequest, CompletionRequest, parse
 from serve_app.openai.stream import Answer, open_stream
 from serve_app.openai.tokenizer import Tokenizer
-from serve_app.routing.checks import admit, check_key, check_model
+from serve_app.routing.checks import (
+    ContextLimit,
+    admit,
+    check_choices,
+    check_key,
+    check_model,
+    most_requests,
+)
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.request import Observation
 from serve_app.telemetry.tracing import Telemetry
-
-#: Conversations that are tokenized at one time.
-CHAT_THREADS = 8
 
 _BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/chat/completions": ChatRequest,
@@ -60,7 +65,7 @@ class Service:
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
         self.started = int(time.time())
-        self._chat_threads = ThreadPoolExecutor(CHAT_THREADS, "chat-template")
+        self._encoder = PromptEncoder(tokenizer)
 
     async def answer(self, request: Request, route: str) -> Response:
         """Answer one generation request, and record its outcome exactly once.
@@ -68,6 +73,7 @@ class Service:
         Raises:
             ApiError: the request is refused; the application's handler makes the response.
         """
+        deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
         chat = _BODIES[route] is ChatRequest
         observation = Observation(
             self.telemetry,
@@ -78,9 +84,11 @@ class Service:
         )
         try:
             check_key(self.config.api_keys, request.headers)
-            body = parse(_BODIES[route], await read_body(request, self.config.max_body_bytes))
+            async with asyncio.timeout_at(deadline):
+                raw = await read_body(request, self.config.max_body_bytes)
+            body = parse(_BODIES[route], raw)
             check_model(body.model, self.config.served_name)
-            return await self._respond(body, observation)
+            return await self._respond(body, observation, deadline)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
             raise
@@ -89,15 +97,18 @@ class Service:
             observation.finish(known, status=known.status)
             raise
 
-    async def _respond(self, body: AnyRequest, observation: Observation) -> Response:
-        deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
+    async def _respond(
+        self, body: AnyRequest, observation: Observation, deadline: float
+    ) -> Response:
         request_id = uuid.uuid4().hex
-        prompts = await self._tokenize_in_thread(body, deadline)
+        check_choices(body, most_requests(self.config))
+        info = await self.engines.info()
+        prompts = await self._encode(body, ContextLimit.of(info), deadline)
         requests = admit(
             body,
             prompts,
             request_id=request_id,
-            info=await self.engines.info(),
+            info=info,
             vocab_size=self._tokenizer.vocab_size,
             default_max_tokens=self.config.default_max_tokens,
             trace_context=observation.trace_context,
@@ -126,27 +137,13 @@ class Service:
         observation.finish(None, status=200)
         return JSONResponse(whole)
 
-    async def _tokenize_in_thread(self, body: AnyRequest, deadline: float) -> list[list[int]]:
-        """`_tokenize`. Conversations have threads of their own: a chat template may take seconds to
-        fail, and prompts do not wait for that."""
-        threads = self._chat_threads if isinstance(body, ChatRequest) else None
-        try:
-            async with asyncio.timeout_at(deadline):
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(threads, self._tokenize, body)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "the request waited to be tokenized until its deadline; send it again later"
-            ) from None
-
-    def _tokenize(self, body: AnyRequest) -> list[list[int]]:
-        """Token ids of each prompt of the body. Slow for long prompts: call it in a thread."""
+    async def _encode(
+        self, body: AnyRequest, limit: ContextLimit, deadline: float
+    ) -> list[list[int]]:
+        """Token ids of each prompt of the body."""
         if isinstance(body, ChatRequest):
-            return [self._tokenizer.encode_chat(body.conversation())]
-        return [
-            self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            for prompt in body.prompts()
-        ]
+            return [await self._encoder.encode_chat(body.conversation(), limit, deadline)]
+        return await self._encoder.encode(body.prompts(), limit, deadline)
 
     def model_card(self) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""Text to token ids, in the ingress: prompts and chat templates. service.py calls it.
+"""Text to token ids, in the ingress: prompts and chat templates. prompts.py calls it, in threads.
 
 `HfTokenizer` is made of the tokenizer files that `build` copied into the engine directory, never of
 remote code. `ByteTokenizer` goes with the echo engine: one token per UTF-8 byte, and nothing to
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,18 +24,44 @@ from serve_app.errors import InvalidRequest
 
 #: Conversations that are rendered at one time: one that overruns its time holds up no other.
 RENDERERS = 2
+#: A text whose tokens are only counted is cut into pieces of so many characters, and may have so
+#: many tokens more for each cut, and by this part, than the text as a whole.
+PIECE_CHARACTERS = 16384
+_SLACK_PER_CUT = 64
+_SLACK_PART = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PromptText:
+    """A text that is to be encoded. `special_tokens` says that those which the model expects around
+    a text are added; a conversation has them from its template."""
+
+    text: str
+    special_tokens: bool
 
 
 class Tokenizer(Protocol):
+    """Methods are called in threads, several at a time."""
+
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a completion prompt, with the special tokens that the model expects in front."""
+    def render(self, conversation: list[dict[str, str]]) -> PromptText:
+        """A conversation in the model's chat template, up to the assistant's turn.
+
+        Raises:
+            InvalidRequest: there is no template, or it refuses the conversation.
+        """
         ...
 
-    def encode_chat(self, conversation: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation in the model's chat template, up to the assistant's turn."""
+    def encode(self, prompt: PromptText) -> list[int]:
+        """Token ids. Takes memory of about a hundred times the text's bytes."""
+        ...
+
+    def exceeds(self, prompt: PromptText, limit: int, abandoned: Callable[[], bool]) -> bool:
+        """Whether the text has more than `limit` tokens beyond doubt. Takes the memory of a piece,
+        and the time of about `limit` tokens, however long the text is. False does not say that it
+        fits; nor does it when `abandoned` became true."""
         ...
 
 
@@ -43,12 +70,15 @@ class ByteTokenizer:
 
     vocab_size = 256
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def encode_chat(self, conversation: list[dict[str, str]]) -> list[int]:
+    def render(self, conversation: list[dict[str, str]]) -> PromptText:
         lines = [f"{message['role']}: {message['content']}" for message in conversation]
-        return self.encode("\n".join(lines))
+        return PromptText("\n".join(lines), special_tokens=False)
+
+    def encode(self, prompt: PromptText) -> list[int]:
+        return list(prompt.text.encode())
+
+    def exceeds(self, prompt: PromptText, limit: int, abandoned: Callable[[], bool]) -> bool:
+        return len(prompt.text.encode()) > limit
 
 
 class HfTokenizer:
@@ -88,38 +118,52 @@ class HfTokenizer:
             for name, data in _without_paths(documents).items():
                 (Path(folder) / name).write_bytes(data)
             try:
-                self._tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                    folder, local_files_only=True
-                )
+                loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             except Exception as error:  # of any type: a config may hold anything
                 raise ArtifactError(
                     f"{directory} has a tokenizer that cannot be loaded ({first_line(error)}); "
                     "correct the source's tokenizer files and build again"
                 ) from error
+        self.vocab_size = len(loaded)
+        # Used without transformers, which makes lists of more than the ids.
+        self._tokenizer = loaded.backend_tokenizer
+        self._tokenizer.encode_special_tokens = loaded.split_special_tokens
         # Texts are encoded as they are, whatever length the file fixes.
-        self._tokenizer.backend_tokenizer.no_padding()
-        self._tokenizer.backend_tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
         self._renderer = (
             ChatRenderer(template, processes=RENDERERS, max_seconds=max_seconds)
             if template
             else None
         )
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._tokenizer)
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
-
-    def encode_chat(self, conversation: list[dict[str, str]]) -> list[int]:
+    def render(self, conversation: list[dict[str, str]]) -> PromptText:
         if self._renderer is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions")
         try:
             text = self._renderer.render(conversation, add_generation_prompt=True)
         except ChatTemplateError as error:
             raise InvalidRequest(f"the model's chat template {error}", param="messages") from error
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return PromptText(text, special_tokens=False)
+
+    def encode(self, prompt: PromptText) -> list[int]:
+        return self._encode(prompt.text, prompt.special_tokens)
+
+    def exceeds(self, prompt: PromptText, limit: int, abandoned: Callable[[], bool]) -> bool:
+        text, count, allowed = prompt.text, 0, limit + limit // _SLACK_PART
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            if abandoned():
+                return False
+            count += len(self._encode(text[start : start + PIECE_CHARACTERS], False))
+            allowed += _SLACK_PER_CUT
+            if count > allowed:
+                return True
+        return False
+
+    def _encode(self, text: str, special_tokens: bool) -> list[int]:
+        # The method of batches lets other threads run, and the fast one counts no offsets.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
+        return list(encoding.ids)
 
 
 def _without_paths(documents: Mapping[str, bytes]) -> dict[str, bytes]:

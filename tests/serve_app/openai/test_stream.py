@@ -62,8 +62,8 @@ async def test_a_refusal_that_comes_with_the_first_event_refuses_the_request() -
             async for event in super().generate(asked):
                 yield event
 
+    requests = [make_request(name=f"r-{i}") for i in range(2)]
     with pytest.raises(Overloaded):
-        requests = [make_request(name=f"r-{i}") for i in range(2)]
         await open_stream(Refused(EchoOptions()), requests, deadline())
 
 
@@ -83,9 +83,7 @@ async def test_a_choice_refused_after_the_first_event_ends_in_an_error_of_its_ow
 async def test_the_first_choice_flows_while_others_wait_for_a_place_in_the_batch() -> None:
     """Two of four have a place and never end; their text comes all the same."""
     engine = EchoEngine(EchoOptions(max_running=2))
-    requests = [
-        make_request(name=f"r-{i}", max_tokens=10**6, ignore_eos=True) for i in range(4)
-    ]
+    requests = [make_request(name=f"r-{i}", max_tokens=10**6, ignore_eos=True) for i in range(4)]
     merged = await open_stream(engine, requests, deadline())
     answer = Answer(merged, CompletionFormat("id", "echo"), 4, lambda event: None)
     chunks = answer.sse(5, include_usage=False)

@@ -96,9 +96,15 @@ class PromptEncoder:
         with _abandoning() as abandoned:
             async with _until(deadline):
                 rendered = await self._in_thread(
-                    self._chat, lambda: self._tokenizer.render(conversation)
+                    self._chat, partial(self._tokenizer.render, conversation)
                 )
-                [ids] = await self._encode([rendered], limit, "messages", abandoned)
+                await self._refuse_too_long(rendered, limit, "messages", abandoned)
+                prompt = await self._in_thread(
+                    self._chat, partial(self._tokenizer.protect, conversation, rendered)
+                )
+                if prompt is not rendered:
+                    await self._refuse_too_long(prompt, limit, "messages", abandoned)
+                [ids] = await self._encode([prompt], "messages", abandoned)
                 return ids
 
     async def encode(
@@ -121,34 +127,38 @@ class PromptEncoder:
         texts = [PromptText(text, special_tokens) for text in prompts if isinstance(text, str)]
         with _abandoning() as abandoned:
             async with _until(deadline):
-                encoded = iter(await self._encode(texts, limit, "prompt", abandoned))
+                for text in texts:
+                    await self._refuse_too_long(text, limit, "prompt", abandoned)
+                encoded = iter(await self._encode(texts, "prompt", abandoned))
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     async def _encode(
         self,
         texts: Sequence[PromptText],
-        limit: ContextLimit,
         param: str,
         abandoned: threading.Event,
     ) -> list[list[int]]:
         if not texts:
             return []
-        sizes = [_num_bytes(text.text, param) for text in texts]
-        if (total := sum(sizes)) <= SHORT_BYTES:
-            return await self._in_thread(self._short, lambda: self._all(texts, abandoned))
-        for text, size in zip(texts, sizes, strict=True):
-            if size > limit.tokens:  # no token is shorter than a byte
-                exceeds = partial(self._tokenizer.exceeds, text, limit.tokens, abandoned.is_set)
-                if await self._in_thread(self._long, exceeds):
-                    raise too_long(limit, param)
+        total = sum(_num_bytes(text.text, param) for text in texts)
+        encode = partial(self._encode_all, texts, abandoned)
+        if total <= SHORT_BYTES:
+            return await self._in_thread(self._short, encode)
         held = await self._budget.acquire(total)
-        return await self._in_thread(
-            self._long,
-            lambda: self._all(texts, abandoned),
-            at_end=lambda: self._budget.release(held),
-        )
+        return await self._in_thread(self._long, encode, lambda: self._budget.release(held))
 
-    def _all(self, texts: Sequence[PromptText], abandoned: threading.Event) -> list[list[int]]:
+    async def _refuse_too_long(
+        self, text: PromptText, limit: ContextLimit, param: str, abandoned: threading.Event
+    ) -> None:
+        # No token is shorter than a byte.
+        if _num_bytes(text.text, param) > max(limit.tokens, SHORT_BYTES):
+            exceeds = partial(self._tokenizer.exceeds, text, limit.tokens, abandoned.is_set)
+            if await self._in_thread(self._long, exceeds):
+                raise too_long(limit, param)
+
+    def _encode_all(
+        self, texts: Sequence[PromptText], abandoned: threading.Event
+    ) -> list[list[int]]:
         return [self._tokenizer.encode(text) for text in texts if not abandoned.is_set()]
 
     async def _in_thread(

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from deepseek import untrusted
 from deepseek.artifact.documents import COPIED_FILES
@@ -21,6 +21,7 @@ from deepseek.errors import ArtifactError, first_line
 from deepseek.tokenizer_file import missing_tokenizer, parse_tokenizer
 from deepseek.untrusted import UnusableFileError
 from serve_app.errors import InvalidRequest
+from serve_app.openai.control_tokens import ControlTokens
 
 #: Conversations that are rendered at one time: one that overruns its time holds up no other.
 RENDERERS = 2
@@ -34,10 +35,12 @@ _SLACK_PART = 8
 @dataclass(frozen=True, slots=True)
 class PromptText:
     """A text that is to be encoded. `special_tokens` says that those which the model expects around
-    a text are added; a conversation has them from its template."""
+    a text are added; a conversation has them from its template. `protected`: control_tokens.py has
+    rewritten it."""
 
     text: str
-    special_tokens: bool
+    special_tokens: bool = False
+    protected: bool = False
 
 
 class Tokenizer(Protocol):
@@ -51,6 +54,14 @@ class Tokenizer(Protocol):
 
         Raises:
             InvalidRequest: there is no template, or it refuses the conversation.
+        """
+        ...
+
+    def protect(self, conversation: list[dict[str, str]], rendered: PromptText) -> PromptText:
+        """A rendered conversation in which control tokens in the messages are text.
+
+        Raises:
+            InvalidRequest: they cannot be.
         """
         ...
 
@@ -72,7 +83,10 @@ class ByteTokenizer:
 
     def render(self, conversation: list[dict[str, str]]) -> PromptText:
         lines = [f"{message['role']}: {message['content']}" for message in conversation]
-        return PromptText("\n".join(lines), special_tokens=False)
+        return PromptText("\n".join(lines))
+
+    def protect(self, conversation: list[dict[str, str]], rendered: PromptText) -> PromptText:
+        return rendered
 
     def encode(self, prompt: PromptText) -> list[int]:
         return list(prompt.text.encode())
@@ -131,6 +145,9 @@ class HfTokenizer:
         # Texts are encoded as they are, whatever length the file fixes.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._control = ControlTokens(
+            self._tokenizer, template.sources.values() if template else ()
+        )
         self._renderer = (
             ChatRenderer(template, processes=RENDERERS, max_seconds=max_seconds)
             if template
@@ -138,31 +155,43 @@ class HfTokenizer:
         )
 
     def render(self, conversation: list[dict[str, str]]) -> PromptText:
+        return PromptText(self._render(conversation))
+
+    def protect(self, conversation: list[dict[str, str]], rendered: PromptText) -> PromptText:
+        text = self._control.protect(conversation, rendered.text, self._render)
+        return rendered if text is None else PromptText(text, protected=True)
+
+    def _render(self, conversation: Sequence[Mapping[str, Any]]) -> str:
         if self._renderer is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions")
         try:
-            text = self._renderer.render(conversation, add_generation_prompt=True)
+            return self._renderer.render(conversation, add_generation_prompt=True)
         except ChatTemplateError as error:
             raise InvalidRequest(f"the model's chat template {error}", param="messages") from error
-        return PromptText(text, special_tokens=False)
 
     def encode(self, prompt: PromptText) -> list[int]:
-        return self._encode(prompt.text, prompt.special_tokens)
+        return self._encode(prompt, prompt.text)
 
     def exceeds(self, prompt: PromptText, limit: int, abandoned: Callable[[], bool]) -> bool:
+        bare = replace(prompt, special_tokens=False)
         text, count, allowed = prompt.text, 0, limit + limit // _SLACK_PART
         for start in range(0, len(text), PIECE_CHARACTERS):
             if abandoned():
                 return False
-            count += len(self._encode(text[start : start + PIECE_CHARACTERS], False))
+            count += len(self._encode(bare, text[start : start + PIECE_CHARACTERS]))
             allowed += _SLACK_PER_CUT
             if count > allowed:
                 return True
         return False
 
-    def _encode(self, text: str, special_tokens: bool) -> list[int]:
+    def _encode(self, prompt: PromptText, text: str) -> list[int]:
+        """Token ids of a text that is part of the prompt."""
+        if prompt.protected:
+            return self._control.encode(text)
         # The method of batches lets other threads run, and the fast one counts no offsets.
-        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
+        [encoding] = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=prompt.special_tokens
+        )
         return list(encoding.ids)
 
 

@@ -162,9 +162,7 @@ class Sequence:
         logits at position p score token p + 1."""
         if self.request.sampling.prompt_logprobs is None:
             return range(0)
-        return range(
-            max(start, self.num_scored - 1), min(stop, len(self.request.prompt_ids) - 1)
-        )
+        return range(max(start, self.num_scored - 1), min(stop, len(self.request.prompt_ids) - 1))
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids of the positions [start, stop)."""

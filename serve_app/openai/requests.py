@@ -14,6 +14,8 @@ is checked in routing/checks.py. docs/openai.md lists every field.
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
@@ -95,7 +97,7 @@ def _read_stop_token_ids(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise wrong_value("stop_token_ids", "must be a list of token ids")
     _check_length(value, MAX_STOP_TOKEN_IDS, "stop_token_ids", "token ids")
-    if not _are_token_ids(value):
+    if not are_token_ids(value):
         raise wrong_value("stop_token_ids", "must be a list of token ids, which are integers")
     return tuple(dict.fromkeys(value))
 
@@ -107,19 +109,19 @@ def _read_prompt(value: Any) -> list[str | list[int]]:
     if not isinstance(value, list) or not value:
         raise wrong_value("prompt", _PROMPT)
     if isinstance(value[0], int):
-        if not _are_token_ids(value):
+        if not are_token_ids(value):
             raise wrong_value("prompt", _PROMPT)
         return [value]
     _check_length(value, MAX_PROMPTS, "prompt", "prompts")
     if all(isinstance(item, str) for item in value):
         return value
-    if all(isinstance(item, list) and item and _are_token_ids(item) for item in value):
+    if all(isinstance(item, list) and item and are_token_ids(item) for item in value):
         return value
     raise wrong_value("prompt", _PROMPT)
 
 
-def _are_token_ids(values: list[Any]) -> bool:
-    """Whether all are integers that can be ids of some vocabulary."""
+def are_token_ids(values: list[Any]) -> bool:
+    """Whether all are integers that could be token ids; which ids there are the model says."""
     if not values:
         return True
     return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_INT
@@ -286,6 +288,7 @@ class CompletionRequest(_Generation):
 
 AnyRequest = ChatRequest | CompletionRequest
 Body = TypeVar("Body", bound=_Generation)
+Result = TypeVar("Result")
 
 #: Field of one endpoint only -> the endpoint.
 _ENDPOINTS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
@@ -319,12 +322,15 @@ class BodyParser:
 
     async def parse(self, model: type[Body], raw: bytes) -> Body:
         """`parse`, with its errors."""
-        if len(raw) <= INLINE_BODY_BYTES:
-            body = parse(model, raw)
-        else:
-            loop = asyncio.get_running_loop()
-            body = await loop.run_in_executor(self._threads, parse, model, raw)
+        body = await self.run(functools.partial(parse, model), raw)
         return body if body.model else body.model_copy(update={"model": self._served_name})
+
+    async def run(self, parse_bytes: Callable[[bytes], Result], raw: bytes) -> Result:
+        """Another parser of a body, with its errors."""
+        if len(raw) <= INLINE_BODY_BYTES:
+            return parse_bytes(raw)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, parse_bytes, raw)
 
 
 def _wrap(seed: int) -> int:

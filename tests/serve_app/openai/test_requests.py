@@ -213,7 +213,7 @@ SAMPLING: dict[str, tuple[Any, Any]] = {
     "stop_token_ids": ([4, 5], (4, 5)),
     "ignore_eos": (True, True),
     "logprobs": (2, 2),
-    "prompt_logprobs": (3, 3),
+    "prompt_logprobs": (4, 4),
 }
 
 

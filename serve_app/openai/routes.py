@@ -61,6 +61,7 @@ def make_app(service: Service, snapshots: Any = None) -> FastAPI:
                 "engine": info.engine,
                 "recipe": info.recipe,
                 "artifact_digest": info.artifact_digest,
+                "engine_digest": info.engine_digest,
                 "kv_cache": info.kv_cache,
                 "gated": ready[0].gated,
                 "max_model_len": info.max_model_len,

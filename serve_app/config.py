@@ -59,6 +59,9 @@ class ServeConfig(_Strict):
     #: 163,840 token ids are about 1.1 MB of JSON; the rest is room for \\uXXXX escapes.
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)
     default_max_tokens: int = Field(default=512, ge=1)
+    #: Logprobs of prompt tokens in one answer, alternatives included: 163,840 tokens with two
+    #: alternatives each, about 40 MB of JSON.
+    max_prompt_logprobs: int = Field(default=2**19, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0.0, description="for the whole answer")
     replica_limits: ReplicaLimits = ReplicaLimits()
     graceful_shutdown_s: float = Field(default=30.0, gt=0.0, description="streams may finish")

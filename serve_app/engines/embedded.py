@@ -22,7 +22,14 @@ from deepseek.engine.options import EngineLoad, EngineOptions
 from deepseek.engine.request import Request, StepOutput
 from deepseek.errors import RequestError
 from serve_app.config import ServeConfig
-from serve_app.engines.protocol import Done, EngineInfo, Event, GenerateRequest, Tokens
+from serve_app.engines.protocol import (
+    Done,
+    EngineInfo,
+    Event,
+    GenerateRequest,
+    PromptLogprobs,
+    Tokens,
+)
 from serve_app.errors import EngineUnavailable
 
 log = logging.getLogger("ray.serve")
@@ -54,7 +61,7 @@ class _Mailbox:
         under way."""
         if self.ended:
             return
-        self.ended = not isinstance(item, Tokens)
+        self.ended = not isinstance(item, PromptLogprobs | Tokens)
         if isinstance(item, Tokens):
             self.produced += len(item.token_ids)
         self.events.put_nowait(item)
@@ -235,6 +242,8 @@ def _to_engine(request: GenerateRequest) -> Request:
 
 
 def _to_events(output: StepOutput) -> Iterator[Event]:
+    if output.prompt_logprobs is not None:
+        yield PromptLogprobs(output.prompt_logprobs)
     if output.token_ids or output.text:
         yield Tokens(output.token_ids, output.text, output.logprobs)
     if output.finish_reason is not None:

@@ -41,6 +41,14 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """The prompt's own logprobs, for a request that asks for them: at most once, before the first
+    `Tokens`. One entry per prompt token; the first is None, because nothing predicts it."""
+
+    logprobs: tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The final event: every accepted request gets exactly one. `queue_s`, `prefill_s` and
     `decode_s` are the seconds spent in each phase; `error` is set when `reason` is "error"."""
@@ -55,7 +63,7 @@ class Done:
     error: str | None = None
 
 
-Event = Tokens | Done
+Event = PromptLogprobs | Tokens | Done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
 from serve_app.config import ServeConfig
@@ -27,13 +27,17 @@ from serve_app.engines.protocol import EngineClient
 from serve_app.errors import DeadlineExceeded, to_api_error
 from serve_app.openai.answers import ChatFormat, CompletionFormat
 from serve_app.openai.body import read_body
-from serve_app.openai.requests import AnyRequest, ChatRequest, CompletionRequest, parse
+from serve_app.openai.echoed import EchoedPrompt
+from serve_app.openai.logprobs import LogprobStyle
+from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.stream import Answer, open_stream
 from serve_app.openai.tokenizer import Tokenizer
-from serve_app.routing.checks import admit, check_key, check_model
+from serve_app.routing.checks import admit, check_key, check_model, check_prompt_logprobs
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.request import Observation
 from serve_app.telemetry.tracing import Telemetry
+
+Result = TypeVar("Result")
 
 #: Conversations that are tokenized at one time.
 CHAT_THREADS = 8
@@ -60,6 +64,7 @@ class Service:
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
         self.started = int(time.time())
+        self._parser = BodyParser()
         self._chat_threads = ThreadPoolExecutor(CHAT_THREADS, "chat-template")
 
     async def answer(self, request: Request, route: str) -> Response:
@@ -78,8 +83,10 @@ class Service:
         )
         try:
             check_key(self.config.api_keys, request.headers)
-            body = parse(_BODIES[route], await read_body(request, self.config.max_body_bytes))
-            check_model(body.model, self.config.served_name)
+            raw = await read_body(request, self.config.max_body_bytes)
+            body = await self._parser.parse(_BODIES[route], raw)
+            if body.model:  # without one, the model that is served is meant
+                check_model(body.model, self.config.served_name)
             return await self._respond(body, observation)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
@@ -102,12 +109,12 @@ class Service:
             default_max_tokens=self.config.default_max_tokens,
             trace_context=observation.trace_context,
         )
-        make_format = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
-        form = make_format(request_id, body.model)
+        check_prompt_logprobs(requests, self.config.max_prompt_logprobs)
+        form = await self._format(body, request_id, prompts, deadline)
         num_prompt_tokens = sum(map(len, prompts))
         observation.describe(
             requests,
-            model=body.model,
+            model=self.config.served_name,
             num_choices=body.num_choices,
             streamed=bool(body.stream),
             num_prompt_tokens=num_prompt_tokens,
@@ -124,16 +131,41 @@ class Service:
         finally:
             merged.close()
         observation.finish(None, status=200)
-        return JSONResponse(whole)
+        return Response(whole, media_type="application/json")
+
+    async def _format(
+        self, body: AnyRequest, request_id: str, prompts: list[list[int]], deadline: float
+    ) -> ChatFormat | CompletionFormat:
+        """How the answer is written, with the prompts that it echoes."""
+        style = LogprobStyle(
+            body.num_logprobs, body.prompt_logprobs, bool(body.return_tokens_as_token_ids)
+        )
+        model = self.config.served_name
+        if isinstance(body, ChatRequest):
+            return ChatFormat(request_id, model, style)
+        echoes: list[EchoedPrompt] = []
+        if body.echo:
+            sent = body.prompts()
+            echoes = await self._in_thread(lambda: self._echo(sent, prompts), deadline)
+        return CompletionFormat(request_id, model, style, tuple(echoes), body.num_choices)
+
+    def _echo(self, sent: list[str | list[int]], prompts: list[list[int]]) -> list[EchoedPrompt]:
+        pairs = zip(sent, prompts, strict=True)
+        return [EchoedPrompt.of(prompt, ids, self._tokenizer) for prompt, ids in pairs]
 
     async def _tokenize_in_thread(self, body: AnyRequest, deadline: float) -> list[list[int]]:
         """`_tokenize`. Conversations have threads of their own: a chat template may take seconds to
         fail, and prompts do not wait for that."""
         threads = self._chat_threads if isinstance(body, ChatRequest) else None
+        return await self._in_thread(lambda: self._tokenize(body), deadline, threads)
+
+    async def _in_thread(
+        self, work: Callable[[], Result], deadline: float, threads: Executor | None = None
+    ) -> Result:
+        """Run work of the tokenizer beside the event loop, until the request's deadline."""
         try:
             async with asyncio.timeout_at(deadline):
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(threads, self._tokenize, body)
+                return await asyncio.get_running_loop().run_in_executor(threads, work)
         except TimeoutError:
             raise DeadlineExceeded(
                 "the request waited to be tokenized until its deadline; send it again later"
@@ -142,9 +174,13 @@ class Service:
     def _tokenize(self, body: AnyRequest) -> list[list[int]]:
         """Token ids of each prompt of the body. Slow for long prompts: call it in a thread."""
         if isinstance(body, ChatRequest):
-            return [self._tokenizer.encode_chat(body.conversation())]
+            special = bool(body.add_special_tokens)  # the template has its own
+            return [self._tokenizer.encode_chat(body.conversation(), add_special_tokens=special)]
+        special = body.add_special_tokens is not False
         return [
-            self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            self._tokenizer.encode(prompt, add_special_tokens=special)
+            if isinstance(prompt, str)
+            else prompt
             for prompt in body.prompts()
         ]
 

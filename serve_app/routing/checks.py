@@ -17,9 +17,7 @@ from pydantic import SecretStr
 from deepseek.engine.request import SamplingParams
 from serve_app.engines.protocol import EngineInfo, GenerateRequest
 from serve_app.errors import InvalidRequest, ModelNotFound, Unauthorized
-
-#: Choices that one request may ask for, over all of its prompts.
-MAX_CHOICES = 32
+from serve_app.limits import MAX_CHOICES
 
 
 class GenerationBody(Protocol):
@@ -71,7 +69,7 @@ def choose_max_tokens(
     limit = min(info.max_model_len, info.kv_tokens_total)
     holder = info.context_name if info.max_model_len <= info.kv_tokens_total else "KV cache"
     room = limit - num_prompt_tokens
-    if room < 1:
+    if room < (0 if requested == 0 else 1):
         raise InvalidRequest(
             f"the prompt has {num_prompt_tokens} tokens and the {holder} holds {limit}, completion "
             "included; shorten the prompt",
@@ -130,3 +128,22 @@ def admit(
                 )
             )
     return requests
+
+
+def check_prompt_logprobs(requests: Sequence[GenerateRequest], limit: int) -> None:
+    """Check that the prompts' logprobs make no answer larger than the service allows: every prompt
+    token has an entry for itself and one for each alternative, in every choice.
+
+    Raises:
+        InvalidRequest: they are more than `limit`.
+    """
+    counts = [(len(r.prompt_ids), r.sampling.prompt_logprobs) for r in requests]
+    total = sum(length * (1 + count) for length, count in counts if count is not None)
+    if total > limit:
+        raise InvalidRequest(
+            f"the logprobs of these prompts are {total} entries (prompt tokens times alternatives "
+            f"and one, over all choices), and one answer holds {limit}; ask for fewer alternatives "
+            "or send fewer or shorter prompts",
+            param="logprobs",
+            code="too_many_logprobs",
+        )

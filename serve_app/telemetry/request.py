@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from serve_app.engines.protocol import Done, Event, GenerateRequest
+from serve_app.engines.protocol import Done, Event, GenerateRequest, Tokens
 from serve_app.errors import ApiError
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.tracing import Telemetry, propagate, set_error
@@ -97,7 +97,7 @@ class Observation:
                     self._operation,
                     self._model,
                 )
-        elif self._first_token_s is None:
+        elif isinstance(event, Tokens) and self._first_token_s is None:
             self._first_token_s = time.monotonic() - self._arrived
             self._span.set_attribute("gen_ai.response.time_to_first_chunk", self._first_token_s)
             self._metrics.observe(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from deepseek.engine.options import EngineLoad
-from deepseek.engine.request import SamplingParams, TokenLogprob
+from deepseek.engine.request import SamplingParams, TokenLogprob, TopLogprob
 from serve_app.engines.protocol import Done, EngineInfo, GenerateRequest, ReplicaStatus, Tokens
 
 SAMPLING = SamplingParams(
@@ -30,7 +30,7 @@ INFO = EngineInfo(
     max_model_len=64, kv_tokens_total=128, recipe="int4", artifact_digest="ab", engine="embedded"
 )
 LOAD = EngineLoad(running=1, waiting=2, kv_tokens_used=3, kv_tokens_total=128)
-LOGPROB = TokenLogprob(5, "x", -0.5, ((5, "x", -0.5), (6, "y", -1.5)))
+LOGPROB = TokenLogprob(5, "x", -0.5, (TopLogprob(5, "x", -0.5), TopLogprob(6, "y", -1.5)))
 
 
 @pytest.mark.parametrize(

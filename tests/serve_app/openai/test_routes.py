@@ -52,7 +52,6 @@ def assert_error(response: httpx.Response, status: int, code: str) -> dict[str, 
         (TEXT, json.dumps(text("")).encode(), 400, "invalid_value"),
         (TEXT, json.dumps(text([256])).encode(), 400, "invalid_value"),
         (TEXT, json.dumps(text(["a"] * 20, n=2)).encode(), 400, "invalid_value"),
-        (TEXT, json.dumps(text(echo=True)).encode(), 400, "invalid_value"),
         (TEXT, b"x" * (4 * 2**20 + 1), 413, "body_too_large"),
         ("/v1/embeddings", b"{}", 404, "unknown_path"),
         ("/v1/models", b"{}", 405, "method_not_allowed"),
@@ -138,7 +137,7 @@ async def test_streamed_and_whole_answers_say_the_same(path: str) -> None:
             told = "".join(part["text"] for part in parts)
             assert told == choice["text"] == "wörld é"
             offsets = [o for p in parts if p["logprobs"] for o in p["logprobs"]["text_offset"]]
-            assert offsets == choice["logprobs"]["text_offset"] == list(range(9))
+            assert offsets == choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 3, 4, 5, 6, 6]
         assert [part["finish_reason"] for part in parts[:-1]] == [None] * (len(parts) - 1)
         assert parts[-1]["finish_reason"] == choice["finish_reason"] == "length"
 

@@ -82,7 +82,7 @@ def base_url(url: str) -> str:
     """
     try:
         parsed = httpx.URL(url)
-        has_host = bool(parsed.host)
+        has_host = bool(parsed.host) and (parsed.port or 1) < 1 << 16
     except (httpx.InvalidURL, ValueError) as error:
         raise ServiceError(f"--url {url} is no address ({error}); correct it") from error
     if parsed.userinfo:

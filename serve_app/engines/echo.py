@@ -121,7 +121,10 @@ class EchoEngine:
         )
 
     async def check(self) -> None:
-        """An echo cannot get stuck."""
+        """An echo cannot fail."""
+
+    def stalled_s(self) -> float:
+        return 0.0  # nor hang: it has no steps
 
     async def shutdown(self) -> None:
         """Nothing to release."""

@@ -119,8 +119,14 @@ class Engine(Protocol):
         """Raise when the engine must be replaced; Serve then restarts the replica."""
         ...
 
+    def stalled_s(self) -> float:
+        """Seconds for which the engine has had work and has finished no step; 0.0 while it is idle
+        (`stall.py` keeps this). Cheap. A replica whose engine stalls for too long is replaced."""
+        ...
+
     async def shutdown(self) -> None:
-        """Release what `start` took. Safe after a `start` that failed."""
+        """Release what `start` took; requests under way end in `EngineUnavailable`. Safe after a
+        `start` that failed. Returns soon, also when a step hangs."""
         ...
 
 
@@ -129,13 +135,15 @@ class ReplicaStatus:
     """What one engine replica reports about itself in each heartbeat.
 
     `gated` says whether the accuracy gate passed for exactly the engine that the replica serves. It
-    is true for an engine without an artifact, which has nothing to gate.
+    is true for an engine without an artifact, which has nothing to gate. `request_ids` are those
+    that the replica works on.
     """
 
     replica_id: str
     info: EngineInfo
     load: EngineLoad
     gated: bool
+    request_ids: tuple[str, ...] = ()
 
 
 class EngineClient(Protocol):

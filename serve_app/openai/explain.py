@@ -7,16 +7,24 @@ import difflib
 from collections.abc import Collection
 from typing import Any
 
-from deepseek.untrusted import show_name
+from deepseek.text import visible
 from serve_app.errors import InvalidRequest
 
 #: Longest name of a field that gets a suggestion; all real names are shorter.
 _MAX_GUESSED = 64
+#: Most characters of a client's own name for a field in a sentence.
+_MAX_NAME = 100
 
 
 def join_place(*parts: str | int) -> str:
     """The path of a field, like `messages.0.content`."""
-    return ".".join(show_name(str(part)) for part in parts if part != "")
+    return ".".join(show_field(str(part)) for part in parts if part != "")
+
+
+def show_field(name: str) -> str:
+    """A name of a field, for a sentence: printable and of bounded length."""
+    seen = visible(name[:_MAX_NAME])
+    return seen if len(seen) <= _MAX_NAME and len(name) <= _MAX_NAME else f"{seen[:_MAX_NAME]}..."
 
 
 def unsupported_field(place: str) -> InvalidRequest:

@@ -11,9 +11,10 @@ import json
 import re
 from typing import Any, NoReturn
 
-from deepseek.untrusted import json_kind, show_name
+from deepseek.untrusted import json_kind
 from serve_app.errors import InvalidRequest
 from serve_app.limits import MAX_DEPTH, MAX_DIGITS, MAX_STRINGS, MAX_VALUES
+from serve_app.openai.explain import show_field
 
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
@@ -90,7 +91,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, _ in pairs:
             if key in keys:
                 raise _Refused(
-                    f"gives the key '{show_name(key)}' twice in one JSON object; remove one"
+                    f"gives the key '{show_field(key)}' twice in one JSON object; remove one"
                 )
             keys.add(key)
     return value

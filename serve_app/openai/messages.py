@@ -120,7 +120,7 @@ def _read_part(part: Any, place: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise wrong_value(place, "must be a text part, like {'type': 'text', 'text': ...}")
+        raise wrong_value(place, 'must be a text part, like {"type": "text", "text": "..."}')
     kind = part.get("type")
     if not isinstance(kind, str):
         raise missing_field(f"{place}.type")

@@ -41,6 +41,7 @@ class Label:
     """A field that only names or hints something; `kinds` are the types that it may have."""
 
     kinds: tuple[type, ...] = (str,)
+    may_be_empty: bool = True
 
 
 Table = Mapping[str, Neutral | Label]
@@ -120,7 +121,7 @@ _VLLM: dict[str, Neutral | Label] = {
     "add_generation_prompt": _YES,
     "allowed_token_ids": _NOTHING,
     "bad_words": _NONE_OF,
-    "cache_salt": Label(),
+    "cache_salt": Label(may_be_empty=False),
     "chat_template": _NOTHING,
     "chat_template_kwargs": Neutral(
         when=_no_thinking,
@@ -303,6 +304,8 @@ def _check_label(value: Any, label: Label, place: str) -> None:
     if type(value) not in label.kinds:
         kind = "an object" if dict in label.kinds else "a string"
         raise InvalidRequest(f"field '{place}' must be {kind}", param=place)
+    if not (value or label.may_be_empty):
+        raise InvalidRequest(f"field '{place}' must not be empty; remove it", param=place)
     size, values = 0, [value]
     while values:
         item = values.pop()

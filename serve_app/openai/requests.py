@@ -14,6 +14,8 @@ is checked in routing/checks.py. docs/openai.md lists every field.
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
@@ -49,13 +51,9 @@ _SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)}
 
 _PROMPT = (
     "must be a string, a list of strings, a list of token ids or a list of such lists, "
-    f"none of the lists empty, at most {MAX_PROMPTS} prompts"
+    "none of the lists empty"
 )
-_STOP = (
-    f"must be a string or a list of strings, at most {MAX_STOP_STRINGS}, each of 1 to "
-    f"{MAX_STOP_LENGTH} characters"
-)
-_STOP_TOKEN_IDS = f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids"
+_STOP = f"must be a string or a list of strings, each of 1 to {MAX_STOP_LENGTH} characters"
 
 
 class _Body(BaseModel):
@@ -74,24 +72,34 @@ class StreamOptions(_Body):
 def _read_stream_options(value: Any) -> Any:
     if not isinstance(value, dict):
         raise wrong_value("stream_options", "must be an object")
+    if not value:
+        return None
     return drop_neutral(value, StreamOptions.model_fields, STREAM_OPTIONS, "stream_options")
+
+
+def _check_length(values: list[Any], limit: int, name: str, what: str) -> None:
+    """Count a list before its items are looked at."""
+    if len(values) > limit:
+        raise wrong_value(name, f"holds {len(values)} {what}; the limit is {limit}")
 
 
 def _read_stop(value: Any) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(strings, list)
-        or len(strings) > MAX_STOP_STRINGS
-        or not all(isinstance(item, str) and 1 <= len(item) <= MAX_STOP_LENGTH for item in strings)
-    ):
+    if not isinstance(strings, list):
+        raise wrong_value("stop", _STOP)
+    _check_length(strings, MAX_STOP_STRINGS, "stop", "strings")
+    if not all(isinstance(item, str) and 1 <= len(item) <= MAX_STOP_LENGTH for item in strings):
         raise wrong_value("stop", _STOP)
     return tuple(strings)
 
 
 def _read_stop_token_ids(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > MAX_STOP_TOKEN_IDS or not _are_token_ids(value):
-        raise wrong_value("stop_token_ids", _STOP_TOKEN_IDS)
-    return tuple(value)
+    if not isinstance(value, list):
+        raise wrong_value("stop_token_ids", "must be a list of token ids")
+    _check_length(value, MAX_STOP_TOKEN_IDS, "stop_token_ids", "token ids")
+    if not are_token_ids(value):
+        raise wrong_value("stop_token_ids", "must be a list of token ids, which are integers")
+    return tuple(dict.fromkeys(value))
 
 
 def _read_prompt(value: Any) -> list[str | list[int]]:
@@ -100,19 +108,20 @@ def _read_prompt(value: Any) -> list[str | list[int]]:
         return [value]
     if not isinstance(value, list) or not value:
         raise wrong_value("prompt", _PROMPT)
-    if type(value[0]) is int and _are_token_ids(value):
+    if isinstance(value[0], int):
+        if not are_token_ids(value):
+            raise wrong_value("prompt", _PROMPT)
         return [value]
-    # Counted before the items are looked at.
-    if type(value[0]) is int or len(value) > MAX_PROMPTS:
-        raise wrong_value("prompt", _PROMPT)
+    _check_length(value, MAX_PROMPTS, "prompt", "prompts")
     if all(isinstance(item, str) for item in value):
         return value
-    if all(isinstance(item, list) and item and _are_token_ids(item) for item in value):
+    if all(isinstance(item, list) and item and are_token_ids(item) for item in value):
         return value
     raise wrong_value("prompt", _PROMPT)
 
 
-def _are_token_ids(values: list[Any]) -> bool:
+def are_token_ids(values: list[Any]) -> bool:
+    """Whether all are integers that could be token ids; which ids there are the model says."""
     if not values:
         return True
     return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_INT
@@ -121,8 +130,8 @@ def _are_token_ids(values: list[Any]) -> bool:
 class _Generation(_Body):
     """The fields that chat and text completions share."""
 
-    #: None or empty: the model that is served, as in vLLM.
-    model: str | None = None
+    #: Absent, null or empty: the model that is served, as in vLLM; a `BodyParser` puts its name in.
+    model: str = ""
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT)
     #: OpenAI's newer name for max_tokens.
@@ -162,9 +171,7 @@ class _Generation(_Body):
                 "differs from max_tokens, which is its older name; give one of them",
             )
         if self.stream and self.prompt_logprobs is not None:
-            raise wrong_value(
-                "prompt_logprobs", "is not available with stream: true; remove one of them"
-            )
+            raise wrong_value("prompt_logprobs", "is not available with stream: true; remove one")
         if self.completion_limit == 0 and not self.may_generate_nothing:
             name = "max_tokens" if asked is not None else "max_completion_tokens"
             raise wrong_value(name, "must be greater than or equal to 1; 0 needs echo: true")
@@ -281,6 +288,7 @@ class CompletionRequest(_Generation):
 
 AnyRequest = ChatRequest | CompletionRequest
 Body = TypeVar("Body", bound=_Generation)
+Result = TypeVar("Result")
 
 #: Field of one endpoint only -> the endpoint.
 _ENDPOINTS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
@@ -305,17 +313,24 @@ def parse(model: type[Body], raw: bytes) -> Body:
 
 
 class BodyParser:
-    """`parse` for an event loop: a long body is parsed in one of a few threads."""
+    """`parse` for an event loop: a long body is parsed in one of a few threads. A body that names
+    no model gets the name of the one that is served."""
 
-    def __init__(self) -> None:
+    def __init__(self, served_name: str) -> None:
+        self._served_name = served_name
         self._threads = ThreadPoolExecutor(PARSER_THREADS, "parse-body")
 
     async def parse(self, model: type[Body], raw: bytes) -> Body:
         """`parse`, with its errors."""
+        body = await self.run(functools.partial(parse, model), raw)
+        return body if body.model else body.model_copy(update={"model": self._served_name})
+
+    async def run(self, parse_bytes: Callable[[bytes], Result], raw: bytes) -> Result:
+        """Another parser of a body, with its errors."""
         if len(raw) <= INLINE_BODY_BYTES:
-            return parse(model, raw)
+            return parse_bytes(raw)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, parse, model, raw)
+        return await loop.run_in_executor(self._threads, parse_bytes, raw)
 
 
 def _wrap(seed: int) -> int:

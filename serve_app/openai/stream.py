@@ -61,6 +61,11 @@ class MergedStream:
             _pumps.add(task)
             task.add_done_callback(_pumps.discard)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that all choices have generated so far."""
+        return sum(self._produced)
+
     async def _pump(self, source: Source, index: int, request: GenerateRequest) -> None:
         try:
             async with aclosing(source.generate(request)) as events:
@@ -207,12 +212,25 @@ class Answer:
             **self.form.extras(self.choices),
         }
 
-    async def sse(self, prompt_tokens: int, *, include_usage: bool) -> AsyncIterator[bytes]:
-        """Yield server-sent events, the last one `[DONE]`; or, after a failure, the error."""
+    def _usage_so_far(self, prompt_tokens: int) -> dict[str, Any]:
+        completion = self.merged.num_tokens
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": prompt_tokens + completion,
+        }
+
+    async def sse(
+        self, prompt_tokens: int, *, include_usage: bool, continuous_usage: bool = False
+    ) -> AsyncIterator[bytes]:
+        """Yield server-sent events, the last one `[DONE]`; or, after a failure, the error. With
+        `continuous_usage` every event has the usage of the request up to it."""
         envelope = self.form.envelope(streamed=True)
         if include_usage:  # OpenAI: the field is there, and null, on all chunks but the last
             envelope["usage"] = None
         async for choice, event in self._events():
+            if continuous_usage:
+                envelope["usage"] = self._usage_so_far(prompt_tokens)
             failed = isinstance(event, Done) and event.reason not in FINISH_REASONS
             if choice.echo is not None and not choice.started and not failed:
                 for piece in self.form.prompt_pieces(choice):

@@ -1,22 +1,19 @@
-"""Admission checks: who may ask, for which model, and whether a request can ever be served.
+"""Admission checks: for which model, and whether a request can ever be served.
 
 Pure functions, called by openai/service.py: values in, values or errors out. Nothing here waits. It
-checks the key, the model's name, that token ids exist, and that prompt and completion fit the
+checks the model's name, that token ids exist, and that prompt and completion fit the
 context and the KV cache at all. Whether there is room *now* is decided by the engine and by Serve's
 queue, and a client sees that as a 429.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
-
-from pydantic import SecretStr
 
 from deepseek.engine.request import SamplingParams
 from serve_app.engines.protocol import EngineInfo, GenerateRequest
-from serve_app.errors import InvalidRequest, ModelNotFound, Unauthorized
+from serve_app.errors import InvalidRequest, ModelNotFound
 from serve_app.limits import MAX_CHOICES
 
 
@@ -36,20 +33,6 @@ class GenerationBody(Protocol):
     def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
         """Parameters of one choice."""
         ...
-
-
-def check_key(keys: Sequence[SecretStr], headers: Mapping[str, str]) -> None:
-    """Compare the bearer token with every key in constant time.
-
-    Raises:
-        Unauthorized: keys are configured, and the token is none of them.
-    """
-    if not keys:
-        return
-    given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-    matches = [secrets.compare_digest(given, key.get_secret_value().encode()) for key in keys]
-    if not any(matches):
-        raise Unauthorized("give a valid API key: Authorization: Bearer KEY")
 
 
 def check_model(requested: str, served: str) -> None:
@@ -86,6 +69,15 @@ def choose_max_tokens(
     return requested
 
 
+def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises InvalidRequest for an id that the vocabulary does not have."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise InvalidRequest(
+            f"token id {largest} is outside the vocabulary of {vocab_size}", param=param
+        )
+
+
 def admit(
     body: GenerationBody,
     prompts: Sequence[Sequence[int]],
@@ -113,10 +105,7 @@ def admit(
     for prompt in prompts:
         if not prompt:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        if (largest := max(prompt)) >= vocab_size:
-            raise InvalidRequest(
-                f"token id {largest} is outside the vocabulary of {vocab_size}", param="prompt"
-            )
+        check_token_ids(prompt, vocab_size, "prompt")
         max_tokens = choose_max_tokens(len(prompt), body.completion_limit, default_max_tokens, info)
         for choice in range(body.num_choices):
             requests.append(

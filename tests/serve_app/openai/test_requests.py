@@ -40,7 +40,7 @@ def parse_text(**fields: Any) -> CompletionRequest:
         ({"seed": 2**63}, "seed", "less than"),
         ({"stop": ""}, "stop", "a string or a list of strings"),
         ({"stop": ["a", 1]}, "stop", "a string or a list of strings"),
-        ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"stop": ["a"] * 17}, "stop", "17 strings; the limit is 16"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
         ({"model": 1}, "model", "valid string"),
@@ -49,7 +49,7 @@ def parse_text(**fields: Any) -> CompletionRequest:
         ({"top_k": 2**63}, "top_k", "less than"),
         ({"max_tokens": 10**100}, "max_tokens", "less than"),
         ({"temperature": 10**100}, "temperature", "less than"),
-        ({"stop_token_ids": [1] * 129}, "stop_token_ids", "at most 128"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids", "129 token ids; the limit is 128"),
         ({"stop_token_ids": [2**63]}, "stop_token_ids", "token ids"),
         ({"stop_token_ids": [True]}, "stop_token_ids", "token ids"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "token ids"),
@@ -253,7 +253,7 @@ def test_a_parameter_that_is_absent_or_null_has_the_engines_default() -> None:
         {"top_k": -1},
         {"seed": -(2**63)},
         {"stop": ["x"] * 16},
-        {"stop_token_ids": [2**63 - 1] * 128},
+        {"stop_token_ids": list(range(2**63 - 128, 2**63))},
         {"logprobs": 0},
         {"logprobs": MAX_LOGPROBS},
     ],
@@ -289,7 +289,7 @@ def test_no_new_token_is_asked_for_only_where_the_prompt_comes_back() -> None:
     for echo in ({"echo": False}, {"echo": None}, {}):
         with pytest.raises(InvalidRequest, match="needs echo"):
             parse_text(max_tokens=0, **echo)
-    with pytest.raises(InvalidRequest, match="max_tokens must be greater"):
+    with pytest.raises(InvalidRequest, match="needs echo"):
         parse_chat(max_tokens=0, prompt_logprobs=1)
 
 
@@ -308,7 +308,13 @@ def test_top_k_of_minus_one_keeps_every_token() -> None:
 @pytest.mark.parametrize("model", [{"model": None}, {"model": ""}])
 def test_a_body_without_a_model_means_the_one_that_is_served(model: Any) -> None:
     assert not parse_chat(**model).model
-    assert parse(CompletionRequest, b'{"prompt": "hi"}').model is None
+    assert parse(CompletionRequest, b'{"prompt": "hi"}').model == ""
+
+
+def test_prompts_are_counted_before_they_are_looked_at() -> None:
+    for prompt in (["a"] * 33, [[1]] * 33, [None] * 33):
+        with pytest.raises(InvalidRequest, match="prompt: holds 33 prompts; the limit is 32"):
+            parse_text(prompt=prompt)
 
 
 def test_prompts_and_n_share_one_limit() -> None:

@@ -37,8 +37,11 @@ ALLOW_OPEN = "INTSERVE_ALLOW_OPEN_RAY"
 
 #: How long the head may take to refuse a request without a token.
 _PROBE_TIMEOUT_S = 10.0
-#: A method of the head that takes an empty message and changes nothing.
-_PROBE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+#: Methods of a head and of a Ray Client server that take an empty message and change nothing.
+_HEAD_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+_CLIENT_METHOD = "/ray.rpc.RayletDriver/ClusterInfo"
+#: What Ray's servers say to a request without their token.
+_UNWELCOME = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 
 
 def private_folder() -> Path:
@@ -87,20 +90,20 @@ class LocalToken:
         self.path = Path(name)
         self._before = {key: os.environ.get(key) for key in (MODE, TOKEN, TOKEN_PATH)}
         self._withdrawn = False
-        _set_environment({MODE: "token", TOKEN: None, TOKEN_PATH: name})
+        set_environment({MODE: "token", TOKEN: None, TOKEN_PATH: name})
 
     def withdraw(self) -> None:
         """Go back to the user's mode and token, and remove ours. A second time does nothing."""
         if self._withdrawn:
             return
         self._withdrawn = True
-        _set_environment(self._before)
+        set_environment(self._before)
         self.path.unlink(missing_ok=True)
 
 
-def _set_environment(values: Mapping[str, str | None]) -> None:
+def set_environment(values: Mapping[str, str | None]) -> None:
     """Set or unset variables, and make Ray in this process read them again."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     for name, value in values.items():
         if value is None:
@@ -116,8 +119,9 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def check_token(environ: Mapping[str, str] = os.environ) -> None:
-    """Check the user's token before Ray reads it, which ends the process when it cannot.
+def _read_token(environ: Mapping[str, str]) -> str | None:
+    """The user's token, found as Ray finds it; None outside token mode. Checked here because Ray
+    ends the process when it cannot read it.
 
     Raises:
         DeployError: token mode without a usable token, or an unknown mode; says what to set.
@@ -125,42 +129,67 @@ def check_token(environ: Mapping[str, str] = os.environ) -> None:
     mode = environ.get(MODE, "disabled").lower()
     if mode not in ("disabled", "token"):
         raise DeployError(f"{MODE}={mode!r} is no mode of Ray; set it to token")
-    if mode == "disabled" or environ.get(TOKEN):
-        return
+    if mode == "disabled":
+        return None
+    if environ.get(TOKEN):
+        return environ[TOKEN].strip()
     given = environ.get(TOKEN_PATH)
-    path = Path(given) if given else Path.home() / ".ray" / "auth_token"
+    path = Path(given) if given else Path(environ.get("HOME", "~")).expanduser() / ".ray/auth_token"
     try:
         content = read_bytes(path, max_bytes=1 << 16)
-    except UnusableFileError as error:
+        token = content.decode("ascii").strip()
+        if not token:
+            raise UnusableFileError("is empty")
+        readers = stat.S_IMODE(path.stat().st_mode) & 0o077
+    except (OSError, UnicodeDecodeError, UnusableFileError) as error:
+        reason = str(error) if isinstance(error, UnusableFileError) else "holds no token"
         raise DeployError(
-            f"{MODE}=token, but the token's file {path} {error}; set {TOKEN_PATH} to the cluster's "
-            "own, of mode 0600"
+            f"{MODE}=token, but the token's file {path} {reason}; set {TOKEN_PATH} to the "
+            "cluster's own, of mode 600"
         ) from error
-    if not content.strip():
-        raise DeployError(f"{MODE}=token, but the token's file {path} is empty; write the token")
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+    if readers:
         log.warning("others can read the Ray token in %s; run chmod 600 %s", path, path)
+    return token
 
 
-def refuse_open_cluster(environ: Mapping[str, str] = os.environ) -> None:
+def check_welcome(address: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Ask the head whether it takes the user's token. Ray itself would ask for a minute and more,
+    or end the process.
+
+    address: HOST:PORT of a head, or ray://HOST:PORT of its client server.
+
+    Raises:
+        DeployError: it wants a token, and the user's is not its own or is not set.
+    """
+    token = _read_token(environ)
+    if _answer(address, token) not in _UNWELCOME:
+        return
+    raise DeployError(
+        f"the Ray at {address!r} wants its token: set {MODE}=token, and {TOKEN} or {TOKEN_PATH} to "
+        "that cluster's own"
+    )
+
+
+def refuse_open_cluster(address: str, environ: Mapping[str, str] = os.environ) -> None:
     """Refuse the cluster that this process is connected to if it has several nodes and takes
     requests without a token. One node without tokens is a warning.
 
     Asks the head itself, without a token: a client in token mode is welcome to a head that wants
     none, so our own mode says nothing.
 
+    address: HOST:PORT of the head, or ray://HOST:PORT of its client server.
+
     Raises:
         DeployError: it is open, and INTSERVE_ALLOW_OPEN_RAY is not 1.
     """
     import ray
 
-    address = str(ray.get_runtime_context().gcs_address)
     if not is_open(address):
         return
     nodes = sum(1 for node in ray.nodes() if node["Alive"])
     told = (
         f"the Ray at {address} asks for no token, so whoever reaches its ports runs code on its "
-        f"{nodes} {'nodes' if nodes > 1 else 'node'}"
+        f"{f'{nodes} nodes' if nodes > 1 else 'node'}"
     )
     if nodes == 1 or environ.get(ALLOW_OPEN) == "1":
         log.warning("%s; start it with %s=token (docs/security.md)", told, MODE)
@@ -171,26 +200,27 @@ def refuse_open_cluster(environ: Mapping[str, str] = os.environ) -> None:
     )
 
 
-def is_open(gcs_address: str) -> bool:
+def is_open(address: str) -> bool:
     """Whether a head answers a request that carries no token. False where nothing answers: what
     cannot be asked is left to Ray's own errors.
 
-    gcs_address: HOST:PORT.
+    address: HOST:PORT of a head, or ray://HOST:PORT of its client server.
     """
+    return _answer(address, None) not in (*_UNWELCOME, "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+def _answer(address: str, token: str | None) -> str:
+    """The gRPC status of a request with this token. A server that was reached and dislikes the
+    request for another reason has not asked for a token."""
     import grpc
 
-    with grpc.insecure_channel(gcs_address, (("grpc.enable_http_proxy", 0),)) as channel:
-        ask = channel.unary_unary(
-            _PROBE,
-            request_serializer=lambda message: message,
-            response_deserializer=lambda message: message,
-        )
+    place = address.removeprefix("ray://")
+    method = _CLIENT_METHOD if address.startswith("ray://") else _HEAD_METHOD
+    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+    with grpc.insecure_channel(place, (("grpc.enable_http_proxy", 0),)) as channel:
+        ask = channel.unary_unary(method)  # messages are bytes, and an empty one will do
         try:
-            ask(b"", timeout=_PROBE_TIMEOUT_S, wait_for_ready=True)
+            ask(b"", timeout=_PROBE_TIMEOUT_S, wait_for_ready=True, metadata=metadata)
         except grpc.RpcError as error:
-            # A head that was reached and disliked the request itself has asked for no token.
-            return error.code() not in (
-                *(grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED),
-                *(grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED),
-            )
-    return True
+            return str(error.code().name)
+    return "OK"

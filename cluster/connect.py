@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
-from cluster.access import LocalToken, check_token, private_folder, refuse_open_cluster
+from cluster.access import LocalToken, check_welcome, private_folder, refuse_open_cluster
 from cluster.hardware import GPUS_PER_NODE
 from deepseek.errors import DeployError, first_line
 
@@ -124,8 +124,9 @@ def connect(
                 raise DeployError(f"a local Ray did not start: {first_line(error)}") from error
             raise
         return RayConnection(_current_address(), started=True, attached=True, token=token)
-    check_token()
     _probe(address)
+    if address != "auto":
+        check_welcome(address)
     try:
         with _same_sigterm():
             ray.init(address, **quiet)
@@ -133,11 +134,32 @@ def connect(
         raise _unreachable(address, first_line(error)) from error
     ray_connection = RayConnection(_current_address(), started=False, attached=True)
     try:
-        refuse_open_cluster()
+        refuse_open_cluster(address if address != "auto" else ray_connection.address)
     except BaseException:
         ray_connection.close()
         raise
     return ray_connection
+
+
+def is_own_ray() -> bool:
+    """Whether this process started the Ray that it uses, whose workers inherit its environment."""
+    import ray
+
+    node = ray._private.worker._global_node  # None for Ray Client
+    return bool(ray.is_initialized() and node is not None and node.head)
+
+
+def check_cluster() -> None:
+    """Refuse the cluster that this process is connected to, if it is, in the way of `connect`: for
+    code that Ray itself runs, as `serve deploy` does.
+
+    Raises:
+        DeployError: it has several nodes and asks for no token.
+    """
+    import ray
+
+    if ray.is_initialized() and not is_own_ray():
+        refuse_open_cluster(_current_address())
 
 
 @contextlib.contextmanager

@@ -77,6 +77,9 @@ class ServeConfig(_Strict):
     #: it, so that it lies at this path on each node.
     require_signature: Path | None = None
     api_keys: tuple[SecretStr, ...] = ()
+    #: Headers that the exporter of traces sends, such as its key: `name=value` lines in a file that
+    #: lies at this path on each node, of mode 600 (telemetry/travel.py).
+    otlp_headers_file: Path | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ServeConfig:

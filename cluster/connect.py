@@ -115,7 +115,8 @@ def connect(
                     "local",
                     num_cpus=num_cpus,
                     include_dashboard=include_dashboard,
-                    _temp_dir=str(folder),
+                    # Of this folder Ray opens the mode to all; the one around it stays closed.
+                    _temp_dir=str(folder / "ray"),
                     **quiet,
                 )
         except BaseException as error:

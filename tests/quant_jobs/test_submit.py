@@ -271,6 +271,7 @@ def make_working_dir(folder: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("1\n")
     unwanted = [".git/objects/a", ".venv/bin/python", "venv/b", "runs/out/c", "one.egg-info/d"]
+    unwanted += ["gate.key", "package/gate.key"]
     unwanted += [f"package/{name}/e" for name in ("__pycache__", ".mypy_cache", ".ruff_cache")]
     unwanted += [f"{name}/f" for name in (".pytest_cache", ".hypothesis")]
     for name in unwanted:

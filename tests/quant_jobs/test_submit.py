@@ -441,9 +441,10 @@ def test_a_job_that_was_killed_is_submitted_again_resumes_and_writes_the_same_by
         result: dict[str, str] = json.loads(ended.stdout)
         return result
 
-    refused = again(RAY_AUTH_MODE="disabled")
-    assert refused.returncode == 2
-    assert "wants its token: set RAY_AUTH_MODE=token" in refused.stderr
+    for wrong in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
+        refused = again(**wrong)
+        assert refused.returncode == 2
+        assert "wants its token: set RAY_AUTH_MODE=token" in refused.stderr
 
     first = answer()
     base = first["submission_id"]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from pydantic import SecretStr
 from ray import serve
 from support.otlp import OtlpReceiver
 from support.serving import wait_for
@@ -48,13 +47,16 @@ def test_headers_and_keys_reach_replicas_by_file_and_stand_in_none_of_rays_files
     path = tmp_path / "headers"
     path.touch(0o600)
     path.write_text(f"authorization=Bearer {in_file}\n")
+    keys = tmp_path / "keys"
+    keys.touch(0o600)
+    keys.write_text(f"{key}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", otlp.endpoint)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         patch.setenv(HEADERS, f"x-key={in_variable}")
         config = ServeConfig(
             echo=EchoOptions(),
-            api_keys=(SecretStr(key),),
+            api_keys_file=keys,
             otlp_headers_file=path,
             graceful_shutdown_s=2.0,
         )

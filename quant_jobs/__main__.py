@@ -242,6 +242,13 @@ def evaluate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; all cores but one without it.")
     ] = None,
+    kv_cache: Annotated[
+        Literal["bf16", "int8"] | None,
+        typer.Option(
+            help="KV format to measure; without it, as the engine was built. The verdict then "
+            "admits this one and no other."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure an engine against its source: perplexity, KL, top-1 agreement, size, decode speed.
@@ -261,6 +268,7 @@ def evaluate(
         block_tokens=block_tokens,
         decode_tokens=decode_tokens,
         num_threads=threads,
+        kv_cache=kv_cache,
     )
     result = run_evaluate(engine, reference, data, output, settings)
     _show(result.model_dump(mode="json"), as_json, *result.describe())

@@ -22,7 +22,10 @@ from pathlib import Path
 import torch
 
 from deepseek.artifact.built_engine import read_engine
+from deepseek.artifact.engine_manifest import CacheFormat
+from deepseek.artifact.verdict import EMBEDDED
 from deepseek.engine.engine import LLMEngine
+from deepseek.engine.kv_cache import check_cache_format
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError
 from deepseek.outputs import check_apart, check_directory, check_writable, make_directory, writing
@@ -44,12 +47,13 @@ from quant_jobs.evaluation.tokens import write_tokens
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How much to measure. `decode_tokens` 0 skips the speed measurement; `num_threads` None takes
-    all cores but one."""
+    all cores but one; `kv_cache` None measures the KV format that the engine was built with."""
 
     num_blocks: int = 24
     block_tokens: int = 512
     decode_tokens: int = 32
     num_threads: int | None = None
+    kv_cache: CacheFormat | None = None
 
 
 def run_evaluate(
@@ -80,7 +84,9 @@ def run_evaluate(
     ids_BT = blocks.ids
     check_writable(output)  # now, not after an hour
     threads = settings.num_threads
-    quantized = LLMEngine.load(engine_dir, EngineOptions(num_threads=threads))
+    quantized = LLMEngine.load(
+        engine_dir, EngineOptions(kv_cache=settings.kv_cache, num_threads=threads)
+    )
     source = LLMEngine.from_checkpoint(
         reference_dir, EngineOptions(kv_cache="bf16", num_threads=threads)
     )
@@ -94,7 +100,8 @@ def run_evaluate(
             engine_digest=built.digest,
             artifact_digest=built.artifact_digest,
             recipe=built.recipe,
-            kv_cache=built.kv_cache,
+            arithmetic=EMBEDDED,
+            kv_cache=check_cache_format(quantized.identity.kv_cache),
             reference_fingerprint=reference.fingerprint,
             data=HeldOut(
                 digest=blocks.digest,

@@ -122,6 +122,7 @@ def main(
     if settings.engine is not None:
         admit(
             settings.engine,
+            kv_cache=settings.kv_cache,
             allow_ungated=settings.allow_ungated,
             require_signature=settings.require_signature,
         )

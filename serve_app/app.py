@@ -79,6 +79,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         make_engine,
         config.engine,
         served_name=config.served_name,
+        kv_cache=config.kv_cache,
         allow_ungated=config.allow_ungated,
         require_signature=config.require_signature,
         max_step_s=config.max_step_s,

@@ -74,6 +74,8 @@ def test_openssl_checks_the_signature_as_it_is_written(keys: Path, root: Path) -
         passed=True,
         artifact_digest="a" * 64,
         engine_digest="e" * 64,
+        arithmetic="embedded",
+        kv_cache="bf16",
         measured={},
         limits=load_recipe("int8").gate,
         reasons=(),

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepseek import untrusted
+from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.artifact.manifest import Count
+from deepseek.artifact.verdict import EMBEDDED, Arithmetic
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import read_json_object, write_atomic
 from deepseek.inventory import Group
@@ -88,14 +90,17 @@ class HeldOut(_Strict):
 
 class Evaluation(_Strict):
     """The whole of evaluation.json. `artifact_digest` is the source's fingerprint and `recipe`
-    "unquantized" for an engine of the source itself. Sizes include any MTP layer, which the
-    artifact carries too; `sizes` counts tensors, `artifact_bytes` files, headers included."""
+    "unquantized" for an engine of the source itself. The figures hold for the kernels of the target
+    `arithmetic` on KV pages of the format `kv_cache`, whatever the engine was built with. Sizes
+    include any MTP layer, which the artifact carries too; `sizes` counts tensors, `artifact_bytes`
+    files, headers included."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     engine_digest: str
     artifact_digest: str
     recipe: str
-    kv_cache: str
+    arithmetic: Arithmetic
+    kv_cache: CacheFormat
     reference_fingerprint: str
     data: HeldOut
     perplexity: Positive
@@ -121,7 +126,8 @@ class Evaluation(_Strict):
         has_mtp = any(size.group == "mtp" for size in self.sizes)
         lines = [
             f"engine {self.engine_digest[:16]} ({self.recipe}), "
-            f"KV {self.kv_cache}, {self.data.judged_tokens} tokens judged",
+            f"kernels of {self.arithmetic}, KV {self.kv_cache}, "
+            f"{self.data.judged_tokens} tokens judged",
             f"perplexity {self.perplexity:.4f}, source {self.source_perplexity:.4f}; "
             f"ratio {ratio.value:.5f} [{ratio.low:.5f}, {ratio.high:.5f}]",
             f"KL {kl.mean.value:.5f} nats/token [{kl.mean.low:.5f}, {kl.mean.high:.5f}], "
@@ -155,11 +161,18 @@ def read_evaluation(directory: Path) -> Evaluation:
     path = directory / EVALUATION
     raw = read_json_object(path, f"run `python -m quant_jobs evaluate` with --output {directory}")
     try:
-        evaluation = Evaluation.model_validate(raw)
+        evaluation = Evaluation.model_validate(_in_form_2(raw))
     except ValidationError as error:
         raise ArtifactError(f"{path}: {first_problem(error)}; evaluate again") from error
     read_token_bytes(directory, evaluation)
     return evaluation
+
+
+def _in_form_2(raw: dict[str, Any]) -> dict[str, Any]:
+    """Form 1 has no `arithmetic`: it was the embedded engine's."""
+    if raw.get("format_version") == 1 and "arithmetic" not in raw:
+        return raw | {"format_version": 2, "arithmetic": EMBEDDED}
+    return raw
 
 
 def read_token_bytes(directory: Path, evaluation: Evaluation) -> bytes:

@@ -23,7 +23,14 @@ from deepseek.engine.options import EngineLoad, EngineOptions
 from deepseek.engine.request import Request, StepOutput
 from deepseek.errors import RequestError
 from serve_app.config import ServeConfig
-from serve_app.engines.protocol import Done, EngineInfo, Event, GenerateRequest, Tokens
+from serve_app.engines.protocol import (
+    Done,
+    EngineInfo,
+    Event,
+    GenerateRequest,
+    PromptLogprobs,
+    Tokens,
+)
 from serve_app.engines.stall import StallClock
 from serve_app.errors import EngineUnavailable
 
@@ -59,7 +66,7 @@ class _Mailbox:
         under way."""
         if self.ended:
             return
-        self.ended = not isinstance(item, Tokens)
+        self.ended = not isinstance(item, PromptLogprobs | Tokens)
         if isinstance(item, Tokens):
             self.produced += len(item.token_ids)
         self.events.put_nowait(item)
@@ -112,6 +119,7 @@ class EmbeddedEngine:
             engine="embedded",
             **named,
             engine_digest=identity.engine_digest,
+            kv_cache=identity.kv_cache,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -267,6 +275,8 @@ def _to_engine(request: GenerateRequest) -> Request:
 
 
 def _to_events(output: StepOutput) -> Iterator[Event]:
+    if output.prompt_logprobs is not None:
+        yield PromptLogprobs(output.prompt_logprobs)
     if output.token_ids or output.text:
         yield Tokens(output.token_ids, output.text, output.logprobs)
     if output.finish_reason is not None:

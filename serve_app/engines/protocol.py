@@ -41,6 +41,14 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """The prompt's own logprobs, for a request that asks for them: at most once, before the first
+    `Tokens`. One entry per prompt token; the first is None, because nothing predicts it."""
+
+    logprobs: tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The final event: every accepted request gets exactly one. `queue_s`, `prefill_s` and
     `decode_s` are the seconds spent in each phase; `error` is set when `reason` is "error"."""
@@ -55,7 +63,7 @@ class Done:
     error: str | None = None
 
 
-Event = Tokens | Done
+Event = PromptLogprobs | Tokens | Done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +73,8 @@ class EngineInfo:
     `max_model_len` counts prompt and completion together; `kv_tokens_total` is the capacity of the
     KV cache in tokens. `engine` names the adapter: "embedded", "echo". `context_name` is what
     `max_model_len` is the size of, for the sentence that refuses a longer prompt. `engine_digest`
-    is that of the engine directory which was loaded, None for an adapter without one.
+    is that of the engine directory which was loaded, None for an adapter without one; `kv_cache` is
+    the format of the KV pages in use, None for an adapter without any.
     """
 
     max_model_len: int
@@ -75,6 +84,7 @@ class EngineInfo:
     engine: str
     context_name: str = "model's context"
     engine_digest: str | None = None
+    kv_cache: str | None = None
 
 
 class Engine(Protocol):

@@ -9,15 +9,16 @@ the service drains every ingress first (`drain`, `cut`; local.py).
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
+from starlette.types import ASGIApp
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.gating import admit
-from serve_app.openai.drain import Drain, DrainMiddleware
+from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
@@ -35,6 +36,7 @@ def load_tokenizer(config: ServeConfig) -> Tokenizer:
         return ByteTokenizer()
     admitted = admit(
         config.engine,
+        kv_cache=config.kv_cache,
         allow_ungated=config.allow_ungated,
         require_signature=config.require_signature,
     )
@@ -51,14 +53,17 @@ class Ingress:
         self._drain = Drain(client.close)
         self._watch = asyncio.create_task(client.watch())
         self._service = Service(
-            config, load_tokenizer(config), client, Telemetry.from_environment()
+            config,
+            load_tokenizer(config),
+            client,
+            Telemetry.from_environment(),
+            # HAProxy passes no client's address on: all requests come from its own.
+            addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
         )
         self._context = serve.get_replica_context()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        app = make_app(self._service, self._all_snapshots)
-        app.add_middleware(DrainMiddleware, drain=self._drain)
-        return app
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return make_app(self._service, self._all_snapshots, self._drain)
 
     async def note_status(self, status: ReplicaStatus) -> None:
         """Take in an engine replica's heartbeat."""

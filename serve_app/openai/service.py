@@ -2,11 +2,12 @@
 
 `Service.answer` calls, in this order:
 
-    check_key -> read_body -> parse -> check_model -> tokenize -> admit -> open_stream
+    check_key -> BodyReader.read -> parse -> check_model -> tokenize -> admit -> open_stream
               -> 200 and Answer.sse, or Answer.collect and 200
 
-Everything that can be refused is refused before the 200; a later failure is reported in-band.
-routes.py calls it; it knows no Ray.
+Until the key is checked a request is nobody's: nothing of it is traced, and only the refusal is
+counted. Everything that can be refused is refused before the 200; a later failure is reported
+in-band. routes.py calls it; it knows no Ray.
 """
 
 from __future__ import annotations
@@ -14,26 +15,39 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Send
 
 from serve_app.config import ServeConfig
-from serve_app.engines.protocol import EngineClient
-from serve_app.errors import DeadlineExceeded, to_api_error
+from serve_app.engines.protocol import EngineClient, EngineInfo
+from serve_app.errors import (
+    DeadlineExceeded,
+    EngineUnavailable,
+    TooManyFailedKeys,
+    Unauthorized,
+    to_api_error,
+)
 from serve_app.openai.answers import ChatFormat, CompletionFormat
-from serve_app.openai.body import read_body
-from serve_app.openai.requests import AnyRequest, ChatRequest, CompletionRequest, parse
+from serve_app.openai.body import BodyReader
+from serve_app.openai.echoed import EchoedPrompt
+from serve_app.openai.logprobs import LogprobStyle
+from serve_app.openai.obfuscation import obfuscate
+from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.stream import Answer, open_stream
 from serve_app.openai.tokenizer import Tokenizer
-from serve_app.routing.checks import admit, check_key, check_model
+from serve_app.routing.checks import admit, check_model, check_prompt_logprobs
+from serve_app.routing.keys import Keys
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.request import Observation
 from serve_app.telemetry.tracing import Telemetry
+
+Result = TypeVar("Result")
 
 #: Conversations that are tokenized at one time.
 CHAT_THREADS = 8
@@ -45,7 +59,10 @@ _BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
 
 
 class Service:
-    """The objects that the endpoints share: configuration, tokenizer, engines, metrics, tracer."""
+    """The objects that the endpoints share: configuration, tokenizer, engines, metrics, tracer.
+
+    `addresses_known` is false where every request seems to come from one address: a proxy's.
+    """
 
     def __init__(
         self,
@@ -53,14 +70,48 @@ class Service:
         tokenizer: Tokenizer,
         engines: EngineClient,
         telemetry: Telemetry,
+        *,
+        addresses_known: bool = True,
     ) -> None:
         self.config = config
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.engines = engines
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
+        self.keys = Keys(config.all_keys())
+        self.bodies = BodyReader(
+            max_body_bytes=config.max_body_bytes,
+            timeout_s=config.body_timeout_s,
+            max_bodies=config.max_open_bodies,
+            max_total_bytes=config.max_open_body_bytes,
+        )
+        self._addresses_known = addresses_known
+        self._info: EngineInfo | None = None
         self.started = int(time.time())
+        self._parser = BodyParser(config.served_name)
         self._chat_threads = ThreadPoolExecutor(CHAT_THREADS, "chat-template")
+
+    def client_host(self, request: Request) -> str | None:
+        """The client's address, None where it is not known. Never from a header of the client's:
+        the server in front believes `X-Forwarded-For` of this machine's own proxies only."""
+        known = self._addresses_known and request.client is not None
+        return request.client.host if known and request.client is not None else None
+
+    def check_key(self, request: Request) -> None:
+        """Count and refuse a request without a right key, where keys are configured.
+
+        Raises:
+            Unauthorized, TooManyFailedKeys: see `Keys.check`.
+        """
+        try:
+            self.keys.check(request.headers, self.client_host(request))
+        except TooManyFailedKeys:
+            self.metrics.count("intserve_refused_keys_total", 1, "limited")
+            raise
+        except Unauthorized:
+            reason = "wrong" if "authorization" in request.headers else "missing"
+            self.metrics.count("intserve_refused_keys_total", 1, reason)
+            raise
 
     async def answer(self, request: Request, route: str) -> Response:
         """Answer one generation request, and record its outcome exactly once.
@@ -68,6 +119,9 @@ class Service:
         Raises:
             ApiError: the request is refused; the application's handler makes the response.
         """
+        arrived = asyncio.get_running_loop().time()
+        deadline = arrived + self.config.request_timeout_s
+        self.check_key(request)
         chat = _BODIES[route] is ChatRequest
         observation = Observation(
             self.telemetry,
@@ -75,39 +129,46 @@ class Service:
             operation="chat" if chat else "text_completion",
             route=route,
             headers=request.headers,
+            trusted=self.keys.required,
         )
         try:
-            check_key(self.config.api_keys, request.headers)
-            body = parse(_BODIES[route], await read_body(request, self.config.max_body_bytes))
+            raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
+            body = await self._parser.parse(_BODIES[route], raw)
             check_model(body.model, self.config.served_name)
-            return await self._respond(body, observation)
+            return await self._respond(body, observation, deadline)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
             raise
+        except ClientDisconnect:  # while the body was arriving: nobody reads an answer
+            observation.finish(None, status=499, disconnected=True)
+            return Response(status_code=499)
         except Exception as error:
             known = to_api_error(error)
             observation.finish(known, status=known.status)
             raise
 
-    async def _respond(self, body: AnyRequest, observation: Observation) -> Response:
-        deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
+    async def _respond(
+        self, body: AnyRequest, observation: Observation, deadline: float
+    ) -> Response:
         request_id = uuid.uuid4().hex
-        prompts = await self._tokenize_in_thread(body, deadline)
+        prompts = await self.run_tokenizer(
+            lambda: self._tokenize(body), deadline, chat=isinstance(body, ChatRequest)
+        )
         requests = admit(
             body,
             prompts,
             request_id=request_id,
             info=await self.engines.info(),
-            vocab_size=self._tokenizer.vocab_size,
+            vocab_size=self.tokenizer.vocab_size,
             default_max_tokens=self.config.default_max_tokens,
             trace_context=observation.trace_context,
         )
-        make_format = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
-        form = make_format(request_id, body.model)
+        check_prompt_logprobs(requests, self.config.max_prompt_logprobs)
+        form = await self._format(body, request_id, prompts, deadline)
         num_prompt_tokens = sum(map(len, prompts))
         observation.describe(
             requests,
-            model=body.model,
+            model=self.config.served_name,
             num_choices=body.num_choices,
             streamed=bool(body.stream),
             num_prompt_tokens=num_prompt_tokens,
@@ -117,23 +178,62 @@ class Service:
         merged = await open_stream(self.engines, requests, deadline)
         answer = Answer(merged, form, len(requests), observation.event)
         if body.stream:
-            chunks = answer.sse(num_prompt_tokens, include_usage=body.include_usage)
+            chunks = answer.sse(
+                num_prompt_tokens,
+                include_usage=body.include_usage,
+                continuous_usage=body.continuous_usage,
+            )
+            if body.include_obfuscation:
+                chunks = obfuscate(chunks)
             return EventStream(chunks, answer, observation)
         try:
             whole = await answer.collect(num_prompt_tokens)
         finally:
             merged.close()
         observation.finish(None, status=200)
-        return JSONResponse(whole)
+        return Response(whole, media_type="application/json")
 
-    async def _tokenize_in_thread(self, body: AnyRequest, deadline: float) -> list[list[int]]:
-        """`_tokenize`. Conversations have threads of their own: a chat template may take seconds to
-        fail, and prompts do not wait for that."""
-        threads = self._chat_threads if isinstance(body, ChatRequest) else None
+    async def _format(
+        self, body: AnyRequest, request_id: str, prompts: list[list[int]], deadline: float
+    ) -> ChatFormat | CompletionFormat:
+        """How the answer is written, with the prompts that it echoes."""
+        style = LogprobStyle(
+            body.num_logprobs, body.prompt_logprobs, bool(body.return_tokens_as_token_ids)
+        )
+        model = self.config.served_name
+        if isinstance(body, ChatRequest):
+            return ChatFormat(request_id, model, style)
+        echoes: list[EchoedPrompt] = []
+        if body.echo:
+            sent = body.prompts()
+            echoes = await self.run_tokenizer(lambda: self._echo(sent, prompts), deadline)
+        return CompletionFormat(request_id, model, style, tuple(echoes), body.num_choices)
+
+    def _echo(self, sent: list[str | list[int]], prompts: list[list[int]]) -> list[EchoedPrompt]:
+        pairs = zip(sent, prompts, strict=True)
+        return [EchoedPrompt.of(prompt, ids, self.tokenizer) for prompt, ids in pairs]
+
+    async def read_plain(
+        self, request: Request, parse: Callable[[bytes], Result]
+    ) -> tuple[Result, float]:
+        """The body of a request that generates nothing, after its key; and the request's deadline,
+        on the running loop's clock."""
+        arrived = asyncio.get_running_loop().time()
+        deadline = arrived + self.config.request_timeout_s
+        self.check_key(request)
+        raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
+        return await self._parser.run(parse, raw), deadline
+
+    async def run_tokenizer(
+        self, work: Callable[[], Result], deadline: float, *, chat: bool = False
+    ) -> Result:
+        """Run work of the tokenizer in a thread, until the request's deadline. Conversations have
+        threads of their own: a chat template may take seconds to fail, and prompts do not wait for
+        that."""
+        threads = self._chat_threads if chat else None
         try:
             async with asyncio.timeout_at(deadline):
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(threads, self._tokenize, body)
+                return await asyncio.get_running_loop().run_in_executor(threads, work)
         except TimeoutError:
             raise DeadlineExceeded(
                 "the request waited to be tokenized until its deadline; send it again later"
@@ -142,18 +242,35 @@ class Service:
     def _tokenize(self, body: AnyRequest) -> list[list[int]]:
         """Token ids of each prompt of the body. Slow for long prompts: call it in a thread."""
         if isinstance(body, ChatRequest):
-            return [self._tokenizer.encode_chat(body.conversation())]
+            special = bool(body.add_special_tokens)  # the template has its own
+            return [self.tokenizer.encode_chat(body.conversation(), add_special_tokens=special)]
+        special = body.add_special_tokens is not False
         return [
-            self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            self.tokenizer.encode(prompt, add_special_tokens=special)
+            if isinstance(prompt, str)
+            else prompt
             for prompt in body.prompts()
         ]
 
-    def model_card(self) -> dict[str, Any]:
+    async def model_card(self) -> dict[str, Any]:
+        """The model as /v1/models tells it, with vLLM's `max_model_len`.
+
+        Raises:
+            EngineUnavailable: no engine has ever been ready, so that its length is not known.
+        """
+        try:
+            self._info = (await self.engines.statuses())[0].info
+        except EngineUnavailable:
+            if self._info is None:
+                raise
         return {
             "id": self.config.served_name,
             "object": "model",
             "created": self.started,
             "owned_by": "intserve",
+            "root": self.config.served_name,
+            "parent": None,
+            "max_model_len": self._info.max_model_len,
         }
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from deepseek import untrusted
 from deepseek.artifact.documents import COPIED_FILES
 from deepseek.chat_template import MAX_SECONDS, ChatRenderer, ChatTemplate, ChatTemplateError
+from deepseek.engine.token_names import TokenNames, added_text
 from deepseek.errors import ArtifactError, first_line
 from deepseek.tokenizer_file import missing_tokenizer, parse_tokenizer
 from deepseek.untrusted import UnusableFileError
@@ -29,12 +30,31 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a completion prompt, with the special tokens that the model expects in front."""
         ...
 
-    def encode_chat(self, conversation: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation in the model's chat template, up to the assistant's turn."""
+    def encode_chat(
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        add_special_tokens: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Ids of a conversation in the model's chat template, up to the assistant's turn.
+        `add_special_tokens` puts the model's own around what the template wrote."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        ...
+
+    def name(self, token_id: int) -> str:
+        """The text of one token at the beginning of a text; see deepseek/engine/token_names.py."""
+        ...
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary writes them; empty for an id that it does not have."""
         ...
 
 
@@ -43,12 +63,27 @@ class ByteTokenizer:
 
     vocab_size = 256
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, conversation: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        add_special_tokens: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         lines = [f"{message['role']}: {message['content']}" for message in conversation]
         return self.encode("\n".join(lines))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def name(self, token_id: int) -> str:
+        return added_text(b"", bytes([token_id]))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [chr(token) if token < 0x80 else f"<0x{token:02X}>" for token in ids]
 
 
 class HfTokenizer:
@@ -99,6 +134,7 @@ class HfTokenizer:
         # Texts are encoded as they are, whatever length the file fixes.
         self._tokenizer.backend_tokenizer.no_padding()
         self._tokenizer.backend_tokenizer.no_truncation()
+        self._names = TokenNames(self._tokenizer.backend_tokenizer)
         self._renderer = (
             ChatRenderer(template, processes=RENDERERS, max_seconds=max_seconds)
             if template
@@ -109,17 +145,32 @@ class HfTokenizer:
     def vocab_size(self) -> int:
         return len(self._tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
-    def encode_chat(self, conversation: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        add_special_tokens: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         if self._renderer is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions")
         try:
-            text = self._renderer.render(conversation, add_generation_prompt=True)
+            text = self._renderer.render(conversation, add_generation_prompt=add_generation_prompt)
         except ChatTemplateError as error:
             raise InvalidRequest(f"the model's chat template {error}", param="messages") from error
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def name(self, token_id: int) -> str:
+        return self._names.name(token_id, ())[0]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._tokenizer.backend_tokenizer.id_to_token(token) or "" for token in ids]
 
 
 def _without_paths(documents: Mapping[str, bytes]) -> dict[str, bytes]:

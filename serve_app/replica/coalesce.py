@@ -32,7 +32,7 @@ async def coalesce(
     interval_s: Callable[[], float],
     given_up: asyncio.Future[EngineUnavailable] | None = None,
 ) -> AsyncGenerator[tuple[Event, ...], None]:
-    """Yield everything that is ready, as at most one `Tokens` and one `Done` per message.
+    """Yield everything that is ready, as at most one event of each kind per message.
 
     Two messages that hold tokens only are at least `interval_s()` apart; `Done` does not wait.
     Closing this iterator closes `events`. An exception of `events` follows what came before it; so

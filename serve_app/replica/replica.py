@@ -56,8 +56,9 @@ class EngineReplica:
     """Owns one engine. Serve calls `check_health`, `reconfigure` and `__del__`.
 
     The constructor raises ArtifactError when `engine_dir` has not passed its accuracy gate and
-    `allow_ungated` does not override that, or when the verdict is not signed with the key of the
-    file `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
+    `allow_ungated` does not override that, when the gate judged other KV pages than those of the
+    format `kv_cache` (None: as built), or when the verdict is not signed with the key of the file
+    `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
     `served_name` is the model's name in the API; `max_step_s` the longest that a step may take.
     """
 
@@ -68,30 +69,38 @@ class EngineReplica:
         engine_dir: Path | None,
         *,
         served_name: str,
+        kv_cache: str | None,
         allow_ungated: bool,
         require_signature: Path | None = None,
         max_step_s: float = 60.0,
     ) -> None:
         # Before an engine exists, so that no adapter has to know of gates.
-        judged, self._gated = None, True
+        admitted, self._gated = None, True
         if engine_dir is not None:
             admitted = admit(
-                engine_dir, allow_ungated=allow_ungated, require_signature=require_signature
+                engine_dir,
+                kv_cache=kv_cache,
+                allow_ungated=allow_ungated,
+                require_signature=require_signature,
             )
-            judged, self._gated = admitted.engine_digest, admitted.gated
+            self._gated = admitted.gated
         self._telemetry = Telemetry.from_environment()
         self._limits = ReplicaLimits()
         self._request_ids: set[str] = set()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._engine = make_engine()
         self._info = await self._engine.start()
-        loaded = self._info.engine_digest
-        if judged is not None and loaded not in (None, judged):
-            await self._engine.shutdown()
-            raise ArtifactError(
-                f"{engine_dir} changed while it was loaded: engine {str(loaded)[:16]} where "
-                f"{judged[:16]} was admitted; start again"
-            )
+        if engine_dir is not None and admitted is not None:
+            try:
+                admitted.check_started(
+                    engine_dir,
+                    engine_digest=self._info.engine_digest,
+                    arithmetic=self._info.engine,
+                    kv_cache=self._info.kv_cache,
+                )
+            except ArtifactError:
+                await self._engine.shutdown()
+                raise
         if not self._gated:  # once more, below everything that the engine logged while it loaded
             log.warning("UNGATED: %s has not passed its accuracy gate", printable(served_name))
         self._watchdog = Watchdog(self._engine, max_step_s=max_step_s)

@@ -1,25 +1,20 @@
-"""Admission checks: who may ask, for which model, and whether a request can ever be served.
+"""Admission checks: for which model, and whether a request can ever be served.
 
 Pure functions, called by openai/service.py: values in, values or errors out. Nothing here waits. It
-checks the key, the model's name, that token ids exist, and that prompt and completion fit the
+checks the model's name, that token ids exist, and that prompt and completion fit the
 context and the KV cache at all. Whether there is room *now* is decided by the engine and by Serve's
 queue, and a client sees that as a 429.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
-
-from pydantic import SecretStr
 
 from deepseek.engine.request import SamplingParams
 from serve_app.engines.protocol import EngineInfo, GenerateRequest
-from serve_app.errors import InvalidRequest, ModelNotFound, Unauthorized
-
-#: Choices that one request may ask for, over all of its prompts.
-MAX_CHOICES = 32
+from serve_app.errors import InvalidRequest, ModelNotFound
+from serve_app.limits import MAX_CHOICES
 
 
 class GenerationBody(Protocol):
@@ -40,20 +35,6 @@ class GenerationBody(Protocol):
         ...
 
 
-def check_key(keys: Sequence[SecretStr], headers: Mapping[str, str]) -> None:
-    """Compare the bearer token with every key in constant time.
-
-    Raises:
-        Unauthorized: keys are configured, and the token is none of them.
-    """
-    if not keys:
-        return
-    given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-    matches = [secrets.compare_digest(given, key.get_secret_value().encode()) for key in keys]
-    if not any(matches):
-        raise Unauthorized("give a valid API key: Authorization: Bearer KEY")
-
-
 def check_model(requested: str, served: str) -> None:
     """Raises ModelNotFound unless the request names the model that is served."""
     if requested != served:
@@ -71,7 +52,7 @@ def choose_max_tokens(
     limit = min(info.max_model_len, info.kv_tokens_total)
     holder = info.context_name if info.max_model_len <= info.kv_tokens_total else "KV cache"
     room = limit - num_prompt_tokens
-    if room < 1:
+    if room < (0 if requested == 0 else 1):
         raise InvalidRequest(
             f"the prompt has {num_prompt_tokens} tokens and the {holder} holds {limit}, completion "
             "included; shorten the prompt",
@@ -86,6 +67,15 @@ def choose_max_tokens(
             code="context_length_exceeded",
         )
     return requested
+
+
+def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises InvalidRequest for an id that the vocabulary does not have."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise InvalidRequest(
+            f"token id {largest} is outside the vocabulary of {vocab_size}", param=param
+        )
 
 
 def admit(
@@ -115,10 +105,7 @@ def admit(
     for prompt in prompts:
         if not prompt:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        if (largest := max(prompt)) >= vocab_size:
-            raise InvalidRequest(
-                f"token id {largest} is outside the vocabulary of {vocab_size}", param="prompt"
-            )
+        check_token_ids(prompt, vocab_size, "prompt")
         max_tokens = choose_max_tokens(len(prompt), body.completion_limit, default_max_tokens, info)
         for choice in range(body.num_choices):
             requests.append(
@@ -130,3 +117,22 @@ def admit(
                 )
             )
     return requests
+
+
+def check_prompt_logprobs(requests: Sequence[GenerateRequest], limit: int) -> None:
+    """Check that the prompts' logprobs make no answer larger than the service allows: every prompt
+    token has an entry for itself and one for each alternative, in every choice.
+
+    Raises:
+        InvalidRequest: they are more than `limit`.
+    """
+    counts = [(len(r.prompt_ids), r.sampling.prompt_logprobs) for r in requests]
+    total = sum(length * (1 + count) for length, count in counts if count is not None)
+    if total > limit:
+        raise InvalidRequest(
+            f"the logprobs of these prompts are {total} entries (prompt tokens times alternatives "
+            f"and one, over all choices), and one answer holds {limit}; ask for fewer alternatives "
+            "or send fewer or shorter prompts",
+            param="logprobs",
+            code="too_many_logprobs",
+        )

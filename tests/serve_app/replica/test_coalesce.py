@@ -11,7 +11,7 @@ from support.serving import make_request
 from deepseek.engine.request import TokenLogprob
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
-from serve_app.engines.protocol import Done, Event, Tokens
+from serve_app.engines.protocol import Done, Event, PromptLogprobs, Tokens
 from serve_app.errors import EngineUnavailable, Overloaded
 from serve_app.replica.coalesce import MAX_INTERVAL_S, coalesce, flush_interval, merge_events
 
@@ -21,6 +21,8 @@ def test_merging_keeps_order_and_loses_nothing() -> None:
     done = Done("stop", 1, 3)
     events: list[Event] = [Tokens((1,), "a", (entry,)), Tokens((2, 3), "b"), done]
     assert merge_events(events) == (Tokens((1, 2, 3), "ab", (entry,)), done)
+    prompt = PromptLogprobs((None, entry))
+    assert merge_events([prompt, *events]) == (prompt, *merge_events(events))
     assert merge_events([]) == ()
     assert merge_events([done]) == (done,)
     assert merge_events(events[:1]) == (events[0],)

@@ -103,6 +103,9 @@ class ServeConfig(_Strict):
     #: dashboard shows: on a cluster, name a file that holds them on each node (key_file.py).
     api_keys: tuple[SecretStr, ...] = ()
     api_keys_file: Path | None = None
+    #: Headers that the exporter of traces sends, such as its key: `name=value` lines in a file that
+    #: lies at this path on each node, of mode 600 (telemetry/travel.py).
+    otlp_headers_file: Path | None = None
     #: Who is told what /health says beyond up or down, /version and /metrics, where there are keys:
     #: "key" who has one, "loopback" also a client on this machine, "open" everybody. Without keys
     #: everybody is.

@@ -24,6 +24,7 @@ from cluster.connect import connect
 from deepseek.errors import DeployError
 from serve_app.app import build
 from serve_app.config import ServeConfig
+from serve_app.proxy_guard import CALLBACK, CALLBACK_VARIABLE
 from serve_app.replica.replica import INGRESS
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
     # The last resort for what `drain` leaves, when replicas stop behind HAProxy: nobody registers
     # them elsewhere, so that they need not stay reachable for half a minute.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
     with connect() as ray_connection:
         log.info(ray_connection.describe())
         logging.getLogger("ray.serve").setLevel(logging.WARNING)

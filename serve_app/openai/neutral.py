@@ -238,6 +238,10 @@ _OTHERS: dict[str, Neutral | Label] = {
 
 BODY: dict[str, Neutral | Label] = _OPENAI | _VLLM | _OTHERS
 
+#: Refused before the fields that say how to use them: a client that removed only `tool_choice` would
+#: be refused again.
+_FIRST = ("tools", "functions")
+
 #: All options that clients know are implemented.
 STREAM_OPTIONS: dict[str, Neutral | Label] = {}
 
@@ -288,7 +292,8 @@ def drop_neutral(
             is in no table.
     """
     kept: dict[str, Any] = {}
-    for name, value in given.items():
+    for name in (*(name for name in _FIRST if name in given), *given):
+        value = given[name]
         if name in known:
             if value is not None:
                 kept[name] = value

@@ -147,6 +147,14 @@ def test_what_only_looks_neutral_is_refused(fields: Any) -> None:
         assert (caught.value.param, caught.value.code) == (next(iter(fields)), "unsupported_field")
 
 
+@pytest.mark.parametrize(
+    ("use", "offered"), [("tool_choice", "tools"), ("function_call", "functions")]
+)
+def test_what_is_offered_is_refused_before_how_to_use_it(use: str, offered: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^field '{offered}' is not supported"):
+        chat(**{use: {"name": "f"}, offered: [{"name": "f"}]})
+
+
 def test_a_field_of_the_other_endpoint_is_told_where_it_belongs() -> None:
     with pytest.raises(InvalidRequest, match="'messages' belongs to /v1/chat/completions"):
         text(messages=[USER])

@@ -238,8 +238,8 @@ _OTHERS: dict[str, Neutral | Label] = {
 
 BODY: dict[str, Neutral | Label] = _OPENAI | _VLLM | _OTHERS
 
-#: Refused before the fields that say how to use them: a client that removed only `tool_choice` would
-#: be refused again.
+#: Refused before the fields that say how to use them: a client that removed `tool_choice` alone
+#: would be refused again.
 _FIRST = ("tools", "functions")
 
 #: All options that clients know are implemented.

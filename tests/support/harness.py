@@ -113,10 +113,11 @@ class Offline:
 
     def choices(self, question: str, choices: list[str]) -> list[tuple[float, bool]]:
         """Of each choice after the question, with a BOS before it. White space at the question's
-        end belongs to the choice."""
+        end belongs to the choice. Where a token spans the two, the harness takes the question's own
+        tokens, and of the whole what follows as many."""
         context = self.tokenizer(question.rstrip())["input_ids"]
         whole = [self.tokenizer(question + choice)["input_ids"] for choice in choices]
-        return [self.loglikelihood(ids[: len(context)], ids[len(context) :]) for ids in whole]
+        return [self.loglikelihood(context, ids[len(context) :]) for ids in whole]
 
     def rolling(self, document: str, window: int) -> float:
         """Loglikelihood of a document in nats: windows of `window` predicted tokens, the first

@@ -1,6 +1,5 @@
 """For the scripts that run in other projects' environments: try a feature, write down what came.
 
-    sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves the script's folder out
     from recording import feature, write
 
 `feature` runs the function at once. An exception of the client is a result like any other: its

@@ -14,8 +14,6 @@ from haystack.components.generators.chat import OpenAIChatGenerator
 from haystack.dataclasses import ChatMessage
 from haystack.tools import Tool
 from haystack.utils import Secret
-
-sys.path.insert(0, str(Path(__file__).parent))
 from recording import feature, write
 
 base, model, key_file, output = sys.argv[1:]

@@ -13,8 +13,6 @@ from typing import Any
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
-
-sys.path.insert(0, str(Path(__file__).parent))
 from recording import feature, write
 
 base, model, key_file, output = sys.argv[1:]

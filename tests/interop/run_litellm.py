@@ -13,8 +13,6 @@ from typing import Any
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it fetches the map when it is imported
 import litellm
-
-sys.path.insert(0, str(Path(__file__).parent))
 from recording import feature, write
 
 base, model, key_file, output = sys.argv[1:]

@@ -14,8 +14,6 @@ from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
 from pydantic import BaseModel
-
-sys.path.insert(0, str(Path(__file__).parent))
 from recording import feature, write
 
 base, model, key_file, output = sys.argv[1:]

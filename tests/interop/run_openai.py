@@ -16,8 +16,6 @@ from typing import Any
 
 import openai
 from openai import AsyncOpenAI, OpenAI
-
-sys.path.insert(0, str(Path(__file__).parent))
 from recording import feature, write
 
 base, model, key_file, output = sys.argv[1:]

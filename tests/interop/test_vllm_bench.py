@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from support.environments import run_in
 from support.served import Served
-from support.serving import metric
 
 pytestmark = [pytest.mark.interop, pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -39,26 +37,19 @@ def bench(served: Served, tiny_model: Path, folder: Path, *options: object) -> d
     return dict(json.loads((folder / "result.json").read_text()))
 
 
-def generated_tokens(served: Served) -> int:
-    """What the service counted since it started."""
-    headers = {"authorization": f"Bearer {served.key}"}
-    text = httpx.get(f"{served.url}/metrics", headers=headers, timeout=30).text
-    return int(metric(text, "intserve_tokens_total", kind="output"))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_request_of_a_random_load_succeeds(
     served: Served, tiny_model: Path, tmp_path: Path, backend: str
 ) -> None:
     goodput = ("--goodput", "ttft:60000", "tpot:60000")
     options = ("--backend", backend, "--endpoint", BACKENDS[backend], *RANDOM, *goodput)
-    before = generated_tokens(served)
+    before = served.generated_tokens()
     result = bench(served, tiny_model, tmp_path, *options)
     assert result["errors"] == [""] * NUM_PROMPTS
     assert (result["completed"], result["failed"]) == (NUM_PROMPTS, 0)
     assert result["output_lens"] == [OUTPUT_TOKENS] * NUM_PROMPTS
     # vLLM makes one request more, to see whether the endpoint is ready.
-    assert generated_tokens(served) - before == (NUM_PROMPTS + 1) * OUTPUT_TOKENS
+    assert served.generated_tokens() - before == (NUM_PROMPTS + 1) * OUTPUT_TOKENS
     assert all(len(gaps) > 0 for gaps in result["itls"])
     assert result["request_goodput"] > 0
 

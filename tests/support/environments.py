@@ -78,13 +78,13 @@ def _made_once(tool: str, pins: bytes, install: Callable[[Path], None]) -> Path:
 
 
 def run_in(tool: str, script: str, *words: object, **variables: str) -> None:
-    """Run a script of `tests/interop/` in a tool's environment, where nothing of this project can
-    be imported. `variables` are added to the process's environment.
+    """Run a script of `tests/interop/` in a tool's environment. It can import the other scripts
+    there and nothing else of this project. `variables` are further environment variables.
 
     Raises:
         AssertionError: it failed; with what it said.
     """
-    run_checked([environment(tool), "-I", INTEROP / script, *words], **variables)
+    run_checked([environment(tool), "-E", "-s", INTEROP / script, *words], **variables)
 
 
 def run_checked(command: Sequence[object], timeout_s: float = 900, **variables: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import yaml
 from support.ports import free_port
+from support.serving import metric
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "a-key-of-this-test"
@@ -48,6 +49,12 @@ class Served:
             timeout=120,
         )
         return dict(answer.raise_for_status().json())
+
+    def generated_tokens(self) -> int:
+        """What the service counted since it started."""
+        headers = {"authorization": f"Bearer {self.key}"}
+        text = httpx.get(f"{self.url}/metrics", headers=headers, timeout=30).text
+        return int(metric(text, "intserve_tokens_total", kind="output"))
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ class Outcome:
             "verdict": "pass" if self.verdict.passed else "fail",
             "reasons": list(self.verdict.reasons),
             "recipe": result.recipe,
+            "arithmetic": self.verdict.arithmetic,
+            "kv_cache": self.verdict.kv_cache,
             "engine_digest": result.engine_digest,
             "artifact_digest": result.artifact_digest,
             "bytes": result.artifact_bytes,
@@ -48,10 +50,11 @@ class Outcome:
         }
 
     def describe(self) -> list[str]:
-        """`PASS recipe`, or `FAIL recipe` and one line per reason."""
-        if self.verdict.passed:
-            return [f"PASS {self.evaluation.recipe}"]
-        return [f"FAIL {self.evaluation.recipe}", *(f"  {text}" for text in self.verdict.reasons)]
+        """`PASS recipe` or `FAIL recipe` with what was judged, and one line per reason."""
+        word = "PASS" if self.verdict.passed else "FAIL"
+        judged = f"kernels of {self.verdict.arithmetic}, KV {self.verdict.kv_cache}"
+        reasons = (f"  {text}" for text in self.verdict.reasons)
+        return [f"{word} {self.evaluation.recipe} ({judged})", *reasons]
 
 
 def run_gate(engine_dir: Path, evaluation_dir: Path, *, sign_key: Path | None = None) -> Outcome:
@@ -89,6 +92,8 @@ def run_gate(engine_dir: Path, evaluation_dir: Path, *, sign_key: Path | None = 
         passed=not reasons,
         artifact_digest=engine.manifest.digest,
         engine_digest=engine.digest,
+        arithmetic=evaluation.arithmetic,
+        kv_cache=evaluation.kv_cache,
         measured=asdict(measured)
         | {
             "perplexity": evaluation.perplexity,

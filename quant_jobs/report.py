@@ -79,7 +79,8 @@ def _verdict_of(engine: BuiltEngine, evaluation: Evaluation) -> GateVerdict | No
         return None
     verdict = read_verdict(engine.directory)
     same = verdict.engine_digest == engine.digest
-    if not same or verdict.measured.get("mean_kl") != evaluation.kl.mean.value:
+    judged = (verdict.arithmetic, verdict.kv_cache, verdict.measured.get("mean_kl"))
+    if not same or judged != (evaluation.arithmetic, evaluation.kv_cache, evaluation.kl.mean.value):
         raise ArtifactError(
             f"{engine.directory / VERDICT_FILE} judges another "
             f"{'evaluation' if same else 'engine'}; run `python -m quant_jobs gate` again"

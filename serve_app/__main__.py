@@ -1,13 +1,17 @@
 """`python -m serve_app`: serve one engine on this machine until interrupted.
 
-Reads flags and settings, reports a user's mistakes, and waits for a signal. What is started and
-stopped is in local.py. A cluster does not use this command: `serve deploy` imports app.py.
+Reads flags and settings, reports a user's mistakes, and waits for a signal. local.py starts, drains
+and stops the service. A cluster does not use this command: `serve deploy` imports app.py.
+
+Exit codes: 0 after SIGTERM when every request in flight has finished, 130 after Ctrl-C; 143 and 130
+when some had to be cut. A second signal while it drains cuts them at once.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+import threading
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -23,7 +27,8 @@ app = make_app(
     """Serve an engine behind an OpenAI-compatible endpoint.
 
     Starts Ray and Ray Serve (or attaches to RAY_ADDRESS), waits until the engine answers, prints
-    one line with the URL, and runs until Ctrl-C or SIGTERM.
+    one line with the URL, and runs until Ctrl-C or SIGTERM. Requests in flight then finish, for up
+    to graceful_shutdown_s seconds; a second Ctrl-C ends them at once.
 
     Examples:
 
@@ -38,12 +43,41 @@ app = make_app(
 )
 
 
-class _Stop(Exception):
-    """SIGINT or SIGTERM arrived."""
+class _Stopped(Exception):
+    """SIGINT or SIGTERM arrived while the service was starting."""
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise _Stop
+class _Signals:
+    """SIGINT and SIGTERM: one while the service starts ends the start; later they are counted."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._first = threading.Event()
+        self._serving = False
+
+    def install(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._receive)
+
+    def ignore(self) -> None:
+        """From here on a signal must not cut the clean end."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
+
+    def wait(self) -> None:
+        """Wait for a signal. From now on they raise nothing."""
+        self._serving = True
+        self._first.wait()
+
+    def hurried(self) -> bool:
+        """Whether a second one has arrived."""
+        return len(self.received) > 1
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self.received.append(signum)
+        self._first.set()
+        if not self._serving:
+            raise _Stopped
 
 
 @app.command()
@@ -82,33 +116,40 @@ def main(
 
     # Ray is slow to import: a mistake in the settings is reported before.
     from serve_app.gating import admit
-    from serve_app.local import check_port, serving
+    from serve_app.local import check_port, drain, serving
 
     check_port(settings.host, settings.port)
     if settings.engine is not None:
         admit(
             settings.engine,
+            kv_cache=settings.kv_cache,
             allow_ungated=settings.allow_ungated,
             require_signature=settings.require_signature,
         )
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
+    signals = _Signals()
+    signals.install()
+    finished = True
     stdout = sys.stdout
     try:
         # stdout holds our one line; what Ray prints there goes to stderr.
         with redirect_stdout(sys.stderr), serving(settings) as url:
-            # Ray replaces the handler of SIGTERM while it starts.
-            signal.signal(signal.SIGTERM, _stop)
+            signals.install()  # Ray replaces the handler of SIGTERM while it starts
             name = printable(settings.served_name)
-            print(f"serving {name} at {url}", file=stdout, flush=True)
             try:
-                while True:
-                    signal.pause()
+                print(f"serving {name} at {url}", file=stdout, flush=True)
+                signals.wait()
+                finished = drain(settings, hurried=signals.hurried, report=_report)
             finally:
-                for signum in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(signum, signal.SIG_IGN)  # a second Ctrl-C must not cut draining
-    except _Stop:
-        sys.stderr.write("stopped\n")
+                signals.ignore()
+    except _Stopped:
+        pass  # before anything was served
+    _report("stopped")
+    if not finished or signals.received[0] == signal.SIGINT:
+        raise typer.Exit(128 + signals.received[-1])
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

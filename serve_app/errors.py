@@ -3,10 +3,16 @@
     ApiError                500 server_error          a bug of ours; the message tells no internals
       InvalidRequest        400 invalid_request_error a field, the JSON, or a length is wrong
       Unauthorized          401 authentication_error
+      OriginNotAllowed      403 permission_error      a web page of an origin that is not configured
       ModelNotFound         404 not_found_error
+      BodyTimeout           408 timeout_error         the body did not arrive in time
       BodyTooLarge          413 invalid_request_error
+      UnsupportedMediaType  415 invalid_request_error the body is no plain application/json
       Overloaded            429 rate_limit_error      Retry-After says when to come back
+        TooManyFailedKeys   429 rate_limit_error      too many wrong keys from this address
       EngineUnavailable     503 server_error          no replica can answer now; Retry-After too
+        Draining            503 server_error          the service is stopping; go elsewhere
+        TooManyConnections  503 server_error          too many bodies are arriving at once
       DeadlineExceeded      504 timeout_error         the request's own deadline passed
 
 An engine refuses a request for good with the ground floor's `RequestError`; a client sees it as
@@ -18,6 +24,9 @@ from __future__ import annotations
 from typing import Any
 
 from deepseek.errors import IntServeError, RequestError
+
+#: Headers of a refusal while the body still arrives: its rest is not waited for.
+CLOSE = {"Connection": "close"}
 
 
 class ApiError(IntServeError):
@@ -70,20 +79,50 @@ class Unauthorized(ApiError):
         return {"WWW-Authenticate": "Bearer"}
 
 
+class OriginNotAllowed(ApiError):
+    status, type, code = 403, "permission_error", "origin_not_allowed"
+
+
 class ModelNotFound(ApiError):
     status, type, code, param = 404, "not_found_error", "model_not_found", "model"
+
+
+class BodyTimeout(ApiError):
+    status, type, code = 408, "timeout_error", "body_timeout"
+
+    def headers(self) -> dict[str, str]:
+        return CLOSE
 
 
 class BodyTooLarge(ApiError):
     status, type, code = 413, "invalid_request_error", "body_too_large"
 
 
+class UnsupportedMediaType(ApiError):
+    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
+
+
 class Overloaded(ApiError):
     status, type, code, retry_after_s = 429, "rate_limit_error", "overloaded", 1
 
 
+class TooManyFailedKeys(Overloaded):
+    code, retry_after_s = "too_many_failed_keys", 60
+
+
 class EngineUnavailable(ApiError):
     status, type, code, retry_after_s = 503, "server_error", "engine_unavailable", 5
+
+
+class Draining(EngineUnavailable):
+    code = "draining"
+
+
+class TooManyConnections(EngineUnavailable):
+    code = "too_many_connections"
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | CLOSE
 
 
 class DeadlineExceeded(ApiError):
@@ -95,6 +134,30 @@ HTTP_REASONS: dict[int, tuple[str, str]] = {
     404: ("not_found_error", "unknown_path"),
     405: ("invalid_request_error", "method_not_allowed"),
 }
+
+
+#: Every `code` of an error: what metrics and spans may say. tests/serve_app/test_errors.py keeps it
+#: complete.
+CODES = frozenset(
+    {
+        *("body_timeout", "body_too_large", "context_length_exceeded", "deadline_exceeded"),
+        *("draining", "engine_failed", "engine_unavailable", "internal_error", "invalid_api_key"),
+        *("invalid_json", "invalid_value", "method_not_allowed", "missing_field"),
+        *(
+            "model_not_found",
+            "origin_not_allowed",
+            "overloaded",
+            "too_many_connections",
+            "too_many_failed_keys",
+        ),
+        *("unknown_field", "unknown_path", "unsupported_field", "unsupported_media_type"),
+    }
+)
+
+
+def code_label(error: ApiError) -> str:
+    """The error's code as a label: one of `CODES`, or "other"."""
+    return error.code if error.code is not None and error.code in CODES else "other"
 
 
 def to_api_error(error: BaseException) -> ApiError:

@@ -1,4 +1,5 @@
-"""The door: only an engine whose accuracy gate passed is served. The override exists and is loud.
+"""The door: only an engine whose accuracy gate passed is served, and it is served as it was judged:
+with the same kernels, on KV pages of the same format. The override exists and is loud.
 
 `EngineReplica` opens it before it makes an engine, and the ingress before it loads a tokenizer, so
 the rule holds for every adapter on every cluster and for every file of the engine that a process
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepseek.artifact.engine_manifest import read_documents, read_engine_manifest
@@ -23,33 +24,70 @@ log = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """An engine directory that may be served: the digest that was judged, whether its gate passed,
-    and its documents as they were verified against that digest."""
+    """An engine directory that may be served: its digest, the kernels (`arithmetic`, the name of a
+    target) and the KV format that it may be served with, whether its gate passed for them, and its
+    documents as they were verified against that digest."""
 
     engine_digest: str
+    arithmetic: str
+    kv_cache: str
     gated: bool
     documents: Mapping[str, bytes]
 
+    def check_started(
+        self, engine_dir: Path, *, engine_digest: str | None, arithmetic: str, kv_cache: str | None
+    ) -> None:
+        """Check that an engine started as it was admitted. `engine_digest` None: the adapter loads
+        no engine directory (echo), so there is nothing to compare.
+
+        Raises:
+            ArtifactError: it loaded another engine, or computes with other kernels or KV pages.
+        """
+        if engine_digest is None:
+            return
+        for what, admitted, started in (
+            ("engine", self.engine_digest, engine_digest),
+            ("kernels of", self.arithmetic, arithmetic),
+            ("KV format", self.kv_cache, kv_cache or "unknown"),
+        ):
+            if started != admitted:
+                raise ArtifactError(
+                    f"{engine_dir} was not loaded as it was admitted: {what} {started[:16]} where "
+                    f"{admitted[:16]} was; start again"
+                )
+
 
 def admit(
-    engine_dir: Path, *, allow_ungated: bool = False, require_signature: Path | None = None
+    engine_dir: Path,
+    *,
+    kv_cache: str | None,
+    allow_ungated: bool = False,
+    require_signature: Path | None = None,
 ) -> Admitted:
-    """Check that the gate passed for exactly this engine, and that the directory holds this engine
-    and nothing else. `require_signature` is the PEM file of the public key that the verdict must be
-    signed with.
+    """Check that the gate passed for exactly this engine, on KV pages of the format `kv_cache`
+    (None: as it was built), and that the directory holds this engine and nothing else.
+    `require_signature` is the PEM file of the public key that the verdict must be signed with.
 
     Raises:
         ArtifactError: the directory is no engine, or a file in it is not the engine's; or its gate
-            is missing, failed, unsigned or judged another engine, and `allow_ungated` does not
-            override that.
+            is missing, failed, unsigned, or judged another engine, other kernels or another KV
+            format, and `allow_ungated` does not override that.
     """
     manifest = read_engine_manifest(engine_dir)
-    documents = read_documents(engine_dir, manifest)
+    admitted = Admitted(
+        engine_digest=manifest.digest,
+        arithmetic=manifest.target,  # each target's engines are loaded by its own kernels
+        kv_cache=kv_cache or manifest.kv_cache,
+        gated=True,
+        documents=read_documents(engine_dir, manifest),
+    )
     try:
         require_passed(
             engine_dir,
             engine_digest=manifest.digest,
             artifact_digest=manifest.artifact_digest,
+            arithmetic=admitted.arithmetic,
+            kv_cache=admitted.kv_cache,
             signed_by=require_signature,
         )
     except ArtifactError as error:
@@ -60,5 +98,5 @@ def admit(
                 f"{error}; or accept unknown quality with --allow-ungated"
             ) from error
         log.warning("SERVING AN UNGATED ARTIFACT, its quality is unknown: %s", error)
-        return Admitted(manifest.digest, gated=False, documents=documents)
-    return Admitted(manifest.digest, gated=True, documents=documents)
+        return replace(admitted, gated=False)
+    return admitted

@@ -1,4 +1,4 @@
-"""Serves on this machine: starts Ray, Serve and the application, and stops them again.
+"""Serves on this machine: starts Ray, Serve and the application, drains and stops them again.
 
 `python -m serve_app` and the benchmarks call it. A cluster runs `serve deploy` with
 `serve_app.app:build` instead; this module refuses to touch a cluster where Serve already runs.
@@ -8,21 +8,36 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from cluster.connect import connect
 from deepseek.errors import DeployError
 from serve_app.app import build
 from serve_app.config import ServeConfig
+from serve_app.proxy_guard import CALLBACK, CALLBACK_VARIABLE
+from serve_app.replica.replica import INGRESS
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "intserve"
+
+#: Seconds between two looks at what is still in flight.
+_LOOK_S = 0.1
+#: Seconds for an ingress to answer a call, and for clients to read that their requests end here.
+_CALL_S = 5.0
+_CUT_S = 3.0
+#: Seconds for the proxy to pass on the last bytes, which the ingress has already given away.
+_PROXY_S = 0.5
 
 
 def check_port(host: str, port: int) -> None:
@@ -41,12 +56,16 @@ def check_port(host: str, port: int) -> None:
 
 @contextmanager
 def serving(config: ServeConfig) -> Iterator[str]:
-    """Start the service and give its URL once it is healthy. Leaving the context lets open streams
-    end and stops what was started.
+    """Start the service and give its URL once it is healthy. Leaving the context stops what was
+    started; `drain` lets open streams end before.
 
     Raises:
         DeployError: Serve runs on this cluster already, or the engine did not start; says why.
     """
+    # The last resort for what `drain` leaves, when replicas stop behind HAProxy: nobody registers
+    # them elsewhere, so that they need not stay reachable for half a minute.
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
     with connect() as ray_connection:
         log.info(ray_connection.describe())
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -64,6 +83,46 @@ def serving(config: ServeConfig) -> Iterator[str]:
             with redirect_stdout(io.StringIO()):
                 serve.shutdown()
                 ray_connection.close()
+
+
+def drain(
+    config: ServeConfig, *, hurried: Callable[[], bool], report: Callable[[str], None]
+) -> bool:
+    """Refuse newcomers and let what is in flight finish, for up to `graceful_shutdown_s` or until
+    `hurried()`. What is left then is told so in-band. Call it inside `serving`. `report` gets one
+    line at the start.
+
+    Serve itself would take its proxy down at once, and the streams with it.
+
+    Returns whether everything finished by itself.
+    """
+    limit_s = config.graceful_shutdown_s
+    end = time.monotonic() + limit_s
+    try:
+        in_flight = _ask_ingresses("drain")
+        report(f"draining: {in_flight} requests in flight, up to {limit_s:g} seconds")
+        while in_flight and time.monotonic() < end and not hurried():
+            time.sleep(_LOOK_S)
+            in_flight = _ask_ingresses("drain")
+        finished = not in_flight
+        if not finished:
+            end = time.monotonic() + _CUT_S
+            in_flight = _ask_ingresses("cut")
+            while in_flight and time.monotonic() < end:
+                time.sleep(_LOOK_S)
+                in_flight = _ask_ingresses("drain")
+        time.sleep(_PROXY_S)
+        return finished
+    except (RayError, RayServeException, TimeoutError) as error:
+        report(f"cannot drain ({type(error).__name__}); stopping at once")
+        return False
+
+
+def _ask_ingresses(method: str) -> int:
+    """Call a method of every ingress that gives its number of requests in flight; their sum."""
+    handle: Any = serve.get_deployment_handle(INGRESS, APP_NAME)
+    answers = handle.broadcast(method).results(timeout_s=_CALL_S, return_exceptions=True)
+    return sum(answer for answer in answers if isinstance(answer, int))
 
 
 def _start(config: ServeConfig) -> str:

@@ -43,6 +43,8 @@ ENGINE_FILE = "engine.json"
 VERDICT_FILE, SIGNATURE_FILE = "gate.json", "gate.json.sig"
 FORMAT_VERSION = 2
 _DOCUMENTS = ("config.json", MANIFEST_FILE, *COPIED_FILES)
+#: KV formats that an engine may have; "fp32" is for exactness tests.
+CacheFormat = Literal[KVFormat, "fp32"]
 #: The recipe's name in an engine that was built from a source checkpoint as it is.
 UNQUANTIZED = "unquantized"
 
@@ -95,7 +97,7 @@ class EngineManifest(_Record):
     recipe: str
     artifact_digest: str
     source_fingerprint: str
-    kv_cache: KVFormat | Literal["fp32"]
+    kv_cache: CacheFormat
     schemes: dict[str, Scheme]
     versions: dict[str, str]
     plan: EnginePlan

@@ -1,7 +1,9 @@
 """The gate's verdict on an engine. The server serves an engine only with a passing verdict.
 
 `gate` writes gate.json into the engine directory that was evaluated; `serve_app` requires it. A
-verdict names the digests of the artifact and of the engine, so it is refused beside another engine.
+verdict names the digests of the artifact and of the engine, so it is refused beside another engine;
+and what computed the judged figures, kernels and KV format, so it is refused where the same engine
+is to be served with others.
 Whoever can write into the directory can write a verdict too: gate.json alone says what was
 measured, not by whom. A signature (`signature.py`) says that, where a server requires one. This
 file imports no torch.
@@ -12,12 +14,17 @@ from __future__ import annotations
 import hmac
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from deepseek import untrusted
-from deepseek.artifact.engine_manifest import SIGNATURE_FILE, VERDICT_FILE
+from deepseek.artifact.engine_manifest import (
+    SIGNATURE_FILE,
+    VERDICT_FILE,
+    CacheFormat,
+    read_engine_manifest,
+)
 from deepseek.artifact.signature import SIGNATURE_BYTES, is_signed, read_public_key
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import json_bytes, write_atomic
@@ -27,23 +34,34 @@ from deepseek.untrusted import UnusableFileError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+#: Whose kernels computed: the name of a target, as in engine.json. An engine for TensorRT-LLM that
+#: was judged by the embedded engine's emulation has a verdict on "embedded", which does not admit
+#: it to TensorRT-LLM.
+Arithmetic = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,32}$")]
+#: The one arithmetic that was ever judged when verdicts (forms 1 and 2) and evaluations (form 1)
+#: did not name it.
+EMBEDDED = "embedded"
 
 
 class GateVerdict(BaseModel):
     """What was measured on one engine, the limits, and the decision.
 
     `artifact_digest` is the quantized checkpoint's (or, for an unquantized engine, the source's
-    fingerprint). `measured` maps names to figures: perplexity, mean_kl, top1, and others.
-    `reasons` holds one sentence for each broken limit.
+    fingerprint). The figures were computed with the kernels of `arithmetic` on KV pages of the
+    format `kv_cache`, and say nothing of the engine on others. `measured` maps names to figures:
+    perplexity, mean_kl, top1, and others. `reasons` holds one sentence for each broken limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     passed: StrictBool
     artifact_digest: str
     engine_digest: str
+    arithmetic: Arithmetic
+    kv_cache: CacheFormat
     measured: dict[str, float]
     limits: GateLimits
     reasons: tuple[str, ...]
@@ -83,13 +101,14 @@ def read_verdict(engine_dir: Path | str, *, signed_by: Path | None = None) -> Ga
         raw = untrusted.parse_json_object(data)
     except UnusableFileError as error:
         raise ArtifactError(f"{path} {error}; run the gate again") from error
-    # Form 1 has the same fields and no number.
-    version = raw.pop("format_version", 1)
-    if version not in (1, FORMAT_VERSION):
+    version = raw.pop("format_version", 1)  # form 1 has the same fields as 2 and no number
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ArtifactError(
-            f"{path}: format_version {version!r} is not supported, only {FORMAT_VERSION}; run the "
-            "gate again with this version"
+            f"{path}: format_version {untrusted.show(version)} is not supported, only "
+            f"{FORMAT_VERSION}; run the gate again with this version"
         )
+    if version < 3:
+        raw = _name_what_was_judged(raw, path)
     try:
         return GateVerdict.model_validate(raw)
     except ValidationError as error:
@@ -101,14 +120,17 @@ def require_passed(
     *,
     engine_digest: str,
     artifact_digest: str,
+    arithmetic: str,
+    kv_cache: str,
     signed_by: Path | None = None,
 ) -> GateVerdict:
-    """Read the verdict and check that it passed and is about exactly this engine and artifact, and
-    signed with the key of `signed_by` where that is given.
+    """Read the verdict and check that it passed and is about exactly this engine and artifact,
+    computed with these kernels on KV pages of this format, and signed with the key of `signed_by`
+    where that is given.
 
     Raises:
-        ArtifactError: no verdict, a failed one, one about another engine or artifact, or not the
-            signature.
+        ArtifactError: no verdict, a failed one, one about another engine, artifact, arithmetic or
+            KV format, or not the signature.
     """
     verdict = read_verdict(engine_dir, signed_by=signed_by)
     for subject, judged, present in (
@@ -120,10 +142,33 @@ def require_passed(
                 f"{engine_dir}: {VERDICT_FILE} judges the {subject} {judged[:16]}, but this one is "
                 f"{present[:16]}; run evaluate and gate again"
             )
+    if verdict.arithmetic != arithmetic:
+        raise ArtifactError(
+            f"{engine_dir}: {VERDICT_FILE} judges what the kernels of {verdict.arithmetic} "
+            f"compute, but those of {arithmetic} would serve; evaluate with {arithmetic} and gate "
+            "again"
+        )
+    if verdict.kv_cache != kv_cache:
+        raise ArtifactError(
+            f"{engine_dir}: {VERDICT_FILE} judges {verdict.kv_cache} KV pages, but {kv_cache} ones "
+            f"would be served; serve with kv_cache {verdict.kv_cache}, or evaluate with --kv-cache "
+            f"{kv_cache} and gate again"
+        )
     if not verdict.passed:
         reasons = "; ".join(verdict.reasons) or "no reason was recorded"
         raise ArtifactError(f"{engine_dir} failed its accuracy gate: {reasons}")
     return verdict
+
+
+def _name_what_was_judged(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a verdict of form 1 or 2, in form 3. When those were written, `evaluate` had
+    the embedded engine and the KV format that the engine was built with, and no others."""
+    added = {"arithmetic": EMBEDDED, "kv_cache": read_engine_manifest(path.parent).kv_cache}
+    if known := raw.keys() & added.keys():
+        raise ArtifactError(
+            f"{path}: {min(known)} is no field of its format_version; run the gate again"
+        )
+    return raw | added
 
 
 def _require_signature(directory: Path, data: bytes, public_key: Path) -> None:

@@ -34,6 +34,7 @@ from deepseek.engine.options import EngineIdentity, EngineLoad, EngineOptions
 from deepseek.engine.packed import load_packed
 from deepseek.engine.packing import pack_tensors, schemes_of
 from deepseek.engine.pages import PagePool
+from deepseek.engine.prompt_scores import LogprobNamer, score_chunk
 from deepseek.engine.request import (
     FinishReason,
     Request,
@@ -54,10 +55,13 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Tracked:
-    """A sequence and, where the engine has a tokenizer, the detokenizer of its text."""
+    """A sequence, the token ids that end it, the logprobs of its prompt so far if they are asked
+    for and not reported yet, and, where the engine has a tokenizer, the detokenizer of its text."""
 
     sequence: Sequence
     detokenizer: Detokenizer | None
+    end_token_ids: frozenset[int]
+    prompt_logprobs: list[TokenLogprob | None] | None
 
 
 class LLMEngine:
@@ -83,6 +87,7 @@ class LLMEngine:
         self.identity = identity
         self.config = config
         self.tokenizer = tokenizer
+        self._namer = LogprobNamer(tokenizer)
         self._end_token_ids = end_token_ids or frozenset(config.eos_token_ids)
         self.failure: Exception | None = None
         self._options = options
@@ -212,7 +217,8 @@ class LLMEngine:
             RequestError: it can never be served, or its id is in use.
         """
         self._check(request)
-        seed = request.sampling.seed
+        sampling = request.sampling
+        seed = sampling.seed
         sequence = Sequence(
             request,
             arrived_s=self._clock(),
@@ -220,8 +226,14 @@ class LLMEngine:
         )
         detokenizer = None
         if self.tokenizer is not None:
-            detokenizer = Detokenizer(self.tokenizer, request.prompt_ids, request.sampling.stop)
-        self._tracked[request.request_id] = _Tracked(sequence, detokenizer)
+            detokenizer = Detokenizer(self.tokenizer, request.prompt_ids, sampling.stop)
+        ends = frozenset(sampling.stop_token_ids)
+        self._tracked[request.request_id] = _Tracked(
+            sequence,
+            detokenizer,
+            end_token_ids=ends if sampling.ignore_eos else ends | self._end_token_ids,
+            prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
+        )
         self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> bool:
@@ -243,9 +255,8 @@ class LLMEngine:
         for chunk in schedule.chunks:
             if chunk.sequence.scheduled_s is None:
                 chunk.sequence.scheduled_s = started_s
-        completing = [chunk for chunk in schedule.chunks if chunk.completes]
         try:
-            choices = self._compute(schedule, completing)
+            choices, scores = self._compute(schedule)
         except Exception as error:  # every failure ends its requests and shows in health checks
             LOG.exception("a step of %d tokens failed", schedule.num_tokens)
             self.failure = error
@@ -254,14 +265,20 @@ class LLMEngine:
             self._poison()
             return outputs
         self._scheduler.advance(schedule)
-        for chunk, choice in zip(completing, choices, strict=True):
-            if choice is None:
+        for chunk, found in zip(schedule.chunks, scores, strict=True):
+            choice = choices.get(chunk.sequence.request.request_id)
+            if found is None or (choice is None and chunk.chooses):
                 outputs.append(self._fail(chunk.sequence, "the model's output is not finite"))
-            else:
+                continue
+            self._add_scores(chunk.sequence, found)
+            if choice is not None:
                 outputs.append(self._append(chunk.sequence, choice))
+            elif chunk.completes:  # max_tokens 0
+                outputs.append(self._end(self._tracked_of(chunk.sequence), "length"))
         self._poison()
         return outputs
 
+    @torch.inference_mode()
     def score(self, token_ids: Tensor) -> Tensor:
         """Logits f32 [T, V] after each of the tokens int64 [T], computed with the kernels, KV pages
         and KV format of generation, in chunks of `max_batched_tokens`. The pages are free again
@@ -287,43 +304,61 @@ class LLMEngine:
             size = self._options.max_batched_tokens
             starts = range(0, len(tokens), size)
             chunks = [Chunk(sequence, s, min(size, len(tokens) - s)) for s in starts]
-            return torch.cat([self._forward([chunk], every_token=True) for chunk in chunks])
+            return torch.cat([self._model.logits(self._forward([c])[0]) for c in chunks])
         finally:
             self._pool.release(sequence)
             self._poison()
 
-    def _compute(self, schedule: Schedule, completing: list[Chunk]) -> list[Choice | None]:
+    @torch.inference_mode()
+    def _compute(
+        self, schedule: Schedule
+    ) -> tuple[dict[str, Choice | None], list[list[Choice] | None]]:
+        """Run the step -> the next token of every request whose chunk chooses one, and the scores
+        of each chunk's prompt tokens; None in either place for logits that are not finite."""
         self._cache.clear(schedule.new_pages)
-        logits = self._forward(schedule.chunks)
+        chunks = schedule.chunks
+        hidden, last_rows = self._forward(chunks)
+        ends = list(zip(chunks, last_rows, strict=True))
+        choosing = [(chunk, row) for chunk, row in ends if chunk.chooses]
+        rows = torch.tensor([row for _, row in choosing], dtype=torch.int64)
         draws = [
             Draw(chunk.sequence.request.sampling, chunk.sequence.seed, chunk.stop)
-            for chunk in completing
+            for chunk, _ in choosing
         ]
-        return choose(logits, draws)
+        choices = choose(self._model.logits(hidden.index_select(0, rows)), draws)
+        names = [chunk.sequence.request.request_id for chunk, _ in choosing]
+        scores = [
+            score_chunk(chunk, hidden[row + 1 - chunk.length : row + 1], self._model.logits)
+            for chunk, row in ends
+        ]
+        return dict(zip(names, choices, strict=True)), scores
 
-    @torch.inference_mode()
-    def _forward(self, chunks: list[Chunk], *, every_token: bool = False) -> Tensor:
-        """Logits of every token, or of the last token of each chunk that completes its sequence."""
+    def _forward(self, chunks: list[Chunk]) -> tuple[Tensor, list[int]]:
+        """Final hidden states f32 [T, hidden] of the chunks' tokens; a chunk's rows are consecutive
+        and end at its place in the list."""
         spans = [
             Span(chunk.sequence.tokens(chunk.start, chunk.stop), chunk.start, chunk.sequence.pages)
             for chunk in chunks
         ]
         batch = make_batch(spans, self._pool.page_tokens)
-        hidden = self._model.forward(batch, self._cache)
-        if not every_token:
-            pairs = zip(chunks, batch.last_rows, strict=True)
-            rows = [row for chunk, row in pairs if chunk.completes]
-            hidden = hidden.index_select(0, torch.tensor(rows, dtype=torch.int64))
-        return self._model.logits(hidden)
+        return self._model.forward(batch, self._cache), batch.last_rows
+
+    def _add_scores(self, sequence: Sequence, scores: list[Choice]) -> None:
+        """Keep the logprobs of the prompt's next tokens."""
+        if scores:
+            logprobs = self._tracked_of(sequence).prompt_logprobs
+            assert logprobs is not None
+            logprobs += self._namer.name_prompt(sequence, sequence.num_scored, scores)
+            sequence.num_scored += len(scores)
 
     def _append(self, sequence: Sequence, choice: Choice) -> StepOutput:
         """Append the next token to a sequence; end the sequence at a limit or a stop."""
-        tracked = self._tracked[sequence.request.request_id]
+        tracked = self._tracked_of(sequence)
         if sequence.first_token_s is None:
             sequence.first_token_s = self._clock()
         sequence.output_ids.append(choice.token_id)
-        logprobs = () if choice.logprob is None else (self._name_logprobs(choice),)
-        reason = self._stop_reason(sequence, choice.token_id)
+        logprobs = () if choice.logprob is None else (self._namer.name_last(sequence, choice),)
+        reason = self._stop_reason(tracked, choice.token_id)
         is_end_token = reason == "stop"  # an end token has no text
         text, detokenizer = "", tracked.detokenizer
         if detokenizer is not None:
@@ -335,20 +370,21 @@ class LLMEngine:
                 reason = "stop" if detokenizer.stopped else reason
         if reason is not None:
             return self._end(tracked, reason, (choice.token_id,), text, logprobs)
-        return self._output(sequence, None, (choice.token_id,), text, logprobs)
+        return self._output(tracked, None, (choice.token_id,), text, logprobs)
 
-    def _stop_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        if token_id in sampling.stop_token_ids:
+    def _stop_reason(self, tracked: _Tracked, token_id: int) -> FinishReason | None:
+        sequence = tracked.sequence
+        if token_id in tracked.end_token_ids:
             return "stop"
-        if token_id in self._end_token_ids and not sampling.ignore_eos:
-            return "stop"
-        if len(sequence.output_ids) >= sampling.max_tokens:
+        if len(sequence.output_ids) >= sequence.request.sampling.max_tokens:
             return "length"
         return "length" if sequence.num_tokens >= self.max_model_len else None
 
     def _fail(self, sequence: Sequence, error: str) -> StepOutput:
-        return self._end(self._tracked[sequence.request.request_id], "error", error=error)
+        return self._end(self._tracked_of(sequence), "error", error=error)
+
+    def _tracked_of(self, sequence: Sequence) -> _Tracked:
+        return self._tracked[sequence.request.request_id]
 
     def _end(
         self,
@@ -365,18 +401,22 @@ class LLMEngine:
         del self._tracked[sequence.request.request_id]
         if reason == "abort" and tracked.detokenizer is not None:
             text = tracked.detokenizer.flush()
-        return self._output(sequence, reason, token_ids, text, logprobs, error)
+        return self._output(tracked, reason, token_ids, text, logprobs, error)
 
     def _output(
         self,
-        sequence: Sequence,
+        tracked: _Tracked,
         reason: FinishReason | None,
         token_ids: tuple[int, ...],
         text: str,
         logprobs: tuple[TokenLogprob, ...],
         error: str | None = None,
     ) -> StepOutput:
+        sequence = tracked.sequence
         queue_s, prefill_s, decode_s = sequence.phases(self._clock())
+        prompt_logprobs = None
+        if tracked.prompt_logprobs is not None and reason not in ("abort", "error"):
+            prompt_logprobs, tracked.prompt_logprobs = tuple(tracked.prompt_logprobs), None
         return StepOutput(
             request_id=sequence.request.request_id,
             token_ids=token_ids,
@@ -389,22 +429,14 @@ class LLMEngine:
             prefill_s=prefill_s,
             decode_s=decode_s,
             error=error,
+            prompt_logprobs=prompt_logprobs,
         )
-
-    def _name_logprobs(self, choice: Choice) -> TokenLogprob:
-        assert choice.logprob is not None
-        top = tuple((token, self._name(token), value) for token, value in choice.top)
-        return TokenLogprob(choice.token_id, self._name(choice.token_id), choice.logprob, top)
-
-    def _name(self, token_id: int) -> str:
-        if self.tokenizer is None:
-            return ""
-        return self.tokenizer.decode([token_id], skip_special_tokens=False)
 
     def _check(self, request: Request) -> None:
         if request.request_id in self._tracked:
             raise RequestError(f"request id {request.request_id!r} is in use; choose another")
-        self._check_tokens(request.prompt_ids, "prompt", limit=self.max_model_len - 1)
+        least = min(1, request.sampling.max_tokens)  # the room that a completion needs
+        self._check_tokens(request.prompt_ids, "prompt", limit=self.max_model_len - least)
         if request.sampling.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which this engine has not")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from deepseek.errors import RequestError
 
@@ -18,6 +18,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 #: Most alternatives per token that a request may ask for, as in OpenAI's completions.
 MAX_LOGPROBS = 20
 
+_Bytes = bytes  # below, `bytes` names a field
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -25,8 +27,10 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep all tokens. Without `seed` the engine
     draws one. `logprobs` is the number of alternatives per token; 0 reports the chosen token only,
-    None reports nothing. A `stop` string ends the text before its first character. The
-    `stop_token_ids` and, without `ignore_eos`, the model's end token end the text and add nothing.
+    None reports nothing. `prompt_logprobs` is the same for the tokens of the prompt. `max_tokens` 0
+    computes the prompt and generates nothing. A `stop` string ends the text before its first
+    character. The `stop_token_ids` and, without `ignore_eos`, the model's end token end the text
+    and add nothing.
 
     Raises:
         RequestError: a value outside its range, named.
@@ -41,9 +45,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
+        _require(self.max_tokens >= 0, f"max_tokens must be at least 0, not {self.max_tokens}")
         _require(
             math.isfinite(self.temperature) and self.temperature >= 0,
             f"temperature must be a number of at least 0, not {self.temperature}",
@@ -51,10 +56,12 @@ class SamplingParams:
         _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
         _require(self.top_k >= 0, f"top_k must be at least 0 (0 keeps all), not {self.top_k}")
         _require("" not in self.stop, "stop must not hold an empty string")
-        _require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            f"logprobs must lie in 0..{MAX_LOGPROBS}, not {self.logprobs}",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _require(
+                count is None or 0 <= count <= MAX_LOGPROBS,
+                f"{name} must lie in 0..{MAX_LOGPROBS}, not {count}",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +73,32 @@ class Request:
     sampling: SamplingParams
 
 
+class TopLogprob(NamedTuple):
+    """One alternative at a position. Fields as in `TokenLogprob`."""
+
+    token_id: int
+    token: str
+    logprob: float
+    bytes: _Bytes | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Natural-log probabilities under the model's own distribution, before temperature and cuts.
 
-    `top` holds (token id, token, logprob) of the best alternatives, best first.
+    `token` is the text that the token adds where it stands: empty for a token that ends within a
+    character, and the whole character for the one that completes it (token_names.py). `bytes` are
+    the token's own, also where they are part of a character; None where the vocabulary has none for
+    it. `rank` is the number of tokens that are at least as likely, itself included; None where it
+    is not counted. `top` holds the best alternatives, best first.
     """
 
     token_id: int
     token: str
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    top: tuple[TopLogprob, ...] = ()
+    bytes: _Bytes | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +106,9 @@ class StepOutput:
     """What one step added to one request. The last output of a request has a `finish_reason`.
 
     `text` may lag behind `token_ids`, because the detokenizer holds text back until it is final.
-    Counts are totals so far; times are seconds spent in each phase so far.
+    Counts are totals so far; times are seconds spent in each phase so far. `prompt_logprobs` comes
+    once, when the prompt is computed, to a request that asks for it: an entry per prompt token, the
+    first one None, because nothing predicts it.
     """
 
     request_id: str
@@ -98,6 +122,7 @@ class StepOutput:
     prefill_s: float
     decode_s: float
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +130,8 @@ class Sequence:
     """A request under way. The latents of its first `num_computed` tokens are in its KV `pages`.
 
     The page pool gives it pages and takes them back (pages.py). After a preemption `num_computed`
-    is 0 again and the tokens generated so far are computed anew, like a longer prompt.
+    is 0 again and the tokens generated so far are computed anew, like a longer prompt. The logprobs
+    of the first `num_scored` prompt tokens are known; a preemption loses none of them.
     """
 
     request: Request
@@ -113,6 +139,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_scored: int = 1
     seed: int = 0
     scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -129,6 +156,13 @@ class Sequence:
     def num_to_compute(self) -> int:
         """Number of tokens whose latents are missing; 1 while decoding."""
         return self.num_tokens - self.num_computed
+
+    def rows_to_score(self, start: int, stop: int) -> range:
+        """Positions in [start, stop) whose logits score a prompt token that has no logprob yet: the
+        logits at position p score token p + 1."""
+        if self.request.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(max(start, self.num_scored - 1), min(stop, len(self.request.prompt_ids) - 1))
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids of the positions [start, stop)."""

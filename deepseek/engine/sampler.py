@@ -30,12 +30,14 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One chosen token. Log-probabilities are natural, of the raw distribution; `logprob` is None
-    when not asked for, `top` holds (token id, log-probability), best first."""
+    """One chosen or given token. Log-probabilities are natural, of the raw distribution; `logprob`
+    is None when not asked for, `top` holds (token id, log-probability), best first, and `rank` is
+    the number of tokens that are at least as likely."""
 
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 def choose(logits: Tensor, draws: Items[Draw]) -> list[Choice | None]:
@@ -91,10 +93,24 @@ def _splitmix(state: int) -> int:
     return z ^ (z >> 31)
 
 
+def score(logits: Tensor, tokens: Tensor, count: int) -> list[Choice]:
+    """Logprob and rank of one given token per row, and the `count` best alternatives.
+
+    Logits f32 [R, V], tokens int64 [R]."""
+    logprobs = logits.log_softmax(dim=-1)
+    own = logprobs.gather(1, tokens[:, None])
+    ranks = (logprobs >= own).sum(dim=-1)
+    best = logprobs.topk(min(count, logprobs.shape[-1]))
+    columns = (tokens, own[:, 0], best.indices, best.values, ranks)
+    return [
+        Choice(token, logprob, tuple(zip(indices, values, strict=True)), rank)
+        for token, logprob, indices, values, rank in zip(
+            *(column.tolist() for column in columns), strict=True
+        )
+    ]
+
+
 def _with_logprobs(logits: Tensor, token: int, count: int | None) -> Choice:
     if count is None:
         return Choice(token)
-    logprobs = logits.log_softmax(dim=-1)
-    best = logprobs.topk(min(count, len(logprobs)))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Choice(token, float(logprobs[token]), top)
+    return score(logits[None], torch.tensor([token]), count)[0]

@@ -34,8 +34,13 @@ class Chunk:
 
     @property
     def completes(self) -> bool:
-        """Whether the step's logits at the last position choose the sequence's next token."""
+        """Whether all tokens of the sequence are computed after this chunk."""
         return self.stop == self.sequence.num_tokens
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the step's logits at the last position choose the sequence's next token."""
+        return self.completes and self.sequence.request.sampling.max_tokens > 0
 
 
 @dataclass(slots=True)

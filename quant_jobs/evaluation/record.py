@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepseek import untrusted
+from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.artifact.manifest import Count
+from deepseek.artifact.verdict import EMBEDDED, Arithmetic
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import read_json_object, write_atomic
 from deepseek.inventory import Group
@@ -29,11 +31,11 @@ Positive = Annotated[float, Field(gt=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Estimate(_Strict):
+class Estimate(Strict):
     """A value, its standard error over blocks, and its 95 % bootstrap interval over blocks."""
 
     value: float
@@ -42,8 +44,8 @@ class Estimate(_Strict):
     high: float
 
 
-class Divergence(_Strict):
-    """KL(source || quantized), nats per token over the full vocabulary."""
+class Divergence(Strict):
+    """KL(source || quantized), nats per token."""
 
     mean: Estimate
     p50: float
@@ -52,7 +54,16 @@ class Divergence(_Strict):
     max: float
 
 
-class GroupBytes(_Strict):
+class LumpedKL(Strict):
+    """Mean KL with all tokens lumped into one that a server which names its `top` most likely
+    tokens does not name, or a stored reference does not hold: a lower bound of the full KL
+    (lumped.py). It is what `evaluate --url` measures."""
+
+    top: int = Field(ge=1)
+    mean: Estimate
+
+
+class GroupBytes(Strict):
     """Bytes of one group of tensors: in BF16, as the source stores it, and as the artifact stores
     it (scales and zero points included)."""
 
@@ -63,7 +74,7 @@ class GroupBytes(_Strict):
     artifact_bytes: Count
 
 
-class DecodeSpeed(_Strict):
+class DecodeSpeed(Strict):
     """Median decode speed of both engines, measured in turns in one process."""
 
     batch_size: int = Field(ge=1)
@@ -73,7 +84,7 @@ class DecodeSpeed(_Strict):
     source_runs: Annotated[tuple[float, ...], Field(min_length=1)]
 
 
-class HeldOut(_Strict):
+class HeldOut(Strict):
     """The held-out text: digest of its token ids, and how it was cut into blocks."""
 
     digest: str
@@ -86,22 +97,29 @@ class HeldOut(_Strict):
         return self.num_blocks * (self.block_tokens - 1)
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """The whole of evaluation.json. `artifact_digest` is the source's fingerprint and `recipe`
-    "unquantized" for an engine of the source itself. Sizes include any MTP layer, which the
-    artifact carries too; `sizes` counts tensors, `artifact_bytes` files, headers included."""
+    "unquantized" for an engine of the source itself. The figures hold for the kernels of the target
+    `arithmetic` on KV pages of the format `kv_cache`, whatever the engine was built with.
+    `stored_reference` is the digest of the stored reference that stood for the source: `kl` is then
+    an unbiased estimate, not computed over the full vocabulary, and no speed is measured. Form 1
+    has no `lumped_kl`. Sizes include any MTP layer, which the artifact carries too; `sizes` counts
+    tensors, `artifact_bytes` files, headers included."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     engine_digest: str
     artifact_digest: str
     recipe: str
-    kv_cache: str
+    arithmetic: Arithmetic
+    kv_cache: CacheFormat
     reference_fingerprint: str
+    stored_reference: str | None = None
     data: HeldOut
     perplexity: Positive
     source_perplexity: Positive
     perplexity_ratio: Estimate
     kl: Divergence
+    lumped_kl: LumpedKL | None = None
     top1: Estimate
     sizes: Annotated[tuple[GroupBytes, ...], Field(min_length=1)]
     artifact_bytes: Annotated[Count, Field(description="files of the quantized checkpoint")]
@@ -121,7 +139,8 @@ class Evaluation(_Strict):
         has_mtp = any(size.group == "mtp" for size in self.sizes)
         lines = [
             f"engine {self.engine_digest[:16]} ({self.recipe}), "
-            f"KV {self.kv_cache}, {self.data.judged_tokens} tokens judged",
+            f"kernels of {self.arithmetic}, KV {self.kv_cache}, "
+            f"{self.data.judged_tokens} tokens judged",
             f"perplexity {self.perplexity:.4f}, source {self.source_perplexity:.4f}; "
             f"ratio {ratio.value:.5f} [{ratio.low:.5f}, {ratio.high:.5f}]",
             f"KL {kl.mean.value:.5f} nats/token [{kl.mean.low:.5f}, {kl.mean.high:.5f}], "
@@ -155,11 +174,18 @@ def read_evaluation(directory: Path) -> Evaluation:
     path = directory / EVALUATION
     raw = read_json_object(path, f"run `python -m quant_jobs evaluate` with --output {directory}")
     try:
-        evaluation = Evaluation.model_validate(raw)
+        evaluation = Evaluation.model_validate(_in_form_2(raw))
     except ValidationError as error:
         raise ArtifactError(f"{path}: {first_problem(error)}; evaluate again") from error
     read_token_bytes(directory, evaluation)
     return evaluation
+
+
+def _in_form_2(raw: dict[str, Any]) -> dict[str, Any]:
+    """Form 1 has no `arithmetic`: it was the embedded engine's."""
+    if raw.get("format_version") == 1 and "arithmetic" not in raw:
+        return raw | {"format_version": 2, "arithmetic": EMBEDDED}
+    return raw
 
 
 def read_token_bytes(directory: Path, evaluation: Evaluation) -> bytes:

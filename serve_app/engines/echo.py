@@ -3,8 +3,8 @@
 HTTP tests use it, and benchmarks of what the service itself costs: `ttft_s` and `itl_s` fix the
 time to the first token and between tokens on an absolute schedule, so late wake-ups do not add up.
 A token is one byte (openai/tokenizer.py, ByteTokenizer). The engine honors max_tokens, stop,
-ignore_eos (the prompt then repeats without end) and logprobs (every token is certain); seed,
-temperature and the cuts change nothing.
+ignore_eos (the prompt then repeats without end), logprobs and prompt_logprobs (every token is
+certain); seed, temperature and the cuts change nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from deepseek.engine.options import EngineLoad
-from deepseek.engine.request import FinishReason, TokenLogprob
+from deepseek.engine.request import FinishReason, TokenLogprob, TopLogprob
+from deepseek.engine.token_names import added_text
 from serve_app.config import EchoOptions
-from serve_app.engines.protocol import Done, EngineInfo, Event, GenerateRequest, Tokens
+from serve_app.engines.protocol import (
+    Done,
+    EngineInfo,
+    Event,
+    GenerateRequest,
+    PromptLogprobs,
+    Tokens,
+)
 
 
 class EchoEngine:
@@ -53,6 +61,7 @@ class EchoEngine:
         detokenizer = _Detokenizer(sampling.stop)
         reason: FinishReason = "length"
         produced = 0
+        said = list(request.prompt_ids[-3:])
         try:
             for token in _repeat_prompt(request):
                 await self._wait_until(
@@ -61,14 +70,20 @@ class EchoEngine:
                 if request.request_id in self._aborted:
                     reason = "abort"
                     break
+                if sampling.prompt_logprobs is not None and not produced:
+                    yield _prompt_logprobs(request.prompt_ids, sampling.prompt_logprobs)
+                if not sampling.max_tokens:
+                    break
                 if token is None:
                     reason = "stop"
                     break
+                said.append(token)
                 produced += 1
                 if produced == 1:
                     first = time.monotonic()
                 text = detokenizer.push(token)
-                yield Tokens((token,), text, _certain_logprobs(token, sampling.logprobs))
+                logprobs = _certain_logprobs(said[-4:], sampling.logprobs)
+                yield Tokens((token,), text, logprobs)
                 if detokenizer.stopped:
                     reason = "stop"
                     break
@@ -106,7 +121,10 @@ class EchoEngine:
         )
 
     async def check(self) -> None:
-        """An echo cannot get stuck."""
+        """An echo cannot fail."""
+
+    def stalled_s(self) -> float:
+        return 0.0  # nor hang: it has no steps
 
     async def shutdown(self) -> None:
         """Nothing to release."""
@@ -120,12 +138,25 @@ def _repeat_prompt(request: GenerateRequest) -> Iterator[int | None]:
             yield None
 
 
-def _certain_logprobs(token: int, num_alternatives: int | None) -> tuple[TokenLogprob, ...]:
+def _certain_logprobs(
+    last_tokens: Sequence[int], num_alternatives: int | None
+) -> tuple[TokenLogprob, ...]:
+    """Of the last of some tokens."""
     if num_alternatives is None:
         return ()
-    text = bytes([token]).decode("utf-8", errors="replace")
-    top = ((token, text, 0.0),) if num_alternatives else ()
-    return (TokenLogprob(token, text, 0.0, top),)
+    *before, token = last_tokens
+    own = bytes([token])
+    text = added_text(bytes(before), own)
+    top = (TopLogprob(token, text, 0.0, own),) if num_alternatives else ()
+    return (TokenLogprob(token, text, 0.0, top, own, rank=1),)
+
+
+def _prompt_logprobs(prompt: Sequence[int], num_alternatives: int) -> PromptLogprobs:
+    certain = [
+        _certain_logprobs(prompt[max(0, stop - 4) : stop], num_alternatives)[0]
+        for stop in range(2, len(prompt) + 1)
+    ]
+    return PromptLogprobs((None, *certain))
 
 
 @dataclass

@@ -41,6 +41,14 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """The prompt's own logprobs, for a request that asks for them: at most once, before the first
+    `Tokens`. One entry per prompt token; the first is None, because nothing predicts it."""
+
+    logprobs: tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The final event: every accepted request gets exactly one. `queue_s`, `prefill_s` and
     `decode_s` are the seconds spent in each phase; `error` is set when `reason` is "error"."""
@@ -55,7 +63,7 @@ class Done:
     error: str | None = None
 
 
-Event = Tokens | Done
+Event = PromptLogprobs | Tokens | Done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +73,8 @@ class EngineInfo:
     `max_model_len` counts prompt and completion together; `kv_tokens_total` is the capacity of the
     KV cache in tokens. `engine` names the adapter: "embedded", "echo". `context_name` is what
     `max_model_len` is the size of, for the sentence that refuses a longer prompt. `engine_digest`
-    is that of the engine directory which was loaded, None for an adapter without one.
+    is that of the engine directory which was loaded, None for an adapter without one; `kv_cache` is
+    the format of the KV pages in use, None for an adapter without any.
     """
 
     max_model_len: int
@@ -75,6 +84,7 @@ class EngineInfo:
     engine: str
     context_name: str = "model's context"
     engine_digest: str | None = None
+    kv_cache: str | None = None
 
 
 class Engine(Protocol):
@@ -109,8 +119,14 @@ class Engine(Protocol):
         """Raise when the engine must be replaced; Serve then restarts the replica."""
         ...
 
+    def stalled_s(self) -> float:
+        """Seconds for which the engine has had work and has finished no step; 0.0 while it is idle
+        (`stall.py` keeps this). Cheap. A replica whose engine stalls for too long is replaced."""
+        ...
+
     async def shutdown(self) -> None:
-        """Release what `start` took. Safe after a `start` that failed."""
+        """Release what `start` took; requests under way end in `EngineUnavailable`. Safe after a
+        `start` that failed. Returns soon, also when a step hangs."""
         ...
 
 
@@ -119,13 +135,15 @@ class ReplicaStatus:
     """What one engine replica reports about itself in each heartbeat.
 
     `gated` says whether the accuracy gate passed for exactly the engine that the replica serves. It
-    is true for an engine without an artifact, which has nothing to gate.
+    is true for an engine without an artifact, which has nothing to gate. `request_ids` are those
+    that the replica works on.
     """
 
     replica_id: str
     info: EngineInfo
     load: EngineLoad
     gated: bool
+    request_ids: tuple[str, ...] = ()
 
 
 class EngineClient(Protocol):

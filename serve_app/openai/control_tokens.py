@@ -62,19 +62,18 @@ class ControlTokens:
         self._lock = threading.Lock()
         self._made = False
 
-    def encode(self, protected: str) -> list[int]:
-        """Token ids of what `protect` returned."""
+    def encoder(self) -> Tokenizer:
+        """Encodes what `protect` returned."""
         encoder = self._make_encoder()
         assert encoder is not None
-        [encoding] = encoder.encode_batch_fast([protected], add_special_tokens=False)
-        return list(encoding.ids)
+        return encoder
 
     def protect(
         self, conversation: Conversation, plain: str, render: Callable[[Conversation], str]
     ) -> str | None:
-        """The text of a conversation for `encode`; None where no message brings in a control token,
-        so that `plain`, what the template makes of the conversation, may be encoded as it is.
-        `render` applies the template.
+        """The text of a conversation for `encoder`. None where no message brings in a control
+        token, so that `plain`, what the template makes of the conversation, may be encoded as it
+        is. `render` applies the template.
 
         Raises:
             InvalidRequest: a message brings in a control token beside noncharacters, or the

@@ -2,19 +2,23 @@
 
 app.py deploys it. Serve builds the ASGI application once the replica exists
 (`__serve_build_asgi_app__`), so the application is never pickled and can hold the replica's own
-objects. Engine replicas report their status here (`note_status`).
+objects. Engine replicas report their status here (`note_status`, `note_goodbye`), and whoever stops
+the service drains every ingress first (`drain`, `cut`; local.py).
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
+from starlette.types import ASGIApp
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.gating import admit
+from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
@@ -32,6 +36,7 @@ def load_tokenizer(config: ServeConfig) -> Tokenizer:
         return ByteTokenizer()
     admitted = admit(
         config.engine,
+        kv_cache=config.kv_cache,
         allow_ungated=config.allow_ungated,
         require_signature=config.require_signature,
     )
@@ -45,17 +50,36 @@ class Ingress:
     async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
+        self._drain = Drain(client.close)
+        self._watch = asyncio.create_task(client.watch())
         self._service = Service(
-            config, load_tokenizer(config), client, Telemetry.from_environment()
+            config,
+            load_tokenizer(config),
+            client,
+            Telemetry.from_environment(),
+            # HAProxy passes no client's address on: all requests come from its own.
+            addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
         )
         self._context = serve.get_replica_context()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self._service, self._all_snapshots)
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return make_app(self._service, self._all_snapshots, self._drain)
 
     async def note_status(self, status: ReplicaStatus) -> None:
         """Take in an engine replica's heartbeat."""
         self._board.note(status)
+
+    async def note_goodbye(self, replica_id: str) -> None:
+        """An engine replica ends, or gives up its engine: it answers nothing more."""
+        self._board.remove(replica_id)
+
+    async def drain(self) -> int:
+        """Refuse newcomers from now on; says how many requests are in flight. Idempotent."""
+        return self._drain.start()
+
+    async def cut(self) -> int:
+        """Tell the clients of all requests in flight that they end here; says how many."""
+        return self._drain.cut()
 
     async def metrics_snapshot(self) -> tuple[str, str]:
         """This replica's id and metrics text."""
@@ -69,5 +93,7 @@ class Ingress:
         return dict([a for a in answers if isinstance(a, tuple)])
 
     async def __del__(self) -> None:
+        if hasattr(self, "_watch"):
+            self._watch.cancel()
         if hasattr(self, "_service"):
             self._service.telemetry.shutdown()

@@ -25,7 +25,7 @@ from functools import partial
 from typing import TypeVar
 
 from serve_app.errors import DeadlineExceeded, InvalidRequest
-from serve_app.openai.tokenizer import PromptText, Tokenizer
+from serve_app.openai.tokenizer import Chat, PromptText, Tokenizer
 from serve_app.routing.checks import ContextLimit, too_long
 
 #: Bytes of text of one request up to which it counts as short.
@@ -89,18 +89,14 @@ class PromptEncoder:
         self._short = ThreadPoolExecutor(SHORT_THREADS, "tokenize")
         self._long = ThreadPoolExecutor(LONG_THREADS, "tokenize-long")
 
-    async def encode_chat(
-        self, conversation: list[dict[str, str]], limit: ContextLimit, deadline: float
-    ) -> list[int]:
+    async def encode_chat(self, chat: Chat, limit: ContextLimit, deadline: float) -> list[int]:
         """Token ids of a conversation; arguments and errors as of `encode`."""
         with _abandoning() as abandoned:
             async with _until(deadline):
-                rendered = await self._in_thread(
-                    self._chat, partial(self._tokenizer.render, conversation)
-                )
+                rendered = await self._in_thread(self._chat, partial(self._tokenizer.render, chat))
                 await self._refuse_too_long(rendered, limit, "messages", abandoned)
                 prompt = await self._in_thread(
-                    self._chat, partial(self._tokenizer.protect, conversation, rendered)
+                    self._chat, partial(self._tokenizer.protect, chat, rendered)
                 )
                 if prompt is not rendered:
                     await self._refuse_too_long(prompt, limit, "messages", abandoned)
@@ -113,7 +109,7 @@ class PromptEncoder:
         limit: ContextLimit,
         deadline: float,
         *,
-        special_tokens: bool = True,
+        add_special_tokens: bool = True,
     ) -> list[list[int]]:
         """Token ids of each prompt; those that are token ids already stay as they are.
 
@@ -124,13 +120,22 @@ class PromptEncoder:
                 longer: it is for admission to refuse, which then knows its number of tokens.
             DeadlineExceeded: the deadline passed.
         """
-        texts = [PromptText(text, special_tokens) for text in prompts if isinstance(text, str)]
+        texts = [PromptText(text, add_special_tokens) for text in prompts if isinstance(text, str)]
         with _abandoning() as abandoned:
             async with _until(deadline):
                 for text in texts:
                     await self._refuse_too_long(text, limit, "prompt", abandoned)
                 encoded = iter(await self._encode(texts, "prompt", abandoned))
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    async def run(self, work: Callable[[], Result], deadline: float) -> Result:
+        """Call other work of the tokenizer in a thread, until the request's deadline.
+
+        Raises:
+            DeadlineExceeded: the deadline passed.
+        """
+        async with _until(deadline):
+            return await self._in_thread(self._short, work)
 
     async def _encode(
         self,
@@ -159,7 +164,7 @@ class PromptEncoder:
     def _encode_all(
         self, texts: Sequence[PromptText], abandoned: threading.Event
     ) -> list[list[int]]:
-        return [self._tokenizer.encode(text) for text in texts if not abandoned.is_set()]
+        return [self._tokenizer.encode_prompt(text) for text in texts if not abandoned.is_set()]
 
     async def _in_thread(
         self,

@@ -1,4 +1,4 @@
-"""The endpoints of OpenAI's HTTP API.
+"""The endpoints of OpenAI's HTTP API; operations.py adds those for operators.
 
 `make_app` makes an ordinary FastAPI application over a `Service` (service.py, where the path of one
 generation request is). It knows no Ray, and tests run it without; ingress.py is the Serve
@@ -8,21 +8,30 @@ telemetry/request.py makes it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
-from serve_app.errors import HTTP_REASONS, ApiError, EngineUnavailable, to_api_error
+from deepseek.text import printable
+from serve_app.errors import HTTP_REASONS, ApiError, to_api_error
+from serve_app.openai.drain import Drain, DrainMiddleware
+from serve_app.openai.operations import Snapshots, add_operations
+from serve_app.openai.origins import Origins
 from serve_app.openai.service import Service
-from serve_app.routing.checks import check_key, check_model
-from serve_app.telemetry.metrics import render
+from serve_app.openai.tokenize import add_tokenizing
+from serve_app.routing.checks import check_model
+
+#: Characters of a path that a refusal repeats.
+_SHOWN = 200
 
 
-def make_app(service: Service, snapshots: Any = None) -> FastAPI:
+def make_app(
+    service: Service, snapshots: Snapshots | None = None, drain: Drain | None = None
+) -> ASGIApp:
     """The HTTP application. `snapshots` is an async function that gives the metrics text of every
-    ingress by its id; None means that this one is alone."""
+    ingress by its id; None means that this one is alone. `drain`, if any, counts its requests."""
     app = FastAPI(
         title="IntServe",
         docs_url=None,
@@ -41,44 +50,24 @@ def make_app(service: Service, snapshots: Any = None) -> FastAPI:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        check_key(service.config.api_keys, request.headers)
-        return JSONResponse({"object": "list", "data": [service.model_card()]})
+        service.check_key(request)
+        return JSONResponse({"object": "list", "data": [await service.model_card()]})
 
     @app.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
-        check_key(service.config.api_keys, request.headers)
+        service.check_key(request)
         check_model(model, service.config.served_name)
-        return JSONResponse(service.model_card())
+        return JSONResponse(await service.model_card())
 
-    @app.get("/health")
-    async def health() -> Response:
-        ready = await service.engines.statuses()
-        info = ready[0].info
-        return JSONResponse(
-            {
-                "status": "ok",
-                "engine_replicas": len(ready),
-                "engine": info.engine,
-                "recipe": info.recipe,
-                "artifact_digest": info.artifact_digest,
-                "gated": ready[0].gated,
-                "max_model_len": info.max_model_len,
-            }
-        )
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        try:
-            replicas = await service.engines.statuses()
-        except EngineUnavailable:
-            replicas = []  # the request metrics are still worth a scrape
-        texts = await snapshots() if snapshots else {"0": service.metrics.snapshot()}
-        return Response(render(texts, replicas), media_type="text/plain; version=0.0.4")
-
+    add_tokenizing(app, service)
+    add_operations(app, service, snapshots)
     app.add_exception_handler(HTTPException, _refused_by_framework)
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(ApiError, _failed)
-    return app
+    app.add_exception_handler(ClientDisconnect, _left)
+    if drain is not None:
+        app.add_middleware(DrainMiddleware, drain=drain)
+    return Origins(app, service.config.allowed_origins)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -86,9 +75,15 @@ async def _failed(request: Request, error: Exception) -> Response:
     return JSONResponse(known.body(), known.status, known.headers())
 
 
+async def _left(request: Request, error: Exception) -> Response:
+    """While its body was arriving: nobody reads the answer."""
+    return Response(status_code=499)
+
+
 async def _refused_by_framework(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind, code = HTTP_REASONS.get(error.status_code, ("invalid_request_error", "bad_request"))
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    asked = printable(f"{request.method} {request.url.path}"[:_SHOWN])
+    message = f"{asked}: {error.detail}"
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return JSONResponse(body, error.status_code, dict(error.headers or {}))

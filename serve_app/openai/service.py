@@ -2,12 +2,12 @@
 
 `Service.answer` calls, in this order:
 
-    check_key -> read_body -> parse -> check_model -> check_choices -> encode -> admit
+    check_key -> BodyReader.read -> parse -> check_model -> check_choices -> encode -> admit
               -> open_stream -> 200 and Answer.sse, or Answer.collect and 200
 
-The deadline runs from the first of them. What can be refused is refused before the 200; a later
-failure is reported in-band.
-routes.py calls it; it knows no Ray.
+Until the key is checked a request is nobody's: nothing of it is traced, and only the refusal is
+counted. The deadline runs from there. Everything that can be refused is refused before the 200; a
+later failure is reported in-band. routes.py calls it; it knows no Ray.
 """
 
 from __future__ import annotations
@@ -15,33 +15,40 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Send
 
 from serve_app.config import ServeConfig
-from serve_app.engines.protocol import EngineClient
-from serve_app.errors import to_api_error
+from serve_app.engines.protocol import EngineClient, EngineInfo
+from serve_app.errors import EngineUnavailable, TooManyFailedKeys, Unauthorized, to_api_error
 from serve_app.openai.answers import ChatFormat, CompletionFormat
-from serve_app.openai.body import read_body
+from serve_app.openai.body import BodyReader
+from serve_app.openai.echoed import EchoedPrompt
+from serve_app.openai.logprobs import LogprobStyle
+from serve_app.openai.obfuscation import obfuscate
 from serve_app.openai.prompts import PromptEncoder
-from serve_app.openai.requests import AnyRequest, ChatRequest, CompletionRequest, parse
+from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.stream import Answer, open_stream
-from serve_app.openai.tokenizer import Tokenizer
+from serve_app.openai.tokenizer import Chat, Tokenizer
 from serve_app.routing.checks import (
     ContextLimit,
     admit,
     check_choices,
-    check_key,
     check_model,
+    check_prompt_logprobs,
     most_requests,
 )
+from serve_app.routing.keys import Keys
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.request import Observation
 from serve_app.telemetry.tracing import Telemetry
+
+Result = TypeVar("Result")
 
 _BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/chat/completions": ChatRequest,
@@ -50,7 +57,10 @@ _BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
 
 
 class Service:
-    """The objects that the endpoints share: configuration, tokenizer, engines, metrics, tracer."""
+    """The objects that the endpoints share: configuration, tokenizer, engines, metrics, tracer.
+
+    `addresses_known` is false where every request seems to come from one address: a proxy's.
+    """
 
     def __init__(
         self,
@@ -58,14 +68,48 @@ class Service:
         tokenizer: Tokenizer,
         engines: EngineClient,
         telemetry: Telemetry,
+        *,
+        addresses_known: bool = True,
     ) -> None:
         self.config = config
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.engines = engines
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
+        self.keys = Keys(config.all_keys())
+        self.bodies = BodyReader(
+            max_body_bytes=config.max_body_bytes,
+            timeout_s=config.body_timeout_s,
+            max_bodies=config.max_open_bodies,
+            max_total_bytes=config.max_open_body_bytes,
+        )
+        self._addresses_known = addresses_known
+        self._info: EngineInfo | None = None
         self.started = int(time.time())
-        self._encoder = PromptEncoder(tokenizer)
+        self.encoder = PromptEncoder(tokenizer)
+        self._parser = BodyParser(config.served_name)
+
+    def client_host(self, request: Request) -> str | None:
+        """The client's address, None where it is not known. Never from a header of the client's:
+        the server in front believes `X-Forwarded-For` of this machine's own proxies only."""
+        known = self._addresses_known and request.client is not None
+        return request.client.host if known and request.client is not None else None
+
+    def check_key(self, request: Request) -> None:
+        """Count and refuse a request without a right key, where keys are configured.
+
+        Raises:
+            Unauthorized, TooManyFailedKeys: see `Keys.check`.
+        """
+        try:
+            self.keys.check(request.headers, self.client_host(request))
+        except TooManyFailedKeys:
+            self.metrics.count("intserve_refused_keys_total", 1, "limited")
+            raise
+        except Unauthorized:
+            reason = "wrong" if "authorization" in request.headers else "missing"
+            self.metrics.count("intserve_refused_keys_total", 1, reason)
+            raise
 
     async def answer(self, request: Request, route: str) -> Response:
         """Answer one generation request, and record its outcome exactly once.
@@ -73,7 +117,9 @@ class Service:
         Raises:
             ApiError: the request is refused; the application's handler makes the response.
         """
-        deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
+        arrived = asyncio.get_running_loop().time()
+        deadline = arrived + self.config.request_timeout_s
+        self.check_key(request)
         chat = _BODIES[route] is ChatRequest
         observation = Observation(
             self.telemetry,
@@ -81,17 +127,19 @@ class Service:
             operation="chat" if chat else "text_completion",
             route=route,
             headers=request.headers,
+            trusted=self.keys.required,
         )
         try:
-            check_key(self.config.api_keys, request.headers)
-            async with asyncio.timeout_at(deadline):
-                raw = await read_body(request, self.config.max_body_bytes)
-            body = parse(_BODIES[route], raw)
+            raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
+            body = await self._parser.parse(_BODIES[route], raw)
             check_model(body.model, self.config.served_name)
             return await self._respond(body, observation, deadline)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
             raise
+        except ClientDisconnect:  # while the body was arriving: nobody reads an answer
+            observation.finish(None, status=499, disconnected=True)
+            return Response(status_code=499)
         except Exception as error:
             known = to_api_error(error)
             observation.finish(known, status=known.status)
@@ -109,16 +157,16 @@ class Service:
             prompts,
             request_id=request_id,
             info=info,
-            vocab_size=self._tokenizer.vocab_size,
+            vocab_size=self.tokenizer.vocab_size,
             default_max_tokens=self.config.default_max_tokens,
             trace_context=observation.trace_context,
         )
-        make_format = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
-        form = make_format(request_id, body.model)
+        check_prompt_logprobs(requests, self.config.max_prompt_logprobs)
+        form = await self._format(body, request_id, prompts, deadline)
         num_prompt_tokens = sum(map(len, prompts))
         observation.describe(
             requests,
-            model=body.model,
+            model=self.config.served_name,
             num_choices=body.num_choices,
             streamed=bool(body.stream),
             num_prompt_tokens=num_prompt_tokens,
@@ -128,29 +176,84 @@ class Service:
         merged = await open_stream(self.engines, requests, deadline)
         answer = Answer(merged, form, len(requests), observation.event)
         if body.stream:
-            chunks = answer.sse(num_prompt_tokens, include_usage=body.include_usage)
+            chunks = answer.sse(
+                num_prompt_tokens,
+                include_usage=body.include_usage,
+                continuous_usage=body.continuous_usage,
+            )
+            if body.include_obfuscation:
+                chunks = obfuscate(chunks)
             return EventStream(chunks, answer, observation)
         try:
             whole = await answer.collect(num_prompt_tokens)
         finally:
             merged.close()
         observation.finish(None, status=200)
-        return JSONResponse(whole)
+        return Response(whole, media_type="application/json")
 
     async def _encode(
         self, body: AnyRequest, limit: ContextLimit, deadline: float
     ) -> list[list[int]]:
         """Token ids of each prompt of the body."""
         if isinstance(body, ChatRequest):
-            return [await self._encoder.encode_chat(body.conversation(), limit, deadline)]
-        return await self._encoder.encode(body.prompts(), limit, deadline)
+            special = bool(body.add_special_tokens)  # the template has its own
+            chat = Chat(body.conversation(), add_special_tokens=special)
+            return [await self.encoder.encode_chat(chat, limit, deadline)]
+        special = body.add_special_tokens is not False
+        return await self.encoder.encode(
+            body.prompts(), limit, deadline, add_special_tokens=special
+        )
 
-    def model_card(self) -> dict[str, Any]:
+    async def _format(
+        self, body: AnyRequest, request_id: str, prompts: list[list[int]], deadline: float
+    ) -> ChatFormat | CompletionFormat:
+        """How the answer is written, with the prompts that it echoes."""
+        style = LogprobStyle(
+            body.num_logprobs, body.prompt_logprobs, bool(body.return_tokens_as_token_ids)
+        )
+        model = self.config.served_name
+        if isinstance(body, ChatRequest):
+            return ChatFormat(request_id, model, style)
+        echoes: list[EchoedPrompt] = []
+        if body.echo:
+            sent = body.prompts()
+            echoes = await self.encoder.run(lambda: self._echo(sent, prompts), deadline)
+        return CompletionFormat(request_id, model, style, tuple(echoes), body.num_choices)
+
+    def _echo(self, sent: list[str | list[int]], prompts: list[list[int]]) -> list[EchoedPrompt]:
+        pairs = zip(sent, prompts, strict=True)
+        return [EchoedPrompt.of(prompt, ids, self.tokenizer) for prompt, ids in pairs]
+
+    async def read_plain(
+        self, request: Request, parse: Callable[[bytes], Result]
+    ) -> tuple[Result, float]:
+        """The body of a request that generates nothing, after its key; and the request's deadline,
+        on the running loop's clock."""
+        arrived = asyncio.get_running_loop().time()
+        deadline = arrived + self.config.request_timeout_s
+        self.check_key(request)
+        raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
+        return await self._parser.run(parse, raw), deadline
+
+    async def model_card(self) -> dict[str, Any]:
+        """The model as /v1/models tells it, with vLLM's `max_model_len`.
+
+        Raises:
+            EngineUnavailable: no engine has ever been ready, so that its length is not known.
+        """
+        try:
+            self._info = (await self.engines.statuses())[0].info
+        except EngineUnavailable:
+            if self._info is None:
+                raise
         return {
             "id": self.config.served_name,
             "object": "model",
             "created": self.started,
             "owned_by": "intserve",
+            "root": self.config.served_name,
+            "parent": None,
+            "max_model_len": self._info.max_model_len,
         }
 
 

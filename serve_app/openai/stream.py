@@ -5,7 +5,7 @@ overload or a dead engine before it is still an HTTP status: all choices or none
 a choice later is reported in the stream, because a choice that waits for a place in the batch must
 not hold back the text of those that have one. `MergedStream` yields the events of all choices in
 order of arrival; each choice ends in exactly one `Done`, whatever happens to its engine or to the
-deadline. `Answer.sse` makes bytes of them, `Answer.collect` one object.
+deadline. `Answer.sse` makes events of them, `Answer.collect` one object.
 service.py calls both. OpenAI's words are in answers.py; which replica answers is not known here.
 
 Cleaning up is synchronous: `close` only cancels the pump tasks, and each pump closes its own engine
@@ -21,9 +21,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from serve_app.engines.protocol import Done, Event, GenerateRequest, Tokens
+from serve_app.engines.protocol import Done, Event, GenerateRequest, PromptLogprobs, Tokens
 from serve_app.errors import ApiError, DeadlineExceeded, to_api_error
 from serve_app.openai.answers import ChoiceState, Format, usage
+from serve_app.openai.json_text import make_text
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,11 @@ class MergedStream:
         for task in self._tasks:
             _pumps.add(task)
             task.add_done_callback(_pumps.discard)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that all choices have generated so far."""
+        return sum(self._produced)
 
     async def _pump(self, source: Source, index: int, request: GenerateRequest) -> None:
         try:
@@ -129,7 +135,7 @@ class MergedStream:
             self._open.discard(index)
             if event.reason not in FINISH_REASONS:
                 self.errors.setdefault(index, _engine_failed(event))
-        else:
+        elif isinstance(event, Tokens):
             self._produced[index] += len(event.token_ids)
         return event
 
@@ -177,7 +183,7 @@ class Answer:
     ) -> None:
         self.merged = merged
         self.form = form
-        self.choices = [ChoiceState(index) for index in range(num_choices)]
+        self.choices = [form.choice(index) for index in range(num_choices)]
         self._observe = observe
 
     async def _events(self) -> AsyncIterator[tuple[ChoiceState, Event]]:
@@ -186,10 +192,12 @@ class Answer:
             choice = self.choices[index]
             if isinstance(event, Done):
                 choice.done = event
+            elif isinstance(event, PromptLogprobs):
+                choice.prompt_logprobs = event.logprobs
             yield choice, event
 
-    async def collect(self, prompt_tokens: int) -> dict[str, Any]:
-        """The unstreamed answer.
+    async def collect(self, prompt_tokens: int) -> bytes:
+        """The unstreamed answer, as JSON.
 
         Raises:
             ApiError: a choice ended in an error or was aborted.
@@ -198,22 +206,47 @@ class Answer:
             if isinstance(event, Done):
                 if choice.index in self.merged.errors:
                     raise self.merged.errors[choice.index]
-            else:
+            elif isinstance(event, Tokens):
                 choice.text.append(event.text)
                 choice.logprobs.extend(event.logprobs)
+        size = sum(choice.num_logprobs for choice in self.choices)
+        return await make_text(lambda: self._whole(prompt_tokens), size)
+
+    def _whole(self, prompt_tokens: int) -> dict[str, Any]:
         done = [(c, FINISH_REASONS[c.done.reason]) for c in self.choices if c.done is not None]
         return {
             **self.form.envelope(streamed=False),
             "choices": [self.form.whole(choice, reason) for choice, reason in done],
             "usage": usage(self.choices, prompt_tokens),
+            **self.form.extras(self.choices),
         }
 
-    async def sse(self, prompt_tokens: int, *, include_usage: bool) -> AsyncIterator[bytes]:
-        """Yield server-sent events, the last one `[DONE]`; or, after a failure, the error."""
+    def _usage_so_far(self, prompt_tokens: int) -> dict[str, Any]:
+        completion = self.merged.num_tokens
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": prompt_tokens + completion,
+        }
+
+    async def sse(
+        self, prompt_tokens: int, *, include_usage: bool, continuous_usage: bool = False
+    ) -> AsyncIterator[bytes]:
+        """Yield server-sent events, the last one `[DONE]`; or, after a failure, the error. With
+        `continuous_usage` every event has the usage of the request up to it."""
         envelope = self.form.envelope(streamed=True)
         if include_usage:  # OpenAI: the field is there, and null, on all chunks but the last
             envelope["usage"] = None
         async for choice, event in self._events():
+            if continuous_usage:
+                envelope["usage"] = self._usage_so_far(prompt_tokens)
+            failed = isinstance(event, Done) and event.reason not in FINISH_REASONS
+            if choice.echo is not None and not choice.started and not failed:
+                for piece in self.form.prompt_pieces(choice):
+                    yield _frame({**envelope, "choices": [piece]})
+                choice.started = True
+            if isinstance(event, PromptLogprobs):
+                continue
             if isinstance(event, Tokens):
                 if not event.text and not event.logprobs and choice.started:
                     continue  # held back: the text may yet become a stop string

@@ -1,27 +1,22 @@
-"""Admission checks: who may ask, for which model, and whether a request can ever be served.
+"""Admission checks: for which model, and whether a request can ever be served.
 
 Pure functions, called by openai/service.py: values in, values or errors out. Nothing here waits. It
-checks the key, the model's name, that the service can hold so many choices, that token ids exist,
+checks the model's name, that the service can hold so many choices, that token ids exist,
 and that prompt and completion fit the context and the KV cache at all. Whether there is room *now*
 is decided by the engine and by Serve's queue, and a client sees that as a 429.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
-
-from pydantic import SecretStr
 
 from deepseek.engine.request import SamplingParams
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineInfo, GenerateRequest
-from serve_app.errors import InvalidRequest, ModelNotFound, Unauthorized
-
-#: Choices that one request may ask for, over all of its prompts.
-MAX_CHOICES = 32
+from serve_app.errors import InvalidRequest, ModelNotFound
+from serve_app.limits import MAX_CHOICES
 
 
 class GenerationBody(Protocol):
@@ -53,20 +48,6 @@ class GenerationBody(Protocol):
     def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
         """Parameters of one choice."""
         ...
-
-
-def check_key(keys: Sequence[SecretStr], headers: Mapping[str, str]) -> None:
-    """Compare the bearer token with every key in constant time.
-
-    Raises:
-        Unauthorized: keys are configured, and the token is none of them.
-    """
-    if not keys:
-        return
-    given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-    matches = [secrets.compare_digest(given, key.get_secret_value().encode()) for key in keys]
-    if not any(matches):
-        raise Unauthorized("give a valid API key: Authorization: Bearer KEY")
 
 
 def check_model(requested: str, served: str) -> None:
@@ -175,12 +156,12 @@ def admit(
             raise InvalidRequest(f"{field}: the prompt is empty; give a token", param=field)
         # The length first: it costs nothing, and bounds what the rest costs.
         max_tokens = choose_max_tokens(len(prompt), body, default_max_tokens, info)
-        _check_ids(prompt, vocab_size, field)
+        check_token_ids(prompt, vocab_size, field)
         prompt_ids = tuple(prompt)
         for choice in range(body.num_choices):
             sampling = body.sampling(max_tokens=max_tokens, choice=choice)
             if not requests:
-                _check_ids(sampling.stop_token_ids, vocab_size, "stop_token_ids")
+                check_token_ids(sampling.stop_token_ids, vocab_size, "stop_token_ids")
             requests.append(
                 GenerateRequest(
                     request_id=f"{request_id}-{len(requests)}",
@@ -192,13 +173,33 @@ def admit(
     return requests
 
 
-def _check_ids(ids: Sequence[int], vocab_size: int, field: str) -> None:
+def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises InvalidRequest for an id that the vocabulary does not have."""
     if not ids:
         return
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocab_size:
             raise InvalidRequest(
-                f"{field}: token id {token} is outside the vocabulary of {vocab_size}; give ids of "
+                f"{param}: token id {token} is outside the vocabulary of {vocab_size}; give ids of "
                 f"0 to {vocab_size - 1}",
-                param=field,
+                param=param,
             )
+
+
+def check_prompt_logprobs(requests: Sequence[GenerateRequest], limit: int) -> None:
+    """Check that the prompts' logprobs make no answer larger than the service allows: every prompt
+    token has an entry for itself and one for each alternative, in every choice.
+
+    Raises:
+        InvalidRequest: they are more than `limit`.
+    """
+    counts = [(len(r.prompt_ids), r.sampling.prompt_logprobs) for r in requests]
+    total = sum(length * (1 + count) for length, count in counts if count is not None)
+    if total > limit:
+        raise InvalidRequest(
+            f"the logprobs of these prompts are {total} entries (prompt tokens times alternatives "
+            f"and one, over all choices), and one answer holds {limit}; ask for fewer alternatives "
+            "or send fewer or shorter prompts",
+            param="logprobs",
+            code="too_many_logprobs",
+        )

@@ -4,6 +4,11 @@ A request goes through a Serve deployment handle, which picks a replica; Ray's e
 ours. Status comes the other way: every replica sends a heartbeat to every ingress. Asking a replica
 for it would queue behind the requests that it works on, and a full service could not report its own
 health. The ingress (openai/ingress.py) makes the client; replica/replica.py is the other side.
+
+Whether a stream is alive is never judged by its tokens: a queued request or the prefill of a long
+prompt is silent for long. It is judged by the heartbeats of the replica that holds it, which name
+the requests that it works on. A process that is stopped or cut off says nothing, and neither does
+the connection to it: its streams end here, with an error.
 """
 
 from __future__ import annotations
@@ -19,10 +24,17 @@ from ray.serve import exceptions as serve_exceptions
 from deepseek.errors import RequestError
 from serve_app.engines.protocol import EngineInfo, Event, GenerateRequest, ReplicaStatus
 from serve_app.errors import ApiError, EngineUnavailable, Overloaded
+from serve_app.routing.interrupt import Interrupt
 
 #: Seconds between heartbeats, and the age in seconds at which a silent replica counts as gone.
 HEARTBEAT_S = 1.0
 MAX_AGE_S = 5.0
+#: Age of a replica's last heartbeat at which the streams that it holds are given up. Longer than
+#: MAX_AGE_S: to be left out of /health for a moment costs nothing, a lost stream does.
+SILENT_S = 10.0
+#: Seconds that Serve may go on sending requests to a replica that has fallen silent: it trusts what
+#: it last heard of a replica's queue for ten seconds.
+_ROUTED_S = 15.0
 #: Seconds that a request waits for the first heartbeat of a service that has just started.
 PATIENCE_S = 10.0
 
@@ -40,11 +52,37 @@ class StatusBoard:
         self._statuses[status.replica_id] = (self._clock(), status)
         self._arrived.set()
 
+    def remove(self, replica_id: str) -> None:
+        """Forget a replica that says goodbye; it has no streams, or has ended them itself."""
+        self._statuses.pop(replica_id, None)
+
     def fresh(self) -> list[ReplicaStatus]:
-        """The statuses that are at most MAX_AGE_S old; older ones are dropped."""
-        oldest = self._clock() - MAX_AGE_S
-        self._statuses = {name: item for name, item in self._statuses.items() if item[0] >= oldest}
-        return [status for _, status in self._statuses.values()]
+        """The statuses that are at most MAX_AGE_S old."""
+        return self._younger_than(MAX_AGE_S)
+
+    def lost(self, sent: dict[str, float]) -> list[str]:
+        """Which of these requests, by id and time of sending, a silent replica holds: it named them
+        in its last heartbeat, or no other replica names them although it had the time to. None
+        while every replica is heard."""
+        now = self._clock()
+        self._statuses = {
+            replica_id: item
+            for replica_id, item in self._statuses.items()
+            if now - item[0] <= SILENT_S + _ROUTED_S
+        }
+        heard = self._younger_than(SILENT_S)
+        if len(heard) == len(self._statuses):
+            return []
+        held = {request_id for status in heard for request_id in status.request_ids}
+        return [
+            request_id
+            for request_id, moment in sent.items()
+            if request_id not in held and now - moment > SILENT_S
+        ]
+
+    def _younger_than(self, age_s: float) -> list[ReplicaStatus]:
+        oldest = self._clock() - age_s
+        return [status for arrived, status in self._statuses.values() if arrived >= oldest]
 
     async def first(self) -> ReplicaStatus:
         """Any fresh status; waits up to PATIENCE_S for one. Raises EngineUnavailable."""
@@ -59,27 +97,67 @@ class StatusBoard:
 
 
 class ReplicaClient:
-    """Implements `EngineClient` over a Serve deployment handle."""
+    """Implements `EngineClient` over a Serve deployment handle. `watch` must run beside it."""
 
-    def __init__(self, handle: Any, board: StatusBoard) -> None:
+    def __init__(
+        self, handle: Any, board: StatusBoard, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stream = handle.options(stream=True, method_name="generate")
         self._board = board
+        self._clock = clock
         self._info: EngineInfo | None = None
+        self._streams: dict[str, tuple[float, Interrupt]] = {}  # id -> time of sending, its hook
+        self._closed: ApiError | None = None
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        if self._closed is not None:
+            raise self._closed
+        interrupt = Interrupt()
+        self._streams[request.request_id] = (self._clock(), interrupt)
         response = self._stream.remote(request)
         ended = False
         try:
-            async for batch in response:
+            while True:
+                batch = await interrupt.run(lambda: anext(response, None))
+                if batch is None:
+                    break
                 for event in batch:
                     yield event
             ended = True
         except Exception as error:
+            if error is interrupt.error:
+                raise  # the replica may still work on it: cancelled below
             ended = True
             raise translate(error) from error
         finally:
+            del self._streams[request.request_id]
             if not ended:  # cancelling a request that Serve refused raises the refusal again
                 response.cancel()
+
+    def close(self, error: ApiError) -> None:
+        """End every stream with `error`, and those that are still to come."""
+        self._closed = error
+        for _, interrupt in self._streams.values():
+            interrupt.trip(error)
+
+    async def watch(self) -> None:
+        """Give up the streams of replicas that have fallen silent. Runs until it is cancelled."""
+        checked = self._clock()
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            late = self._clock() - checked > 2 * HEARTBEAT_S
+            checked = self._clock()
+            # This loop itself was held up, and heartbeats wait unread: they are read first.
+            if not late:
+                self.end_lost_streams()
+
+    def end_lost_streams(self) -> None:
+        """End the streams that `StatusBoard.lost` names."""
+        sent = {request_id: moment for request_id, (moment, _) in self._streams.items()}
+        for request_id in self._board.lost(sent):
+            self._streams[request_id][1].trip(
+                EngineUnavailable("the engine that held this request has fallen silent; retry")
+            )
 
     async def statuses(self) -> list[ReplicaStatus]:
         if not (fresh := self._board.fresh()):

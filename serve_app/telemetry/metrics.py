@@ -58,6 +58,12 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
         None,
         "Requests by outcome: ok, an error code, or disconnected.",
     ),
+    "intserve_refused_keys_total": (
+        "counter",
+        ("reason",),
+        None,
+        "Requests refused for their API key: missing, wrong, or limited after too many wrong ones.",
+    ),
     "intserve_tokens_total": ("counter", ("kind",), None, "Tokens: input, cached_input, output."),
     "intserve_requests_in_flight": ("gauge", (), None, "Requests between arrival and last byte."),
 }
@@ -67,9 +73,9 @@ ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     "intserve_engine_requests_running": (("replica",), "Requests in the engine's batch."),
     "intserve_engine_requests_waiting": (("replica",), "Requests waiting inside the engine."),
     "intserve_engine_kv_tokens_used": (("replica",), "Tokens whose KV is held."),
-    "intserve_engine_kv_tokens_total": (("replica",), "Tokens whose KV could be held."),
+    "intserve_engine_kv_tokens_capacity": (("replica",), "Tokens whose KV could be held."),
     "intserve_engine_info": (
-        ("replica", "engine", "recipe", "artifact_digest", "gated"),
+        ("replica", "engine", "recipe", "artifact_digest", "kv_cache", "gated"),
         "What is served, always 1; gated is false when the accuracy gate was overridden.",
     ),
 }
@@ -141,7 +147,8 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
     for status in replicas:
         load, info = status.load, status.info
         values = {"requests_running": load.running, "requests_waiting": load.waiting}
-        values |= {"kv_tokens_used": load.kv_tokens_used, "kv_tokens_total": load.kv_tokens_total}
+        values["kv_tokens_used"] = load.kv_tokens_used
+        values["kv_tokens_capacity"] = load.kv_tokens_total
         for name, value in values.items():
             families[f"intserve_engine_{name}"].add_metric([status.replica_id], value)
         families["intserve_engine_info"].add_metric(
@@ -150,6 +157,7 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
                 info.engine,
                 info.recipe,
                 info.artifact_digest,
+                info.kv_cache or "none",
                 str(status.gated).lower(),
             ],
             1,

@@ -7,12 +7,14 @@ never sees the text of a prompt or an answer.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from serve_app.engines.protocol import Done, Event, GenerateRequest
-from serve_app.errors import ApiError
+from starlette.datastructures import Headers
+
+from serve_app.engines.protocol import Done, Event, GenerateRequest, Tokens
+from serve_app.errors import ApiError, code_label
 from serve_app.telemetry.metrics import RequestMetrics
-from serve_app.telemetry.tracing import Telemetry, propagate, set_error
+from serve_app.telemetry.tracing import Telemetry, incoming_carrier, propagate, set_error
 
 
 class Observation:
@@ -25,8 +27,11 @@ class Observation:
         *,
         operation: str,
         route: str,
-        headers: Mapping[str, str],
+        headers: Headers,
+        trusted: bool,
     ) -> None:
+        """`trusted` says that the client has shown a key: its own `traceparent` then decides
+        whether the request is sampled."""
         self._metrics = metrics
         self._operation = operation
         self._model = ""
@@ -35,7 +40,9 @@ class Observation:
         self._reasons: list[str] = []
         self._tokens = {"input": 0, "cached_input": 0, "output": 0}
         self._finished = False
-        self._span = telemetry.start_server_span(f"POST {route}", headers)
+        self._span = telemetry.start_server_span(
+            f"POST {route}", incoming_carrier(headers), trusted=trusted
+        )
         self._span.set_attributes(
             {
                 "http.request.method": "POST",
@@ -97,7 +104,7 @@ class Observation:
                     self._operation,
                     self._model,
                 )
-        elif self._first_token_s is None:
+        elif isinstance(event, Tokens) and self._first_token_s is None:
             self._first_token_s = time.monotonic() - self._arrived
             self._span.set_attribute("gen_ai.response.time_to_first_chunk", self._first_token_s)
             self._metrics.observe(
@@ -116,7 +123,7 @@ class Observation:
         if self._finished:
             return
         self._finished = True
-        outcome = "disconnected" if disconnected else "ok" if error is None else str(error.code)
+        outcome = "disconnected" if disconnected else "ok" if error is None else code_label(error)
         self._span.set_attributes(
             {
                 "http.response.status_code": status,

@@ -6,8 +6,9 @@
 
 Configured by OpenTelemetry's own environment variables alone (OTEL_EXPORTER_OTLP_ENDPOINT,
 OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, OTEL_SDK_DISABLED ...); without an endpoint every span is a
-no-op. The provider is not global: automatic spans of other libraries (FastAPI, Ray) would otherwise
-appear beside ours. Names follow the GenAI conventions; they are written out here because the Python
+no-op. Which of them replicas get, and how a secret header reaches them, is in travel.py. The
+provider is not global: automatic spans of other libraries (FastAPI, Ray) would otherwise appear
+beside ours. Names follow the GenAI conventions; they are written out here because the Python
 constants are deprecated while the conventions move. The text of prompts and answers is never
 recorded. telemetry/request.py makes the SERVER span, replica/replica.py the others.
 """
@@ -16,28 +17,73 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from opentelemetry.context import Context, get_value, set_value
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import Sampler, SamplingResult
 from opentelemetry.trace import (
+    Link,
     NoOpTracer,
     Span,
     SpanKind,
     Status,
     StatusCode,
     Tracer,
+    TraceState,
+    get_current_span,
     set_span_in_context,
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import Attributes
+from starlette.datastructures import Headers
 
 from deepseek.errors import ConfigError
 from serve_app.engines.protocol import Done, Event, GenerateRequest
+from serve_app.telemetry.travel import read_headers
 
 _W3C = TraceContextTextMapPropagator()
+
+#: Characters of `tracestate` that are carried on; W3C asks for at least these.
+MAX_TRACESTATE = 512
+
+#: Key of a context whose parent must not decide about sampling.
+_OWN_DECISION = "intserve.own_sampling_decision"
+
+
+class UntrustedParents(Sampler):
+    """Samples as `inner` does, but a span whose client is not trusted as if it had no parent: its
+    trace goes on, and whether it is recorded is decided here."""
+
+    def __init__(self, inner: Sampler) -> None:
+        self._inner = inner
+
+    def should_sample(
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        untrusted = parent_context is not None and get_value(_OWN_DECISION, parent_context)
+        seen = Context() if untrusted else parent_context
+        result = self._inner.should_sample(
+            seen, trace_id, name, kind, attributes, links, trace_state
+        )
+        if not untrusted:
+            return result
+        state = get_current_span(parent_context).get_span_context().trace_state
+        return SamplingResult(result.decision, result.attributes, state)
+
+    def get_description(self) -> str:
+        return f"UntrustedParents({self._inner.get_description()})"
 
 
 class Telemetry:
@@ -52,7 +98,8 @@ class Telemetry:
         """Read OpenTelemetry's variables.
 
         Raises:
-            ConfigError: the variables name a protocol or an exporter that is not installed.
+            ConfigError: the variables name a protocol or an exporter that is not installed, or the
+                file of headers is unusable.
         """
         endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get(
             "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -73,7 +120,10 @@ class Telemetry:
 
         name = {} if "OTEL_SERVICE_NAME" in environ else {"service.name": "intserve"}
         provider = TracerProvider(resource=Resource.create(name), shutdown_on_exit=True)
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        provider.sampler = UntrustedParents(provider.sampler)
+        provider.add_span_processor(
+            BatchSpanProcessor(OTLPSpanExporter(headers=read_headers(environ)))
+        )
         return cls(provider)
 
     def shutdown(self) -> None:
@@ -82,9 +132,12 @@ class Telemetry:
             self._provider.shutdown()
             self._provider = None
 
-    def start_server_span(self, name: str, headers: Mapping[str, str]) -> Span:
-        """Start the root of our part of the trace; a child of the client's span if it sent one."""
-        context = _W3C.extract(headers)
+    def start_server_span(self, name: str, carrier: Mapping[str, str], *, trusted: bool) -> Span:
+        """Start the root of our part of the trace; a child of the client's span if `carrier` (see
+        `incoming_carrier`) names one. Only of a `trusted` client is the sampling flag obeyed."""
+        context = _W3C.extract(carrier)
+        if not trusted:
+            context = set_value(_OWN_DECISION, True, context)
         return self.tracer.start_span(name, context=context, kind=SpanKind.SERVER)
 
     @contextmanager
@@ -97,6 +150,19 @@ class Telemetry:
             span.finish(type(error).__name__)
             raise
         span.finish(None)
+
+
+def incoming_carrier(headers: Headers) -> dict[str, str]:
+    """The W3C trace context that a client sent. A second `traceparent` makes it invalid, and a
+    `tracestate` of over MAX_TRACESTATE characters is dropped, as W3C has it."""
+    parents = headers.getlist("traceparent")
+    if len(parents) != 1 or len(parents[0]) > MAX_TRACESTATE:
+        return {}
+    carrier = {"traceparent": parents[0]}
+    state = ",".join(headers.getlist("tracestate"))
+    if state and len(state) <= MAX_TRACESTATE:
+        carrier["tracestate"] = state
+    return carrier
 
 
 def propagate(span: Span) -> dict[str, str]:

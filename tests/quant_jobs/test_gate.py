@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from math import nan
 from pathlib import Path
@@ -90,7 +91,33 @@ def test_the_verdict_is_bound_to_both_digests_and_lets_the_server_in(fresh: Chai
         fresh.engine,
         engine_digest=evaluation.engine_digest,
         artifact_digest=verdict.artifact_digest,
+        arithmetic="embedded",
+        kv_cache="bf16",
     )
+
+
+def test_a_verdict_names_the_kernels_and_the_kv_format_that_were_evaluated(fresh: Chain) -> None:
+    evaluation = read_evaluation(fresh.evaluation)
+    assert (evaluation.arithmetic, evaluation.kv_cache) == ("embedded", "bf16")
+    other = {"kv_cache": "int8", "arithmetic": "trtllm"}
+    write_evaluation(fresh.evaluation, evaluation.model_copy(update=other))
+    outcome = run_gate(fresh.engine, fresh.evaluation)
+    verdict = read_verdict(fresh.engine)
+    assert (verdict.arithmetic, verdict.kv_cache) == ("trtllm", "int8")
+    assert outcome.describe()[0].endswith("(kernels of trtllm, KV int8)")
+    assert outcome.summary()["kv_cache"] == "int8"
+
+
+def test_an_evaluation_of_form_1_was_the_embedded_engines(fresh: Chain) -> None:
+    evaluation = read_evaluation(fresh.evaluation)
+    path = fresh.evaluation / "evaluation.json"
+    raw = json.loads(path.read_text())
+    del raw["arithmetic"]
+    path.write_text(json.dumps(raw | {"format_version": 1}))
+    assert read_evaluation(fresh.evaluation) == evaluation
+    path.write_text(json.dumps(raw | {"format_version": 2}))
+    with pytest.raises(ArtifactError, match="arithmetic: Field required"):
+        read_evaluation(fresh.evaluation)
 
 
 def test_a_failure_is_written_too_and_keeps_the_server_out(fresh: Chain) -> None:
@@ -106,6 +133,8 @@ def test_a_failure_is_written_too_and_keeps_the_server_out(fresh: Chain) -> None
             fresh.engine,
             engine_digest=evaluation.engine_digest,
             artifact_digest=outcome.verdict.artifact_digest,
+            arithmetic="embedded",
+            kv_cache="bf16",
         )
 
 

@@ -18,6 +18,7 @@ import httpx
 import pytest
 from ray import cloudpickle, serve
 from ray.serve import Application
+from support.engines import make_engine
 from support.hostile import reseal
 from support.keys import make_keys
 from support.serving import metric, wait_for
@@ -32,6 +33,7 @@ from quant_jobs.targets.embedded import pack_engine
 from serve_app.app import build_with
 from serve_app.config import EchoOptions, ServeConfig
 from serve_app.engines.echo import EchoEngine
+from serve_app.engines.embedded import EmbeddedEngine
 from serve_app.engines.protocol import EngineInfo
 from serve_app.gating import admit
 from serve_app.openai.ingress import load_tokenizer
@@ -61,6 +63,8 @@ def verdict(directory: Path, **changes: Any) -> GateVerdict:
         "passed": True,
         "artifact_digest": manifest.artifact_digest,
         "engine_digest": manifest.digest,
+        "arithmetic": "embedded",
+        "kv_cache": manifest.kv_cache,
         "measured": {"perplexity": 3.0},
         "limits": GateLimits(max_perplexity_ratio=1.1, max_mean_kl=0.1, min_top1=0.9),
         "reasons": (),
@@ -101,13 +105,13 @@ def test_only_a_gated_engine_passes_unless_loudly_overridden(
         if wrong is not None:
             write_verdict(engine_dir, wrong)
         with pytest.raises(ArtifactError, match=says):
-            admit(engine_dir)
+            admit(engine_dir, kv_cache=None)
         caplog.clear()
-        assert admit(engine_dir, allow_ungated=True).gated is False
+        assert admit(engine_dir, kv_cache=None, allow_ungated=True).gated is False
         assert "UNGATED" in caplog.text
     write_verdict(engine_dir, verdict(engine_dir))
     caplog.clear()
-    admitted = admit(engine_dir)
+    admitted = admit(engine_dir, kv_cache=None)
     assert admitted.gated is True
     assert admitted.engine_digest == read_engine_manifest(engine_dir).digest
     assert caplog.text == ""
@@ -179,7 +183,7 @@ def test_a_signature_is_required_of_every_door(engine_dir: Path, tmp_path: Path)
     keys = make_keys(tmp_path / "keys")
     config = ServeConfig(engine=engine_dir, require_signature=keys.public)
     doors = (
-        lambda: admit(engine_dir, require_signature=keys.public),
+        lambda: admit(engine_dir, kv_cache=None, require_signature=keys.public),
         lambda: load_tokenizer(config),
     )
     write_verdict(engine_dir, verdict(engine_dir))
@@ -195,14 +199,17 @@ def test_a_signature_is_required_of_every_door(engine_dir: Path, tmp_path: Path)
 def test_a_signature_is_not_overridden(engine_dir: Path, tmp_path: Path) -> None:
     keys = make_keys(tmp_path / "keys")
     with pytest.raises(ArtifactError, match="never gated") as refused:
-        admit(engine_dir, allow_ungated=True, require_signature=keys.public)
+        admit(engine_dir, kv_cache=None, allow_ungated=True, require_signature=keys.public)
     assert "--allow-ungated" not in str(refused.value)
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("engine_digest", "signed", "says"),
-    [(None, False, "a signature is required"), ("0" * 64, True, "changed while it was loaded")],
+    [
+        (None, False, "a signature is required"),
+        ("0" * 64, True, "was not loaded as it was admitted"),
+    ],
 )
 def test_a_replica_serves_only_the_engine_that_was_judged_and_signed(
     serve_url: str,
@@ -229,6 +236,91 @@ def test_a_replica_serves_only_the_engine_that_was_judged_and_signed(
         (engine_dir / "gate.json.sig").unlink(missing_ok=True)
     assert says in message
     assert (tmp_path / "made").exists() is signed
+
+
+@pytest.mark.parametrize("recipe", [None, "int8"])
+def test_an_engine_is_served_with_the_kv_format_that_was_judged_and_no_other(
+    engine_dir: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    recipe: str | None,
+) -> None:
+    """Of a source as it is (no recipe) and of a quantized one; at both doors."""
+    directory = engine_dir if recipe is None else make_engine(tiny_model, recipe, tmp_path)
+    write_verdict(directory, verdict(directory))
+    for kv_cache in (None, "bf16"):
+        assert admit(directory, kv_cache=kv_cache).kv_cache == "bf16"
+        load_tokenizer(ServeConfig(engine=directory, kv_cache=kv_cache))
+    for door in (
+        lambda: admit(directory, kv_cache="int8"),
+        lambda: load_tokenizer(ServeConfig(engine=directory, kv_cache="int8")),
+    ):
+        with pytest.raises(ArtifactError, match="judges bf16 KV pages, but int8 ones would be ser"):
+            door()
+    assert caplog.text == ""
+    admitted = admit(directory, kv_cache="int8", allow_ungated=True)
+    assert (admitted.gated, admitted.kv_cache) == (False, "int8")
+    assert "SERVING AN UNGATED ARTIFACT, its quality is unknown" in caplog.text
+    write_verdict(directory, verdict(directory, kv_cache="int8"))
+    assert admit(directory, kv_cache="int8").gated is True
+    with pytest.raises(ArtifactError, match="judges int8 KV pages, but bf16 ones would be served"):
+        admit(directory, kv_cache=None)
+
+
+def test_an_engine_whose_kernels_were_not_judged_is_refused(engine_dir: Path) -> None:
+    write_verdict(engine_dir, verdict(engine_dir, arithmetic="trtllm"))
+    with pytest.raises(ArtifactError, match="kernels of trtllm compute, but those of embedded wou"):
+        admit(engine_dir, kv_cache=None)
+
+
+@pytest.mark.parametrize(
+    ("started", "says"),
+    [
+        ({"engine_digest": "0" * 64}, "engine 0000000000000000 where"),
+        ({"arithmetic": "trtllm"}, "kernels of trtllm where embedded was"),
+        ({"kv_cache": "int8"}, "KV format int8 where bf16 was"),
+        ({"kv_cache": None}, "KV format unknown where bf16 was"),
+    ],
+)
+def test_an_engine_that_started_otherwise_than_admitted_is_refused(
+    engine_dir: Path, started: dict[str, Any], says: str
+) -> None:
+    write_verdict(engine_dir, verdict(engine_dir))
+    admitted = admit(engine_dir, kv_cache=None)
+    right: dict[str, Any] = {
+        "engine_digest": admitted.engine_digest,
+        "arithmetic": "embedded",
+        "kv_cache": "bf16",
+    }
+    admitted.check_started(engine_dir, **right)
+    admitted.check_started(engine_dir, engine_digest=None, arithmetic="echo", kv_cache=None)
+    with pytest.raises(ArtifactError, match=says):
+        admitted.check_started(engine_dir, **right | started)
+
+
+async def test_a_started_engine_says_which_kv_format_it_uses(engine_dir: Path) -> None:
+    for kv_cache in (None, "int8"):
+        engine = EmbeddedEngine(ServeConfig(engine=engine_dir, kv_cache=kv_cache))
+        info = await engine.start()
+        await engine.shutdown()
+        assert (info.engine, info.kv_cache) == ("embedded", kv_cache or "bf16")
+
+
+@pytest.mark.ray
+def test_a_replica_asks_the_door_about_the_kv_format_that_it_is_to_use(
+    serve_url: str, engine_dir: Path, tmp_path: Path
+) -> None:
+    write_verdict(engine_dir, verdict(engine_dir))
+    app = application(ServeConfig(engine=engine_dir, kv_cache="int8"), tmp_path)
+    try:
+        with pytest.raises(RuntimeError):
+            serve.run(app, name="other-kv", route_prefix="/other-kv")
+        message = serve.status().applications["other-kv"].deployments["engine"].message
+    finally:
+        serve.delete("other-kv")
+    assert "judges bf16 KV pages, but int8 ones would be served" in message
+    assert not (tmp_path / "made").exists()
 
 
 def test_no_engine_adapter_knows_of_gates(root: Path) -> None:

@@ -21,12 +21,14 @@ class Opened:
     console: list[str]
 
 
-def open_page(page: Path, profile: Path) -> Opened:
-    """Open a file. `profile` is a folder for the browser's own files; it may not exist yet."""
+def open_page(page: Path | str, profile: Path) -> Opened:
+    """Open a file or a URL. `profile` is a folder for the browser's own files; it may not exist
+    yet."""
+    url = page if isinstance(page, str) else page.resolve().as_uri()
     command = [
         *(require("chromium"), "--headless", "--no-sandbox", "--disable-gpu"),
         *("--disable-dev-shm-usage", f"--user-data-dir={profile}"),
-        *("--enable-logging=stderr", "--v=0", "--dump-dom", page.resolve().as_uri()),
+        *("--enable-logging=stderr", "--v=0", "--dump-dom", url),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     console = [match[1] for line in done.stderr.splitlines() if (match := _CONSOLE.search(line))]

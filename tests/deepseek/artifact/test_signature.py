@@ -21,6 +21,8 @@ def verdict(*, passed: bool = True) -> GateVerdict:
         passed=passed,
         artifact_digest="a" * 64,
         engine_digest="e" * 64,
+        arithmetic="embedded",
+        kv_cache="bf16",
         measured={"mean_kl": 0.02},
         limits=load_recipe("int4").gate,
         reasons=() if passed else ("mean KL 0.02000 is above 0.01 nats per token",),
@@ -43,8 +45,9 @@ def engine(tmp_path: Path, keys: Keys) -> Path:
 
 def test_a_verdict_signed_with_the_key_is_read(engine: Path, keys: Keys) -> None:
     assert read_verdict(engine, signed_by=keys.public) == verdict()
-    digests = {"engine_digest": "e" * 64, "artifact_digest": "a" * 64}
-    assert require_passed(engine, **digests, signed_by=keys.public).passed
+    served = {"engine_digest": "e" * 64, "artifact_digest": "a" * 64}
+    served |= {"arithmetic": "embedded", "kv_cache": "bf16"}
+    assert require_passed(engine, **served, signed_by=keys.public).passed
 
 
 def test_openssl_verifies_it_and_signs_as_we_do(engine: Path, keys: Keys) -> None:
@@ -160,15 +163,13 @@ def test_a_wrong_key_is_one_sentence_without_the_key(tmp_path: Path) -> None:
 # The form of gate.json.
 
 
-def test_the_form_before_signatures_is_read_and_a_later_one_is_refused(engine: Path) -> None:
+def test_a_later_form_of_a_verdict_is_refused(engine: Path) -> None:
     path = engine / "gate.json"
     raw = json.loads(path.read_text())
-    assert raw.pop("format_version") == 2
-    path.write_text(json.dumps(raw))
-    assert read_verdict(engine) == verdict()
-    for version in (3, "2", None, [2]):
+    assert raw["format_version"] == 3
+    for version in (4, 0, "3", 3.0, True, None, [2]):
         path.write_text(json.dumps(raw | {"format_version": version}))
-        with pytest.raises(ArtifactError, match=r"format_version .* is not supported, only 2"):
+        with pytest.raises(ArtifactError, match=r"format_version .* is not supported, only 3"):
             read_verdict(engine)
 
 

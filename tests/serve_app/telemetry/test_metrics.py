@@ -8,12 +8,9 @@ import pytest
 from support.parts import require
 from support.serving import client_of, make_service
 
-#: What promtool would name otherwise. The name is part of the interface and stays.
-KNOWN = 'intserve_engine_kv_tokens_total non-counter metrics should not have "_total" suffix'
-
 
 @pytest.mark.heavy
-async def test_promtool_finds_fault_with_one_name_only() -> None:
+async def test_promtool_finds_no_fault() -> None:
     promtool = require("promtool")
     body = {"model": "echo", "prompt": "hello"}
     async with client_of(make_service()) as client:
@@ -23,6 +20,4 @@ async def test_promtool_finds_fault_with_one_name_only() -> None:
     done = subprocess.run(
         [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
-    findings = {line for line in done.stderr.splitlines() if "metric" in line}
-    assert findings == {KNOWN}, done.stderr
-    assert done.returncode == 3, "3: read without an error, and found fault with style"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

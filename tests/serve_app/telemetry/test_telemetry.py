@@ -9,13 +9,15 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
+from starlette.datastructures import Headers
 from support.serving import FaultyEngine, client_of, make_service
 
 from deepseek.engine.request import SamplingParams
 from deepseek.errors import ConfigError
 from serve_app.config import EchoOptions
 from serve_app.engines.protocol import Done, GenerateRequest
-from serve_app.telemetry.tracing import Telemetry, propagate
+from serve_app.telemetry.tracing import Telemetry, UntrustedParents, incoming_carrier, propagate
 
 TEXT = "/v1/completions"
 CLIENT_TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -49,7 +51,15 @@ def attributes(span: ReadableSpan) -> dict[str, Any]:
 )
 def test_nothing_is_traced_unless_an_endpoint_is_configured(environ: dict[str, str]) -> None:
     telemetry = Telemetry.from_environment(environ)
-    assert not telemetry.start_server_span("x", {}).is_recording()
+    assert not telemetry.start_server_span("x", {}, trusted=True).is_recording()
+    telemetry.shutdown()
+
+
+def test_the_configured_tracer_decides_for_clients_without_a_key() -> None:
+    telemetry = Telemetry.from_environment({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"})
+    unsampled = {"traceparent": TRACEPARENT["traceparent"][:-2] + "00"}
+    assert telemetry.start_server_span("x", unsampled, trusted=False).is_recording()
+    assert not telemetry.start_server_span("x", unsampled, trusted=True).is_recording()
     telemetry.shutdown()
 
 
@@ -96,7 +106,7 @@ async def test_a_failure_marks_the_span_and_tells_no_detail(
     service = make_service(FaultyEngine(EchoOptions()), telemetry)
     async with client_of(service) as client:
         await client.post(TEXT, json={"model": "echo", "prompt": prompt, "stream": True})
-        await client.post(TEXT, content=b"{")
+        await client.post(TEXT, content=b"{", headers={"content-type": "application/json"})
     failed, invalid = spans.get_finished_spans()
     assert attributes(failed)["error.type"] == "internal_error"
     assert failed.status.status_code.name == "ERROR"
@@ -104,8 +114,72 @@ async def test_a_failure_marks_the_span_and_tells_no_detail(
     assert (invalid.name, attributes(invalid)["error.type"]) == (f"POST {TEXT}", "invalid_json")
 
 
+async def test_nothing_of_a_request_is_recorded_before_its_key_is_checked(
+    telemetry: Telemetry, spans: InMemorySpanExporter
+) -> None:
+    service = make_service(telemetry=telemetry, api_keys=["one"])
+    before = service.metrics.snapshot()
+    body = {"model": "CANARY", "prompt": "CANARY"}
+    async with client_of(service) as client:
+        for headers in ({}, {"authorization": "Bearer CANARY"}, {"authorization": "CANARY"}):
+            headers |= {**TRACEPARENT, "x-request-id": "CANARY", "user-agent": "CANARY"}
+            assert (await client.post(TEXT, json=body, headers=headers)).status_code == 401
+        await client.get("/CANARY")
+    assert not spans.get_finished_spans()
+    changed = set(service.metrics.snapshot().splitlines()) - set(before.splitlines())
+    assert changed == {
+        'intserve_refused_keys_total{reason="missing"} 1.0',
+        'intserve_refused_keys_total{reason="wrong"} 2.0',
+    }
+
+
+@pytest.mark.parametrize("authenticated", [False, True])
+@pytest.mark.parametrize("flag", ["00", "01"])
+@pytest.mark.parametrize("sampler", ["parentbased_always_on", "parentbased_always_off"])
+async def test_only_a_client_with_a_key_decides_what_is_sampled(
+    spans: InMemorySpanExporter, sampler: str, flag: str, authenticated: bool
+) -> None:
+    root = ALWAYS_ON if sampler.endswith("on") else ALWAYS_OFF
+    provider = TracerProvider(sampler=UntrustedParents(ParentBased(root)))
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    service = make_service(telemetry=Telemetry(provider), api_keys=["one"] if authenticated else [])
+    async with client_of(service) as client:
+        headers = {
+            "traceparent": f"00-{CLIENT_TRACE}-b7ad6b7169203331-{flag}",
+            "tracestate": "vendor=1",
+            "authorization": "Bearer one",
+        }
+        answer = await client.post(TEXT, json={"model": "echo", "prompt": "x"}, headers=headers)
+    assert answer.status_code == 200
+    recorded = spans.get_finished_spans()
+    by_client, by_server = flag == "01", root is ALWAYS_ON
+    assert bool(recorded) is (by_client if authenticated else by_server)
+    for span in recorded:
+        assert f"{span.context.trace_id:032x}" == CLIENT_TRACE, "the trace goes on either way"
+        assert span.context.trace_state.to_header() == "vendor=1"
+
+
+@pytest.mark.parametrize(
+    ("headers", "carried"),
+    [
+        ([("traceparent", "x"), ("tracestate", "a=1")], {"traceparent": "x", "tracestate": "a=1"}),
+        ([("traceparent", "x"), ("tracestate", "a=" + "1" * 511)], {"traceparent": "x"}),
+        ([("traceparent", "x"), *[("tracestate", "a=" + "1" * 254)] * 3], {"traceparent": "x"}),
+        ([("traceparent", "x"), ("traceparent", "y"), ("tracestate", "a=1")], {}),
+        ([("traceparent", "x" * 9000)], {}),
+        ([("tracestate", "a=1")], {}),
+        ([("traceparent", "x"), ("baggage", "a=1")], {"traceparent": "x"}),
+    ],
+)
+def test_a_clients_trace_context_is_one_parent_and_a_bounded_state(
+    headers: list[tuple[str, str]], carried: dict[str, str]
+) -> None:
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    assert incoming_carrier(Headers(raw=raw)) == carried
+
+
 def generation(telemetry: Telemetry, done: Done | None, error: BaseException | None = None) -> None:
-    parent = telemetry.start_server_span("root", {})
+    parent = telemetry.start_server_span("root", {}, trusted=True)
     asked = GenerateRequest(
         request_id="r-0",
         prompt_ids=(1, 2, 3),

@@ -1,0 +1,101 @@
+"""What operators and their machines ask: is it up, which version, what is it doing.
+
+    GET, HEAD /health    200 or 503; recipe, digest and replicas for those who may see details
+    GET, POST /ping      the same for platforms that call it so (SageMaker, vLLM's clients)
+    GET /version         details
+    GET /metrics         details: Prometheus text
+
+Details are for clients with a key, and by default for clients on this machine
+(`ServeConfig.details_access`). Without any key configured they are for everybody. routes.py adds
+these endpoints to the application.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from deepseek import __version__
+from serve_app.errors import ApiError, EngineUnavailable
+from serve_app.openai.service import Service
+from serve_app.routing.keys import is_loopback
+from serve_app.telemetry.metrics import render
+
+#: Gives the metrics text of every ingress by its id.
+Snapshots = Callable[[], Awaitable[dict[str, str]]]
+
+
+def check_details(service: Service, request: Request) -> None:
+    """Raises Unauthorized or TooManyFailedKeys unless the client may see details."""
+    access = service.config.details_access
+    if access == "open" or (access == "loopback" and _is_local(service, request)):
+        return
+    service.check_key(request)
+
+
+def add_operations(app: FastAPI, service: Service, snapshots: Snapshots | None) -> None:
+    """Add the endpoints. `snapshots` None means that this ingress is alone."""
+
+    async def health(request: Request) -> Response:
+        ready = await service.engines.statuses()
+        told: dict[str, Any] = {"status": "ok"}
+        try:
+            check_details(service, request)
+        except ApiError:
+            return JSONResponse(told)
+        info = ready[0].info
+        told |= {
+            "engine_replicas": len(ready),
+            "engine": info.engine,
+            "recipe": info.recipe,
+            "artifact_digest": info.artifact_digest,
+            "engine_digest": info.engine_digest,
+            "kv_cache": info.kv_cache,
+            "gated": ready[0].gated,
+            "max_model_len": info.max_model_len,
+        }
+        return JSONResponse(told)
+
+    async def ping() -> Response:
+        await service.engines.statuses()
+        return JSONResponse({"status": "ok"})
+
+    async def tell_version(request: Request) -> Response:
+        check_details(service, request)
+        return JSONResponse({"version": __version__})
+
+    async def metrics(request: Request) -> Response:
+        check_details(service, request)
+        try:
+            replicas = await service.engines.statuses()
+        except EngineUnavailable:
+            replicas = []  # the request metrics are still worth a scrape
+        texts = await snapshots() if snapshots else {"0": service.metrics.snapshot()}
+        return Response(render(texts, replicas), media_type="text/plain; version=0.0.4")
+
+    app.add_api_route("/health", health, methods=["GET", "HEAD"])
+    app.add_api_route("/ping", ping, methods=["GET", "HEAD", "POST"])
+    app.add_api_route("/version", tell_version, methods=["GET"])
+    app.add_api_route("/metrics", metrics, methods=["GET"])
+
+
+def _is_local(service: Service, request: Request) -> bool:
+    """Whether the client is a program on this machine that addressed it as such.
+
+    The `Host` must name this machine too: a web page whose name was made to point here (DNS
+    rebinding) comes from the loopback address, but under its own name.
+    """
+    if not is_loopback(service.client_host(request)):
+        return False
+    host = request.headers.get("host", "").lower()
+    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -70,7 +70,7 @@ class ServeConfig(_Strict):
     max_open_body_bytes: int = Field(default=64 * 2**20, ge=1)
     default_max_tokens: int = Field(default=512, ge=1)
     #: Logprobs of prompt tokens in one answer, alternatives included: 163,840 tokens with two
-    #: alternatives each, about 40 MB of JSON.
+    #: alternatives each, 15 MB of JSON and more.
     max_prompt_logprobs: int = Field(default=2**19, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0.0, description="for the whole answer")
     replica_limits: ReplicaLimits = ReplicaLimits()

@@ -62,18 +62,19 @@ class ControlTokens:
         self._lock = threading.Lock()
         self._made = False
 
-    def encoder(self) -> Tokenizer:
-        """Encodes what `protect` returned."""
+    def encode(self, protected: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of what `protect` returned; `special_tokens` as in `PromptText`."""
         encoder = self._make_encoder()
         assert encoder is not None
-        return encoder
+        [encoding] = encoder.encode_batch_fast([protected], add_special_tokens=special_tokens)
+        return list(encoding.ids)
 
     def protect(
         self, conversation: Conversation, plain: str, render: Callable[[Conversation], str]
     ) -> str | None:
-        """The text of a conversation for `encoder`. None where no message brings in a control
-        token, so that `plain`, what the template makes of the conversation, may be encoded as it
-        is. `render` applies the template.
+        """The text of a conversation for `encode`; None where no message brings in a control token,
+        so that `plain`, what the template makes of the conversation, may be encoded as it is.
+        `render` applies the template.
 
         Raises:
             InvalidRequest: a message brings in a control token beside noncharacters, or the

@@ -21,11 +21,12 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from serve_app.errors import DeadlineExceeded, InvalidRequest
-from serve_app.openai.tokenizer import Chat, PromptText, Tokenizer
+from serve_app.openai.tokenizer import PromptText, Tokenizer
 from serve_app.routing.checks import ContextLimit, too_long
 
 #: Bytes of text of one request up to which it counts as short.
@@ -89,14 +90,26 @@ class PromptEncoder:
         self._short = ThreadPoolExecutor(SHORT_THREADS, "tokenize")
         self._long = ThreadPoolExecutor(LONG_THREADS, "tokenize-long")
 
-    async def encode_chat(self, chat: Chat, limit: ContextLimit, deadline: float) -> list[int]:
-        """Token ids of a conversation; arguments and errors as of `encode`."""
+    async def encode_chat(
+        self,
+        conversation: list[dict[str, str]],
+        limit: ContextLimit,
+        deadline: float,
+        *,
+        special_tokens: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation; other arguments and errors as of `encode`."""
+        turn = {"add_generation_prompt": add_generation_prompt}
         with _abandoning() as abandoned:
             async with _until(deadline):
-                rendered = await self._in_thread(self._chat, partial(self._tokenizer.render, chat))
+                rendered = await self._in_thread(
+                    self._chat, partial(self._tokenizer.render, conversation, **turn)
+                )
+                rendered = replace(rendered, special_tokens=special_tokens)
                 await self._refuse_too_long(rendered, limit, "messages", abandoned)
                 prompt = await self._in_thread(
-                    self._chat, partial(self._tokenizer.protect, chat, rendered)
+                    self._chat, partial(self._tokenizer.protect, conversation, rendered, **turn)
                 )
                 if prompt is not rendered:
                     await self._refuse_too_long(prompt, limit, "messages", abandoned)
@@ -109,7 +122,7 @@ class PromptEncoder:
         limit: ContextLimit,
         deadline: float,
         *,
-        add_special_tokens: bool = True,
+        special_tokens: bool = True,
     ) -> list[list[int]]:
         """Token ids of each prompt; those that are token ids already stay as they are.
 
@@ -120,7 +133,7 @@ class PromptEncoder:
                 longer: it is for admission to refuse, which then knows its number of tokens.
             DeadlineExceeded: the deadline passed.
         """
-        texts = [PromptText(text, add_special_tokens) for text in prompts if isinstance(text, str)]
+        texts = [PromptText(text, special_tokens) for text in prompts if isinstance(text, str)]
         with _abandoning() as abandoned:
             async with _until(deadline):
                 for text in texts:
@@ -128,14 +141,17 @@ class PromptEncoder:
                 encoded = iter(await self._encode(texts, "prompt", abandoned))
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    async def run(self, work: Callable[[], Result], deadline: float) -> Result:
-        """Call other work of the tokenizer in a thread, until the request's deadline.
+    async def run(self, work: Callable[[], Result], size: int, deadline: float) -> Result:
+        """Other work of the tokenizer, on about `size` bytes of text, in a thread.
 
         Raises:
             DeadlineExceeded: the deadline passed.
         """
         async with _until(deadline):
-            return await self._in_thread(self._short, work)
+            if size <= SHORT_BYTES:
+                return await self._in_thread(self._short, work)
+            held = await self._budget.acquire(size)
+            return await self._in_thread(self._long, work, lambda: self._budget.release(held))
 
     async def _encode(
         self,
@@ -164,7 +180,7 @@ class PromptEncoder:
     def _encode_all(
         self, texts: Sequence[PromptText], abandoned: threading.Event
     ) -> list[list[int]]:
-        return [self._tokenizer.encode_prompt(text) for text in texts if not abandoned.is_set()]
+        return [self._tokenizer.encode(text) for text in texts if not abandoned.is_set()]
 
     async def _in_thread(
         self,

@@ -5,8 +5,8 @@
     check_key -> BodyReader.read -> parse -> check_model -> check_choices -> encode -> admit
               -> open_stream -> 200 and Answer.sse, or Answer.collect and 200
 
-Until the key is checked a request is nobody's: nothing of it is traced, and only the refusal is
-counted. The deadline runs from there. Everything that can be refused is refused before the 200; a
+The deadline runs from the first of them. Until the key is checked a request is nobody's: nothing of
+it is traced, and only the refusal is counted. What can be refused is refused before the 200; a
 later failure is reported in-band. routes.py calls it; it knows no Ray.
 """
 
@@ -25,7 +25,12 @@ from starlette.types import Send
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineClient, EngineInfo
-from serve_app.errors import EngineUnavailable, TooManyFailedKeys, Unauthorized, to_api_error
+from serve_app.errors import (
+    EngineUnavailable,
+    TooManyFailedKeys,
+    Unauthorized,
+    to_api_error,
+)
 from serve_app.openai.answers import ChatFormat, CompletionFormat
 from serve_app.openai.body import BodyReader
 from serve_app.openai.echoed import EchoedPrompt
@@ -34,7 +39,7 @@ from serve_app.openai.obfuscation import obfuscate
 from serve_app.openai.prompts import PromptEncoder
 from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.stream import Answer, open_stream
-from serve_app.openai.tokenizer import Chat, Tokenizer
+from serve_app.openai.tokenizer import Tokenizer
 from serve_app.routing.checks import (
     ContextLimit,
     admit,
@@ -86,8 +91,8 @@ class Service:
         self._addresses_known = addresses_known
         self._info: EngineInfo | None = None
         self.started = int(time.time())
-        self.encoder = PromptEncoder(tokenizer)
         self._parser = BodyParser(config.served_name)
+        self.encoder = PromptEncoder(tokenizer)
 
     def client_host(self, request: Request) -> str | None:
         """The client's address, None where it is not known. Never from a header of the client's:
@@ -195,13 +200,16 @@ class Service:
         self, body: AnyRequest, limit: ContextLimit, deadline: float
     ) -> list[list[int]]:
         """Token ids of each prompt of the body."""
-        if isinstance(body, ChatRequest):
-            special = bool(body.add_special_tokens)  # the template has its own
-            chat = Chat(body.conversation(), add_special_tokens=special)
-            return [await self.encoder.encode_chat(chat, limit, deadline)]
-        special = body.add_special_tokens is not False
+        special = body.add_special_tokens
+        if isinstance(body, ChatRequest):  # the template has its own
+            conversation = body.conversation()
+            return [
+                await self.encoder.encode_chat(
+                    conversation, limit, deadline, special_tokens=bool(special)
+                )
+            ]
         return await self.encoder.encode(
-            body.prompts(), limit, deadline, add_special_tokens=special
+            body.prompts(), limit, deadline, special_tokens=special is not False
         )
 
     async def _format(
@@ -217,7 +225,8 @@ class Service:
         echoes: list[EchoedPrompt] = []
         if body.echo:
             sent = body.prompts()
-            echoes = await self.encoder.run(lambda: self._echo(sent, prompts), deadline)
+            size = sum(len(prompt) for prompt in sent if not isinstance(prompt, str))
+            echoes = await self.encoder.run(lambda: self._echo(sent, prompts), size, deadline)
         return CompletionFormat(request_id, model, style, tuple(echoes), body.num_choices)
 
     def _echo(self, sent: list[str | list[int]], prompts: list[list[int]]) -> list[EchoedPrompt]:

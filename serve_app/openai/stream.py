@@ -244,6 +244,7 @@ class Answer:
             if choice.echo is not None and not choice.started and not failed:
                 for piece in self.form.prompt_pieces(choice):
                     yield _frame({**envelope, "choices": [piece]})
+                    await asyncio.sleep(0)  # a prompt may be long, and other streams wait
                 choice.started = True
             if isinstance(event, PromptLogprobs):
                 continue

@@ -7,6 +7,7 @@ same limits, as those of the other endpoints. No engine is asked for anything bu
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -20,7 +21,7 @@ from serve_app.openai.neutral import Table, drop_neutral, neutral
 from serve_app.openai.prompts import PromptEncoder
 from serve_app.openai.requests import are_token_ids
 from serve_app.openai.service import Service
-from serve_app.openai.tokenizer import Chat, Tokenizer
+from serve_app.openai.tokenizer import Tokenizer
 from serve_app.routing.checks import ContextLimit, check_model, check_token_ids
 
 #: vLLM's further fields, with the values at which they ask for nothing.
@@ -35,6 +36,10 @@ _CHAT: Table = {
 }
 
 
+#: Texts are counted here, whatever the context is; the encoder bounds what is encoded at a time.
+_UNLIMITED = ContextLimit(sys.maxsize, "")
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -47,11 +52,9 @@ class TokenizeText(_Body):
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
-    async def encode(
-        self, encoder: PromptEncoder, limit: ContextLimit, deadline: float
-    ) -> list[int]:
+    async def encode(self, encoder: PromptEncoder, deadline: float) -> list[int]:
         [ids] = await encoder.encode(
-            [self.prompt], limit, deadline, add_special_tokens=self.add_special_tokens
+            [self.prompt], _UNLIMITED, deadline, special_tokens=self.add_special_tokens
         )
         return ids
 
@@ -62,12 +65,14 @@ class TokenizeChat(_Body):
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 
-    async def encode(
-        self, encoder: PromptEncoder, limit: ContextLimit, deadline: float
-    ) -> list[int]:
-        messages = [{"role": m.template_role, "content": m.text} for m in self.messages]
-        chat = Chat(messages, self.add_special_tokens, self.add_generation_prompt)
-        return await encoder.encode_chat(chat, limit, deadline)
+    async def encode(self, encoder: PromptEncoder, deadline: float) -> list[int]:
+        return await encoder.encode_chat(
+            [{"role": m.template_role, "content": m.text} for m in self.messages],
+            _UNLIMITED,
+            deadline,
+            special_tokens=self.add_special_tokens,
+            add_generation_prompt=self.add_generation_prompt,
+        )
 
 
 def _read_tokens(value: Any) -> list[int]:
@@ -90,11 +95,10 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
     async def tokenize(request: Request) -> Response:
         body, deadline = await service.read_plain(request, parse_tokenize)
         _check_model(body, service)
-        info = await service.engines.info()
-        ids = await body.encode(service.encoder, ContextLimit.of(info), deadline)
-        tokenizer = service.tokenizer if body.return_token_strs else None
-        work = functools.partial(_tokenized, ids, tokenizer, info.max_model_len)
-        return _json(await service.encoder.run(work, deadline))
+        context = (await service.engines.info()).max_model_len
+        ids = await body.encode(service.encoder, deadline)
+        work = functools.partial(_tokenized, ids, context, body, service.tokenizer)
+        return _json(await service.encoder.run(work, len(ids), deadline))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -102,7 +106,7 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
         _check_model(body, service)
         check_token_ids(body.tokens, service.tokenizer.vocab_size, "tokens")
         work = functools.partial(_detokenize, body, service.tokenizer)
-        return _json(await service.encoder.run(work, deadline))
+        return _json(await service.encoder.run(work, len(body.tokens), deadline))
 
 
 def parse_tokenize(raw: bytes) -> TokenizeText | TokenizeChat:
@@ -134,8 +138,10 @@ def _validate(model: type[Body], given: dict[str, Any], table: Table) -> Body:
         raise explain(error.errors(include_url=False, include_context=False)[0]) from None
 
 
-def _tokenized(ids: list[int], tokenizer: Tokenizer | None, context: int) -> bytes:
-    strings = None if tokenizer is None else tokenizer.pieces(ids)
+def _tokenized(
+    ids: list[int], context: int, body: TokenizeText | TokenizeChat, tokenizer: Tokenizer
+) -> bytes:
+    strings = tokenizer.pieces(ids) if body.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": strings}
     return dumps(answer).encode()
 

@@ -11,7 +11,6 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,22 +34,13 @@ _SLACK_PART = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation for the model's chat template. `add_special_tokens` puts the model's own
-    around what the template wrote; `add_generation_prompt` begins the assistant's turn."""
-
-    messages: list[dict[str, str]]
-    add_special_tokens: bool = False
-    add_generation_prompt: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class PromptText:
-    """A text that is to be encoded, with the special tokens that the model expects around a text or
-    without. `protected`: control_tokens.py has rewritten it."""
+    """A text that is to be encoded. `special_tokens` says that those which the model expects around
+    a text are added; a conversation has them from its template. `protected`: control_tokens.py has
+    rewritten it."""
 
     text: str
-    add_special_tokens: bool
+    special_tokens: bool = False
     protected: bool = False
 
 
@@ -60,15 +50,23 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def render(self, chat: Chat) -> PromptText:
-        """The text of a conversation.
+    def render(
+        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> PromptText:
+        """A conversation in the model's chat template, up to the assistant's turn.
 
         Raises:
             InvalidRequest: there is no template, or it refuses the conversation.
         """
         ...
 
-    def protect(self, chat: Chat, rendered: PromptText) -> PromptText:
+    def protect(
+        self,
+        conversation: list[dict[str, str]],
+        rendered: PromptText,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> PromptText:
         """A rendered conversation in which control tokens in the messages are text.
 
         Raises:
@@ -76,7 +74,7 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def encode_prompt(self, prompt: PromptText) -> list[int]:
+    def encode(self, prompt: PromptText) -> list[int]:
         """Token ids. Takes memory of about a hundred times the text's bytes."""
         ...
 
@@ -99,38 +97,27 @@ class Tokenizer(Protocol):
         ...
 
 
-class _Encodes:
-    """Both ways to token ids in one call, for who knows that the text is short."""
-
-    def encode(self: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a completion prompt."""
-        return self.encode_prompt(PromptText(text, add_special_tokens))
-
-    def encode_chat(
-        self: Tokenizer,
-        messages: list[dict[str, str]],
-        *,
-        add_special_tokens: bool = False,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """Token ids of a conversation."""
-        chat = Chat(messages, add_special_tokens, add_generation_prompt)
-        return self.encode_prompt(self.protect(chat, self.render(chat)))
-
-
-class ByteTokenizer(_Encodes):
+class ByteTokenizer:
     """One token per byte; a conversation is its lines, `role: content`."""
 
     vocab_size = 256
 
-    def render(self, chat: Chat) -> PromptText:
-        lines = [f"{message['role']}: {message['content']}" for message in chat.messages]
-        return PromptText("\n".join(lines), chat.add_special_tokens)
+    def render(
+        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> PromptText:
+        lines = [f"{message['role']}: {message['content']}" for message in conversation]
+        return PromptText("\n".join(lines))
 
-    def protect(self, chat: Chat, rendered: PromptText) -> PromptText:
+    def protect(
+        self,
+        conversation: list[dict[str, str]],
+        rendered: PromptText,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> PromptText:
         return rendered
 
-    def encode_prompt(self, prompt: PromptText) -> list[int]:
+    def encode(self, prompt: PromptText) -> list[int]:
         return list(prompt.text.encode())
 
     def exceeds(self, prompt: PromptText, limit: int, abandoned: Callable[[], bool]) -> bool:
@@ -146,7 +133,7 @@ class ByteTokenizer(_Encodes):
         return [chr(token) if token < 0x80 else f"<0x{token:02X}>" for token in ids]
 
 
-class HfTokenizer(_Encodes):
+class HfTokenizer:
     """A Hugging Face fast tokenizer and its chat template, from the documents of an engine.
 
     `documents` are those that `admit` has verified; the engine's directory, which is named in
@@ -206,36 +193,43 @@ class HfTokenizer(_Encodes):
             else None
         )
 
-    def render(self, chat: Chat) -> PromptText:
-        return PromptText(self._render(chat, chat.messages), chat.add_special_tokens)
+    def render(
+        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> PromptText:
+        return PromptText(self._render(conversation, add_generation_prompt))
 
-    def protect(self, chat: Chat, rendered: PromptText) -> PromptText:
-        text = self._control.protect(chat.messages, rendered.text, partial(self._render, chat))
+    def protect(
+        self,
+        conversation: list[dict[str, str]],
+        rendered: PromptText,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> PromptText:
+        text = self._control.protect(
+            conversation, rendered.text, lambda marked: self._render(marked, add_generation_prompt)
+        )
         return rendered if text is None else replace(rendered, text=text, protected=True)
 
-    def _render(self, chat: Chat, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _render(
+        self, conversation: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> str:
         if self._renderer is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions")
         try:
-            return self._renderer.render(messages, add_generation_prompt=chat.add_generation_prompt)
+            return self._renderer.render(conversation, add_generation_prompt=add_generation_prompt)
         except ChatTemplateError as error:
             raise InvalidRequest(f"the model's chat template {error}", param="messages") from error
 
-    def encode_prompt(self, prompt: PromptText) -> list[int]:
-        tokenizer = self._control.encoder() if prompt.protected else self._tokenizer
-        # The method of batches lets other threads run, and the fast one counts no offsets.
-        [encoding] = tokenizer.encode_batch_fast(
-            [prompt.text], add_special_tokens=prompt.add_special_tokens
-        )
-        return list(encoding.ids)
+    def encode(self, prompt: PromptText) -> list[int]:
+        return self._encode(prompt, prompt.text)
 
     def exceeds(self, prompt: PromptText, limit: int, abandoned: Callable[[], bool]) -> bool:
-        count, allowed = 0, limit + limit // _SLACK_PART
-        for start in range(0, len(prompt.text), PIECE_CHARACTERS):
+        bare = replace(prompt, special_tokens=False)
+        text, count, allowed = prompt.text, 0, limit + limit // _SLACK_PART
+        for start in range(0, len(text), PIECE_CHARACTERS):
             if abandoned():
                 return False
-            piece = prompt.text[start : start + PIECE_CHARACTERS]
-            count += len(self.encode_prompt(replace(prompt, text=piece, add_special_tokens=False)))
+            count += len(self._encode(bare, text[start : start + PIECE_CHARACTERS]))
             allowed += _SLACK_PER_CUT
             if count > allowed:
                 return True
@@ -249,6 +243,16 @@ class HfTokenizer(_Encodes):
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [self._tokenizer.id_to_token(token) or "" for token in ids]
+
+    def _encode(self, prompt: PromptText, text: str) -> list[int]:
+        """Token ids of a text that is part of the prompt."""
+        if prompt.protected:
+            return self._control.encode(text, special_tokens=prompt.special_tokens)
+        # The method of batches lets other threads run, and the fast one counts no offsets.
+        [encoding] = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=prompt.special_tokens
+        )
+        return list(encoding.ids)
 
 
 def _without_paths(documents: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -173,16 +173,16 @@ def admit(
     return requests
 
 
-def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+def check_token_ids(ids: Sequence[int], vocab_size: int, field: str) -> None:
     """Raises InvalidRequest for an id that the vocabulary does not have."""
     if not ids:
         return
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocab_size:
             raise InvalidRequest(
-                f"{param}: token id {token} is outside the vocabulary of {vocab_size}; give ids of "
+                f"{field}: token id {token} is outside the vocabulary of {vocab_size}; give ids of "
                 f"0 to {vocab_size - 1}",
-                param=param,
+                param=field,
             )
 
 

@@ -14,7 +14,7 @@ from support.tokenizers_of_others import KINDS, TEXT
 from serve_app.config import EchoOptions
 from serve_app.errors import DeadlineExceeded, InvalidRequest
 from serve_app.openai.prompts import MAX_BYTES, SHORT_BYTES, Budget, PromptEncoder
-from serve_app.openai.tokenizer import ByteTokenizer, Chat, HfTokenizer, PromptText
+from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, PromptText
 from serve_app.routing.checks import ContextLimit
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -35,7 +35,7 @@ class Watched(ByteTokenizer):
         self.encoding = self.most = 0
         self.encoded: list[int] = []
 
-    def encode_prompt(self, prompt: PromptText) -> list[int]:
+    def encode(self, prompt: PromptText) -> list[int]:
         size = len(prompt.text)
         with self.lock:
             self.encoding += size
@@ -44,7 +44,7 @@ class Watched(ByteTokenizer):
         with self.lock:
             self.encoding -= size
             self.encoded.append(size)
-        return super().encode_prompt(prompt)[:10]
+        return super().encode(prompt)[:10]
 
     def exceeds(self, prompt: PromptText, limit: int, abandoned: Callable[[], bool]) -> bool:
         return prompt.text.startswith("long") and len(prompt.text) > limit
@@ -81,7 +81,7 @@ def test_counting_in_pieces_finds_what_is_too_long_and_nothing_else(
     tokenizer = HfTokenizer(directory, {"tokenizer.json": plain.to_str().encode()})
     long = text * (100_000 // len(text))
     count = len(plain.encode(long).ids)
-    prompt = PromptText(long, add_special_tokens=True)
+    prompt = PromptText(long, special_tokens=True)
     assert not tokenizer.exceeds(prompt, count, lambda: False)
     if count > 2000:  # a word of 100,000 letters is one unknown token
         assert tokenizer.exceeds(prompt, count // 2, lambda: False)
@@ -96,9 +96,9 @@ async def test_a_text_that_cannot_fit_is_never_encoded_whole() -> None:
     with pytest.raises(InvalidRequest, match=sentence) as error:
         await encoder.encode(["short", long], LIMIT, deadline())
     assert (error.value.param, error.value.code) == ("prompt", "context_length_exceeded")
-    tokenizer.render = lambda chat: PromptText(long, False)  # type: ignore[method-assign]
+    tokenizer.render = lambda conversation: PromptText(long)  # type: ignore[method-assign]
     with pytest.raises(InvalidRequest, match=sentence) as error:
-        await encoder.encode_chat(Chat([]), LIMIT, deadline())
+        await encoder.encode_chat([{"role": "user", "content": "x"}], LIMIT, deadline())
     assert error.value.param == "messages"
     assert tokenizer.encoded == []
 

@@ -14,6 +14,7 @@ from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import Done, Event, GenerateRequest, Tokens
 from serve_app.errors import ApiError, DeadlineExceeded, Overloaded
 from serve_app.openai.answers import CompletionFormat
+from serve_app.openai.logprobs import LogprobStyle
 from serve_app.openai.stream import Answer, open_stream
 
 
@@ -85,7 +86,7 @@ async def test_the_first_choice_flows_while_others_wait_for_a_place_in_the_batch
     engine = EchoEngine(EchoOptions(max_running=2))
     requests = [make_request(name=f"r-{i}", max_tokens=10**6, ignore_eos=True) for i in range(4)]
     merged = await open_stream(engine, requests, deadline())
-    answer = Answer(merged, CompletionFormat("id", "echo"), 4, lambda event: None)
+    answer = Answer(merged, CompletionFormat("id", "echo", LogprobStyle()), 4, lambda event: None)
     chunks = answer.sse(5, include_usage=False)
     indices = set()
     async with asyncio.timeout(5), aclosing(chunks):

@@ -8,17 +8,18 @@ describes the deployments; engines are made, and gates checked, inside the repli
 # No `from __future__ import annotations` here: Serve reads the class in `build`'s annotation to
 # turn a deploy file's `args` into a ServeConfig, and does not resolve a string.
 
-import os
 from functools import partial
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
+from cluster.connect import check_cluster, is_own_ray
 from serve_app.config import ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.openai.ingress import Ingress
 from serve_app.replica.replica import INGRESS, EngineFactory, EngineReplica
+from serve_app.telemetry.travel import traveling_variables
 
 #: The ingress never queues: it must stay free to answer 429. Serve's own cap is a last resort.
 _INGRESS_MAX_ONGOING = 4096
@@ -37,7 +38,12 @@ def engine_factory(config: ServeConfig) -> EngineFactory:
 
 
 def build(config: ServeConfig) -> Application:
-    """The application of one configuration; Serve parses the `args` of a deploy file into it."""
+    """The application of one configuration; Serve parses the `args` of a deploy file into it.
+
+    Raises:
+        DeployError: the cluster has several nodes and asks nobody for a token.
+    """
+    check_cluster()
     return build_with(config, engine_factory(config))
 
 
@@ -51,13 +57,14 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         # Serve's access log repeats for every request what the metrics count.
         "logging_config": {"enable_access_log": False},
     }
+    variables = traveling_variables(config.otlp_headers_file, inherited=is_own_ray())
     engine = serve.deployment(
         EngineReplica,
         name="engine",
         num_replicas=config.engine_replicas,
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
-        ray_actor_options=_actor_options(config.engine_cpus),
+        ray_actor_options=_actor_options(config.engine_cpus, variables),
         user_config=config.replica_limits.model_dump(),
         max_surge_percent=config.engine_surge_percent,
         graceful_shutdown_timeout_s=config.graceful_shutdown_s,
@@ -68,7 +75,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         name=INGRESS,
         num_replicas=config.ingress_replicas,
         max_ongoing_requests=_INGRESS_MAX_ONGOING,
-        ray_actor_options=_actor_options(config.ingress_cpus),
+        ray_actor_options=_actor_options(config.ingress_cpus, variables),
         # An update starts the new ingress before the old one drains: there is always one to ask.
         max_surge_percent=100,
         # Where both stop, engines go first: their ingresses then tell the clients that are left.
@@ -88,11 +95,10 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
     return app
 
 
-def _actor_options(num_cpus: float) -> dict[str, Any]:
-    """Resources, and this process's OpenTelemetry variables, which a worker of a cluster that runs
-    already would otherwise lack."""
+def _actor_options(num_cpus: float, variables: dict[str, str]) -> dict[str, Any]:
+    """Resources, and variables that a worker of a cluster that runs already would otherwise lack;
+    Ray shows them to all who use the cluster."""
     options: dict[str, Any] = {"num_cpus": num_cpus}
-    otel = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
-    if otel:
-        options["runtime_env"] = {"env_vars": otel}
+    if variables:
+        options["runtime_env"] = {"env_vars": variables}
     return options

@@ -70,7 +70,7 @@ class ServeConfig(_Strict):
     max_open_body_bytes: int = Field(default=64 * 2**20, ge=1)
     default_max_tokens: int = Field(default=512, ge=1)
     #: Logprobs of prompt tokens in one answer, alternatives included: 163,840 tokens with two
-    #: alternatives each, about 40 MB of JSON.
+    #: alternatives each, 15 MB of JSON and more.
     max_prompt_logprobs: int = Field(default=2**19, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0.0, description="for the whole answer")
     replica_limits: ReplicaLimits = ReplicaLimits()
@@ -103,6 +103,9 @@ class ServeConfig(_Strict):
     #: dashboard shows: on a cluster, name a file that holds them on each node (key_file.py).
     api_keys: tuple[SecretStr, ...] = ()
     api_keys_file: Path | None = None
+    #: Headers that the exporter of traces sends, such as its key: `name=value` lines in a file that
+    #: lies at this path on each node, of mode 600 (telemetry/travel.py).
+    otlp_headers_file: Path | None = None
     #: Who is told what /health says beyond up or down, /version and /metrics, where there are keys:
     #: "key" who has one, "loopback" also a client on this machine, "open" everybody. Without keys
     #: everybody is.

@@ -24,11 +24,16 @@ from cluster.connect import connect
 from deepseek.errors import DeployError
 from serve_app.app import build
 from serve_app.config import ServeConfig
+from serve_app.proxy_guard import CALLBACK, CALLBACK_VARIABLE
 from serve_app.replica.replica import INGRESS
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "intserve"
+
+#: Seconds that HAProxy waits for a client to send, or to take, its next byte; Ray's default is an
+#: hour.
+_HAPROXY_CLIENT_S = 60
 
 #: Seconds between two looks at what is still in flight.
 _LOOK_S = 0.1
@@ -64,6 +69,9 @@ def serving(config: ServeConfig) -> Iterator[str]:
     # The last resort for what `drain` leaves, when replicas stop behind HAProxy: nobody registers
     # them elsewhere, so that they need not stay reachable for half a minute.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
+    # HAProxy has no other bound on a head that does not end; silent answers are not affected.
+    os.environ.setdefault("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", str(_HAPROXY_CLIENT_S))
     with connect() as ray_connection:
         log.info(ray_connection.describe())
         logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -19,7 +19,7 @@ from serve_app.openai.echoed import EchoedPrompt
 from serve_app.openai.logprobs import LogprobStyle, TextLogprobs
 
 #: Logprobs in one streamed message of an echoed prompt, alternatives included.
-PIECE_LOGPROBS = 4096
+PIECE_LOGPROBS = 2048
 
 
 @dataclass(slots=True)

@@ -153,6 +153,7 @@ _VLLM: dict[str, Neutral | Label] = {
         _cannot_stop_early,
         "up to `max_tokens`, with `ignore_eos: true` and nothing to stop at",
     ),
+    "mm_payload": _NOTHING,
     "mm_processor_kwargs": _EMPTY,
     "priority": neutral(0),
     "prompt_embeds": _NONE_OF,
@@ -237,6 +238,7 @@ _OTHERS: dict[str, Neutral | Label] = {
 
 BODY: dict[str, Neutral | Label] = _OPENAI | _VLLM | _OTHERS
 
+#: All options that clients know are implemented.
 STREAM_OPTIONS: dict[str, Neutral | Label] = {}
 
 #: Fields of a message, of whichever role.
@@ -257,10 +259,12 @@ MESSAGE: dict[str, Neutral | Label] = {
     "reasoning": neutral(""),
     "reasoning_content": neutral(""),
     "reasoning_details": _NONE_OF,
+    "reasoning_items": _NONE_OF,
     "thinking_blocks": _NONE_OF,
     "tool_call_id": _NOTHING,
     "tool_calls": _NONE_OF,
     "tools": _NONE_OF,
+    "type": neutral("text", "message"),
 }
 
 #: Fields of a part of a message's content.

@@ -205,6 +205,11 @@ class _Generation(_Body):
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
 
     @property
+    def limit_field(self) -> str:
+        """The field that `completion_limit` is from."""
+        return "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
+
+    @property
     def num_logprobs(self) -> int | None:
         """Alternatives to report per token; None for no logprobs."""
         raise NotImplementedError
@@ -244,6 +249,14 @@ class ChatRequest(_Generation):
             raise wrong_value("top_logprobs", "needs logprobs: true")
 
     @property
+    def prompt_field(self) -> str:
+        return "messages"
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -270,6 +283,14 @@ class CompletionRequest(_Generation):
     @property
     def may_generate_nothing(self) -> bool:
         return bool(self.echo) or self.prompt_logprobs is not None
+
+    @property
+    def prompt_field(self) -> str:
+        return "prompt"
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt)
 
     @property
     def num_logprobs(self) -> int | None:

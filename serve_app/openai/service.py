@@ -2,12 +2,12 @@
 
 `Service.answer` calls, in this order:
 
-    check_key -> BodyReader.read -> parse -> check_model -> tokenize -> admit -> open_stream
-              -> 200 and Answer.sse, or Answer.collect and 200
+    check_key -> BodyReader.read -> parse -> check_model -> check_choices -> encode -> admit
+              -> open_stream -> 200 and Answer.sse, or Answer.collect and 200
 
-Until the key is checked a request is nobody's: nothing of it is traced, and only the refusal is
-counted. Everything that can be refused is refused before the 200; a later failure is reported
-in-band. routes.py calls it; it knows no Ray.
+The deadline runs from the first of them. Until the key is checked a request is nobody's: nothing of
+it is traced, and only the refusal is counted. What can be refused is refused before the 200; a
+later failure is reported in-band. routes.py calls it; it knows no Ray.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -27,7 +26,6 @@ from starlette.types import Send
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineClient, EngineInfo
 from serve_app.errors import (
-    DeadlineExceeded,
     EngineUnavailable,
     TooManyFailedKeys,
     Unauthorized,
@@ -38,19 +36,24 @@ from serve_app.openai.body import BodyReader
 from serve_app.openai.echoed import EchoedPrompt
 from serve_app.openai.logprobs import LogprobStyle
 from serve_app.openai.obfuscation import obfuscate
+from serve_app.openai.prompts import PromptEncoder
 from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.stream import Answer, open_stream
 from serve_app.openai.tokenizer import Tokenizer
-from serve_app.routing.checks import admit, check_model, check_prompt_logprobs
+from serve_app.routing.checks import (
+    ContextLimit,
+    admit,
+    check_choices,
+    check_model,
+    check_prompt_logprobs,
+    most_requests,
+)
 from serve_app.routing.keys import Keys
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.request import Observation
 from serve_app.telemetry.tracing import Telemetry
 
 Result = TypeVar("Result")
-
-#: Conversations that are tokenized at one time.
-CHAT_THREADS = 8
 
 _BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/chat/completions": ChatRequest,
@@ -89,7 +92,7 @@ class Service:
         self._info: EngineInfo | None = None
         self.started = int(time.time())
         self._parser = BodyParser(config.served_name)
-        self._chat_threads = ThreadPoolExecutor(CHAT_THREADS, "chat-template")
+        self.encoder = PromptEncoder(tokenizer)
 
     def client_host(self, request: Request) -> str | None:
         """The client's address, None where it is not known. Never from a header of the client's:
@@ -151,14 +154,14 @@ class Service:
         self, body: AnyRequest, observation: Observation, deadline: float
     ) -> Response:
         request_id = uuid.uuid4().hex
-        prompts = await self.run_tokenizer(
-            lambda: self._tokenize(body), deadline, chat=isinstance(body, ChatRequest)
-        )
+        check_choices(body, most_requests(self.config))
+        info = await self.engines.info()
+        prompts = await self._encode(body, ContextLimit.of(info), deadline)
         requests = admit(
             body,
             prompts,
             request_id=request_id,
-            info=await self.engines.info(),
+            info=info,
             vocab_size=self.tokenizer.vocab_size,
             default_max_tokens=self.config.default_max_tokens,
             trace_context=observation.trace_context,
@@ -193,6 +196,22 @@ class Service:
         observation.finish(None, status=200)
         return Response(whole, media_type="application/json")
 
+    async def _encode(
+        self, body: AnyRequest, limit: ContextLimit, deadline: float
+    ) -> list[list[int]]:
+        """Token ids of each prompt of the body."""
+        special = body.add_special_tokens
+        if isinstance(body, ChatRequest):  # the template has its own
+            conversation = body.conversation()
+            return [
+                await self.encoder.encode_chat(
+                    conversation, limit, deadline, special_tokens=bool(special)
+                )
+            ]
+        return await self.encoder.encode(
+            body.prompts(), limit, deadline, special_tokens=special is not False
+        )
+
     async def _format(
         self, body: AnyRequest, request_id: str, prompts: list[list[int]], deadline: float
     ) -> ChatFormat | CompletionFormat:
@@ -206,7 +225,8 @@ class Service:
         echoes: list[EchoedPrompt] = []
         if body.echo:
             sent = body.prompts()
-            echoes = await self.run_tokenizer(lambda: self._echo(sent, prompts), deadline)
+            size = sum(len(prompt) for prompt in sent if not isinstance(prompt, str))
+            echoes = await self.encoder.run(lambda: self._echo(sent, prompts), size, deadline)
         return CompletionFormat(request_id, model, style, tuple(echoes), body.num_choices)
 
     def _echo(self, sent: list[str | list[int]], prompts: list[list[int]]) -> list[EchoedPrompt]:
@@ -223,34 +243,6 @@ class Service:
         self.check_key(request)
         raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
         return await self._parser.run(parse, raw), deadline
-
-    async def run_tokenizer(
-        self, work: Callable[[], Result], deadline: float, *, chat: bool = False
-    ) -> Result:
-        """Run work of the tokenizer in a thread, until the request's deadline. Conversations have
-        threads of their own: a chat template may take seconds to fail, and prompts do not wait for
-        that."""
-        threads = self._chat_threads if chat else None
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await asyncio.get_running_loop().run_in_executor(threads, work)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "the request waited to be tokenized until its deadline; send it again later"
-            ) from None
-
-    def _tokenize(self, body: AnyRequest) -> list[list[int]]:
-        """Token ids of each prompt of the body. Slow for long prompts: call it in a thread."""
-        if isinstance(body, ChatRequest):
-            special = bool(body.add_special_tokens)  # the template has its own
-            return [self.tokenizer.encode_chat(body.conversation(), add_special_tokens=special)]
-        special = body.add_special_tokens is not False
-        return [
-            self.tokenizer.encode(prompt, add_special_tokens=special)
-            if isinstance(prompt, str)
-            else prompt
-            for prompt in body.prompts()
-        ]
 
     async def model_card(self) -> dict[str, Any]:
         """The model as /v1/models tells it, with vLLM's `max_model_len`.

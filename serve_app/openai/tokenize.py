@@ -7,6 +7,7 @@ same limits, as those of the other endpoints. No engine is asked for anything bu
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -17,10 +18,11 @@ from serve_app.openai.json_body import read_json_object
 from serve_app.openai.json_text import dumps
 from serve_app.openai.messages import Message, read_messages
 from serve_app.openai.neutral import Table, drop_neutral, neutral
+from serve_app.openai.prompts import PromptEncoder
 from serve_app.openai.requests import are_token_ids
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import Tokenizer
-from serve_app.routing.checks import check_model, check_token_ids
+from serve_app.routing.checks import ContextLimit, check_model, check_token_ids
 
 #: vLLM's further fields, with the values at which they ask for nothing.
 _TEXT: Table = {}
@@ -32,6 +34,10 @@ _CHAT: Table = {
     "mm_processor_kwargs": neutral({}),
     "tools": neutral([]),
 }
+
+
+#: Texts are counted here, whatever the context is; the encoder bounds what is encoded at a time.
+_UNLIMITED = ContextLimit(sys.maxsize, "")
 
 
 class _Body(BaseModel):
@@ -46,8 +52,11 @@ class TokenizeText(_Body):
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
-    def encode(self, tokenizer: Tokenizer) -> list[int]:
-        return tokenizer.encode(self.prompt, add_special_tokens=self.add_special_tokens)
+    async def encode(self, encoder: PromptEncoder, deadline: float) -> list[int]:
+        [ids] = await encoder.encode(
+            [self.prompt], _UNLIMITED, deadline, special_tokens=self.add_special_tokens
+        )
+        return ids
 
 
 class TokenizeChat(_Body):
@@ -56,10 +65,12 @@ class TokenizeChat(_Body):
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 
-    def encode(self, tokenizer: Tokenizer) -> list[int]:
-        return tokenizer.encode_chat(
+    async def encode(self, encoder: PromptEncoder, deadline: float) -> list[int]:
+        return await encoder.encode_chat(
             [{"role": m.template_role, "content": m.text} for m in self.messages],
-            add_special_tokens=self.add_special_tokens,
+            _UNLIMITED,
+            deadline,
+            special_tokens=self.add_special_tokens,
             add_generation_prompt=self.add_generation_prompt,
         )
 
@@ -85,9 +96,9 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
         body, deadline = await service.read_plain(request, parse_tokenize)
         _check_model(body, service)
         context = (await service.engines.info()).max_model_len
-        work = functools.partial(_tokenize, body, service.tokenizer, context)
-        chat = isinstance(body, TokenizeChat)
-        return _json(await service.run_tokenizer(work, deadline, chat=chat))
+        ids = await body.encode(service.encoder, deadline)
+        work = functools.partial(_tokenized, ids, context, body, service.tokenizer)
+        return _json(await service.encoder.run(work, len(ids), deadline))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -95,7 +106,7 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
         _check_model(body, service)
         check_token_ids(body.tokens, service.tokenizer.vocab_size, "tokens")
         work = functools.partial(_detokenize, body, service.tokenizer)
-        return _json(await service.run_tokenizer(work, deadline))
+        return _json(await service.encoder.run(work, len(body.tokens), deadline))
 
 
 def parse_tokenize(raw: bytes) -> TokenizeText | TokenizeChat:
@@ -127,8 +138,9 @@ def _validate(model: type[Body], given: dict[str, Any], table: Table) -> Body:
         raise explain(error.errors(include_url=False, include_context=False)[0]) from None
 
 
-def _tokenize(body: TokenizeText | TokenizeChat, tokenizer: Tokenizer, context: int) -> bytes:
-    ids = body.encode(tokenizer)
+def _tokenized(
+    ids: list[int], context: int, body: TokenizeText | TokenizeChat, tokenizer: Tokenizer
+) -> bytes:
     strings = tokenizer.pieces(ids) if body.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": strings}
     return dumps(answer).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ from support.otlp import OtlpReceiver
 from support.ports import free_port
 
 from cluster.connect import connect
+from serve_app.proxy_guard import CALLBACK, CALLBACK_VARIABLE
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +27,7 @@ def serve_url() -> Iterator[str]:
     from ray import serve
 
     port = free_port()
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
     with connect(num_cpus=4):  # logical: replicas ask for fractions, and most of them are idle
         serve.start(
             proxy_location="HeadOnly",

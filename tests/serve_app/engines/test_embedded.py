@@ -31,7 +31,7 @@ from serve_app.engines.embedded import EmbeddedEngine
 from serve_app.engines.protocol import Done, GenerateRequest, Tokens
 from serve_app.errors import EngineUnavailable
 from serve_app.openai.service import Service
-from serve_app.openai.tokenizer import HfTokenizer
+from serve_app.openai.tokenizer import HfTokenizer, PromptText
 from serve_app.telemetry.tracing import Telemetry
 
 QUESTION = [{"role": "user", "content": "What does a list comprehension return?"}]
@@ -102,7 +102,8 @@ def chat(client: OpenAI, **fields: Any) -> Any:
 def test_a_greedy_chat_is_what_the_engine_says(
     client: OpenAI, direct: LLMEngine, engine_dir: Path
 ) -> None:
-    prompt_ids = HfTokenizer(engine_dir, documents_of(engine_dir)).encode_chat(QUESTION)
+    tokenizer = HfTokenizer(engine_dir, documents_of(engine_dir))
+    prompt_ids = tokenizer.encode(tokenizer.render(QUESTION))
     outputs = run_direct(direct, prompt_ids, max_tokens=24, temperature=0.0, logprobs=2)
     expected = "".join(output.text for output in outputs)
     assert expected.strip()
@@ -363,10 +364,10 @@ async def test_kimi_and_moonlight_answer_text_and_token_ids_alike(
 
 async def test_the_chat_template_and_the_tokenizer_are_the_models(engine_dir: Path) -> None:
     tokenizer = HfTokenizer(engine_dir, documents_of(engine_dir))
-    ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    ids = tokenizer.encode(tokenizer.render([{"role": "user", "content": "hi"}]))
     assert ids[0] == 0  # begin of sentence, once
     assert ids.count(0) == 1
-    assert tokenizer.encode("hi")[0] == 0
+    assert tokenizer.encode(PromptText("hi", special_tokens=True))[0] == 0
     assert tokenizer.vocab_size == 2048
     with pytest.raises(ArtifactError, match=r"tokenizer\.json is absent; .*then build the engine"):
         HfTokenizer(engine_dir, {"config.json": b"{}"})
@@ -376,7 +377,8 @@ def test_a_tokenizer_cannot_pad_cut_or_fetch_another_file(engine_dir: Path, tmp_
     """A fixed length of three thousand million tokens would fill the memory with the first
     prompt; a path in the configuration is of a file that no digest covers."""
     documents = documents_of(engine_dir)
-    plain = HfTokenizer(engine_dir, documents).encode("def f(x): return x")
+    text = PromptText("def f(x): return x", special_tokens=True)
+    plain = HfTokenizer(engine_dir, documents).encode(text)
     raw = json.loads(documents["tokenizer.json"])
     side = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
     raw["padding"] = side | {"strategy": {"Fixed": 3_000_000_000}, "pad_token": "x"}
@@ -391,7 +393,7 @@ def test_a_tokenizer_cannot_pad_cut_or_fetch_another_file(engine_dir: Path, tmp_
         "tokenizer_config.json": json.dumps(config).encode(),
     }
     tokenizer = HfTokenizer(engine_dir, hostile)
-    assert tokenizer.encode("def f(x): return x") == plain
+    assert tokenizer.encode(text) == plain
     assert engine_tokenizer(engine_dir, hostile).encode("def f(x): return x").ids == plain
 
 

@@ -26,7 +26,7 @@ from quant_jobs.targets.embedded import pack_engine
 from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine
 from serve_app.openai.service import Service
-from serve_app.openai.tokenizer import HfTokenizer
+from serve_app.openai.tokenizer import HfTokenizer, PromptText
 from serve_app.telemetry.tracing import Telemetry
 
 CONTEXT = "Python's list"
@@ -88,6 +88,10 @@ async def client(engine_dir: Path, tokenizer: HfTokenizer) -> AsyncIterator[http
         await engine.shutdown()
 
 
+def encode(tokenizer: HfTokenizer, text: str, *, special_tokens: bool = True) -> list[int]:
+    return tokenizer.encode(PromptText(text, special_tokens))
+
+
 def payload(prompts: Any, **fields: Any) -> dict[str, Any]:
     """As lm_eval's `_create_payload`."""
     return {
@@ -114,10 +118,10 @@ def score(engine: LLMEngine, ids: list[int], ctxlen: int) -> tuple[float, bool]:
 async def test_multiple_choice_is_scored_as_the_engine_scores_it(
     client: httpx.AsyncClient, direct: LLMEngine, tokenizer: HfTokenizer
 ) -> None:
-    context = tokenizer.encode(CONTEXT)
+    context = encode(tokenizer, CONTEXT)
     rows = direct.score(torch.tensor(context))
     greedy = [int(rows[-1].argmax())]
-    endings = [tokenizer.encode(text, add_special_tokens=False) for text in ENDINGS]
+    endings = [encode(tokenizer, text, special_tokens=False) for text in ENDINGS]
     prompts = [context + ending for ending in [*endings, greedy]]
     ctxlens = [len(context)] * len(prompts)
     answer = await client.post("/v1/completions", json=payload(prompts))
@@ -146,7 +150,7 @@ async def test_rolling_perplexity_is_scored_as_the_engine_scores_it(
 ) -> None:
     """Windows of a text, each with one token of context: the prefix token, then the last one."""
     text = (tiny_model / "heldout.txt").read_text(encoding="utf-8")[:900]
-    ids = tokenizer.encode(text)
+    ids = encode(tokenizer, text)
     size = 100
     windows = [(ids[at : at + size + 1]) for at in range(0, len(ids) - 1, size)]
     assert len(windows) > 1
@@ -162,7 +166,7 @@ async def test_bytes_and_texts_of_an_echo_are_the_prompts_own(
     client: httpx.AsyncClient, tokenizer: HfTokenizer
 ) -> None:
     text = "Résumé 世界 🙂 done"
-    ids = tokenizer.encode(text)
+    ids = encode(tokenizer, text)
     fields = {"max_tokens": 0, "logprobs": 3, "prompt_logprobs": 2}
     answer = (await client.post("/v1/completions", json=payload([text, text], **fields))).json()
     [choice, same] = answer["choices"]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.chat_templates import write_tokenizer
 from support.serving import client_of, make_service
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from serve_app.openai.service import Service
-from serve_app.openai.tokenizer import HfTokenizer
+from serve_app.openai.tokenizer import HfTokenizer, PromptText
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}"
@@ -20,7 +23,12 @@ TEMPLATE = (
 
 
 def make_tokenizer(directory: Path) -> HfTokenizer:
+    """Puts `w1` in front of a text."""
     write_tokenizer(directory, chat_template=TEMPLATE)
+    file = str(directory / "tokenizer.json")
+    plain = Tokenizer.from_file(file)
+    plain.post_processor = TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    plain.save(file)
     return HfTokenizer(directory, {p.name: p.read_bytes() for p in directory.iterdir()})
 
 
@@ -47,17 +55,20 @@ async def test_special_tokens_pieces_and_templates_are_the_tokenizers(tmp_path: 
     async def ids(**body: Any) -> list[int]:
         return list((await post(service, "/tokenize", body))["tokens"])
 
+    with_special = tokenizer.encode(PromptText("w5 w6", special_tokens=True))
+    assert await ids(prompt="w5 w6") == with_special
     plain = await ids(prompt="w5 w6", add_special_tokens=False)
-    assert await ids(prompt="w5 w6") == tokenizer.encode("w5 w6")
-    assert plain == tokenizer.encode("w5 w6", add_special_tokens=False)
+    assert plain == tokenizer.encode(PromptText("w5 w6"))
+    assert plain != with_special
     messages = [{"role": "user", "content": "w5"}]
-    conversation = [{"role": "user", "content": "w5"}]
-    assert await ids(messages=messages) == tokenizer.encode_chat(conversation)
+    rendered = tokenizer.render(messages)
+    assert await ids(messages=messages) == tokenizer.encode(rendered)
     without = await ids(messages=messages, add_generation_prompt=False)
-    assert without == tokenizer.encode_chat(conversation, add_generation_prompt=False)
+    assert without == tokenizer.encode(tokenizer.render(messages, add_generation_prompt=False))
     assert len(without) < len(await ids(messages=messages))
     both = await ids(messages=messages, add_special_tokens=True)
-    assert both == tokenizer.encode_chat(conversation, add_special_tokens=True)
+    assert both == tokenizer.encode(replace(rendered, special_tokens=True))
+    assert both != tokenizer.encode(rendered)
     told = await post(service, "/tokenize", {"prompt": "w5 w6", "return_token_strs": True})
     assert told["token_strs"][-2:] == ["w5", "w6"]
     assert len(told["token_strs"]) == told["count"]
@@ -107,9 +118,9 @@ async def test_they_need_the_key_the_model_and_a_bounded_body(path: str) -> None
 
 async def test_tokenizing_ends_at_the_deadline(tmp_path: Path) -> None:
     class Slow(HfTokenizer):
-        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        def encode(self, prompt: PromptText) -> list[int]:
             time.sleep(0.5)
-            return super().encode(text, add_special_tokens=add_special_tokens)
+            return super().encode(prompt)
 
     write_tokenizer(tmp_path, chat_template=TEMPLATE)
     slow = Slow(tmp_path, {p.name: p.read_bytes() for p in tmp_path.iterdir()})

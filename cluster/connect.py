@@ -1,7 +1,8 @@
 """Connects a job or the server to a Ray cluster, and says where on it their actors are placed.
 
 A running cluster (`ray start`, `ray up`, KubeRay, `ray job submit`) is used and left running.
-Without one, a local Ray is started on this machine, and the process that started it stops it:
+Without one, a local Ray is started on this machine, for this process alone: it listens on the
+loopback address only, wants a token of its own (access.py), and is stopped by who started it:
 
     with connect(num_cpus=4) as ray_connection:
         log(ray_connection.describe())
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
+from cluster.access import LocalToken, check_welcome, private_folder, refuse_open_cluster
 from cluster.hardware import GPUS_PER_NODE
 from deepseek.errors import DeployError, first_line
 
@@ -36,10 +38,13 @@ Strategy = Literal["SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 class RayConnection:
     """A connection to Ray. `started` says whether `connect` started that Ray; closing stops it."""
 
-    def __init__(self, address: str, *, started: bool, attached: bool) -> None:
+    def __init__(
+        self, address: str, *, started: bool, attached: bool, token: LocalToken | None = None
+    ) -> None:
         self.address = address
         self.started = started
         self._attached = attached
+        self._token = token
 
     def describe(self) -> str:
         """One line for the log: the address, and whether the Ray was started here."""
@@ -55,6 +60,8 @@ class RayConnection:
         if self._attached:
             self._attached = False
             ray.shutdown()
+            if self._token is not None:
+                self._token.withdraw()
 
     def __enter__(self) -> RayConnection:
         return self
@@ -79,10 +86,12 @@ def connect(
     A process that is connected already keeps its connection. `num_cpus` (default: all) and
     `include_dashboard` (the job server) apply only to a Ray that is started here. A Ray that runs
     on this machine is not used unless it is named, so that a command does the same whatever was
-    left running.
+    left running. A Ray that is named is used with the user's token; one that is started here has
+    its own, which is in the environment of this process and its children until `close`.
 
     Raises:
-        DeployError: nothing answers at the address, or a local Ray cannot start.
+        DeployError: nothing answers at the address, it has several nodes and asks for no token, or
+            the user's token is unusable; or a local Ray cannot start.
     """
     # Ray reads these once, when it is imported: no usage reports, and CPU actors see no GPU
     # warnings on hosts without one.
@@ -98,24 +107,60 @@ def connect(
         # A raylet adds 15 to the niceness of its workers unless its environment says otherwise. On
         # a shared machine the job would then get only the CPU time that others leave.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        folder = private_folder()
+        token = LocalToken(folder)
         try:
-            with _same_sigterm():
+            with _same_sigterm(), _on_loopback():
                 ray.init(
                     "local",
                     num_cpus=num_cpus,
                     include_dashboard=include_dashboard,
+                    # Of this folder Ray opens the mode to all; the one around it stays closed.
+                    _temp_dir=str(folder / "ray"),
                     **quiet,
                 )
-        except (RuntimeError, OSError, ValueError) as error:
-            raise DeployError(f"a local Ray did not start: {first_line(error)}") from error
-        return RayConnection(_current_address(), started=True, attached=True)
+        except BaseException as error:
+            token.withdraw()
+            if isinstance(error, (RuntimeError, OSError, ValueError)):
+                raise DeployError(f"a local Ray did not start: {first_line(error)}") from error
+            raise
+        return RayConnection(_current_address(), started=True, attached=True, token=token)
     _probe(address)
+    if address != "auto":
+        check_welcome(address)
     try:
         with _same_sigterm():
             ray.init(address, **quiet)
     except (RuntimeError, OSError, ValueError) as error:
         raise _unreachable(address, first_line(error)) from error
-    return RayConnection(_current_address(), started=False, attached=True)
+    ray_connection = RayConnection(_current_address(), started=False, attached=True)
+    try:
+        refuse_open_cluster(address if address != "auto" else ray_connection.address)
+    except BaseException:
+        ray_connection.close()
+        raise
+    return ray_connection
+
+
+def is_own_ray() -> bool:
+    """Whether this process started the Ray that it uses, whose workers inherit its environment."""
+    import ray
+
+    node = ray._private.worker._global_node  # None for Ray Client
+    return bool(ray.is_initialized() and node is not None and node.head)
+
+
+def check_cluster() -> None:
+    """Refuse the cluster that this process is connected to, if it is, in the way of `connect`: for
+    code that Ray itself runs, as `serve deploy` does.
+
+    Raises:
+        DeployError: it has several nodes and asks for no token.
+    """
+    import ray
+
+    if ray.is_initialized() and not is_own_ray():
+        refuse_open_cluster(_current_address())
 
 
 @contextlib.contextmanager
@@ -128,6 +173,21 @@ def _same_sigterm() -> Iterator[None]:
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray started within gives its node the address 127.0.0.1, and its servers then listen there
+    alone. On Linux it takes the host's outward address and listens on all interfaces otherwise,
+    also when it is told `_node_ip_address`; on macOS and Windows this is what it does by itself."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @dataclass(frozen=True, slots=True)

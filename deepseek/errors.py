@@ -8,6 +8,7 @@
       ArtifactError       a quantized checkpoint or engine is incomplete, damaged, or of another run
       DeployError         the target engine or the hardware cannot load this artifact
       RequestError        a generation request that can never be served (too long, bad parameter)
+      ServiceError        a running service cannot be reached, refuses, or does not do what is asked
       OutputError         a file or directory cannot be written: disk full, read-only, in the way
 
 `assert` elsewhere means a bug of ours; these mean that the user can fix it, and say how.
@@ -60,6 +61,10 @@ class DeployError(IntServeError):
 
 class RequestError(IntServeError):
     """A generation request that no amount of waiting would make servable."""
+
+
+class ServiceError(IntServeError):
+    """A service over HTTP cannot be reached, refuses the request, or answers something else."""
 
 
 class OutputError(IntServeError):

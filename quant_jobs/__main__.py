@@ -13,11 +13,16 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+if TYPE_CHECKING:
+    from quant_jobs.evaluation.record import Evaluation
+    from quant_jobs.evaluation.served import Served
+
 from deepseek.cli import make_app, run, show_lines
+from deepseek.errors import CalibrationError
 from deepseek.models import MODELS
 from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS, STORAGE
 
@@ -221,24 +226,57 @@ def build(
 
 @app.command()
 def evaluate(
-    engine: EngineOption,
     reference: Annotated[
-        Path, typer.Option(help="The source checkpoint that the engine was quantized from.")
-    ],
-    data: Annotated[
         Path,
-        typer.Option(help="Held-out data, a file as for quantize; not the calibration data."),
+        typer.Option(
+            help="The source checkpoint that the engine was quantized from, or a stored reference "
+            "(--keep-reference) of it."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Directory for evaluation.json.")],
+    output: Annotated[Path, typer.Option(help="Directory for evaluation.json or served.json.")],
+    engine: Annotated[
+        Path | None, typer.Option("--engine", help="Engine directory made by `build`; or --url.")
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="A running service, http://HOST:PORT, to measure in place of an engine."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out data, a file as for quantize; not the calibration data. A stored "
+            "reference holds its own."
+        ),
+    ] = None,
     num_blocks: Annotated[
-        int, typer.Option(min=2, help="Blocks of text, spread evenly over the file.")
-    ] = 24,
+        int | None, typer.Option(min=2, help="Blocks of text, spread evenly over the file [24].")
+    ] = None,
     block_tokens: Annotated[
-        int, typer.Option(min=8, help="Tokens per block, the first one BOS.")
-    ] = 512,
+        int | None, typer.Option(min=8, help="Tokens per block, the first one BOS [512].")
+    ] = None,
     decode_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens per speed run and sequence; 0 measures no speed.")
     ] = 32,
+    keep_reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the run of the source here, to name it as --reference later. With --url: "
+            "[OUTPUT/reference], and one that is there is used."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --url: the model's name there [the only one].")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --url: file with the service's key; without it, $INTSERVE_API_KEY. Keys "
+            "have no place on a command line."
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=256, help="With --url: blocks that are asked for at a time.")
+    ] = 4,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; all cores but one without it.")
     ] = None,
@@ -251,7 +289,12 @@ def evaluate(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure an engine against its source: perplexity, KL, top-1 agreement, size, decode speed.
+    """Measure an engine, or a running service, against the source of the model.
+
+    Of an engine: perplexity, KL, top-1 agreement, size, decode speed (evaluation.json, which `gate`
+    judges). Of a service (--url): perplexity, a lower bound of the KL and top-1 agreement through
+    the logprobs that it returns, latency and throughput (served.json). A killed run against a
+    service goes on where it was.
 
     \b
     Examples:
@@ -259,9 +302,10 @@ def evaluate(
           --reference examples/tiny-deepseek-v3 --data examples/tiny-deepseek-v3/heldout.txt \\
           --output runs/int8-evaluation
       python -m quant_jobs evaluate --engine E --reference DeepSeek-V3 --data heldout.txt \\
-          --output out --num-blocks 64 --block-tokens 2048 --json
+          --output out --num-blocks 64 --block-tokens 2048 --keep-reference ref --json
+      python -m quant_jobs evaluate --url http://127.0.0.1:8000 --reference ref --output served
     """
-    from quant_jobs.evaluate import Settings, run_evaluate
+    from quant_jobs.evaluate import Settings, run_evaluate, run_evaluate_url
 
     settings = Settings(
         num_blocks=num_blocks,
@@ -270,7 +314,31 @@ def evaluate(
         num_threads=threads,
         kv_cache=kv_cache,
     )
-    result = run_evaluate(engine, reference, data, output, settings)
+    result: Evaluation | Served
+    if url is not None and engine is None:
+        if kv_cache is not None:
+            raise CalibrationError("a service has its own KV format; leave --kv-cache out")
+        result = run_evaluate_url(
+            url,
+            reference,
+            data,
+            output,
+            settings,
+            model=model,
+            api_key_file=api_key_file,
+            concurrency=concurrency,
+            keep_reference=keep_reference,
+        )
+    elif engine is not None and url is None:
+        if model is not None or api_key_file is not None:
+            raise CalibrationError("--model and --api-key-file go with --url; leave them out")
+        result = run_evaluate(
+            engine, reference, data, output, settings, keep_reference=keep_reference
+        )
+    else:
+        raise CalibrationError(
+            "give either --engine DIR or --url URL, not both and not neither: what is measured"
+        )
     _show(result.model_dump(mode="json"), as_json, *result.describe())
 
 

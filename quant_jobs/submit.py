@@ -61,7 +61,7 @@ _ALIVE = ("PENDING", "RUNNING")
 #: What is never sent with a working directory, whatever its .gitignore says. Patterns are those of
 #: a .gitignore; `/` is the directory itself. Ray adds what .gitignore and .rayignore name.
 EXCLUDES = (
-    *(".git", ".venv", "venv", "/runs", "__pycache__", "*.egg-info"),
+    *(".git", ".venv", "venv", "/runs", "__pycache__", "*.egg-info", "*.key"),
     *(".cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"),
 )
 

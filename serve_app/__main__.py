@@ -1,7 +1,7 @@
 """`python -m serve_app`: serve one engine on this machine until interrupted.
 
-Reads flags and settings, reports a user's mistakes, and waits for a signal. What is started, drained
-and stopped is in local.py. A cluster does not use this command: `serve deploy` imports app.py.
+Reads flags and settings, reports a user's mistakes, and waits for a signal. local.py starts, drains
+and stops the service. A cluster does not use this command: `serve deploy` imports app.py.
 
 Exit codes: 0 after SIGTERM when every request in flight has finished, 130 after Ctrl-C; 143 and 130
 when some had to be cut. A second signal while it drains cuts them at once.

@@ -8,20 +8,24 @@ describes the deployments; engines are made, and gates checked, inside the repli
 # No `from __future__ import annotations` here: Serve reads the class in `build`'s annotation to
 # turn a deploy file's `args` into a ServeConfig, and does not resolve a string.
 
-import os
 from functools import partial
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
+from cluster.connect import check_cluster, is_own_ray
 from serve_app.config import ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.openai.ingress import Ingress
 from serve_app.replica.replica import INGRESS, EngineFactory, EngineReplica
+from serve_app.telemetry.travel import traveling_variables
 
 #: The ingress never queues: it must stay free to answer 429. Serve's own cap is a last resort.
 _INGRESS_MAX_ONGOING = 4096
+
+#: Seconds that an ingress outlives the engines that Serve stops together with it.
+_TELL_CLIENTS_S = 5.0
 
 
 def engine_factory(config: ServeConfig) -> EngineFactory:
@@ -34,7 +38,12 @@ def engine_factory(config: ServeConfig) -> EngineFactory:
 
 
 def build(config: ServeConfig) -> Application:
-    """The application of one configuration; Serve parses the `args` of a deploy file into it."""
+    """The application of one configuration; Serve parses the `args` of a deploy file into it.
+
+    Raises:
+        DeployError: the cluster has several nodes and asks nobody for a token.
+    """
+    check_cluster()
     return build_with(config, engine_factory(config))
 
 
@@ -42,20 +51,23 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
     """`build` with engines of the caller's; tests pass one that fails on purpose. An engine
     directory in `config` must be gated, whatever `make_engine` makes."""
     shared: dict[str, Any] = {
-        "graceful_shutdown_timeout_s": config.graceful_shutdown_s,
         "graceful_shutdown_wait_loop_s": min(0.2, config.graceful_shutdown_s),
         "health_check_period_s": config.health_check_period_s,
+        "health_check_timeout_s": config.health_check_timeout_s,
         # Serve's access log repeats for every request what the metrics count.
         "logging_config": {"enable_access_log": False},
     }
+    variables = traveling_variables(config.otlp_headers_file, inherited=is_own_ray())
     engine = serve.deployment(
         EngineReplica,
         name="engine",
         num_replicas=config.engine_replicas,
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
-        ray_actor_options=_actor_options(config.engine_cpus),
+        ray_actor_options=_actor_options(config.engine_cpus, variables),
         user_config=config.replica_limits.model_dump(),
+        max_surge_percent=config.engine_surge_percent,
+        graceful_shutdown_timeout_s=config.graceful_shutdown_s,
         **shared,
     )
     ingress = serve.deployment(
@@ -63,7 +75,11 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         name=INGRESS,
         num_replicas=config.ingress_replicas,
         max_ongoing_requests=_INGRESS_MAX_ONGOING,
-        ray_actor_options=_actor_options(config.ingress_cpus),
+        ray_actor_options=_actor_options(config.ingress_cpus, variables),
+        # An update starts the new ingress before the old one drains: there is always one to ask.
+        max_surge_percent=100,
+        # Where both stop, engines go first: their ingresses then tell the clients that are left.
+        graceful_shutdown_timeout_s=config.graceful_shutdown_s + _TELL_CLIENTS_S,
         **shared,
     )
     replicas = engine.bind(
@@ -73,16 +89,16 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         kv_cache=config.kv_cache,
         allow_ungated=config.allow_ungated,
         require_signature=config.require_signature,
+        max_step_s=config.max_step_s,
     )
     app: Application = ingress.bind(config, replicas)
     return app
 
 
-def _actor_options(num_cpus: float) -> dict[str, Any]:
-    """Resources, and this process's OpenTelemetry variables, which a worker of a cluster that runs
-    already would otherwise lack."""
+def _actor_options(num_cpus: float, variables: dict[str, str]) -> dict[str, Any]:
+    """Resources, and variables that a worker of a cluster that runs already would otherwise lack;
+    Ray shows them to all who use the cluster."""
     options: dict[str, Any] = {"num_cpus": num_cpus}
-    otel = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
-    if otel:
-        options["runtime_env"] = {"env_vars": otel}
+    if variables:
+        options["runtime_env"] = {"env_vars": variables}
     return options

@@ -69,10 +69,22 @@ class ServeConfig(_Strict):
     max_open_bodies: int = Field(default=512, ge=1)
     max_open_body_bytes: int = Field(default=64 * 2**20, ge=1)
     default_max_tokens: int = Field(default=512, ge=1)
+    #: Logprobs of prompt tokens in one answer, alternatives included: 163,840 tokens with two
+    #: alternatives each, 15 MB of JSON and more.
+    max_prompt_logprobs: int = Field(default=2**19, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0.0, description="for the whole answer")
     replica_limits: ReplicaLimits = ReplicaLimits()
     graceful_shutdown_s: float = Field(default=30.0, gt=0.0, description="streams may finish")
-    health_check_period_s: float = Field(default=10.0, gt=0.0)
+    #: Engine replicas, in percent, that an update may start before it stops old ones. 0 needs no
+    #: spare memory or GPU; requests then wait, or get a 503, while the last replica is replaced.
+    engine_surge_percent: int = Field(default=0, ge=0, le=100)
+    #: Serve looks at each replica once in a period; one that has ended is replaced then, one that
+    #: fails or does not answer in time at the third time.
+    health_check_period_s: float = Field(default=2.0, gt=0.0)
+    health_check_timeout_s: float = Field(default=10.0, gt=0.0)
+    #: An engine that has work and finishes no step for this long is replaced. A step is at most one
+    #: batch of `max_batched_tokens`; keep this well above the slowest.
+    max_step_s: float = Field(default=60.0, gt=0.0)
 
     #: The embedded engine's own settings; None keeps what it was built with, or its default.
     max_model_len: int | None = Field(default=None, ge=2)
@@ -91,6 +103,9 @@ class ServeConfig(_Strict):
     #: dashboard shows: on a cluster, name a file that holds them on each node (key_file.py).
     api_keys: tuple[SecretStr, ...] = ()
     api_keys_file: Path | None = None
+    #: Headers that the exporter of traces sends, such as its key: `name=value` lines in a file that
+    #: lies at this path on each node, of mode 600 (telemetry/travel.py).
+    otlp_headers_file: Path | None = None
     #: Who is told what /health says beyond up or down, /version and /metrics, where there are keys:
     #: "key" who has one, "loopback" also a client on this machine, "open" everybody. Without keys
     #: everybody is.

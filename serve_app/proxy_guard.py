@@ -10,8 +10,8 @@ before Serve sees it:
 - headers by which a client would command Serve itself are removed.
 
 Serve calls `middlewares` in the process of each server when CALLBACK_VARIABLE names it in the
-environment; local.py sets that, and so does whoever starts Ray on a cluster. openai/body.py bounds the
-same bodies again, whatever server is in front.
+environment; local.py sets that, and so does whoever starts Ray on a cluster. openai/body.py bounds
+the same bodies again, whatever server is in front.
 """
 
 from __future__ import annotations

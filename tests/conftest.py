@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Generator
@@ -55,10 +56,18 @@ def int4_engine(tiny_model: Path, base: Path, tmp_path: Path) -> Path:
 
 def pytest_configure() -> None:
     """Give this process's Rays a folder of their own. Its name is short, because Ray's sockets lie
-    below it and a socket's path holds at most 107 bytes."""
+    below it and a socket's path holds at most 107 bytes. Clusters that tests start are in token
+    mode; this token stands for that of a user, and never for that of a local Ray."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     (Path(folder) / "ray").mkdir()  # a cluster with its files elsewhere writes there all the same
+    token = Path(folder) / "token"
+    token.touch(0o600)
+    token.write_text(secrets.token_hex(32), encoding="ascii")
     os.environ["RAY_TMPDIR"] = folder
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # not 30: tests share two cores
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ.pop("RAY_AUTH_TOKEN", None)
 
 
 def pytest_unconfigure() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from support.parts import require
 
 from deepseek.artifact.signature import read_public_key
@@ -101,3 +103,48 @@ def test_the_files_that_the_page_allows_and_refuses_are_those_of_the_code(root: 
         assert name in own or _HARMLESS.fullmatch(name), name
     for name in re.findall(r"`([\w.*]+[.]\w+)`", refused.partition("a folder")[0]):
         assert not _HARMLESS.fullmatch(name.replace("*", "x")), name
+
+
+def test_the_token_is_made_as_ray_env_wants_it(root: Path, tmp_path: Path) -> None:
+    require("openssl")
+    script = block(root, "ray token")
+    (line,) = script.splitlines()
+    assert f"#     {line}" in (root / "cluster.yaml").read_text(encoding="utf-8")
+    environment = os.environ | {"HOME": str(tmp_path)}
+    subprocess.run(["bash", "-euc", script], env=environment, check=True)
+    token = tmp_path / ".intserve" / "ray-token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    assert re.fullmatch(r"[0-9a-f]{64}\n", token.read_text())
+    sourced = subprocess.run(
+        ["bash", "-c", f". {root}/cluster/ray-env.sh && echo $RAY_AUTH_TOKEN_PATH"],
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"], "RAY_TMPDIR": str(tmp_path / "r")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert sourced.stdout == f"{token}\n"
+
+
+def test_the_firewall_names_the_nodes_of_cluster_yaml_and_ports_of_the_table(
+    root: Path, tmp_path: Path
+) -> None:
+    done = run(block(root, "firewall"), tmp_path, root)
+    assert done.returncode == 0, done.stderr
+    rules = (tmp_path / "intserve.nft").read_text()
+    provider = yaml.safe_load((root / "cluster.yaml").read_text(encoding="utf-8"))["provider"]
+    nodes = re.search(r"set nodes .*elements = \{ (.*?) \}", rules)
+    assert nodes
+    assert nodes[1].split(", ") == [provider["head_ip"], *provider["worker_ips"]]
+    assert "policy drop" in rules
+    page = (root / "docs" / "security.md").read_text(encoding="utf-8")
+    for ports in re.findall(r"@(?:clients|monitoring) tcp dport (?:\{ )?([\d, ]+)", rules):
+        for port in ports.split(","):
+            row = re.search(rf"^\| `{port.strip()}` .*$", page, re.MULTILINE)
+            assert row, port
+            assert re.search("clients|Prometheus", row[0])
+    if nft := shutil.which("nft"):  # needs rights that not every machine gives
+        checked = subprocess.run(
+            [nft, "-c", "-f", "intserve.nft"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert "syntax error" not in checked.stderr, checked.stderr

@@ -82,15 +82,15 @@ class TopLogprob(NamedTuple):
     bytes: _Bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """Natural-log probabilities under the model's own distribution, before temperature and cuts.
 
     `token` is the text that the token adds where it stands: empty for a token that ends within a
     character, and the whole character for the one that completes it (token_names.py). `bytes` are
     the token's own, also where they are part of a character; None where the vocabulary has none for
     it. `rank` is the number of tokens that are at least as likely, itself included; None where it
-    is not counted. `top` holds the best alternatives, best first.
+    is not counted. `top` holds the best alternatives, best first. A tuple, because a long prompt
+    has hundreds of thousands of them, which cross a process boundary.
     """
 
     token_id: int

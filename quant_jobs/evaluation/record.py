@@ -31,11 +31,11 @@ Positive = Annotated[float, Field(gt=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Estimate(_Strict):
+class Estimate(Strict):
     """A value, its standard error over blocks, and its 95 % bootstrap interval over blocks."""
 
     value: float
@@ -44,8 +44,8 @@ class Estimate(_Strict):
     high: float
 
 
-class Divergence(_Strict):
-    """KL(source || quantized), nats per token over the full vocabulary."""
+class Divergence(Strict):
+    """KL(source || quantized), nats per token."""
 
     mean: Estimate
     p50: float
@@ -54,7 +54,16 @@ class Divergence(_Strict):
     max: float
 
 
-class GroupBytes(_Strict):
+class LumpedKL(Strict):
+    """Mean KL with all tokens lumped into one that a server which names its `top` most likely
+    tokens does not name, or a stored reference does not hold: a lower bound of the full KL
+    (lumped.py). It is what `evaluate --url` measures."""
+
+    top: int = Field(ge=1)
+    mean: Estimate
+
+
+class GroupBytes(Strict):
     """Bytes of one group of tensors: in BF16, as the source stores it, and as the artifact stores
     it (scales and zero points included)."""
 
@@ -65,7 +74,7 @@ class GroupBytes(_Strict):
     artifact_bytes: Count
 
 
-class DecodeSpeed(_Strict):
+class DecodeSpeed(Strict):
     """Median decode speed of both engines, measured in turns in one process."""
 
     batch_size: int = Field(ge=1)
@@ -75,7 +84,7 @@ class DecodeSpeed(_Strict):
     source_runs: Annotated[tuple[float, ...], Field(min_length=1)]
 
 
-class HeldOut(_Strict):
+class HeldOut(Strict):
     """The held-out text: digest of its token ids, and how it was cut into blocks."""
 
     digest: str
@@ -88,12 +97,14 @@ class HeldOut(_Strict):
         return self.num_blocks * (self.block_tokens - 1)
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """The whole of evaluation.json. `artifact_digest` is the source's fingerprint and `recipe`
     "unquantized" for an engine of the source itself. The figures hold for the kernels of the target
-    `arithmetic` on KV pages of the format `kv_cache`, whatever the engine was built with. Sizes
-    include any MTP layer, which the artifact carries too; `sizes` counts tensors, `artifact_bytes`
-    files, headers included."""
+    `arithmetic` on KV pages of the format `kv_cache`, whatever the engine was built with.
+    `stored_reference` is the digest of the stored reference that stood for the source: `kl` is then
+    an unbiased estimate, not computed over the full vocabulary, and no speed is measured. Form 1
+    has no `lumped_kl`. Sizes include any MTP layer, which the artifact carries too; `sizes` counts
+    tensors, `artifact_bytes` files, headers included."""
 
     format_version: Literal[2] = 2
     engine_digest: str
@@ -102,11 +113,13 @@ class Evaluation(_Strict):
     arithmetic: Arithmetic
     kv_cache: CacheFormat
     reference_fingerprint: str
+    stored_reference: str | None = None
     data: HeldOut
     perplexity: Positive
     source_perplexity: Positive
     perplexity_ratio: Estimate
     kl: Divergence
+    lumped_kl: LumpedKL | None = None
     top1: Estimate
     sizes: Annotated[tuple[GroupBytes, ...], Field(min_length=1)]
     artifact_bytes: Annotated[Count, Field(description="files of the quantized checkpoint")]

@@ -2,8 +2,9 @@
 
 The two sides share only an inbox of commands, and callbacks posted to the event loop. The thread
 alone touches the engine and the event loop alone touches the mailboxes, so neither needs a lock. A
-step that fails ends every request in `Done("error")`; `check` raises from then on, and Serve
-replaces the replica. Batching, KV pages and sampling are in deepseek/engine, not here.
+step that fails ends every request in `Done("error")`; `check` raises from then on, and the replica
+is replaced. A step that does not end shows in `stalled_s`. Batching, KV pages and sampling are in
+deepseek/engine, not here.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ from serve_app.engines.protocol import (
     PromptLogprobs,
     Tokens,
 )
+from serve_app.engines.stall import StallClock
 from serve_app.errors import EngineUnavailable
 
 log = logging.getLogger("ray.serve")
 
 #: `EngineInfo.context_name` where the engine's context ends before the model's.
 DENSE_CONTEXT = "dense context (index_topk; this engine has no sparse attention)"
+#: Seconds that `shutdown` waits for the step under way. The thread is a daemon: one that hangs does
+#: not keep the process.
+JOIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +82,18 @@ class EmbeddedEngine:
         self,
         config: ServeConfig,
         load: Callable[[Path, EngineOptions], LLMEngine] = LLMEngine.load,
+        join_s: float = JOIN_S,
     ) -> None:
         assert config.engine is not None
         self._config = config
         self._open = load
+        self._join_s = join_s
         self._directory = config.engine
         self._mailboxes: dict[str, _Mailbox] = {}
         self._inbox: queue.SimpleQueue[GenerateRequest | _Abort | _Stop] = queue.SimpleQueue()
+        self._stall = StallClock()
         self._failed = False
+        self._stopped = False
 
     async def start(self) -> EngineInfo:
         self._loop = asyncio.get_running_loop()
@@ -117,7 +126,7 @@ class EmbeddedEngine:
         self._raise_if_failed()
         mailbox = _Mailbox(len(request.prompt_ids))
         self._mailboxes[request.request_id] = mailbox
-        self._inbox.put(request)
+        self._submit(request)
         try:
             while True:
                 item = await mailbox.events.get()
@@ -129,13 +138,13 @@ class EmbeddedEngine:
         finally:
             del self._mailboxes[request.request_id]
             if not mailbox.ended:
-                self._inbox.put(_Abort(request.request_id))
+                self._submit(_Abort(request.request_id))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             mailbox = self._mailboxes.get(request_id)
             if mailbox is not None and not mailbox.ended:
-                self._inbox.put(_Abort(request_id))
+                self._submit(_Abort(request_id))
                 mailbox.put(Done("abort", mailbox.prompt_tokens, mailbox.produced))
 
     def load(self) -> EngineLoad:
@@ -144,12 +153,26 @@ class EmbeddedEngine:
     async def check(self) -> None:
         self._raise_if_failed()
 
+    def stalled_s(self) -> float:
+        return self._stall.stalled_s()
+
     async def shutdown(self) -> None:
+        self._stopped = True
+        for mailbox in self._mailboxes.values():
+            mailbox.put(EngineUnavailable("the engine that held this request is stopping; retry"))
         if hasattr(self, "_thread"):
-            self._inbox.put(_Stop())
-            await asyncio.to_thread(self._thread.join)
+            self._submit(_Stop())
+            await asyncio.to_thread(self._thread.join, self._join_s)
+            if self._thread.is_alive():
+                log.error("the engine's step has not ended in %g s; left behind", self._join_s)
+
+    def _submit(self, command: GenerateRequest | _Abort | _Stop) -> None:
+        self._stall.submitted()
+        self._inbox.put(command)
 
     def _raise_if_failed(self) -> None:
+        if self._stopped:
+            raise EngineUnavailable("the engine is stopping; retry later")
         if self._failed:
             raise EngineUnavailable("the engine has failed and is being replaced; retry later")
 
@@ -161,7 +184,8 @@ class EmbeddedEngine:
                 if self._engine.has_work:
                     self._step()
                 self._load = self._engine.current_load()
-        except Exception:
+                self._stall.stepped(has_work=self._engine.has_work)
+        except BaseException:  # whatever ends the thread ends the requests, each exactly once
             log.exception("the engine's step loop failed")
             self._fail()
         else:
@@ -170,7 +194,15 @@ class EmbeddedEngine:
 
     def _fail(self) -> None:
         self._failed = True
-        self._loop.call_soon_threadsafe(self._fail_all)
+        self._post(self._fail_all)
+
+    def _post(self, callback: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+            # a step that outlived the shutdown: nobody waits for it
 
     def _take_commands(self) -> bool:
         """Execute the commands in the inbox; an idle engine blocks for one. False ends the loop."""
@@ -181,6 +213,7 @@ class EmbeddedEngine:
             except queue.Empty:
                 return True
             idle = False
+            self._stall.taken()
             if isinstance(command, _Stop):
                 return False
             if isinstance(command, _Abort):
@@ -193,14 +226,14 @@ class EmbeddedEngine:
             self._engine.add_request(_to_engine(request))
         except RequestError as error:
             refusal: list[tuple[str, Event | Exception]] = [(request.request_id, error)]
-            self._loop.call_soon_threadsafe(self._deliver, refusal)
+            self._post(self._deliver, refusal)
 
     def _step(self) -> None:
         items: list[tuple[str, Event | Exception]] = []
         for output in self._engine.step():
             items.extend((output.request_id, event) for event in _to_events(output))
         if items:  # one callback per step, not one per request
-            self._loop.call_soon_threadsafe(self._deliver, items)
+            self._post(self._deliver, items)
 
     # These run on the event loop.
 

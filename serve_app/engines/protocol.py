@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from deepseek.engine.options import EngineLoad
-from deepseek.engine.request import FinishReason, SamplingParams, TokenLogprob
+from deepseek.engine.request import FinishReason, SamplingParams, TokenLogprob, TopLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +43,34 @@ class Tokens:
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
     """The prompt's own logprobs, for a request that asks for them: at most once, before the first
-    `Tokens`. One entry per prompt token; the first is None, because nothing predicts it."""
+    `Tokens`. One entry per prompt token; the first is None, because nothing predicts it.
+
+    A long prompt has hundreds of thousands of entries, and pickling holds up everything else in the
+    process: they cross as plain tuples, which takes half the time.
+    """
 
     logprobs: tuple[TokenLogprob | None, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _prompt_logprobs, (tuple(map(_plain, self.logprobs)),)
+
+
+def _plain(item: TokenLogprob | None) -> tuple[Any, ...] | None:
+    if item is None:
+        return None
+    token_id, token, logprob, top, data, rank = item
+    return token_id, token, logprob, tuple([tuple(entry) for entry in top]), data, rank
+
+
+def _prompt_logprobs(rows: tuple[tuple[Any, ...] | None, ...]) -> PromptLogprobs:
+    return PromptLogprobs(tuple([None if row is None else _named(*row) for row in rows]))
+
+
+def _named(
+    token_id: int, token: str, logprob: float, top: Any, data: bytes | None, rank: int | None
+) -> TokenLogprob:
+    entries = tuple([TopLogprob._make(entry) for entry in top])
+    return TokenLogprob(token_id, token, logprob, entries, data, rank)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,36 +1,60 @@
 """OpenAI's answer objects, made from engine events. stream.py calls this file; it does no I/O.
 
-There is one class per endpoint, with the same three methods: `piece` makes a streamed choice with
-new text, `last` the streamed choice that carries the finish reason, `whole` the unstreamed choice.
-They make plain dicts, because one is built for every message of every stream.
+There is one class per endpoint, with the same methods: `prompt_pieces` makes the streamed choices
+that echo the prompt, `piece` a streamed choice with new text, `last` the streamed choice that
+carries the finish reason, `whole` the unstreamed choice. They make plain dicts, because one is
+built for every message of every stream. How logprobs are written is in logprobs.py.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deepseek.engine.request import TokenLogprob
 from serve_app.engines.protocol import Done, Tokens
+from serve_app.openai.echoed import EchoedPrompt
+from serve_app.openai.logprobs import LogprobStyle, TextLogprobs
+
+#: Logprobs in one streamed message of an echoed prompt, alternatives included.
+PIECE_LOGPROBS = 2048
 
 
 @dataclass(slots=True)
 class ChoiceState:
-    """One choice so far. `text_offset` counts characters; `started` says that a piece is sent."""
+    """One choice so far. `echo` is the prompt that comes first, None without `echo: true`;
+    `text_offset` counts characters; `started` says that a piece is sent."""
 
     index: int
+    echo: EchoedPrompt | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text_offset: int = 0
     started: bool = False
     done: Done | None = None
 
+    @property
+    def num_logprobs(self) -> int:
+        """Logprobs to write, alternatives included: what the answer's size goes by."""
+        entries = [*(self.prompt_logprobs or ()), *self.logprobs]
+        return sum(1 + len(entry.top) for entry in entries if entry is not None)
+
 
 class Format(Protocol):
     """How one endpoint writes its answers. `prefix` begins the answer's id."""
 
     prefix: str
+
+    def choice(self, index: int) -> ChoiceState:
+        """A choice that has nothing yet."""
+        ...
+
+    def prompt_pieces(self, choice: ChoiceState) -> Iterator[dict[str, Any]]:
+        """The prompt, if it is echoed, once its logprobs are known, if they are asked for."""
+        ...
 
     def piece(self, choice: ChoiceState, tokens: Tokens) -> dict[str, Any]: ...
 
@@ -39,6 +63,10 @@ class Format(Protocol):
     def whole(self, choice: ChoiceState, reason: str) -> dict[str, Any]: ...
 
     def envelope(self, *, streamed: bool) -> dict[str, Any]: ...
+
+    def extras(self, choices: list[ChoiceState]) -> dict[str, Any]:
+        """Fields of the unstreamed answer beside its choices."""
+        ...
 
 
 def usage(choices: list[ChoiceState], prompt_tokens: int) -> dict[str, Any]:
@@ -58,10 +86,25 @@ class _Base:
     object_whole = ""
     object_piece = ""
 
-    def __init__(self, request_id: str, model: str) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        style: LogprobStyle,
+        echoes: tuple[EchoedPrompt, ...] = (),
+        num_choices: int = 1,
+    ) -> None:
+        """`echoes` are the prompts to echo, in order; each has `num_choices` choices."""
         self._id = request_id
         self._model = model
         self._created = int(time.time())
+        self._style = style
+        self._echoes = echoes
+        self._num_choices = num_choices
+
+    def choice(self, index: int) -> ChoiceState:
+        echo = self._echoes[index // self._num_choices] if self._echoes else None
+        return ChoiceState(index, echo)
 
     def envelope(self, *, streamed: bool) -> dict[str, Any]:
         return {
@@ -77,6 +120,9 @@ class ChatFormat(_Base):
     object_whole = "chat.completion"
     object_piece = "chat.completion.chunk"
 
+    def prompt_pieces(self, choice: ChoiceState) -> Iterator[dict[str, Any]]:
+        return iter(())
+
     def piece(self, choice: ChoiceState, tokens: Tokens) -> dict[str, Any]:
         delta: dict[str, Any] = {"content": tokens.text}
         if not choice.started:
@@ -84,7 +130,7 @@ class ChatFormat(_Base):
         return {
             "index": choice.index,
             "delta": delta,
-            "logprobs": _chat_logprobs(tokens.logprobs),
+            "logprobs": self._style.chat(tokens.logprobs),
             "finish_reason": None,
         }
 
@@ -96,75 +142,69 @@ class ChatFormat(_Base):
         return {
             "index": choice.index,
             "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
-            "logprobs": _chat_logprobs(choice.logprobs),
+            "logprobs": self._style.chat(choice.logprobs),
             "finish_reason": reason,
         }
+
+    def extras(self, choices: list[ChoiceState]) -> dict[str, Any]:
+        """vLLM's `prompt_logprobs`: all choices have the same prompt, so the first speaks."""
+        if self._style.num_prompt is None:
+            return {}
+        return {"prompt_logprobs": self._style.prompt(choices[0].prompt_logprobs)}
 
 
 class CompletionFormat(_Base):
     prefix = "cmpl-"
     object_whole = object_piece = "text_completion"
 
+    def prompt_pieces(self, choice: ChoiceState) -> Iterator[dict[str, Any]]:
+        echo = choice.echo
+        if echo is None:
+            return
+        choice.text_offset = len(echo.text)
+        if choice.prompt_logprobs is None or self._style.num_text is None:
+            yield self._streamed(choice, echo.text, None)
+            return
+        size = max(1, PIECE_LOGPROBS // (1 + self._style.num_text))
+        logprobs, begin = TextLogprobs(self._style), 0
+        offsets = echo.offsets(choice.prompt_logprobs)
+        for item, offset in zip(choice.prompt_logprobs, offsets, strict=True):
+            if len(logprobs) == size:
+                yield self._streamed(choice, echo.text[begin:offset], logprobs.fields())
+                begin, logprobs = offset, TextLogprobs(self._style)
+            logprobs.add_echoed(echo, item, offset)
+        yield self._streamed(choice, echo.text[begin:], logprobs.fields())
+
     def piece(self, choice: ChoiceState, tokens: Tokens) -> dict[str, Any]:
-        logprobs = _text_logprobs(tokens.logprobs, choice.text_offset)
-        choice.text_offset += sum(len(item.token) for item in tokens.logprobs)
-        return {
-            "index": choice.index,
-            "text": tokens.text,
-            "logprobs": logprobs,
-            "finish_reason": None,
-        }
+        logprobs = TextLogprobs(self._style)
+        choice.text_offset = logprobs.add_all(tokens.logprobs, choice.text_offset)
+        return self._streamed(choice, tokens.text, logprobs.fields())
 
     def last(self, choice: ChoiceState, reason: str) -> dict[str, Any]:
         return {"index": choice.index, "text": "", "logprobs": None, "finish_reason": reason}
 
     def whole(self, choice: ChoiceState, reason: str) -> dict[str, Any]:
-        return {
+        logprobs = TextLogprobs(self._style)
+        text, echo = "".join(choice.text), choice.echo
+        if echo is not None:
+            text = echo.text + text
+            if choice.prompt_logprobs is not None and self._style.num_text is not None:
+                logprobs.add_prompt(echo, choice.prompt_logprobs)
+        logprobs.add_all(choice.logprobs, 0 if echo is None else len(echo.text))
+        answer = {
             "index": choice.index,
-            "text": "".join(choice.text),
-            "logprobs": _text_logprobs(choice.logprobs, 0),
+            "text": text,
+            "logprobs": logprobs.fields(),
             "finish_reason": reason,
         }
+        if self._style.num_prompt is not None:
+            answer["prompt_logprobs"] = self._style.prompt(choice.prompt_logprobs)
+        return answer
 
+    def extras(self, choices: list[ChoiceState]) -> dict[str, Any]:
+        return {}
 
-def _bytes(data: bytes | None) -> list[int] | None:
-    return None if data is None else list(data)
-
-
-def _chat_logprobs(logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> Any:
-    if not logprobs:
-        return None
-    return {
-        "content": [
-            {
-                "token": item.token,
-                "logprob": item.logprob,
-                "bytes": _bytes(item.bytes),
-                "top_logprobs": [
-                    {"token": top.token, "logprob": top.logprob, "bytes": _bytes(top.bytes)}
-                    for top in item.top
-                ],
-            }
-            for item in logprobs
-        ],
-        "refusal": None,
-    }
-
-
-def _text_logprobs(
-    logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...], offset: int
-) -> dict[str, Any] | None:
-    """Logprobs as the completions endpoint writes them. Offsets count characters of the tokens,
-    from `offset` on."""
-    if not logprobs:
-        return None
-    offsets = []
-    for item in logprobs:
-        offsets.append(offset)
-        offset += len(item.token)
-    return {
-        "tokens": [item.token for item in logprobs],
-        "token_logprobs": [item.logprob for item in logprobs],
-        "top_logprobs": [{top.token: top.logprob for top in item.top} for item in logprobs],
-        "text_offset": offsets,
-    }
+    def _streamed(
+        self, choice: ChoiceState, text: str, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": None}

@@ -53,6 +53,7 @@ def add_operations(app: FastAPI, service: Service, snapshots: Snapshots | None) 
             "engine": info.engine,
             "recipe": info.recipe,
             "artifact_digest": info.artifact_digest,
+            "engine_digest": info.engine_digest,
             "kv_cache": info.kv_cache,
             "gated": ready[0].gated,
             "max_model_len": info.max_model_len,

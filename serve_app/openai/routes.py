@@ -11,6 +11,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from deepseek.text import printable
@@ -19,6 +20,7 @@ from serve_app.openai.drain import Drain, DrainMiddleware
 from serve_app.openai.operations import Snapshots, add_operations
 from serve_app.openai.origins import Origins
 from serve_app.openai.service import Service
+from serve_app.openai.tokenize import add_tokenizing
 from serve_app.routing.checks import check_model
 
 #: Characters of a path that a refusal repeats.
@@ -57,10 +59,12 @@ def make_app(
         check_model(model, service.config.served_name)
         return JSONResponse(await service.model_card())
 
+    add_tokenizing(app, service)
     add_operations(app, service, snapshots)
     app.add_exception_handler(HTTPException, _refused_by_framework)
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(ApiError, _failed)
+    app.add_exception_handler(ClientDisconnect, _left)
     if drain is not None:
         app.add_middleware(DrainMiddleware, drain=drain)
     return Origins(app, service.config.allowed_origins)
@@ -69,6 +73,11 @@ def make_app(
 async def _failed(request: Request, error: Exception) -> Response:
     known = to_api_error(error)
     return JSONResponse(known.body(), known.status, known.headers())
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """While its body was arriving: nobody reads the answer."""
+    return Response(status_code=499)
 
 
 async def _refused_by_framework(request: Request, error: Exception) -> Response:

@@ -2,12 +2,12 @@
 
 `Service.answer` calls, in this order:
 
-    check_key -> BodyReader.read -> parse -> check_model -> tokenize -> admit -> open_stream
-              -> 200 and Answer.sse, or Answer.collect and 200
+    check_key -> BodyReader.read -> parse -> check_model -> check_choices -> encode -> admit
+              -> open_stream -> 200 and Answer.sse, or Answer.collect and 200
 
-Until the key is checked a request is nobody's: nothing of it is traced, and only the refusal is
-counted. Everything that can be refused is refused before the 200; a later failure is reported
-in-band. routes.py calls it; it knows no Ray.
+The deadline runs from the first of them. Until the key is checked a request is nobody's: nothing of
+it is traced, and only the refusal is counted. What can be refused is refused before the 200; a
+later failure is reported in-band. routes.py calls it; it knows no Ray.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Send
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineClient, EngineInfo
 from serve_app.errors import (
-    DeadlineExceeded,
     EngineUnavailable,
     TooManyFailedKeys,
     Unauthorized,
@@ -35,17 +33,27 @@ from serve_app.errors import (
 )
 from serve_app.openai.answers import ChatFormat, CompletionFormat
 from serve_app.openai.body import BodyReader
-from serve_app.openai.requests import AnyRequest, ChatRequest, CompletionRequest, parse
+from serve_app.openai.echoed import EchoedPrompt
+from serve_app.openai.logprobs import LogprobStyle
+from serve_app.openai.obfuscation import obfuscate
+from serve_app.openai.prompts import PromptEncoder
+from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.stream import Answer, open_stream
 from serve_app.openai.tokenizer import Tokenizer
-from serve_app.routing.checks import admit, check_model
+from serve_app.routing.checks import (
+    ContextLimit,
+    admit,
+    check_choices,
+    check_model,
+    check_prompt_logprobs,
+    most_requests,
+)
 from serve_app.routing.keys import Keys
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.request import Observation
 from serve_app.telemetry.tracing import Telemetry
 
-#: Conversations that are tokenized at one time.
-CHAT_THREADS = 8
+Result = TypeVar("Result")
 
 _BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {
     "/v1/chat/completions": ChatRequest,
@@ -69,7 +77,7 @@ class Service:
         addresses_known: bool = True,
     ) -> None:
         self.config = config
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.engines = engines
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
@@ -83,7 +91,8 @@ class Service:
         self._addresses_known = addresses_known
         self._info: EngineInfo | None = None
         self.started = int(time.time())
-        self._chat_threads = ThreadPoolExecutor(CHAT_THREADS, "chat-template")
+        self._parser = BodyParser(config.served_name)
+        self.encoder = PromptEncoder(tokenizer)
 
     def client_host(self, request: Request) -> str | None:
         """The client's address, None where it is not known. Never from a header of the client's:
@@ -126,8 +135,8 @@ class Service:
             trusted=self.keys.required,
         )
         try:
-            data = await self.bodies.read(request, arrived=arrived, deadline=deadline)
-            body = parse(_BODIES[route], data)
+            raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
+            body = await self._parser.parse(_BODIES[route], raw)
             check_model(body.model, self.config.served_name)
             return await self._respond(body, observation, deadline)
         except asyncio.CancelledError:
@@ -145,18 +154,20 @@ class Service:
         self, body: AnyRequest, observation: Observation, deadline: float
     ) -> Response:
         request_id = uuid.uuid4().hex
-        prompts = await self._tokenize_in_thread(body, deadline)
+        check_choices(body, most_requests(self.config))
+        info = await self.engines.info()
+        prompts = await self._encode(body, ContextLimit.of(info), deadline)
         requests = admit(
             body,
             prompts,
             request_id=request_id,
-            info=await self.engines.info(),
-            vocab_size=self._tokenizer.vocab_size,
+            info=info,
+            vocab_size=self.tokenizer.vocab_size,
             default_max_tokens=self.config.default_max_tokens,
             trace_context=observation.trace_context,
         )
-        make_format = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
-        form = make_format(request_id, body.model)
+        check_prompt_logprobs(requests, self.config.max_prompt_logprobs)
+        form = await self._format(body, request_id, prompts, deadline)
         num_prompt_tokens = sum(map(len, prompts))
         observation.describe(
             requests,
@@ -170,36 +181,68 @@ class Service:
         merged = await open_stream(self.engines, requests, deadline)
         answer = Answer(merged, form, len(requests), observation.event)
         if body.stream:
-            chunks = answer.sse(num_prompt_tokens, include_usage=body.include_usage)
+            chunks = answer.sse(
+                num_prompt_tokens,
+                include_usage=body.include_usage,
+                continuous_usage=body.continuous_usage,
+            )
+            if body.include_obfuscation:
+                chunks = obfuscate(chunks)
             return EventStream(chunks, answer, observation)
         try:
             whole = await answer.collect(num_prompt_tokens)
         finally:
             merged.close()
         observation.finish(None, status=200)
-        return JSONResponse(whole)
+        return Response(whole, media_type="application/json")
 
-    async def _tokenize_in_thread(self, body: AnyRequest, deadline: float) -> list[list[int]]:
-        """`_tokenize`. Conversations have threads of their own: a chat template may take seconds to
-        fail, and prompts do not wait for that."""
-        threads = self._chat_threads if isinstance(body, ChatRequest) else None
-        try:
-            async with asyncio.timeout_at(deadline):
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(threads, self._tokenize, body)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "the request waited to be tokenized until its deadline; send it again later"
-            ) from None
+    async def _encode(
+        self, body: AnyRequest, limit: ContextLimit, deadline: float
+    ) -> list[list[int]]:
+        """Token ids of each prompt of the body."""
+        special = body.add_special_tokens
+        if isinstance(body, ChatRequest):  # the template has its own
+            conversation = body.conversation()
+            return [
+                await self.encoder.encode_chat(
+                    conversation, limit, deadline, special_tokens=bool(special)
+                )
+            ]
+        return await self.encoder.encode(
+            body.prompts(), limit, deadline, special_tokens=special is not False
+        )
 
-    def _tokenize(self, body: AnyRequest) -> list[list[int]]:
-        """Token ids of each prompt of the body. Slow for long prompts: call it in a thread."""
+    async def _format(
+        self, body: AnyRequest, request_id: str, prompts: list[list[int]], deadline: float
+    ) -> ChatFormat | CompletionFormat:
+        """How the answer is written, with the prompts that it echoes."""
+        style = LogprobStyle(
+            body.num_logprobs, body.prompt_logprobs, bool(body.return_tokens_as_token_ids)
+        )
+        model = self.config.served_name
         if isinstance(body, ChatRequest):
-            return [self._tokenizer.encode_chat(body.conversation())]
-        return [
-            self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            for prompt in body.prompts()
-        ]
+            return ChatFormat(request_id, model, style)
+        echoes: list[EchoedPrompt] = []
+        if body.echo:
+            sent = body.prompts()
+            size = sum(len(prompt) for prompt in sent if not isinstance(prompt, str))
+            echoes = await self.encoder.run(lambda: self._echo(sent, prompts), size, deadline)
+        return CompletionFormat(request_id, model, style, tuple(echoes), body.num_choices)
+
+    def _echo(self, sent: list[str | list[int]], prompts: list[list[int]]) -> list[EchoedPrompt]:
+        pairs = zip(sent, prompts, strict=True)
+        return [EchoedPrompt.of(prompt, ids, self.tokenizer) for prompt, ids in pairs]
+
+    async def read_plain(
+        self, request: Request, parse: Callable[[bytes], Result]
+    ) -> tuple[Result, float]:
+        """The body of a request that generates nothing, after its key; and the request's deadline,
+        on the running loop's clock."""
+        arrived = asyncio.get_running_loop().time()
+        deadline = arrived + self.config.request_timeout_s
+        self.check_key(request)
+        raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
+        return await self._parser.run(parse, raw), deadline
 
     async def model_card(self) -> dict[str, Any]:
         """The model as /v1/models tells it, with vLLM's `max_model_len`.

@@ -1,9 +1,11 @@
 """From the event streams of a request's choices to its answer; one path for streamed and whole.
 
-`open_stream` starts every choice and awaits its first event, so that a refusal, an overload or a
-dead engine is known while the HTTP status can still report it. `MergedStream` then yields the
-events of all choices in order of arrival; each choice ends in exactly one `Done`, whatever happens
-to its engine or to the deadline. `Answer.sse` makes bytes of them, `Answer.collect` one object.
+`open_stream` starts every choice and awaits the first event of any of them, so that a refusal, an
+overload or a dead engine before it is still an HTTP status: all choices or none. What is wrong with
+a choice later is reported in the stream, because a choice that waits for a place in the batch must
+not hold back the text of those that have one. `MergedStream` yields the events of all choices in
+order of arrival; each choice ends in exactly one `Done`, whatever happens to its engine or to the
+deadline. `Answer.sse` makes events of them, `Answer.collect` one object.
 service.py calls both. OpenAI's words are in answers.py; which replica answers is not known here.
 
 Cleaning up is synchronous: `close` only cancels the pump tasks, and each pump closes its own engine
@@ -22,6 +24,7 @@ from typing import Any, Protocol
 from serve_app.engines.protocol import Done, Event, GenerateRequest, PromptLogprobs, Tokens
 from serve_app.errors import ApiError, DeadlineExceeded, to_api_error
 from serve_app.openai.answers import ChoiceState, Format, usage
+from serve_app.openai.json_text import make_text
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ class MergedStream:
         self._produced = [0] * len(requests)
         #: Errors of choices that failed, by index; complete once iteration has ended.
         self.errors: dict[int, ApiError] = {}
-        self._early: list[tuple[int, Event]] = []
+        self._early: list[tuple[int, Event | BaseException]] = []
         self._tasks = [
             asyncio.create_task(self._pump(source, index, request))
             for index, request in enumerate(requests)
@@ -59,6 +62,11 @@ class MergedStream:
         for task in self._tasks:
             _pumps.add(task)
             task.add_done_callback(_pumps.discard)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that all choices have generated so far."""
+        return sum(self._produced)
 
     async def _pump(self, source: Source, index: int, request: GenerateRequest) -> None:
         try:
@@ -72,29 +80,32 @@ class MergedStream:
             self._queue.put_nowait((index, error))
 
     async def open(self) -> None:
-        """Await the first event of every choice.
+        """Await the first event of any choice. Events that are there by then are looked at too, so
+        that a refusal which came together with the first event refuses the request.
 
         Raises:
-            ApiError: a choice was refused, its engine failed first, or the deadline passed.
+            ApiError: a choice was refused or its engine failed before that, or the deadline passed.
         """
-        waiting = set(self._open)
-        while waiting:
-            try:
-                async with asyncio.timeout_at(self._deadline):
-                    index, event = await self._queue.get()
-            except TimeoutError:
-                raise DeadlineExceeded("the request's deadline passed before any token") from None
-            if isinstance(event, BaseException):
-                raise _logged(event)
-            first = index in waiting
-            if first and isinstance(event, Done) and event.reason in ("error", "abort"):
-                raise _engine_failed(event)
-            self._early.append((index, event))
-            waiting.discard(index)
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                arrived = [await self._queue.get()]
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed before any token") from None
+        while not self._queue.empty():
+            arrived.append(self._queue.get_nowait())
+        started: set[int] = set()
+        for index, event in arrived:
+            if index not in started:
+                if isinstance(event, BaseException):
+                    raise _logged(event)
+                if isinstance(event, Done) and event.reason not in FINISH_REASONS:
+                    raise _engine_failed(event)
+            started.add(index)
+        self._early = arrived
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        for index, event in self._early:
-            yield index, self._noted(index, event)
+        for index, early in self._early:
+            yield index, self._noted(index, self._reported(index, early))
         while self._open:
             index, event = await self._next()
             if index in self._open:
@@ -111,9 +122,13 @@ class MergedStream:
             index = min(self._open)
             self._tasks[index].cancel()
             event = DeadlineExceeded("the request's deadline passed; the answer is incomplete")
+        return index, self._reported(index, event)
+
+    def _reported(self, index: int, event: Event | BaseException) -> Event:
+        """The event; for an exception, the final event of a choice that failed."""
         if isinstance(event, BaseException):
-            return index, self._failed(index, _logged(event))
-        return index, event
+            return self._failed(index, _logged(event))
+        return event
 
     def _noted(self, index: int, event: Event) -> Event:
         if isinstance(event, Done):
@@ -150,7 +165,7 @@ def _logged(error: BaseException) -> ApiError:
 async def open_stream(
     source: Source, requests: Sequence[GenerateRequest], deadline: float
 ) -> MergedStream:
-    """Start every choice and await its first event; see `MergedStream.open` for the errors."""
+    """Start every choice and await the first event; see `MergedStream.open` for the errors."""
     merged = MergedStream(source, requests, deadline)
     try:
         await merged.open()
@@ -168,7 +183,7 @@ class Answer:
     ) -> None:
         self.merged = merged
         self.form = form
-        self.choices = [ChoiceState(index) for index in range(num_choices)]
+        self.choices = [form.choice(index) for index in range(num_choices)]
         self._observe = observe
 
     async def _events(self) -> AsyncIterator[tuple[ChoiceState, Event]]:
@@ -177,10 +192,12 @@ class Answer:
             choice = self.choices[index]
             if isinstance(event, Done):
                 choice.done = event
+            elif isinstance(event, PromptLogprobs):
+                choice.prompt_logprobs = event.logprobs
             yield choice, event
 
-    async def collect(self, prompt_tokens: int) -> dict[str, Any]:
-        """The unstreamed answer.
+    async def collect(self, prompt_tokens: int) -> bytes:
+        """The unstreamed answer, as JSON.
 
         Raises:
             ApiError: a choice ended in an error or was aborted.
@@ -192,19 +209,43 @@ class Answer:
             elif isinstance(event, Tokens):
                 choice.text.append(event.text)
                 choice.logprobs.extend(event.logprobs)
+        size = sum(choice.num_logprobs for choice in self.choices)
+        return await make_text(lambda: self._whole(prompt_tokens), size)
+
+    def _whole(self, prompt_tokens: int) -> dict[str, Any]:
         done = [(c, FINISH_REASONS[c.done.reason]) for c in self.choices if c.done is not None]
         return {
             **self.form.envelope(streamed=False),
             "choices": [self.form.whole(choice, reason) for choice, reason in done],
             "usage": usage(self.choices, prompt_tokens),
+            **self.form.extras(self.choices),
         }
 
-    async def sse(self, prompt_tokens: int, *, include_usage: bool) -> AsyncIterator[bytes]:
-        """Yield server-sent events, the last one `[DONE]`; or, after a failure, the error."""
+    def _usage_so_far(self, prompt_tokens: int) -> dict[str, Any]:
+        completion = self.merged.num_tokens
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": prompt_tokens + completion,
+        }
+
+    async def sse(
+        self, prompt_tokens: int, *, include_usage: bool, continuous_usage: bool = False
+    ) -> AsyncIterator[bytes]:
+        """Yield server-sent events, the last one `[DONE]`; or, after a failure, the error. With
+        `continuous_usage` every event has the usage of the request up to it."""
         envelope = self.form.envelope(streamed=True)
         if include_usage:  # OpenAI: the field is there, and null, on all chunks but the last
             envelope["usage"] = None
         async for choice, event in self._events():
+            if continuous_usage:
+                envelope["usage"] = self._usage_so_far(prompt_tokens)
+            failed = isinstance(event, Done) and event.reason not in FINISH_REASONS
+            if choice.echo is not None and not choice.started and not failed:
+                for piece in self.form.prompt_pieces(choice):
+                    yield _frame({**envelope, "choices": [piece]})
+                    await asyncio.sleep(0)  # a prompt may be long, and other streams wait
+                choice.started = True
             if isinstance(event, PromptLogprobs):
                 continue
             if isinstance(event, Tokens):

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from serve_app.engines.protocol import Done, Event, Tokens
+from serve_app.errors import EngineUnavailable
 
 #: Longest pause between two messages of a stream; a reader hardly notices it.
 MAX_INTERVAL_S = 0.1
@@ -27,12 +28,15 @@ def flush_interval(num_streams: int, max_flushes_per_s: float | None) -> float:
 
 
 async def coalesce(
-    events: AsyncGenerator[Event, None], interval_s: Callable[[], float]
+    events: AsyncGenerator[Event, None],
+    interval_s: Callable[[], float],
+    given_up: asyncio.Future[EngineUnavailable] | None = None,
 ) -> AsyncGenerator[tuple[Event, ...], None]:
-    """Yield everything that is ready, as at most one `Tokens` and one `Done` per message.
+    """Yield everything that is ready, as at most one event of each kind per message.
 
     Two messages that hold tokens only are at least `interval_s()` apart; `Done` does not wait.
-    Closing this iterator closes `events`. An exception of `events` follows what came before it.
+    Closing this iterator closes `events`. An exception of `events` follows what came before it; so
+    does the result of `given_up`, the engine's failure, without waiting for `events` any more.
     """
     ready: list[Event] = []
     arrived = asyncio.Event()
@@ -54,7 +58,17 @@ async def coalesce(
             ended = True
             arrived.set()
 
+    def give_up(future: asyncio.Future[EngineUnavailable]) -> None:
+        nonlocal ended
+        if not ended:
+            failure.append(future.result())
+            ended = True
+            task.cancel()
+            arrived.set()
+
     task = asyncio.create_task(pump())
+    if given_up is not None:
+        given_up.add_done_callback(give_up)
     try:
         while True:
             await arrived.wait()
@@ -69,6 +83,8 @@ async def coalesce(
         if failure:
             raise failure[0]
     finally:
+        if given_up is not None:
+            given_up.remove_done_callback(give_up)
         task.cancel()
 
 

@@ -1,14 +1,18 @@
 """The engine deployment: a replica owns one engine and answers for it across the actor hop.
 
 It checks the gate before it makes the engine, limits how many requests wait, sends the events of a
-request in messages (coalesce.py), and reports its status to every ingress. app.py deploys it,
-routing/replica_client.py calls it. It knows the engine protocol and no adapter.
+request in messages (coalesce.py), and reports its status to every ingress. When the engine fails or
+hangs (watchdog.py) it tells its clients at once and ends its process, which nothing can hold up;
+Serve starts another. app.py deploys it, routing/replica_client.py calls it. It knows the engine
+protocol and no adapter.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
+import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -22,9 +26,10 @@ from deepseek.errors import ArtifactError
 from deepseek.text import printable
 from serve_app.config import ReplicaLimits
 from serve_app.engines.protocol import Engine, Event, GenerateRequest, ReplicaStatus
-from serve_app.errors import ApiError, Overloaded
+from serve_app.errors import ApiError, EngineUnavailable, Overloaded
 from serve_app.gating import admit
 from serve_app.replica.coalesce import coalesce, flush_interval
+from serve_app.replica.watchdog import Watchdog, guard_event_loop
 from serve_app.routing.replica_client import HEARTBEAT_S
 from serve_app.telemetry.tracing import Telemetry
 
@@ -35,7 +40,15 @@ EngineFactory = Callable[[], Engine]
 #: The name of the deployment that receives the heartbeats.
 INGRESS = "ingress"
 
-#: What a heartbeat may raise: the ingress is starting or stopping, or the engine has failed.
+#: Seconds for the last messages of a replica that gives up its engine to leave it, and for its
+#: spans. Then the process ends.
+_TELL_S = 2.0
+_FLUSH_S = 2.0
+
+#: Seconds that this replica's event loop may be held up, beyond the limit of a step.
+_BLOCK_S = 10.0
+
+#: What a call of the ingresses may raise: they are starting or stopping.
 _NO_INGRESS = (RayServeException, RayError, TimeoutError, ApiError)
 
 
@@ -46,7 +59,7 @@ class EngineReplica:
     `allow_ungated` does not override that, when the gate judged other KV pages than those of the
     format `kv_cache` (None: as built), or when the verdict is not signed with the key of the file
     `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
-    `served_name` is the model's name in the API.
+    `served_name` is the model's name in the API; `max_step_s` the longest that a step may take.
     """
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
@@ -59,6 +72,7 @@ class EngineReplica:
         kv_cache: str | None,
         allow_ungated: bool,
         require_signature: Path | None = None,
+        max_step_s: float = 60.0,
     ) -> None:
         # Before an engine exists, so that no adapter has to know of gates.
         admitted, self._gated = None, True
@@ -72,7 +86,7 @@ class EngineReplica:
             self._gated = admitted.gated
         self._telemetry = Telemetry.from_environment()
         self._limits = ReplicaLimits()
-        self._num_streams = 0
+        self._request_ids: set[str] = set()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._engine = make_engine()
         self._info = await self._engine.start()
@@ -89,37 +103,47 @@ class EngineReplica:
                 raise
         if not self._gated:  # once more, below everything that the engine logged while it loaded
             log.warning("UNGATED: %s has not passed its accuracy gate", printable(served_name))
-        self._heartbeat = asyncio.create_task(self._send_heartbeats())
+        self._watchdog = Watchdog(self._engine, max_step_s=max_step_s)
+        self._given_up: asyncio.Future[EngineUnavailable] = asyncio.Future()
+        self._tasks = [
+            asyncio.create_task(self._send_heartbeats(guard_event_loop(max_step_s + _BLOCK_S))),
+            asyncio.create_task(self._watchdog.run(self._give_up)),
+        ]
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply limits that may change while serving; other settings need a new deployment."""
         self._limits = ReplicaLimits.model_validate(user_config)
 
     async def check_health(self) -> None:
-        await self._engine.check()
+        await self._watchdog.check()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[Event, ...], None]:
         """Yield the request's messages: one or more events each, in order.
 
         Raises:
             Overloaded: too many requests wait in the engine; raised before the first message.
+            EngineUnavailable: the engine has failed or hangs.
         """
+        if self._watchdog.failure is not None:
+            raise self._watchdog.failure
         waiting, limit = self._engine.load().waiting, self._limits.max_waiting_requests
         if limit is not None and waiting > limit:
             raise Overloaded(f"{waiting} requests are waiting for this engine; retry later")
-        self._num_streams += 1
+        self._request_ids.add(request.request_id)
         try:
             with self._telemetry.generation(request) as span:
-                events = coalesce(self._engine.generate(request), self._flush_interval_s)
+                events = coalesce(
+                    self._engine.generate(request), self._flush_interval_s, self._given_up
+                )
                 async with aclosing(events):
                     async for batch in events:
                         span.note(batch)
                         yield batch
         finally:
-            self._num_streams -= 1
+            self._request_ids.discard(request.request_id)
 
     def _flush_interval_s(self) -> float:
-        return flush_interval(self._num_streams, self._limits.max_flushes_per_s)
+        return flush_interval(len(self._request_ids), self._limits.max_flushes_per_s)
 
     def _status(self) -> ReplicaStatus:
         return ReplicaStatus(
@@ -127,25 +151,48 @@ class EngineReplica:
             info=self._info,
             load=self._engine.load(),
             gated=self._gated,
+            request_ids=tuple(self._request_ids),
         )
 
-    async def _send_heartbeats(self) -> None:
-        """Report the status to every ingress, for as long as the engine's check passes."""
-        context = serve.get_replica_context()
-        ingress = serve.get_deployment_handle(INGRESS, context.app_name)
-        while True:
-            try:
-                async with asyncio.timeout(HEARTBEAT_S):
-                    await self._engine.check()
-                    beat = ingress.broadcast("note_status", self._status())
-                    await beat.results_async(return_exceptions=True)
-            except _NO_INGRESS as error:
-                log.debug("heartbeat not delivered: %s", error)
+    async def _send_heartbeats(self, still_running: Callable[[], None]) -> None:
+        """Report the status to every ingress until the engine is given up. `still_running` is
+        called each time."""
+        while self._watchdog.failure is None:
+            still_running()
+            await self._tell_ingresses("note_status", self._status())
             await asyncio.sleep(HEARTBEAT_S)
 
+    async def _tell_ingresses(self, method: str, value: Any) -> None:
+        context = serve.get_replica_context()
+        try:
+            async with asyncio.timeout(HEARTBEAT_S):
+                ingress = serve.get_deployment_handle(INGRESS, context.app_name)
+                call = ingress.broadcast(method, value)
+                await call.results_async(return_exceptions=True)
+        except _NO_INGRESS as error:
+            log.debug("%s not delivered: %s", method, error)
+
+    async def _give_up(self, failure: EngineUnavailable) -> None:
+        """Tell the clients, and end this process: a step that hangs can be ended in no other way,
+        and Serve replaces a process that is gone sooner than one that fails its checks."""
+        self._given_up.set_result(failure)
+        await self._tell_ingresses("note_goodbye", self._replica_id)
+        end = asyncio.get_running_loop().time() + _TELL_S
+        while self._request_ids and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)  # the last messages are handed over, not yet sent
+        await asyncio.wait(
+            {asyncio.create_task(asyncio.to_thread(self._telemetry.shutdown))}, timeout=_FLUSH_S
+        )
+        logging.shutdown()
+        os._exit(1)
+
     async def __del__(self) -> None:
-        if hasattr(self, "_heartbeat"):
-            self._heartbeat.cancel()
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        if hasattr(self, "_tasks"):
+            faulthandler.cancel_dump_traceback_later()
+            await self._tell_ingresses("note_goodbye", self._replica_id)
         if hasattr(self, "_engine"):
             await self._engine.shutdown()
         if hasattr(self, "_telemetry"):

@@ -1,22 +1,22 @@
 """Admission checks: for which model, and whether a request can ever be served.
 
 Pure functions, called by openai/service.py: values in, values or errors out. Nothing here waits. It
-checks the model's name, that token ids exist, and that prompt and completion fit the
-context and the KV cache at all. Whether there is room *now* is decided by the engine and by Serve's
-queue, and a client sees that as a 429.
+checks the model's name, that the service can hold so many choices, that token ids exist,
+and that prompt and completion fit the context and the KV cache at all. Whether there is room *now*
+is decided by the engine and by Serve's queue, and a client sees that as a 429.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from deepseek.engine.request import SamplingParams
+from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineInfo, GenerateRequest
 from serve_app.errors import InvalidRequest, ModelNotFound
-
-#: Choices that one request may ask for, over all of its prompts.
-MAX_CHOICES = 32
+from serve_app.limits import MAX_CHOICES
 
 
 class GenerationBody(Protocol):
@@ -28,8 +28,21 @@ class GenerationBody(Protocol):
         ...
 
     @property
+    def num_prompts(self) -> int: ...
+
+    @property
+    def prompt_field(self) -> str:
+        """The field that the prompts are in."""
+        ...
+
+    @property
     def completion_limit(self) -> int | None:
         """Tokens asked for at most; None leaves it to the server."""
+        ...
+
+    @property
+    def limit_field(self) -> str:
+        """The field that `completion_limit` is from."""
         ...
 
     def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
@@ -43,29 +56,77 @@ def check_model(requested: str, served: str) -> None:
         raise ModelNotFound(f"model {requested[:200]!r} is not served here; use {served!r}")
 
 
+@dataclass(frozen=True, slots=True)
+class ContextLimit:
+    """Tokens of prompt and completion together that fit at all, and what it is that holds them."""
+
+    tokens: int
+    holder: str
+
+    @classmethod
+    def of(cls, info: EngineInfo) -> ContextLimit:
+        if info.max_model_len <= info.kv_tokens_total:
+            return cls(info.max_model_len, info.context_name)
+        return cls(info.kv_tokens_total, "KV cache")
+
+
+def too_long(limit: ContextLimit, param: str, num_tokens: int | None = None) -> InvalidRequest:
+    """The refusal of a prompt that can never fit; `num_tokens` None where they were not counted to
+    the end."""
+    has = f"more than {limit.tokens}" if num_tokens is None else f"{num_tokens}"
+    return InvalidRequest(
+        f"the prompt has {has} tokens and the {limit.holder} holds {limit.tokens}, completion "
+        "included; shorten the prompt",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def most_requests(config: ServeConfig) -> int:
+    """Sequences that the service can hold at one time, running and waiting."""
+    running = config.engine_replicas * config.max_ongoing_requests
+    return running + config.max_queued_requests
+
+
+def check_choices(body: GenerationBody, most: int) -> None:
+    """Raises InvalidRequest if the body asks for more choices, over all of its prompts, than one
+    request may, or than the `most` that the service can ever hold."""
+    num_prompts, limit = body.num_prompts, min(most, MAX_CHOICES)
+    if num_prompts * body.num_choices <= limit:
+        return
+    if num_prompts == 1:
+        raise InvalidRequest(
+            f"n {body.num_choices} is more than the {limit} choices that a request may have here; "
+            "ask for fewer",
+            param="n",
+        )
+    raise InvalidRequest(
+        f"{num_prompts} prompts with n {body.num_choices} are more than the {limit} choices that a "
+        "request may have here; send several requests",
+        param="n" if num_prompts <= limit else body.prompt_field,
+    )
+
+
 def choose_max_tokens(
-    num_prompt_tokens: int, requested: int | None, default: int, info: EngineInfo
+    num_prompt_tokens: int, body: GenerationBody, default: int, info: EngineInfo
 ) -> int:
     """Tokens to generate at most: as requested, or the default cut to what the context leaves.
 
     Raises:
         InvalidRequest: prompt and completion cannot fit, whatever else is running.
     """
-    limit = min(info.max_model_len, info.kv_tokens_total)
-    holder = info.context_name if info.max_model_len <= info.kv_tokens_total else "KV cache"
-    room = limit - num_prompt_tokens
-    if room < 1:
-        raise InvalidRequest(
-            f"the prompt has {num_prompt_tokens} tokens and the {holder} holds {limit}, completion "
-            "included; shorten the prompt",
-            code="context_length_exceeded",
-        )
+    limit, requested = ContextLimit.of(info), body.completion_limit
+    room = limit.tokens - num_prompt_tokens
+    if room < (1 if requested != 0 else 0):
+        raise too_long(limit, body.prompt_field, num_prompt_tokens)
     if requested is None:
         return min(default, room)
     if requested > room:
         raise InvalidRequest(
-            f"the prompt has {num_prompt_tokens} tokens and max_tokens asks for {requested} more, "
-            f"but the {holder} holds {limit}; shorten the prompt or ask for at most {room}",
+            f"the prompt has {num_prompt_tokens} tokens and {body.limit_field} asks for "
+            f"{requested} more, but the {limit.holder} holds {limit.tokens}; shorten the prompt or "
+            f"ask for at most {room}",
+            param=body.limit_field,
             code="context_length_exceeded",
         )
     return requested
@@ -82,34 +143,63 @@ def admit(
     trace_context: dict[str, str],
 ) -> list[GenerateRequest]:
     """The engine requests of a body: one per prompt and choice, in the order of the answer's
-    indices. `prompts` are token ids.
+    indices. `prompts` are token ids. Takes time in proportion to them.
 
     Raises:
-        InvalidRequest: a prompt is empty, too long, or holds an id outside the vocabulary; or the
-            body asks for more choices in total than MAX_CHOICES.
+        InvalidRequest: a prompt is empty, too long, or holds an id outside the vocabulary; or a
+            stop token does not exist.
     """
-    if len(prompts) * body.num_choices > MAX_CHOICES and len(prompts) > 1:
-        raise InvalidRequest(
-            f"{len(prompts)} prompts with n {body.num_choices} are more than {MAX_CHOICES} "
-            "choices; send several requests",
-            param="n",
-        )
     requests: list[GenerateRequest] = []
-    for prompt in prompts:
+    for index, prompt in enumerate(prompts):
+        field = body.prompt_field if len(prompts) == 1 else f"{body.prompt_field}.{index}"
         if not prompt:
-            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
-        if (largest := max(prompt)) >= vocab_size:
-            raise InvalidRequest(
-                f"token id {largest} is outside the vocabulary of {vocab_size}", param="prompt"
-            )
-        max_tokens = choose_max_tokens(len(prompt), body.completion_limit, default_max_tokens, info)
+            raise InvalidRequest(f"{field}: the prompt is empty; give a token", param=field)
+        # The length first: it costs nothing, and bounds what the rest costs.
+        max_tokens = choose_max_tokens(len(prompt), body, default_max_tokens, info)
+        check_token_ids(prompt, vocab_size, field)
+        prompt_ids = tuple(prompt)
         for choice in range(body.num_choices):
+            sampling = body.sampling(max_tokens=max_tokens, choice=choice)
+            if not requests:
+                check_token_ids(sampling.stop_token_ids, vocab_size, "stop_token_ids")
             requests.append(
                 GenerateRequest(
                     request_id=f"{request_id}-{len(requests)}",
-                    prompt_ids=tuple(prompt),
-                    sampling=body.sampling(max_tokens=max_tokens, choice=choice),
+                    prompt_ids=prompt_ids,
+                    sampling=sampling,
                     trace_context=trace_context,
                 )
             )
     return requests
+
+
+def check_token_ids(ids: Sequence[int], vocab_size: int, field: str) -> None:
+    """Raises InvalidRequest for an id that the vocabulary does not have."""
+    if not ids:
+        return
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"{field}: token id {token} is outside the vocabulary of {vocab_size}; give ids of "
+                f"0 to {vocab_size - 1}",
+                param=field,
+            )
+
+
+def check_prompt_logprobs(requests: Sequence[GenerateRequest], limit: int) -> None:
+    """Check that the prompts' logprobs make no answer larger than the service allows: every prompt
+    token has an entry for itself and one for each alternative, in every choice.
+
+    Raises:
+        InvalidRequest: they are more than `limit`.
+    """
+    counts = [(len(r.prompt_ids), r.sampling.prompt_logprobs) for r in requests]
+    total = sum(length * (1 + count) for length, count in counts if count is not None)
+    if total > limit:
+        raise InvalidRequest(
+            f"the logprobs of these prompts are {total} entries (prompt tokens times alternatives "
+            f"and one, over all choices), and one answer holds {limit}; ask for fewer alternatives "
+            "or send fewer or shorter prompts",
+            param="logprobs",
+            code="too_many_logprobs",
+        )

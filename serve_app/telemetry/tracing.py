@@ -6,8 +6,9 @@
 
 Configured by OpenTelemetry's own environment variables alone (OTEL_EXPORTER_OTLP_ENDPOINT,
 OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, OTEL_SDK_DISABLED ...); without an endpoint every span is a
-no-op. The provider is not global: automatic spans of other libraries (FastAPI, Ray) would otherwise
-appear beside ours. Names follow the GenAI conventions; they are written out here because the Python
+no-op. Which of them replicas get, and how a secret header reaches them, is in travel.py. The
+provider is not global: automatic spans of other libraries (FastAPI, Ray) would otherwise appear
+beside ours. Names follow the GenAI conventions; they are written out here because the Python
 constants are deprecated while the conventions move. The text of prompts and answers is never
 recorded. telemetry/request.py makes the SERVER span, replica/replica.py the others.
 """
@@ -43,6 +44,7 @@ from starlette.datastructures import Headers
 
 from deepseek.errors import ConfigError
 from serve_app.engines.protocol import Done, Event, GenerateRequest
+from serve_app.telemetry.travel import read_headers
 
 _W3C = TraceContextTextMapPropagator()
 
@@ -96,7 +98,8 @@ class Telemetry:
         """Read OpenTelemetry's variables.
 
         Raises:
-            ConfigError: the variables name a protocol or an exporter that is not installed.
+            ConfigError: the variables name a protocol or an exporter that is not installed, or the
+                file of headers is unusable.
         """
         endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get(
             "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -118,7 +121,9 @@ class Telemetry:
         name = {} if "OTEL_SERVICE_NAME" in environ else {"service.name": "intserve"}
         provider = TracerProvider(resource=Resource.create(name), shutdown_on_exit=True)
         provider.sampler = UntrustedParents(provider.sampler)
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        provider.add_span_processor(
+            BatchSpanProcessor(OTLPSpanExporter(headers=read_headers(environ)))
+        )
         return cls(provider)
 
     def shutdown(self) -> None:

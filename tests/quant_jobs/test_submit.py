@@ -271,6 +271,7 @@ def make_working_dir(folder: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("1\n")
     unwanted = [".git/objects/a", ".venv/bin/python", "venv/b", "runs/out/c", "one.egg-info/d"]
+    unwanted += ["gate.key", "package/gate.key"]
     unwanted += [f"package/{name}/e" for name in ("__pycache__", ".mypy_cache", ".ruff_cache")]
     unwanted += [f"{name}/f" for name in (".pytest_cache", ".hypothesis")]
     for name in unwanted:
@@ -440,9 +441,10 @@ def test_a_job_that_was_killed_is_submitted_again_resumes_and_writes_the_same_by
         result: dict[str, str] = json.loads(ended.stdout)
         return result
 
-    refused = again(RAY_AUTH_MODE="disabled")
-    assert refused.returncode == 2
-    assert "wants its token: set RAY_AUTH_MODE=token" in refused.stderr
+    for wrong in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
+        refused = again(**wrong)
+        assert refused.returncode == 2
+        assert "wants its token: set RAY_AUTH_MODE=token" in refused.stderr
 
     first = answer()
     base = first["submission_id"]

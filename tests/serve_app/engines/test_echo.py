@@ -7,9 +7,10 @@ import itertools
 
 from support.serving import make_request, read_answer
 
+from deepseek.engine.request import TokenLogprob, TopLogprob
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
-from serve_app.engines.protocol import Done
+from serve_app.engines.protocol import Done, PromptLogprobs
 
 
 class _AnyTime(float):
@@ -29,6 +30,18 @@ async def test_the_echo_says_the_prompt_back_and_counts() -> None:
     text, done = await read_answer(engine, make_request("abc", ignore_eos=True, max_tokens=8))
     assert (text, done.reason, done.completion_tokens) == ("abcabcab", "length", 8)
     assert engine.load().running == engine.load().kv_tokens_used == 0
+
+
+async def test_a_prompts_tokens_are_certain_and_are_told_before_any_other() -> None:
+    engine = EchoEngine(EchoOptions())
+    asked = make_request("aé", max_tokens=1, prompt_logprobs=1)
+    first, *_, done = [event async for event in engine.generate(asked)]
+    half = TokenLogprob(0xC3, "", 0.0, (TopLogprob(0xC3, "", 0.0, b"\xc3"),), b"\xc3", 1)
+    rest = TokenLogprob(0xA9, "é", 0.0, (TopLogprob(0xA9, "é", 0.0, b"\xa9"),), b"\xa9", 1)
+    assert first == PromptLogprobs((None, half, rest))
+    assert done.completion_tokens == 1
+    alone = [event async for event in engine.generate(make_request("a", max_tokens=0))]
+    assert alone == [Done("length", 1, 0, 0, *ANY_TIMES)]
 
 
 async def test_no_part_of_a_stop_string_is_shown_however_the_pieces_fall() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from serve_app.engines.embedded import EmbeddedEngine
 from serve_app.engines.protocol import Done, GenerateRequest, Tokens
 from serve_app.errors import EngineUnavailable
 from serve_app.openai.service import Service
-from serve_app.openai.tokenizer import HfTokenizer
+from serve_app.openai.tokenizer import HfTokenizer, PromptText
 from serve_app.telemetry.tracing import Telemetry
 
 QUESTION = [{"role": "user", "content": "What does a list comprehension return?"}]
@@ -101,7 +102,8 @@ def chat(client: OpenAI, **fields: Any) -> Any:
 def test_a_greedy_chat_is_what_the_engine_says(
     client: OpenAI, direct: LLMEngine, engine_dir: Path
 ) -> None:
-    prompt_ids = HfTokenizer(engine_dir, documents_of(engine_dir)).encode_chat(QUESTION)
+    tokenizer = HfTokenizer(engine_dir, documents_of(engine_dir))
+    prompt_ids = tokenizer.encode(tokenizer.render(QUESTION))
     outputs = run_direct(direct, prompt_ids, max_tokens=24, temperature=0.0, logprobs=2)
     expected = "".join(output.text for output in outputs)
     assert expected.strip()
@@ -191,6 +193,28 @@ class FailingSteps(LLMEngine):
         return super().step()
 
 
+class HangingSteps(LLMEngine):
+    """Its fifth step lasts until the test lets it go, as a kernel or a collective may."""
+
+    released = threading.Event()
+    steps = 0
+
+    def step(self) -> list[StepOutput]:
+        self.steps += 1
+        if self.steps == 5:
+            self.released.wait(60)
+        return super().step()
+
+
+class FailingCommands(LLMEngine):
+    """Fails where the loop takes a request in, outside of any step."""
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id == "poison":
+            raise SystemExit
+        super().add_request(request)
+
+
 def asked(name: str, length: int = 5, **sampling: Any) -> GenerateRequest:
     fields = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, **sampling}
     return GenerateRequest(
@@ -219,6 +243,53 @@ async def test_a_failing_step_ends_every_request_once_and_fails_the_check(
     with pytest.raises(EngineUnavailable):
         await consume(engine, asked("late"))
     await engine.shutdown()
+
+
+async def test_a_failure_outside_a_step_ends_every_request_once_too(settings: ServeConfig) -> None:
+    engine = EmbeddedEngine(settings, load=FailingCommands.load)
+    await engine.start()
+    requests = [asked("a", max_tokens=1000), asked("poison"), asked("b")]
+    ended = await asyncio.gather(*(consume(engine, request) for request in requests))
+    assert [done.reason for _, done in ended] == ["error"] * 3
+    with pytest.raises(EngineUnavailable):
+        await engine.check()
+    await engine.shutdown()
+
+
+async def test_a_step_that_hangs_shows_and_holds_up_no_shutdown(settings: ServeConfig) -> None:
+    engine = EmbeddedEngine(settings, load=HangingSteps.load, join_s=0.1)
+    await engine.start()
+    assert engine.stalled_s() == 0.0
+    stream = engine.generate(asked("hung"))
+    for _ in range(4):
+        await anext(stream)
+    waiting = asyncio.create_task(anext(stream))
+    async with asyncio.timeout(10):
+        while engine.stalled_s() < 0.3:
+            await asyncio.sleep(0.01)
+    assert not waiting.done()
+    async with asyncio.timeout(5):
+        await engine.shutdown()
+    with pytest.raises(EngineUnavailable, match="stopping"):
+        await waiting
+    HangingSteps.released.set()
+
+
+async def test_shutting_down_tells_every_request_that_it_may_be_sent_again(
+    settings: ServeConfig,
+) -> None:
+    engine = EmbeddedEngine(settings)
+    await engine.start()
+    streams = [engine.generate(asked(name, max_tokens=1000)) for name in ("a", "b")]
+    for stream in streams:
+        await anext(stream)
+    await engine.shutdown()
+    for stream in streams:
+        with pytest.raises(EngineUnavailable, match="stopping"):
+            async for _ in stream:
+                pass
+    with pytest.raises(EngineUnavailable, match="stopping"):
+        await consume(engine, asked("late"))
 
 
 async def test_requests_run_together_and_abort_ends_one_of_them(settings: ServeConfig) -> None:
@@ -293,10 +364,10 @@ async def test_kimi_and_moonlight_answer_text_and_token_ids_alike(
 
 async def test_the_chat_template_and_the_tokenizer_are_the_models(engine_dir: Path) -> None:
     tokenizer = HfTokenizer(engine_dir, documents_of(engine_dir))
-    ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    ids = tokenizer.encode(tokenizer.render([{"role": "user", "content": "hi"}]))
     assert ids[0] == 0  # begin of sentence, once
     assert ids.count(0) == 1
-    assert tokenizer.encode("hi")[0] == 0
+    assert tokenizer.encode(PromptText("hi", special_tokens=True))[0] == 0
     assert tokenizer.vocab_size == 2048
     with pytest.raises(ArtifactError, match=r"tokenizer\.json is absent; .*then build the engine"):
         HfTokenizer(engine_dir, {"config.json": b"{}"})
@@ -306,7 +377,8 @@ def test_a_tokenizer_cannot_pad_cut_or_fetch_another_file(engine_dir: Path, tmp_
     """A fixed length of three thousand million tokens would fill the memory with the first
     prompt; a path in the configuration is of a file that no digest covers."""
     documents = documents_of(engine_dir)
-    plain = HfTokenizer(engine_dir, documents).encode("def f(x): return x")
+    text = PromptText("def f(x): return x", special_tokens=True)
+    plain = HfTokenizer(engine_dir, documents).encode(text)
     raw = json.loads(documents["tokenizer.json"])
     side = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
     raw["padding"] = side | {"strategy": {"Fixed": 3_000_000_000}, "pad_token": "x"}
@@ -321,7 +393,7 @@ def test_a_tokenizer_cannot_pad_cut_or_fetch_another_file(engine_dir: Path, tmp_
         "tokenizer_config.json": json.dumps(config).encode(),
     }
     tokenizer = HfTokenizer(engine_dir, hostile)
-    assert tokenizer.encode("def f(x): return x") == plain
+    assert tokenizer.encode(text) == plain
     assert engine_tokenizer(engine_dir, hostile).encode("def f(x): return x").ids == plain
 
 

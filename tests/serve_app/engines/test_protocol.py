@@ -13,7 +13,14 @@ import pytest
 
 from deepseek.engine.options import EngineLoad
 from deepseek.engine.request import SamplingParams, TokenLogprob, TopLogprob
-from serve_app.engines.protocol import Done, EngineInfo, GenerateRequest, ReplicaStatus, Tokens
+from serve_app.engines.protocol import (
+    Done,
+    EngineInfo,
+    GenerateRequest,
+    PromptLogprobs,
+    ReplicaStatus,
+    Tokens,
+)
 
 SAMPLING = SamplingParams(
     max_tokens=9,
@@ -25,12 +32,14 @@ SAMPLING = SamplingParams(
     stop_token_ids=(1, 2),
     ignore_eos=True,
     logprobs=2,
+    prompt_logprobs=3,
 )
 INFO = EngineInfo(
     max_model_len=64, kv_tokens_total=128, recipe="int4", artifact_digest="ab", engine="embedded"
 )
 LOAD = EngineLoad(running=1, waiting=2, kv_tokens_used=3, kv_tokens_total=128)
-LOGPROB = TokenLogprob(5, "x", -0.5, (TopLogprob(5, "x", -0.5), TopLogprob(6, "y", -1.5)))
+TOP = (TopLogprob(5, "x", -0.5, b"x"), TopLogprob(6, "", -1.5, b"\xe4"))
+LOGPROB = TokenLogprob(5, "x", -0.5, TOP, b"x", rank=1)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +51,7 @@ LOGPROB = TokenLogprob(5, "x", -0.5, (TopLogprob(5, "x", -0.5), TopLogprob(6, "y
         ),
         LOGPROB,
         Tokens((5,), "x", (LOGPROB,)),
+        PromptLogprobs((None, LOGPROB)),
         Done("error", 2, 1, 1, queue_s=0.1, prefill_s=0.2, decode_s=0.3, error="why"),
         LOAD,
         INFO,

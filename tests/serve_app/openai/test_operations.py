@@ -95,7 +95,7 @@ async def test_a_page_whose_name_points_at_this_machine_is_not_on_it(url: str, s
 async def test_behind_a_proxy_without_addresses_nobody_is_on_this_machine() -> None:
     service = make_service(api_keys=["one"])
     hidden = Service(
-        service.config, service._tokenizer, service.engines, service.telemetry,
+        service.config, service.tokenizer, service.engines, service.telemetry,
         addresses_known=False,
     )  # fmt: skip
     assert not await sees_details(hidden, LOCAL)

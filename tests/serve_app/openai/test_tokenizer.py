@@ -11,7 +11,7 @@ from support.chat_templates import ATTACKS, ENDLESS, write_tokenizer
 from support.serving import client_of, make_service
 
 from deepseek.errors import ArtifactError
-from serve_app.openai.service import CHAT_THREADS
+from serve_app.openai.prompts import CHAT_THREADS
 from serve_app.openai.tokenizer import RENDERERS, HfTokenizer
 
 CHAT = "/v1/chat/completions"

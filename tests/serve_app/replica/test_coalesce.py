@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
 from support.serving import make_request
@@ -11,8 +11,8 @@ from support.serving import make_request
 from deepseek.engine.request import TokenLogprob
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
-from serve_app.engines.protocol import Done, Event, Tokens
-from serve_app.errors import Overloaded
+from serve_app.engines.protocol import Done, Event, PromptLogprobs, Tokens
+from serve_app.errors import EngineUnavailable, Overloaded
 from serve_app.replica.coalesce import MAX_INTERVAL_S, coalesce, flush_interval, merge_events
 
 
@@ -21,6 +21,8 @@ def test_merging_keeps_order_and_loses_nothing() -> None:
     done = Done("stop", 1, 3)
     events: list[Event] = [Tokens((1,), "a", (entry,)), Tokens((2, 3), "b"), done]
     assert merge_events(events) == (Tokens((1, 2, 3), "ab", (entry,)), done)
+    prompt = PromptLogprobs((None, entry))
+    assert merge_events([prompt, *events]) == (prompt, *merge_events(events))
     assert merge_events([]) == ()
     assert merge_events([done]) == (done,)
     assert merge_events(events[:1]) == (events[0],)
@@ -81,3 +83,19 @@ async def test_closing_the_coalescer_aborts_the_engine() -> None:
     async with asyncio.timeout(5):
         while engine.load().running:
             await asyncio.sleep(0)
+
+
+async def test_an_engine_that_is_given_up_ends_its_streams_although_it_yields_nothing() -> None:
+    async def hang() -> AsyncGenerator[Event, None]:
+        yield Tokens((1,), "a")
+        await asyncio.Event().wait()
+
+    given_up: asyncio.Future[EngineUnavailable] = asyncio.Future()
+    batches = coalesce(hang(), lambda: 30.0, given_up)
+    assert await anext(batches) == (Tokens((1,), "a"),)
+    rest = asyncio.create_task(anext(batches))
+    await asyncio.sleep(0.01)
+    given_up.set_result(EngineUnavailable("it hangs"))
+    async with asyncio.timeout(5):
+        with pytest.raises(EngineUnavailable, match="it hangs"):
+            await rest

@@ -1,13 +1,18 @@
-"""The board of replica statuses: heartbeats come in, silent replicas go."""
+"""The board of replica statuses, and the streams of the replicas that fall silent."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+from support.serving import LocalHandle, make_request
 
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
-from serve_app.engines.protocol import ReplicaStatus
-from serve_app.routing.replica_client import MAX_AGE_S, StatusBoard
+from serve_app.engines.protocol import Event, GenerateRequest, ReplicaStatus, Tokens
+from serve_app.errors import EngineUnavailable
+from serve_app.routing.replica_client import MAX_AGE_S, SILENT_S, ReplicaClient, StatusBoard
 
 
 async def test_a_replica_that_sends_no_heartbeat_is_forgotten() -> None:
@@ -28,3 +33,76 @@ async def test_a_replica_that_sends_no_heartbeat_is_forgotten() -> None:
     assert board.fresh() == [old, new]
     now += 0.1
     assert board.fresh() == [new]
+
+
+class SilentEngine(EchoEngine):
+    """Yields one token and then nothing more, as a queued request or a stopped process does."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        yield Tokens((1,), "x")
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_streams_of_a_replica_that_falls_silent_end_and_no_others(named: bool) -> None:
+    """`named`: whether the replica's last heartbeat came after the stream began."""
+    now = 100.0
+    engine = SilentEngine(EchoOptions())
+    info, load = await engine.start(), engine.load()
+
+    def beat(replica_id: str, *request_ids: str) -> None:
+        board.note(
+            ReplicaStatus(
+                replica_id=replica_id, info=info, load=load, gated=True, request_ids=request_ids
+            )
+        )
+
+    board = StatusBoard(clock=lambda: now)
+    handle = LocalHandle(engine)
+    client = ReplicaClient(handle, board, clock=lambda: now)
+    streams = {name: client.generate(make_request(name=name)) for name in ("on-a", "on-b")}
+    beat("a")
+    for stream in streams.values():
+        await anext(stream)
+    if named:
+        beat("a", "on-a")
+    waits = {name: asyncio.create_task(anext(stream)) for name, stream in streams.items()}
+    await asyncio.sleep(0)
+    beat("b", "on-b")
+    now += SILENT_S
+    client.end_lost_streams()
+    beat("b", "on-b")
+    now += 0.1
+    await asyncio.sleep(0.01)
+    assert not any(wait.done() for wait in waits.values())
+    client.end_lost_streams()
+    with pytest.raises(EngineUnavailable, match="fallen silent"):
+        await waits["on-a"]
+    assert handle.cancelled == ["on-a"]
+    assert not waits["on-b"].done()
+    waits["on-b"].cancel()
+
+
+async def test_a_replica_that_says_goodbye_takes_no_queued_request_with_it() -> None:
+    now = 100.0
+    engine = SilentEngine(EchoOptions())
+    info = await engine.start()
+    board = StatusBoard(clock=lambda: now)
+    board.note(ReplicaStatus(replica_id="a", info=info, load=engine.load(), gated=True))
+    board.remove("a")
+    assert board.fresh() == []
+    now += SILENT_S + 1
+    assert board.lost({"queued": 100.0}) == []
+
+
+async def test_a_closed_client_ends_streams_and_starts_none() -> None:
+    engine = SilentEngine(EchoOptions())
+    client = ReplicaClient(LocalHandle(engine), StatusBoard())
+    stream = client.generate(make_request(name="open"))
+    await anext(stream)
+    wait = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    client.close(EngineUnavailable("closing"))
+    for ended in (wait, anext(client.generate(make_request(name="late")))):
+        with pytest.raises(EngineUnavailable, match="closing"):
+            await ended

@@ -1,0 +1,77 @@
+"""The service on a cluster of several raylets in token mode, and what those without it reach."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from support.ports import free_port
+from support.raylets import Raylets
+
+pytestmark = pytest.mark.ray
+
+#: What a replica does for others, each on a port of its own. Serve unpickles what it is sent there,
+#: and Ray runs it: a port that asked for no token would run anybody's code.
+METHODS = ("/ray.serve.ASGIService/HandleRequest", "/ray.rpc.CoreWorkerService/PushTask")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Raylets]:
+    with Raylets(2, cpus=2) as raylets:
+        yield raylets
+
+
+def answer_without_a_token(port: int, method: str) -> str:
+    """The status of a gRPC request that sends nothing."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            channel.unary_unary(method)(b"", timeout=10)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+def listening(pid: int) -> set[int]:
+    import psutil  # Ray brings it along
+
+    found = psutil.Process(pid).net_connections("tcp")
+    return {place.laddr.port for place in found if place.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.heavy
+def test_a_service_on_several_raylets_answers_and_its_replicas_answer_nobody_without_the_token(
+    cluster: Raylets, root: Path
+) -> None:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serve_app", "--echo", "--port", str(port)],
+        cwd=root,
+        env={**os.environ, "RAY_ADDRESS": cluster.address},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"serving echo at http://127.0.0.1:{port}/v1\n"
+        body = {"model": "echo", "prompt": "over raylets"}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=30)
+        assert answer.json()["choices"][0]["text"] == "over raylets"
+
+        replicas = cluster.processes("ray::ServeReplica")
+        assert len(replicas) == 2
+        for replica in replicas:
+            ports = listening(replica)
+            assert len(ports) == 2, "Ray's own port, and Serve's"
+            for each in ports:
+                said = sorted(answer_without_a_token(each, method) for method in METHODS)
+                assert said == ["UNAUTHENTICATED", "UNIMPLEMENTED"]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -54,7 +55,7 @@ class MergedStream:
         self._produced = [0] * len(requests)
         #: Errors of choices that failed, by index; complete once iteration has ended.
         self.errors: dict[int, ApiError] = {}
-        self._early: list[tuple[int, Event | BaseException]] = []
+        self._early: deque[tuple[int, Event | BaseException]] = deque()
         self._tasks = [
             asyncio.create_task(self._pump(source, index, request))
             for index, request in enumerate(requests)
@@ -101,11 +102,9 @@ class MergedStream:
                 if isinstance(event, Done) and event.reason not in FINISH_REASONS:
                     raise _engine_failed(event)
             started.add(index)
-        self._early = arrived
+        self._early.extend(arrived)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        for index, early in self._early:
-            yield index, self._noted(index, self._reported(index, early))
         while self._open:
             index, event = await self._next()
             if index in self._open:
@@ -113,7 +112,9 @@ class MergedStream:
 
     async def _next(self) -> tuple[int, Event]:
         try:
-            if self._queue.empty():
+            if self._early:
+                index, event = self._early.popleft()
+            elif self._queue.empty():
                 async with asyncio.timeout_at(self._deadline):
                     index, event = await self._queue.get()
             else:
@@ -123,6 +124,19 @@ class MergedStream:
             self._tasks[index].cancel()
             event = DeadlineExceeded("the request's deadline passed; the answer is incomplete")
         return index, self._reported(index, event)
+
+    def take_end(self, index: int) -> Done | None:
+        """The end of a choice, if it is the next event and has arrived; None where it failed."""
+        if not self._early and not self._queue.empty():
+            self._early.append(self._queue.get_nowait())
+        if not self._early:
+            return None
+        at, event = self._early[0]
+        if at != index or not isinstance(event, Done) or event.reason not in FINISH_REASONS:
+            return None
+        self._early.popleft()
+        self._noted(index, event)
+        return event
 
     def _reported(self, index: int, event: Event | BaseException) -> Event:
         """The event; for an exception, the final event of a choice that failed."""
@@ -188,13 +202,16 @@ class Answer:
 
     async def _events(self) -> AsyncIterator[tuple[ChoiceState, Event]]:
         async for index, event in self.merged:
-            self._observe(event)
             choice = self.choices[index]
-            if isinstance(event, Done):
-                choice.done = event
-            elif isinstance(event, PromptLogprobs):
-                choice.prompt_logprobs = event.logprobs
+            self._take_in(choice, event)
             yield choice, event
+
+    def _take_in(self, choice: ChoiceState, event: Event) -> None:
+        self._observe(event)
+        if isinstance(event, Done):
+            choice.done = event
+        elif isinstance(event, PromptLogprobs):
+            choice.prompt_logprobs = event.logprobs
 
     async def collect(self, prompt_tokens: int) -> bytes:
         """The unstreamed answer, as JSON.
@@ -249,9 +266,14 @@ class Answer:
             if isinstance(event, PromptLogprobs):
                 continue
             if isinstance(event, Tokens):
-                if not event.text and not event.logprobs and choice.started:
+                # As in vLLM, the last text and the finish reason are one event.
+                end = self.merged.take_end(choice.index)
+                if end is not None:
+                    self._take_in(choice, end)
+                elif not event.text and not event.logprobs and choice.started:
                     continue  # held back: the text may yet become a stop string
                 piece = self.form.piece(choice, event)
+                piece["finish_reason"] = end and FINISH_REASONS[end.reason]
                 choice.started = True
             elif event.reason in FINISH_REASONS:
                 piece = self.form.last(choice, FINISH_REASONS[event.reason])

@@ -161,6 +161,8 @@ def check_welcome(address: str, environ: Mapping[str, str] = os.environ) -> None
     Raises:
         DeployError: it wants a token, and the user's is not its own or is not set.
     """
+    if environ.get("RAY_ENABLE_K8S_TOKEN_AUTH", "").lower() in ("1", "true"):
+        return  # Ray then finds a token of Kubernetes by itself
     token = _read_token(environ)
     if _answer(address, token) not in _UNWELCOME:
         return

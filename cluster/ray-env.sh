@@ -14,6 +14,10 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="${RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:
 export RAY_SERVE_ENABLE_HA_PROXY="${RAY_SERVE_ENABLE_HA_PROXY:-1}"
 export RAY_SERVE_THROUGHPUT_OPTIMIZED="${RAY_SERVE_THROUGHPUT_OPTIMIZED:-1}"
 
+# What guards the server that clients connect to (serve_app/proxy_guard.py); Serve reads this name.
+callback=RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+export "$callback=${RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH:-serve_app.proxy_guard:middlewares}"
+
 # Ray's workers yield to all else on their node (niceness 15, which keeps raylets responsive). Where
 # nodes are shared with other programs that starves a job; give it the raylet's own niceness there:
 # export RAY_worker_niceness=0

@@ -117,6 +117,10 @@ class EngineUnavailable(ApiError):
 class Draining(EngineUnavailable):
     code = "draining"
 
+    def headers(self) -> dict[str, str]:
+        """A connection that closes is opened again elsewhere."""
+        return super().headers() | CLOSE
+
 
 class TooManyConnections(EngineUnavailable):
     code = "too_many_connections"

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 
 APP_NAME = "intserve"
 
+#: Seconds that HAProxy waits for a client to send, or to take, its next byte; Ray's default is an
+#: hour.
+_HAPROXY_CLIENT_S = 60
+
 #: Seconds between two looks at what is still in flight.
 _LOOK_S = 0.1
 #: Seconds for an ingress to answer a call, and for clients to read that their requests end here.
@@ -66,6 +70,8 @@ def serving(config: ServeConfig) -> Iterator[str]:
     # them elsewhere, so that they need not stay reachable for half a minute.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
     os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
+    # HAProxy has no other bound on a head that does not end; silent answers are not affected.
+    os.environ.setdefault("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", str(_HAPROXY_CLIENT_S))
     with connect() as ray_connection:
         log.info(ray_connection.describe())
         logging.getLogger("ray.serve").setLevel(logging.WARNING)

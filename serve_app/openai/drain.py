@@ -69,9 +69,8 @@ class DrainMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if self._drain.started and not (reads and path not in READINESS_PATHS):
             refusal = Draining("the service is stopping and takes no more requests; retry later")
-            # A connection that closes is opened again elsewhere.
-            headers = {**refusal.headers(), "Connection": "close"}
-            await JSONResponse(refusal.body(), refusal.status, headers)(scope, receive, send)
+            answer = JSONResponse(refusal.body(), refusal.status, refusal.headers())
+            await answer(scope, receive, send)
             return
         if reads:
             await self._app(scope, receive, send)

@@ -16,6 +16,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config import ServeConfig
+from serve_app.proxy_guard import CALLBACK, CALLBACK_VARIABLE
 
 pytestmark = pytest.mark.ray
 
@@ -108,6 +109,7 @@ def test_the_shared_environment_turns_on_serves_production_modes(
     out = done.stdout.splitlines()
     assert "RAY_SERVE_ENABLE_HA_PROXY=1" in out
     assert "RAY_USAGE_STATS_ENABLED=0" in out
+    assert f"{CALLBACK_VARIABLE}={CALLBACK}" in out, "else nothing guards Serve's proxies"
     assert "RAY_SERVE_THROUGHPUT_OPTIMIZED=0" in out, "a value that is set must win"
     assert any(line.startswith(f"PATH={home['HOME']}/intserve/.venv/bin:") for line in out)
 
@@ -207,6 +209,8 @@ def test_every_container_wants_the_token_of_a_secret_and_has_an_image_that_stays
             assert env["RAY_AUTH_TOKEN"]["valueFrom"] == {
                 "secretKeyRef": {"name": "intserve-ray-token", "key": "auth_token"}
             }
+            if "RAY_SERVE_ENABLE_HA_PROXY" in env:
+                assert env[CALLBACK_VARIABLE]["value"] == CALLBACK
             tag = container["image"].rpartition("/")[2].partition(":")[2]
             assert tag not in ("", "latest")
 

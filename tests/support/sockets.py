@@ -48,10 +48,13 @@ class Raw:
 
     def __init__(self, port: int, data: bytes = b"") -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        #: Bytes that the kernel has taken.
+        self.sent = 0
         self.send(data)
 
     def send(self, data: bytes) -> None:
         self._socket.sendall(data)
+        self.sent += len(data)
 
     def answer(self) -> RawAnswer:
         """Read one response that has a Content-Length, or none."""

@@ -13,7 +13,7 @@ from support.serving import LocalHandle, read_sse
 from serve_app.config import EchoOptions, ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import ReplicaStatus
-from serve_app.openai.drain import Drain, DrainMiddleware
+from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer
@@ -33,9 +33,8 @@ async def make(itl_s: float) -> tuple[httpx.AsyncClient, Drain]:
     info = await engine.start()
     board.note(ReplicaStatus(replica_id="a", info=info, load=engine.load(), gated=True))
     engines = ReplicaClient(LocalHandle(engine), board)
-    app = make_app(Service(config, ByteTokenizer(), engines, Telemetry(None)))
     drain = Drain(engines.close)
-    app.add_middleware(DrainMiddleware, drain=drain)
+    app = make_app(Service(config, ByteTokenizer(), engines, Telemetry(None)), drain=drain)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test"), drain
 

@@ -96,9 +96,9 @@ async def test_a_text_that_cannot_fit_is_never_encoded_whole() -> None:
     with pytest.raises(InvalidRequest, match=sentence) as error:
         await encoder.encode(["short", long], LIMIT, deadline())
     assert (error.value.param, error.value.code) == ("prompt", "context_length_exceeded")
-    tokenizer.render = lambda conversation: PromptText(long)  # type: ignore[method-assign]
+    conversation = [{"role": "long", "content": long}]
     with pytest.raises(InvalidRequest, match=sentence) as error:
-        await encoder.encode_chat([{"role": "user", "content": "x"}], LIMIT, deadline())
+        await encoder.encode_chat(conversation, LIMIT, deadline())
     assert error.value.param == "messages"
     assert tokenizer.encoded == []
 

@@ -21,7 +21,7 @@ SMALL = {"max_ongoing_requests": 2, "max_queued_requests": 3}
         (CHAT, {"messages": MESSAGES, "n": 6}, SMALL, "n", "n 6 is more than the 5 choices"),
         (TEXT, {"prompt": ["a"] * 6}, SMALL, "prompt", "6 prompts with n 1 are more than the 5"),
         (TEXT, {"prompt": ["a"] * 3, "n": 2}, SMALL, "n", "3 prompts with n 2 are more than the"),
-        (TEXT, {"prompt": ["a"] * 17, "n": 2}, {}, "n", "2 for 17 prompts makes 34 choices"),
+        (TEXT, {"prompt": ["a"] * 65, "n": 2}, {}, "n", "2 for 65 prompts makes 130 choices"),
         (TEXT, {"prompt": "a", "stop_token_ids": [3, 256]}, {}, "stop_token_ids", "token id 256"),
         (CHAT, {"messages": MESSAGES, "stop_token_ids": [999]}, {}, "stop_token_ids", "999 is out"),
         (TEXT, {"prompt": [97, 256]}, {}, "prompt", "prompt: token id 256 is outside the voc"),

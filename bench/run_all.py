@@ -22,6 +22,8 @@ COMMANDS = (
     " --engine runs/bench/int8/engine --engine runs/bench/int4/engine",
     "bench/linear_formats.py --threads 1",
     "bench/serve_overhead.py",
+    "bench/drain.py",
+    "bench/long_prompts.py",
     "bench/accuracy.py",
     "bench/workers.py",
     "bench/worker_memory.py",

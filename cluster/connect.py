@@ -121,7 +121,7 @@ def connect(
                 )
         except BaseException as error:
             token.withdraw()
-            if isinstance(error, (RuntimeError, OSError, ValueError)):
+            if isinstance(error, Exception):  # Ray raises that itself when its node is late
                 raise DeployError(f"a local Ray did not start: {first_line(error)}") from error
             raise
         return RayConnection(_current_address(), started=True, attached=True, token=token)

@@ -147,13 +147,8 @@ CODES = frozenset(
         *("body_timeout", "body_too_large", "context_length_exceeded", "deadline_exceeded"),
         *("draining", "engine_failed", "engine_unavailable", "internal_error", "invalid_api_key"),
         *("invalid_json", "invalid_value", "method_not_allowed", "missing_field"),
-        *(
-            "model_not_found",
-            "origin_not_allowed",
-            "overloaded",
-            "too_many_connections",
-            "too_many_failed_keys",
-        ),
+        *("model_not_found", "origin_not_allowed", "overloaded", "too_many_connections"),
+        *("too_many_failed_keys", "too_many_logprobs"),
         *("unknown_field", "unknown_path", "unsupported_field", "unsupported_media_type"),
     }
 )

@@ -6,7 +6,7 @@ A limit of the model (its context, its vocabulary) or of the deployment (`ServeC
 from __future__ import annotations
 
 #: Choices that one request may ask for, over all of its prompts; so it has no more prompts either.
-MAX_CHOICES = 32
+MAX_CHOICES = 128
 MAX_PROMPTS = MAX_CHOICES
 
 #: Values (objects, lists, strings, numbers, ...) in a body. Three full contexts of token ids have

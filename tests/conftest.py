@@ -64,7 +64,6 @@ def pytest_configure() -> None:
     token.touch(0o600)
     token.write_text(secrets.token_hex(32), encoding="ascii")
     os.environ["RAY_TMPDIR"] = folder
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # not 30: tests share two cores
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     os.environ.pop("RAY_AUTH_TOKEN", None)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -54,7 +55,8 @@ class MergedStream:
         self._produced = [0] * len(requests)
         #: Errors of choices that failed, by index; complete once iteration has ended.
         self.errors: dict[int, ApiError] = {}
-        self._early: list[tuple[int, Event | BaseException]] = []
+        #: Taken from the queue and not yet passed on.
+        self._arrived: deque[tuple[int, Event | BaseException]] = deque()
         self._tasks = [
             asyncio.create_task(self._pump(source, index, request))
             for index, request in enumerate(requests)
@@ -88,41 +90,52 @@ class MergedStream:
         """
         try:
             async with asyncio.timeout_at(self._deadline):
-                arrived = [await self._queue.get()]
+                self._arrived.append(await self._queue.get())
         except TimeoutError:
             raise DeadlineExceeded("the request's deadline passed before any token") from None
-        while not self._queue.empty():
-            arrived.append(self._queue.get_nowait())
+        self._take_arrived()
         started: set[int] = set()
-        for index, event in arrived:
+        for index, event in self._arrived:
             if index not in started:
                 if isinstance(event, BaseException):
                     raise _logged(event)
                 if isinstance(event, Done) and event.reason not in FINISH_REASONS:
                     raise _engine_failed(event)
             started.add(index)
-        self._early = arrived
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        for index, early in self._early:
-            yield index, self._noted(index, self._reported(index, early))
         while self._open:
-            index, event = await self._next()
+            if not self._arrived:
+                await self._wait()
+            index, event = self._arrived.popleft()
+            reported = self._reported(index, event)
             if index in self._open:
-                yield index, self._noted(index, event)
+                yield index, self._noted(index, reported)
 
-    async def _next(self) -> tuple[int, Event]:
+    async def _wait(self) -> None:
+        """Await an event, and take what else is there."""
         try:
-            if self._queue.empty():
-                async with asyncio.timeout_at(self._deadline):
-                    index, event = await self._queue.get()
-            else:
-                index, event = self._queue.get_nowait()
+            async with asyncio.timeout_at(self._deadline):
+                self._arrived.append(await self._queue.get())
         except TimeoutError:
             index = min(self._open)
             self._tasks[index].cancel()
-            event = DeadlineExceeded("the request's deadline passed; the answer is incomplete")
-        return index, self._reported(index, event)
+            late = DeadlineExceeded("the request's deadline passed; the answer is incomplete")
+            self._arrived.append((index, late))
+        self._take_arrived()
+
+    def _take_arrived(self) -> None:
+        while not self._queue.empty():
+            self._arrived.append(self._queue.get_nowait())
+
+    def ends_next(self, index: int) -> bool:
+        """Whether the next event is there already and is the normal end of this choice."""
+        if not self._arrived:
+            self._take_arrived()
+        if not self._arrived or self._arrived[0][0] != index:
+            return False
+        event = self._arrived[0][1]
+        return isinstance(event, Done) and event.reason in FINISH_REASONS
 
     def _reported(self, index: int, event: Event | BaseException) -> Event:
         """The event; for an exception, the final event of a choice that failed."""
@@ -237,6 +250,7 @@ class Answer:
         envelope = self.form.envelope(streamed=True)
         if include_usage:  # OpenAI: the field is there, and null, on all chunks but the last
             envelope["usage"] = None
+        final: dict[str, Any] | None = None
         async for choice, event in self._events():
             if continuous_usage:
                 envelope["usage"] = self._usage_so_far(prompt_tokens)
@@ -253,8 +267,13 @@ class Answer:
                     continue  # held back: the text may yet become a stop string
                 piece = self.form.piece(choice, event)
                 choice.started = True
+                if self.merged.ends_next(choice.index):  # one chunk has the last text and the end
+                    final = piece
+                    continue
             elif event.reason in FINISH_REASONS:
-                piece = self.form.last(choice, FINISH_REASONS[event.reason])
+                reason = FINISH_REASONS[event.reason]
+                piece = final or self.form.last(choice, reason)
+                piece["finish_reason"], final = reason, None
             else:
                 yield _frame(self.merged.errors[choice.index].body())
                 return

@@ -56,13 +56,7 @@ class Watchdog:
             try:
                 await self.check()
             except Exception as error:  # whatever an adapter's check raises means the same
-                self.failure = (
-                    error
-                    if isinstance(error, EngineUnavailable)
-                    else EngineUnavailable(
-                        "the engine has failed and is being replaced; retry later"
-                    )
-                )
+                self.failure = _as_unavailable(error)
                 log.error("giving up the engine: %s\n%s", error, _stacks(), exc_info=error)
                 await give_up(self.failure)
                 return

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,33 +89,40 @@ def own_token() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
 
 
-@pytest.mark.parametrize("who", INTRUDERS)
-def test_a_process_without_the_token_cannot_run_a_task(
-    who: str, cluster: Raylets, root: Path
-) -> None:
-    ended = run([sys.executable, "-c", RUN_A_TASK], cluster.address, root, **INTRUDERS[who])
-    assert ended.returncode != 0
-    assert "uid" not in ended.stdout
-    assert "nvalidAuthToken" in ended.stderr or "uthenticat" in ended.stderr, ended.stderr
-
-
 @pytest.mark.heavy
-@pytest.mark.parametrize("who", INTRUDERS)
-def test_a_process_without_the_token_cannot_join_as_a_node(
-    who: str, cluster: Raylets, root: Path
+def test_a_process_without_the_token_runs_no_task_and_joins_as_no_node(
+    cluster: Raylets, root: Path
 ) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="i-", dir=os.environ["RAY_TMPDIR"]))
-    command = [
+    """All intruders at one time: most of it is waiting."""
+    base = os.environ["RAY_TMPDIR"]
+    folders = {who: tempfile.mkdtemp(prefix="i-", dir=base) for who in INTRUDERS}
+    start = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={cluster.address}"),
         *("--node-ip-address=127.0.0.1", "--num-cpus=1", f"--object-store-memory={100 << 20}"),
     ]
+
+    def run_task(who: str) -> subprocess.CompletedProcess[str]:
+        return run([sys.executable, "-c", RUN_A_TASK], cluster.address, root, **INTRUDERS[who])
+
+    def join(who: str) -> subprocess.CompletedProcess[str]:
+        own = {"RAY_TMPDIR": folders[who]}
+        return run(start, cluster.address, root, 25, **INTRUDERS[who], **own)
+
     try:
-        ended = run(command, cluster.address, root, 25, **INTRUDERS[who], RAY_TMPDIR=str(folder))
+        with ThreadPoolExecutor(2 * len(INTRUDERS)) as threads:
+            runs = threads.map(run_task, INTRUDERS), threads.map(join, INTRUDERS)
+            tasks, nodes = (dict(zip(INTRUDERS, ended, strict=True)) for ended in runs)
     finally:
-        end(folder)
-        shutil.rmtree(folder)
-    assert ended.returncode != 0
-    assert "Ray runtime started" not in ended.stdout
+        for folder in folders.values():
+            end(Path(folder))
+            shutil.rmtree(folder)
+    for who, ended in tasks.items():
+        assert ended.returncode != 0, who
+        assert "uid" not in ended.stdout, who
+        assert "nvalidAuthToken" in ended.stderr or "uthenticat" in ended.stderr, ended.stderr
+    for who, ended in nodes.items():
+        assert ended.returncode != 0, who
+        assert "Ray runtime started" not in ended.stdout, who
     with connect(cluster.address):
         assert len(ray.nodes()) == 1 + cluster.num_nodes
 

@@ -93,7 +93,7 @@ def test_a_failed_gate_exits_1_with_one_line_per_reason(fresh: Chain, command: C
     ended = command("gate", "--engine", fresh.engine, "--evaluation", fresh.evaluation)
     assert ended.code == 1
     lines = ended.out.splitlines()
-    assert lines[0] == "FAIL int8-weight-only"
+    assert lines[0] == "FAIL int8-weight-only (kernels of embedded, KV bf16)"
     assert lines[1].startswith("  perplexity ratio 3.00000 is above")
     assert lines[2].startswith("  top-1 agreement 0.1000 is below")
     assert len(lines) == 3

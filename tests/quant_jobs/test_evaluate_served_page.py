@@ -27,7 +27,7 @@ def words(root: Path, name: str, **changes: str) -> list[str]:
         re.S,
     )
     assert marked, f"docs/evaluate-served.md lost its block {name}"
-    python, flag, module, *found = shlex.split(marked[1])
+    python, flag, module, *found = shlex.split(marked[1].replace("\\\n", " "))
     assert (python, flag, module) == ("python", "-m", "quant_jobs")
     return [changes.get(word, word) for word in found]
 

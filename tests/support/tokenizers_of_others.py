@@ -46,12 +46,10 @@ def _finished(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _byte_level(**options: bool) -> Tokenizer:
+def _byte_level(*, add_prefix_space: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(Regex(text), "isolated") for text in V3_PATTERNS]
-    byte_level = pre_tokenizers.ByteLevel(
-        add_prefix_space=options.get("add_prefix_space", False), use_regex=False
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -78,12 +76,12 @@ def ignoring_merges() -> Tokenizer:
     """A pre-token that is in the vocabulary is its token: `<s>` is in it."""
     parsed = json.loads(_byte_level().to_str())
     parsed["model"]["ignore_merges"] = True
-    parsed["pre_tokenizer"] = json.loads(
-        Tokenizer.from_str(json.dumps({**parsed, "pre_tokenizer": None})).to_str()
-    )["pre_tokenizer"]
     tokenizer = Tokenizer.from_str(json.dumps(parsed))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     return tokenizer
 

@@ -25,6 +25,7 @@ def row(name: str, rule: Neutral | Label) -> str:
     """A field's row of the page."""
     if isinstance(rule, Label):
         kind = "an object" if dict in rule.kinds else "a string"
+        kind = kind if rule.may_be_empty else "a string that is not empty"
         return f"| `{name}` | label: {kind}, ignored |"
     values = [f"`{json.dumps(value)}`" for value in rule.values] + [rule.words] * bool(rule.words)
     return f"| `{name}` | {', '.join(values) or 'only null'} |"

@@ -19,7 +19,8 @@ from serve_app.routing.keys import BURST
 
 UP = {"status": "ok"}
 DETAILS = {
-    *("status", "engine_replicas", "engine", "recipe", "artifact_digest", "kv_cache", "gated"),
+    *("status", "engine_replicas", "engine", "engine_digest", "recipe", "artifact_digest"),
+    *("kv_cache", "gated"),
     "max_model_len",
 }
 KEY = {"authorization": "Bearer one"}

@@ -33,7 +33,7 @@ def parse_text(**fields: Any) -> CompletionRequest:
         ({"max_tokens": 1.5}, "max_tokens", "valid integer"),
         ({"n": "2"}, "n", "valid integer"),
         ({"n": True}, "n", "valid integer"),
-        ({"n": 33}, "n", "less than or equal to 32"),
+        ({"n": 129}, "n", "less than or equal to 128"),
         ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
         ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
         ({"top_p": 0}, "top_p", "greater than 0"),
@@ -122,14 +122,14 @@ def test_a_wrong_chat_field_is_refused(fields: Any, param: str | None) -> None:
         [-1],
         {"a": 1},
         None,
-        ["a"] * 33,
+        ["a"] * 129,
         [1.0],
         [1, "a"],
         [1, True],
         [[1], [2, None]],
         [2**63],
         [["a"]],
-        [[1]] * 33,
+        [[1]] * 129,
     ],
 )
 def test_a_prompt_of_no_known_form_is_refused(prompt: Any) -> None:
@@ -312,13 +312,13 @@ def test_a_body_without_a_model_means_the_one_that_is_served(model: Any) -> None
 
 
 def test_prompts_are_counted_before_they_are_looked_at() -> None:
-    for prompt in (["a"] * 33, [[1]] * 33, [None] * 33):
-        with pytest.raises(InvalidRequest, match="prompt: holds 33 prompts; the limit is 32"):
+    for prompt in (["a"] * 129, [[1]] * 129, [None] * 129):
+        with pytest.raises(InvalidRequest, match="prompt: holds 129 prompts; the limit is 128"):
             parse_text(prompt=prompt)
 
 
 def test_prompts_and_n_share_one_limit() -> None:
-    assert len(parse_text(prompt=["a"] * 16, n=2).prompts()) == 16
-    with pytest.raises(InvalidRequest, match="34 choices; the limit is 32") as caught:
-        parse_text(prompt=["a"] * 17, n=2)
+    assert len(parse_text(prompt=["a"] * 64, n=2).prompts()) == 64
+    with pytest.raises(InvalidRequest, match="130 choices; the limit is 128") as caught:
+        parse_text(prompt=["a"] * 65, n=2)
     assert caught.value.param == "n"

@@ -122,3 +122,20 @@ async def test_an_aborted_request_is_an_error_for_its_client() -> None:
     done = [event async for _, event in merged if isinstance(event, Done)]
     assert [event.reason for event in done] == ["abort"]
     assert isinstance(merged.errors[0], ApiError)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_the_last_text_of_a_choice_comes_with_its_finish_reason(n: int) -> None:
+    engine = EchoEngine(EchoOptions())
+    requests = [make_request("abc", f"r-{i}", max_tokens=2) for i in range(n)]
+    merged = await open_stream(engine, requests, deadline())
+    observed: list[Event] = []
+    answer = Answer(merged, CompletionFormat("id", "echo", LogprobStyle()), n, observed.append)
+    text = b"".join([frame async for frame in answer.sse(3, include_usage=True)]).decode()
+    *chunks, last, end = read_sse(text)
+    for index in range(n):
+        parts = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert [(p["text"], p["finish_reason"]) for p in parts] == [("a", None), ("b", "length")]
+    assert (last["usage"]["completion_tokens"], end) == (2 * n, "[DONE]")
+    assert sum(isinstance(event, Done) for event in observed) == n
+    assert all(choice.done is not None for choice in answer.choices)

@@ -45,7 +45,7 @@ quick: env ## the tests that need no Ray, no browser and no second each: a minut
 slow: env ## the long tests: kill matrices and whatever takes over a minute
 	$(BIN)/python -m pytest -m "slow and not gpu and not interop"
 
-interop: env ## our artifacts in other projects' tools, each in an environment of its own
+interop: env ## our artifacts and our service with other projects' tools, each in its environment
 	$(BIN)/python -m pytest -m "interop and not slow and not gpu"
 
 bench: env ## regenerate the figures of docs/benchmarks.md

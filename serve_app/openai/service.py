@@ -248,13 +248,13 @@ class Service:
         """The model as /v1/models tells it, with vLLM's `max_model_len`.
 
         Raises:
-            EngineUnavailable: no engine has ever been ready, so that its length is not known.
+            EngineUnavailable: no engine has ever been ready, so that its length is not known. It is
+                waited for a while, as generation does: an ingress may not have heard of one yet.
         """
         try:
             self._info = (await self.engines.statuses())[0].info
         except EngineUnavailable:
-            if self._info is None:
-                raise
+            self._info = self._info or await self.engines.info()
         return {
             "id": self.config.served_name,
             "object": "model",

@@ -34,6 +34,13 @@ class Gone(LocalEngines):
         raise EngineUnavailable("no engine replica is ready; retry later")
 
 
+class Never(Gone):
+    """Nor has any been."""
+
+    async def info(self) -> Any:
+        raise EngineUnavailable("no engine replica is ready; retry later")
+
+
 def client(service: Service, host: str, url: str = "http://localhost:8000") -> httpx.AsyncClient:
     """A client at an address that asks for the server by the name in `url`."""
     transport = httpx.ASGITransport(
@@ -153,7 +160,7 @@ async def test_a_model_card_tells_the_length_as_vllm_does_once_it_is_known() -> 
     service = make_service(echo=EchoOptions(max_model_len=99), model_name="a/b")
     ready = service.engines
     async with client(service, AWAY) as asking:
-        service.engines = Gone(EchoEngine(EchoOptions()))
+        service.engines = Never(EchoEngine(EchoOptions()))
         early = await asking.get("/v1/models")
         assert (early.status_code, early.headers["retry-after"]) == (503, "5")
         service.engines = ready
@@ -162,6 +169,14 @@ async def test_a_model_card_tells_the_length_as_vllm_does_once_it_is_known() -> 
         assert {name: card[name] for name in expected} == expected
         service.engines = Gone(EchoEngine(EchoOptions()))
         assert (await asking.get("/v1/models/a/b")).json() == card, "known from before"
+
+
+async def test_a_model_card_waits_for_an_engine_of_which_this_ingress_has_not_heard_yet() -> None:
+    service = make_service()
+    service.engines = Gone(EchoEngine(EchoOptions()))  # whose `info` waits, and then knows
+    async with client(service, AWAY) as asking:
+        (card,) = (await asking.get("/v1/models")).json()["data"]
+    assert card["max_model_len"] == 4096
 
 
 @pytest.mark.parametrize(

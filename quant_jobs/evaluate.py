@@ -12,12 +12,8 @@ always against a stored reference, which is made first where --reference is the 
 
 from __future__ import annotations
 
-import os
 import platform
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +29,13 @@ from deepseek.engine.kv_cache import check_cache_format
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError, CalibrationError
 from deepseek.inventory import tensors
-from deepseek.outputs import check_apart, check_directory, check_writable, make_directory, writing
+from deepseek.outputs import check_apart, check_directory, check_writable, make_directory
 from deepseek.source.checkpoint import CheckpointReader, scale_name
 from quant_jobs.calibration.token_blocks import TokenBlocks, load_token_blocks
 from quant_jobs.evaluation.event_loop import run_in_order
 from quant_jobs.evaluation.load import is_loopback, measure_load
 from quant_jobs.evaluation.lumped import CompressedBlock
+from quant_jobs.evaluation.pairs import publishing
 from quant_jobs.evaluation.record import (
     EVALUATION,
     TOKENS,
@@ -143,7 +140,7 @@ def run_evaluate(
             _write_reference(keep_reference, source, ids_BT, held_out, kept)
 
     make_directory(output)
-    with _staged(output) as staging:
+    with publishing(output, values=TOKENS, record=EVALUATION) as staging:
         tokens = write_tokens(staging, ids_BT, [score.tokens for score in scores])
         evaluation = Evaluation(
             engine_digest=built.digest,
@@ -352,20 +349,3 @@ def _tools() -> dict[str, str]:
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
     }
-
-
-@contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """A folder in `output` for the two files, which take the place of an earlier evaluation's when
-    both are whole: a disk that is full costs neither."""
-    staging = output / f".{secrets.token_hex(4)}.tmp"
-    try:
-        make_directory(staging)
-        yield staging
-        with writing(output / EVALUATION):
-            # A run that is killed between the two leaves no old evaluation beside new tokens.
-            (output / EVALUATION).unlink(missing_ok=True)
-            for name in (TOKENS, EVALUATION):
-                os.replace(staging / name, output / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

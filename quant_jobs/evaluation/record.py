@@ -7,20 +7,18 @@ in bytes, speeds in generated tokens per second. This file imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deepseek import untrusted
 from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.artifact.manifest import Count
 from deepseek.artifact.verdict import EMBEDDED, Arithmetic
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import read_json_object, write_atomic
 from deepseek.inventory import Group
-from deepseek.untrusted import UnusableFileError
+from quant_jobs.evaluation.pairs import read_values
 
 EVALUATION = "evaluation.json"
 TOKENS = "tokens.safetensors"
@@ -194,13 +192,10 @@ def read_token_bytes(directory: Path, evaluation: Evaluation) -> bytes:
     Raises:
         ArtifactError: it is absent, no regular file, or is not the one that the evaluation names.
     """
-    path = directory / TOKENS
-    try:
-        data = untrusted.read_bytes(path, root=directory, max_bytes=MAX_TOKENS_BYTES)
-    except UnusableFileError as error:
-        raise ArtifactError(f"{path} {error}; evaluate again") from error
-    if hashlib.sha256(data).hexdigest() != evaluation.tokens_sha256:
-        raise ArtifactError(
-            f"{path} is not the one that {EVALUATION} beside it names; evaluate again"
-        )
-    return data
+    return read_values(
+        directory / TOKENS,
+        sha256=evaluation.tokens_sha256,
+        record=EVALUATION,
+        max_bytes=MAX_TOKENS_BYTES,
+        remedy="evaluate again",
+    )

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,10 +30,10 @@ from deepseek.artifact.manifest import Count
 from deepseek.artifact.verdict import Arithmetic
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import canonical_json, read_json_object, write_json
-from deepseek.outputs import make_directory, writing
+from deepseek.outputs import make_directory
 from deepseek.tensor_files import save_tensors
-from deepseek.untrusted import UnusableFileError
 from quant_jobs.evaluation.lumped import CompressedBlock
+from quant_jobs.evaluation.pairs import publishing, read_values
 from quant_jobs.evaluation.record import HeldOut, Strict
 
 REFERENCE, VALUES = "reference.json", "reference.safetensors"
@@ -99,7 +97,6 @@ def write_reference(
         OutputError: they cannot be written.
     """
     make_directory(directory)
-    staging = directory / f".{secrets.token_hex(4)}.tmp"
     tensors = {
         "token_ids": ids.int(),
         "tensor_bytes": tensor_bytes,
@@ -108,8 +105,7 @@ def write_reference(
             for field in fields(CompressedBlock)
         },
     }
-    try:
-        make_directory(staging)
+    with publishing(directory, values=VALUES, record=REFERENCE) as staging:
         saved = save_tensors(staging / VALUES, tensors)
         record = ReferenceRecord(
             top=tensors["top_ids"].shape[-1],
@@ -118,12 +114,6 @@ def write_reference(
             **facts,
         )
         write_json(staging / REFERENCE, record.model_dump(mode="json") | {"digest": record.digest})
-        with writing(directory / REFERENCE):
-            (directory / REFERENCE).unlink(missing_ok=True)
-            for name in (VALUES, REFERENCE):
-                os.replace(staging / name, directory / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return Reference(record, ids, tuple(blocks), tensor_bytes)
 
 
@@ -160,14 +150,13 @@ def read_reference(directory: Path) -> Reference:
     """
     record = read_record(directory)
     path = directory / VALUES
-    try:
-        data = untrusted.read_bytes(path, root=directory, max_bytes=MAX_VALUES_BYTES)
-    except UnusableFileError as error:
-        raise ArtifactError(f"{path} {error}; make the reference again") from error
-    if hashlib.sha256(data).hexdigest() != record.values_sha256:
-        raise ArtifactError(
-            f"{path} is not the one that {REFERENCE} beside it names; make the reference again"
-        )
+    data = read_values(
+        path,
+        sha256=record.values_sha256,
+        record=REFERENCE,
+        max_bytes=MAX_VALUES_BYTES,
+        remedy="make the reference again",
+    )
     try:
         tensors = load(data)
     except SafetensorError as error:

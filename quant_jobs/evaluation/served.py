@@ -6,9 +6,6 @@ its SHA-256 is recorded here. Losses and KL are in nats, times in seconds.
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +15,9 @@ from torch import Tensor
 from deepseek.artifact.manifest import Count
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import read_json_object, write_json
-from deepseek.outputs import make_directory, writing
+from deepseek.outputs import make_directory
 from deepseek.tensor_files import save_tensors
+from quant_jobs.evaluation.pairs import publishing
 from quant_jobs.evaluation.record import Estimate, HeldOut, LumpedKL, Positive, Strict
 
 SERVED, SERVED_TOKENS = "served.json", "served.safetensors"
@@ -123,18 +121,10 @@ def write_served(directory: Path, tensors: dict[str, Tensor], facts: dict[str, A
         OutputError: they cannot be written.
     """
     make_directory(directory)
-    staging = directory / f".{secrets.token_hex(4)}.tmp"
-    try:
-        make_directory(staging)
+    with publishing(directory, values=SERVED_TOKENS, record=SERVED) as staging:
         saved = save_tensors(staging / SERVED_TOKENS, tensors)
         served = Served(**facts, tokens_sha256=saved.sha256)
         write_json(staging / SERVED, served.model_dump(mode="json"))
-        with writing(directory / SERVED):
-            (directory / SERVED).unlink(missing_ok=True)
-            for name in (SERVED_TOKENS, SERVED):
-                os.replace(staging / name, directory / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return served
 
 

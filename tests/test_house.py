@@ -28,6 +28,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "source": {"formats"},
         "artifact": {"formats", "source"},
         "engine": {"artifact", "formats", "source"},
+        "trtllm": {"artifact", "formats", "source"},
     },
     "cluster": {},
     "quant_jobs": {

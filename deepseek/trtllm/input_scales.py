@@ -1,4 +1,4 @@
-"""Static FP8 input scales of INT4 experts, chosen so that the loader's own rounding changes nothing.
+"""Static FP8 input scales of INT4 experts, which the loader's own rounding leaves as they are.
 
 The W4A8 kernel multiplies an expert's inputs by `act_scale`, rounds them to e4m3, and multiplies
 the product by `alpha`. Both come from the checkpoint's `input_scale` s (`load_quant_scales` of
@@ -30,8 +30,8 @@ def runtime_input_scale(needed: float) -> float:
 
     `needed` must be positive and finite.
     """
-    assert needed > 0 and math.isfinite(needed), needed
-    fraction, exponent = math.frexp(needed)  # needed = fraction * 2^exponent, fraction in [0.5, 1)
+    assert 0 < needed < math.inf, needed
+    fraction, exponent = math.frexp(needed)  # fraction * 2^exponent, fraction in [0.5, 1)
     return math.ldexp(1.0, max(exponent - 1 if fraction == 0.5 else exponent, _MIN_EXPONENT))
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from deepseek import __version__
 from deepseek.config import ModelConfig
 from deepseek.inventory import linears
 from deepseek.recipe import Scheme
@@ -115,9 +114,4 @@ def _excluded(config: ModelConfig) -> list[str]:
 
 
 def _produced(quantization: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "producer": {"name": "intserve", "version": __version__},
-        "quantization": quantization,
-    }
-
-
+    return {"producer": {"name": "intserve"}, "quantization": quantization}

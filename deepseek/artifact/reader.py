@@ -6,7 +6,7 @@ Every tensor is verified against the manifest, and `finish` checks that every fi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,12 @@ from deepseek.artifact.documents import (
     check_tensor_file,
     document_object,
     read_listed,
+)
+from deepseek.artifact.input_maxima import (
+    INPUT_MAXIMA_FILE,
+    InputMaxima,
+    find_outliers,
+    parse_input_maxima,
 )
 from deepseek.artifact.manifest import (
     JOB_REPORTS,
@@ -76,17 +82,22 @@ def _reading(path: Path) -> Iterator[None]:
 class ArtifactReader:
     """A finished quantized checkpoint, verified as it is read.
 
+    `ignore_input_maxima` neither reads nor requires input_maxima.json: for `quant_jobs measure`,
+    which writes it.
+
     Raises on opening:
         ArtifactError: unfinished, edited, incomplete, or holding a file that is not its own.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, *, ignore_input_maxima: bool = False) -> None:
         self.directory = Path(directory)
+        self._ignores_maxima = ignore_input_maxima
         self.manifest = read_manifest(self.directory)
         #: The artifact's digest: that of the manifest, which covers every byte of the tensors.
         self.digest = self.manifest.digest
         self.recipe = self.manifest.recipe
-        #: config.json, index and tokenizer files by name, as verified against the manifest.
+        #: config.json, index and tokenizer files by name, as verified against the manifest; without
+        #: the input maxima, which no engine copies.
         self.documents = self._read_documents()
         raw = document_object(self.directory, self.documents, "config.json")
         # The schemes follow from the *source's* config, which had FP8 blocks where this has none.
@@ -95,6 +106,8 @@ class ArtifactReader:
         )
         self.schemes = self.recipe.resolve(self.config)
         self._check_config(raw)
+        #: The largest input of each routed expert; None where the artifact does not hold them.
+        self.input_maxima = self._parse_maxima(self.documents.pop(INPUT_MAXIMA_FILE, None))
         self._unread: set[LayerKey] = set(layer_keys(self.config))
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
@@ -104,11 +117,15 @@ class ArtifactReader:
             ArtifactError: the file is damaged; the sentence names the tensor and the file.
         """
         assert 0 <= layer < self.config.num_layers_with_mtp
-        return self._read(layer)
+        tensors = self.read_some(layer, lambda _: True)
+        self._unread.discard(layer)
+        return tensors
 
     def read_globals(self) -> dict[str, Tensor]:
         """The tensors outside the decoder layers, verified; see `read_layer`."""
-        return self._read("globals")
+        tensors = self.read_some("globals", lambda _: True)
+        self._unread.discard("globals")
+        return tensors
 
     def finish(self) -> None:
         """Check that every published file was read.
@@ -122,8 +139,8 @@ class ArtifactReader:
 
     @contextmanager
     def open_file(self, layer: LayerKey) -> Iterator[LayerFile]:
-        """The file of one layer, or of the globals, open to be read tensor by tensor. It counts as
-        read.
+        """The file of one layer, or of the globals, open to be read tensor by tensor. Does not
+        count as reading the file for `finish`.
 
         Raises:
             ArtifactError: the file is damaged; the sentence names it.
@@ -140,11 +157,12 @@ class ArtifactReader:
             opened = safe_open(path, framework="pt")
         with opened as file:
             yield LayerFile(path, header, record, file)
-        self._unread.discard(layer)
 
-    def _read(self, layer: LayerKey) -> dict[str, Tensor]:
+    def read_some(self, layer: LayerKey, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Those tensors of one layer, or of the globals, whose full name `wanted` accepts, each
+        verified; see `open_file`."""
         with self.open_file(layer) as file:
-            return {name: file.read(name) for name in file.header.tensors}
+            return {name: file.read(name) for name in file.header.tensors if wanted(name)}
 
     def _read_documents(self) -> dict[str, bytes]:
         """The documents, and a look at everything else in the directory."""
@@ -156,13 +174,28 @@ class ArtifactReader:
                     "IntServe writes; quantize again"
                 )
             check_tensor_file(self.directory / name, num_bytes, self.directory)
-        allowed = ("config.json", INDEX_FILE, *COPIED_FILES)
-        documents = read_listed(
-            self.directory, self.manifest.files, allowed, manifest=MANIFEST_FILE
-        )
-        known = {MANIFEST_FILE, *JOB_REPORTS, *documents, *shards}
-        check_nothing_else(self.directory, known, what="artifact")
+        allowed = ("config.json", INDEX_FILE, INPUT_MAXIMA_FILE, *COPIED_FILES)
+        listed = dict(self.manifest.files)
+        known = {MANIFEST_FILE, *JOB_REPORTS, *shards}
+        if self._ignores_maxima:
+            listed.pop(INPUT_MAXIMA_FILE, None)
+            known.add(INPUT_MAXIMA_FILE)
+        documents = read_listed(self.directory, listed, allowed, manifest=MANIFEST_FILE)
+        check_nothing_else(self.directory, known | documents.keys(), what="artifact")
         return documents
+
+    def _parse_maxima(self, data: bytes | None) -> InputMaxima | None:
+        """The maxima of input_maxima.json, whose outliers must be those of the manifest."""
+        if self._ignores_maxima:
+            return None
+        path = self.directory / INPUT_MAXIMA_FILE
+        maxima = None if data is None else parse_input_maxima(data, self.config, path)
+        if self.manifest.input_outliers != (() if maxima is None else find_outliers(maxima)):
+            raise ArtifactError(
+                f"{self.directory / MANIFEST_FILE} has other input_outliers than follow from "
+                f"{INPUT_MAXIMA_FILE}; restore both or quantize again"
+            )
+        return maxima
 
     def _check_config(self, raw: dict[str, Any]) -> None:
         """Check the manifest against the model that config.json, of content `raw`, describes."""

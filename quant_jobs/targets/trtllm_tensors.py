@@ -57,7 +57,9 @@ def write_file(
     """
     with _opened(source, layer) as (read, dtype_of):
         tensors = stored_tensors(source.config, stored, layer)
-        layout = {name: (_dtype(tensor, dtype_of), tensor.shape) for name, tensor in tensors.items()}
+        layout = {
+            name: (_dtype(tensor, dtype_of), tensor.shape) for name, tensor in tensors.items()
+        }
         bytes_read = 0
 
         def counted(name: str) -> Tensor:
@@ -114,9 +116,7 @@ def _made(
 
 
 @contextmanager
-def _opened(
-    source: Source, layer: LayerKey
-) -> Iterator[tuple[Read, Callable[[str], torch.dtype]]]:
+def _opened(source: Source, layer: LayerKey) -> Iterator[tuple[Read, Callable[[str], torch.dtype]]]:
     """How the tensors of one layer are read by their artifact's names, and the type of one that is
     no linear. A source has the names of the release; its reader checks the values."""
     if isinstance(source, ArtifactReader):

@@ -163,8 +163,6 @@ def ways(spec: TensorSpec, ranks: RankLayout) -> int:
     match spec.split:
         case "replicated":
             return 1
-        case "expert":
-            return ranks.tp
         case split if spec.group in ("dense_mlp", "shared_experts"):
             width = spec.shape[0] if split == "column" else spec.shape[1]
             whole = math.gcd(width // TILE, ranks.tp) if width % TILE == 0 else 1
@@ -188,7 +186,7 @@ def rank_weight_bytes(
         for tensor in stored_tensors(config, stored, layer).values():
             if tensor.spec.group != "mtp" or not tensor.spec.name.endswith(_MTP_COPIES):
                 divided[_rank_share(tensor, ranks)] += tensor.num_bytes
-    return sum(size // count for count, size in divided.items())
+    return sum(-(-size // count) for count, size in divided.items())
 
 
 def _rank_share(tensor: StoredTensor, ranks: RankLayout) -> int:

@@ -227,7 +227,8 @@ def build(
         str | None, typer.Option(help="trtllm: the TensorRT-LLM that will load it [1.2.1].")
     ] = None,
     mtp: Annotated[
-        bool, typer.Option("--mtp", help="trtllm: keep the MTP layers; without it they are left out.")
+        bool,
+        typer.Option("--mtp", help="trtllm: keep the MTP layers; without it they are left out."),
     ] = False,
     context: Annotated[
         int | None, typer.Option(help="trtllm: longest request in tokens [what fits].")

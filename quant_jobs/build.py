@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from deepseek.trtllm.check import check_engine
 from pydantic import BaseModel, ConfigDict
 
 from cluster.deployability import check, require_target, served_schemes
@@ -26,7 +27,6 @@ from deepseek.engine.packing import Source, schemes_of
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.outputs import check_directory
 from deepseek.source.checkpoint import CheckpointReader
-from deepseek.trtllm.check import check_engine
 from deepseek.trtllm.loadable import require_ranks
 from deepseek.trtllm.versions import VERSIONS, require_version
 

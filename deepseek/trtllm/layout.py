@@ -27,6 +27,7 @@ N outputs · K inputs
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -45,6 +46,13 @@ DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 TILE = 128
 #: Bytes of one value by the type's name in safetensors.
 ITEM_BYTES = {"F8_E4M3": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
+
+#: Held whole by every rank.
+EMBEDDING = "model.embed_tokens.weight"
+#: `gpus_per_node` of every node that is planned for; a dense MLP is not divided beyond one.
+RANKS_PER_NODE = 8
+#: What an MTP layer holds of the main model's own.
+_MTP_COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 
 _BF16 = Scheme(weights="bf16")
 
@@ -146,18 +154,22 @@ def ways(spec: TensorSpec, ranks: RankLayout) -> int:
     """Over how many ranks a tensor of the model is divided; the others hold copies.
 
     Attention and head are divided over all ranks, routed experts by expert and inside each expert.
-    The embedding is whole on every rank. A dense MLP and the shared expert are divided over as many
-    ranks as whole tiles of their width allow: gcd(width / 128, tp) (`_compute_mlp_tp_size` of its
-    DeepSeek model, for the group size 128 that every config here states).
+    Every rank holds the whole embedding. A dense MLP and the shared expert are divided over as many
+    as whole tiles of their width allow: gcd(width / 128, tp); a dense MLP moreover not beyond one
+    node (`_compute_mlp_tp_size` and `_compute_shared_expert_tp_size` of its DeepSeek model).
     """
-    if spec.name == "model.embed_tokens.weight":
+    if spec.name == EMBEDDING:
         return 1
     match spec.split:
         case "replicated":
             return 1
+        case "expert":
+            return ranks.tp
         case split if spec.group in ("dense_mlp", "shared_experts"):
             width = spec.shape[0] if split == "column" else spec.shape[1]
-            return math.gcd(width // TILE, ranks.tp) if width % TILE == 0 else 1
+            whole = math.gcd(width // TILE, ranks.tp) if width % TILE == 0 else 1
+            beyond_node = spec.group == "dense_mlp" and whole > RANKS_PER_NODE
+            return math.gcd(whole, RANKS_PER_NODE) if beyond_node else whole
         case _:
             return ranks.tp
 
@@ -169,12 +181,22 @@ def rank_weight_bytes(
 
     The second copy of kv_b_proj that MLA's absorbed form keeps is the runtime's, as the planner's
     workspace counts it. A static input scale is held once per expert and linear, whoever reads it.
+    An MTP layer's copies of embedding and head are not read.
     """
-    total = 0
+    divided: Counter[int] = Counter()  # number of ranks -> bytes that are divided among as many
     for layer in stored_layers(config, mtp=mtp):
         for tensor in stored_tensors(config, stored, layer).values():
-            total += -(-tensor.num_bytes // ways(tensor.spec, ranks))
-    return total
+            if tensor.spec.group != "mtp" or not tensor.spec.name.endswith(_MTP_COPIES):
+                divided[_rank_share(tensor, ranks)] += tensor.num_bytes
+    return sum(size // count for count, size in divided.items())
+
+
+def _rank_share(tensor: StoredTensor, ranks: RankLayout) -> int:
+    """Over how many ranks a stored tensor is divided. A scale per output channel of down_proj does
+    not divide by the inputs that ranks of one expert share."""
+    if tensor.suffix == "weight_scale" and tensor.spec.role == "down_proj":
+        return ranks.ep
+    return ways(tensor.spec, ranks)
 
 
 def total_bytes(config: ModelConfig, stored: Mapping[str, Scheme], *, mtp: bool = False) -> int:

@@ -153,7 +153,9 @@ def _kv_b(rank: Rank, module: str) -> Parameters:
 def _heads(rank: Rank, key: str, rows_of_head: int) -> slice | None:
     """Rows of this rank's heads in a tensor of kv_b_proj."""
     heads = rank.config.num_attention_heads
-    if key not in rank.checkpoint or rank.checkpoint.entry(key).shape[:1] != (heads * rows_of_head,):
+    if key not in rank.checkpoint or rank.checkpoint.entry(key).shape[:1] != (
+        heads * rows_of_head,
+    ):
         return None  # `_by_head` refuses it
     local = heads // rank.place.layout.tp
     first = rank.place.rank * local * rows_of_head

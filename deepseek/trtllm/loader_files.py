@@ -126,9 +126,7 @@ class Checkpoint:
         count = math.prod(entry.shape)
         if not count:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        data = torch.frombuffer(
-            self._map(path), dtype=entry.dtype, count=count, offset=entry.begin
-        )
+        data = torch.frombuffer(self._map(path), dtype=entry.dtype, count=count, offset=entry.begin)
         return data.view(entry.shape)
 
     def close(self, path: Path | None = None) -> None:

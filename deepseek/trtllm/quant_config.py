@@ -66,6 +66,7 @@ def quant_config_files(
     mixed = {
         "quant_algo": "MIXED_PRECISION",
         "kv_cache_quant_algo": kv_algo,
+        # The MLPs are divided by whole groups of this size; without it FP8 tiles would be cut.
         "group_size": TILE,
         "quantized_layers": quantized_layers(config, stored, mtp=mtp),
     }

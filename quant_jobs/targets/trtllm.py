@@ -22,6 +22,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from deepseek.trtllm.llm_args import LLM_ARGS_FILE, llm_args_yaml
+from deepseek.trtllm.llm_schema import LlmArgs
+
 from deepseek import __version__, untrusted
 from deepseek.artifact.documents import document_object, read_copied
 from deepseek.artifact.engine_manifest import (
@@ -57,8 +60,6 @@ from deepseek.trtllm.layout import (
     stored_tensors,
     total_bytes,
 )
-from deepseek.trtllm.llm_args import LLM_ARGS_FILE, llm_args_yaml
-from deepseek.trtllm.llm_schema import LlmArgs
 from deepseek.trtllm.loadable import check_loadable
 from deepseek.trtllm.quant_config import quant_config_files
 from deepseek.trtllm.versions import EngineVersion
@@ -66,7 +67,6 @@ from deepseek.untrusted import UnusableFileError
 from quant_jobs.algorithms.input_scales import share_input_scales
 from quant_jobs.targets.sharded import BuildFolder, BuiltFile, Progress, build_files
 from quant_jobs.targets.trtllm_tensors import write_file
-
 
 #: KV formats that the target has.
 TrtllmKV = Literal["bf16", "fp8"]
@@ -248,9 +248,7 @@ def input_scales(source: Source, stored: Mapping[str, Scheme]) -> dict[int, Laye
     return scales
 
 
-def _needed_scales(
-    source: ArtifactReader, layer: int, modules: Sequence[str]
-) -> dict[str, float]:
+def _needed_scales(source: ArtifactReader, layer: int, modules: Sequence[str]) -> dict[str, float]:
     """amax / 448 of the inputs of the experts' linears of one layer, by module."""
     if source.schemes[modules[0]].activations == "fp8":
         names = {f"{module}.input_scale": module for module in modules}
@@ -333,7 +331,9 @@ def _index(source: Source, stored: Mapping[str, Scheme], layers: Sequence[LayerK
         for layer in layers
         for name in stored_tensors(source.config, stored, layer)
     }
-    total = total_bytes(source.config, stored, mtp=len(layers) - 1 > source.config.num_hidden_layers)
+    total = total_bytes(
+        source.config, stored, mtp=len(layers) - 1 > source.config.num_hidden_layers
+    )
     return json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -364,7 +364,12 @@ class _Maker:
         layer: LayerKey = "globals" if key == "globals" else int(key)
         name = layer_file(layer)
         sha256, num_bytes, bytes_read = write_file(
-            directory / name, source, schemes, stored, layer, dict(self.scales).get(layer)  # type: ignore[arg-type]
+            directory / name,
+            source,
+            schemes,
+            stored,
+            layer,
+            dict(self.scales).get(layer),  # type: ignore[arg-type]
         )
         return BuiltFile(
             key=key, file=name, num_bytes=num_bytes, sha256=sha256, bytes_read=bytes_read

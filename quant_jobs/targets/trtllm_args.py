@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from deepseek.trtllm.llm_args import make_llm_args
+from deepseek.trtllm.llm_schema import LlmArgs
+
 from cluster.hardware import GPUS_PER_NODE, Machines
 from cluster.memory import GPU_MAX_BATCH, GPU_STEP_TOKENS, Tally
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.recipe import Scheme
-from deepseek.trtllm.llm_args import make_llm_args
-from deepseek.trtllm.llm_schema import LlmArgs
 from quant_jobs.targets.trtllm import TrtllmOptions
 
 

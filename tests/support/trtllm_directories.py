@@ -147,18 +147,14 @@ def write_directory(
         (directory / name).write_text(json.dumps(content, indent=2))
     weight_map: dict[str, str] = {}
     for layer in [*range(config.num_hidden_layers), "globals"]:
-        tensors = (
-            artifact.read_globals() if layer == "globals" else artifact.read_layer(int(layer))
-        )
+        tensors = artifact.read_globals() if layer == "globals" else artifact.read_layer(int(layer))
         file = (
             "model-globals.safetensors"
             if layer == "globals"
             else f"model-layer-{layer:05d}.safetensors"
         )
         stored = stored_tensors(artifact, tensors, dialect)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in stored.items()}, directory / file
-        )
+        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, directory / file)
         weight_map |= dict.fromkeys(stored, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -126,8 +126,8 @@ def _kv_b(rank: Rank, module: str) -> Parameters:
     for what, width in (("qk_nope_head_dim", nope), ("v_head_dim", value)):
         if width % TILE:
             raise LoaderRefusal(
-                f"{checkpoint.directory}: {what} is {width}, no multiple of {TILE}, so TensorRT-LLM "
-                f"cannot cut {scale_key} by heads; keep {module} in BF16"
+                f"{checkpoint.directory}: {what} is {width}, no multiple of {TILE}, so "
+                f"TensorRT-LLM cannot cut {scale_key} by heads; keep {module} in BF16"
             )
     keys, values = _by_head(
         rank,
@@ -173,12 +173,12 @@ def _by_head(
             f"{list(rank.checkpoint.entry(key).shape)}; by heads TensorRT-LLM needs "
             f"{[whole, latent]}"
         )
-    keys, values = part.view(heads, nope + value, latent).split([nope, value], dim=1)
-    return keys, values
+    by_head = part.view(heads, nope + value, latent)
+    return by_head[:, :nope], by_head[:, nope:]
 
 
 def _dequantized(rank: Rank, key: str, scale_key: str) -> Tensor:
-    """This rank's heads of an FP8 kv_b_proj in FP32. The loader dequantizes all heads, then cuts."""
+    """This rank's heads of an FP8 kv_b_proj in FP32. All heads are read, as the loader does."""
     config = rank.config
     rows_of_head = config.qk_nope_head_dim + config.v_head_dim
     weight = rank.checkpoint.take(key)

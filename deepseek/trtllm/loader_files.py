@@ -129,10 +129,9 @@ class Checkpoint:
         data = torch.frombuffer(self._map(path), dtype=entry.dtype, count=count, offset=entry.begin)
         return data.view(entry.shape)
 
-    def close(self, path: Path | None = None) -> None:
-        """Forget the maps of one file or of all. Tensors that still view them keep them alive."""
-        for mapped in [path] if path is not None else list(self._maps):
-            self._maps.pop(mapped, None)
+    def close(self) -> None:
+        """Forget the mapped files; tensors that still view one keep it alive."""
+        self._maps.clear()
 
     def unread(self) -> list[str]:
         """Keys that nothing has read so far."""

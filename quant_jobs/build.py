@@ -89,8 +89,8 @@ class BuildResult(BaseModel):
         if self.planned_rank_bytes is not None:
             held = max(self.rank_weight_bytes)
             lines.append(
-                f"each of {self.tp} ranks (tp {self.tp}, ep {self.ep}) holds {held / 1e9:.3f} GB of "
-                f"weights, {held / self.planned_rank_bytes - 1:+.1%} of the plan's "
+                f"each of {self.tp} ranks (tp {self.tp}, ep {self.ep}) holds {held / 1e9:.3f} GB "
+                f"of weights, {held / self.planned_rank_bytes - 1:+.1%} of the plan's "
                 f"{self.planned_rank_bytes / 1e9:.3f} GB"
             )
         return lines
@@ -213,8 +213,15 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
             concurrency=options.concurrency,
         ),
     )
-    with TerminalProgress() as progress:
-        engine, built = build_trtllm(build, output, options.workers, progress)
+    with make_progress() as progress:
+        task = progress.add_task("build", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        engine, built = build_trtllm(
+            build, output, options.workers, show, note=lambda line: progress.console.print(line)
+        )
     check_engine(output, digests=False)
     return _result(
         output,

@@ -10,9 +10,9 @@ the product by `alpha`. Both come from the checkpoint's `input_scale` s (`load_q
 Where act_scale times alpha is not 1, every output of the layer's experts is that much too large or
 too small: up to 0.39 % for s = amax / 448, the usual choice. A power of two is its own bf16 and so
 is its inverse: the product is exactly 1, and the inputs, which are BF16, are not rounded a second
-time by the multiplication. e4m3 is a floating-point format, so a scale that is up to twice too large costs
-next to nothing: relative error 0.0266 in place of 0.0267 for products of Gaussians, and 0.0269 in
-place of 0.0260 where the largest value is thousands of times the typical one
+time by the multiplication. e4m3 is a floating-point format, so a scale that is up to twice too
+large costs next to nothing: relative error 0.0266 in place of 0.0267 for products of Gaussians, and
+0.0269 in place of 0.0260 where the largest value is thousands of times the typical one
 (`bench/input_scales.py`).
 """
 

@@ -65,7 +65,7 @@ from deepseek.trtllm.quant_config import quant_config_files
 from deepseek.trtllm.versions import EngineVersion
 from deepseek.untrusted import UnusableFileError
 from quant_jobs.algorithms.input_scales import share_input_scales
-from quant_jobs.targets.sharded import BuildFolder, BuiltFile, Progress, build_files
+from quant_jobs.targets.sharded import BuildFolder, BuiltFile, Note, Progress, build_files
 from quant_jobs.targets.trtllm_tensors import write_file
 
 #: KV formats that the target has.
@@ -165,7 +165,12 @@ def plan_build(
 
 
 def build_trtllm(
-    build: TrtllmBuild, output: Path, workers: int, progress: Progress
+    build: TrtllmBuild,
+    output: Path,
+    workers: int,
+    progress: Progress,
+    *,
+    note: Note = lambda line: None,
 ) -> tuple[EngineManifest, dict[str, BuiltFile]]:
     """Build the engine directory, or what it lacks, on `workers` Ray workers (0: in this process).
     Returns its manifest and the record of every tensor file by key.
@@ -184,7 +189,9 @@ def build_trtllm(
         todo = (layer for layer in build.layers if str(layer) not in done)
         num_bytes = sum(_file_bytes(build, layer) for layer in todo)
         check_space(output, num_bytes, "choose another --output")
-        built = build_files(folder, build.keys, _maker(build), workers, progress, known)
+        built = build_files(
+            folder, build.keys, _maker(build), workers, progress, known, note=note
+        )
         for name, data in build.documents.items():
             write_atomic(output / name, data)
         files = {

@@ -43,8 +43,8 @@ def args_from_plan(
         raise DeployError(f"--concurrency must be at least 1, not {concurrency}")
     if room < (context or footprint.page_tokens):
         raise DeployError(
-            f"{machines.label} has no room: {footprint.weights_per_gpu / 1e9:.1f} GB of weights and "
-            f"{footprint.workspace_per_gpu / 1e9:.1f} GB of workspace per GPU leave "
+            f"{machines.label} has no room: {footprint.weights_per_gpu / 1e9:.1f} GB of weights "
+            f"and {footprint.workspace_per_gpu / 1e9:.1f} GB of workspace per GPU leave "
             f"{room:,} tokens of KV cache; name other --hardware, or ask `python -m cluster plan` "
             "what fits"
         )

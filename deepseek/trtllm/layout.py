@@ -145,15 +145,16 @@ def _parts(
 def ways(spec: TensorSpec, ranks: RankLayout) -> int:
     """Over how many ranks a tensor of the model is divided; the others hold copies.
 
-    Attention, embedding and head are divided over all ranks, routed experts by expert and inside
-    each expert. A dense MLP and the shared expert are divided over as many as whole tiles of their
-    width allow: gcd(width / 128, tp) (`_compute_mlp_tp_size` of its DeepSeek model).
+    Attention and head are divided over all ranks, routed experts by expert and inside each expert.
+    The embedding is whole on every rank. A dense MLP and the shared expert are divided over as many
+    ranks as whole tiles of their width allow: gcd(width / 128, tp) (`_compute_mlp_tp_size` of its
+    DeepSeek model, for the group size 128 that every config here states).
     """
+    if spec.name == "model.embed_tokens.weight":
+        return 1
     match spec.split:
         case "replicated":
             return 1
-        case "expert":
-            return ranks.tp
         case split if spec.group in ("dense_mlp", "shared_experts"):
             width = spec.shape[0] if split == "column" else spec.shape[1]
             return math.gcd(width // TILE, ranks.tp) if width % TILE == 0 else 1
@@ -172,7 +173,7 @@ def rank_weight_bytes(
     total = 0
     for layer in stored_layers(config, mtp=mtp):
         for tensor in stored_tensors(config, stored, layer).values():
-            total += tensor.num_bytes // ways(tensor.spec, ranks)
+            total += -(-tensor.num_bytes // ways(tensor.spec, ranks))
     return total
 
 

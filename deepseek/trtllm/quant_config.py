@@ -8,7 +8,9 @@ every linear that is not BF16 is listed here, the fused one under both of its na
 the official script's).
 
 Both hf_quant_config.json and quant_cfg.json are written in the dialect `mixed`: 1.2 takes the list
-from the second file only, later versions from either. In the dialect `single` the exclusions are
+from the second file only, later versions from either; what both say is the same, because the second
+file wins in silence. The group size at the top is what the width of a dense MLP is cut in whole
+pieces of; without it FP8 tiles may be cut. In the dialect `single` the exclusions are
 globs that mean the same to `fnmatch` (1.2) and to a match against any ancestor of the name (later).
 Read in TensorRT-LLM's `model_config.py` (`load_modelopt_quant_config`), `modeling_utils.py`
 (`apply_layerwise_quant_config`) and `modeling_deepseekv3.py`.
@@ -64,6 +66,7 @@ def quant_config_files(
     mixed = {
         "quant_algo": "MIXED_PRECISION",
         "kv_cache_quant_algo": kv_algo,
+        "group_size": TILE,
         "quantized_layers": quantized_layers(config, stored, mtp=mtp),
     }
     return {HF_QUANT_CONFIG_FILE: _produced(mixed), QUANT_CFG_FILE: mixed}

@@ -29,6 +29,12 @@ from typing import Any
 
 from torch import Tensor
 
+from deepseek.artifact.input_maxima import (
+    InputMaxima,
+    LayerMaxima,
+    moe_layers,
+    quantizes_experts,
+)
 from deepseek.artifact.manifest import MANIFEST_FILE, LayerKey, Manifest, read_manifest
 from deepseek.artifact.tensors import layer_file, layer_keys, store_tensor
 from deepseek.artifact.writer import ArtifactWriter
@@ -41,7 +47,7 @@ from quant_jobs.job.folder import JobFolder, PublishedFile
 from quant_jobs.job.job import Job, tools
 from quant_jobs.job.layer_steps import LayerSteps, Solution
 from quant_jobs.job.progress import Event, Progress, Step
-from quant_jobs.job.restore import check_remade, published_files
+from quant_jobs.job.restore import check_remade, lost_maxima, published_files
 from quant_jobs.job.source_watch import SourceWatch
 from quant_jobs.job.space import check_room
 from quant_jobs.reports.job_report import write_job_report
@@ -96,11 +102,14 @@ class Driver:
         #: The manifest of a finished output that has lost files, which this run makes again.
         self._finished: Manifest | None = None
         self._recorded: dict[LayerKey, PublishedFile] = {}
+        self._lost_maxima: bytes | None = None  # of that output
         if (job.output / MANIFEST_FILE).exists():
             self._finished = read_manifest(job.output)
+            self._lost_maxima = lost_maxima(job.output, self._finished)
             self._recorded = published_files(self._finished)
             for file in self._recorded.values():
                 folder.save_published(file)
+        self._keeps_maxima = quantizes_experts(self._config, self._writer.schemes)
         self._watch = SourceWatch(job, folder, self._recorded)
         self._published = folder.load_published(forget_damaged=self._finished is not None)
         for file in self._published.values():
@@ -288,18 +297,37 @@ class Driver:
                 coverage=self._coverage(writing.layer, summary),
                 fallbacks=summary.fallbacks,
                 kv_latent_amax=summary.kv_latent_amax,
+                input_maxima=self._maxima(writing.layer, summary),
             )
         )
         self._writing = None
 
     def _coverage(self, layer: int, summary: SolveSummary) -> tuple[int, ...]:
         """Number of tokens that the router sent to each expert; empty for a dense layer."""
-        gates = [
+        gates = self._expert_linears(layer, MLP_READERS[0][0])
+        return tuple(summary.tokens[module] for module in gates)
+
+    def _maxima(self, layer: int, summary: SolveSummary) -> LayerMaxima | None:
+        """The largest inputs of each expert, 0 for one that the router sent no token; None for a
+        dense layer, or where no expert of the model is quantized."""
+        if not self._keeps_maxima or not self._config.is_moe(layer):
+            return None
+        gate_up, down = (
+            tuple(
+                summary.input_amax[module] if summary.tokens[module] else 0.0
+                for module in self._expert_linears(layer, readers[0])
+            )
+            for readers in MLP_READERS
+        )
+        return LayerMaxima(gate_up=gate_up, down=down)
+
+    def _expert_linears(self, layer: int, role: str) -> list[str]:
+        """The linears of one role of all routed experts, in the order of the experts."""
+        return [
             spec.module
             for spec in linears(self._config, layer)
-            if spec.expert is not None and spec.role == MLP_READERS[0][0]
+            if spec.expert is not None and spec.role == role
         ]
-        return tuple(summary.tokens[module] for module in gates)
 
     # --- publishing ---
 
@@ -338,7 +366,7 @@ class Driver:
 
     def _finish(self, start: int) -> Manifest:
         if self._finished is not None:
-            self._writer.restore_files(self._finished)
+            self._writer.restore_files(self._finished, self._lost_maxima)
             self._folder.remove()
             self._report("finished", "globals")
             return self._finished
@@ -357,10 +385,30 @@ class Driver:
                 for key, file in layers.items()
                 if file.kv_latent_amax is not None
             },
+            input_maxima=self._all_maxima(),
         )
         self._folder.remove()
         self._report("finished", "globals")
         return manifest
+
+    def _all_maxima(self) -> InputMaxima | None:
+        """The maxima of all MoE layers; None where none are kept, or where an earlier version has
+        published a layer without them."""
+        if not self._keeps_maxima:
+            return None
+        maxima: dict[int, LayerMaxima] = {}
+        for layer in moe_layers(self._config):
+            of_layer = self._published[layer].input_maxima
+            if of_layer is None:
+                detail = (
+                    f"layer {layer} was published by an earlier version, which did not keep the "
+                    "maxima of the experts' inputs, so the artifact has none; `python -m "
+                    "quant_jobs measure` adds them"
+                )
+                self._progress(Event("noted", layer, detail=detail))
+                return None
+            maxima[layer] = of_layer
+        return InputMaxima(layers=maxima) if maxima else None
 
     def _write_report(self, start: int, ledger: Ledger) -> None:
         try:

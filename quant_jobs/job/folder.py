@@ -32,11 +32,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from deepseek.artifact.input_maxima import LayerMaxima
 from deepseek.artifact.manifest import MANIFEST_FILE, Fallback, LayerKey, LayerRecord
 from deepseek.artifact.tensors import layer_file
 from deepseek.errors import ArtifactError
 from deepseek.files import canonical_json, remove_scraps, sha256_file, write_json
 from deepseek.outputs import check_directory, make_directory, writing
+from deepseek.recipe import Recipe
 from deepseek.tensor_files import tensor_digest
 from deepseek.untrusted import UnusableFileError, read_json_object
 from quant_jobs.workers.boundary import block_name, stored_blocks
@@ -47,7 +49,9 @@ _REMOVALS = 10
 
 
 class PublishedFile(BaseModel):
-    """One published tensor file, and what the manifest will record about its layer."""
+    """One published tensor file, and what the manifest will record about its layer. `input_maxima`
+    are those of its routed experts; None where it has none, or where an earlier version, which did
+    not keep them, has published it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,6 +59,7 @@ class PublishedFile(BaseModel):
     coverage: tuple[int, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
     kv_latent_amax: float | None = None
+    input_maxima: LayerMaxima | None = None
 
 
 class JobFolder:
@@ -141,12 +146,12 @@ class JobFolder:
             raw = read_json_object(path)
             # A record of a job that an earlier version began has no digest.
             digest = raw.pop("digest", None)
+            written = hashlib.sha256(canonical_json(raw)).hexdigest()
             file = PublishedFile.model_validate(raw)
         except (UnusableFileError, ValidationError) as error:
             reason = "is damaged" if isinstance(error, ValidationError) else str(error)
             raise ArtifactError(f"{path} {reason}; delete it and run again") from error
-        content = file.model_dump(mode="json")
-        if digest not in (None, hashlib.sha256(canonical_json(content)).hexdigest()):
+        if digest not in (None, written):
             raise ArtifactError(
                 f"{path} is damaged: it was changed after it was written; delete it and run again"
             )
@@ -270,6 +275,7 @@ class JobFolder:
             stored = read_json_object(path)
         except UnusableFileError as error:
             raise ArtifactError(f"{path} {error}; delete {self.output} and run again") from error
+        stored["recipe"] = _with_defaults(stored.get("recipe"))
         check_same_run(self.output, stored, current)
 
     def _remove_scraps(self) -> None:
@@ -321,6 +327,15 @@ def _damaged_tensor(file: Path, record: LayerRecord) -> str:
     except (OSError, SafetensorError):
         pass
     return "its header is"
+
+
+def _with_defaults(recipe: Any) -> Any:
+    """A stored recipe, of which an earlier version may not have known every field, with the
+    defaults of what it lacks; as it is where it is none."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:
+        return recipe
 
 
 def _recipe_name(fingerprint: dict[str, Any]) -> str:

@@ -163,6 +163,8 @@ def ways(spec: TensorSpec, ranks: RankLayout) -> int:
     match spec.split:
         case "replicated":
             return 1
+        case "expert":
+            return ranks.tp
         case split if spec.group in ("dense_mlp", "shared_experts"):
             width = spec.shape[0] if split == "column" else spec.shape[1]
             whole = math.gcd(width // TILE, ranks.tp) if width % TILE == 0 else 1

@@ -20,6 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deepseek.artifact.engine_manifest import RankLayout
+from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
 from deepseek.trtllm.loader_attention import attention
 from deepseek.trtllm.loader_config import read_quant_config
@@ -42,7 +43,8 @@ __all__ = ["LoaderModel", "LoaderRefusal", "RankLoad"]
 
 @dataclass(frozen=True, slots=True)
 class RankLoad:
-    """What one rank read from the files, and what its parameters hold, in bytes."""
+    """What one rank read from the files, and what its parameters hold, in bytes. A tensor that is
+    cut counts with the part that is taken."""
 
     read_bytes: int
     held_bytes: int
@@ -82,7 +84,12 @@ class LoaderModel:
         self.mtp = mtp
         #: Key -> what the loader does to it without a word although it is wrong.
         self.silent: dict[str, str] = {}
-        #: Rank -> what it read and holds, once it was loaded to the end.
+        if mtp and not self.config.num_nextn_predict_layers:
+            raise LoaderRefusal(
+                f"{directory / 'config.json'} has num_nextn_predict_layers 0, so TensorRT-LLM "
+                "finds no MTP layer; build with the MTP layers, or serve without them"
+            )
+        #: Rank -> what it read and holds of all that was loaded so far.
         self.loads: dict[int, RankLoad] = {}
         for key, files in self.checkpoint.duplicates.items():
             self.silent[key] = f"is in {' and '.join(files)}; whichever is read last wins"
@@ -96,38 +103,37 @@ class LoaderModel:
         """Keys of the files that no rank loaded so far has read."""
         return self.checkpoint.unread()
 
-    def load(self, rank: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The parameters of one rank, module after module: never the whole model in memory.
+    @property
+    def layers(self) -> list[LayerKey]:
+        """The layers that are loaded, and the rest, in the order of `load`."""
+        count = self.config.num_layers_with_mtp if self.mtp else self.config.num_hidden_layers
+        return [*range(count), "globals"]
+
+    def load(
+        self, rank: int, layer: LayerKey | None = None
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The parameters of one rank, module after module: never the whole model in memory. With
+        `layer` those of one layer only, or of what is outside the layers.
 
         Raises:
             LoaderRefusal: the loader would stop; the sentence names the key or module and the rule.
         """
         assert 0 <= rank < self.ranks.tp, rank
-        context = Rank(
-            self.checkpoint,
-            self.config,
-            self.quant,
-            RankPlace(self.ranks, rank),
-            self.silent,
-        )
-        before, held = self.checkpoint.read_bytes, 0
-        for name, parameters in self._modules(context):
-            held += sum(_held(parameters).values())
-            yield name, parameters
-        self.loads[rank] = RankLoad(self.checkpoint.read_bytes - before, held)
+        place = RankPlace(self.ranks, rank)
+        context = Rank(self.checkpoint, self.config, self.quant, place, self.silent)
+        for key in self.layers if layer is None else [layer]:
+            modules = self._globals(context) if key == "globals" else self._layer(context, key)
+            before, held = self.checkpoint.read_bytes, 0
+            for name, parameters in modules:
+                held += sum(_held(parameters).values())
+                yield name, parameters
+            load = self.loads.get(rank, RankLoad(0, 0))
+            read = self.checkpoint.read_bytes - before
+            self.loads[rank] = RankLoad(load.read_bytes + read, load.held_bytes + held)
 
-    def _modules(self, rank: Rank) -> Iterator[tuple[str, Parameters]]:
-        config = self.config
+    def _globals(self, rank: Rank) -> Iterator[tuple[str, Parameters]]:
         yield "model.embed_tokens", embedding(rank, "model.embed_tokens")
-        layers = config.num_layers_with_mtp if self.mtp else config.num_hidden_layers
-        if self.mtp and layers == config.num_hidden_layers:
-            raise LoaderRefusal(
-                f"{self.directory}/config.json has num_nextn_predict_layers 0, so TensorRT-LLM "
-                "finds no MTP layer; build with MTP layers or serve without"
-            )
-        for layer in range(layers):
-            yield from self._layer(rank, layer)
-        yield "model.norm", norm(rank, "model.norm", config.hidden_size)
+        yield "model.norm", norm(rank, "model.norm", self.config.hidden_size)
         yield "lm_head", head(rank, "lm_head")
 
     def _layer(self, rank: Rank, layer: int) -> Iterator[tuple[str, Parameters]]:
@@ -143,10 +149,10 @@ class LoaderModel:
                 f"{name}.mlp.shared_experts",
                 config.moe_intermediate_size * config.n_shared_experts,
             )
-            place = rank.place.shared_experts(width, self.quant.default.group_size)
+            place = rank.place.shared_experts(width, self.quant.shared_group_size(mlp))
         else:
             mlp, width = f"{name}.mlp", config.intermediate_size
-            place = rank.place.dense_mlp(width, self.quant.group_size_of_layer(layer))
+            place = rank.place.dense_mlp(width, self.quant.dense_group_size(layer))
         yield f"{mlp}.gate_up_proj", gate_up(rank, f"{mlp}.gate_up_proj", width, place)
         yield f"{mlp}.down_proj", linear(rank, f"{mlp}.down_proj", hidden, width, "row", place)
         if layer >= config.num_hidden_layers:

@@ -1,9 +1,11 @@
 """What TensorRT-LLM takes the quantization of each module to be, from the files of a directory.
 
-Two texts of the loader are known. The older one (1.2.1) reads the layers of MIXED_PRECISION from
-`quant_cfg.json`, which must be there, and matches exclusions with plain globs. The newer one
-(1.3.0rc29) also takes them from `hf_quant_config.json`, excludes a module when an ancestor of it is
-excluded, and never keeps `kv_b_proj` in FP8 for a checkpoint that only config.json describes.
+Two texts of the loader are told apart. The older one (1.2.1) reads the layers of MIXED_PRECISION
+from `quant_cfg.json` and matches exclusions with plain globs. The newer one (1.3.0rc29) also takes
+them from `hf_quant_config.json`, excludes a module when an ancestor of it is excluded, and never
+keeps `kv_b_proj` in FP8 for a checkpoint that only config.json describes. Of 1.2 two states were
+read, one of which stops without `quant_cfg.json`; which of them 1.2.1 has is not known, so the file
+must be there.
 """
 
 from __future__ import annotations
@@ -90,7 +92,9 @@ class QuantConfig:
         Raises:
             LoaderRefusal: INT4 experts are listed one by one, so that the second look-up fails.
         """
-        method = self._method(name, PLAIN if self.excludes(name) else self._first(name))
+        layer = name.removesuffix(".mlp.experts")
+        excluded = self.excludes(name) or (self.layers is None and self.excludes(layer))
+        method = self._method(name, PLAIN if excluded else self._first(name))
         exact = (self.layers or {}).get(name, self.default)
         if method == "int4-fp8" and exact.algo != "W4A8_AWQ":
             raise LoaderRefusal(
@@ -105,10 +109,20 @@ class QuantConfig:
         scale and becomes BF16."""
         return self.excludes("kv_b_proj")
 
-    def group_size_of_layer(self, layer: int) -> int | None:
+    def dense_group_size(self, layer: int) -> int | None:
         """The group size that decides how the dense MLP of a layer is shared among ranks."""
         excluded = self.excludes(f"model.layers.{layer}")
         return (PLAIN if excluded else self.default).group_size
+
+    def shared_group_size(self, name: str) -> int | None:
+        """The same for the shared experts, `name` being `model.layers.N.mlp.shared_experts`: the
+        newer text looks at their own entry, or at whether they are excluded."""
+        if self.text == "older":
+            return self.default.group_size
+        for listed, quant in (self.layers or {}).items():
+            if listed.startswith(f"{name}."):
+                return quant.group_size
+        return None if self.excludes(name) else self.default.group_size
 
     def _first(self, *parts: str) -> Quant:
         for name, quant in (self.layers or {}).items():
@@ -178,19 +192,17 @@ def _from_modelopt(directory: Path, text: Text) -> QuantConfig:
                 )
     elif text == "older":
         raise LoaderRefusal(
-            f"{directory} has no {QUANT_CFG}; TensorRT-LLM 1.2.1 reads the layers of {MIXED} only "
-            "there: build again"
+            f"{directory} has no {QUANT_CFG}, where TensorRT-LLM 1.2.1 reads the layers of "
+            f"{MIXED}; build again"
         )
     path = directory / (QUANT_CFG if "quantized_layers" in more else HF_QUANT_CONFIG)
     more_kv = _name(directory / QUANT_CFG, more, "kv_cache_quant_algo")
-    if more_kv is not None and kv_algo is not None and more_kv != kv_algo:
-        raise LoaderRefusal(
+    if "kv_cache_quant_algo" in more and more_kv != kv_algo:
+        raise LoaderRefusal(  # a null in one of them hides the other without a word
             f"{directory}: kv_cache_quant_algo is {more_kv} in {QUANT_CFG} and {kv_algo} in "
-            f"{HF_QUANT_CONFIG}; make them equal"
+            f"{HF_QUANT_CONFIG}; TensorRT-LLM stops or takes one of them, so build again"
         )
     if text == "newer":  # every key of quant_cfg.json replaces that of hf_quant_config.json
-        if "kv_cache_quant_algo" in more:
-            kv_algo = more_kv
         group_size = _size(directory / QUANT_CFG, raw | more)
         exclude = _patterns(directory / QUANT_CFG, raw | more)
     layers = (raw | more if text == "newer" else more).get("quantized_layers")
@@ -200,17 +212,17 @@ def _from_modelopt(directory: Path, text: Text) -> QuantConfig:
             f"{HF_QUANT_CONFIG}; build again"
         )
     return QuantConfig(
-        text, path.name, Quant(MIXED, group_size), kv_algo, exclude, _layers(path, layers, text)
+        text, path.name, Quant(MIXED, group_size), kv_algo, exclude, _layers(path, layers)
     )
 
 
-def _layers(path: Path, raw: Mapping[str, Any], text: Text) -> dict[str, Quant]:
+def _layers(path: Path, raw: Mapping[str, Any]) -> dict[str, Quant]:
     layers: dict[str, Quant] = {}
     for name, entry in raw.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("quant_algo"), str):
             raise ArtifactError(f"{path}: {untrusted.show_name(name)} has no quant_algo")
         parent, _, role = name.rpartition(".")
-        if text == "newer" and role == "fused_a":  # the name in older checkpoints
+        if role == "fused_a":  # the name in the first checkpoints
             name = f"{parent}.kv_a_proj_with_mqa"
         layers[name] = Quant(entry["quant_algo"], _size(path, entry))
     return layers
@@ -231,13 +243,9 @@ def _from_config_json(directory: Path, native: Any, text: Text) -> QuantConfig:
         raise LoaderRefusal(
             f"{path}: weight_block_size is {untrusted.show(tiles)}; TensorRT-LLM loads [128, 128]"
         )
-    if text == "older":
-        exclude = ["*eh_proj"]
-    else:
-        kept = native.get("modules_to_not_convert") or []
-        if not isinstance(kept, list) or any(not isinstance(name, str) for name in kept):
-            raise ArtifactError(f"{path}: modules_to_not_convert must be a list of names")
-        exclude = [*kept, "*kv_b_proj*", "*k_b_proj*", "*eh_proj"]
+    exclude = [*_patterns(path, native, "modules_to_not_convert"), "*eh_proj"]
+    if text == "newer":
+        exclude += ["*kv_b_proj*", "*k_b_proj*"]
     return QuantConfig(text, path.name, Quant("FP8_BLOCK_SCALES", 128), None, tuple(exclude))
 
 
@@ -262,16 +270,16 @@ def _size(path: Path, raw: Mapping[str, Any]) -> int | None:
     return value
 
 
-def _patterns(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
-    value = raw.get("exclude_modules")
+def _patterns(path: Path, raw: Mapping[str, Any], key: str = "exclude_modules") -> tuple[str, ...]:
+    value = raw.get(key)
     if value is None:
         return ()
     if not isinstance(value, list) or any(not isinstance(pattern, str) for pattern in value):
-        raise ArtifactError(f"{path}: exclude_modules must be a list of patterns")
+        raise ArtifactError(f"{path}: {key} must be a list of patterns")
     for pattern in value:
         if pattern.startswith("re:") or len(pattern) > 256 or pattern.count("*") > 16:
             raise LoaderRefusal(
-                f"{path}: exclude_modules holds {untrusted.show(pattern)}, which is no plain glob; "
+                f"{path}: {key} holds {untrusted.show(pattern)}, which is no plain glob; "
                 "a regular expression means something else to each version of the loader"
             )
     return tuple(value)

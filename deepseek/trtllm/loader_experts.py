@@ -22,6 +22,8 @@ from deepseek.trtllm.loader_linears import (
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 GROUP = 128
+#: Inputs that the kernel's order of INT8 weights takes together.
+_INT8_ROWS = 64
 
 
 def experts(rank: Rank, name: str) -> Parameters:
@@ -158,6 +160,12 @@ def _int8(rank: Rank, name: str) -> Parameters:
     """INT8 weights are stored inputs first. The kernel's own order of the bytes, which the loader
     then makes in C++, is left out: here it is the identity."""
     hidden, inner = rank.config.hidden_size, _inner(rank, name)
+    for width in (hidden, inner):
+        if width % _INT8_ROWS:
+            raise LoaderRefusal(
+                f"{rank.checkpoint.directory}: each rank would multiply {width} inputs of {name}, "
+                f"no multiple of {_INT8_ROWS}; choose another tp or ep"
+            )
     weights = _weights(rank, name, torch.int8)
     local = local_experts(rank, name)
 

@@ -115,9 +115,7 @@ class ArtifactReader:
             if difference := mismatch(actual, expected_tensors(self.config, self.schemes, layer)):
                 raise DamagedFileError(f"does not hold what config.json describes: {difference}")
             with safe_open(path, framework="pt") as file:
-                tensors = {
-                    name: file.get_tensor(name) for name in header.tensors if wanted(name)
-                }
+                tensors = {name: file.get_tensor(name) for name in header.tensors if wanted(name)}
         except (DamagedFileError, SafetensorError) as error:
             raise ArtifactError(f"{path} {error}; restore the file or quantize again") from error
         except OSError as error:

@@ -136,9 +136,7 @@ def assemble(
     )
 
 
-def _checks(
-    evaluation: Evaluation, engine: BuiltEngine, limits: GateLimits
-) -> tuple[Check, ...]:
+def _checks(evaluation: Evaluation, engine: BuiltEngine, limits: GateLimits) -> tuple[Check, ...]:
     """One row per limit. `kept` comes from the gate's own comparison."""
     measured = measure(evaluation, engine)
     broken = judge(measured, limits)

@@ -33,8 +33,9 @@ class BuiltEngine:
     """The documents of one engine directory.
 
     `config` is the source's, FP8 blocks included. `manifest` is the quantized checkpoint's, None
-    for an engine of an unquantized source. `target` names its loader. `num_bytes` counts the engine's tensor files.
-    `documents` are the engine's files beside the tensors, as verified against engine.json.
+    for an engine of an unquantized source. `target` names its loader. `num_bytes` counts the
+    engine's tensor files. `documents` are the engine's files beside the tensors, as verified
+    against engine.json.
     """
 
     directory: Path

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from deepseek.trtllm.check import check_engine
 from pydantic import BaseModel, ConfigDict
 
 from cluster.deployability import check, require_target, served_schemes
@@ -78,6 +77,8 @@ class BuildResult(BaseModel):
     rank_weight_bytes: tuple[int, ...]
     #: What the plan says that a rank holds; None for the embedded engine, which is what it says.
     planned_rank_bytes: int | None
+    #: What the linter of the engine's arguments warns of.
+    warnings: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
         """Lines for people."""
@@ -93,7 +94,7 @@ class BuildResult(BaseModel):
                 f"of weights, {held / self.planned_rank_bytes - 1:+.1%} of the plan's "
                 f"{self.planned_rank_bytes / 1e9:.3f} GB"
             )
-        return lines
+        return lines + [f"warning: {warning}" for warning in self.warnings]
 
 
 def run_build(
@@ -222,12 +223,12 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
         engine, built = build_trtllm(
             build, output, options.workers, show, note=lambda line: progress.console.print(line)
         )
-    check_engine(output, digests=False)
     return _result(
         output,
         engine,
         bytes_read=sum(file.bytes_read for file in built.values()),
         planned_rank_bytes=planned_rank_bytes(source.config, build.stored, chosen),
+        warnings=build.warnings,
     )
 
 
@@ -236,6 +237,7 @@ def _result(
     engine: EngineManifest,
     bytes_read: int | None = None,
     planned_rank_bytes: int | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> BuildResult:
     dialect, version = (engine.target_fields.get(key) for key in ("dialect", "engine_version"))
     return BuildResult(
@@ -253,6 +255,7 @@ def _result(
         bytes_read=bytes_read,
         rank_weight_bytes=engine.plan.rank_weight_bytes,
         planned_rank_bytes=planned_rank_bytes,
+        warnings=warnings,
     )
 
 

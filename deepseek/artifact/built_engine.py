@@ -34,7 +34,8 @@ class BuiltEngine:
 
     `config` is the source's, FP8 blocks included. `manifest` is the quantized checkpoint's, None
     for an engine of an unquantized source. `target` names its loader. `num_bytes` counts the
-    engine's tensor files. `documents` are the engine's files beside the tensors, as verified against engine.json.
+    engine's tensor files. `documents` are the engine's files beside the tensors, as verified
+    against engine.json.
     """
 
     directory: Path

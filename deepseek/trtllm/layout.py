@@ -188,7 +188,7 @@ def rank_weight_bytes(
         for tensor in stored_tensors(config, stored, layer).values():
             if tensor.spec.group != "mtp" or not tensor.spec.name.endswith(_MTP_COPIES):
                 divided[_rank_share(tensor, ranks)] += tensor.num_bytes
-    return sum(size // count for count, size in divided.items())
+    return sum(-(-size // count) for count, size in divided.items())
 
 
 def _rank_share(tensor: StoredTensor, ranks: RankLayout) -> int:

@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
-
-from deepseek.trtllm.llm_args import LLM_ARGS_FILE, llm_args_yaml
-from deepseek.trtllm.llm_schema import LlmArgs
 
 from deepseek import __version__, untrusted
 from deepseek.artifact.documents import document_object, read_copied
@@ -60,6 +57,9 @@ from deepseek.trtllm.layout import (
     stored_tensors,
     total_bytes,
 )
+from deepseek.trtllm.lint import lint
+from deepseek.trtllm.llm_args import LLM_ARGS_FILE, llm_args_yaml
+from deepseek.trtllm.llm_schema import LlmArgs
 from deepseek.trtllm.loadable import check_loadable
 from deepseek.trtllm.quant_config import quant_config_files
 from deepseek.trtllm.versions import EngineVersion
@@ -90,7 +90,7 @@ class TrtllmBuild:
 
     `schemes` are the checkpoint's, of the layers that the engine has; `stored` how the directory
     stores them. `documents` are all files beside the tensors but engine.json. `manifest` is
-    engine.json without its tensor files.
+    engine.json without its tensor files. `warnings` are what the linter says of the arguments.
     """
 
     source: Source
@@ -101,6 +101,7 @@ class TrtllmBuild:
     layers: tuple[LayerKey, ...]
     documents: Mapping[str, bytes]
     manifest: EngineManifest
+    warnings: tuple[str, ...]
 
     @property
     def keys(self) -> list[str]:
@@ -150,7 +151,9 @@ def plan_build(
     )
     layers = tuple(stored_layers(config, mtp=mtp))
     documents = _documents(source, stored, dialect, layers, options.kv_cache, mtp=mtp)
-    documents[LLM_ARGS_FILE] = llm_args_yaml(make_args(stored), options.engine_version)
+    args = make_args(stored)
+    warnings = _lint(args, source, stored, dialect, options, mtp=mtp)
+    documents[LLM_ARGS_FILE] = llm_args_yaml(args, options.engine_version)
     digests = {name: hashlib.sha256(documents[name]).hexdigest() for name in sorted(documents)}
     return TrtllmBuild(
         source=source,
@@ -161,6 +164,7 @@ def plan_build(
         layers=layers,
         documents=documents,
         manifest=manifest.model_copy(update={"files": digests}),
+        warnings=warnings,
     )
 
 
@@ -189,9 +193,7 @@ def build_trtllm(
         todo = (layer for layer in build.layers if str(layer) not in done)
         num_bytes = sum(_file_bytes(build, layer) for layer in todo)
         check_space(output, num_bytes, "choose another --output")
-        built = build_files(
-            folder, build.keys, _maker(build), workers, progress, known, note=note
-        )
+        built = build_files(folder, build.keys, _maker(build), workers, progress, known, note=note)
         for name, data in build.documents.items():
             write_atomic(output / name, data)
         files = {
@@ -215,8 +217,11 @@ def kv_format(source: Source, asked: str | None) -> TrtllmKV:
     """
     recipe = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
     chosen = asked or recipe
-    if chosen == "bf16" or chosen == "fp8":
-        return chosen
+    match chosen:
+        case "bf16":
+            return "bf16"
+        case "fp8":
+            return "fp8"
     raise DeployError(
         f"TensorRT-LLM has no {chosen} KV cache for this model; give --kv-cache fp8 or bf16"
     )
@@ -277,6 +282,37 @@ def _needed_scales(source: ArtifactReader, layer: int, modules: Sequence[str]) -
         seen[module] = tokens[expert]
     scales, _ = share_input_scales(amax, seen)
     return scales
+
+
+def _lint(
+    args: LlmArgs,
+    source: Source,
+    stored: Mapping[str, Scheme],
+    dialect: Dialect,
+    options: TrtllmOptions,
+    *,
+    mtp: bool,
+) -> tuple[str, ...]:
+    """What the linter warns of.
+
+    Raises:
+        DeployError: it refuses the arguments; the sentence is its first finding.
+    """
+    experts = {stored[module].weights for module in stored if expert_of(module) is not None}
+    config = source.config if mtp else replace(source.config, num_nextn_predict_layers=0)
+    findings = lint(
+        args,
+        options.engine_version,
+        dialect=dialect,
+        config=config,
+        kv_cache=options.kv_cache,
+        experts=experts,  # type: ignore[arg-type]  # `check_loadable` has admitted the formats
+        ranks=options.ranks,
+    )
+    for finding in findings:
+        if finding.severity == "refuse":
+            raise DeployError(finding.sentence)
+    return tuple(finding.sentence for finding in findings)
 
 
 def _mtp(source: Source, *, kept: bool) -> Mtp:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from deepseek.trtllm.llm_args import make_llm_args
-from deepseek.trtllm.llm_schema import LlmArgs
+from dataclasses import replace
 
 from cluster.hardware import GPUS_PER_NODE, Machines
-from cluster.memory import GPU_MAX_BATCH, GPU_STEP_TOKENS, Tally
+from cluster.memory import GPU_MAX_BATCH, GPU_STEP_TOKENS, Footprint, Tally
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.recipe import Scheme
+from deepseek.trtllm.llm_args import make_llm_args
+from deepseek.trtllm.llm_schema import LlmArgs
 from quant_jobs.targets.trtllm import TrtllmOptions
 
 
@@ -32,9 +32,7 @@ def args_from_plan(
     Raises:
         DeployError: the weights leave no room for one such request, or a number is out of range.
     """
-    footprint = Tally(config, stored).gpu_footprint(
-        options.ranks.tp, options.kv_cache, mtp=options.keep_mtp
-    )
+    footprint = _footprint(config, stored, options)
     room = footprint.kv_tokens(machines.hardware.usable_bytes)
     limit = config.max_position_embeddings
     if context is not None and not 1 <= context <= limit:
@@ -65,7 +63,14 @@ def planned_rank_bytes(
     config: ModelConfig, stored: Mapping[str, Scheme], options: TrtllmOptions
 ) -> int:
     """Bytes of weights that the planner expects on the fullest GPU."""
-    footprint = Tally(config, stored).gpu_footprint(
+    return _footprint(config, stored, options).weights_per_gpu
+
+
+def _footprint(
+    config: ModelConfig, stored: Mapping[str, Scheme], options: TrtllmOptions
+) -> Footprint:
+    if not options.keep_mtp:
+        config = replace(config, num_nextn_predict_layers=0)
+    return Tally(config, stored).gpu_footprint(
         options.ranks.tp, options.kv_cache, mtp=options.keep_mtp
     )
-    return footprint.weights_per_gpu

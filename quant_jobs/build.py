@@ -168,7 +168,8 @@ def check_target(
 def _build_embedded(source: Source, output: Path, options: BuildOptions) -> BuildResult:
     from quant_jobs.targets.embedded import pack_engine
 
-    _refuse_options(options, "embedded", ("dialect", "engine_version", "mtp", "ep", "context"))
+    foreign = ("ep", "dialect", "engine_version", "mtp", "context", "concurrency", "workers")
+    _refuse_options(options, "embedded", foreign)
     with make_progress() as progress:
         task = progress.add_task("build", total=None)
 

@@ -262,7 +262,8 @@ REFUSED |= {
             "speculative_config.decoding_type: Input should be 'MTP', not 'Eagle3'"
         ),
         "speculative_config: {}": "speculative_config.decoding_type: Field required",
-        "cuda_graph_config: {batch_sizes: []}": "batch_sizes: Input should be a list of at least 1",
+        "cuda_graph_config: {batch_sizes: []}": "sizes: Input should be a list of 1 to 512 items",
+        "cuda_graph_config: {batch_sizes: [" + "1, " * 513 + "]}": "should be a list of 1 to 512",
         "cuda_graph_config: {batch_sizes: [1, '2']}": "sizes: Input should be a valid integer",
         "cuda_graph_config: {batch_sizes: [1, true]}": "sizes: Input should be a valid integer",
         "cuda_graph_config: {batch_sizes: 8}": "cuda_graph_config.batch_sizes: Input should be",

@@ -72,5 +72,5 @@ def _footprint(
     if not options.keep_mtp:
         config = replace(config, num_nextn_predict_layers=0)
     return Tally(config, stored).gpu_footprint(
-        options.ranks.tp, options.kv_cache, mtp=options.keep_mtp
+        options.ranks.tp, options.kv_cache, mtp=options.keep_mtp, target="trtllm"
     )

@@ -41,7 +41,7 @@ _HARDWARE = ("8xH800-80GB", "16xH800-80GB")
 #: only in the algorithm (`int4-gptq`, ...) take the same bytes and load in the same places.
 _RECIPES = (
     *("int8", "int8-weight-only", "int4", "int4-all", "int4-asym", "int8-smoothquant"),
-    *("int8-asym", "w4a8"),
+    *("int8-asym", "w4a8", "int8-experts"),
 )
 #: Shorter names for sets of parts and formats.
 _ALL = {

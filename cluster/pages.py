@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.built_bytes import built_bytes_section
 from cluster.deployability import check, served_schemes
 from cluster.hardware import parse_hardware
 from cluster.matrix import (
@@ -123,6 +124,7 @@ def deployability_page() -> str:
         "`int4-gptq` and `int4-awq` load as `int4` does, `int4-all-gptq` and `int4-all-awq` as "
         "`int4-all`: an algorithm changes values, not the layout.",
         "",
+        *built_bytes_section(),
     ]
     for target in TARGETS:
         lines += [

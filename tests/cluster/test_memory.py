@@ -45,7 +45,9 @@ def test_total_weights_agree_with_the_published_sizes_within_1_percent(name: str
     assert footprint.weights / 1e9 == pytest.approx(published_gb, rel=0.01)
 
 
-def test_int4_takes_44_to_47_gb_on_each_of_eight_gpus_and_more_where_the_embedding_is_whole() -> None:
+def test_int4_takes_44_to_47_gb_on_each_of_eight_gpus_and_more_where_the_embedding_is_whole() -> (
+    None
+):
     """TensorRT-LLM's DeepSeek model holds all 129280 x 7168 BF16 values of it on every GPU."""
     split = plan_v3("int4", "8xH800-80GB", target="vllm").footprint.weights_per_gpu
     assert 44e9 <= split <= 47e9

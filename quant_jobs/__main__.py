@@ -34,6 +34,7 @@ app = make_app(
     \b
     quantize   source checkpoint + recipe  -> quantized checkpoint
     submit     the same, or a build, as a job of a Ray cluster
+    measure    the largest inputs of the experts, for a checkpoint made without them
     build      quantized checkpoint        -> engine for one target
     evaluate   engine against the source   -> evaluation.json
     gate       evaluation against limits   -> verdict beside the engine; exit 1 if it fails
@@ -299,6 +300,46 @@ def submit(
 
 
 @app.command()
+def measure(
+    checkpoint: Annotated[Path, typer.Option(help="Quantized checkpoint, made by `quantize`.")],
+    calibration: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE[=WEIGHT]",
+            help="Calibration data, as for quantize; how much of it, the checkpoint's recipe says.",
+        ),
+    ],
+    workers: Annotated[
+        int, typer.Option(min=0, help="Ray workers, as for quantize. 0: no Ray.")
+    ] = 1,
+    device: DeviceOption = "cpu",
+    cpus_per_worker: CpusOption = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure the largest inputs of the routed experts, for a checkpoint that was made without.
+
+    One calibration pass through the quantized checkpoint; the source is not needed and no tensor
+    changes. Writes input_maxima.json, and intserve.json, which lists it: the checkpoint gets
+    another digest, so engines built from it before must be built again. A checkpoint that has its
+    maxima is verified and kept. A killed run begins anew.
+
+    \b
+    Examples:
+      python -m quant_jobs measure --checkpoint runs/int4 --workers 0 \\
+          --calibration examples/tiny-deepseek-v3/calibration.txt
+    """
+    from quant_jobs.calibration.token_blocks import CalibrationSource
+    from quant_jobs.measure import run_measure
+
+    sources = [CalibrationSource.parse(argument) for argument in calibration]
+    with redirect_stdout(sys.stderr):  # Ray prints to stdout when a node dies
+        result = run_measure(
+            checkpoint, sources, workers, device=device, cpus_per_worker=cpus_per_worker
+        )
+    _show(result.summary(), as_json, *result.describe(checkpoint))
+
+
+@app.command()
 def build(
     checkpoint: Annotated[
         Path | None,
@@ -371,6 +412,8 @@ def build(
         check_directory(stage, "--stage")
         check_apart(stage, output, "the engine", "--stage")
     with redirect_stdout(sys.stderr):  # Ray prints to stdout when a node dies
+        if target == "embedded" and stage is not None:  # one file: --workers are those that copy
+            options = replace(options, workers=0)
         result = run_build(checkpoint, target, output, options)
         copies = None if stage is None else run_stage(output, stage, workers)
     content, lines = result.model_dump(mode="json"), result.describe()

@@ -27,7 +27,7 @@ import re
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -220,6 +220,8 @@ def make_build(
     from quant_jobs.build import check_checkpoint, complete_options
 
     _refuse_no_workers(options.workers, "build")
+    if target == "embedded" and stage is None and options.workers == 1:
+        options = replace(options, workers=0)  # its one file is made by the job's own process
     options = complete_options(target, options)
     if (checkpoint / CONFIG_FILE).exists():
         options = check_checkpoint(checkpoint, target, options)

@@ -36,7 +36,13 @@ from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
-from deepseek.inventory import TensorSpec, global_tensors, layer_tensors
+from deepseek.inventory import (
+    TensorSpec,
+    expert_of,
+    global_tensors,
+    layer_of,
+    layer_tensors,
+)
 from deepseek.recipe import Scheme
 
 Dialect = Literal["mixed", "single", "released"]
@@ -96,16 +102,11 @@ def stored_schemes(
 ) -> dict[str, Scheme]:
     """The scheme of every linear as the directory stores it, without layers that it leaves out.
     In the dialect `single` every linear but the routed experts is BF16."""
-    keep = {
-        spec.module: spec.group == "routed_experts"
-        for layer in stored_layers(config, mtp=mtp)
-        if layer != "globals"
-        for spec in layer_tensors(config, layer)
-        if spec.kind == "linear"
-    }
+    layers = config.num_layers_with_mtp if mtp else config.num_hidden_layers
+    kept = {module: scheme for module, scheme in schemes.items() if layer_of(module) < layers}
     if dialect == "single":
-        return {m: schemes[m] if routed else _BF16 for m, routed in keep.items()}
-    return {module: schemes[module] for module in keep}
+        return {m: s if expert_of(m) is not None else _BF16 for m, s in kept.items()}
+    return kept
 
 
 def stored_tensors(
@@ -184,11 +185,11 @@ def rank_weight_bytes(
     An MTP layer's copies of embedding and head are not read.
     """
     divided: Counter[int] = Counter()  # number of ranks -> bytes that are divided among as many
-    for layer in stored_layers(config, mtp=mtp):
+    for layer, count in _kinds_of_layers(config, stored, mtp):
         for tensor in stored_tensors(config, stored, layer).values():
             if tensor.spec.group != "mtp" or not tensor.spec.name.endswith(_MTP_COPIES):
-                divided[_rank_share(tensor, ranks)] += tensor.num_bytes
-    return sum(-(-size // count) for count, size in divided.items())
+                divided[_rank_share(tensor, ranks)] += count * tensor.num_bytes
+    return sum(-(-size // share) for share, size in divided.items())
 
 
 def _rank_share(tensor: StoredTensor, ranks: RankLayout) -> int:
@@ -202,7 +203,25 @@ def _rank_share(tensor: StoredTensor, ranks: RankLayout) -> int:
 def total_bytes(config: ModelConfig, stored: Mapping[str, Scheme], *, mtp: bool = False) -> int:
     """Bytes of all tensors of the directory, headers of files apart."""
     return sum(
-        tensor.num_bytes
-        for layer in stored_layers(config, mtp=mtp)
+        count * tensor.num_bytes
+        for layer, count in _kinds_of_layers(config, stored, mtp)
         for tensor in stored_tensors(config, stored, layer).values()
     )
+
+
+def _kinds_of_layers(
+    config: ModelConfig, stored: Mapping[str, Scheme], mtp: bool
+) -> list[tuple[LayerKey, int]]:
+    """(a layer, how many hold tensors of the same types and shapes): DeepSeek-V3 has three kinds,
+    so that its 46,000 tensors need not be listed."""
+    formats: dict[int, list[str]] = {}
+    for module, scheme in stored.items():
+        formats.setdefault(layer_of(module), []).append(scheme.weights)
+    kinds: dict[tuple[object, ...], list[LayerKey]] = {}
+    for layer in stored_layers(config, mtp=mtp):
+        kind: tuple[object, ...] = (layer,)
+        if layer != "globals":
+            is_mtp = layer >= config.num_hidden_layers
+            kind = config.is_moe(layer), is_mtp, *formats.get(layer, ())
+        kinds.setdefault(kind, []).append(layer)
+    return [(alike[0], len(alike)) for alike in kinds.values()]

@@ -10,6 +10,7 @@ from cluster.memory import GPU_MAX_BATCH, GPU_STEP_TOKENS, Footprint, Tally
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.recipe import Scheme
+from deepseek.trtllm.fields import TARGET
 from deepseek.trtllm.llm_args import make_llm_args
 from deepseek.trtllm.llm_schema import LlmArgs
 from quant_jobs.targets.trtllm import TrtllmOptions
@@ -72,5 +73,5 @@ def _footprint(
     if not options.keep_mtp:
         config = replace(config, num_nextn_predict_layers=0)
     return Tally(config, stored).gpu_footprint(
-        options.ranks.tp, options.kv_cache, mtp=options.keep_mtp
+        options.ranks.tp, options.kv_cache, mtp=options.keep_mtp, target="trtllm"
     )

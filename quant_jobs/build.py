@@ -224,7 +224,7 @@ def check_target(
 def _build_embedded(source: Source, output: Path, options: BuildOptions) -> BuildResult:
     from quant_jobs.targets.embedded import pack_engine
 
-    _refuse_options(options, "embedded", _TRTLLM_OPTIONS)
+    _refuse_options(options, "embedded", (*_TRTLLM_OPTIONS, "workers"))
     with make_progress() as progress:
         task = progress.add_task("build", total=None)
 

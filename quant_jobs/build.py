@@ -9,7 +9,7 @@ it could never load the artifact.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -21,7 +21,7 @@ from cluster.matrix import Target
 from deepseek.artifact.engine_manifest import EngineManifest
 from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.reader import ArtifactReader
-from deepseek.cli import make_progress
+from deepseek.cli import make_progress, print_line
 from deepseek.engine.packing import Source, schemes_of
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.outputs import check_directory
@@ -29,7 +29,10 @@ from deepseek.source.checkpoint import CheckpointReader
 from deepseek.trtllm.check import CheckReport, check_engine
 from deepseek.trtllm.loadable import require_ranks
 from deepseek.trtllm.versions import VERSIONS, require_version
+from quant_jobs.targets.staging import StageReport, stage_engine
 
+#: Options that mean nothing to the embedded engine.
+_TRTLLM_OPTIONS = ("dialect", "engine_version", "mtp", "ep", "context", "concurrency")
 #: KV formats that `--kv-cache` may name.
 KVChoice = Literal["bf16", "fp8", "int8"]
 
@@ -209,6 +212,59 @@ def open_checkpoint(directory: Path) -> Source:
     return CheckpointReader(directory)
 
 
+def complete_options(target: str, options: BuildOptions) -> BuildOptions:
+    """The options as the target takes them, with those of its defaults filled in that need no
+    checkpoint.
+
+    Raises:
+        DeployError: the target is unknown or not built, or an option is not for it.
+    """
+    known = require_target(target)
+    if known == "trtllm":
+        tp = options.tp or parse_hardware(options.hardware).count
+        require_ranks(tp, options.ep or tp)
+        version = require_version(options.engine_version or VERSIONS[0])
+        return replace(options, tp=tp, ep=options.ep or tp, engine_version=version)
+    if known == "embedded":
+        _refuse_options(options, "embedded", _TRTLLM_OPTIONS)
+    return options
+
+
+def check_checkpoint(directory: Path, target: str, options: BuildOptions) -> BuildOptions:
+    """Check, before anything is built, that the target can load the checkpoint. Returns the options
+    with the checkpoint's KV format filled in.
+
+    Raises:
+        DeployError: it cannot; the sentence says what to change.
+        ArtifactError, CheckpointError, ConfigError: the checkpoint is damaged.
+    """
+    source, known = open_checkpoint(directory), require_target(target)
+    if known not in BUILDERS:
+        refuse_target(source, known, options.hardware)
+    recipe_kv = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
+    check_target(source, known, options.hardware, kv_cache=options.kv_cache or recipe_kv)
+    return replace(options, kv_cache=options.kv_cache or recipe_kv)
+
+
+def run_stage(engine: Path, stage: Path, workers: int) -> StageReport:
+    """Copy a built engine to the directory `stage` of every node of the cluster (`workers` 0: of
+    this machine), with a progress line.
+
+    Raises:
+        ArtifactError: `engine` is no engine.
+        IntServeError: the cluster has no node that could have a copy.
+    """
+    with make_progress() as progress:
+        task = progress.add_task("stage", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return stage_engine(
+            engine, stage, workers, show, note=lambda line: print_line(progress.console, line)
+        )
+
+
 def refuse_target(source: Source, target: Target, hardware: str) -> NoReturn:
     """Raise the reason why `target` is not built: it cannot load the artifact, or has no builder.
 
@@ -241,8 +297,7 @@ def check_target(
 def _build_embedded(source: Source, output: Path, options: BuildOptions) -> BuildResult:
     from quant_jobs.targets.embedded import pack_engine
 
-    foreign = ("ep", "dialect", "engine_version", "mtp", "context", "concurrency", "workers")
-    _refuse_options(options, "embedded", foreign)
+    _refuse_options(options, "embedded", (*_TRTLLM_OPTIONS, "workers"))
     with make_progress() as progress:
         task = progress.add_task("build", total=None)
 
@@ -295,7 +350,11 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
             progress.update(task, completed=done, total=total)
 
         engine, built = build_trtllm(
-            build, output, options.workers, show, note=lambda line: progress.console.print(line)
+            build,
+            output,
+            options.workers,
+            show,
+            note=lambda line: print_line(progress.console, line),
         )
     report = check_engine(output, digests=False)  # the files were hashed while they were written
     return _result(

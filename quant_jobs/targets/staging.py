@@ -73,6 +73,10 @@ class StageReport(BaseModel):
     engine_digest: str
     nodes: tuple[NodeCopy, ...]
 
+    def describe(self) -> list[str]:
+        """A line per node for people."""
+        return [node.describe() for node in self.nodes]
+
     def check(self) -> None:
         """Check that every node that is still there has its copy.
 
@@ -112,8 +116,6 @@ def stage_engine(
     else:
         name = socket.gethostname()
         nodes = [copy_here(engine, place, digest, name, "this machine", progress)]
-    for node in nodes:
-        note(node.describe())
     return StageReport(engine_digest=digest, nodes=tuple(nodes))
 
 

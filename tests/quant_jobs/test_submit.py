@@ -30,13 +30,12 @@ from support.quantizing import SmallModel, contents, make_small_model, small_rec
 from support.raylets import end
 
 from deepseek.errors import CalibrationError, DeployError, RecipeError
+from quant_jobs.submission import QuantizeSubmission, make_quantization
 from quant_jobs.submit import (
     EXCLUDES,
-    Submission,
     check_working_dir,
     connect_to_jobs,
     follow,
-    make_submission,
     packed_bytes,
     submit,
 )
@@ -78,11 +77,11 @@ class Jobs:
         self.logs.append("layer 1\n")
 
 
-def job_of(**changes: Any) -> Submission:
+def job_of(**changes: Any) -> QuantizeSubmission:
     given = {"model": "/data/v3", "recipe": "int4", "output": "/data/out", "workers": 2}
     given = {**given, **changes}
     text = changes.get("calibration", ("/data/a.txt=3", "/data/b.txt"))
-    return Submission(
+    return QuantizeSubmission(
         Path(given["model"]), given["recipe"], text, Path(given["output"]), given["workers"]
     )
 
@@ -174,14 +173,14 @@ def test_a_text_that_changed_is_submitted_as_a_job_of_its_own(tmp_path: Path) ->
 
 def test_a_weight_that_is_none_is_refused_before_anything_is_submitted() -> None:
     with pytest.raises(CalibrationError, match="text=-1: the weight must be a positive number"):
-        make_submission(Path("m"), "int8", ["text=-1"], Path("out"), 1)
+        make_quantization(Path("m"), "int8", ["text=-1"], Path("out"), 1)
 
 
 def test_a_file_of_an_unknown_kind_is_refused_and_a_pipe_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"text\.csv has the ending \.csv"):
-        make_submission(Path("m"), "int8", ["text.csv=2"], Path("out"), 1)
+        make_quantization(Path("m"), "int8", ["text.csv=2"], Path("out"), 1)
     os.mkfifo(tmp_path / "text.txt")
-    job = make_submission(Path("m"), "int8", [f"{tmp_path}/text.txt"], Path("out"), 1)
+    job = make_quantization(Path("m"), "int8", [f"{tmp_path}/text.txt"], Path("out"), 1)
     assert job.base_id  # by its path, as what cannot be read here
 
 
@@ -189,17 +188,17 @@ def test_paths_become_absolute_and_the_command_survives_a_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    job = make_submission(Path("a model"), "int8", ["text=2"], Path("out"), 3)
+    job = make_quantization(Path("a model"), "int8", ["text=2"], Path("out"), 3)
     assert job.model == tmp_path / "a model"
     assert job.entrypoint == (
         f"python -m quant_jobs quantize --model '{tmp_path}/a model' --recipe int8 "
         f"--calibration {tmp_path}/text=2 --output {tmp_path}/out --workers 3 "
         "--device cpu --cpus-per-worker 1"
     )
-    job = make_submission(Path("m"), "int8", ["t"], Path("out"), 3, "cuda", 4)
+    job = make_quantization(Path("m"), "int8", ["t"], Path("out"), 3, "cuda", 4)
     assert job.entrypoint.endswith(" --workers 3 --device cuda --cpus-per-worker 4")
     with pytest.raises(RecipeError, match="no recipe 'int3'"):
-        make_submission(Path("m"), "int3", ["text"], Path("out"), 1)
+        make_quantization(Path("m"), "int3", ["text"], Path("out"), 1)
 
 
 def test_a_job_without_ray_is_not_submitted_to_one(command: Callable[..., Ended]) -> None:

@@ -171,13 +171,13 @@ def test_a_disk_without_room_is_refused_before_anything_is_copied(
 def test_without_ray_this_machine_alone_gets_a_copy_under_its_name(
     engine: Path, tmp_path: Path
 ) -> None:
-    notes: list[str] = []
-    report = stage_engine(engine, tmp_path / "{node}" / "e", 0, lambda *_: None, note=notes.append)
+    report = stage_engine(engine, tmp_path / "{node}" / "e", 0, lambda *_: None)
     report.check()
     local = tmp_path / socket.gethostname() / "e"
     assert whole(local) == whole(engine)
     assert [node.directory for node in report.nodes] == [str(local)]
-    assert f"{local}, 500.0 kB copied and 0 bytes kept in " in notes[0]
+    (line,) = report.describe()
+    assert f"{local}, 500.0 kB copied and 0 bytes kept in " in line
 
 
 def test_nodes_that_left_fail_nothing_and_others_are_named_with_their_reasons() -> None:

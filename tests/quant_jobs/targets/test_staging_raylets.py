@@ -87,7 +87,7 @@ def test_every_node_gets_its_own_copy(cluster: Raylets, tmp_path: Path) -> None:
         assert report["engine_digest"] == manifest.digest
         assert {node["node"] for node in report["nodes"]} == set(cluster.node_ids)
         assert [node["copied_bytes"] for node in report["nodes"]] == [copied] * 3
-        assert err.count(" copied and ") == 3
+        assert "joined" not in err
     for node in cluster.node_ids:
         assert whole(tmp_path / node / "engine") == whole(engine)
 

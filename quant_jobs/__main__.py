@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quant_jobs.evaluation.served import Served
 
 from deepseek.cli import make_app, run, show_lines
-from deepseek.errors import CalibrationError
+from deepseek.errors import CalibrationError, DeployError
 from deepseek.models import MODELS
 from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS, STORAGE
 
@@ -236,33 +236,104 @@ def measure(
 @app.command()
 def build(
     checkpoint: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="Quantized checkpoint; or a source as it is, for a baseline engine."),
-    ],
-    output: Annotated[Path, typer.Option(help="Engine directory.")],
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Engine directory.")] = None,
     target: Annotated[str, typer.Option(help="embedded, trtllm, vllm or sglang.")] = "embedded",
-    tp: Annotated[int, typer.Option(min=1, help="GPUs that share one engine.")] = 1,
+    tp: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs that share one engine [1; trtllm: those of --hardware]."),
+    ] = None,
+    ep: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="trtllm: groups that the routed experts are divided over; inside a group each "
+            "expert is cut over tp / ep GPUs [tp: whole experts].",
+        ),
+    ] = None,
+    kv_cache: Annotated[
+        Literal["bf16", "fp8", "int8"] | None,
+        typer.Option(help="KV format; without it, the recipe's. trtllm has bf16 and fp8."),
+    ] = None,
+    dialect: Annotated[
+        Literal["mixed", "single"] | None,
+        typer.Option(
+            help="trtllm: everything but the experts as the source stores it (mixed, the default), "
+            "or in BF16 (single: 16 GB more of DeepSeek-V3, and no MIXED_PRECISION)."
+        ),
+    ] = None,
+    engine_version: Annotated[
+        str | None, typer.Option(help="trtllm: the TensorRT-LLM that will load it [1.2.1].")
+    ] = None,
+    mtp: Annotated[
+        bool,
+        typer.Option("--mtp", help="trtllm: keep the MTP layers; without it they are left out."),
+    ] = False,
+    context: Annotated[
+        int | None, typer.Option(help="trtllm: longest request in tokens [what fits].")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="trtllm: largest batch of requests [256].")
+    ] = None,
     hardware: Annotated[
         str, typer.Option(help="What trtllm, vllm or sglang would run on.")
     ] = "8xH800-80GB",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Ray workers that build its files; the bytes do not depend on it. 0: no Ray.",
+        ),
+    ] = 0,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Build nothing: check a trtllm engine directory, every byte, as its loader would "
+            "read it; with --checkpoint also bit for bit against that artifact.",
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Build the engine of one target from a checkpoint.
+
+    A rerun of the same command verifies what is there and makes what is missing.
 
     \b
     Examples:
       python -m quant_jobs build --checkpoint runs/int8 --target embedded --output runs/int8-engine
       python -m quant_jobs build --checkpoint examples/tiny-deepseek-v3 --output runs/baseline
+      python -m quant_jobs build --checkpoint /data/v3-int4 --target trtllm --tp 8 --ep 8 \\
+          --kv-cache fp8 --workers 8 --output /data/v3-int4-trtllm
+      python -m quant_jobs build --check /data/v3-int4-trtllm --checkpoint /data/v3-int4
     """
-    from quant_jobs.build import run_build
+    from quant_jobs.build import BuildOptions, run_build, run_check
 
-    result = run_build(checkpoint, target, tp, output, hardware=hardware)
-    _show(
-        result.model_dump(),
-        as_json,
-        f"{output}: {result.target} engine of {result.recipe}, "
-        f"{result.bytes / 1e6:.2f} MB, engine {result.engine_digest[:16]}",
+    if check is not None:
+        if output is not None:
+            raise DeployError("--check builds nothing; leave --output out")
+        report = run_check(check, checkpoint)
+        _show(report.model_dump(mode="json"), as_json, *report.describe())
+        return
+    if checkpoint is None or output is None:
+        raise DeployError("build needs --checkpoint and --output (or --check DIR)")
+    options = BuildOptions(
+        hardware=hardware,
+        tp=tp,
+        ep=ep,
+        kv_cache=kv_cache,
+        dialect=dialect,
+        engine_version=engine_version,
+        mtp=mtp,
+        context=context,
+        concurrency=concurrency,
+        workers=workers,
     )
+    with redirect_stdout(sys.stderr):  # Ray prints to stdout when a node dies
+        result = run_build(checkpoint, target, output, options)
+    _show(result.model_dump(mode="json"), as_json, *result.describe())
 
 
 @app.command()

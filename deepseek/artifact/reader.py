@@ -6,7 +6,8 @@ Every tensor is verified against the manifest, and `finish` checks that every fi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from deepseek.artifact.manifest import (
     JOB_REPORTS,
     MANIFEST_FILE,
     LayerKey,
+    LayerRecord,
     check_figures,
     read_manifest,
 )
@@ -39,9 +41,42 @@ from deepseek.artifact.tensors import expected_tensors, layer_file, layer_keys, 
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError
 from deepseek.source.index import INDEX_FILE
-from deepseek.tensor_files import DamagedFileError, read_header, tensor_digest
+from deepseek.tensor_files import DamagedFileError, Header, read_header, tensor_digest
 
 _OUR_SHARDS = re.compile(r"model-(layer-\d{5}|globals)[.]safetensors")
+
+
+class LayerFile:
+    """One published file, open: each tensor is verified when it is read. `header` is checked."""
+
+    def __init__(self, path: Path, header: Header, record: LayerRecord, file: Any) -> None:
+        self.header = header
+        self._path, self._record, self._file = path, record, file
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from the file.
+
+        Raises:
+            ArtifactError: its bytes are not those that were published; the sentence names it.
+        """
+        with _reading(self._path):
+            tensor: Tensor = self._file.get_tensor(name)
+        if tensor_digest(tensor) != self._record.tensors.get(name):
+            raise ArtifactError(
+                f"tensor {name} in {self._path} is damaged: its bytes are not those that were "
+                "published; restore the file or quantize again"
+            )
+        return tensor
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (DamagedFileError, SafetensorError) as error:
+        raise ArtifactError(f"{path} {error}; restore the file or quantize again") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror})") from error
 
 
 class ArtifactReader:
@@ -102,31 +137,32 @@ class ArtifactReader:
             first = min(self._unread, key=str)
             raise ArtifactError(f"{self.directory}: {layer_file(first)} was never read")
 
-    def read_some(self, layer: LayerKey, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Those tensors of one layer, or of the globals, whose full name `wanted` accepts, each
-        verified; see `read_layer`. Does not count as reading the file for `finish`."""
+    @contextmanager
+    def open_file(self, layer: LayerKey) -> Iterator[LayerFile]:
+        """The file of one layer, or of the globals, open to be read tensor by tensor. Does not
+        count as reading the file for `finish`.
+
+        Raises:
+            ArtifactError: the file is damaged; the sentence names it.
+        """
         record = self.manifest.record(layer)
         path = self.directory / record.file
-        try:
+        with _reading(path):
             header = read_header(path)
             if header.sha256 != record.header_sha256:
                 raise DamagedFileError("has a header other than the one that was published")
             actual = {name: (entry.shape, entry.dtype) for name, entry in header.tensors.items()}
             if difference := mismatch(actual, expected_tensors(self.config, self.schemes, layer)):
                 raise DamagedFileError(f"does not hold what config.json describes: {difference}")
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in header.tensors if wanted(name)}
-        except (DamagedFileError, SafetensorError) as error:
-            raise ArtifactError(f"{path} {error}; restore the file or quantize again") from error
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read ({error.strerror})") from error
-        for name, tensor in tensors.items():
-            if tensor_digest(tensor) != record.tensors.get(name):
-                raise ArtifactError(
-                    f"tensor {name} in {path} is damaged: its bytes are not those that were "
-                    "published; restore the file or quantize again"
-                )
-        return tensors
+            opened = safe_open(path, framework="pt")
+        with opened as file:
+            yield LayerFile(path, header, record, file)
+
+    def read_some(self, layer: LayerKey, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Those tensors of one layer, or of the globals, whose full name `wanted` accepts, each
+        verified; see `open_file`."""
+        with self.open_file(layer) as file:
+            return {name: file.read(name) for name in file.header.tensors if wanted(name)}
 
     def _read_documents(self) -> dict[str, bytes]:
         """The documents, and a look at everything else in the directory."""

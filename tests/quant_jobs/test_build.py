@@ -20,9 +20,9 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_building_twice_gives_the_same_bytes(chain: Chain, tmp_path: Path) -> None:
-    first = run_build(chain.checkpoint, "embedded", 1, tmp_path / "engine")
+    first = run_build(chain.checkpoint, "embedded", tmp_path / "engine")
     before = contents(tmp_path / "engine")
-    assert run_build(chain.checkpoint, "embedded", 1, tmp_path / "engine") == first
+    assert run_build(chain.checkpoint, "embedded", tmp_path / "engine") == first
     assert contents(tmp_path / "engine") == before == contents(chain.engine)
 
 
@@ -37,7 +37,7 @@ def test_an_engine_knows_its_artifact_and_its_source(chain: Chain) -> None:
 def test_a_folder_of_another_engine_is_refused(chain: Chain, fresh: Chain) -> None:
     before = contents(fresh.engine)
     with pytest.raises(ArtifactError, match="choose another --output"):
-        run_build(chain.source, "embedded", 1, fresh.engine)
+        run_build(chain.source, "embedded", fresh.engine)
     assert contents(fresh.engine) == before
 
 

@@ -156,7 +156,7 @@ def test_a_short_evaluation_is_refused(fresh: Chain) -> None:
 
 
 def test_an_unquantized_engine_has_no_limits_to_be_judged_by(fresh: Chain, tmp_path: Path) -> None:
-    baseline = run_build(fresh.source, "embedded", 1, tmp_path / "baseline")
+    baseline = run_build(fresh.source, "embedded", tmp_path / "baseline")
     evaluation = read_evaluation(fresh.evaluation).model_copy(
         update={
             "engine_digest": baseline.engine_digest,

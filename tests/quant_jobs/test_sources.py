@@ -165,8 +165,8 @@ def test_a_copy_goes_through_quantize_build_and_evaluate_as_if_its_config_were_t
         text = [CalibrationSource(source.text)]
         run_quantize(source.directory, recipe, text, root / "artifact", 0)
         artifact = ArtifactReader(root / "artifact")
-        run_build(root / "artifact", "embedded", 1, root / "engine")
-        run_build(source.directory, "embedded", 1, root / "baseline")
+        run_build(root / "artifact", "embedded", root / "engine")
+        run_build(source.directory, "embedded", root / "baseline")
         result = run_evaluate(
             root / "engine", source.directory, source.text, root / "evaluation", SHORT
         )

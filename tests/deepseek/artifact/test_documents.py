@@ -287,7 +287,7 @@ def test_build_does_not_write_into_its_checkpoint(
     from quant_jobs.build import run_build
 
     with pytest.raises(OutputError, match="is inside the checkpoint; choose another --output"):
-        run_build(artifact, "embedded", 1, artifact / "engine")
+        run_build(artifact, "embedded", artifact / "engine")
     ArtifactReader(artifact)
     made = make_engine(tiny_model, "int4", base)
     assert read_engine(made).documents.keys() >= {"config.json", "tokenizer.json"}

@@ -127,7 +127,7 @@ def test_both_files_are_written_and_the_json_reads_back(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {REPORT_FILE, PAGE_FILE}
     text = (tmp_path / REPORT_FILE).read_text("utf-8")
     assert JobRecord.model_validate_json(text) == record
-    assert '"format_version": 2' in text
+    assert '"format_version": 3' in text  # 3: input_maxima by layer
     with pytest.raises(ValidationError, match="surprise"):
         JobRecord.model_validate_json(text.replace('"recipe"', '"surprise": 1,\n "recipe"', 1))
 

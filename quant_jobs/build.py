@@ -150,8 +150,13 @@ def complete_options(target: str, options: BuildOptions) -> BuildOptions:
     if known == "trtllm":
         tp = options.tp or parse_hardware(options.hardware).count
         require_ranks(tp, options.ep or tp)
-        version = require_version(options.engine_version or VERSIONS[0])
-        return replace(options, tp=tp, ep=options.ep or tp, engine_version=version)
+        return replace(
+            options,
+            tp=tp,
+            ep=options.ep or tp,
+            engine_version=require_version(options.engine_version or VERSIONS[0]),
+            dialect=None if options.dialect == "mixed" else options.dialect,
+        )
     if known == "embedded":
         _refuse_options(options, "embedded", _TRTLLM_OPTIONS)
     return options

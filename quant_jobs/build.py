@@ -174,7 +174,8 @@ def check_checkpoint(directory: Path, target: str, options: BuildOptions) -> Bui
     if known not in BUILDERS:
         refuse_target(source, known, options.hardware)
     recipe_kv = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
-    check_target(source, known, options.hardware, kv_cache=options.kv_cache or recipe_kv)
+    if known == "trtllm":
+        check_target(source, known, options.hardware, kv_cache=options.kv_cache or recipe_kv)
     return replace(options, kv_cache=options.kv_cache or recipe_kv)
 
 

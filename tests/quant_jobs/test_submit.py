@@ -306,7 +306,7 @@ def test_the_command_of_a_build_is_complete(
         ({"workers": 0}, "--workers 0 is a job without Ray, which cannot be .* or run build here"),
         ({"target": "onnx"}, "target 'onnx' is unknown"),
         ({"tp": 8, "ep": 3}, "--ep 3 does not divide --tp 8"),
-        ({"engine_version": "0.1"}, "TensorRT-LLM '0.1' is not known to us"),
+        ({"engine_version": "0.1"}, "TensorRT-LLM 0.1 is not known to us"),
         ({"target": "embedded", "mtp": True}, "--mtp means nothing to target embedded"),
         ({"hardware": "8xABACUS"}, "ABACUS"),
     ],

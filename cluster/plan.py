@@ -249,20 +249,19 @@ class _Asked:
         if _format_findings(self.config, self.recipe, "trtllm", generation, self.mtp).refusals:
             return ()
         names: tuple[Dialect, ...] = ("mixed", "single")
-        schemes = tally_of(self.config, self.recipe).schemes
         found = []
         for name in ("released",) if self.dialect == "released" else names:
             footprint = self.footprint("trtllm", self.machines, name)
             tokens = footprint.kv_tokens(self.machines.hardware.usable_bytes)
-            refusals = trtllm_refusals(
-                self.config, schemes, name, self.machines.num_gpus, mtp=self.mtp
+            refusals = _trtllm_refusals(
+                self.config, self.recipe, name, self.machines.num_gpus, self.mtp
             )
             found.append(
                 DialectPlan(
                     dialect=name,
                     fits=tokens >= _paged_tokens(footprint, context, concurrency),
                     footprint=footprint,
-                    refusals=tuple(refusals),
+                    refusals=refusals,
                 )
             )
         return tuple(found)
@@ -321,11 +320,19 @@ def _findings(asked: _Asked, target: Target) -> Findings:
     if found.refusals or target == "embedded":
         return found
     if target == "trtllm":
-        refusals = trtllm_refusals(config, tally.schemes, asked.dialect, machines.num_gpus, mtp=mtp)
+        refusals = _trtllm_refusals(config, recipe, asked.dialect, machines.num_gpus, mtp)
     else:
-        refusals = list(split_refusals(tally, target, machines.num_gpus))
+        refusals = tuple(split_refusals(tally, target, machines.num_gpus))
     notes = split_notes(tally, target, machines.num_gpus)
-    return Findings(tuple(refusals), (*found.notes, *notes))
+    return Findings(refusals, (*found.notes, *notes))
+
+
+@lru_cache(maxsize=128)
+def _trtllm_refusals(
+    config: ModelConfig, recipe: Recipe, dialect: Dialect, tp: int, mtp: bool
+) -> tuple[Refusal, ...]:
+    schemes = tally_of(config, recipe).schemes
+    return tuple(trtllm_refusals(config, schemes, dialect, tp, mtp=mtp))
 
 
 def _mtp_refusals(target: Target, mtp: bool) -> list[Refusal]:

@@ -10,7 +10,6 @@ from cluster.memory import GPU_MAX_BATCH, GPU_STEP_TOKENS, Footprint, Tally
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.recipe import Scheme
-from deepseek.trtllm.fields import TARGET
 from deepseek.trtllm.llm_args import make_llm_args
 from deepseek.trtllm.llm_schema import LlmArgs
 from quant_jobs.targets.trtllm import TrtllmOptions

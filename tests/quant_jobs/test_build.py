@@ -49,8 +49,8 @@ def test_a_manifest_swapped_under_an_engine_is_noticed(fresh: Chain, tmp_path: P
 
 
 def test_the_matrix_says_why_a_target_cannot_load_it(chain: Chain, tmp_path: Path) -> None:
-    """TensorRT-LLM reads kv_a and kv_b projections only as BF16 or FP8 blocks (facts of 1.2)."""
-    with pytest.raises(DeployError, match="kv_[ab]_proj"):
+    """INT8 outside the routed experts has not been tried with TensorRT-LLM's DeepSeek."""
+    with pytest.raises(DeployError, match="for routed experts only.*Add to the recipe"):
         run_build(chain.checkpoint, "trtllm", tmp_path / "engine", BuildOptions(tp=8))
     assert not (tmp_path / "engine").exists()
 

@@ -24,6 +24,7 @@ from deepseek.artifact.manifest import LayerKey
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError
 from deepseek.trtllm.check_files import (
+    check_args,
     check_config,
     check_headers,
     check_listing,
@@ -44,7 +45,8 @@ class CheckReport:
     `ranks` says by rank what the loader reads of the files and what its parameters hold, in bytes.
     `tensors` is the number of keys in the files, `reads` how often all ranks together read one.
     `hashed_bytes` were compared with engine.json, `verified` tensors with intserve.json, `compared`
-    tensors with the artifact, value by value on every rank.
+    tensors with the artifact, value by value on every rank. `warnings` are the linter's of
+    llm_args.yaml.
     """
 
     directory: Path
@@ -57,6 +59,7 @@ class CheckReport:
     hashed_bytes: int = 0
     verified: int = 0
     compared: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def check_engine(
@@ -81,6 +84,7 @@ def check_engine(
     model = LoaderModel(directory, engine.ranks, fields.engine_version, values=False, mtp=mtp)
     _check_loading(model)
     check_headers(model.checkpoint, model.config, stored, mtp=mtp)
+    warnings = check_args(directory, built, model.config, engine, stored, fields)
     check_input_scales(directory, model.config, stored, fields)
     hashed = verified = compared = 0
     if digests:
@@ -98,6 +102,7 @@ def check_engine(
         hashed_bytes=hashed,
         verified=verified,
         compared=compared,
+        warnings=warnings,
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 from pydantic import ValidationError
 
@@ -16,18 +18,24 @@ from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.tensors import layer_file
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, DeployError, first_problem
-from deepseek.inventory import layer_of, linears
+from deepseek.inventory import expert_of, linears
 from deepseek.recipe import Scheme
 from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import DTYPE_NAMES
 from deepseek.trtllm.fields import TARGET, TrtllmFields
+from deepseek.trtllm.findings import ExpertFormat
 from deepseek.trtllm.layout import stored_layers, stored_schemes, stored_tensors
+from deepseek.trtllm.lint import lint
+from deepseek.trtllm.llm_args import LLM_ARGS_FILE, llm_args_of
 from deepseek.trtllm.loader_config import read_quant_config
 from deepseek.trtllm.loader_files import Checkpoint
 from deepseek.trtllm.quant_config import HF_QUANT_CONFIG_FILE, KV_ALGOS, QUANT_CFG_FILE
 
+EXPERT_FORMATS: tuple[ExpertFormat, ...] = get_args(ExpertFormat)
 #: What TensorRT-LLM, or a tool beside it, loads by its ending wherever it lies in the directory.
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
+
+_SHARDS = re.compile(r"model-(layer-\d{5}|globals)[.]safetensors", re.ASCII)
 
 
 def read_trtllm_manifest(directory: Path) -> tuple[EngineManifest, TrtllmFields]:
@@ -69,10 +77,8 @@ def check_listing(directory: Path, engine: EngineManifest, fields: TrtllmFields)
                 "weight file that it finds, and a tensor that is in two files from either; "
                 "remove it"
             )
-    layers = {layer_of(module) for module in engine.schemes}
-    expected = {layer_file("globals"), *(layer_file(layer) for layer in layers)}
     for name in engine.tensor_files:
-        if name not in expected:
+        if not _SHARDS.fullmatch(name):
             raise ArtifactError(
                 f"{directory / ENGINE_FILE} lists the tensor file {untrusted.show_name(name)}, "
                 "which IntServe does not write; build again"
@@ -132,6 +138,44 @@ def check_config(
             f"engine was built for a KV cache in {built.kv_cache}; build again"
         )
     return _stored_schemes(directory, built, config, engine, fields)
+
+
+def check_args(
+    directory: Path,
+    built: BuiltEngine,
+    config: ModelConfig,
+    engine: EngineManifest,
+    stored: Mapping[str, Scheme],
+    fields: TrtllmFields,
+) -> tuple[str, ...]:
+    """Check llm_args.yaml against the engine, and for what is known to hang, crash or answer
+    wrongly; what it is only warned of.
+
+    Raises:
+        ArtifactError: it is absent.
+        DeployError: it is not what this version takes, or the linter refuses it.
+    """
+    path = directory / LLM_ARGS_FILE
+    if LLM_ARGS_FILE not in built.documents:
+        raise ArtifactError(f"{directory} has no {LLM_ARGS_FILE}; build again")
+    args = llm_args_of(built.documents[LLM_ARGS_FILE], fields.engine_version, where=str(path))
+    formats: set[ExpertFormat] = set()
+    for module, scheme in stored.items():
+        if expert_of(module) is not None:
+            formats |= {weights for weights in EXPERT_FORMATS if weights == scheme.weights}
+    found = lint(
+        args,
+        fields.engine_version,
+        dialect=fields.dialect,
+        config=config,
+        kv_cache=engine.kv_cache,
+        experts=formats,
+        ranks=engine.ranks,
+    )
+    for finding in found:
+        if finding.severity == "refuse":
+            raise DeployError(f"{path}: {finding.sentence}")
+    return tuple(finding.sentence for finding in found)
 
 
 def check_headers(

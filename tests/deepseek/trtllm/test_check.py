@@ -139,6 +139,13 @@ def vector_of_scales(tensors: Tensors) -> None:
 
 
 Q_B = "model.layers.1.self_attn.q_b_proj"
+KV_A = "model.layers.1.self_attn.kv_a_proj_with_mqa"
+
+
+def narrow(tensors: Tensors) -> None:
+    tensors[f"{KV_A}.weight"] = tensors[f"{KV_A}.weight"][:, :128]
+
+
 TENSOR_EDITS: list[tuple[Callable[[Tensors], None], str]] = [
     (swap_nibbles, rf"{DOWN}.weight in .* has its nibbles swapped"),
     (offset_binary, rf"{DOWN}.weight in .* has offset-binary codes"),
@@ -164,6 +171,7 @@ TENSOR_EDITS: list[tuple[Callable[[Tensors], None], str]] = [
     (cast(f"{Q_B}.weight_scale_inv", torch.bfloat16), "weight_scale_inv in .* is BF16, not F32"),
     (cast(f"{Q_B}.weight", torch.bfloat16), "is bfloat16 and is converted to float8_e4m3fn"),
     (stretched_norm, r"input_layernorm.weight is stretched from \[1\] to \[256\]"),
+    (narrow, rf"{KV_A}.weight is float8_e4m3fn \[192, 128\], which TensorRT-LLM cannot put"),
     (transpose_scale, "kv_b_proj.weight_scale_inv has the shape"),
 ]
 
@@ -342,6 +350,10 @@ DIRECTORY_EDITS: list[tuple[Callable[[Path], None], str]] = [
     (lambda directory: redigest(directory, kv_cache="int8"), "KV cache in int8, which Tensor"),
     (ranks(8, 4), "each of 8 ranks would hold 192 rows or columns of model.layers.0"),
     (ranks(3, 3), "tp 3 does not divide the 8 attention heads"),
+    (
+        lambda directory: redigest(directory, schemes={}),
+        "engine.json lacks linear model.layers.0",
+    ),
     (field("mtp", "kept"), "num_nextn_predict_layers 0, but engine.json says .* are kept"),
     (field("engine_version", "1.1.0"), "target_fields.engine_version"),
     (field("dialect", "single"), "quant_cfg.json does not belong to the dialect single"),
@@ -358,6 +370,38 @@ DIRECTORY_EDITS: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("edit", "sentence"), DIRECTORY_EDITS)
 def test_an_edited_directory_is_refused_by_its_sentence(
+    mixed: Path, edit: Callable[[Path], None], sentence: str
+) -> None:
+    edit(mixed)
+    with pytest.raises((ArtifactError, DeployError), match=sentence):
+        check_engine(mixed)
+
+
+def args(old: bytes, new: bytes) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        path = directory / "llm_args.yaml"
+        content = path.read_bytes()
+        assert old in content
+        path.write_bytes(content.replace(old, new))
+        redigest(directory)
+
+    return edit
+
+
+ARGS_EDITS: list[tuple[Callable[[Path], None], str]] = [
+    (
+        args(b"tensor_parallel_size: 4\nmoe", b"tensor_parallel_size: 2\nmoe"),
+        "llm_args.yaml: moe_expert_parallel_size 4 times",
+    ),
+    (args(b"dtype: auto", b"dtype: fp8"), "llm_args.yaml: "),
+    (args(b"CUTLASS", b"TRITON"), "llm_args.yaml: "),
+    (args(b"stream_interval", b"stream_intervall"), "llm_args.yaml.* stream_intervall"),
+    (without("llm_args.yaml"), "has no llm_args.yaml"),
+]
+
+
+@pytest.mark.parametrize(("edit", "sentence"), ARGS_EDITS)
+def test_arguments_that_do_not_belong_to_the_engine_are_refused(
     mixed: Path, edit: Callable[[Path], None], sentence: str
 ) -> None:
     edit(mixed)

@@ -28,6 +28,7 @@ from deepseek.trtllm.check_files import (
     check_config,
     check_headers,
     check_listing,
+    check_same_config,
     read_trtllm_manifest,
 )
 from deepseek.trtllm.check_values import check_digests, check_input_scales
@@ -90,6 +91,7 @@ def check_engine(
     if digests:
         hashed, verified = check_digests(directory, built, engine, stored)
     if artifact is not None:
+        check_same_config(directory, built, artifact)
         compared = _compare(directory, artifact, engine.artifact_digest, model, fields)
     return CheckReport(
         directory=directory,
@@ -130,8 +132,8 @@ def _check_loading(model: LoaderModel) -> None:
                 "compressed-tensors; TensorRT-LLM reads other packing: build again"
             )
         raise ArtifactError(
-            f"{model.checkpoint.file(key)} holds {key}, which TensorRT-LLM never reads; the "
-            "weights that it belongs to would be wrong or are not the engine's: build again"
+            f"{model.checkpoint.file(key)} holds {key}, which TensorRT-LLM never reads: either it "
+            "is not the engine's, or a value is missing where it is meant to be used; build again"
         )
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -15,6 +15,7 @@ from deepseek.artifact.built_engine import BuiltEngine
 from deepseek.artifact.documents import document_object
 from deepseek.artifact.engine_manifest import ENGINE_FILE, EngineManifest, read_engine_manifest
 from deepseek.artifact.manifest import MANIFEST_FILE
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import layer_file
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, DeployError, first_problem
@@ -24,10 +25,10 @@ from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import DTYPE_NAMES
 from deepseek.trtllm.fields import TARGET, TrtllmFields
 from deepseek.trtllm.findings import ExpertFormat
-from deepseek.trtllm.layout import stored_layers, stored_schemes, stored_tensors
+from deepseek.trtllm.layout import TILE, stored_layers, stored_schemes, stored_tensors
 from deepseek.trtllm.lint import lint
 from deepseek.trtllm.llm_args import LLM_ARGS_FILE, llm_args_of
-from deepseek.trtllm.loader_config import read_quant_config
+from deepseek.trtllm.loader_config import QuantConfig, read_quant_config
 from deepseek.trtllm.loader_files import Checkpoint
 from deepseek.trtllm.quant_config import HF_QUANT_CONFIG_FILE, KV_ALGOS, QUANT_CFG_FILE
 
@@ -137,7 +138,26 @@ def check_config(
             f"{directory / HF_QUANT_CONFIG_FILE} has kv_cache_quant_algo {quant.kv_algo}, but the "
             f"engine was built for a KV cache in {built.kv_cache}; build again"
         )
+    _check_quant_files(directory, quant, fields)
     return _stored_schemes(directory, built, config, engine, fields)
+
+
+def check_same_config(directory: Path, built: BuiltEngine, artifact: ArtifactReader) -> None:
+    """Check that config.json is the artifact's but for what a build changes in it.
+
+    Raises:
+        ArtifactError: another key differs; the sentence names it.
+    """
+    changed = ("quantization_config", "auto_map", "num_nextn_predict_layers")
+    own = document_object(directory, built.documents, "config.json")
+    whole = document_object(artifact.directory, artifact.documents, "config.json")
+    for key in sorted((own.keys() | whole.keys()) - set(changed)):
+        if own.get(key) != whole.get(key):
+            raise ArtifactError(
+                f"{directory / 'config.json'} has {untrusted.show_name(key)} "
+                f"{untrusted.show(own.get(key))}, where {artifact.directory} has "
+                f"{untrusted.show(whole.get(key))}; build again"
+            )
 
 
 def check_args(
@@ -220,6 +240,47 @@ def check_headers(
                 )
 
 
+def _check_quant_files(directory: Path, quant: QuantConfig, fields: TrtllmFields) -> None:
+    """Check what is of no effect in one version of the loader and of some in another.
+
+    Raises:
+        ArtifactError: the two lists of modules differ, or the single algorithm has another group
+            size or reaches embedding and head.
+    """
+    path = directory / HF_QUANT_CONFIG_FILE
+    if fields.dialect == "mixed":
+        inline = _object(path)["quantization"].get("quantized_layers")
+        listed = _object(directory / QUANT_CFG_FILE).get("quantized_layers")
+        if not isinstance(inline, dict) or not isinstance(listed, dict):
+            raise ArtifactError(f"{directory}: {path.name} or {QUANT_CFG_FILE} lists no modules")
+        if inline != listed:
+            differing = sorted(inline.keys() ^ listed.keys())
+            differing += [name for name in inline if inline[name] != listed.get(name)]
+            raise ArtifactError(
+                f"{path} and {QUANT_CFG_FILE} do not list the same for "
+                f"{untrusted.show_name(differing[0])}, and versions of TensorRT-LLM read one "
+                "or the other; build again"
+            )
+    elif fields.dialect == "single":
+        if quant.default.algo == "W4A8_AWQ" and quant.default.group_size != TILE:
+            raise ArtifactError(
+                f"{path} has group_size {quant.default.group_size} for W4A8_AWQ, not {TILE}; build "
+                "again"
+            )
+        for name in ("lm_head", "model.embed_tokens"):
+            if not quant.excludes(name):
+                raise ArtifactError(
+                    f"{path} does not exclude {name}, which is stored in BF16; build again"
+                )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        return untrusted.read_json_object(path, root=path.parent)
+    except untrusted.UnusableFileError as error:
+        raise ArtifactError(f"{path} {error}; build again") from error
+
+
 def _stored_schemes(
     directory: Path,
     built: BuiltEngine,
@@ -269,10 +330,7 @@ def _index(directory: Path) -> dict[str, str] | None:
     path = directory / INDEX_FILE
     if not path.exists():
         return None
-    try:
-        weight_map = untrusted.read_json_object(path, root=directory).get("weight_map")
-    except untrusted.UnusableFileError as error:
-        raise ArtifactError(f"{path} {error}; build again") from error
+    weight_map = _object(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ArtifactError(f"{path} has no weight_map; build again")
     return weight_map

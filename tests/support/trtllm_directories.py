@@ -32,6 +32,7 @@ from deepseek.files import write_json
 from deepseek.formats import dequantize_fp8_block
 from deepseek.recipe import load_recipe
 from deepseek.source.index import INDEX_FILE
+from deepseek.tensor_files import read_header
 from deepseek.trtllm.fields import LayerInputScales, TrtllmFields
 from deepseek.trtllm.llm_args import LLM_ARGS_FILE, llm_args_yaml, make_llm_args
 from deepseek.trtllm.versions import EngineVersion
@@ -239,6 +240,17 @@ def edit_tensors(directory: Path, file: str, change: Callable[[dict[str, Tensor]
     tensors = load_file(directory / file)
     change(tensors)
     _save(tensors, directory / file)
+
+
+def index_as_it_is(directory: Path) -> None:
+    """An index that lists what the files hold."""
+    places = {
+        name: path.name
+        for path in sorted(directory.glob("*.safetensors"))
+        for name in read_header(path).tensors
+    }
+    content = {"metadata": {}, "weight_map": places}
+    (directory / INDEX_FILE).write_text(json.dumps(content))
 
 
 def _write_layer(

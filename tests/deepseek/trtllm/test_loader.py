@@ -185,7 +185,7 @@ SHAPES: list[tuple[dict[str, Any], tuple[int, int], str]] = [
     ({"v_head_dim": 64}, (2, 2), "v_head_dim is 64, no multiple of 128"),
     ({}, (8, 4), "each of 8 ranks would hold 192 rows or columns of model.layers.0"),
     ({}, (3, 3), "tp 3 does not divide the 8 attention heads"),
-    ({"experts": 6}, (4, 4), "4 ranks do not divide the 6 rows or columns of .*experts"),
+    ({"experts": 6}, (4, 4), "ep 4 does not divide the 6 experts of model.layers.1"),
     ({}, (4, 1), "each rank would hold 64 inner rows of model.layers.1.mlp.experts"),
 ]
 

@@ -9,7 +9,7 @@ it could never load the artifact.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -21,14 +21,18 @@ from cluster.matrix import Target
 from deepseek.artifact.engine_manifest import EngineManifest
 from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.reader import ArtifactReader
-from deepseek.cli import make_progress
+from deepseek.cli import make_progress, print_line
 from deepseek.engine.packing import Source, schemes_of
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.outputs import check_directory
 from deepseek.source.checkpoint import CheckpointReader
+from deepseek.trtllm.check import CheckReport, check_engine
 from deepseek.trtllm.loadable import require_ranks
 from deepseek.trtllm.versions import VERSIONS, require_version
+from quant_jobs.targets.staging import StageReport, stage_engine
 
+#: Options that mean nothing to the embedded engine.
+_TRTLLM_OPTIONS = ("dialect", "engine_version", "mtp", "ep", "context", "concurrency")
 #: KV formats that `--kv-cache` may name.
 KVChoice = Literal["bf16", "fp8", "int8"]
 
@@ -54,13 +58,23 @@ class BuildOptions:
     workers: int = 0
 
 
-class BuildResult(BaseModel):
+class _Printed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RankReport(_Printed):
+    """What one rank reads of the engine's files, and what its parameters hold, in bytes; counted by
+    the model of the loader, with the second copy of kv_b_proj that it makes."""
+
+    read_bytes: int
+    held_bytes: int
+
+
+class BuildResult(_Printed):
     """What `build --json` prints. `artifact_digest` is the source's fingerprint and `recipe` is
     "unquantized" for a baseline engine. `bytes` is the size of the engine's tensor files,
     `bytes_read` what this run read of the checkpoint's tensors (0 where nothing was left to do),
-    `rank_weight_bytes` the weights that each rank holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    `rank_weight_bytes` the stored weights that each rank holds."""
 
     output: str
     target: str
@@ -77,6 +91,8 @@ class BuildResult(BaseModel):
     rank_weight_bytes: tuple[int, ...]
     #: What the plan says that a rank holds; None for the embedded engine, which is what it says.
     planned_rank_bytes: int | None
+    #: By rank, for a target whose loader is modeled.
+    ranks: tuple[RankReport, ...] = ()
     #: What the linter of the engine's arguments warns of.
     warnings: tuple[str, ...] = ()
 
@@ -95,6 +111,38 @@ class BuildResult(BaseModel):
                 f"{self.planned_rank_bytes / 1e9:.3f} GB"
             )
         return lines + [f"warning: {warning}" for warning in self.warnings]
+
+
+class CheckResult(_Printed):
+    """What `build --check --json` prints: see `CheckReport`."""
+
+    directory: str
+    engine_digest: str
+    dialect: str
+    engine_version: str
+    ranks: tuple[RankReport, ...]
+    tensors: int
+    reads: int
+    hashed_bytes: int
+    verified: int
+    compared: int
+
+    def describe(self) -> list[str]:
+        """Lines for people."""
+        first = self.ranks[0]
+        lines = [
+            f"{self.directory}: TensorRT-LLM {self.engine_version} would load it ({self.dialect}), "
+            f"engine {self.engine_digest[:16]}",
+            f"{self.tensors} tensors, {self.hashed_bytes / 1e6:.2f} MB as they were built, "
+            f"{self.verified} of them as the quantized checkpoint has them",
+            f"{len(self.ranks)} ranks read {self.reads} times, nothing is left unread; the first "
+            f"reads {first.read_bytes / 1e6:.2f} MB and holds {first.held_bytes / 1e6:.2f} MB",
+        ]
+        if self.compared:
+            lines.append(
+                f"{self.compared} tensors on all ranks, decoded, equal the checkpoint's bit for bit"
+            )
+        return lines
 
 
 def run_build(
@@ -120,6 +168,34 @@ def run_build(
     return builder(source, output, options)
 
 
+def run_check(directory: Path, checkpoint: Path | None = None) -> CheckResult:
+    """Check an engine directory of target trtllm as its loader would read it; with `checkpoint`
+    also every value that a rank holds against that quantized checkpoint.
+
+    Raises:
+        ArtifactError, DeployError, ConfigError: it is not what it should be; a sentence says what.
+    """
+    artifact = None if checkpoint is None else open_checkpoint(checkpoint)
+    if isinstance(artifact, CheckpointReader):
+        raise DeployError(
+            f"{checkpoint} is a source, and values are compared with a quantized checkpoint; leave "
+            "--checkpoint out: the digests of engine.json are checked either way"
+        )
+    report = check_engine(directory, artifact=artifact)
+    return CheckResult(
+        directory=str(report.directory),
+        engine_digest=report.engine_digest,
+        dialect=report.dialect,
+        engine_version=report.engine_version,
+        ranks=_rank_reports(report),
+        tensors=report.tensors,
+        reads=report.reads,
+        hashed_bytes=report.hashed_bytes,
+        verified=report.verified,
+        compared=report.compared,
+    )
+
+
 def open_checkpoint(directory: Path) -> Source:
     """Open the quantized checkpoint or the source checkpoint that the directory holds.
 
@@ -134,6 +210,65 @@ def open_checkpoint(directory: Path) -> Source:
     if (directory / MANIFEST_FILE).exists():
         return ArtifactReader(directory)
     return CheckpointReader(directory)
+
+
+def complete_options(target: str, options: BuildOptions) -> BuildOptions:
+    """The options as the target takes them, with those of its defaults filled in that need no
+    checkpoint.
+
+    Raises:
+        DeployError: the target is unknown or not built, or an option is not for it.
+    """
+    known = require_target(target)
+    if known == "trtllm":
+        tp = options.tp or parse_hardware(options.hardware).count
+        require_ranks(tp, options.ep or tp)
+        return replace(
+            options,
+            tp=tp,
+            ep=options.ep or tp,
+            engine_version=require_version(options.engine_version or VERSIONS[0]),
+            dialect=None if options.dialect == "mixed" else options.dialect,
+        )
+    if known == "embedded":
+        _refuse_options(options, "embedded", _TRTLLM_OPTIONS)
+    return options
+
+
+def check_checkpoint(directory: Path, target: str, options: BuildOptions) -> BuildOptions:
+    """Check, before anything is built, that the target can load the checkpoint. Returns the options
+    with the checkpoint's KV format filled in.
+
+    Raises:
+        DeployError: it cannot; the sentence says what to change.
+        ArtifactError, CheckpointError, ConfigError: the checkpoint is damaged.
+    """
+    source, known = open_checkpoint(directory), require_target(target)
+    if known not in BUILDERS:
+        refuse_target(source, known, options.hardware)
+    recipe_kv = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
+    if known == "trtllm":
+        check_target(source, known, options.hardware, kv_cache=options.kv_cache or recipe_kv)
+    return replace(options, kv_cache=options.kv_cache or recipe_kv)
+
+
+def run_stage(engine: Path, stage: Path, workers: int) -> StageReport:
+    """Copy a built engine to the directory `stage` of every node of the cluster (`workers` 0: of
+    this machine), with a progress line.
+
+    Raises:
+        ArtifactError: `engine` is no engine.
+        IntServeError: the cluster has no node that could have a copy.
+    """
+    with make_progress() as progress:
+        task = progress.add_task("stage", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return stage_engine(
+            engine, stage, workers, show, note=lambda line: print_line(progress.console, line)
+        )
 
 
 def refuse_target(source: Source, target: Target, hardware: str) -> NoReturn:
@@ -168,7 +303,7 @@ def check_target(
 def _build_embedded(source: Source, output: Path, options: BuildOptions) -> BuildResult:
     from quant_jobs.targets.embedded import pack_engine
 
-    _refuse_options(options, "embedded", ("dialect", "engine_version", "mtp", "ep", "context"))
+    _refuse_options(options, "embedded", (*_TRTLLM_OPTIONS, "workers"))
     with make_progress() as progress:
         task = progress.add_task("build", total=None)
 
@@ -221,11 +356,17 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
             progress.update(task, completed=done, total=total)
 
         engine, built = build_trtllm(
-            build, output, options.workers, show, note=lambda line: progress.console.print(line)
+            build,
+            output,
+            options.workers,
+            show,
+            note=lambda line: print_line(progress.console, line),
         )
+    report = check_engine(output, digests=False)  # the files were hashed while they were written
     return _result(
         output,
         engine,
+        ranks=_rank_reports(report),
         bytes_read=sum(file.bytes_read for file in built.values()),
         planned_rank_bytes=planned_rank_bytes(source.config, build.stored, chosen),
         warnings=build.warnings,
@@ -237,6 +378,7 @@ def _result(
     engine: EngineManifest,
     bytes_read: int | None = None,
     planned_rank_bytes: int | None = None,
+    ranks: tuple[RankReport, ...] = (),
     warnings: tuple[str, ...] = (),
 ) -> BuildResult:
     dialect, version = (engine.target_fields.get(key) for key in ("dialect", "engine_version"))
@@ -255,7 +397,14 @@ def _result(
         bytes_read=bytes_read,
         rank_weight_bytes=engine.plan.rank_weight_bytes,
         planned_rank_bytes=planned_rank_bytes,
+        ranks=ranks,
         warnings=warnings,
+    )
+
+
+def _rank_reports(report: CheckReport) -> tuple[RankReport, ...]:
+    return tuple(
+        RankReport(read_bytes=load.read_bytes, held_bytes=load.held_bytes) for load in report.ranks
     )
 
 

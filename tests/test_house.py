@@ -37,7 +37,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "workers": {"algorithms", "calibration"},
         "evaluation": set(),
         "reports": {"algorithms", "evaluation"},
-        "targets": set(),
+        "targets": {"algorithms"},
         "cost": {"algorithms", "calibration"},
         "job": {"algorithms", "calibration", "reports", "workers"},
     },

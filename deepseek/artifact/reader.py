@@ -5,6 +5,7 @@ Every tensor is verified against the manifest, and `finish` checks that every fi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -181,6 +182,12 @@ class ArtifactReader:
             listed.pop(INPUT_MAXIMA_FILE, None)
             known.add(INPUT_MAXIMA_FILE)
         documents = read_listed(self.directory, listed, allowed, manifest=MANIFEST_FILE)
+        stray = self.directory / INPUT_MAXIMA_FILE
+        if INPUT_MAXIMA_FILE not in known | documents.keys() and os.path.lexists(stray):
+            raise ArtifactError(
+                f"{stray} is not listed in {MANIFEST_FILE}, as after a `quant_jobs measure` that "
+                "was killed; run that again, or remove the file"
+            )
         check_nothing_else(self.directory, known | documents.keys(), what="artifact")
         return documents
 

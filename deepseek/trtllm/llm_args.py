@@ -13,7 +13,6 @@ Nothing is written that names a machine or a path.
 
 from __future__ import annotations
 
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,13 +131,14 @@ def make_llm_args(
 def graph_batch_sizes(max_batch_size: int, most: int) -> list[int]:
     """At most `most` >= 1 batch sizes up to the largest batch: powers of two, and then even steps,
     as narrow as that many sizes allow."""
-    for step in count(max(8, max_batch_size // most // 8 * 8), 8):
-        powers = (1 << bit for bit in range(step.bit_length()))
-        sizes = {size for size in powers if size < step} | set(range(step, max_batch_size, step))
-        chosen = sorted({size for size in sizes if size < max_batch_size} | {max_batch_size})
+    step = max(8, max_batch_size // most // 8 * 8)
+    while True:
+        powers = {1 << bit for bit in range(step.bit_length()) if 1 << bit < step}
+        sizes = {size for size in powers if size < max_batch_size}
+        chosen = sorted(sizes | {*range(step, max_batch_size, step), max_batch_size})
         if len(chosen) <= most or step >= max_batch_size:
             return chosen[-most:]
-    raise AssertionError
+        step += max(8, step // 64 * 8)
 
 
 def graph_bytes(args: LlmArgs) -> int:

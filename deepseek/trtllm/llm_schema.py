@@ -25,8 +25,11 @@ from deepseek.untrusted import show, show_name
 Positive = Annotated[int, Field(ge=1, le=1 << 40)]
 Natural = Annotated[int, Field(ge=0, le=1 << 62)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+MAX_LIST = 512
 #: A list in YAML, whose items are not converted.
-PositiveList = Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1, max_length=512)]
+PositiveList = Annotated[
+    tuple[Positive, ...], Strict(False), Field(min_length=1, max_length=MAX_LIST)
+]
 _Custom = Literal["AUTO", "UB", "MINLATENCY", "ONESHOT", "TWOSHOT", "LOWPRECISION", "MNNVL"]
 AllReduce = Literal[_Custom, "NCCL", "NCCL_SYMMETRIC"]
 
@@ -350,8 +353,8 @@ def _problem(error: ErrorDetails, version: EngineVersion) -> str:
     message = error["msg"]
     if error["type"] in ("model_type", "model_attributes_type"):
         message = "Input should be a mapping"
-    elif error["type"] == "too_short":
-        message = "Input should be a list of at least 1 item"
+    elif error["type"] in ("too_short", "too_long"):
+        message = f"Input should be a list of 1 to {MAX_LIST} items"
     if not error["loc"]:
         return message
     return f"{path}: {message}" + ("" if error["type"] == "missing" else f", not {show(value)}")

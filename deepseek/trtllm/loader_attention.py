@@ -82,9 +82,10 @@ def _fused_a(rank: Rank, name: str) -> Parameters:
                 "into; list exactly this name"
             )
         if config.q_lora_rank is not None and config.q_lora_rank % TILE:
-            rank.silent[scale_key] = (
-                f"follows the scales of q_a_proj, whose {config.q_lora_rank} rows are no multiple "
-                f"of {TILE}, so scales meet the wrong weights"
+            raise LoaderRefusal(
+                f"{checkpoint.directory}: q_lora_rank is {config.q_lora_rank}, no multiple of "
+                f"{TILE}, so the FP8 tiles of {module} would not follow those of q_a_proj; store "
+                "both in BF16 (dialect single)"
             )
         scale = torch.cat([checkpoint.take(f"{part}.weight_scale_inv") for part in parts], dim=0)
         filled["weight_scale"] = rank.fill(scale_key, scale, F32, tiles(shape))

@@ -139,9 +139,9 @@ def linear(
     shape = local[0], local[1]
     if method == "bf16":
         return {"weight": rank.fill(key, weight, BF16, shape)}
+    check_tiles(rank, name, local[dim], place)
     scale_key = scale_of(rank, name)
     scale = rank.checkpoint.take(scale_key, dim, _part(rank, scale_key, dim, place))
-    note_cut_tiles(rank, scale_key, local[dim], place)
     return {
         "weight": rank.fill(key, weight, FP8, shape),
         "weight_scale": rank.fill(scale_key, scale, F32, tiles(shape)),
@@ -165,13 +165,13 @@ def gate_up(rank: Rank, name: str, width: int, place: Place) -> Parameters:
     shape = 2 * local, hidden
     if method == "bf16":
         return {"weight": rank.fill(keys[0], weight, BF16, shape)}
+    check_tiles(rank, name, local, place)
     # The name of the first one's scale decides for both.
     suffix = scale_of(rank, modules[0]).rpartition(".")[2]
     scale_keys = [f"{module}.{suffix}" for module in modules]
     scale = torch.cat(
         [rank.checkpoint.take(key, 0, _part(rank, key, 0, place)) for key in scale_keys], dim=0
     )
-    note_cut_tiles(rank, scale_keys[0], local, place)
     return {
         "weight": rank.fill(keys[0], weight, FP8, shape),
         "weight_scale": rank.fill(scale_keys[0], scale, F32, tiles(shape)),
@@ -204,12 +204,19 @@ def divided(rank: Rank, name: str, width: int, place: Place) -> int:
     return width // place.size
 
 
-def note_cut_tiles(rank: Rank, key: str, local: int, place: Place) -> None:
-    """Note scales whose tiles the ranks cut through: each would multiply weights of another."""
+def check_tiles(rank: Rank, name: str, local: int, place: Place) -> None:
+    """Check that ranks cut an FP8 linear between tiles, `local` rows or columns each. Elsewhere the
+    loader stops at the shape of the scales, or, where the numbers of tiles happen to agree,
+    multiplies weights by the scales of others.
+
+    Raises:
+        LoaderRefusal: they do not.
+    """
     if place.size > 1 and local % TILE:
-        rank.silent[key] = (
-            f"is cut by tiles of {TILE}, but each of {place.size} ranks holds {local} rows or "
-            "columns of the weight, so scales meet the wrong weights"
+        raise LoaderRefusal(
+            f"{rank.checkpoint.directory}: each of {place.size} ranks would hold {local} rows or "
+            f"columns of {name}, no multiple of {TILE}, which cuts through its FP8 tiles; choose "
+            "another tp, or store it in BF16 (dialect single)"
         )
 
 

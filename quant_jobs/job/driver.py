@@ -29,20 +29,15 @@ from typing import Any
 
 from torch import Tensor
 
-from deepseek.artifact.input_maxima import (
-    InputMaxima,
-    LayerMaxima,
-    moe_layers,
-    quantizes_experts,
-)
+from deepseek.artifact.input_maxima import InputMaxima, quantizes_experts
 from deepseek.artifact.manifest import MANIFEST_FILE, LayerKey, Manifest, read_manifest
 from deepseek.artifact.tensors import layer_file, layer_keys, store_tensor
 from deepseek.artifact.writer import ArtifactWriter
 from deepseek.errors import IntServeError
-from deepseek.inventory import MLP_READERS, linears
 from deepseek.source.checkpoint import content_digest
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.job.account import Timings, make_record
+from quant_jobs.job.experts import join_maxima, layer_coverage, layer_maxima
 from quant_jobs.job.folder import JobFolder, PublishedFile
 from quant_jobs.job.job import Job, tools
 from quant_jobs.job.layer_steps import LayerSteps, Solution
@@ -294,40 +289,17 @@ class Driver:
         self._register(
             PublishedFile(
                 record=record,
-                coverage=self._coverage(writing.layer, summary),
+                coverage=layer_coverage(self._config, writing.layer, summary),
                 fallbacks=summary.fallbacks,
                 kv_latent_amax=summary.kv_latent_amax,
-                input_maxima=self._maxima(writing.layer, summary),
+                input_maxima=(
+                    layer_maxima(self._config, writing.layer, summary)
+                    if self._keeps_maxima
+                    else None
+                ),
             )
         )
         self._writing = None
-
-    def _coverage(self, layer: int, summary: SolveSummary) -> tuple[int, ...]:
-        """Number of tokens that the router sent to each expert; empty for a dense layer."""
-        gates = self._expert_linears(layer, MLP_READERS[0][0])
-        return tuple(summary.tokens[module] for module in gates)
-
-    def _maxima(self, layer: int, summary: SolveSummary) -> LayerMaxima | None:
-        """The largest inputs of each expert, 0 for one that the router sent no token; None for a
-        dense layer, or where no expert of the model is quantized."""
-        if not self._keeps_maxima or not self._config.is_moe(layer):
-            return None
-        gate_up, down = (
-            tuple(
-                summary.input_amax[module] if summary.tokens[module] else 0.0
-                for module in self._expert_linears(layer, readers[0])
-            )
-            for readers in MLP_READERS
-        )
-        return LayerMaxima(gate_up=gate_up, down=down)
-
-    def _expert_linears(self, layer: int, role: str) -> list[str]:
-        """The linears of one role of all routed experts, in the order of the experts."""
-        return [
-            spec.module
-            for spec in linears(self._config, layer)
-            if spec.expert is not None and spec.role == role
-        ]
 
     # --- publishing ---
 
@@ -385,30 +357,26 @@ class Driver:
                 for key, file in layers.items()
                 if file.kv_latent_amax is not None
             },
-            input_maxima=self._all_maxima(),
+            input_maxima=self._maxima(),
         )
         self._folder.remove()
         self._report("finished", "globals")
         return manifest
 
-    def _all_maxima(self) -> InputMaxima | None:
-        """The maxima of all MoE layers; None where none are kept, or where an earlier version has
-        published a layer without them."""
+    def _maxima(self) -> InputMaxima | None:
+        """The maxima of all experts; None where none are kept, or an earlier version has published
+        a layer without them, which is said."""
         if not self._keeps_maxima:
             return None
-        maxima: dict[int, LayerMaxima] = {}
-        for layer in moe_layers(self._config):
-            of_layer = self._published[layer].input_maxima
-            if of_layer is None:
-                detail = (
-                    f"layer {layer} was published by an earlier version, which did not keep the "
-                    "maxima of the experts' inputs, so the artifact has none; `python -m "
-                    "quant_jobs measure` adds them"
-                )
-                self._progress(Event("noted", layer, detail=detail))
-                return None
-            maxima[layer] = of_layer
-        return InputMaxima(layers=maxima) if maxima else None
+        maxima, lacking = join_maxima(self._config, self._published)
+        if lacking is not None:
+            detail = (
+                f"layer {lacking} was published by an earlier version, which did not keep the "
+                "largest inputs of the experts, so the artifact has none; `python -m quant_jobs "
+                "measure` adds them"
+            )
+            self._progress(Event("noted", lacking, detail=detail))
+        return maxima
 
     def _write_report(self, start: int, ledger: Ledger) -> None:
         try:

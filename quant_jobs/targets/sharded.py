@@ -15,8 +15,6 @@ that all nodes share, which every task checks before it works.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +26,8 @@ from pydantic import BaseModel, ConfigDict
 
 from deepseek.artifact.engine_manifest import ENGINE_FILE
 from deepseek.errors import ArtifactError, OutputError
-from deepseek.files import remove_scraps, sha256_file
+from deepseek.files import is_intact, remove_scraps, sha256_file
 from deepseek.outputs import check_directory, make_directory
-from deepseek.untrusted import UnusableFileError, open_regular
 from quant_jobs.run_folder import (
     FolderLock,
     load_record,
@@ -172,7 +169,9 @@ class TaskRunner:
             IntServeError: of the maker.
         """
         if task.record is not None:
-            return task.record if is_intact(self.output, task.record) else None
+            path = self.output / task.record.file
+            intact = is_intact(path, task.record.num_bytes, task.record.sha256)
+            return task.record if intact else None
         return self.maker.make(task.key, self.output)
 
     def check_shared(self, node: str) -> None:
@@ -246,19 +245,6 @@ def build_files(
             task = tasks.popleft()
             finish(task, runner.run(task))
     return {key: done[key] for key in keys}
-
-
-def is_intact(directory: Path, record: BuiltFile) -> bool:
-    """Whether the file is in the directory, with the bytes of its record. Reads it whole."""
-    path = directory / record.file
-    try:
-        descriptor = open_regular(path, root=directory)
-        with os.fdopen(descriptor, "rb") as file:
-            if os.fstat(descriptor).st_size != record.num_bytes:
-                return False
-            return hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
-    except (OSError, UnusableFileError):
-        return False  # what cannot be read is replaced
 
 
 def _check_same(output: Path, built: BuiltFile, record: BuiltFile | None) -> None:

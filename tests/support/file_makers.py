@@ -6,6 +6,7 @@ python tests/support/file_makers.py OUTPUT WORKERS [SECONDS_PER_FILE]
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -24,17 +25,21 @@ INPUTS = {"checkpoint": "a" * 64, "tp": 8}
 @dataclass(frozen=True)
 class SmallMaker:
     """Files of 64 KiB that follow from their key and `seed`, each made in `seconds`. `log` is a
-    directory that gets a file per key that was made. `damaged` is a key that cannot be made."""
+    directory that gets a file per key that was made. `damaged` is a key that cannot be made, and
+    `deadly` one whose making ends the worker."""
 
     log: Path
     seconds: float = 0.0
     seed: int = 0
     damaged: str = ""
+    deadly: str = ""
 
     def make(self, key: str, directory: Path) -> BuiltFile:
         time.sleep(self.seconds)
         if key == self.damaged:
             raise ArtifactError(f"layer {key} is damaged; quantize it again")
+        if key == self.deadly:
+            os._exit(1)
         data = hashlib.shake_256(f"{key} {self.seed}".encode()).digest(1 << 16)
         name = f"model-{key}.safetensors"
         write_atomic(directory / name, data)
@@ -65,8 +70,15 @@ app = make_app("Build small files.")
 
 
 @app.command()
-def main(output: Path, workers: int, log: Path, seconds: float = 0.0, damaged: str = "") -> None:
-    build(output, SmallMaker(log, seconds, damaged=damaged), workers)
+def main(
+    output: Path,
+    workers: int,
+    log: Path,
+    seconds: float = 0.0,
+    damaged: str = "",
+    deadly: str = "",
+) -> None:
+    build(output, SmallMaker(log, seconds, damaged=damaged, deadly=deadly), workers)
 
 
 if __name__ == "__main__":

@@ -6,41 +6,57 @@ are written out here, so that a fault of the builder's is not a fault of the tes
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
-from support.synthetic import config_dict, quantize_plainly, write_checkpoint
+from safetensors.torch import load_file, save_file
+from support.synthetic import quantize_plainly, write_checkpoint
 from torch import Tensor
 
+from deepseek.artifact.engine_manifest import (
+    EngineManifest,
+    EnginePlan,
+    RankLayout,
+    TensorFile,
+    read_engine_manifest,
+    write_engine_manifest,
+)
+from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import ModelConfig
+from deepseek.files import write_json
 from deepseek.formats import dequantize_fp8_block
 from deepseek.recipe import load_recipe
+from deepseek.source.index import INDEX_FILE
+from deepseek.trtllm.fields import LayerInputScales, TrtllmFields
+from deepseek.trtllm.versions import EngineVersion
 
-#: V3's head dims, and everything else small; every rank of tp 8 holds whole tiles and groups.
+#: V3's head dims, and everything else small; every rank of tp 4 holds whole tiles and groups.
 SHAPE: dict[str, Any] = {
     "layers": 2,
-    "experts": 8,
+    "experts": 4,
     "hidden": 256,
-    "moe_intermediate_size": 1024,
-    "intermediate_size": 1024,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "n_group": 4,
-    "topk_group": 2,
+    "moe_intermediate_size": 512,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "n_group": 2,
+    "topk_group": 1,
     "q_lora_rank": 256,
     "kv_lora_rank": 128,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-    "vocab_size": 300,
+    "vocab_size": 98,
     "num_nextn_predict_layers": 0,
 }
 
 Dialect = Literal["mixed", "single"]
+RANKS = RankLayout(tp=4, ep=4)
 EXPERT_ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -128,36 +144,110 @@ def write_directory(
     directory: Path,
     dialect: Dialect = "mixed",
     *,
-    kv_algo: str | None = None,
+    ranks: RankLayout = RANKS,
+    version: EngineVersion = "1.2.1",
+    kv_cache: Literal["bf16", "fp8"] = "bf16",
 ) -> None:
-    """Config, quantization and tensor files; no engine.json."""
+    """A whole engine directory, engine.json included, without MTP layers."""
     directory.mkdir(parents=True)
     config = artifact.config
     raw = json.loads(artifact.documents["config.json"])
     raw.pop("quantization_config", None)
     raw["num_nextn_predict_layers"] = 0
-    (directory / "config.json").write_text(json.dumps(raw, indent=2))
-    formats = {
-        scheme.weights
+    write_json(directory / "config.json", raw)
+    for name in artifact.documents.keys() - {"config.json", INDEX_FILE}:
+        (directory / name).write_bytes(artifact.documents[name])
+    (directory / MANIFEST_FILE).write_bytes((artifact.directory / MANIFEST_FILE).read_bytes())
+    schemes = {
+        module: scheme
         for module, scheme in artifact.schemes.items()
-        if ".mlp.experts." in module and int(module.split(".")[2]) < config.num_hidden_layers
+        if int(module.split(".")[2]) < config.num_hidden_layers
     }
+    formats = {s.weights for module, s in schemes.items() if ".mlp.experts." in module}
     algo = "W4A8_AWQ" if formats == {"int4"} else "W8A16"
+    kv_algo = "FP8" if kv_cache == "fp8" else None
     for name, content in quant_files(config, algo, dialect, kv_algo).items():
-        (directory / name).write_text(json.dumps(content, indent=2))
+        write_json(directory / name, content)
     weight_map: dict[str, str] = {}
-    for layer in [*range(config.num_hidden_layers), "globals"]:
-        tensors = artifact.read_globals() if layer == "globals" else artifact.read_layer(int(layer))
-        file = (
-            "model-globals.safetensors"
-            if layer == "globals"
-            else f"model-layer-{layer:05d}.safetensors"
+    for layer in range(config.num_hidden_layers):
+        _write_layer(artifact, artifact.read_layer(layer), layer, directory, dialect, weight_map)
+    _write_layer(artifact, artifact.read_globals(), "globals", directory, dialect, weight_map)
+    write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
+    scales = {
+        layer: LayerInputScales(
+            gate_up=_f32(input_scale(layer, "up_proj")),
+            down=_f32(input_scale(layer, "down_proj")),
+            needed_gate_up=0.01,
+            needed_down=0.01,
         )
-        stored = stored_tensors(artifact, tensors, dialect)
-        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, directory / file)
-        weight_map |= dict.fromkeys(stored, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        for layer in range(config.num_hidden_layers)
+        if config.is_moe(layer) and algo == "W4A8_AWQ"
+    }
+    fields = TrtllmFields(
+        dialect=dialect,
+        engine_version=version,
+        mtp="left out" if config.num_nextn_predict_layers else "absent",
+        input_scales=scales,
+    )
+    manifest = EngineManifest(
+        target="trtllm",
+        ranks=ranks,
+        recipe=artifact.recipe.name,
+        artifact_digest=artifact.digest,
+        source_fingerprint=artifact.manifest.source.fingerprint,
+        kv_cache=kv_cache,
+        schemes=schemes,
+        versions={"intserve": "test"},
+        plan=EnginePlan(rank_weight_bytes=(1,) * ranks.tp),
+        files={},
+        tensor_files={},
+        target_fields=fields.model_dump(mode="json"),
+    )
+    write_engine_manifest(directory, manifest)
+    redigest(directory)
 
 
-__all__ = ["SHAPE", "config_dict", "make_artifact", "make_source", "write_directory"]
+def redigest(directory: Path, **changes: Any) -> None:
+    """Write engine.json again for the files that are there now, as somebody would who edits an
+    engine and knows how. `changes` are fields of the manifest."""
+    manifest = read_engine_manifest(directory)
+    files: dict[str, str] = {}
+    tensor_files: dict[str, TensorFile] = {}
+    for path in sorted(directory.iterdir()):
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.suffix == ".safetensors":
+            tensor_files[path.name] = TensorFile(num_bytes=path.stat().st_size, sha256=sha256)
+        elif path.name != "engine.json":
+            files[path.name] = sha256
+    update = {"files": files, "tensor_files": tensor_files, **changes}
+    write_engine_manifest(directory, manifest.model_copy(update=update))
+
+
+def edit_tensors(directory: Path, file: str, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of one file in place."""
+    tensors = load_file(directory / file)
+    change(tensors)
+    _save(tensors, directory / file)
+
+
+def _write_layer(
+    artifact: ArtifactReader,
+    tensors: dict[str, Tensor],
+    layer: int | Literal["globals"],
+    directory: Path,
+    dialect: Dialect,
+    weight_map: dict[str, str],
+) -> None:
+    name = "globals" if layer == "globals" else f"layer-{layer:05d}"
+    file = f"model-{name}.safetensors"
+    stored = stored_tensors(artifact, tensors, dialect)
+    _save(stored, directory / file)
+    weight_map |= dict.fromkeys(stored, file)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _f32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()

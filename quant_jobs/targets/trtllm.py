@@ -280,13 +280,15 @@ def _needed_scales(source: ArtifactReader, layer: int, modules: Sequence[str]) -
             "quantizing again: python -m quant_jobs measure --checkpoint "
             f"{source.directory} --calibration FILE"
         )
-    maxima, amax = source.input_maxima.layers[layer], {}
+    maxima = source.input_maxima.layers[layer]
+    amax, seen = {}, {}
     for module in modules:
         expert = expert_of(module)
         assert expert is not None, module
         amax[module] = (maxima.down if module.endswith("down_proj") else maxima.gate_up)[expert]
-    # An expert that saw no token has the maximum 0.
-    scales, _ = share_input_scales(amax, {module: int(peak > 0) for module, peak in amax.items()})
+        # Not the manifest's coverage: what `measure` adds comes from another pass than that.
+        seen[module] = int(amax[module] > 0)
+    scales, _ = share_input_scales(amax, seen)
     return scales
 
 

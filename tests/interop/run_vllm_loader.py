@@ -25,16 +25,16 @@ from unittest.mock import patch
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 sys.path.append(sys.argv[1])
 
-import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from vllm.config import set_current_vllm_config  # noqa: E402
-from vllm.distributed import init_distributed_environment, initialize_model_parallel  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.model_executor.layers.quantization.compressed_tensors import (  # noqa: E402
+import torch
+from safetensors import safe_open
+from vllm.config import set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization.compressed_tensors import (
     compressed_tensors_moe as moe,
 )
-from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader  # noqa: E402
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 
 def kernels_chosen(stack: ExitStack) -> None:

@@ -386,9 +386,11 @@ def build(
           --kv-cache fp8 --workers 8 --output /data/v3-int4-trtllm --stage /local/v3-int4-trtllm
       python -m quant_jobs build --check /data/v3-int4-trtllm --checkpoint /data/v3-int4
     """
-    from quant_jobs.build import BuildOptions, run_build, run_check, run_stage
+    from quant_jobs.build import BuildOptions, run_build, run_stage
 
     if check is not None:
+        from quant_jobs.build import run_check
+
         if output is not None or stage is not None:
             raise DeployError("--check builds nothing; leave --output and --stage out")
         report = run_check(check, checkpoint)

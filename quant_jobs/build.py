@@ -223,8 +223,13 @@ def complete_options(target: str, options: BuildOptions) -> BuildOptions:
     if known == "trtllm":
         tp = options.tp or parse_hardware(options.hardware).count
         require_ranks(tp, options.ep or tp)
-        version = require_version(options.engine_version or VERSIONS[0])
-        return replace(options, tp=tp, ep=options.ep or tp, engine_version=version)
+        return replace(
+            options,
+            tp=tp,
+            ep=options.ep or tp,
+            engine_version=require_version(options.engine_version or VERSIONS[0]),
+            dialect=None if options.dialect == "mixed" else options.dialect,
+        )
     if known == "embedded":
         _refuse_options(options, "embedded", _TRTLLM_OPTIONS)
     return options
@@ -242,7 +247,8 @@ def check_checkpoint(directory: Path, target: str, options: BuildOptions) -> Bui
     if known not in BUILDERS:
         refuse_target(source, known, options.hardware)
     recipe_kv = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
-    check_target(source, known, options.hardware, kv_cache=options.kv_cache or recipe_kv)
+    if known == "trtllm":
+        check_target(source, known, options.hardware, kv_cache=options.kv_cache or recipe_kv)
     return replace(options, kv_cache=options.kv_cache or recipe_kv)
 
 

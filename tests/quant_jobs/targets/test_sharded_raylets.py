@@ -5,22 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.building import ROOT, TASK, BuildProcess
 from support.file_makers import KEYS, NUM_FILES, SmallMaker, build
 from support.quantizing import contents
 from support.raylets import Raylets
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
-
-ROOT = Path(__file__).resolve().parents[3]
-#: Title of a process that is building a file.
-TASK = "ray::_run_task"
 
 
 @pytest.fixture(scope="module")
@@ -45,43 +39,14 @@ def expected(tmp_path: Path) -> dict[str, bytes]:
     return contents(tmp_path / "plain")
 
 
-class Build:
-    """A build of the small files as a process of its own, on a cluster."""
+class Build(BuildProcess):
+    """A build of the small files."""
 
     def __init__(self, cluster: Raylets, folder: Path, workers: int, *options: object) -> None:
-        self.output, self.log = folder / "out", folder / "log"
+        self.log = folder / "log"
         self.log.mkdir(exist_ok=True)
-        program = ROOT / "tests" / "support" / "file_makers.py"
-        words = [sys.executable, program, self.output, workers, self.log, *options]
-        self.process = subprocess.Popen(
-            [str(word) for word in words],
-            cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": cluster.address},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def wait_for(self, reached: Callable[[], bool]) -> None:
-        """Until something holds of the build, which is at work."""
-        deadline = time.monotonic() + 120
-        while not reached():
-            assert self.process.poll() is None, self.process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    @property
-    def num_parts(self) -> int:
-        return len(list(self.output.glob(".build/part-*.json")))
-
-    def end(self) -> tuple[int, str]:
-        """Exit code and stderr."""
-        _, err = self.process.communicate(timeout=240)
-        return self.process.returncode, err
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        program, output = ROOT / "tests" / "support" / "file_makers.py", folder / "out"
+        super().__init__(cluster, output, program, output, workers, self.log, *options)
 
     def made(self, key: str) -> int:
         """How often a file was made."""
@@ -94,7 +59,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     cluster: Raylets, tmp_path: Path, expected: dict[str, bytes], workers: int
 ) -> None:
     running = Build(cluster, tmp_path, workers)
-    code, err = running.end()
+    code, _, err = running.end()
     assert code == 0, err
     assert contents(running.output) == expected
     assert f"{workers} at a time on 3 CPUs of 3 nodes\n" in err
@@ -110,11 +75,25 @@ def test_a_driver_killed_at_three_points_goes_on_with_what_was_recorded(
         running.kill()
         # The kill may take a moment to reach the tasks, and makes nothing of them count.
         assert parts <= running.num_parts < NUM_FILES
-    code, err = Build(cluster, tmp_path, 3).end()
+    code, _, err = Build(cluster, tmp_path, 3).end()
     assert code == 0, err
     assert contents(running.output) == expected
     # Each kill costs at most the two files in hand.
     assert NUM_FILES <= sum(running.made(key) for key in KEYS) <= NUM_FILES + 6
+
+
+def test_a_driver_that_is_asked_to_end_says_so_and_leaves_nothing_half_written(
+    cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    running = Build(cluster, tmp_path, 2, "--seconds", 0.5)
+    running.wait_for(lambda: running.num_parts >= 2)
+    running.process.terminate()
+    code, _, err = running.end()
+    assert code == 143
+    assert err.splitlines()[-1].startswith("stopped by SIGTERM; nothing is half-written, run the")
+    code, _, err = Build(cluster, tmp_path, 2).end()
+    assert code == 0, err
+    assert contents(running.output) == expected
 
 
 def test_a_killed_worker_is_reported_and_its_file_made_again(
@@ -123,7 +102,7 @@ def test_a_killed_worker_is_reported_and_its_file_made_again(
     running = Build(cluster, tmp_path, 2, "--seconds", 0.5)
     running.wait_for(lambda: running.num_parts >= 2 and bool(cluster.processes(TASK)))
     os.kill(random.Random(1).choice(cluster.processes(TASK)), signal.SIGKILL)
-    code, err = running.end()
+    code, _, err = running.end()
     assert code == 0, err
     assert err.count("lost the worker or node that had file ") == 1, err
     assert "1 tasks were lost with their workers or nodes, and run again\n" in err
@@ -137,7 +116,7 @@ def test_a_killed_raylet_costs_no_byte(
     running = Build(cluster, tmp_path, 3, "--seconds", 2.5)
     running.wait_for(lambda: running.num_parts >= 3)
     cluster.kill_node(0)
-    code, err = running.end()
+    code, _, err = running.end()
     assert code == 0, err
     assert "lost the worker or node that had file " in err
     assert contents(running.output) == expected
@@ -147,11 +126,11 @@ def test_an_error_of_the_maker_is_one_sentence_and_what_was_built_stays(
     cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     running = Build(cluster, tmp_path, 2, "--damaged", "00006")
-    code, err = running.end()
+    code, _, err = running.end()
     assert (code, err.splitlines()[-1]) == (2, "error: layer 00006 is damaged; quantize it again")
     assert running.num_parts >= 6
     running = Build(cluster, tmp_path, 2)
-    code, err = running.end()
+    code, _, err = running.end()
     assert code == 0, err
     assert contents(running.output) == expected
     assert [running.made(key) for key in KEYS] == [1] * NUM_FILES
@@ -161,7 +140,7 @@ def test_a_file_that_always_ends_its_worker_ends_the_build_in_one_sentence(
     cluster: Raylets, tmp_path: Path
 ) -> None:
     running = Build(cluster, tmp_path, 2, "--deadly", "00003")
-    code, err = running.end()
+    code, _, err = running.end()
     assert code == 2
     assert err.count("lost the worker or node that had file 00003 ") == 3
     last = err.splitlines()[-1]

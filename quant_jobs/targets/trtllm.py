@@ -273,13 +273,14 @@ def _needed_scales(source: ArtifactReader, layer: int, modules: Sequence[str]) -
             "quantizing again: python -m quant_jobs measure --checkpoint "
             f"{source.directory} --calibration FILE"
         )
-    maxima, tokens = source.input_maxima.layers[layer], source.manifest.coverage[layer]
+    maxima = source.input_maxima.layers[layer]
     amax, seen = {}, {}
     for module in modules:
         expert = expert_of(module)
         assert expert is not None, module
         amax[module] = (maxima.down if module.endswith("down_proj") else maxima.gate_up)[expert]
-        seen[module] = tokens[expert]
+        # Not the manifest's coverage: what `measure` adds comes from another pass than that.
+        seen[module] = int(amax[module] > 0)
     scales, _ = share_input_scales(amax, seen)
     return scales
 

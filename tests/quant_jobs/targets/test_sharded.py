@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.disks import NotPermitted, mounted
 from support.file_makers import INPUTS, KEYS, NUM_FILES, SmallMaker, build
 
 from deepseek.errors import ArtifactError, OutputError
-from quant_jobs.targets.sharded import BuildFolder, BuiltFile, build_files
+from deepseek.files import sha256_file
+from quant_jobs.targets.sharded import BuildFolder, BuiltFile, TaskRunner, build_files
 
 
 @pytest.fixture
@@ -192,3 +194,38 @@ def test_damaged_inputs_are_named_with_what_to_delete(tmp_path: Path) -> None:
     (tmp_path / ".build" / "build.json").write_text(json.dumps([1]))
     with pytest.raises(ArtifactError, match=rf"build.json must hold a JSON obj.*delete {tmp_path}"):
         BuildFolder(tmp_path, INPUTS)
+
+
+def test_a_disk_that_fills_up_ends_the_build_and_the_same_command_goes_on(
+    tmp_path: Path, log: Path
+) -> None:
+    try:
+        with mounted(tmp_path / "disk", "size=1m") as disk:
+            filler = disk / "filler"
+            filler.write_bytes(bytes(600_000))
+            with pytest.raises(
+                OutputError, match=r"cannot be written: the disk is full .*free som"
+            ):
+                build(disk / "out", SmallMaker(log))
+            assert not list((disk / "out").glob(".*.tmp"))
+            first = made(log)
+            assert 0 < len(first) < NUM_FILES
+            filler.unlink()
+            built = build(disk / "out", SmallMaker(log))
+            assert made(log).keys() == set(KEYS) - first.keys()
+            assert {path.name for path in (disk / "out").iterdir()} == {
+                file.file for file in built.values()
+            }
+    except NotPermitted as error:
+        pytest.skip(str(error))
+
+
+def test_a_node_that_does_not_see_the_output_is_named(tmp_path: Path, log: Path) -> None:
+    with BuildFolder(tmp_path / "out", INPUTS) as folder:
+        digest = sha256_file(folder.path / "build.json")
+        TaskRunner(SmallMaker(log), folder.output, digest).check_shared("10.0.0.7")
+        for output, inputs in ((tmp_path / "elsewhere", digest), (folder.output, "0" * 64)):
+            with pytest.raises(
+                OutputError, match=rf"{output} on node 10.0.0.7 is not the dir.*all"
+            ):
+                TaskRunner(SmallMaker(log), output, inputs).check_shared("10.0.0.7")

@@ -82,6 +82,20 @@ def test_a_driver_killed_at_three_points_goes_on_with_what_was_recorded(
     assert NUM_FILES <= sum(running.made(key) for key in KEYS) <= NUM_FILES + 6
 
 
+def test_a_driver_that_is_asked_to_end_says_so_and_leaves_nothing_half_written(
+    cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    running = Build(cluster, tmp_path, 2, "--seconds", 0.5)
+    running.wait_for(lambda: running.num_parts >= 2)
+    running.process.terminate()
+    code, _, err = running.end()
+    assert code == 143
+    assert err.splitlines()[-1].startswith("stopped by SIGTERM; nothing is half-written, run the")
+    code, _, err = Build(cluster, tmp_path, 2).end()
+    assert code == 0, err
+    assert contents(running.output) == expected
+
+
 def test_a_killed_worker_is_reported_and_its_file_made_again(
     cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import site
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-sys.path.append(sys.argv[1])
+site.addsitedir(sys.argv[1])
 
 import torch
 from safetensors import safe_open

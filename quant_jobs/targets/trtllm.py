@@ -65,7 +65,14 @@ from deepseek.trtllm.quant_config import quant_config_files
 from deepseek.trtllm.versions import EngineVersion
 from deepseek.untrusted import UnusableFileError
 from quant_jobs.algorithms.input_scales import share_input_scales
-from quant_jobs.targets.sharded import BuildFolder, BuiltFile, Note, Progress, build_files
+from quant_jobs.targets.sharded import (
+    BuildFolder,
+    BuiltFile,
+    Note,
+    Progress,
+    build_files,
+    check_same_inputs,
+)
 from quant_jobs.targets.trtllm_tensors import write_file
 
 #: KV formats that the target has.
@@ -188,7 +195,7 @@ def build_trtllm(
     check_apart(output, build.source.directory, "the checkpoint")
     known = _known_files(output, build.manifest)
     check_writable(output.parent)
-    with BuildFolder(output, _inputs(build)) as folder:
+    with BuildFolder(output, _inputs(build.manifest)) as folder:
         done = known.keys() | folder.records().keys()
         todo = (layer for layer in build.layers if str(layer) not in done)
         num_bytes = sum(_file_bytes(build, layer) for layer in todo)
@@ -464,17 +471,18 @@ def _file_bytes(build: TrtllmBuild, layer: LayerKey) -> int:
 # --- an output that is there already ---
 
 
-def _inputs(build: TrtllmBuild) -> dict[str, Any]:
-    """What decides the bytes of the output; keys are words for the error sentence."""
-    manifest = build.manifest
+def _inputs(manifest: EngineManifest) -> dict[str, Any]:
+    """What decides the bytes of an output; keys are words for the error sentence, the plainest
+    first, because arguments follow from the others too."""
+    fields = manifest.target_fields
     return {
-        "checkpoint": manifest.artifact_digest,
         "target": manifest.target,
+        "checkpoint": manifest.artifact_digest,
+        **{name: fields.get(name) for name in ("dialect", "engine_version", "mtp")},
         "ranks": f"tp {manifest.ranks.tp}, ep {manifest.ranks.ep}",
         "kv_cache": manifest.kv_cache,
         "versions": manifest.versions,
-        **{name: manifest.target_fields[name] for name in ("dialect", "engine_version", "mtp")},
-        "llm_args": manifest.files[LLM_ARGS_FILE],
+        LLM_ARGS_FILE: manifest.files.get(LLM_ARGS_FILE),
     }
 
 
@@ -490,13 +498,12 @@ def _known_files(output: Path, manifest: EngineManifest) -> dict[str, BuiltFile]
         existing = read_engine_manifest(output)
     except ArtifactError as error:
         raise ArtifactError(f"{error}; delete {output} first") from error
-    recorded = dict(existing) | existing.target_fields
-    requested = dict(manifest) | manifest.target_fields
-    for field in sorted(requested.keys() - {"tensor_files", "target_fields"}):
-        if recorded.get(field) != requested[field]:
+    check_same_inputs(output, "an engine", _inputs(existing), _inputs(manifest))
+    for field in sorted(type(manifest).model_fields.keys() - {"tensor_files"}):
+        if getattr(existing, field) != getattr(manifest, field):
             raise ArtifactError(
-                f"{output} holds an engine whose {field} differs from the one to be built; choose "
-                "another --output or delete it"
+                f"{output} holds another engine than the one to be built ({field} of {ENGINE_FILE} "
+                "differ); choose another --output or delete it"
             )
     return {
         _key(name): BuiltFile(

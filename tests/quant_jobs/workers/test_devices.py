@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import ray
@@ -227,9 +228,15 @@ def test_a_gpu_writes_the_same_bytes_every_time_and_errs_as_the_cpu_does(
     assert on_gpu(1, tmp_path / "ray") == whole
     quantize(small, small_recipe(name), tmp_path / "cpu", "cpu")
     actual, expected = ArtifactReader(tmp_path / "here"), ArtifactReader(tmp_path / "cpu")
-    # A sum with another last digit may change a code or a search, but hardly the errors.
+    # A sum with another last digit may change a code or a search, but hardly an error. It may also
+    # send a token to another expert: then that expert's error is measured on other tokens.
     for record in expected.manifest.layers:
-        assert actual.manifest.record(record.layer).errors == pytest.approx(record.errors, rel=0.1)
+        found = actual.manifest.record(record.layer).errors
+        for module, error in record.errors.items():
+            tolerance = 0.5 if ".experts." in module else 0.1
+            assert found[module] == pytest.approx(error, rel=tolerance), module
+        if record.errors:
+            assert mean(found.values()) == pytest.approx(mean(record.errors.values()), rel=0.05)
     if name == "int8":  # its codes depend on the weights alone
         layers = range(small.config.num_hidden_layers)
         for ours, theirs in ((actual.read_layer(n), expected.read_layer(n)) for n in layers):

@@ -8,8 +8,8 @@ On `cuda`, as on `cpu`, any number of workers must write the same bytes, provide
 of one model, which decides the kernels. This is not checked. Ray shows each worker only its own
 GPU, so the device of every worker is plain `cuda`; without Ray it is the first that torch sees.
 
-No GPU has run this yet. Tests use a stand-in that tracks where each tensor is and knows no CUDA
-kernels (`tests/support/elsewhere.py`); tests marked `gpu` need a GPU.
+docs/benchmarks.md says on which GPU this has run. Most tests use a stand-in that tracks where each
+tensor is and knows no CUDA kernels (`tests/support/elsewhere.py`); tests marked `gpu` need a GPU.
 """
 
 from __future__ import annotations
@@ -78,6 +78,3 @@ def use_one_thread() -> None:
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    # With them, torch fills every empty tensor with NaN, to show reads of what nothing wrote. Ours
-    # are written whole, so this only costs a pass over memory, on every copy between devices too.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

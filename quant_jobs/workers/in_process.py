@@ -43,7 +43,6 @@ class InProcessWorker:
             torch.get_num_threads(),
             torch.get_deterministic_debug_mode(),
             torch.get_float32_matmul_precision(),
-            torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         )
         self._worker = Worker()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
@@ -58,11 +57,10 @@ class InProcessWorker:
         """Stop both threads, dropping calls that have not begun, and restore torch's settings."""
         self._background.shutdown(cancel_futures=True)
         self._worker.close()
-        num_threads, deterministic, precision, fills = self._torch_settings
+        num_threads, deterministic, precision = self._torch_settings
         torch.set_num_threads(num_threads)
         torch.set_deterministic_debug_mode(deterministic)
         torch.set_float32_matmul_precision(precision)
-        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return 1

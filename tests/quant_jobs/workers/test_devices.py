@@ -94,6 +94,20 @@ def test_every_tensor_is_where_it_is_used(small: SmallModel, tmp_path: Path, nam
     assert manifest["layers"] == on_cpu["layers"]
 
 
+@pytest.mark.heavy
+def test_weights_are_not_sent_to_the_device_again_for_every_block(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    def sent(num_blocks: int) -> int:
+        calibration = {"num_blocks": num_blocks, "block_tokens": 48}
+        recipe = small_recipe("int4", calibration=calibration)
+        with Elsewhere() as elsewhere:
+            quantize(small, recipe, tmp_path / str(num_blocks), "cuda")
+        return elsewhere.moved_of[torch.float8_e4m3fn]
+
+    assert sent(8) == sent(4) > 20
+
+
 def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
     with Elsewhere():
         there, here = torch.ones(3).to("cuda"), torch.ones(3)

@@ -44,6 +44,13 @@ def plan(
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests that must fit at once.")] = 1,
     mtp: Annotated[bool, typer.Option("--mtp", help="Load the MTP layer too.")] = False,
+    dialect: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --target trtllm: mixed (FP8 blocks beside quantized experts) or single (BF16 "
+            "beside them) [default: mixed; the plan shows both]."
+        ),
+    ] = None,
     as_machine: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout.")
     ] = False,
@@ -57,6 +64,8 @@ def plan(
       python -m cluster plan --model deepseek-v3 --recipe int4 --hardware 8xH800-80GB
       python -m cluster plan --model deepseek-v3 --recipe int8 --hardware 16xH800-80GB \\
           --context 32768 --concurrency 8 --json
+      python -m cluster plan --model deepseek-v3 --recipe int8-experts --hardware 8xH200 \\
+          --target trtllm --dialect single
       python -m cluster plan --model examples/tiny-deepseek-v3 --recipe int8 --hardware cpu
     """
     config = load_model_config(model)
@@ -68,6 +77,7 @@ def plan(
         context=context,
         concurrency=concurrency,
         mtp=mtp,
+        dialect=dialect,
     )
     others = [load_recipe(name) for name in builtin_recipes()]
     alternatives = better_recipes(answer, config, others)

@@ -20,6 +20,13 @@ from itertools import product
 from typing import Literal
 
 from cluster.hardware import GpuGeneration
+from deepseek.trtllm.loadable import (
+    EXPERTS_ONLY,
+    GROUPS_OF_128,
+    NO_INDEXER,
+    NO_W8A8,
+    NO_ZERO_POINTS,
+)
 
 Target = Literal["trtllm", "vllm", "sglang", "embedded"]
 TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang", "embedded")
@@ -90,6 +97,7 @@ class Row:
 
 _TRT_LINEAR = "TensorRT-LLM _torch/modules/linear.py get_quant_method"
 _TRT_MOE = "TensorRT-LLM fused_moe_cutlass.py _get_quant_method"
+_TRT_INT8_MOE = "TensorRT-LLM fused_moe/quantization.py INT8WoqPerChannelFusedMoEMethod"
 _TRT_MODEL = "TensorRT-LLM modeling_deepseekv3.py"
 _TRT_README = "TensorRT-LLM examples/models/core/deepseek_v3/README.md"
 _TRT_INDEXER = "TensorRT-LLM attention_backend/sparse/dsa.py Indexer"
@@ -102,6 +110,12 @@ _SYMMETRIC = "weights: int4, group_size: 128"
 _W4A8_G128 = "weights: int4, group_size: 128, activations: fp8"
 _INT8 = "weights: int8"
 _ADD = "Add to the recipe {rules}"
+#: What both quantizations of routed experts ask for in TensorRT-LLM.
+_DIALECTS = (
+    "beside FP8 blocks the dialect mixed says this with MIXED_PRECISION, which must be "
+    "smoke-tested on the exact wheel; the dialect single does without it and has everything else "
+    "in BF16"
+)
 _KV_INSTEAD = "Set kv_cache to fp8 or bf16 in the recipe"
 
 _TRTLLM = (
@@ -111,43 +125,31 @@ _TRTLLM = (
         "TensorRT-LLM does not support DeepSeek-V3 on Ampere",
         "Use Hopper GPUs or --target vllm"),
     Row("trtllm", SM90, PARTS, BF16 | FP8, True, _TRT_LINEAR, "read"),
-    Row("trtllm", SM90, INDEXER, BF16 | FP8, True, _TRT_INDEXER, "inferred",
-        "it holds wk of the indexer in FP32, and how FP8 blocks become that was not read; "
-        "smoke-test the wheel"),
-    Row("trtllm", SM90, PARTS, W8A8, False, _TRT_LINEAR, "read",
-        "TensorRT-LLM 1.2 has no INT8 W8A8 kernels on Hopper",
-        "Use --target vllm or sglang, or the recipe int4"),
+    Row("trtllm", SM90, INDEXER, BF16 | FP8, False, _TRT_INDEXER, "inferred", NO_INDEXER,
+        "Use --target vllm or --target sglang"),
+    Row("trtllm", SM90, PARTS, W8A8, False, _TRT_LINEAR, "read", NO_W8A8,
+        "Use the recipe int8-experts or int4, or --target vllm or sglang"),
     Row("trtllm", SM90, MLA, W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8, False, _TRT_MODEL,
         "inferred",
         "its MLA loader reads these projections only as BF16 or FP8 blocks", _ADD),
-    Row("trtllm", SM90, ROUTED, W8A16, True, _TRT_MOE, "read"),
-    Row("trtllm", SM90, GENERIC, W8A16, True, _TRT_LINEAR, "inferred",
-        "INT8 weight-only outside the experts is not tested with DeepSeek; smoke-test the wheel"),
-    Row("trtllm", SM90, ROUTED | GENERIC, INT8_ASYM, False, _TRT_LINEAR, "read",
-        "its INT8 kernels take no zero points", _ADD, _INT8),
+    Row("trtllm", SM90, GENERIC, W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8, False, _TRT_LINEAR,
+        "inferred", EXPERTS_ONLY, _ADD),
+    Row("trtllm", SM90, ROUTED, W8A16, True, _TRT_INT8_MOE, "read", _DIALECTS),
+    Row("trtllm", SM90, ROUTED, INT8_ASYM, False, _TRT_INT8_MOE, "read", NO_ZERO_POINTS, _ADD,
+        _INT8),
     Row("trtllm", SM90, ROUTED, G128, True, _TRT_MOE, "read",
         "INT4 experts run as W4AFP8, so their activations become FP8 with static scales, which "
-        "the recipe w4a8 measures; beside other formats this needs MIXED_PRECISION, which must be "
-        "smoke-tested on the exact 1.2.x wheel"),
+        f"`build` takes from the calibration's maxima; {_DIALECTS}"),
     Row("trtllm", SM90, ROUTED, W4A8_G128, True, _TRT_MOE, "read",
-        "W4AFP8 experts beside other formats need MIXED_PRECISION, which must be smoke-tested on "
-        "the exact 1.2.x wheel; the largest input scale of a layer's experts counts for all"),
-    Row("trtllm", SM90, ROUTED, INT4_OTHER | INT4_ASYM, False, _TRT_MOE, "read",
-        "its INT4 experts (W4AFP8) are symmetric with groups of 128 only", _ADD, _SYMMETRIC),
-    Row("trtllm", SM90, ROUTED, W4A8 - W4A8_G128, False, _TRT_MOE, "read",
-        "its INT4 experts (W4AFP8) are symmetric with groups of 128 only", _ADD, _W4A8_G128),
-    Row("trtllm", SM90, GENERIC, W4A8, False, _TRT_LINEAR, "inferred",
-        "INT4 with FP8 activations outside the experts (W4A8_AWQ) needs a second weight scale, "
-        "which our format does not have", _ADD),
-    Row("trtllm", SM90, GENERIC, G128, True, _TRT_LINEAR, "inferred",
-        "INT4 outside the experts (W4A16_AWQ) is not tested with DeepSeek; smoke-test the wheel"),
-    Row("trtllm", SM90, GENERIC, INT4_ASYM, False, _TRT_LINEAR, "read",
-        "its INT4 kernels take no zero points", _ADD),
-    Row("trtllm", SM90, GENERIC, INT4_OTHER, False, _TRT_LINEAR, "unverified",
-        "only groups of 128 are known to load there", _ADD, _SYMMETRIC),
+        f"the largest input scale of a layer's experts counts for all; {_DIALECTS}"),
+    Row("trtllm", SM90, ROUTED, INT4_OTHER | INT4_ASYM, False, _TRT_MOE, "read", GROUPS_OF_128,
+        _ADD, _SYMMETRIC),
+    Row("trtllm", SM90, ROUTED, W4A8 - W4A8_G128, False, _TRT_MOE, "read", GROUPS_OF_128, _ADD,
+        _W4A8_G128),
     Row("trtllm", SM90, KV, frozenset({"bf16"}), True, _TRT_README, "reported"),
     Row("trtllm", SM90, KV, frozenset({"fp8"}), True, _TRT_MODEL, "read",
-        "the FP8 KV cache uses the constant scale 1; calibrated KV scales are ignored"),
+        "the FP8 KV cache holds rotary keys in FP8 too and uses the constant scale 1; calibrated "
+        "KV scales are ignored"),
     Row("trtllm", SM90, KV, frozenset({"int8"}), False, "TensorRT-LLM llm_args.py KvCacheConfig",
         "read", "its KV cache is auto, fp8 or nvfp4", _KV_INSTEAD),
 )  # fmt: skip

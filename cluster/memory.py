@@ -14,20 +14,24 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import get_args
 
+from cluster.hardware import GPUS_PER_NODE
 from deepseek.config import ModelConfig
 from deepseek.engine.packed_layout import packed_tensors
 from deepseek.formats import stored_shapes
 from deepseek.inventory import Group, Split, TensorSpec, tensors
 from deepseek.recipe import KVFormat, Scheme
+from deepseek.trtllm.layout import EMBEDDING
 
 #: Lines of the table, in order. Scales and zero points of all groups have their own line. Those of
 #: the MTP layer count in its line, because both are loaded or left out together.
 GROUPS: tuple[str, ...] = get_args(Group)
 
+#: Groups whose linears every token goes through.
+DENSE_GROUPS = ("attention", "shared_experts", "dense_mlp", "indexer")
 #: FP8 block edge, and the group of the per-token FP8 cache layout (`fp8_ds_mla`).
 _BLOCK = 128
 #: Tokens per KV page: FlashMLA's on GPUs, the engine's default on the CPU.
@@ -93,6 +97,12 @@ class Footprint:
         return sum(group.values + group.scales for group in self._loaded())
 
     @property
+    def dense(self) -> GroupBytes:
+        """The linears outside the routed experts of the main layers. Decoding reads all of them in
+        every step, whatever the batch."""
+        return sum((self.groups[name] for name in DENSE_GROUPS), GroupBytes())
+
+    @property
     def weights_per_gpu(self) -> int:
         """Loaded weight bytes on the fullest GPU, replicated tensors included."""
         return sum(group.values_per_gpu + group.scales_per_gpu for group in self._loaded())
@@ -118,11 +128,13 @@ class _Kind:
     shape: tuple[int, ...]
     scheme: Scheme | None
     itemsize: int
+    is_embedding: bool
 
 
 class Tally:
     """The tensors of one model under one recipe, counted by kind. DeepSeek-V3's 46,000 tensors are
-    a dozen kinds, so that a footprint for another number of GPUs costs nothing."""
+    a dozen kinds, so that a footprint for another number of GPUs costs nothing. `schemes` may lack
+    the MTP layer's."""
 
     def __init__(self, config: ModelConfig, schemes: Mapping[str, Scheme]) -> None:
         self.config = config
@@ -134,7 +146,9 @@ class Tally:
             if _is_shared_with_main(spec):
                 continue
             scheme = schemes.get(spec.module)
-            key = (spec.group, spec.split, spec.shape, spec.kind, id(scheme))
+            if scheme is None and spec.kind == "linear":  # of an MTP layer that is left out
+                continue
+            key = (spec.group, spec.split, spec.shape, spec.kind, id(scheme), _is_embedding(spec))
             counts[key] += 1
             examples.setdefault(key, spec)
         self._kinds = [(_kind(examples[key], schemes), count) for key, count in counts.items()]
@@ -145,12 +159,20 @@ class Tally:
             if kind.scheme is not None:
                 yield kind.group, kind.split, kind.shape, kind.scheme
 
-    def gpu_footprint(self, tp: int, kv_format: KVFormat, *, mtp: bool = False) -> Footprint:
+    def gpu_footprint(
+        self, tp: int, kv_format: KVFormat, *, mtp: bool = False, target: str | None = None
+    ) -> Footprint:
         """Bytes on `tp` GPUs under tensor parallelism (attention, dense MLP, shared expert,
-        vocabulary) and expert parallelism (whole routed experts per GPU)."""
+        vocabulary) and expert parallelism (whole routed experts per GPU).
+
+        `target` trtllm has the whole embedding on every GPU, divides a dense MLP within a node
+        only, and has an FP8 cache of its own.
+        """
         groups = dict.fromkeys(GROUPS, GroupBytes())
+        is_trtllm = target == "trtllm"
         for kind, count in self._kinds:
-            groups[kind.group] += _bytes_of(kind, tp, self.config.n_routed_experts).times(count)
+            bytes_of_one = _bytes_of(kind, tp, self.config.n_routed_experts, is_trtllm)
+            groups[kind.group] += bytes_of_one.times(count)
         layers = self.config.num_hidden_layers
         layers += self.config.num_nextn_predict_layers if mtp else 0
         return Footprint(
@@ -161,7 +183,7 @@ class Tally:
             + _absorbed_copies(self.config, tp),
             kv_bytes_per_token=layers
             * (
-                kv_bytes_per_token_and_layer(self.config, kv_format)
+                kv_bytes_per_token_and_layer(self.config, kv_format, target=target)
                 + indexer_bytes_per_token_and_layer(self.config)
             ),
             page_tokens=GPU_PAGE_TOKENS,
@@ -190,17 +212,20 @@ class Tally:
         return groups
 
 
-def kv_bytes_per_token_and_layer(config: ModelConfig, kv_format: KVFormat) -> int:
+def kv_bytes_per_token_and_layer(
+    config: ModelConfig, kv_format: KVFormat, *, target: str | None = None
+) -> int:
     """Bytes of one cached token in one layer: latent (R values) and rotary key (r values).
 
-    bf16 2(R + r) · fp8 R + one f32 scale per 128 + 2r (`fp8_ds_mla`; TensorRT-LLM's own FP8 cache
-    is R + r, 12 % less, because its scale is the constant 1) · int8 R + one f32 scale + 2r.
-    DeepSeek-V3: 1152, 656, 644.
+    bf16 2(R + r) · fp8 R + one f32 scale per 128 + 2r (`fp8_ds_mla`), in TensorRT-LLM R + r, whose
+    one scale is the constant 1 · int8 R + one f32 scale + 2r. DeepSeek-V3: 1152, 656 (576), 644.
     """
     latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
     match kv_format:
         case "bf16":
             return 2 * (latent + rope)
+        case "fp8" if target == "trtllm":
+            return latent + rope
         case "fp8":
             return latent + 4 * math.ceil(latent / _BLOCK) + 2 * rope
         case "int8":
@@ -222,7 +247,12 @@ def indexer_bytes_per_token_and_layer(config: ModelConfig) -> int:
 
 def _kind(spec: TensorSpec, schemes: Mapping[str, Scheme]) -> _Kind:
     scheme = schemes[spec.module] if spec.kind == "linear" else None
-    return _Kind(spec.group, spec.split, spec.shape, scheme, 4 if spec.kind == "float32" else 2)
+    itemsize = 4 if spec.kind == "float32" else 2
+    return _Kind(spec.group, spec.split, spec.shape, scheme, itemsize, _is_embedding(spec))
+
+
+def _is_embedding(spec: TensorSpec) -> bool:
+    return spec.name == EMBEDDING
 
 
 def _is_shared_with_main(spec: TensorSpec) -> bool:
@@ -234,8 +264,15 @@ def _is_shared_with_main(spec: TensorSpec) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _bytes_of(kind: _Kind, tp: int, num_experts: int) -> GroupBytes:
+def _bytes_of(kind: _Kind, tp: int, num_experts: int, is_trtllm: bool) -> GroupBytes:
     """Bytes of one tensor, in total and on the fullest of `tp` GPUs."""
+    if is_trtllm and kind.is_embedding:
+        kind = replace(kind, split="replicated")
+    if is_trtllm and kind.group in ("dense_mlp", "shared_experts"):
+        width = kind.shape[0 if kind.split == "column" else 1]
+        tp = _ways(width, _BLOCK, tp)
+        if kind.group == "dense_mlp" and tp > GPUS_PER_NODE:
+            tp = math.gcd(tp, GPUS_PER_NODE)
     if kind.scheme is None:
         values, scales = math.prod(kind.shape) * kind.itemsize, 0
     else:

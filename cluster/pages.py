@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.built_bytes import built_bytes_section
 from cluster.deployability import check, served_schemes
 from cluster.hardware import parse_hardware
 from cluster.matrix import (
@@ -41,7 +42,7 @@ _HARDWARE = ("8xH800-80GB", "16xH800-80GB")
 #: only in the algorithm (`int4-gptq`, ...) take the same bytes and load in the same places.
 _RECIPES = (
     *("int8", "int8-weight-only", "int4", "int4-all", "int4-asym", "int8-smoothquant"),
-    *("int8-asym", "w4a8"),
+    *("int8-asym", "w4a8", "int8-experts"),
 )
 #: Shorter names for sets of parts and formats.
 _ALL = {
@@ -123,6 +124,7 @@ def deployability_page() -> str:
         "`int4-gptq` and `int4-awq` load as `int4` does, `int4-all-gptq` and `int4-all-awq` as "
         "`int4-all`: an algorithm changes values, not the layout.",
         "",
+        *built_bytes_section(),
     ]
     for target in TARGETS:
         lines += [

@@ -15,10 +15,11 @@ from cluster.deployability import Findings, Refusal, examine, require_target, se
 from cluster.hardware import GPUS_PER_NODE, GpuGeneration, Machines
 from cluster.matrix import Target
 from cluster.memory import GROUPS, Footprint, Tally
-from cluster.splits import split_notes, split_refusals
+from cluster.splits import split_notes, split_refusals, trtllm_refusals
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.recipe import Recipe
+from deepseek.trtllm.layout import Dialect, require_dialect, stored_schemes
 
 #: In this order `auto` takes the first target that loads the recipe.
 GPU_TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang")
@@ -45,17 +46,31 @@ class SmallestFit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DialectPlan:
+    """What one dialect of TensorRT-LLM's directory takes. `refusals` are those of this dialect on
+    these GPUs; formats that neither can hold are the plan's own."""
+
+    dialect: Dialect
+    fits: bool
+    footprint: Footprint
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The answer for one recipe on one set of machines.
 
     `kv_tokens` and `max_concurrency` are what this hardware holds, 0 when the weights leave no
     room. `refusals` are those of the targets that `auto` passed over, and of the chosen target
-    where none loads the recipe.
+    where none loads the recipe. `dialect` is that of target trtllm, None elsewhere; `dialects` are
+    all that the recipe could be built in there, the plan's own among them.
     """
 
     recipe: str
     machines: Machines
     target: Target
+    dialect: Dialect | None
+    dialects: tuple[DialectPlan, ...]
     asked_auto: bool
     fits: bool
     loads: bool
@@ -86,12 +101,17 @@ def make_plan(
     context: int | None = None,
     concurrency: int = 1,
     mtp: bool = False,
+    dialect: str | None = None,
 ) -> Plan:
     """Plan one replica of the model that holds `concurrency` requests of `context` tokens each.
 
+    `dialect` is target trtllm's: mixed (without it) or single. A recipe that quantizes nothing is
+    a release there, whatever it says.
+
     Raises:
-        DeployError: context or concurrency out of range, an unknown target, or a number of GPUs
-            that the attention heads cannot be split over.
+        DeployError: context or concurrency out of range, an unknown target or dialect, a dialect
+            for a target without any, or a number of GPUs that the attention heads cannot be split
+            over.
         RecipeError: the recipe cannot be applied to this model.
     """
     context = _check_context(config, machines, target, context)
@@ -103,15 +123,17 @@ def make_plan(
             f"split over {machines.count} GPUs; use "
             f"{' or '.join(str(n) for n in _counts_near(config, machines.count))}"
         )
-    tally = tally_of(config, recipe)
-    chosen, loads, refusals, notes = _choose(config, recipe, machines, target, mtp)
-    footprint = _footprint(tally, recipe, machines, mtp)
+    asked = _Asked(config, recipe, machines, mtp, _dialect_of(config, recipe, target, dialect))
+    chosen, loads, refusals, notes = _choose(asked, target)
+    footprint = asked.footprint(chosen, machines)
     requested = _paged_tokens(footprint, context, concurrency)
     kv_tokens = footprint.kv_tokens(machines.hardware.usable_bytes)
     return Plan(
         recipe=recipe.name,
         machines=machines,
         target=chosen,
+        dialect=asked.dialect if chosen == "trtllm" else None,
+        dialects=asked.dialects(context, concurrency) if chosen == "trtllm" else (),
         asked_auto=target == "auto",
         fits=kv_tokens >= requested,
         loads=loads,
@@ -123,7 +145,7 @@ def make_plan(
         lines=_lines(footprint),
         kv_tokens=kv_tokens,
         max_concurrency=kv_tokens // _paged_tokens(footprint, context, 1),
-        smallest_fit=_smallest_fit(config, tally, recipe, machines, context, concurrency, mtp),
+        smallest_fit=_smallest_fit(asked, chosen, context, concurrency),
         refusals=refusals,
         warnings=(*notes, *_warnings(config, machines, chosen)),
     )
@@ -147,6 +169,7 @@ def better_recipes(plan: Plan, config: ModelConfig, recipes: Iterable[Recipe]) -
             context=plan.context,
             concurrency=plan.concurrency,
             mtp=plan.mtp,
+            dialect=None if plan.dialect == "released" else plan.dialect,
         )
         if other.good:
             good.append(other)
@@ -198,24 +221,84 @@ def _usable_counts(config: ModelConfig) -> list[int]:
     return [count for count in counts if count <= heads and heads % count == 0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is to be planned, whatever the target. `dialect` is target trtllm's."""
+
+    config: ModelConfig
+    recipe: Recipe
+    machines: Machines
+    mtp: bool
+    dialect: Dialect
+
+    def footprint(
+        self, target: Target, machines: Machines, dialect: Dialect | None = None
+    ) -> Footprint:
+        """Bytes on these machines, which may be other than those asked for."""
+        if not machines.hardware.is_gpu:
+            return tally_of(self.config, self.recipe).embedded_footprint(self.recipe.kv_cache)
+        stored = (dialect or self.dialect) if target == "trtllm" else "mixed"
+        return _stored_tally(self.config, self.recipe, stored).gpu_footprint(
+            machines.count, self.recipe.kv_cache, mtp=self.mtp, target=target
+        )
+
+    def dialects(self, context: int, concurrency: int) -> tuple[DialectPlan, ...]:
+        """The dialects that this recipe could be built in: both, or the one of a release; none
+        where no dialect can hold its formats."""
+        generation = self.machines.hardware.generation
+        if _format_findings(self.config, self.recipe, "trtllm", generation, self.mtp).refusals:
+            return ()
+        names: tuple[Dialect, ...] = ("mixed", "single")
+        found = []
+        for name in ("released",) if self.dialect == "released" else names:
+            footprint = self.footprint("trtllm", self.machines, name)
+            tokens = footprint.kv_tokens(self.machines.hardware.usable_bytes)
+            refusals = _trtllm_refusals(
+                self.config, self.recipe, name, self.machines.num_gpus, self.mtp
+            )
+            found.append(
+                DialectPlan(
+                    dialect=name,
+                    fits=tokens >= _paged_tokens(footprint, context, concurrency),
+                    footprint=footprint,
+                    refusals=refusals,
+                )
+            )
+        return tuple(found)
+
+
+def _dialect_of(config: ModelConfig, recipe: Recipe, target: str, asked: str | None) -> Dialect:
+    """The dialect to plan for on target trtllm."""
+    if asked is not None and target not in ("auto", "trtllm"):
+        raise DeployError(f"--dialect is of --target trtllm; leave it out for {target}")
+    chosen = require_dialect(asked or "mixed")
+    quantized = any(scheme.is_quantized for scheme in tally_of(config, recipe).schemes.values())
+    return chosen if quantized else "released"
+
+
+@lru_cache(maxsize=12)
+def _stored_tally(config: ModelConfig, recipe: Recipe, dialect: Dialect) -> Tally:
+    """The tensors as an engine holds them: as the artifact does, but in the dialect single, where
+    every linear but the routed experts is BF16."""
+    if dialect != "single":
+        return tally_of(config, recipe)
+    schemes = tally_of(config, recipe).schemes
+    return Tally(config, stored_schemes(config, schemes, dialect, mtp=True))
+
+
 def _choose(
-    config: ModelConfig,
-    recipe: Recipe,
-    machines: Machines,
-    asked: str,
-    mtp: bool,
+    asked: _Asked, target: str
 ) -> tuple[Target, bool, tuple[Refusal, ...], tuple[str, ...]]:
     """(target, whether it loads, refusals of the targets that were tried, notes of the target)."""
     candidates: tuple[Target, ...]
-    if asked != "auto":
-        candidates = (require_target(asked),)
+    if target != "auto":
+        candidates = (require_target(target),)
     else:
-        candidates = GPU_TARGETS if machines.hardware.is_gpu else ("embedded",)
+        candidates = GPU_TARGETS if asked.machines.hardware.is_gpu else ("embedded",)
     met: list[Refusal] = []
     for candidate in candidates:
-        gpu = machines.hardware.generation
-        findings = _findings(config, recipe, candidate, gpu, machines.num_gpus, mtp)
-        refusals = [*findings.refusals, *_mtp_refusals(candidate, mtp)]
+        findings = _findings(asked, candidate)
+        refusals = [*findings.refusals, *_mtp_refusals(candidate, asked.mtp)]
         met += refusals
         if not refusals:
             return candidate, True, tuple(met), findings.notes
@@ -230,22 +313,26 @@ def _format_findings(
     return examine(schemes, recipe.kv_cache, target, gpu)
 
 
-def _findings(
-    config: ModelConfig,
-    recipe: Recipe,
-    target: Target,
-    gpu: GpuGeneration,
-    num_gpus: int,
-    mtp: bool,
-) -> Findings:
+def _findings(asked: _Asked, target: Target) -> Findings:
+    config, recipe, machines, mtp = asked.config, asked.recipe, asked.machines, asked.mtp
     tally = tally_of(config, recipe)
-    found = _format_findings(config, recipe, target, gpu, mtp)
+    found = _format_findings(config, recipe, target, machines.hardware.generation, mtp)
     if found.refusals or target == "embedded":
         return found
-    return Findings(
-        tuple(split_refusals(tally, target, num_gpus)),
-        (*found.notes, *split_notes(tally, target, num_gpus)),
-    )
+    if target == "trtllm":
+        refusals = _trtllm_refusals(config, recipe, asked.dialect, machines.num_gpus, mtp)
+    else:
+        refusals = tuple(split_refusals(tally, target, machines.num_gpus))
+    notes = split_notes(tally, target, machines.num_gpus)
+    return Findings(refusals, (*found.notes, *notes))
+
+
+@lru_cache(maxsize=128)
+def _trtllm_refusals(
+    config: ModelConfig, recipe: Recipe, dialect: Dialect, tp: int, mtp: bool
+) -> tuple[Refusal, ...]:
+    schemes = tally_of(config, recipe).schemes
+    return tuple(trtllm_refusals(config, schemes, dialect, tp, mtp=mtp))
 
 
 def _mtp_refusals(target: Target, mtp: bool) -> list[Refusal]:
@@ -255,12 +342,6 @@ def _mtp_refusals(target: Target, mtp: bool) -> list[Refusal]:
     return [Refusal("embedded", "the MTP layer", reason, "Leave out --mtp", "read")]
 
 
-def _footprint(tally: Tally, recipe: Recipe, machines: Machines, mtp: bool) -> Footprint:
-    if machines.hardware.is_gpu:
-        return tally.gpu_footprint(machines.count, recipe.kv_cache, mtp=mtp)
-    return tally.embedded_footprint(recipe.kv_cache)
-
-
 def _paged_tokens(footprint: Footprint, context: int, concurrency: int) -> int:
     """Tokens of `concurrency` requests, each rounded up to whole KV pages."""
     pages = -(-context // footprint.page_tokens)
@@ -268,20 +349,15 @@ def _paged_tokens(footprint: Footprint, context: int, concurrency: int) -> int:
 
 
 def _smallest_fit(
-    config: ModelConfig,
-    tally: Tally,
-    recipe: Recipe,
-    machines: Machines,
-    context: int,
-    concurrency: int,
-    mtp: bool,
+    asked: _Asked, target: Target, context: int, concurrency: int
 ) -> SmallestFit | None:
     """The fewest GPUs of this type, in whole nodes or as given; None where no number suffices."""
-    counts = {count for count in _usable_counts(config) if count % GPUS_PER_NODE == 0}
+    machines = asked.machines
+    counts = {count for count in _usable_counts(asked.config) if count % GPUS_PER_NODE == 0}
     counts = counts | {machines.count} if machines.hardware.is_gpu else {1}
     for count in sorted(counts):
         candidate = machines.with_count(count)
-        footprint = _footprint(tally, recipe, candidate, mtp)
+        footprint = asked.footprint(target, candidate)
         requested = _paged_tokens(footprint, context, concurrency)
         if footprint.kv_tokens(machines.hardware.usable_bytes) >= requested:
             return SmallestFit(candidate.num_gpus, candidate.label, footprint.weights_per_gpu)

@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.plan import GPU_TARGETS, Plan
+from cluster.memory import Footprint
+from cluster.plan import GPU_TARGETS, DialectPlan, Plan
 from deepseek.cli import print_line
 
 _NAMES = {
@@ -31,6 +32,7 @@ def as_json(plan: Plan, model: str, alternatives: Sequence[Plan]) -> dict[str, A
         "recipe": plan.recipe,
         "hardware": plan.machines.label,
         "target": plan.target,
+        "dialect": plan.dialect,
         "fits": plan.fits,
         "loads": plan.loads,
         "gpus": plan.machines.num_gpus,
@@ -54,6 +56,18 @@ def as_json(plan: Plan, model: str, alternatives: Sequence[Plan]) -> dict[str, A
                 "loaded": line.name != "mtp" or plan.mtp,
             }
             for line in plan.lines
+        ],
+        "dialects": [
+            {
+                "name": other.dialect,
+                "weights_gb": _gb(other.footprint.weights),
+                "weights_gb_per_gpu": _gb(other.footprint.weights_per_gpu),
+                "dense_gb": _gb(_read(other.footprint)[0]),
+                "dense_gb_per_gpu": _gb(_read(other.footprint)[1]),
+                "fits": other.fits,
+                "loads": not other.refusals,
+            }
+            for other in plan.dialects
         ],
         "smallest_fit": smallest
         and {
@@ -91,6 +105,7 @@ def sentences(plan: Plan, alternatives: Sequence[Plan]) -> list[str]:
         _memory_sentence(plan, alternatives),
         *_kv_sentences(plan),
         *_target_sentences(plan, alternatives),
+        *(_dialect_sentence(plan, other) for other in plan.dialects),
         *(f"Note: {warning}." for warning in plan.warnings),
     ]
 
@@ -185,6 +200,28 @@ def _target_sentences(plan: Plan, alternatives: Sequence[Plan]) -> list[str]:
         hint = f" Recipes that fit and load here: {others}." if others else ""
         verdict.append(f"Refused: no target asked for loads this recipe.{hint}")
     return verdict + [refusal.sentence() for refusal in plan.refusals]
+
+
+def _dialect_sentence(plan: Plan, other: DialectPlan) -> str:
+    """What a dialect of TensorRT-LLM's directory costs, and whether it would do."""
+    unit, footprint = _unit(plan), other.footprint
+    read, read_per_gpu = _read(footprint)
+    chosen = " (planned here)" if other.dialect == plan.dialect else ""
+    would = "fits" if other.fits else "does not fit"
+    if other.refusals:
+        would += f"; refused, because {other.refusals[0].reason}"
+    return (
+        f"Dialect {other.dialect}{chosen}: {_in(unit, footprint.weights)} {unit} of weights, "
+        f"{_in(unit, footprint.weights_per_gpu)} {unit} per GPU, {would}; every decoding step "
+        f"reads {_in(unit, read)} {unit} of dense linears, {_in(unit, read_per_gpu)} {unit} per "
+        "GPU."
+    )
+
+
+def _read(footprint: Footprint) -> tuple[int, int]:
+    """Bytes of dense linears that a decoding step reads, of all GPUs once and on one GPU."""
+    dense = footprint.dense
+    return dense.values + dense.scales, dense.values_per_gpu + dense.scales_per_gpu
 
 
 def _kv_bytes(plan: Plan) -> int:

@@ -2,8 +2,8 @@
 
 Tensor parallelism gives each GPU an equal share of a linear's outputs or inputs. vLLM and SGLang
 refuse a share that is no multiple of the tile or group (`validate_fp8_block_shape` in both, and
-vLLM's WNA16 scheme of compressed-tensors). TensorRT-LLM splits the MLPs over fewer GPUs instead
-(`_compute_mlp_tp_size` of its DeepSeek model), so only its attention can be cut. Routed experts are
+vLLM's WNA16 scheme of compressed-tensors). TensorRT-LLM divides the MLPs among fewer GPUs instead
+and has rules of its own, which `build` asks too (`deepseek/trtllm/loadable.py`). Routed experts are
 whole on one GPU each, as the plan has them; where the engine's default would cut them, a note says
 which option that takes. DeepSeek-V3 and Kimi-K2 can be split over 16 GPUs, but Moonlight's shared
 expert, 2816 wide, over 2 only. Called by the planner.
@@ -11,24 +11,30 @@ expert, 2816 wide, over 2 only. Called by the planner.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 from cluster.deployability import Refusal
 from cluster.matrix import Target
 from cluster.memory import Tally, granule
+from deepseek.artifact.engine_manifest import RankLayout
+from deepseek.config import ModelConfig
+from deepseek.recipe import Scheme
+from deepseek.trtllm.layout import Dialect
+from deepseek.trtllm.loadable import problems
+from deepseek.trtllm.versions import VERSIONS
 
 _MLPS = ("shared_experts", "dense_mlp")
 #: Groups of linears that an engine splits over all GPUs.
 _SPLIT: dict[Target, tuple[str, ...]] = {
-    "trtllm": ("attention",),
     "vllm": ("attention", *_MLPS),
     "sglang": ("attention", *_MLPS),
 }
 #: The option that keeps routed experts whole.
 _WHOLE_EXPERTS: dict[Target, str] = {
-    "trtllm": "--ep_size {tp}",
-    "vllm": "--enable-expert-parallel",
-    "sglang": "--ep-size {tp}",
+    "trtllm": "build it with --ep {tp}",
+    "vllm": "start it with --enable-expert-parallel",
+    "sglang": "start it with --ep-size {tp}",
 }
 
 
@@ -52,6 +58,25 @@ def split_refusals(tally: Tally, target: Target, tp: int) -> Iterator[Refusal]:
             )
 
 
+def trtllm_refusals(
+    config: ModelConfig,
+    schemes: Mapping[str, Scheme],
+    dialect: Dialect,
+    tp: int,
+    *,
+    mtp: bool,
+) -> list[Refusal]:
+    """The same for TensorRT-LLM, with whole experts on `tp` GPUs. `schemes` are the recipe's."""
+    ranks = RankLayout(tp=tp, ep=math.gcd(tp, config.n_routed_experts))
+    found = problems(config, schemes, dialect, ranks, mtp=mtp, version=VERSIONS[0])
+    return [
+        Refusal(
+            "trtllm", problem.part, problem.reason, _sentence_case(problem.change), problem.evidence
+        )
+        for problem in found
+    ]
+
+
 def split_notes(tally: Tally, target: Target, tp: int) -> Iterator[str]:
     """The option without which the engine would cut routed experts, where it would."""
     for group, _, shape, scheme in tally.linears():
@@ -60,11 +85,15 @@ def split_notes(tally: Tally, target: Target, tp: int) -> Iterator[str]:
         is_down = width != tally.config.hidden_size
         if group == "routed_experts" and is_down and _is_cut(width, whole, tp):
             yield (
-                f"{target}: start it with {_WHOLE_EXPERTS[target].format(tp=tp)}, because an "
+                f"{target}: {_WHOLE_EXPERTS[target].format(tp=tp)}, because an "
                 f"expert's {width} inputs over {tp} GPUs do not make whole "
                 f"{_pieces(scheme.weights)} of {whole}"
             )
             return
+
+
+def _sentence_case(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def _is_cut(size: int, whole: int, tp: int) -> bool:

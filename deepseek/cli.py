@@ -138,5 +138,7 @@ def make_progress(remaining: ProgressColumn | None = None) -> Progress:
         TimeElapsedColumn(),
         TextColumn("eta"),
         remaining or TimeRemainingColumn(),
+        # Files and layers of a large model take longer than the 30 s that rich looks back.
+        speed_estimate_period=3600.0,
         console=make_console(stderr=True),
     )

@@ -82,6 +82,19 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_intact(path: Path, num_bytes: int, sha256: str) -> bool:
+    """Whether a regular file, or a link to one beside it, is there with this size and SHA-256.
+    Reads it whole. A file that cannot be read counts as damaged: its bytes are not to be had."""
+    try:
+        descriptor = untrusted.open_regular(path, root=path.parent)
+        with os.fdopen(descriptor, "rb") as file:
+            if os.fstat(descriptor).st_size != num_bytes:
+                return False
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    except (OSError, UnusableFileError):
+        return False
+
+
 @contextlib.contextmanager
 def published_file(path: Path, num_bytes: int | None = None) -> Iterator[BinaryIO]:
     """A writable file under a temporary name. It is renamed to `path` when the block ends without

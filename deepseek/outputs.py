@@ -84,9 +84,9 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def check_directory(path: Path) -> None:
+def check_directory(path: Path, option: str = "--output") -> None:
     """Check that `path` is a directory or that nothing stands where it or one above it has to be.
-    Makes nothing.
+    Makes nothing. `option` is what the user named it with.
 
     Raises:
         OutputError: a file, or a link that leads nowhere, is in the way, or the name is impossible.
@@ -100,11 +100,12 @@ def check_directory(path: Path) -> None:
                     return
                 is_directory = False
             if not is_directory:
-                raise OutputError(f"{place} is {_kind(place)}; --output must name a directory")
+                raise OutputError(f"{place} is {_kind(place)}; {option} must name a directory")
 
 
-def check_apart(output: Path, source: Path, what: str) -> None:
-    """Check that `output` is not the directory `source` nor inside it. `what` is what `source` is.
+def check_apart(output: Path, source: Path, what: str, option: str = "--output") -> None:
+    """Check that `output` is not the directory `source` nor inside it. `what` is what `source` is,
+    `option` what the user named `output` with.
 
     Raises:
         OutputError: it is.
@@ -115,7 +116,7 @@ def check_apart(output: Path, source: Path, what: str) -> None:
         same = os.path.realpath(output) == os.path.realpath(source)
         raise OutputError(
             f"{output} is {'' if same else 'inside '}{what}{' itself' if same else ''}; choose "
-            "another --output"
+            f"another {option}"
         )
 
 

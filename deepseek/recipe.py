@@ -183,6 +183,13 @@ class GateLimits(StrictModel):
     min_top1: float = Field(ge=0.0, le=1.0)
     max_fallbacks: int = Field(default=0, ge=0, le=1 << 31)
     max_starved_experts: float = Field(default=0.25, ge=0.0, le=1.0)
+    # Judged where the experts' inputs have static FP8 scales, one for all experts of a layer. One
+    # expert far above the others is no loss by itself: a scale up to 64 times too large costs the
+    # others nothing that can be measured (the table in quant_jobs/algorithms/input_scales.py). But
+    # it stands on what one expert saw. DeepSeek-V3 has 116 such scales (58 layers, 2 inputs); a few
+    # outliers are known of such models, more of them mean damaged weights or a text unlike
+    # any that the model was made for.
+    max_input_outliers: int = Field(default=8, ge=0, le=1 << 31)
 
 
 class Recipe(StrictModel):

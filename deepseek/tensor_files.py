@@ -144,23 +144,28 @@ def stream_tensors(
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     make: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a safetensors file as `save_tensors` does, from tensors that are made one by one.
+) -> tuple[str, int]:
+    """Write a safetensors file as `save_tensors` does, from tensors that are made one by one, and
+    return the file's SHA-256 in hex and its size in bytes.
 
     `layout` maps each name to its type and shape. `make(name)` yields the values of one tensor in
-    row-major order, in pieces of any size. No digests are computed.
+    row-major order, in pieces of any size.
 
     Raises:
         OutputError: the file cannot be written.
     """
     order, raw, num_bytes = _lay_out(layout, metadata)
+    digest = hashlib.sha256(raw)
     with published_file(path, num_bytes) as file:
         file.write(raw)
         for name in order:
             for piece in make(name):
                 assert piece.dtype == layout[name][0], name
-                file.write(tensor_bytes(piece))
+                data = tensor_bytes(piece)
+                file.write(data)
+                digest.update(data)
         assert file.tell() == num_bytes, "a tensor is not as long as announced"
+    return digest.hexdigest(), num_bytes
 
 
 def saved_bytes(

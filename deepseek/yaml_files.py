@@ -42,15 +42,23 @@ class StrictModel(BaseModel):
         return value
 
 
-def read_yaml_mapping(path: Path) -> dict[str, Any]:
+def read_yaml_mapping(path: Path, *, root: Path | None = None) -> dict[str, Any]:
     """The mapping that a YAML file holds: strings to strings, numbers, booleans, null, lists and
-    mappings.
+    mappings. `root` as for `untrusted.read_bytes`.
 
     Raises:
         UnusableFileError: the file cannot be read, is not such YAML, or holds something else; the
             sentence says where.
     """
-    data = read_bytes(path, max_bytes=MAX_YAML_BYTES)
+    return parse_yaml_mapping(read_bytes(path, root=root, max_bytes=MAX_YAML_BYTES))
+
+
+def parse_yaml_mapping(data: bytes) -> dict[str, Any]:
+    """Like `read_yaml_mapping`, for the content of a file that was read already.
+
+    Raises:
+        UnusableFileError: it is not such YAML; the sentence says where.
+    """
     text = decode_text(data).removeprefix("\ufeff")
     try:
         loader = _Loader(text)

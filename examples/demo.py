@@ -28,7 +28,8 @@ import openai
 from rich.console import Console
 from rich.table import Table
 
-from quant_jobs.submit import connect_to_jobs, make_submission, submit
+from quant_jobs.submission import make_quantization
+from quant_jobs.submit import connect_to_jobs, submit
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-deepseek-v3"
@@ -142,7 +143,7 @@ def local_ray_with_jobs() -> Iterator[Any]:
 def submit_quantize(jobs: Any, recipe: str) -> str:
     """Submit a quantize job as `python -m quant_jobs submit` does; return its id."""
     text, output = MODEL / "calibration.txt", OUT / recipe / "checkpoint"
-    return submit(jobs, make_submission(MODEL, recipe, [str(text)], output, 1)).submission_id
+    return submit(jobs, make_quantization(MODEL, recipe, [str(text)], output, 1)).submission_id
 
 
 def wait_for_job(jobs: Any, recipe: str, job_id: str) -> None:

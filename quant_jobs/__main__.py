@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from quant_jobs.evaluation.served import Served
 
 from deepseek.cli import make_app, run, show_lines
-from deepseek.errors import CalibrationError
+from deepseek.errors import CalibrationError, DeployError
 from deepseek.models import MODELS
+from deepseek.outputs import check_apart, check_directory
 from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS, STORAGE
 
 app = make_app(
@@ -31,7 +33,8 @@ app = make_app(
 
     \b
     quantize   source checkpoint + recipe  -> quantized checkpoint
-    submit     the same, as a job of a Ray cluster
+    submit     the same, or a build, as a job of a Ray cluster
+    measure    the largest inputs of the experts, for a checkpoint made without them
     build      quantized checkpoint        -> engine for one target
     evaluate   engine against the source   -> evaluation.json
     gate       evaluation against limits   -> verdict beside the engine; exit 1 if it fails
@@ -53,6 +56,53 @@ CpusOption = Annotated[
         min=1,
         help="CPUs of Ray that each worker reserves; it computes on one thread all the same. More "
         "of them: fewer workers on a node, more memory for each.",
+    ),
+]
+TargetOption = Annotated[str, typer.Option(help="embedded, trtllm, vllm or sglang.")]
+TpOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="GPUs that share one engine [1; trtllm: those of --hardware]."),
+]
+EpOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="trtllm: groups that the routed experts are divided over; inside a group each "
+        "expert is cut over tp / ep GPUs [tp: whole experts].",
+    ),
+]
+KVOption = Annotated[
+    Literal["bf16", "fp8", "int8"] | None,
+    typer.Option(help="KV format; without it, the recipe's. trtllm has bf16 and fp8."),
+]
+DialectOption = Annotated[
+    Literal["mixed", "single"] | None,
+    typer.Option(
+        help="trtllm: everything but the experts as the source stores it (mixed, the default), "
+        "or in BF16 (single: 16 GB more of DeepSeek-V3, and no MIXED_PRECISION)."
+    ),
+]
+EngineVersionOption = Annotated[
+    str | None, typer.Option(help="trtllm: the TensorRT-LLM that will load it [1.2.1].")
+]
+MtpOption = Annotated[
+    bool,
+    typer.Option("--mtp", help="trtllm: keep the MTP layers; without it they are left out."),
+]
+ContextOption = Annotated[
+    int | None, typer.Option(help="trtllm: longest request in tokens [what fits].")
+]
+ConcurrencyOption = Annotated[
+    int | None, typer.Option(help="trtllm: largest batch of requests [256].")
+]
+HardwareOption = Annotated[str, typer.Option(help="What trtllm, vllm or sglang would run on.")]
+StageOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Copy the engine to this directory of every node of the cluster that --workers use "
+        "(--workers 0: of this machine), every byte verified; {node} in it is replaced by the "
+        "node's id, for nodes that share a disk.",
     ),
 ]
 EvaluationOption = Annotated[
@@ -140,10 +190,31 @@ def quantize(
 
 @app.command()
 def submit(
-    model: Annotated[Path, typer.Option(help="As for quantize; paths as the cluster sees them.")],
-    recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
-    calibration: Annotated[list[str], typer.Option(metavar="FILE[=WEIGHT]", help="As above.")],
     output: Annotated[Path, typer.Option(help="On storage that all nodes share.")],
+    model: Annotated[
+        Path | None, typer.Option(help="As for quantize; paths as the cluster sees them.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Built-in recipe's name, or a YAML file.")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[=WEIGHT]", help="As above.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="In place of --model, --recipe and --calibration: submit a build of it."),
+    ] = None,
+    target: TargetOption = "embedded",
+    tp: TpOption = None,
+    ep: EpOption = None,
+    kv_cache: KVOption = None,
+    dialect: DialectOption = None,
+    engine_version: EngineVersionOption = None,
+    mtp: MtpOption = False,
+    context: ContextOption = None,
+    concurrency: ConcurrencyOption = None,
+    hardware: HardwareOption = "8xH800-80GB",
+    stage: StageOption = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray workers, at least 1.")] = 1,
     device: DeviceOption = "cpu",
     cpus_per_worker: CpusOption = 1,
@@ -160,24 +231,60 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Show the log until the job ends.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Submit `quantize` to a Ray cluster, under an id that follows from the job.
+    """Submit `quantize`, or with --checkpoint `build`, to a Ray cluster, under an id that follows
+    from the job.
 
     The same command again finds the job: running, it is attached to; failed or stopped, it is
     submitted again and resumes. Exit code 1: with --wait, the job failed or was stopped.
 
     The id follows from the output's path, the recipe, and the content of the calibration files and
-    of the model (its fingerprint, no weights are read); where a file cannot be read from here, from
-    its path.
+    of the model (its fingerprint, no weights are read); of a build from the checkpoint's digest,
+    the target and its options. Where a file cannot be read from here, from its path.
 
     \b
     Examples:
       python -m quant_jobs submit --address http://head:8265 --working-dir . --wait \\
           --model /data/DeepSeek-V3 --recipe int4-gptq --calibration /data/text.jsonl \\
           --output /data/v3-int4 --workers 8
+      python -m quant_jobs submit --address http://head:8265 --checkpoint /data/v3-int4 \\
+          --target trtllm --tp 8 --ep 8 --output /data/v3-int4-trtllm --workers 8
     """
     from quant_jobs import submit as jobs
+    from quant_jobs.submission import Submission, make_build, make_quantization
 
-    job = jobs.make_submission(model, recipe, calibration, output, workers, device, cpus_per_worker)
+    build_options = {
+        "tp": tp,
+        "ep": ep,
+        "kv_cache": kv_cache,
+        "dialect": dialect,
+        "engine_version": engine_version,
+        "mtp": mtp or None,
+        "context": context,
+        "concurrency": concurrency,
+    }
+    job: Submission
+    if checkpoint is not None:
+        own: dict[str, object] = {
+            **{"model": model, "recipe": recipe, "calibration": calibration},
+            **{"device": device != "cpu", "cpus_per_worker": cpus_per_worker != 1},
+        }
+        _refuse_given(own, "a quantization, and --checkpoint submits a build")
+        from quant_jobs.build import BuildOptions
+
+        chosen = {name: value for name, value in build_options.items() if value is not None}
+        options = BuildOptions(hardware=hardware, workers=workers, **chosen)  # type: ignore[arg-type]
+        job = make_build(checkpoint, target, output, options, stage)
+    else:
+        own = {**build_options, "stage": stage}
+        _refuse_given(own, "a build, which --checkpoint submits")
+        if model is None or recipe is None or not calibration:
+            raise DeployError(
+                "give --model, --recipe and --calibration to submit a quantization, or "
+                "--checkpoint to submit a build"
+            )
+        job = make_quantization(
+            model, recipe, calibration, output, workers, device, cpus_per_worker
+        )
     client = jobs.connect_to_jobs(address)
     submitted = jobs.submit(client, job, working_dir)
     if wait and submitted.outcome != "succeeded":
@@ -193,35 +300,131 @@ def submit(
 
 
 @app.command()
+def measure(
+    checkpoint: Annotated[Path, typer.Option(help="Quantized checkpoint, made by `quantize`.")],
+    calibration: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE[=WEIGHT]",
+            help="Calibration data, as for quantize; how much of it, the checkpoint's recipe says.",
+        ),
+    ],
+    workers: Annotated[
+        int, typer.Option(min=0, help="Ray workers, as for quantize. 0: no Ray.")
+    ] = 1,
+    device: DeviceOption = "cpu",
+    cpus_per_worker: CpusOption = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure the largest inputs of the routed experts, for a checkpoint that was made without.
+
+    One calibration pass through the quantized checkpoint; the source is not needed and no tensor
+    changes. Writes input_maxima.json, and intserve.json, which lists it: the checkpoint gets
+    another digest, so engines built from it before must be built again. A checkpoint that has its
+    maxima is verified and kept. A killed run begins anew.
+
+    \b
+    Examples:
+      python -m quant_jobs measure --checkpoint runs/int4 --workers 0 \\
+          --calibration examples/tiny-deepseek-v3/calibration.txt
+    """
+    from quant_jobs.calibration.token_blocks import CalibrationSource
+    from quant_jobs.measure import run_measure
+
+    sources = [CalibrationSource.parse(argument) for argument in calibration]
+    with redirect_stdout(sys.stderr):  # Ray prints to stdout when a node dies
+        result = run_measure(
+            checkpoint, sources, workers, device=device, cpus_per_worker=cpus_per_worker
+        )
+    _show(result.summary(), as_json, *result.describe(checkpoint))
+
+
+@app.command()
 def build(
     checkpoint: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="Quantized checkpoint; or a source as it is, for a baseline engine."),
-    ],
-    output: Annotated[Path, typer.Option(help="Engine directory.")],
-    target: Annotated[str, typer.Option(help="embedded, trtllm, vllm or sglang.")] = "embedded",
-    tp: Annotated[int, typer.Option(min=1, help="GPUs that share one engine.")] = 1,
-    hardware: Annotated[
-        str, typer.Option(help="What trtllm, vllm or sglang would run on.")
-    ] = "8xH800-80GB",
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Engine directory.")] = None,
+    target: TargetOption = "embedded",
+    tp: TpOption = None,
+    ep: EpOption = None,
+    kv_cache: KVOption = None,
+    dialect: DialectOption = None,
+    engine_version: EngineVersionOption = None,
+    mtp: MtpOption = False,
+    context: ContextOption = None,
+    concurrency: ConcurrencyOption = None,
+    hardware: HardwareOption = "8xH800-80GB",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Ray workers that build its files; the bytes do not depend on it. 0: no Ray.",
+        ),
+    ] = 0,
+    stage: StageOption = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Build nothing: check a trtllm engine directory, every byte, as its loader would "
+            "read it; with --checkpoint also bit for bit against that artifact.",
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Build the engine of one target from a checkpoint.
+
+    A rerun of the same command verifies what is there and makes what is missing.
 
     \b
     Examples:
       python -m quant_jobs build --checkpoint runs/int8 --target embedded --output runs/int8-engine
       python -m quant_jobs build --checkpoint examples/tiny-deepseek-v3 --output runs/baseline
+      python -m quant_jobs build --checkpoint /data/v3-int4 --target trtllm --tp 8 --ep 8 \\
+          --kv-cache fp8 --workers 8 --output /data/v3-int4-trtllm --stage /local/v3-int4-trtllm
+      python -m quant_jobs build --check /data/v3-int4-trtllm --checkpoint /data/v3-int4
     """
-    from quant_jobs.build import run_build
+    from quant_jobs.build import BuildOptions, run_build, run_stage
 
-    result = run_build(checkpoint, target, tp, output, hardware=hardware)
-    _show(
-        result.model_dump(),
-        as_json,
-        f"{output}: {result.target} engine of {result.recipe}, "
-        f"{result.bytes / 1e6:.2f} MB, engine {result.engine_digest[:16]}",
+    if check is not None:
+        from quant_jobs.build import run_check
+
+        if output is not None or stage is not None:
+            raise DeployError("--check builds nothing; leave --output and --stage out")
+        report = run_check(check, checkpoint)
+        _show(report.model_dump(mode="json"), as_json, *report.describe())
+        return
+    if checkpoint is None or output is None:
+        raise DeployError("build needs --checkpoint and --output (or --check DIR)")
+    options = BuildOptions(
+        hardware=hardware,
+        tp=tp,
+        ep=ep,
+        kv_cache=kv_cache,
+        dialect=dialect,
+        engine_version=engine_version,
+        mtp=mtp,
+        context=context,
+        concurrency=concurrency,
+        workers=workers,
     )
+    if stage is not None:
+        check_directory(stage, "--stage")
+        check_apart(stage, output, "the engine", "--stage")
+    with redirect_stdout(sys.stderr):  # Ray prints to stdout when a node dies
+        if target == "embedded" and stage is not None:  # one file: --workers are those that copy
+            options = replace(options, workers=0)
+        result = run_build(checkpoint, target, output, options)
+        copies = None if stage is None else run_stage(output, stage, workers)
+    content, lines = result.model_dump(mode="json"), result.describe()
+    if copies is not None:
+        content["stage"] = copies.model_dump(mode="json")
+        lines += copies.describe()
+    _show(content, as_json, *lines)
+    if copies is not None:
+        copies.check()
 
 
 @app.command()
@@ -498,6 +701,13 @@ def synthesize_command(
         f"{output}: {result.layers} layers, {result.parameters / 1e9:.3f} B parameters, "
         f"{result.bytes / 1e9:.3f} GB in {result.shards} files",
     )
+
+
+def _refuse_given(options: Mapping[str, object], purpose: str) -> None:
+    """Refuse options that are given, by name, and are for something else."""
+    for name, value in options.items():
+        if value:
+            raise DeployError(f"--{name.replace('_', '-')} is for {purpose}; leave one of them out")
 
 
 def _show(result: dict[str, Any], as_json: bool, *lines: str) -> None:

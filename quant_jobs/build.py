@@ -8,79 +8,195 @@ it could never load the artifact.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
 from cluster.deployability import check, require_target, served_schemes
 from cluster.hardware import parse_hardware
+from cluster.matrix import Target
+from deepseek.artifact.engine_manifest import EngineManifest
 from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.reader import ArtifactReader
-from deepseek.cli import make_progress
-from deepseek.engine.packing import schemes_of
+from deepseek.cli import make_progress, print_line
+from deepseek.engine.packing import Source, schemes_of
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.outputs import check_directory
 from deepseek.source.checkpoint import CheckpointReader
-from quant_jobs.targets import embedded
+from deepseek.trtllm.check import CheckReport, check_engine
+from deepseek.trtllm.loadable import require_ranks
+from deepseek.trtllm.versions import VERSIONS, require_version
+from quant_jobs.targets.staging import StageReport, stage_engine
 
-BUILDERS = {"embedded": embedded.pack_engine}
+#: Options that mean nothing to the embedded engine.
+_TRTLLM_OPTIONS = ("dialect", "engine_version", "mtp", "ep", "context", "concurrency")
+#: KV formats that `--kv-cache` may name.
+KVChoice = Literal["bf16", "fp8", "int8"]
 
 
-class BuildResult(BaseModel):
-    """What `build --json` prints. `artifact_digest` is the source's fingerprint and `recipe` is
-    "unquantized" for a baseline engine; `bytes` is the size of the engine's tensor files."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """What a user chooses beside checkpoint, target and output. None is the target's own default.
 
+    `tp` ranks share the engine, its routed experts are divided over `ep` of them. `workers` are
+    Ray workers, 0 none; only a target with several files has use for them. `context` and
+    `concurrency` are the longest request in tokens and the largest batch of the engine's arguments.
+    """
+
+    hardware: str = "8xH800-80GB"
+    tp: int | None = None
+    ep: int | None = None
+    kv_cache: KVChoice | None = None
+    dialect: Literal["mixed", "single"] | None = None
+    engine_version: str | None = None
+    mtp: bool = False
+    context: int | None = None
+    concurrency: int | None = None
+    workers: int = 0
+
+
+class _Printed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RankReport(_Printed):
+    """What one rank reads of the engine's files, and what its parameters hold, in bytes; counted by
+    the model of the loader, with the second copy of kv_b_proj that it makes."""
+
+    read_bytes: int
+    held_bytes: int
+
+
+class BuildResult(_Printed):
+    """What `build --json` prints. `artifact_digest` is the source's fingerprint and `recipe` is
+    "unquantized" for a baseline engine. `bytes` is the size of the engine's tensor files,
+    `bytes_read` what this run read of the checkpoint's tensors (0 where nothing was left to do),
+    `rank_weight_bytes` the stored weights that each rank holds."""
 
     output: str
     target: str
     tp: int
+    ep: int
     recipe: str
     engine_digest: str
     artifact_digest: str
     kv_cache: str
+    dialect: str | None
+    engine_version: str | None
     bytes: int
+    bytes_read: int | None
+    rank_weight_bytes: tuple[int, ...]
+    #: What the plan says that a rank holds; None for the embedded engine, which is what it says.
+    planned_rank_bytes: int | None
+    #: By rank, for a target whose loader is modeled.
+    ranks: tuple[RankReport, ...] = ()
+    #: What the linter of the engine's arguments warns of.
+    warnings: tuple[str, ...] = ()
+
+    def describe(self) -> list[str]:
+        """Lines for people."""
+        variant = f", {self.dialect} for {self.engine_version}" if self.dialect else ""
+        lines = [
+            f"{self.output}: {self.target} engine of {self.recipe}{variant}, "
+            f"{self.bytes / 1e6:.2f} MB, engine {self.engine_digest[:16]}"
+        ]
+        if self.planned_rank_bytes is not None:
+            held = max(self.rank_weight_bytes)
+            lines.append(
+                f"each of {self.tp} ranks (tp {self.tp}, ep {self.ep}) holds {held / 1e9:.3f} GB "
+                f"of weights, {held / self.planned_rank_bytes - 1:+.1%} of the plan's "
+                f"{self.planned_rank_bytes / 1e9:.3f} GB"
+            )
+        return lines + [f"warning: {warning}" for warning in self.warnings]
+
+
+class CheckResult(_Printed):
+    """What `build --check --json` prints: see `CheckReport`."""
+
+    directory: str
+    engine_digest: str
+    dialect: str
+    engine_version: str
+    ranks: tuple[RankReport, ...]
+    tensors: int
+    reads: int
+    hashed_bytes: int
+    verified: int
+    compared: int
+
+    def describe(self) -> list[str]:
+        """Lines for people."""
+        first = self.ranks[0]
+        lines = [
+            f"{self.directory}: TensorRT-LLM {self.engine_version} would load it ({self.dialect}), "
+            f"engine {self.engine_digest[:16]}",
+            f"{self.tensors} tensors, {self.hashed_bytes / 1e6:.2f} MB as they were built, "
+            f"{self.verified} of them as the quantized checkpoint has them",
+            f"{len(self.ranks)} ranks read {self.reads} times, nothing is left unread; the first "
+            f"reads {first.read_bytes / 1e6:.2f} MB and holds {first.held_bytes / 1e6:.2f} MB",
+        ]
+        if self.compared:
+            lines.append(
+                f"{self.compared} tensors on all ranks, decoded, equal the checkpoint's bit for bit"
+            )
+        return lines
 
 
 def run_build(
-    checkpoint: Path, target: str, tp: int, output: Path, *, hardware: str = "8xH800-80GB"
+    checkpoint: Path, target: str, output: Path, options: BuildOptions | None = None
 ) -> BuildResult:
     """Build OUTPUT from CHECKPOINT for one target. The same inputs give the same bytes. An output
     that already holds this very engine is verified and kept.
 
     Raises:
-        DeployError: the target is unknown, cannot load this artifact, or is not built yet.
+        DeployError: the target is unknown, cannot load this artifact, or is not built yet; or an
+            option is not for this target.
         ArtifactError, CheckpointError, ConfigError: the checkpoint cannot be read; or the output
             directory holds something else.
         OutputError: the disk is too small, or OUTPUT cannot be written.
     """
+    options = options or BuildOptions()
     check_directory(output)
     known = require_target(target)
     source = open_checkpoint(checkpoint)
     builder = BUILDERS.get(known)
     if builder is None:
-        refuse_target(source, known, hardware)
-    with make_progress() as progress:
-        task = progress.add_task("build", total=None)
+        refuse_target(source, known, options.hardware)
+    return builder(source, output, options)
 
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
 
-        engine = builder(source, output, tp=tp, progress=show)
-    return BuildResult(
-        output=str(output),
-        target=engine.target,
-        tp=engine.ranks.tp,
-        recipe=engine.recipe,
-        engine_digest=engine.digest,
-        artifact_digest=engine.artifact_digest,
-        kv_cache=engine.kv_cache,
-        bytes=engine.num_bytes,
+def run_check(directory: Path, checkpoint: Path | None = None) -> CheckResult:
+    """Check an engine directory of target trtllm as its loader would read it; with `checkpoint`
+    also every value that a rank holds against that quantized checkpoint.
+
+    Raises:
+        ArtifactError, DeployError, ConfigError: it is not what it should be; a sentence says what.
+    """
+    artifact = None if checkpoint is None else open_checkpoint(checkpoint)
+    if isinstance(artifact, CheckpointReader):
+        raise DeployError(
+            f"{checkpoint} is a source, and values are compared with a quantized checkpoint; leave "
+            "--checkpoint out: the digests of engine.json are checked either way"
+        )
+    report = check_engine(directory, artifact=artifact)
+    return CheckResult(
+        directory=str(report.directory),
+        engine_digest=report.engine_digest,
+        dialect=report.dialect,
+        engine_version=report.engine_version,
+        ranks=_rank_reports(report),
+        tensors=report.tensors,
+        reads=report.reads,
+        hashed_bytes=report.hashed_bytes,
+        verified=report.verified,
+        compared=report.compared,
     )
 
 
-def open_checkpoint(directory: Path) -> ArtifactReader | CheckpointReader:
+def open_checkpoint(directory: Path) -> Source:
     """Open the quantized checkpoint or the source checkpoint that the directory holds.
 
     Raises:
@@ -96,20 +212,215 @@ def open_checkpoint(directory: Path) -> ArtifactReader | CheckpointReader:
     return CheckpointReader(directory)
 
 
-def refuse_target(
-    source: ArtifactReader | CheckpointReader, target: str, hardware: str
-) -> NoReturn:
+def complete_options(target: str, options: BuildOptions) -> BuildOptions:
+    """The options as the target takes them, with those of its defaults filled in that need no
+    checkpoint.
+
+    Raises:
+        DeployError: the target is unknown or not built, or an option is not for it.
+    """
+    known = require_target(target)
+    if known == "trtllm":
+        tp = options.tp or parse_hardware(options.hardware).count
+        require_ranks(tp, options.ep or tp)
+        return replace(
+            options,
+            tp=tp,
+            ep=options.ep or tp,
+            engine_version=require_version(options.engine_version or VERSIONS[0]),
+            dialect=None if options.dialect == "mixed" else options.dialect,
+        )
+    if known == "embedded":
+        _refuse_options(options, "embedded", _TRTLLM_OPTIONS)
+    return options
+
+
+def check_checkpoint(directory: Path, target: str, options: BuildOptions) -> BuildOptions:
+    """Check, before anything is built, that the target can load the checkpoint. Returns the options
+    with the checkpoint's KV format filled in.
+
+    Raises:
+        DeployError: it cannot; the sentence says what to change.
+        ArtifactError, CheckpointError, ConfigError: the checkpoint is damaged.
+    """
+    source, known = open_checkpoint(directory), require_target(target)
+    if known not in BUILDERS:
+        refuse_target(source, known, options.hardware)
+    recipe_kv = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
+    if known == "trtllm":
+        check_target(source, known, options.hardware, kv_cache=options.kv_cache or recipe_kv)
+    return replace(options, kv_cache=options.kv_cache or recipe_kv)
+
+
+def run_stage(engine: Path, stage: Path, workers: int) -> StageReport:
+    """Copy a built engine to the directory `stage` of every node of the cluster (`workers` 0: of
+    this machine), with a progress line.
+
+    Raises:
+        ArtifactError: `engine` is no engine.
+        IntServeError: the cluster has no node that could have a copy.
+    """
+    with make_progress() as progress:
+        task = progress.add_task("stage", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return stage_engine(
+            engine, stage, workers, show, note=lambda line: print_line(progress.console, line)
+        )
+
+
+def refuse_target(source: Source, target: Target, hardware: str) -> NoReturn:
     """Raise the reason why `target` is not built: it cannot load the artifact, or has no builder.
 
     Raises:
         DeployError: always.
     """
-    kv_cache = source.manifest.kv_cache if isinstance(source, ArtifactReader) else "bf16"
+    check_target(source, target, hardware)
+    raise DeployError(
+        f"{target} could load this artifact, but this version of IntServe builds engines for "
+        f"{' and '.join(BUILDERS)} only; use --target embedded"
+    )
+
+
+def check_target(
+    source: Source, target: Target, hardware: str, *, kv_cache: str | None = None
+) -> None:
+    """Check the checkpoint against the deployability matrix.
+
+    Raises:
+        DeployError: the target cannot load it on this hardware; the sentence says what to change.
+    """
+    if kv_cache is None:
+        kv_cache = source.manifest.kv_cache if isinstance(source, ArtifactReader) else "bf16"
     schemes = served_schemes(source.config, schemes_of(source))
     generation = parse_hardware(hardware).hardware.generation
     for refusal in check(schemes, kv_cache, target, generation):
         raise DeployError(refusal.sentence())
-    raise DeployError(
-        f"{target} could load this artifact, but this version of IntServe builds embedded engines "
-        "only; use --target embedded"
+
+
+def _build_embedded(source: Source, output: Path, options: BuildOptions) -> BuildResult:
+    from quant_jobs.targets.embedded import pack_engine
+
+    _refuse_options(options, "embedded", (*_TRTLLM_OPTIONS, "workers"))
+    with make_progress() as progress:
+        task = progress.add_task("build", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        engine = pack_engine(
+            source, output, kv_cache=options.kv_cache, tp=options.tp or 1, progress=show
+        )
+    return _result(output, engine)
+
+
+def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildResult:
+    from quant_jobs.targets.trtllm import TrtllmOptions, build_trtllm, kv_format, plan_build
+    from quant_jobs.targets.trtllm_args import args_from_plan, planned_rank_bytes
+
+    machines = parse_hardware(options.hardware)
+    tp = options.tp or machines.count
+    machines = machines.with_count(tp)
+    is_source = isinstance(source, CheckpointReader)
+    if is_source and options.dialect is not None:
+        raise DeployError(
+            f"--dialect says how a quantized checkpoint is stored, and {source.directory} is "
+            "a source, which stays as released; leave it out"
+        )
+    chosen = TrtllmOptions(
+        ranks=require_ranks(tp, options.ep or tp),
+        dialect=options.dialect,
+        kv_cache=kv_format(source, options.kv_cache),
+        engine_version=require_version(options.engine_version or VERSIONS[0]),
+        keep_mtp=options.mtp,
     )
+    check_target(source, "trtllm", options.hardware, kv_cache=chosen.kv_cache)
+    build = plan_build(
+        source,
+        chosen,
+        lambda stored: args_from_plan(
+            source.config,
+            stored,
+            chosen,
+            machines,
+            context=options.context,
+            concurrency=options.concurrency,
+        ),
+    )
+    with make_progress() as progress:
+        task = progress.add_task("build", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        engine, built = build_trtllm(
+            build,
+            output,
+            options.workers,
+            show,
+            note=lambda line: print_line(progress.console, line),
+        )
+    report = check_engine(output, digests=False)  # the files were hashed while they were written
+    return _result(
+        output,
+        engine,
+        ranks=_rank_reports(report),
+        bytes_read=sum(file.bytes_read for file in built.values()),
+        planned_rank_bytes=planned_rank_bytes(source.config, build.stored, chosen),
+        warnings=build.warnings,
+    )
+
+
+def _result(
+    output: Path,
+    engine: EngineManifest,
+    bytes_read: int | None = None,
+    planned_rank_bytes: int | None = None,
+    ranks: tuple[RankReport, ...] = (),
+    warnings: tuple[str, ...] = (),
+) -> BuildResult:
+    dialect, version = (engine.target_fields.get(key) for key in ("dialect", "engine_version"))
+    return BuildResult(
+        output=str(output),
+        target=engine.target,
+        tp=engine.ranks.tp,
+        ep=engine.ranks.ep,
+        recipe=engine.recipe,
+        engine_digest=engine.digest,
+        artifact_digest=engine.artifact_digest,
+        kv_cache=engine.kv_cache,
+        dialect=None if dialect is None else str(dialect),
+        engine_version=None if version is None else str(version),
+        bytes=engine.num_bytes,
+        bytes_read=bytes_read,
+        rank_weight_bytes=engine.plan.rank_weight_bytes,
+        planned_rank_bytes=planned_rank_bytes,
+        ranks=ranks,
+        warnings=warnings,
+    )
+
+
+def _rank_reports(report: CheckReport) -> tuple[RankReport, ...]:
+    return tuple(
+        RankReport(read_bytes=load.read_bytes, held_bytes=load.held_bytes) for load in report.ranks
+    )
+
+
+def _refuse_options(options: BuildOptions, target: str, names: tuple[str, ...]) -> None:
+    """Refuse options that mean nothing to a target.
+
+    Raises:
+        DeployError: one is given.
+    """
+    for name in names:
+        if getattr(options, name) != BuildOptions.__dataclass_fields__[name].default:
+            option = f"--{name.replace('_', '-')}"
+            raise DeployError(f"{option} means nothing to target {target}; leave it out")
+
+
+BUILDERS: dict[Target, Callable[[Source, Path, BuildOptions], BuildResult]] = {
+    "embedded": _build_embedded,
+    "trtllm": _build_trtllm,
+}

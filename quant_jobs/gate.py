@@ -8,7 +8,7 @@ an evaluation that cannot be judged. This file imports no torch.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def run_gate(engine_dir: Path, evaluation_dir: Path, *, sign_key: Path | None = 
             f"{MIN_TOKENS}; evaluate with more --num-blocks or --block-tokens"
         )
     limits = engine.manifest.recipe.gate
-    measured = measure(evaluation, engine.manifest)
+    measured = measure(evaluation, engine)
     reasons = tuple(judge(measured, limits).values())
     verdict = GateVerdict(
         passed=not reasons,
@@ -94,7 +94,7 @@ def run_gate(engine_dir: Path, evaluation_dir: Path, *, sign_key: Path | None = 
         engine_digest=engine.digest,
         arithmetic=evaluation.arithmetic,
         kv_cache=evaluation.kv_cache,
-        measured=asdict(measured)
+        measured=measured.figures()
         | {
             "perplexity": evaluation.perplexity,
             "source_perplexity": evaluation.source_perplexity,

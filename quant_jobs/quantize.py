@@ -57,7 +57,7 @@ def run_quantize(
     with ExitStack() as stack:
         if device == "cuda":  # before the output is bound to it
             if workers:
-                stack.enter_context(_ray(workers * cpus_per_worker))
+                stack.enter_context(connect_ray(workers * cpus_per_worker))
             check_gpus(on_ray=workers > 0)
         folder = stack.enter_context(JobFolder(output, job.fingerprint))
         pool = stack.enter_context(start_workers(workers, device, cpus_per_worker))
@@ -67,7 +67,7 @@ def run_quantize(
             return Driver(job, folder, pool, terminal).run()
 
 
-def _ray(num_cpus: int) -> AbstractContextManager[object]:
+def connect_ray(num_cpus: int) -> AbstractContextManager[object]:
     """The Ray of a job. Nested calls share one connection."""
     from cluster.connect import connect
 
@@ -90,7 +90,7 @@ def start_workers(
 
     gpus = 1 if device == "cuda" else 0
     with (
-        _ray(number * cpus_per_worker),
+        connect_ray(number * cpus_per_worker),
         WorkerPool(number, cpus=cpus_per_worker, gpus=gpus) as pool,
     ):
         yield pool

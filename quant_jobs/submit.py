@@ -1,51 +1,29 @@
-"""Submits `quantize` as a job of a Ray cluster, under an id of its own and never twice at once.
+"""Submits a job to a Ray cluster, under an id of its own and never twice at once.
 
-The submission id is computed from what decides the output. The number of workers and their CPUs
-change no byte and are left out:
-
-    recipe       what it says
-    output       its path
-    model        the source's fingerprint, and the files that go along with its weights
-    calibration  each file's SHA-256, ending and weight, in the order given
-    device       cpu or cuda
-
-So another text under the same name is another job, and the same text under another name is not.
-Paths are those of the cluster. Except for the recipe, the files need not exist on this machine: a
-model or a text that cannot be read here counts by its path. Two machines of which only one can read
-it therefore compute different ids. Library versions are those of the nodes and are in no id. In
-both cases the output folder is protected by its lock and by the fingerprint that a job pins there
-(`job/folder.py`): no other job writes into it.
-
-The same command, given again on any machine, finds the job that was submitted before:
+What a job is, and how its id follows from that, is in `submission.py`. The same command, given
+again on any machine, finds the job that was submitted before:
 
     running              follows that job; submits nothing
     failed or stopped    submits it again as ID-2, ID-3, ..., because Ray takes an id only once;
-                         quantize goes on after the last published layer
+                         the job goes on after the last file that it has published
     succeeded            does nothing
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import re
-import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from deepseek.config import CONFIG_FILE, ModelConfig
-from deepseek.errors import CheckpointError, ConfigError, DeployError, first_line
-from deepseek.files import canonical_json, sha256_file
-from deepseek.recipe import builtin_recipes, load_recipe
-from deepseek.source.origin import refuse_quantized
-from deepseek.untrusted import UnusableFileError, open_regular
-from quant_jobs.workers.devices import Device
+from deepseek.errors import DeployError, first_line
+from quant_jobs.submission import Submission
 
 #: What a command did: it submitted the job, or found it running or succeeded.
 Outcome = Literal["submitted", "running", "succeeded"]
@@ -70,50 +48,6 @@ _POLL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Submission:
-    """One quantize command for a cluster. Paths are absolute; `recipe` is the name of a built-in
-    recipe or an absolute path."""
-
-    model: Path
-    recipe: str
-    calibration: tuple[str, ...]
-    output: Path
-    workers: int = 1
-    device: Device = "cpu"
-    cpus_per_worker: int = 1
-
-    @property
-    def base_id(self) -> str:
-        """The id of the first submission; the same job has the same id. Reads the calibration files
-        and the parts of the model that its fingerprint covers: use it once per command.
-
-        Raises:
-            RecipeError: there is no such recipe, or it is wrong.
-        """
-        identity = {
-            "model": _identify_model(self.model),
-            "recipe": load_recipe(self.recipe).model_dump(mode="json"),
-            "calibration": [_identify_text(argument) for argument in self.calibration],
-            "output": str(self.output),
-            "device": self.device,
-        }
-        digest = hashlib.sha256(canonical_json(identity)).hexdigest()
-        name = re.sub(r"[^A-Za-z0-9]+", "-", self.output.name).strip("-")[:40] or "output"
-        return f"quantize-{name}-{digest[:12]}"
-
-    @property
-    def entrypoint(self) -> str:
-        """The shell command that the cluster runs."""
-        words = ["python", "-m", "quant_jobs", "quantize", "--model", str(self.model)]
-        words += ["--recipe", self.recipe]
-        for argument in self.calibration:
-            words += ["--calibration", argument]
-        words += ["--output", str(self.output), "--workers", str(self.workers)]
-        words += ["--device", self.device, "--cpus-per-worker", str(self.cpus_per_worker)]
-        return shlex.join(words)
-
-
-@dataclass(frozen=True, slots=True)
 class Submitted:
     """The submission of a job, and what the command did. `status` is Ray's word."""
 
@@ -130,51 +64,6 @@ class Submitted:
             )
         verb = "submitted" if self.outcome == "submitted" else "already running:"
         return f"{verb} {self.submission_id}\nfollow it: ray job logs --follow {self.submission_id}"
-
-
-def make_submission(
-    model: Path,
-    recipe: str,
-    calibration: Sequence[str],
-    output: Path,
-    workers: int,
-    device: Device = "cpu",
-    cpus_per_worker: int = 1,
-) -> Submission:
-    """A submission from a user's arguments. Paths become absolute, because the job runs in another
-    working directory.
-
-    Raises:
-        DeployError: `workers` is less than 1.
-        RecipeError: there is no such recipe, or it is wrong.
-        CalibrationError: a weight is not positive.
-        CheckpointError, ConfigError: the model is here, and is quantized already or asks for what
-            is not implemented; it is so on the nodes too.
-        CalibrationError: a weight is not positive, or a file is of an unknown kind.
-    """
-    from quant_jobs.calibration.documents import kind_of
-    from quant_jobs.calibration.token_blocks import CalibrationSource
-
-    refuse_quantized(model)
-    if (model / CONFIG_FILE).exists():
-        ModelConfig.from_directory(model)
-    if workers < 1:
-        raise DeployError(
-            "--workers 0 is a job without Ray, which cannot be submitted to one: give --workers 1 "
-            "or more, or run quantize here"
-        )
-    load_recipe(recipe)
-    for argument in calibration:
-        kind_of(CalibrationSource.parse(argument).path)
-    return Submission(
-        model=model.absolute(),
-        recipe=recipe if recipe in builtin_recipes() else str(Path(recipe).absolute()),
-        calibration=tuple(os.path.abspath(argument) for argument in calibration),
-        output=output.absolute(),
-        workers=workers,
-        device=device,
-        cpus_per_worker=cpus_per_worker,
-    )
 
 
 def connect_to_jobs(address: str | None = None) -> Any:
@@ -240,7 +129,7 @@ def submit(
                 entrypoint=job.entrypoint,
                 submission_id=submission_id,
                 runtime_env=runtime_env,
-                metadata={"output": str(job.output), "recipe": job.recipe},
+                metadata=job.metadata(),
                 # The driver mostly waits, so it takes none of the CPUs that workers are placed
                 # on. Without a request for resources it runs on the head.
                 entrypoint_num_cpus=0,
@@ -356,39 +245,6 @@ def _submissions(client: Any, base_id: str) -> dict[int, str]:
 
 def _id(base_id: str, number: int) -> str:
     return base_id if number == 1 else f"{base_id}-{number}"
-
-
-def _identify_model(model: Path) -> dict[str, Any]:
-    """Identity of a source checkpoint: its fingerprint, or its path where it cannot be opened here.
-
-    A checkpoint that is absent or incomplete on this machine may be complete on the nodes.
-    """
-    from deepseek.artifact.documents import COPIED_FILES
-    from deepseek.source.checkpoint import CheckpointReader
-
-    try:
-        fingerprint = CheckpointReader(model).fingerprint
-        files = {name: model / name for name in COPIED_FILES if (model / name).is_file()}
-        return {
-            "fingerprint": fingerprint,
-            "files": {name: sha256_file(path) for name, path in files.items()},
-        }
-    except (OSError, CheckpointError, ConfigError):
-        return {"path": str(model)}
-
-
-def _identify_text(argument: str) -> dict[str, Any]:
-    """Identity of `FILE[=WEIGHT]`: weight and content, or the path where it cannot be read here."""
-    from quant_jobs.calibration.token_blocks import CalibrationSource
-
-    source = CalibrationSource.parse(argument)
-    try:
-        os.close(open_regular(source.path))  # reading a pipe would never end
-        # The ending decides how the bytes are read.
-        content = {"sha256": sha256_file(source.path), "ending": source.path.suffix}
-    except (OSError, UnusableFileError):
-        content = {"path": str(source.path)}
-    return {"weight": source.weight, **content}
 
 
 def _status(client: Any, submission_id: str) -> str:

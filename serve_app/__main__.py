@@ -126,6 +126,7 @@ def main(
             kv_cache=settings.kv_cache,
             allow_ungated=settings.allow_ungated,
             require_signature=settings.require_signature,
+            depth="headers",
         )
     signals = _Signals()
     signals.install()

@@ -6,6 +6,10 @@ the rule holds for every adapter on every cluster and for every file of the engi
 uses; no adapter knows of it. `python -m serve_app` calls it too, before it starts Ray, so that a
 user reads one sentence at once. What a verdict must say is in deepseek/artifact/verdict.py;
 `quant_jobs gate` writes it.
+
+The embedded engine verifies every tensor that it loads. TensorRT-LLM's loader verifies none, so its
+directory is checked here as `build --check` does (deepseek/trtllm/check.py): by names, types and
+shapes before Ray starts, and every byte in the replica before its engine is made.
 """
 
 from __future__ import annotations
@@ -14,12 +18,16 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from deepseek.artifact.engine_manifest import read_documents, read_engine_manifest
 from deepseek.artifact.verdict import require_passed
 from deepseek.errors import ArtifactError
 
 log = logging.getLogger("ray.serve")
+
+#: How far an engine directory is read: its documents; names, types and shapes too; every byte.
+Depth = Literal["documents", "headers", "bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +71,24 @@ def admit(
     kv_cache: str | None,
     allow_ungated: bool = False,
     require_signature: Path | None = None,
+    depth: Depth = "documents",
 ) -> Admitted:
     """Check that the gate passed for exactly this engine, on KV pages of the format `kv_cache`
     (None: as it was built), and that the directory holds this engine and nothing else.
     `require_signature` is the PEM file of the public key that the verdict must be signed with.
+    `depth` is how far the tensors of a loader are read that does not verify them itself.
 
     Raises:
         ArtifactError: the directory is no engine, or a file in it is not the engine's; or its gate
             is missing, failed, unsigned, or judged another engine, other kernels or another KV
             format, and `allow_ungated` does not override that.
+        DeployError: its loader would not load it, or would load something else.
     """
     manifest = read_engine_manifest(engine_dir)
+    if manifest.target == "trtllm" and depth != "documents":
+        from deepseek.trtllm.check import check_engine  # brings torch, which an ingress has not
+
+        check_engine(engine_dir, digests=depth == "bytes")
     admitted = Admitted(
         engine_digest=manifest.digest,
         arithmetic=manifest.target,  # each target's engines are loaded by its own kernels

@@ -68,7 +68,7 @@ def int8(model: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine_dir(int8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("engine") / "out"
-    run_build(int8, "embedded", 1, output)
+    run_build(int8, "embedded", output)
     return output
 
 
@@ -182,7 +182,7 @@ def test_quantize_build_and_score_with_every_built_in_recipe(
 ) -> None:
     output = quantized(model, name, tmp_path / "out")
     assert_indexers_are_as_released(model.directory, output)
-    run_build(output, "embedded", 1, tmp_path / "engine")
+    run_build(output, "embedded", tmp_path / "engine")
     engine = LLMEngine.load(tmp_path / "engine", EngineOptions(num_threads=1))
     assert engine.score(torch.arange(TOPK) % 96).isfinite().all()
     if name != "int8-smoothquant":
@@ -286,7 +286,7 @@ def test_build_reads_the_indexer_although_it_drops_it(
     raw[8 + header + first] ^= 1
     file.write_bytes(raw)
     with pytest.raises(ArtifactError, match=f"tensor {tensor} in .* is damaged"):
-        run_build(damaged, "embedded", 1, tmp_path / "engine")
+        run_build(damaged, "embedded", tmp_path / "engine")
 
 
 # --- evaluate, gate ---

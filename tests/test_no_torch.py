@@ -14,6 +14,7 @@ MODULES = (
     "deepseek.artifact.manifest",
     "deepseek.artifact.verdict",
     "deepseek.files",
+    "deepseek.trtllm.lint",
     "quant_jobs.__main__",
     "quant_jobs.evaluation.limits",
     "quant_jobs.evaluation.record",

@@ -33,12 +33,14 @@ class BuiltEngine:
     """The documents of one engine directory.
 
     `config` is the source's, FP8 blocks included. `manifest` is the quantized checkpoint's, None
-    for an engine of an unquantized source. `num_bytes` counts the engine's tensor files.
-    `documents` are the engine's files beside the tensors, as verified against engine.json.
+    for an engine of an unquantized source. `target` names its loader. `num_bytes` counts the
+    engine's tensor files. `documents` are the engine's files beside the tensors, as verified
+    against engine.json.
     """
 
     directory: Path
     digest: str
+    target: str
     artifact_digest: str
     source_fingerprint: str
     recipe: str
@@ -75,6 +77,7 @@ def read_engine(directory: Path) -> BuiltEngine:
     return BuiltEngine(
         directory=directory,
         digest=engine.digest,
+        target=engine.target,
         artifact_digest=engine.artifact_digest,
         source_fingerprint=engine.source_fingerprint,
         recipe=engine.recipe,

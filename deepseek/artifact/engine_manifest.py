@@ -37,12 +37,17 @@ from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import canonical_json, read_json_object, write_json
 from deepseek.recipe import KVFormat, Scheme
+from deepseek.source.index import INDEX_FILE
 
 ENGINE_FILE = "engine.json"
 #: The gate's verdict on the engine, and its signature: written into the directory after `build`.
 VERDICT_FILE, SIGNATURE_FILE = "gate.json", "gate.json.sig"
 FORMAT_VERSION = 2
 _DOCUMENTS = ("config.json", MANIFEST_FILE, *COPIED_FILES)
+#: What the directories of some targets hold beside them, for the target's own loader.
+_TARGET_DOCUMENTS = {
+    "trtllm": ("hf_quant_config.json", "quant_cfg.json", "llm_args.yaml", INDEX_FILE),
+}
 #: KV formats that an engine may have; "fp32" is for exactness tests.
 CacheFormat = Literal[KVFormat, "fp32"]
 #: The recipe's name in an engine that was built from a source checkpoint as it is.
@@ -164,7 +169,8 @@ def read_documents(directory: Path, manifest: EngineManifest) -> dict[str, bytes
     Raises:
         ArtifactError: a file is absent, differs, or is not the engine's; the sentence names it.
     """
-    documents = read_listed(directory, manifest.files, _DOCUMENTS, manifest=ENGINE_FILE)
+    allowed = (*_DOCUMENTS, *_TARGET_DOCUMENTS.get(manifest.target, ()))
+    documents = read_listed(directory, manifest.files, allowed, manifest=ENGINE_FILE)
     for name, file in manifest.tensor_files.items():
         if Path(name).name != name or not name.isprintable() or not name.endswith(".safetensors"):
             raise ArtifactError(

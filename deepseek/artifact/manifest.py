@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deepseek import untrusted
+from deepseek.artifact.input_maxima import INPUT_MAXIMA_FILE, InputOutlier
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import canonical_json, read_json_object, write_json
@@ -24,7 +26,7 @@ from deepseek.recipe import KVFormat, Recipe
 MANIFEST_FILE = "intserve.json"
 #: What a job leaves beside the manifest; it belongs to no digest.
 JOB_REPORTS = ("job_report.json", "job_report.html")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: A number of bytes, tokens or times; larger ones cannot be computed with exactly.
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
@@ -106,10 +108,14 @@ class Manifest(_Record):
     expert. `files` maps each copied or derived file (config.json, index, tokenizer) to its SHA-256.
     `kv_latent_amax` maps each layer to the largest magnitude of the cached latent (the output of
     kv_a_layernorm, folded smoothing included) over the calibration tokens; the rotary key is not
-    included. A static FP8 scale of the latent would be 1/448 of this value.
+    included. A static FP8 scale of the latent would be 1/448 of this value. `input_outliers` are
+    the routed experts whose inputs are far larger than those of the others in their layer
+    (`input_maxima.py`); empty where the maxima are not kept.
+
+    Format 1 has neither maxima nor outliers, and its recipe no limit for them.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     recipe: Recipe
     source: SourceRecord
     calibration: CalibrationRecord | None
@@ -119,6 +125,12 @@ class Manifest(_Record):
     tools: dict[str, str]
     files: dict[str, str]
     kv_latent_amax: dict[int, Magnitude] = {}
+    input_outliers: tuple[InputOutlier, ...] = ()
+
+    @property
+    def has_input_maxima(self) -> bool:
+        """Whether the maxima of the routed experts' inputs lie beside the artifact."""
+        return INPUT_MAXIMA_FILE in self.files
 
     @property
     def kv_cache(self) -> KVFormat:
@@ -133,7 +145,15 @@ class Manifest(_Record):
     @property
     def digest(self) -> str:
         """SHA-256 in hex of the manifest's canonical JSON: the artifact's digest."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+        return hashlib.sha256(canonical_json(self.content())).hexdigest()
+
+    def content(self) -> dict[str, Any]:
+        """The JSON of intserve.json without its digest, in the form of `format_version`: in form 1,
+        what came with form 2 is left out, so that an older artifact keeps its digest."""
+        content = self.model_dump(mode="json")
+        if self.format_version == 1:
+            del content["input_outliers"], content["recipe"]["gate"]["max_input_outliers"]
+        return content
 
     def record(self, layer: LayerKey) -> LayerRecord:
         """The record of one layer, or of the globals. An absent record is a bug: a reader checks on
@@ -168,12 +188,15 @@ def check_figures(manifest: Manifest, config: ModelConfig, path: Path) -> None:
     for layer in manifest.kv_latent_amax:
         if layer not in layers:
             refuse(f"a layer {layer}")
+    for outlier in manifest.input_outliers:
+        is_layer = outlier.layer in layers and config.is_moe(outlier.layer)
+        if not is_layer or outlier.expert >= config.n_routed_experts:
+            refuse(f"the input of expert {outlier.expert} in layer {outlier.layer}")
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write intserve.json, its own digest beside the content, atomically."""
-    content = manifest.model_dump(mode="json") | {"digest": manifest.digest}
-    write_json(directory / MANIFEST_FILE, content)
+    write_json(directory / MANIFEST_FILE, manifest.content() | {"digest": manifest.digest})
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -193,10 +216,14 @@ def read_manifest(directory: Path) -> Manifest:
 def parse_manifest(raw: dict[str, Any], path: Path) -> Manifest:
     """The manifest that the JSON object of `path` holds; see `read_manifest` for the errors."""
     version = raw.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ArtifactError(
-            f"{path}: format_version {version!r} is not supported, only {FORMAT_VERSION}; "
-            "quantize again with this version"
+            f"{path}: format_version {untrusted.show(version)} is not supported, only 1 and "
+            f"{FORMAT_VERSION}; quantize again with this version"
+        )
+    if version == 1 and (later := _later_field(raw)):
+        raise ArtifactError(
+            f"{path}: {later} is no field of its format_version; restore it or quantize again"
         )
     recorded = raw.get("digest")
     content = {key: value for key, value in raw.items() if key != "digest"}
@@ -212,3 +239,16 @@ def parse_manifest(raw: dict[str, Any], path: Path) -> Manifest:
             f"records {recorded}); restore it or quantize again"
         )
     return manifest
+
+
+def _later_field(raw: dict[str, Any]) -> str | None:
+    """What a manifest of form 1 holds that came with form 2, which its digest would not cover."""
+    if "input_outliers" in raw:
+        return "input_outliers"
+    files, gate = raw.get("files"), raw.get("recipe")
+    gate = gate.get("gate") if isinstance(gate, dict) else None
+    if isinstance(files, dict) and INPUT_MAXIMA_FILE in files:
+        return f"files.{INPUT_MAXIMA_FILE}"
+    if isinstance(gate, dict) and "max_input_outliers" in gate:
+        return "recipe.gate.max_input_outliers"
+    return None

@@ -5,7 +5,10 @@ Every tensor is verified against the manifest, and `finish` checks that every fi
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,17 @@ from deepseek.artifact.documents import (
     document_object,
     read_listed,
 )
+from deepseek.artifact.input_maxima import (
+    INPUT_MAXIMA_FILE,
+    InputMaxima,
+    find_outliers,
+    parse_input_maxima,
+)
 from deepseek.artifact.manifest import (
     JOB_REPORTS,
     MANIFEST_FILE,
     LayerKey,
+    LayerRecord,
     check_figures,
     read_manifest,
 )
@@ -32,25 +42,63 @@ from deepseek.artifact.tensors import expected_tensors, layer_file, layer_keys, 
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError
 from deepseek.source.index import INDEX_FILE
-from deepseek.tensor_files import DamagedFileError, read_header, tensor_digest
+from deepseek.tensor_files import DamagedFileError, Header, read_header, tensor_digest
 
 _OUR_SHARDS = re.compile(r"model-(layer-\d{5}|globals)[.]safetensors")
+
+
+class LayerFile:
+    """One published file, open: each tensor is verified when it is read. `header` is checked."""
+
+    def __init__(self, path: Path, header: Header, record: LayerRecord, file: Any) -> None:
+        self.header = header
+        self._path, self._record, self._file = path, record, file
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from the file.
+
+        Raises:
+            ArtifactError: its bytes are not those that were published; the sentence names it.
+        """
+        with _reading(self._path):
+            tensor: Tensor = self._file.get_tensor(name)
+        if tensor_digest(tensor) != self._record.tensors.get(name):
+            raise ArtifactError(
+                f"tensor {name} in {self._path} is damaged: its bytes are not those that were "
+                "published; restore the file or quantize again"
+            )
+        return tensor
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (DamagedFileError, SafetensorError) as error:
+        raise ArtifactError(f"{path} {error}; restore the file or quantize again") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror})") from error
 
 
 class ArtifactReader:
     """A finished quantized checkpoint, verified as it is read.
 
+    `ignore_input_maxima` neither reads nor requires input_maxima.json: for `quant_jobs measure`,
+    which writes it.
+
     Raises on opening:
         ArtifactError: unfinished, edited, incomplete, or holding a file that is not its own.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, *, ignore_input_maxima: bool = False) -> None:
         self.directory = Path(directory)
+        self._ignores_maxima = ignore_input_maxima
         self.manifest = read_manifest(self.directory)
         #: The artifact's digest: that of the manifest, which covers every byte of the tensors.
         self.digest = self.manifest.digest
         self.recipe = self.manifest.recipe
-        #: config.json, index and tokenizer files by name, as verified against the manifest.
+        #: config.json, index and tokenizer files by name, as verified against the manifest; without
+        #: the input maxima, which no engine copies.
         self.documents = self._read_documents()
         raw = document_object(self.directory, self.documents, "config.json")
         # The schemes follow from the *source's* config, which had FP8 blocks where this has none.
@@ -59,6 +107,8 @@ class ArtifactReader:
         )
         self.schemes = self.recipe.resolve(self.config)
         self._check_config(raw)
+        #: The largest input of each routed expert; None where the artifact does not hold them.
+        self.input_maxima = self._parse_maxima(self.documents.pop(INPUT_MAXIMA_FILE, None))
         self._unread: set[LayerKey] = set(layer_keys(self.config))
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
@@ -68,11 +118,15 @@ class ArtifactReader:
             ArtifactError: the file is damaged; the sentence names the tensor and the file.
         """
         assert 0 <= layer < self.config.num_layers_with_mtp
-        return self._read(layer)
+        tensors = self.read_some(layer, lambda _: True)
+        self._unread.discard(layer)
+        return tensors
 
     def read_globals(self) -> dict[str, Tensor]:
         """The tensors outside the decoder layers, verified; see `read_layer`."""
-        return self._read("globals")
+        tensors = self.read_some("globals", lambda _: True)
+        self._unread.discard("globals")
+        return tensors
 
     def finish(self) -> None:
         """Check that every published file was read.
@@ -84,30 +138,32 @@ class ArtifactReader:
             first = min(self._unread, key=str)
             raise ArtifactError(f"{self.directory}: {layer_file(first)} was never read")
 
-    def _read(self, layer: LayerKey) -> dict[str, Tensor]:
+    @contextmanager
+    def open_file(self, layer: LayerKey) -> Iterator[LayerFile]:
+        """The file of one layer, or of the globals, open to be read tensor by tensor. Does not
+        count as reading the file for `finish`.
+
+        Raises:
+            ArtifactError: the file is damaged; the sentence names it.
+        """
         record = self.manifest.record(layer)
         path = self.directory / record.file
-        try:
+        with _reading(path):
             header = read_header(path)
             if header.sha256 != record.header_sha256:
                 raise DamagedFileError("has a header other than the one that was published")
             actual = {name: (entry.shape, entry.dtype) for name, entry in header.tensors.items()}
             if difference := mismatch(actual, expected_tensors(self.config, self.schemes, layer)):
                 raise DamagedFileError(f"does not hold what config.json describes: {difference}")
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in header.tensors}
-        except (DamagedFileError, SafetensorError) as error:
-            raise ArtifactError(f"{path} {error}; restore the file or quantize again") from error
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read ({error.strerror})") from error
-        for name, tensor in tensors.items():
-            if tensor_digest(tensor) != record.tensors.get(name):
-                raise ArtifactError(
-                    f"tensor {name} in {path} is damaged: its bytes are not those that were "
-                    "published; restore the file or quantize again"
-                )
-        self._unread.discard(layer)
-        return tensors
+            opened = safe_open(path, framework="pt")
+        with opened as file:
+            yield LayerFile(path, header, record, file)
+
+    def read_some(self, layer: LayerKey, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Those tensors of one layer, or of the globals, whose full name `wanted` accepts, each
+        verified; see `open_file`."""
+        with self.open_file(layer) as file:
+            return {name: file.read(name) for name in file.header.tensors if wanted(name)}
 
     def _read_documents(self) -> dict[str, bytes]:
         """The documents, and a look at everything else in the directory."""
@@ -119,13 +175,34 @@ class ArtifactReader:
                     "IntServe writes; quantize again"
                 )
             check_tensor_file(self.directory / name, num_bytes, self.directory)
-        allowed = ("config.json", INDEX_FILE, *COPIED_FILES)
-        documents = read_listed(
-            self.directory, self.manifest.files, allowed, manifest=MANIFEST_FILE
-        )
-        known = {MANIFEST_FILE, *JOB_REPORTS, *documents, *shards}
-        check_nothing_else(self.directory, known, what="artifact")
+        allowed = ("config.json", INDEX_FILE, INPUT_MAXIMA_FILE, *COPIED_FILES)
+        listed = dict(self.manifest.files)
+        known = {MANIFEST_FILE, *JOB_REPORTS, *shards}
+        if self._ignores_maxima:
+            listed.pop(INPUT_MAXIMA_FILE, None)
+            known.add(INPUT_MAXIMA_FILE)
+        documents = read_listed(self.directory, listed, allowed, manifest=MANIFEST_FILE)
+        stray = self.directory / INPUT_MAXIMA_FILE
+        if INPUT_MAXIMA_FILE not in known | documents.keys() and os.path.lexists(stray):
+            raise ArtifactError(
+                f"{stray} is not listed in {MANIFEST_FILE}, as after a `quant_jobs measure` that "
+                "was killed; run that again, or remove the file"
+            )
+        check_nothing_else(self.directory, known | documents.keys(), what="artifact")
         return documents
+
+    def _parse_maxima(self, data: bytes | None) -> InputMaxima | None:
+        """The maxima of input_maxima.json, whose outliers must be those of the manifest."""
+        if self._ignores_maxima:
+            return None
+        path = self.directory / INPUT_MAXIMA_FILE
+        maxima = None if data is None else parse_input_maxima(data, self.config, path)
+        if self.manifest.input_outliers != (() if maxima is None else find_outliers(maxima)):
+            raise ArtifactError(
+                f"{self.directory / MANIFEST_FILE} has other input_outliers than follow from "
+                f"{INPUT_MAXIMA_FILE}; restore both or quantize again"
+            )
+        return maxima
 
     def _check_config(self, raw: dict[str, Any]) -> None:
         """Check the manifest against the model that config.json, of content `raw`, describes."""

@@ -34,7 +34,7 @@ from deepseek.untrusted import UnusableFileError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 #: Whose kernels computed: the name of a target, as in engine.json. An engine for TensorRT-LLM that
 #: was judged by the embedded engine's emulation has a verdict on "embedded", which does not admit
@@ -56,7 +56,7 @@ class GateVerdict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    format_version: Literal[3] = 3
+    format_version: Literal[4] = 4
     passed: StrictBool
     artifact_digest: str
     engine_digest: str
@@ -109,6 +109,8 @@ def read_verdict(engine_dir: Path | str, *, signed_by: Path | None = None) -> Ga
         )
     if version < 3:
         raw = _name_what_was_judged(raw, path)
+    if version < 4:
+        _refuse_later_limit(raw, path)
     try:
         return GateVerdict.model_validate(raw)
     except ValidationError as error:
@@ -169,6 +171,17 @@ def _name_what_was_judged(raw: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: {min(known)} is no field of its format_version; run the gate again"
         )
     return raw | added
+
+
+def _refuse_later_limit(raw: dict[str, Any], path: Path) -> None:
+    """Check that a verdict of form 1, 2 or 3 does not claim the limit that came with form 4. Read,
+    it has that limit's default: what it judges kept no maxima, so there was nothing to count."""
+    limits = raw.get("limits")
+    if isinstance(limits, dict) and "max_input_outliers" in limits:
+        raise ArtifactError(
+            f"{path}: limits.max_input_outliers is no field of its format_version; run the gate "
+            "again"
+        )
 
 
 def _require_signature(directory: Path, data: bytes, public_key: Path) -> None:

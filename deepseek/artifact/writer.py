@@ -5,6 +5,7 @@
     model-globals.safetensors       embeddings, final norm, head
     model.safetensors.index.json    for loaders that are not ours
     tokenizer files                 copied
+    input_maxima.json               the largest input of each routed expert (input_maxima.py)
     intserve.json                   the manifest (deepseek/artifact/manifest.py); written last
 
 `quantize` writes it: any process may publish a file, and one process finishes. The presence of
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from deepseek.artifact.compressed_tensors import quantization_config
 from deepseek.artifact.documents import read_copied
+from deepseek.artifact.input_maxima import INPUT_MAXIMA_FILE, InputMaxima, find_outliers
 from deepseek.artifact.manifest import (
     MANIFEST_FILE,
     CalibrationRecord,
@@ -132,8 +134,10 @@ class ArtifactWriter:
         fallbacks: list[Fallback],
         tools: Mapping[str, str],
         kv_latent_amax: Mapping[int, float] | None = None,
+        input_maxima: InputMaxima | None = None,
     ) -> Manifest:
-        """Write config, index, tokenizer and, last, the manifest. Every file must be registered.
+        """Write config, index, tokenizer, input maxima (None: there are none) and, last, the
+        manifest. Every file must be registered.
 
         Raises:
             CheckpointError: a file of the source cannot be copied; see `read_copied`, which a job
@@ -145,6 +149,8 @@ class ArtifactWriter:
         records = tuple(self._records[key] for key in keys)
         remove_scraps(self.directory)
         files = self._files_beside(records)
+        if input_maxima is not None:
+            files[INPUT_MAXIMA_FILE] = input_maxima.to_bytes()
         for name, content in files.items():
             write_atomic(self.directory / name, content)
         manifest = Manifest(
@@ -157,20 +163,24 @@ class ArtifactWriter:
             tools=dict(sorted(tools.items())),
             files={name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)},
             kv_latent_amax=dict(sorted((kv_latent_amax or {}).items())),
+            input_outliers=() if input_maxima is None else find_outliers(input_maxima),
         )
         write_manifest(self.directory, manifest)
         return manifest
 
-    def restore_files(self, manifest: Manifest) -> None:
+    def restore_files(self, manifest: Manifest, input_maxima: bytes | None = None) -> None:
         """Write those files beside the tensors again that a finished artifact has lost, with the
         bytes that its manifest records. Every tensor file must be registered; the manifest stays
-        as it is.
+        as it is. `input_maxima` are the bytes of that file, which follow from nothing here; None
+        where it is not lost.
 
         Raises:
             ArtifactError: the source no longer holds what a lost file was copied from.
         """
         remove_scraps(self.directory)
         files = self._files_beside(manifest.layers)
+        if input_maxima is not None:
+            files[INPUT_MAXIMA_FILE] = input_maxima
         for name, sha256 in manifest.files.items():
             path = self.directory / name
             if path.is_file() and sha256_file(path) == sha256:

@@ -227,6 +227,16 @@ class CheckpointReader:
         self._unread -= set(names)
         return _with_scales(specs, stored)
 
+    def load_tensor(self, name: str) -> Tensor:
+        """Read one stored tensor by name, a scale too, into newly allocated memory; see `load`."""
+        shard = self._shards[self._shard_of[name]]
+        with shard.opened() as file:
+            entry = shard.header.tensors[name]
+            tensor = _checked(shard.path, name, read_tensor(file, entry))
+        self.bytes_read += entry.num_bytes
+        self._unread.discard(name)
+        return tensor
+
     def embed(self, ids: Tensor) -> Tensor:
         """Read the rows of the embedding for token ids int64 [T], and no others: float32 [T, D]."""
         name = "model.embed_tokens.weight"

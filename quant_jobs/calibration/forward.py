@@ -221,16 +221,20 @@ def run_expert(
     expert: int,
     weights: Mapping[str, Tensor],
     round_input: Mapping[str, RoundInput],
+    observe: Callable[[str, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Run one routed expert on its tokens of one block. Returns (tokens int64 [n], rows f32 [n, D]
     multiplied by the router's weights), or None without tokens. `weights` f32 [N, K] and
-    `round_input` are by role."""
+    `round_input` are by role. `observe(role, x)` is called with every linear's input f32 [n, K],
+    before it is rounded."""
     token, choice = tokens_of(routed, expert)
     if not len(token):
         return None
     assert routed.weights is not None
 
     def linear(role: str, x: Tensor) -> Tensor:
+        if observe is not None:
+            observe(role, x)
         return F.linear(round_input[role](x) if role in round_input else x, weights[role])
 
     x = routed.z[token]

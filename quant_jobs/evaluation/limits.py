@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from deepseek.artifact.manifest import Manifest
+from deepseek.artifact.built_engine import BuiltEngine
+from deepseek.artifact.input_maxima import InputOutlier
+from deepseek.inventory import linears
 from deepseek.recipe import GateLimits
 from quant_jobs.evaluation.record import Evaluation
+
+#: The target whose kernels give every INT4 expert FP8 inputs, whatever the recipe says of them.
+_W4A8_TARGET = "trtllm"
 
 #: Fewest judged tokens of a verdict. With fewer, at a KL near 0.01 nats, the standard error of the
 #: mean is as large as the difference between a good and a bad recipe.
@@ -18,13 +23,19 @@ MIN_TOKENS = 2000
 class Measured:
     """The figures that have limits. `mean_kl` is in nats per token, `top1` is a share of the judged
     tokens, `starved_experts` a share of all routed experts; `fallbacks` is the sum of the counts in
-    the manifest's ledger."""
+    the manifest's ledger. `input_outliers` are the experts' inputs that set the static FP8 scale of
+    their layer far above what the other experts need; none where the engine has no such scales."""
 
     perplexity_ratio: float
     mean_kl: float
     top1: float
     fallbacks: int
     starved_experts: float
+    input_outliers: tuple[InputOutlier, ...] = ()
+
+    def figures(self) -> dict[str, float]:
+        """The figures by name, as a verdict records them."""
+        return asdict(self) | {"input_outliers": len(self.input_outliers)}
 
 
 def judge(measured: Measured, limits: GateLimits) -> dict[str, str]:
@@ -54,6 +65,13 @@ def judge(measured: Measured, limits: GateLimits) -> dict[str, str]:
             f"{measured.starved_experts:.1%} of the experts saw too few calibration tokens, more "
             f"than {limits.max_starved_experts:.1%}"
         )
+    outliers = measured.input_outliers
+    if not len(outliers) <= limits.max_input_outliers:
+        worst = max(outliers, key=lambda outlier: outlier.ratio)
+        broken["input_outliers"] = (
+            f"outliers among the inputs of the experts: {len(outliers)}, more than "
+            f"{limits.max_input_outliers}; the largest: {worst.describe()}"
+        )
     return broken
 
 
@@ -64,8 +82,26 @@ def starved_share(coverage: Mapping[int, Sequence[int]], floor_tokens: int) -> f
     return sum(tokens < floor_tokens for tokens in counts) / len(counts) if counts else 0.0
 
 
-def measure(evaluation: Evaluation, manifest: Manifest) -> Measured:
-    """Collect the figures that have limits from the two documents."""
+def static_input_outliers(engine: BuiltEngine) -> tuple[InputOutlier, ...]:
+    """The outliers of the layers whose routed experts have static FP8 inputs in this engine: where
+    the recipe gives them such inputs, and under TensorRT-LLM wherever experts are INT4."""
+    assert engine.manifest is not None
+    layers = {
+        layer
+        for layer in {outlier.layer for outlier in engine.manifest.input_outliers}
+        for spec in linears(engine.config, layer)
+        if spec.expert is not None
+        and (scheme := engine.schemes[spec.module]).is_quantized
+        and (scheme.activations == "fp8" or (engine.target == _W4A8_TARGET and scheme.bits == 4))
+    }
+    return tuple(outlier for outlier in engine.manifest.input_outliers if outlier.layer in layers)
+
+
+def measure(evaluation: Evaluation, engine: BuiltEngine) -> Measured:
+    """Collect the figures that have limits from the evaluation and the documents of the engine,
+    which is of a quantized checkpoint."""
+    manifest = engine.manifest
+    assert manifest is not None
     floor = manifest.recipe.expert_coverage.floor_tokens
     return Measured(
         perplexity_ratio=evaluation.perplexity_ratio.value,
@@ -73,4 +109,5 @@ def measure(evaluation: Evaluation, manifest: Manifest) -> Measured:
         top1=evaluation.top1.value,
         fallbacks=sum(fallback.count for fallback in manifest.fallbacks),
         starved_experts=starved_share(manifest.coverage, floor),
+        input_outliers=static_input_outliers(engine),
     )

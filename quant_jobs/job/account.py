@@ -87,6 +87,7 @@ def make_record(
                 seconds=_rounded(timings.layers.get(key, {})),
                 errors=published[key].record.errors,
                 coverage=published[key].coverage,
+                input_maxima=published[key].input_maxima,
                 num_bytes=published[key].record.num_bytes,
                 source_bytes=job.source.num_bytes(key),
             )

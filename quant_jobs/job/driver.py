@@ -29,19 +29,20 @@ from typing import Any
 
 from torch import Tensor
 
+from deepseek.artifact.input_maxima import InputMaxima, quantizes_experts
 from deepseek.artifact.manifest import MANIFEST_FILE, LayerKey, Manifest, read_manifest
 from deepseek.artifact.tensors import layer_file, layer_keys, store_tensor
 from deepseek.artifact.writer import ArtifactWriter
 from deepseek.errors import IntServeError
-from deepseek.inventory import MLP_READERS, linears
 from deepseek.source.checkpoint import content_digest
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.job.account import Timings, make_record
+from quant_jobs.job.experts import join_maxima, layer_coverage, layer_maxima
 from quant_jobs.job.folder import JobFolder, PublishedFile
 from quant_jobs.job.job import Job, tools
 from quant_jobs.job.layer_steps import LayerSteps, Solution
 from quant_jobs.job.progress import Event, Progress, Step
-from quant_jobs.job.restore import check_remade, published_files
+from quant_jobs.job.restore import check_remade, lost_maxima, published_files
 from quant_jobs.job.source_watch import SourceWatch
 from quant_jobs.job.space import check_room
 from quant_jobs.reports.job_report import write_job_report
@@ -96,11 +97,14 @@ class Driver:
         #: The manifest of a finished output that has lost files, which this run makes again.
         self._finished: Manifest | None = None
         self._recorded: dict[LayerKey, PublishedFile] = {}
+        self._lost_maxima: bytes | None = None  # of that output
         if (job.output / MANIFEST_FILE).exists():
             self._finished = read_manifest(job.output)
+            self._lost_maxima = lost_maxima(job.output, self._finished)
             self._recorded = published_files(self._finished)
             for file in self._recorded.values():
                 folder.save_published(file)
+        self._keeps_maxima = quantizes_experts(self._config, self._writer.schemes)
         self._watch = SourceWatch(job, folder, self._recorded)
         self._published = folder.load_published(forget_damaged=self._finished is not None)
         for file in self._published.values():
@@ -285,21 +289,17 @@ class Driver:
         self._register(
             PublishedFile(
                 record=record,
-                coverage=self._coverage(writing.layer, summary),
+                coverage=layer_coverage(self._config, writing.layer, summary),
                 fallbacks=summary.fallbacks,
                 kv_latent_amax=summary.kv_latent_amax,
+                input_maxima=(
+                    layer_maxima(self._config, writing.layer, summary)
+                    if self._keeps_maxima
+                    else None
+                ),
             )
         )
         self._writing = None
-
-    def _coverage(self, layer: int, summary: SolveSummary) -> tuple[int, ...]:
-        """Number of tokens that the router sent to each expert; empty for a dense layer."""
-        gates = [
-            spec.module
-            for spec in linears(self._config, layer)
-            if spec.expert is not None and spec.role == MLP_READERS[0][0]
-        ]
-        return tuple(summary.tokens[module] for module in gates)
 
     # --- publishing ---
 
@@ -338,7 +338,7 @@ class Driver:
 
     def _finish(self, start: int) -> Manifest:
         if self._finished is not None:
-            self._writer.restore_files(self._finished)
+            self._writer.restore_files(self._finished, self._lost_maxima)
             self._folder.remove()
             self._report("finished", "globals")
             return self._finished
@@ -357,10 +357,26 @@ class Driver:
                 for key, file in layers.items()
                 if file.kv_latent_amax is not None
             },
+            input_maxima=self._maxima(),
         )
         self._folder.remove()
         self._report("finished", "globals")
         return manifest
+
+    def _maxima(self) -> InputMaxima | None:
+        """The maxima of all experts; None where none are kept, or an earlier version has published
+        a layer without them, which is said."""
+        if not self._keeps_maxima:
+            return None
+        maxima, lacking = join_maxima(self._config, self._published)
+        if lacking is not None:
+            detail = (
+                f"layer {lacking} was published by an earlier version, which did not keep the "
+                "largest inputs of the experts, so the artifact has none; `python -m quant_jobs "
+                "measure` adds them"
+            )
+            self._progress(Event("noted", lacking, detail=detail))
+        return maxima
 
     def _write_report(self, start: int, ledger: Ledger) -> None:
         try:

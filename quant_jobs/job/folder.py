@@ -19,12 +19,7 @@ Disk space beside the output: one boundary, two while the next is being written;
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,22 +27,31 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from deepseek.artifact.input_maxima import LayerMaxima
 from deepseek.artifact.manifest import MANIFEST_FILE, Fallback, LayerKey, LayerRecord
 from deepseek.artifact.tensors import layer_file
 from deepseek.errors import ArtifactError
 from deepseek.files import canonical_json, remove_scraps, sha256_file, write_json
 from deepseek.outputs import check_directory, make_directory, writing
+from deepseek.recipe import Recipe
 from deepseek.tensor_files import tensor_digest
 from deepseek.untrusted import UnusableFileError, read_json_object
+from quant_jobs.run_folder import (
+    FolderLock,
+    delete_tree,
+    pin_inputs,
+    refuse_foreign_files,
+    short,
+)
 from quant_jobs.workers.boundary import block_name, stored_blocks
 
 FOLDER = ".job"
-#: Attempts to delete a folder into which a worker may still write.
-_REMOVALS = 10
 
 
 class PublishedFile(BaseModel):
-    """One published tensor file, and what the manifest will record about its layer."""
+    """One published tensor file, and what the manifest will record about its layer. `input_maxima`
+    are those of its routed experts; None where it has none, or where an earlier version, which did
+    not keep them, has published it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,6 +59,7 @@ class PublishedFile(BaseModel):
     coverage: tuple[int, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
     kv_latent_amax: float | None = None
+    input_maxima: LayerMaxima | None = None
 
 
 class JobFolder:
@@ -69,10 +74,9 @@ class JobFolder:
         self.output = output
         self.path = output / FOLDER
         check_directory(output)
-        with writing(output):
-            self._refuse_foreign_files()
+        refuse_foreign_files(output, self.path, MANIFEST_FILE, "quantize")
         make_directory(self.path)
-        self._lock: int | None = self._take_lock()
+        self._lock = FolderLock(self.path, output, "quantize")
         try:
             self._pin(fingerprint)
             self._remove_scraps()
@@ -88,19 +92,11 @@ class JobFolder:
 
     def release(self) -> None:
         """Release the lock. The files stay for the next run."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def remove(self) -> None:
         """Delete the folder of a finished job, the lock file last, and release the lock."""
-        with writing(self.path):
-            for path in sorted(self.path.iterdir()):
-                if path.name != "lock":
-                    _remove_folder(path) if path.is_dir() else path.unlink()
-            (self.path / "lock").unlink()
-            self.path.rmdir()
-        self.release()
+        self._lock.remove_folder()
 
     # --- published files ---
 
@@ -141,12 +137,12 @@ class JobFolder:
             raw = read_json_object(path)
             # A record of a job that an earlier version began has no digest.
             digest = raw.pop("digest", None)
+            written = hashlib.sha256(canonical_json(raw)).hexdigest()
             file = PublishedFile.model_validate(raw)
         except (UnusableFileError, ValidationError) as error:
             reason = "is damaged" if isinstance(error, ValidationError) else str(error)
             raise ArtifactError(f"{path} {reason}; delete it and run again") from error
-        content = file.model_dump(mode="json")
-        if digest not in (None, hashlib.sha256(canonical_json(content)).hexdigest()):
+        if digest not in (None, written):
             raise ArtifactError(
                 f"{path} is damaged: it was changed after it was written; delete it and run again"
             )
@@ -220,56 +216,13 @@ class JobFolder:
         for path in sorted(self.path.glob("boundary-*")):
             if path.name < self.boundary(before).name:
                 with writing(path):
-                    _remove_folder(path)
+                    delete_tree(path)
 
     # --- ownership ---
 
-    def _refuse_foreign_files(self) -> None:
-        if not self.output.is_dir() or self.path.is_dir():
-            return
-        if (self.output / MANIFEST_FILE).exists():
-            return
-        foreign = sorted(path.name for path in self.output.iterdir())
-        if foreign:
-            raise ArtifactError(
-                f"{self.output} is not empty ({foreign[0]}) and not an output of quantize; "
-                "choose another --output"
-            )
-
-    def _take_lock(self) -> int:
-        path = self.path / "lock"
-        with writing(path), contextlib.ExitStack() as opened:
-            while True:
-                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-                opened.callback(os.close, handle)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
-                    raise ArtifactError(
-                        f"{self.output} is being written by another quantize (process {owner}); "
-                        "wait for it or choose another --output"
-                    ) from None
-                # The file may have been deleted, by a job that ended, between opening and locking.
-                if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
-                    break
-                opened.close()
-                self.path.mkdir(exist_ok=True)
-            os.truncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-            opened.pop_all()  # open from here on: closing it frees the lock
-        return handle
-
     def _pin(self, fingerprint: dict[str, Any]) -> None:
-        path = self.path / "job.json"
-        current = json.loads(json.dumps(fingerprint))
-        if not path.exists():
-            write_json(path, current)
-            return
-        try:
-            stored = read_json_object(path)
-        except UnusableFileError as error:
-            raise ArtifactError(f"{path} {error}; delete {self.output} and run again") from error
+        stored, current = pin_inputs(self.path / "job.json", fingerprint, self.output)
+        stored["recipe"] = _with_defaults(stored.get("recipe"))
         check_same_run(self.output, stored, current)
 
     def _remove_scraps(self) -> None:
@@ -295,20 +248,10 @@ def check_same_run(output: Path, stored: dict[str, Any], current: dict[str, Any]
         elif key == "recipe":
             difference = "whose rules or settings have changed since"
         else:
-            difference = f"with another {key} ({_short(theirs)}, now {_short(ours)})"
+            difference = f"with another {key} ({short(theirs)}, now {short(ours)})"
         raise ArtifactError(
             f"{output} holds a run of {name}, {difference}; choose another --output or delete it"
         )
-
-
-def _remove_folder(path: Path) -> None:
-    """Delete a boundary, even while a worker that counts as dead still writes into it: one whose
-    node lost its network link finishes its last call."""
-    for _ in range(_REMOVALS):
-        with contextlib.suppress(OSError):  # not empty after all
-            shutil.rmtree(path)
-            return
-    shutil.rmtree(path)
 
 
 def _damaged_tensor(file: Path, record: LayerRecord) -> str:
@@ -321,6 +264,15 @@ def _damaged_tensor(file: Path, record: LayerRecord) -> str:
     except (OSError, SafetensorError):
         pass
     return "its header is"
+
+
+def _with_defaults(recipe: Any) -> Any:
+    """A stored recipe, of which an earlier version may not have known every field, with the
+    defaults of what it lacks; as it is where it is none."""
+    try:
+        return Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:
+        return recipe
 
 
 def _recipe_name(fingerprint: dict[str, Any]) -> str:
@@ -337,8 +289,3 @@ def _digest(path: Path) -> str | None:
             f"{path} cannot be read ({error.strerror}); see the state of the disk or mount, then "
             "run again"
         ) from error
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return text[:12] if len(text) == 64 else text

@@ -28,7 +28,7 @@ from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.algorithms.folding import scaled_groups
 from quant_jobs.calibration.token_blocks import CalibrationSource, TokenBlocks, load_token_blocks
 from quant_jobs.job.folder import FOLDER, JobFolder, check_same_run
-from quant_jobs.job.restore import lost_files
+from quant_jobs.job.restore import lost_files, lost_maxima
 from quant_jobs.workers.devices import Device
 
 #: A file of text, or several with weights.
@@ -118,8 +118,8 @@ def finished(job: Job, *, whole: bool = False) -> Manifest | None:
     `whole` or if the artifact is small.
 
     Raises:
-        ArtifactError: the output is finished and belongs to another job, or its manifest is
-            damaged.
+        ArtifactError: the output is finished and belongs to another job, its manifest is damaged,
+            or it has lost what cannot be made again.
     """
     if not (job.output / MANIFEST_FILE).exists():
         return None
@@ -136,6 +136,7 @@ def finished(job: Job, *, whole: bool = False) -> Manifest | None:
     }
     check_same_run(job.output, stored, job.fingerprint)
     if lost_files(job.output, manifest, whole=whole):
+        lost_maxima(job.output, manifest)  # refused here, before anything is written
         return None
     if (job.output / FOLDER).exists():  # killed after the manifest was written
         JobFolder(job.output, job.fingerprint).remove()

@@ -20,7 +20,7 @@ modules run in the order of the modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,6 +266,31 @@ class LayerSteps:
         Workers store the outputs in `folder`, one file per worker and wave, while they compute
         further. References to these calls are appended to `stored`.
         """
+
+        def store(number: int, wave: list[list[int]], combined: list[Any]) -> None:
+            stored.extend(self._store_wave(layer + 1, wave, folder, number, combined))
+
+        self._run_waves(layer, store)
+        self._pool.each(lambda worker, _: worker.advance.remote(layer))
+
+    def measure(self, layer: int) -> dict[int, tuple[float, float]]:
+        """Run all blocks through a layer of a finished artifact, whose outputs become the workers'
+        inputs. Returns the largest inputs, of gate and up and of down, of each expert that saw a
+        token."""
+        shares = share_out(self._config, layer, len(self._pool))
+        self._pool.each(lambda worker, i: worker.use_artifact.remote(layer, shares[i]))
+        self._run_waves(layer, lambda number, wave, combined: None)
+        maxima: dict[int, tuple[float, float]] = {}
+        for own in self._pool.each(lambda worker, _: worker.expert_maxima.remote(layer)):
+            maxima |= own
+        self._pool.each(lambda worker, _: worker.advance.remote(layer))
+        return maxima
+
+    def _run_waves(
+        self, layer: int, combined_wave: Callable[[int, list[list[int]], list[Any]], None]
+    ) -> None:
+        """Run all blocks through the quantized layer. Calls `combined_wave(number, wave,
+        references)` once the outputs of a wave are being computed."""
         pool, waves = self._pool, self._waves()
         # A worker runs its calls in order: submitting the attention of later waves first fills the
         # time in which it would wait for the experts of other workers.
@@ -277,12 +302,11 @@ class LayerSteps:
             if number + 2 < len(waves):
                 routed.append(self._attend_quantized_wave(layer, waves[number + 2]))
             combined = self._combine_wave(layer, wave, outputs)
-            stored += self._store_wave(layer + 1, wave, folder, number, combined)
+            combined_wave(number, wave, combined)
             del outputs
             pool.gather(before)
             before = combined
         pool.gather(before)
-        pool.each(lambda worker, _: worker.advance.remote(layer))
 
     def _attend_quantized_wave(self, layer: int, wave: list[list[int]]) -> list[Any]:
         return self._pool.submit(lambda worker, i: worker.attend_quantized.remote(layer, wave[i]))

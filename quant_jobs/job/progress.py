@@ -19,7 +19,15 @@ from deepseek.cli import make_progress, print_line
 from quant_jobs.job.folder import PublishedFile
 
 Step = Literal[
-    "started", "calibrated", "solved", "published", "carried", "lost", "joined", "finished"
+    "started",
+    "calibrated",
+    "solved",
+    "published",
+    "carried",
+    "lost",
+    "joined",
+    "noted",
+    "finished",
 ]
 
 

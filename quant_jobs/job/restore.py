@@ -13,6 +13,10 @@ import hashlib
 import os
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from deepseek import untrusted
+from deepseek.artifact.input_maxima import INPUT_MAXIMA_FILE, InputMaxima
 from deepseek.artifact.manifest import LayerKey, Manifest
 from deepseek.artifact.tensors import layer_file
 from deepseek.errors import ArtifactError
@@ -20,6 +24,7 @@ from deepseek.files import sha256_file
 from deepseek.tensor_files import DamagedFileError, read_header
 from deepseek.untrusted import UnusableFileError, open_regular
 from quant_jobs.job.folder import PublishedFile
+from quant_jobs.reports.job_report import REPORT_FILE
 
 #: Artifacts up to this size are compared byte by byte on every rerun; larger ones where it is asked
 #: for, because it takes a minute for each 100 GB.
@@ -56,6 +61,42 @@ def lost_files(
         if _size(output / name) is None or _sha256(output / name) != sha256:
             lost.append(name)
     return lost
+
+
+def lost_maxima(output: Path, manifest: Manifest) -> bytes | None:
+    """The bytes of input_maxima.json of a finished output that has lost it, from the copy in the
+    job's report; None where it is not lost, or was never there. Only quantizing every layer again
+    would make the values anew.
+
+    Raises:
+        ArtifactError: it is lost, and the report does not hold it.
+    """
+    path = output / INPUT_MAXIMA_FILE
+    sha256 = manifest.files.get(INPUT_MAXIMA_FILE)
+    if sha256 is None or (_size(path) is not None and _sha256(path) == sha256):
+        return None
+    content = _reported_maxima(output / REPORT_FILE)
+    if content is None or hashlib.sha256(content).hexdigest() != sha256:
+        raise ArtifactError(
+            f"{path} is missing or damaged, and {REPORT_FILE} beside it does not hold its values; "
+            "put it back from a copy, or measure it anew with `python -m quant_jobs measure "
+            f"--checkpoint {output} --calibration FILE`, which gives the artifact another digest"
+        )
+    return content
+
+
+def _reported_maxima(report: Path) -> bytes | None:
+    """input_maxima.json as the job's report, which nothing vouches for, would have it."""
+    try:
+        layers = untrusted.read_json_object(report, root=report.parent).get("layers")
+        maxima = {
+            entry["layer"]: entry["input_maxima"]
+            for entry in (layers if isinstance(layers, list) else ())
+            if isinstance(entry, dict) and entry.get("input_maxima") is not None
+        }
+        return InputMaxima.model_validate({"layers": maxima}).to_bytes()
+    except (UnusableFileError, ValidationError, KeyError, TypeError):
+        return None
 
 
 def published_files(manifest: Manifest) -> dict[LayerKey, PublishedFile]:

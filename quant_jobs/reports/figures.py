@@ -63,11 +63,12 @@ _MAX_LABEL = 40
 #: place on a logarithmic axis. 1e-6 lies below every real error (INT8 is at 1e-2) and leaves most
 #: of the axis to them.
 _SMALLEST_ERROR = 1e-6
-_STARVED = "#c0392b"
-#: Few tokens to many; an expert below the floor is _STARVED. Readable on light and dark pages.
+#: Experts that something is wrong with: too few tokens, or inputs far above the others'.
+STARVED = "#c0392b"
+#: Few tokens to many; an expert below the floor is STARVED. Readable on light and dark pages.
 _TOKENS = LinearSegmentedColormap.from_list(
     "tokens", ["#f3e9d2", "#d9b26f", "#5f9ea0", "#2f6690", "#16324f"]
-).with_extremes(under=_STARVED)
+).with_extremes(under=STARVED)
 
 #: Panels of the error plot, in order, with their colors. A layer has a dense MLP or a shared
 #: expert, never both, so the two share a panel. Routed experts have two panels: the input of

@@ -20,7 +20,7 @@ from deepseek.artifact.verdict import GateVerdict
 from deepseek.config import ModelConfig
 from deepseek.engine.detokenizer import engine_tokenizer
 from deepseek.inventory import linears
-from deepseek.recipe import ActivationFormat, Recipe
+from deepseek.recipe import ActivationFormat, GateLimits, Recipe
 from quant_jobs.evaluation.limits import judge, measure
 from quant_jobs.evaluation.record import Evaluation
 from quant_jobs.reports.page import show_bytes
@@ -124,7 +124,7 @@ def assemble(
         description=manifest.recipe.description if manifest else "Engine of the source itself.",
         verdict=state,
         reasons=tuple(verdict.reasons) if verdict else (),
-        checks=_checks(evaluation, manifest) if manifest else (),
+        checks=_checks(evaluation, engine, manifest.recipe.gate) if manifest else (),
         coverage=manifest.coverage if manifest else {},
         coverage_note=_coverage_note(manifest) if manifest else "",
         errors=_errors(manifest) if manifest else {},
@@ -136,9 +136,9 @@ def assemble(
     )
 
 
-def _checks(evaluation: Evaluation, manifest: Manifest) -> tuple[Check, ...]:
+def _checks(evaluation: Evaluation, engine: BuiltEngine, limits: GateLimits) -> tuple[Check, ...]:
     """One row per limit. `kept` comes from the gate's own comparison."""
-    limits, measured = manifest.recipe.gate, measure(evaluation, manifest)
+    measured = measure(evaluation, engine)
     broken = judge(measured, limits)
     ratio, kl, top1 = evaluation.perplexity_ratio, evaluation.kl.mean, evaluation.top1
     rows = [
@@ -151,6 +151,8 @@ def _checks(evaluation: Evaluation, manifest: Manifest) -> tuple[Check, ...]:
         ("fallbacks", "Fallbacks", str(measured.fallbacks), "", f"≤ {limits.max_fallbacks}"),
         ("starved_experts", "Starved experts", f"{measured.starved_experts:.1%}", "",
          f"≤ {limits.max_starved_experts:.1%}"),
+        ("input_outliers", "Input outliers", str(len(measured.input_outliers)), "",
+         f"≤ {limits.max_input_outliers}"),
     ]  # fmt: skip
     return tuple(
         Check(name=name, measured=value, interval=interval, limit=limit, kept=key not in broken)

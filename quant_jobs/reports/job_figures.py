@@ -7,8 +7,10 @@ plots are in `figures.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
+from deepseek.artifact.input_maxima import INPUTS, OUTLIER_RATIO, ExpertInput, InputMaxima
 from quant_jobs.reports.figures import (
     FIFTH,
     FIRST,
@@ -19,6 +21,7 @@ from quant_jobs.reports.figures import (
     PALE,
     SECOND,
     SIXTH,
+    STARVED,
     THIRD,
     draw,
     draw_figure,
@@ -134,3 +137,47 @@ def moved_bytes(bars: Mapping[str, Sequence[int]]) -> str:
         axes.spines["left"].set_visible(False)
 
     return draw("bytes", 7.2, 2.1, paint)
+
+
+_INPUT_TITLES: dict[ExpertInput, str] = {"gate_up": "input of gate and up", "down": "input of down"}
+
+
+def input_maxima(maxima: InputMaxima) -> str:
+    """The largest input of each routed expert by layer, one panel per input: the range over the
+    experts that saw anything but zeros, their median, and each outlier in red with its expert's
+    number. Empty where no expert saw anything."""
+    numbers = [n for n, values in maxima.layers.items() if any(values.gate_up) and any(values.down)]
+    if not numbers:
+        return ""
+    few = len(numbers) < 16
+
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(1, 2, sharex=True)
+        for axes, kind, color in zip(panels, INPUTS, (SECOND, FOURTH), strict=True):
+            rows = [[v for v in maxima.layers[n].of(kind) if v > 0] for n in numbers]
+            middles = [median(row) for row in rows]
+            axes.vlines(
+                numbers, list(map(min, rows)), list(map(max, rows)), color=color,
+                linewidth=max(2.0, 7.0 - 0.1 * len(numbers)), alpha=0.3,
+            )  # fmt: skip
+            axes.plot(
+                numbers, middles, color=color, linewidth=1.4, marker="o",
+                markersize=5 if few else 2.5,
+            )  # fmt: skip
+            for layer, middle in zip(numbers, middles, strict=True):
+                for expert, value in enumerate(maxima.layers[layer].of(kind)):
+                    if value > OUTLIER_RATIO * middle:
+                        axes.plot([layer], [value], "o", color=STARVED, markersize=4)
+                        axes.annotate(
+                            str(expert), (layer, value), (4, 0), textcoords="offset points",
+                            va="center", fontsize=8, color=STARVED,
+                        )  # fmt: skip
+            axes.set_title(_INPUT_TITLES[kind], loc="left", fontsize=9.5, color=INK)
+            axes.set_yscale("log")
+            axes.margins(x=0.08, y=0.12)
+            axes.grid(axis="y")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.supxlabel("layer", fontsize=9.5, color=MUTED)
+        figure.supylabel("largest magnitude", fontsize=9.5, color=MUTED)
+
+    return draw_figure("maxima", 7.2, 2.7, paint)

@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from deepseek.artifact.input_maxima import OUTLIER_RATIO
 from deepseek.artifact.manifest import Fallback
 from deepseek.inventory import expert_of, layer_of
 from quant_jobs.reports import figures, job_figures
@@ -35,6 +36,9 @@ def render(record: JobRecord) -> str:
         time_note=_time_note(record),
         worst=_worst(record),
         starved=_starved(record),
+        outliers=_outliers(record),
+        num_outliers=len(record.input_outliers),
+        outlier_ratio=OUTLIER_RATIO,
         ledger=_ledger(record),
     )
 
@@ -46,6 +50,8 @@ def _figures(record: JobRecord) -> Iterator[tuple[str, str]]:
     colors = job_figures.step_colors(step for seconds in timed for step in seconds)
     yield "errors", figures.layer_errors(errors) if errors else ""
     yield "coverage", figures.coverage(coverage, record.floor_tokens) if coverage else ""
+    maxima = record.input_maxima
+    yield "maxima", job_figures.input_maxima(maxima) if maxima.layers else ""
     times = {entry.layer: entry.seconds for entry in record.layers if entry.layer != "globals"}
     yield "layers", job_figures.layer_times(times, colors) if any(times.values()) else ""
     rows = {f"{w.index} · {w.node}": (w.seconds, w.peak_rss_bytes) for w in workers}
@@ -93,6 +99,11 @@ def _tiles(record: JobRecord) -> list[dict[str, str]]:
     if errors:
         middle = errors[len(errors) // 2]
         tiles.insert(1, ("Median output error", f"{middle:.4f}", f"largest {errors[-1]:.4f}"))
+    if record.input_maxima.layers:
+        outliers = record.input_outliers
+        largest = max((outlier.ratio for outlier in outliers), default=0.0)
+        note = f"up to {largest:.3g} x the median" if outliers else "of the experts' inputs"
+        tiles.append(("Input outliers", f"{len(outliers):,}", note))
     if experts:
         tiles.append(("Starved experts", f"{starved:,}", f"of {experts:,}, below "
                       f"{record.floor_tokens} tokens"))  # fmt: skip
@@ -150,6 +161,23 @@ def _starved(record: JobRecord) -> list[dict[str, Any]]:
         more = f", and {len(order) - NUM_STARVED} more" if len(order) > NUM_STARVED else ""
         rows.append({"layer": layer, "count": len(order), "experts": names + more})
     return rows
+
+
+def _outliers(record: JobRecord) -> list[dict[str, Any]]:
+    """The experts whose inputs are far above the others' of their layer, the farthest first."""
+    order = sorted(record.input_outliers, key=lambda outlier: -outlier.ratio)[:NUM_WORST]
+    coverage, maxima = record.coverage, record.input_maxima.layers
+    return [
+        {
+            "layer": outlier.layer,
+            "input": "gate and up" if outlier.input == "gate_up" else "down",
+            "expert": outlier.expert,
+            "largest": maxima[outlier.layer].of(outlier.input)[outlier.expert],
+            "ratio": outlier.ratio,
+            "tokens": coverage[outlier.layer][outlier.expert],
+        }
+        for outlier in order
+    ]
 
 
 def _ledger(record: JobRecord) -> list[dict[str, Any]]:

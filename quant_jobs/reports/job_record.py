@@ -12,6 +12,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deepseek.artifact.input_maxima import (
+    InputMaxima,
+    InputOutlier,
+    LayerMaxima,
+    find_outliers,
+)
 from deepseek.artifact.manifest import Fallback, LayerKey
 
 Seconds = dict[str, float]
@@ -48,6 +54,8 @@ class LayerAccount(_Record):
     `num_bytes` is its size in the artifact, `source_bytes` the size of the same tensors in the
     source. `errors` maps a module to its relative output error ||y' - y|| / ||y||. `coverage` holds
     the calibration tokens of each routed expert; it is empty for a layer without experts.
+    `input_maxima` are the largest inputs of its routed experts, None where they are not kept; a
+    finished output that has lost input_maxima.json gets it back from here.
 
     `seconds` is the driver's wall time by step, of this run alone. It is empty for a layer that an
     earlier run published, and has no `write` where this run only carried activations through it.
@@ -59,6 +67,7 @@ class LayerAccount(_Record):
     coverage: tuple[int, ...]
     num_bytes: int
     source_bytes: int
+    input_maxima: LayerMaxima | None = None
 
     @property
     def is_of_this_run(self) -> bool:
@@ -90,9 +99,10 @@ class JobRecord(_Record):
     tensors outside the decoder layers. Bytes and `wall_s` (seconds) are of this run alone.
     """
 
-    #: Version 1 had a field `object_store_bytes`, which was always null. Nothing reads version 1: a
-    #: resumed job writes the record anew, and no command takes it as input.
-    format_version: Literal[2] = 2
+    #: Version 1 had a field `object_store_bytes`, which was always null; version 2 had no
+    #: `input_maxima`. Nothing reads them: a resumed job writes the record anew, and what looks for
+    #: lost maxima (`job/restore.py`) finds none.
+    format_version: Literal[3] = 3
     recipe: str
     model: str
     num_workers: int = Field(ge=1)
@@ -132,6 +142,22 @@ class JobRecord(_Record):
             for layer in self.layers
             if layer.layer != "globals" and layer.coverage
         }
+
+    @property
+    def input_maxima(self) -> InputMaxima:
+        """The largest inputs of the routed experts, of each MoE layer that has them."""
+        return InputMaxima(
+            layers={
+                layer.layer: layer.input_maxima
+                for layer in self.layers
+                if layer.layer != "globals" and layer.input_maxima is not None
+            }
+        )
+
+    @property
+    def input_outliers(self) -> tuple[InputOutlier, ...]:
+        """The experts whose inputs are far larger than those of the others in their layer."""
+        return find_outliers(self.input_maxima)
 
     @property
     def starved(self) -> dict[int, dict[int, int]]:

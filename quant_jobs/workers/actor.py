@@ -23,6 +23,7 @@ from quant_jobs.calibration.statistics import InputStatistics
 from quant_jobs.calibration.units import Unit
 from quant_jobs.workers.messages import (
     AttentionShare,
+    MeasureJob,
     SolveSummary,
     Tensors,
     WorkerJob,
@@ -61,6 +62,12 @@ class QuantizeWorker:
 
     def begin(self, job: WorkerJob) -> None:
         self._worker.begin(job)
+
+    def begin_measuring(self, job: MeasureJob) -> None:
+        self._worker.begin_measuring(job)
+
+    def embed(self, ids: Mapping[int, Tensor]) -> None:
+        self._worker.embed(ids)
 
     def load_boundary(self, layer: int, ids: Mapping[int, Tensor], boundary: Path) -> None:
         self._worker.load_boundary(layer, ids, boundary)
@@ -116,6 +123,12 @@ class QuantizeWorker:
 
     def use_published(self, layer: int, published: Path, share: Sequence[Unit]) -> None:
         self._worker.use_published(layer, published, share)
+
+    def use_artifact(self, layer: int, share: Sequence[Unit]) -> None:
+        self._worker.use_artifact(layer, share)
+
+    def expert_maxima(self, layer: int) -> dict[int, tuple[float, float]]:
+        return self._worker.expert_maxima(layer)
 
     def attend_quantized(self, layer: int, blocks: Sequence[int]) -> RoutedBlocks:
         return self._worker.attend_quantized(layer, blocks)

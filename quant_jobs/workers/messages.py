@@ -43,6 +43,16 @@ class WorkerJob:
     device: Device = "cpu"
 
 
+@dataclass(frozen=True, slots=True)
+class MeasureJob:
+    """The parameters of a pass through the artifact in the directory `artifact`, for one worker;
+    the others as in `WorkerJob`."""
+
+    artifact: Path
+    num_blocks: int
+    device: Device = "cpu"
+
+
 #: Input statistics of the attention's linears on one worker's blocks: by input, then by block.
 AttentionShare = dict[str, dict[int, InputShare]]
 

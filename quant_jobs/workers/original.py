@@ -193,6 +193,7 @@ class OriginalLayer:
             self._own_groups,
             self.weight,
             self._context.device,
+            measures_experts=self._context.measures_experts,
         )
 
     def folded_norms(self, smoothing: Smoothing) -> Tensors:

@@ -21,19 +21,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayTaskError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.connect import worker_placement
 from deepseek.errors import IntServeError
+from quant_jobs.ray_losses import LOSS_ERRORS, cause_of, cluster_total, is_loss
 from quant_jobs.workers.actor import QuantizeWorker
 from quant_jobs.workers.messages import register_tensor_serializer
 from quant_jobs.workers.protocol import WorkersLost
@@ -48,10 +42,6 @@ REPLACEMENT_TIMEOUT_S = 60.0
 REPLACEMENT_PATIENCE_S = 5.0
 #: Consecutive failed starts of one worker before the job fails.
 MAX_STARTS = 4
-
-#: Ray's errors for a lost worker, node, or object that only they had in memory. OutOfMemoryError:
-#: the memory monitor killed the worker because its node ran short.
-_LOSS_ERRORS = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)
 
 
 class WorkerPool:
@@ -118,7 +108,7 @@ class WorkerPool:
         if (self._cpus, self._gpus) != (1, 0):
             text += f" of {self._describe_resources(self._cpus, self._gpus)}{suffix}"
         required = {"CPU": self._cpus * len(self), "GPU": self._gpus * len(self)}
-        if any(_cluster_total(resource) < number for resource, number in required.items()):
+        if any(cluster_total(resource) < number for resource, number in required.items()):
             text += f" (waiting for nodes: the cluster has {self._describe_cluster()})"
         return text
 
@@ -150,7 +140,7 @@ class WorkerPool:
         for reference in references:
             try:
                 results.append(ray.get(reference))
-            except (*_LOSS_ERRORS, RayTaskError) as error:
+            except (*LOSS_ERRORS, RayTaskError) as error:
                 if is_loss(error):
                     lost = error
                 else:
@@ -158,7 +148,7 @@ class WorkerPool:
         if lost is not None:
             raise WorkersLost from lost
         if failed is not None:
-            raise _cause(failed) from None
+            raise cause_of(failed) from None
         return results
 
     def share(self, value: Any) -> Any:
@@ -241,7 +231,7 @@ class WorkerPool:
         """Activate the worker whose start has ended; if it died, start another in its slot."""
         try:
             node = ray.get(self._starting.pop(slot))
-        except _LOSS_ERRORS as error:
+        except LOSS_ERRORS as error:
             self._failed_starts[slot] += 1
             if self._failed_starts[slot] >= MAX_STARTS:
                 last = str(error).strip().splitlines()[-1]
@@ -277,7 +267,7 @@ class WorkerPool:
         return f"(each takes {required} of a node; the cluster has {cluster} in all)"
 
     def _describe_cluster(self) -> str:
-        return self._describe_resources(_cluster_total("CPU"), _cluster_total("GPU"))
+        return self._describe_resources(cluster_total("CPU"), cluster_total("GPU"))
 
     def _describe_resources(self, cpus: float, gpus: float) -> str:
         """`2 CPUs and 1 GPU`; names GPUs only where workers use any."""
@@ -301,29 +291,9 @@ class WorkerPool:
         self._starting[slot] = self._actors[slot].ready.remote()
 
 
-def is_loss(error: BaseException | None) -> bool:
-    """Whether a worker or node was lost; also true for a call that failed because one of its
-    arguments was lost with its worker."""
-    while isinstance(error, RayTaskError) and not isinstance(error, _LOSS_ERRORS):
-        error = error.cause
-    return isinstance(error, _LOSS_ERRORS)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The exception to raise for a failed call: what the user or the operating system can cause
-    itself, as the worker raised it, else Ray's with the worker's traceback."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, IntServeError | OSError) else error
-
-
 def _is_alive(actor: Any) -> bool:
     try:
         ray.get(actor.ready.remote())
-    except _LOSS_ERRORS:
+    except LOSS_ERRORS:
         return False
     return True
-
-
-def _cluster_total(resource: str) -> float:
-    """The cluster's total of a resource, used or free."""
-    return float(ray.cluster_resources().get(resource, 0))

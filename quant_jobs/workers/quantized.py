@@ -10,17 +10,19 @@ T tokens of one block · D hidden size
 
 from __future__ import annotations
 
+import math
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError
 from deepseek.formats import RoundInput, decompress, input_rounding, stored_shapes
-from deepseek.inventory import MLP_ROLES, layer_tensors
+from deepseek.inventory import MLP_READERS, MLP_ROLES, layer_tensors
 from quant_jobs.calibration.forward import (
     ExpertOutputs,
     ExpertOutputsByBlock,
@@ -34,10 +36,42 @@ from quant_jobs.workers.context import LayerContext
 from quant_jobs.workers.messages import in_block_order
 
 
+class ExpertMaxima:
+    """The largest inputs of the routed experts of one layer that have run on this worker.
+    `by_expert` maps each to those of gate and up, and of down."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self.by_expert: dict[int, tuple[float, float]] = {}
+
+    def observer(self, expert: int) -> Callable[[str, Tensor], None]:
+        """What `run_expert` calls with the inputs of one expert.
+
+        Raises:
+            ArtifactError: an input is NaN or infinite.
+        """
+
+        def observe(role: str, x: Tensor) -> None:
+            largest = float(x.abs().amax())
+            if not math.isfinite(largest):
+                raise ArtifactError(
+                    f"layer {self._layer}, expert {expert}: an input of its {role} is not finite; "
+                    "the weights before it are damaged or too large, so quantize again"
+                )
+            gate_up, down = self.by_expert.get(expert, (0.0, 0.0))
+            if role == MLP_READERS[0][0]:  # up reads the same input
+                self.by_expert[expert] = max(gate_up, largest), down
+            elif role == MLP_READERS[1][0]:
+                self.by_expert[expert] = gate_up, max(down, largest)
+
+        return observe
+
+
 class QuantizedLayer:
     """`trunk` has the packed tensors of the trunk by full name, norms and router included (and the
     indexer's, which is not computed);
     `experts` those of this worker's routed experts. `input_scales` are static FP8 scales by module.
+    With `maxima`, `run_experts` notes what enters the experts there.
     """
 
     def __init__(
@@ -48,8 +82,10 @@ class QuantizedLayer:
         trunk: Mapping[str, Tensor],
         experts: Mapping[str, Tensor],
         input_scales: Mapping[str, float],
+        maxima: ExpertMaxima | None = None,
     ) -> None:
         self.layer = layer
+        self._maxima = maxima
         self._context, self._share = context, share
         self._experts, self._input_scales = experts, input_scales
         # Every block needs the trunk's weights: on a GPU they are copied there once, as stored.
@@ -100,6 +136,40 @@ class QuantizedLayer:
             ) from error
         return cls(context, layer, share, trunk, experts, scales)
 
+    @classmethod
+    def of_artifact(
+        cls,
+        context: LayerContext,
+        layer: int,
+        share: Sequence[Unit],
+        artifact: ArtifactReader,
+        maxima: ExpertMaxima,
+    ) -> QuantizedLayer:
+        """Load the trunk and the routed experts of `share` from a finished artifact, every tensor
+        verified. `run_experts` then notes what enters the experts in `maxima`.
+
+        Raises:
+            ArtifactError: a tensor is damaged.
+        """
+        owned = {spec.module for spec in expert_specs(context.config, layer, share)}
+        routed = {
+            spec.module for spec in layer_tensors(context.config, layer) if spec.expert is not None
+        }
+
+        def is_wanted(name: str) -> bool:
+            module = name.rpartition(".")[0]
+            return module in owned or module not in routed
+
+        trunk: dict[str, Tensor] = {}
+        experts: dict[str, Tensor] = {}
+        scales: dict[str, float] = {}
+        for name, tensor in artifact.read_some(layer, is_wanted).items():
+            module, _, suffix = name.rpartition(".")
+            if suffix == "input_scale":
+                scales[module] = float(tensor)
+            (experts if module in owned else trunk)[name] = tensor
+        return cls(context, layer, share, trunk, experts, scales, maxima)
+
     def attend(self, block: int, x_TD: Tensor) -> Routed:
         """Run one calibration block f32 [T, D] through the attention. Keeps the residual and the
         MLP input until `combine`."""
@@ -136,8 +206,9 @@ class QuantizedLayer:
                     for role, module in modules.items()
                     if module in by_module
                 }
+                observe = None if self._maxima is None else self._maxima.observer(expert)
                 for block, routed_block in blocks:
-                    rows = run_expert(routed_block, expert, weights, roundings)
+                    rows = run_expert(routed_block, expert, weights, roundings, observe)
                     if rows is not None:
                         outputs.setdefault(block, {})[expert] = rows
         return [

@@ -64,7 +64,8 @@ class UnitSolver:
     `source` has the stored tensors that this worker holds; `inputs` the statistics of the layer's
     inputs, whose Gram matrices are consumed, so each unit is solved once; `groups` the folding
     groups whose linears are all in one unit. `weight(module)` returns the original weight f32
-    [N, K]. Packed tensors are returned in host memory.
+    [N, K]. With `measures_experts` the summary has the largest input of every linear of a routed
+    expert, quantized or not. Packed tensors are returned in host memory.
     """
 
     def __init__(
@@ -77,8 +78,11 @@ class UnitSolver:
         groups: Sequence[tuple[FoldingGroup, ScaleMethod]],
         weight: Callable[[str], Tensor],
         device: torch.device,
+        *,
+        measures_experts: bool = False,
     ) -> None:
         self._recipe, self._schemes, self._layer = recipe, schemes, layer
+        self._measures_experts = measures_experts
         self._source, self._inputs, self._groups = source, inputs, groups
         self._weight, self._device = weight, device
         self._factors: dict[tuple[float, bool], Factor] = {}  # of the Gram matrix all experts share
@@ -162,7 +166,20 @@ class UnitSolver:
                         is_starved=mlp.input.is_starved,
                     )
                     self._summary.tokens[module] = mlp.input.routed_tokens
+        for mlp in mlps if self._measures_experts else ():
+            self._measure_carried_down(mlp, smoothing)
         return packed
+
+    def _measure_carried_down(self, mlp: _Mlp, smoothing: Smoothing) -> None:
+        """Measure the input of an expert's `down_proj` that is not quantized, for which `_linear`
+        needs no statistics: the maxima are of all experts or of none."""
+        module = f"{mlp.name}.down_proj"
+        if mlp.input.expert is None or self._schemes[module].is_quantized:
+            return
+        if (statistics := self._inputs.down(mlp.input)) is not None:
+            self._summary.input_amax[module] = _largest_input(
+                statistics, smoothing.columns.get(f"{module}.weight")
+            )
 
     def _statistics(self, mlp: _Mlp, role: str) -> InputStatistics | None:
         """Input statistics of one linear. Those of `down_proj`, whose Gram matrix is the largest of
@@ -265,8 +282,7 @@ class UnitSolver:
         self._summary.input_amax[module] = 0.0
         self._summary.tokens[module] = 0
         if statistics is not None:
-            amax = statistics.amax if columns is None else statistics.amax / columns
-            self._summary.input_amax[module] = float(amax.amax())
+            self._summary.input_amax[module] = _largest_input(statistics, columns)
             self._summary.tokens[module] = statistics.tokens
         return {name: tensor.cpu() for name, tensor in solved.tensors.items()}
 
@@ -362,3 +378,10 @@ def _factor_key(stack: _LinearStack) -> _FactorKey:
 
 def _factorize_gram(gram: Tensor, scheme: Scheme) -> Factor:
     return inverse_factor(gram, scheme.damping, act_order=scheme.act_order)
+
+
+def _largest_input(statistics: InputStatistics, columns: Tensor | None) -> float:
+    """The largest magnitude of an input, whose channels are divided by the scale `columns` f32
+    [K]."""
+    amax = statistics.amax if columns is None else statistics.amax / columns
+    return float(amax.amax())

@@ -18,6 +18,10 @@ by the driver. Per layer, the driver calls (`job/layer_steps.py` has the order a
     attend_quantized, run_experts, combine, advance   run this worker's blocks through it
     store             write its outputs for a resumed run, in the background       files.py
 
+A pass that measures a finished artifact (`job/measure_pass.py`) calls `begin_measuring`, `embed`,
+and per layer `use_artifact`, `attend_quantized`, `run_experts`, `combine`, `expert_maxima`,
+`advance`; it writes nothing.
+
 Every call may be repeated: a layer is redone when a worker dies in it. The inputs of a layer
 therefore stay in memory until `attend` of the next one, which frees them.
 
@@ -44,6 +48,9 @@ import torch
 from torch import Tensor
 
 from deepseek.artifact.manifest import LayerRecord
+from deepseek.artifact.reader import ArtifactReader
+from deepseek.config import ModelConfig
+from deepseek.recipe import Recipe
 from deepseek.source.checkpoint import CheckpointReader, SourceTensor
 from quant_jobs.algorithms.folding import Smoothing
 from quant_jobs.algorithms.linear import modelopt_quantizer
@@ -53,18 +60,22 @@ from quant_jobs.calibration.statistics import InputStatistics
 from quant_jobs.calibration.units import Unit
 from quant_jobs.workers.boundary import load_blocks
 from quant_jobs.workers.context import LayerContext
-from quant_jobs.workers.devices import make_repeatable, use_one_thread
+from quant_jobs.workers.devices import Device, make_repeatable, use_one_thread
 from quant_jobs.workers.files import WorkerFiles
 from quant_jobs.workers.messages import (
     AttentionShare,
+    MeasureJob,
     SolveSummary,
     Tensors,
     WorkerJob,
     WorkerUsage,
 )
 from quant_jobs.workers.original import OriginalLayer
-from quant_jobs.workers.quantized import QuantizedLayer
+from quant_jobs.workers.quantized import ExpertMaxima, QuantizedLayer
 from quant_jobs.workers.read_ahead import ReadAhead
+
+#: The tensor whose rows are the inputs of layer 0.
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,7 @@ class Worker:
         """Stop the thread that reads ahead."""
         if hasattr(self, "_read_ahead"):
             self._read_ahead.close()
+            del self._read_ahead
 
     def begin(self, job: WorkerJob) -> None:
         """Set up a job, discarding all state of the previous one.
@@ -101,20 +113,36 @@ class Worker:
         self._seconds = {}
         self._reader = CheckpointReader(job.model, warn=False)  # the driver has warned
         self._read_ahead = ReadAhead(self._reader, lambda seconds: self._count("read", seconds))
-        self._files = WorkerFiles(job, self._reader)
-        make_repeatable(job.device)
-        config = self._reader.config
+        self._files: WorkerFiles | None = WorkerFiles(job, self._reader)
+        self._set_up(self._reader.config, job.recipe, job.num_blocks, job.device)
+
+    def begin_measuring(self, job: MeasureJob) -> None:
+        """Set up a pass through a finished artifact, discarding all state of what was before.
+
+        Raises:
+            ArtifactError: the artifact is damaged, or not to be seen from this node.
+            DeployError: PyTorch cannot use the GPU assigned to this process.
+        """
+        self.close()
+        self._seconds = {}
+        self._artifact = ArtifactReader(job.artifact, ignore_input_maxima=True)
+        self._files = None
+        self._set_up(self._artifact.config, self._artifact.recipe, job.num_blocks, job.device)
+
+    def _set_up(self, config: ModelConfig, recipe: Recipe, num_blocks: int, device: Device) -> None:
+        make_repeatable(device)
         self._context = LayerContext(
             config=config,
-            recipe=job.recipe,
-            schemes=job.recipe.resolve(config),
-            num_blocks=job.num_blocks,
-            device=torch.device(job.device),
+            recipe=recipe,
+            schemes=recipe.resolve(config),
+            num_blocks=num_blocks,
+            device=torch.device(device),
             rotary=Rotary(config),
         )
         self._inputs: dict[int, dict[int, Tensor]] = {}  # layer -> block -> f32 [T, D]
         self._original: OriginalLayer | None = None
         self._quantized: QuantizedLayer | None = None
+        self._maxima: ExpertMaxima | None = None
         self._solved: _Solved | None = None
 
     def load_boundary(self, layer: int, ids: Mapping[int, Tensor], boundary: Path) -> None:
@@ -132,6 +160,16 @@ class Worker:
                 blocks = load_blocks(boundary, sorted(ids), shape)
             self._inputs = {layer: blocks}
             self._quantized = None
+
+    def embed(self, ids: Mapping[int, Tensor]) -> None:
+        """Make these blocks (token ids int64 [T]) this worker's own, embedded by the artifact.
+
+        Raises:
+            ArtifactError: the embedding is damaged.
+        """
+        with self._timed("load"):
+            (table,) = self._artifact.read_some("globals", lambda name: name == EMBEDDING).values()
+            self._inputs = {0: {block: table[ids[block]].float() for block in sorted(ids)}}
 
     # --- reading ---
 
@@ -215,6 +253,7 @@ class Worker:
         self, layer: int, source_sha256: str, errors: Mapping[str, float], *pieces: Tensors
     ) -> LayerRecord:
         """Publish a layer's file from the packed tensors of all workers. Runs in the background."""
+        assert self._files is not None
         with self._timed("write"):
             return self._files.write_layer(layer, source_sha256, errors, pieces)
 
@@ -243,6 +282,20 @@ class Worker:
             self._original = None
             self._quantized = QuantizedLayer.load(self._context, layer, share, published)
 
+    def use_artifact(self, layer: int, share: Sequence[Unit]) -> None:
+        """Load a layer of the artifact; `run_experts` then notes what enters its experts."""
+        with self._timed("load"):
+            self._maxima = ExpertMaxima(layer)
+            self._quantized = QuantizedLayer.of_artifact(
+                self._context, layer, share, self._artifact, self._maxima
+            )
+
+    def expert_maxima(self, layer: int) -> dict[int, tuple[float, float]]:
+        """See `ExpertMaxima.by_expert`; of the experts of this worker that saw a token."""
+        self._quantized_of(layer)
+        assert self._maxima is not None
+        return self._maxima.by_expert
+
     def attend_quantized(self, layer: int, blocks: Sequence[int]) -> RoutedBlocks:
         """Run some of this worker's blocks through the quantized attention."""
         quantized = self._quantized_of(layer)
@@ -261,11 +314,14 @@ class Worker:
         """Compute the layer's outputs for some of this worker's blocks, and buffer them for
         `store`."""
         with self._timed("forward"):
-            self._files.buffer(layer + 1, self._quantized_of(layer).combine(blocks, outputs))
+            combined = self._quantized_of(layer).combine(blocks, outputs)
+            if self._files is not None:  # a pass that measures stores nothing
+                self._files.buffer(layer + 1, combined)
 
     def store(self, layer: int, blocks: Sequence[int], file: Path, combined: None) -> None:
         """Write the buffered inputs of `layer` for some of this worker's blocks. Runs in the
         background, after the `combine` of these blocks, whose result is `combined`."""
+        assert self._files is not None
         with self._timed("write"):
             self._files.store(layer, blocks, file)
 
@@ -277,6 +333,7 @@ class Worker:
 
     def usage(self) -> WorkerUsage:
         """The resources that this worker used since `begin`."""
+        assert self._files is not None
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return WorkerUsage(
             os.getpid(),

@@ -77,11 +77,13 @@ class EngineReplica:
         # Before an engine exists, so that no adapter has to know of gates.
         admitted, self._gated = None, True
         if engine_dir is not None:
-            admitted = admit(
+            admitted = await asyncio.to_thread(  # it may read hundreds of gigabytes
+                admit,
                 engine_dir,
                 kv_cache=kv_cache,
                 allow_ungated=allow_ungated,
                 require_signature=require_signature,
+                depth="bytes",
             )
             self._gated = admitted.gated
         self._telemetry = Telemetry.from_environment()

@@ -17,6 +17,7 @@ from cluster.matrix import BF16, FORMATS, FP8, INDEXER, KV_CACHE, KV_FORMATS, PA
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.recipe import Recipe, builtin_recipes, load_recipe
+from deepseek.trtllm.loadable import EXPERTS_ONLY
 
 GENERATIONS: tuple[GpuGeneration, ...] = ("sm80", "sm90", "cpu")
 
@@ -61,6 +62,7 @@ LOADS = {
     "int8": {"vllm", "sglang"},
     "int8-smoothquant": {"vllm", "sglang"},
     "int8-weight-only": {"vllm"},
+    "int8-experts": {"trtllm", "vllm"},
     "int4": {"trtllm", "vllm", "sglang"},
     "int4-all": {"vllm"},
     "int4-asym": {"vllm"},
@@ -75,8 +77,8 @@ LOADS = {
 
 @pytest.mark.parametrize("fp8", [True, False])
 def test_where_deepseek_v3_2_loads(fp8: bool) -> None:
-    """Its indexer stays as released: beside INT8, SGLang would need two layouts for FP8 tiles. No
-    engine has kernels for its attention below Hopper."""
+    """Its indexer stays as released: beside INT8, SGLang would need two layouts for FP8 tiles; for
+    TensorRT-LLM it is refused. No engine has kernels for its attention below Hopper."""
     config = ModelConfig.from_dict(config_dict(fp8=fp8, **V3_2))
 
     def loads(name: str, gpu: GpuGeneration) -> set[str]:
@@ -85,7 +87,7 @@ def test_where_deepseek_v3_2_loads(fp8: bool) -> None:
         return {t for t in TARGETS if not check(schemes, recipe.kv_cache, t, gpu)}
 
     assert loads("int8", "sm90") == ({"vllm"} if fp8 else {"vllm", "sglang"})
-    assert loads("int4", "sm90") == {"trtllm", "vllm", "sglang"}
+    assert loads("int4", "sm90") == {"vllm", "sglang"}
     assert loads("int4", "cpu") == loads("int8", "cpu") == {"embedded"}
     assert loads("int8", "sm80") == set()
     recipe = load_recipe("int8")
@@ -116,9 +118,22 @@ def test_tensorrt_llm_has_no_int8_w8a8(refusals) -> None:
 
 
 def test_tensorrt_llm_reads_mla_projections_only_as_bf16_or_fp8_blocks(refusals) -> None:
-    (refusal,) = refusals("int8-weight-only", "trtllm")
+    rest, refusal = refusals("int8-weight-only", "trtllm")
     assert refusal.part == "kv_a_proj_with_mqa, kv_b_proj and q_a_proj as int8"
     assert '{match: "*.kv_b_proj", weights: source}' in refusal.change
+    assert rest.part == "dense_mlp, o_proj, q_b_proj and shared_experts as int8"
+
+
+def test_tensorrt_llm_is_built_int8_and_int4_for_routed_experts_only(refusals) -> None:
+    for weights in ({"weights": "int8"}, {"weights": "int4", "group_size": 128}):
+        experts = {"match": "*.mlp.experts.*"} | weights
+        rest = {"match": "*", "weights": "source"}
+        for form in ("source", "bf16"):
+            assert not refusals(recipe_of(rest | {"weights": form}, experts), "trtllm")
+        (refusal,) = refusals(recipe_of(rest, experts, {"match": "*.o_proj"} | weights), "trtllm")
+        assert refusal.reason == EXPERTS_ONLY
+        assert refusal.evidence == "inferred"
+        assert '{match: "*.o_proj", weights: source}' in refusal.change
 
 
 @pytest.mark.parametrize(
@@ -240,7 +255,7 @@ def test_conditions_are_told_although_it_loads(config: ModelConfig) -> None:
     schemes = served_schemes(config, load_recipe("int4").resolve(config))
     found = examine(schemes, "fp8", "trtllm", "sm90")
     assert not found.refusals
-    assert any("W4AFP8" in note for note in found.notes)
+    assert any("W4AFP8" in note and "the dialect single" in note for note in found.notes)
     assert any("constant scale 1" in note for note in found.notes)
 
 

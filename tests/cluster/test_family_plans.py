@@ -9,7 +9,7 @@ from cluster.deployability import check, served_schemes
 from cluster.hardware import parse_hardware
 from cluster.matrix import TARGETS
 from cluster.plan import Plan, make_plan, tally_of
-from cluster.splits import split_refusals
+from cluster.splits import split_refusals, trtllm_refusals
 from deepseek.models import DEEPSEEK_V3, KIMI_K2, MOONLIGHT
 from deepseek.recipe import Recipe, builtin_recipes, load_recipe
 
@@ -24,11 +24,11 @@ def plan(config, recipe: Recipe | str, hardware: str, **options: object) -> Plan
 def test_every_built_in_recipe_has_a_plan_for_moonlight_on_every_target(recipe: str) -> None:
     for target in TARGETS:
         hardware = "cpu" if target == "embedded" else "1xH800-80GB"
-        made = plan(MOONLIGHT, recipe, hardware, target=target)
+        made = plan(MOONLIGHT, recipe, hardware, target=target, context=1024)
         assert made.fits
         assert made.loads == (not made.refusals)
         assert not any("q_a_proj" in refusal.part for refusal in made.refusals)
-    assert plan(MOONLIGHT, recipe, "cpu").good
+    assert plan(MOONLIGHT, recipe, "cpu", context=1024).good
 
 
 def test_q_proj_loads_where_q_b_proj_does() -> None:
@@ -37,7 +37,7 @@ def test_q_proj_loads_where_q_b_proj_does() -> None:
         target: " ".join(refusal.part for refusal in check(schemes, "bf16", target, "sm90"))
         for target in ("trtllm", "vllm", "sglang")
     }
-    assert "o_proj, q_proj, routed_experts" in parts["trtllm"]
+    assert "o_proj, q_proj and shared_experts" in parts["trtllm"]
     assert "kv_a_proj_with_mqa as int8-asym" in parts["vllm"]  # 576 outputs, in no fused linear
     assert "q_proj" not in parts["vllm"]
     assert "q_proj" in parts["sglang"]
@@ -81,17 +81,30 @@ def test_groups_that_gpus_would_cut_are_refused_and_the_number_that_works_is_nam
 
 def test_experts_that_only_expert_parallelism_keeps_whole_get_a_note() -> None:
     """1408 = 11 x 128 inputs of down_proj."""
-    for target, option in (("trtllm", "--ep_size 8"), ("sglang", "--ep-size 8")):
+    for target, option in (("trtllm", "build it with --ep 8"), ("sglang", "--ep-size 8")):
         notes = plan(MOONLIGHT, "int4", "8xH800-80GB", target=target).warnings
         assert [note for note in notes if option in note and "1408 inputs" in note], target
-    assert not any("--ep_size" in note for note in plan(MOONLIGHT, "int4", "1xH800-80GB").warnings)
+    assert not any("--ep" in note for note in plan(MOONLIGHT, "int4", "1xH800-80GB").warnings)
 
 
 @pytest.mark.heavy
 def test_fp8_tiles_are_cut_beyond_16_gpus() -> None:
     tally = tally_of(DEEPSEEK_V3, recipe_of())
-    for target in ("trtllm", "vllm", "sglang"):
+    for target in ("vllm", "sglang"):
         assert not list(split_refusals(tally, target, 16)), target
     at_32 = [refusal.part for refusal in split_refusals(tally, "vllm", 32)]
     assert any("shared_experts with 2048 inputs as fp8-block on 32 GPUs" in part for part in at_32)
-    assert not any("shared" in refusal.part for refusal in split_refusals(tally, "trtllm", 32))
+
+
+def test_tensorrt_llm_divides_its_mlps_among_fewer_gpus_and_only_attention_can_be_cut() -> None:
+    """Kimi-K2's 64 heads of 192: on 64 GPUs each would get one and a half tiles."""
+    for config, most in ((DEEPSEEK_V3, 64), (KIMI_K2, 32)):
+        schemes = tally_of(config, load_recipe("int4")).schemes
+        for tp in (1, 8, 16, 32, 64):
+            found = trtllm_refusals(config, schemes, "mixed", tp, mtp=False)
+            assert bool(found) == (tp > most), (tp, found)
+            assert not trtllm_refusals(config, schemes, "single", tp, mtp=False)
+    assert found[0].sentence() == (
+        "trtllm cannot load model.layers.0.self_attn.q_b_proj as fp8-block: its outputs, 192 for "
+        "each of 64 ranks, are no multiple of 128. Use --dialect single or --tp 32."
+    )

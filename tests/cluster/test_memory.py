@@ -45,8 +45,21 @@ def test_total_weights_agree_with_the_published_sizes_within_1_percent(name: str
     assert footprint.weights / 1e9 == pytest.approx(published_gb, rel=0.01)
 
 
-def test_int4_takes_44_to_47_gb_on_each_of_eight_gpus() -> None:
-    assert 44e9 <= plan_v3("int4", "8xH800-80GB").footprint.weights_per_gpu <= 47e9
+def test_int4_takes_44_to_47_gb_on_each_of_eight_gpus_and_more_where_the_embedding_is_whole() -> (
+    None
+):
+    """TensorRT-LLM's DeepSeek model holds all 129280 x 7168 BF16 values of it on every GPU."""
+    split = plan_v3("int4", "8xH800-80GB", target="vllm").footprint.weights_per_gpu
+    assert 44e9 <= split <= 47e9
+    whole = plan_v3("int4", "8xH800-80GB", target="trtllm").footprint.weights_per_gpu
+    assert whole - split == 129280 * 7168 * 2 * 7 // 8
+
+
+def test_tensorrt_llm_divides_a_dense_mlp_within_one_node_only() -> None:
+    tally = tally_of(DEEPSEEK_V3, load_recipe("int4"))
+    for tp, ways in ((4, 4), (8, 8), (16, 8), (32, 8)):
+        dense = tally.gpu_footprint(tp, "bf16", target="trtllm").groups["dense_mlp"]
+        assert dense.values_per_gpu * ways == dense.values
 
 
 def test_the_mtp_layer_weighs_11_7_gb_and_counts_only_when_loaded() -> None:
@@ -106,6 +119,8 @@ def test_a_split_never_cuts_an_fp8_block() -> None:
 @pytest.mark.parametrize(("form", "size"), [("bf16", 1152), ("fp8", 656), ("int8", 644)])
 def test_a_cached_token_takes_the_published_bytes_per_layer(form: str, size: int) -> None:
     assert kv_bytes_per_token_and_layer(DEEPSEEK_V3, form) == size
+    own = kv_bytes_per_token_and_layer(DEEPSEEK_V3, form, target="trtllm")
+    assert own == (576 if form == "fp8" else size)
 
 
 @pytest.mark.heavy

@@ -22,13 +22,15 @@ from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import load_recipe
 
 #: (recipe, GPUs) -> fits, chosen target, and whom `auto` passed over.
-SIX = {
+COMBINATIONS = {
     ("int8", 8): (False, "vllm", {"trtllm"}),
     ("int8", 16): (True, "vllm", {"trtllm"}),
     ("int4", 8): (True, "trtllm", set()),
     ("int4", 16): (True, "trtllm", set()),
     ("int8-weight-only", 8): (False, "vllm", {"trtllm"}),
     ("int8-weight-only", 16): (True, "vllm", {"trtllm"}),
+    ("int8-experts", 8): (False, "trtllm", set()),
+    ("int8-experts", 16): (True, "trtllm", set()),
 }
 
 
@@ -41,9 +43,9 @@ def command(*words: str) -> tuple[int, str]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("recipe", "gpus"), SIX)
-def test_the_six_combinations_on_h800(recipe: str, gpus: int) -> None:
-    fits, target, passed_over = SIX[recipe, gpus]
+@pytest.mark.parametrize(("recipe", "gpus"), COMBINATIONS)
+def test_the_combinations_on_h800(recipe: str, gpus: int) -> None:
+    fits, target, passed_over = COMBINATIONS[recipe, gpus]
     plan = plan_v3(recipe, f"{gpus}xH800-80GB")
     assert (plan.fits, plan.loads, plan.target) == (fits, True, target)
     assert {refusal.target for refusal in plan.refusals} == passed_over
@@ -58,14 +60,14 @@ def test_int8_on_one_node_exits_1_and_says_that_16_gpus_are_needed() -> None:
     assert code == 1
     assert "Does not fit: 85.2 GB of weights per GPU, 78.7 GB usable." in out
     assert "16 GPUs are needed: 16xH800-80GB, 43.2 GB of weights per GPU" in out
-    assert "8xH800-80GB holds the recipe int4 (45.5 GB)" in out
+    assert "8xH800-80GB holds the recipe int4 (47.1 GB)" in out
     assert "trtllm cannot load every linear as int8-a8" in out
 
 
 def test_int4_on_one_node_exits_0() -> None:
     code, out = command("--model", "deepseek-v3", "--recipe", "int4", "--hardware", "8xH800-80GB")
     assert code == 0
-    assert "Fits: 45.5 GB of weights per GPU" in out
+    assert "Fits: 47.1 GB of weights per GPU" in out
     assert "W4AFP8" in out
 
 
@@ -74,9 +76,9 @@ def test_a_recipe_that_fits_but_is_refused_exits_1_and_says_both() -> None:
     words = ("--model", "deepseek-v3", "--recipe", "int8", "--hardware", "16xH800-80GB")
     code, out = command(*words, "--target", "trtllm")
     assert code == 1
-    assert "Fits: 43.2 GB" in out
+    assert "Fits: 45.0 GB" in out  # the embedding is whole on every GPU
     assert "Refused" in out
-    assert "Recipes that fit and load here: int4, w4a8." in out
+    assert "Recipes that fit and load here: int8-experts, int4, w4a8." in out
     assert command(*words)[0] == 0  # `auto` finds vLLM
 
 
@@ -85,6 +87,7 @@ JSON_KEYS = {
     "recipe": str,
     "hardware": str,
     "target": str,
+    "dialect": type(None),
     "fits": bool,
     "loads": bool,
     "gpus": int,
@@ -101,6 +104,7 @@ JSON_KEYS = {
     "kv_tokens": int,
     "max_concurrency": int,
     "groups": list,
+    "dialects": list,
     "smallest_fit": dict,
     "fitting_recipes": list,
     "refusals": list,
@@ -125,6 +129,91 @@ def test_the_json_keys_are_frozen() -> None:
     assert answer["fitting_recipes"] == ["int4", "w4a8", "int4-asym", "int4-all"]
     loaded = sum(group["total_gb"] for group in answer["groups"] if group["loaded"])
     assert loaded == pytest.approx(answer["weights_gb"], abs=0.01)
+
+
+@pytest.mark.heavy
+def test_for_tensorrt_llm_the_plan_shows_what_both_dialects_cost() -> None:
+    words = ("--model", "deepseek-v3", "--recipe", "int4", "--hardware", "8xH800-80GB")
+    mixed = json.loads(command(*words, "--json")[1])
+    single = json.loads(command(*words, "--dialect", "single", "--json")[1])
+    assert (mixed["dialect"], single["dialect"]) == ("mixed", "single")
+    assert mixed["dialects"] == single["dialects"]
+    assert mixed["dialects"] == [
+        {
+            "name": "mixed",
+            "weights_gb": pytest.approx(356.3, rel=0.001),
+            "weights_gb_per_gpu": pytest.approx(47.15, abs=0.01),
+            # 15.16 B parameters outside experts, embedding and head, one byte and 0.02 % of scales
+            "dense_gb": pytest.approx(15.16, rel=0.001),
+            "dense_gb_per_gpu": pytest.approx(2.70, abs=0.01),
+            "fits": True,
+            "loads": True,
+        },
+        {
+            "name": "single",
+            "weights_gb": pytest.approx(371.4, rel=0.001),
+            "weights_gb_per_gpu": pytest.approx(49.85, abs=0.01),
+            "dense_gb": pytest.approx(2 * 15.16, rel=0.001),
+            "dense_gb_per_gpu": pytest.approx(5.40, abs=0.01),
+            "fits": True,
+            "loads": True,
+        },
+    ]
+    for answer, other in ((mixed, 0), (single, 1)):
+        for key in ("weights_gb", "weights_gb_per_gpu"):
+            assert answer[key] == answer["dialects"][other][key]
+    assert mixed["kv_tokens"] > single["kv_tokens"]
+    out = command(*words)[1]
+    assert (
+        "Dialect single: 371.4 GB of weights, 49.9 GB per GPU, fits; every decoding step reads "
+        "30.3 GB of dense linears, 5.4 GB per GPU."
+    ) in " ".join(out.split())
+    assert "Dialect mixed (planned here): 356.3 GB" in out
+
+
+def test_what_only_one_dialect_can_be_cut_into_is_planned_in_that_one(tiny_model: Path) -> None:
+    """Its heads have 64 dimensions, so that FP8 tiles of kv_b_proj would be cut."""
+    words = ("--model", str(tiny_model), "--recipe", "int4", "--hardware", "2xH800-80GB")
+    words = (*words, "--target", "trtllm")
+    code, out = command(*words)
+    assert code == 1
+    assert "2 ranks, are no multiple of 128. Use --dialect single or --tp 1." in " ".join(
+        out.split()
+    )
+    code, out = command(*words, "--dialect", "single", "--json")
+    answer = json.loads(out)
+    assert (code, answer["refusals"]) == (0, [])
+    assert [(d["name"], d["loads"]) for d in answer["dialects"]] == [
+        ("mixed", False),
+        ("single", True),
+    ]
+
+
+def test_a_recipe_that_quantizes_nothing_is_a_release(tmp_path: Path) -> None:
+    recipe = tmp_path / "as-released.yaml"
+    recipe.write_text(
+        "name: as-released\ndescription: none\nrules: [{match: '*', weights: source}]\n"
+        "gate: {max_perplexity_ratio: 1.1, max_mean_kl: 0.1, min_top1: 0.5}\n"
+    )
+    words = ("--model", "deepseek-v3", "--recipe", str(recipe), "--hardware", "8xH200", "--json")
+    answer = json.loads(command(*words)[1])
+    assert (answer["target"], answer["dialect"]) == ("trtllm", "released")
+    assert [dialect["name"] for dialect in answer["dialects"]] == ["released"]
+
+
+@pytest.mark.heavy
+def test_int8_experts_put_int8_on_one_node_of_96_or_141_gb_cards_or_on_two_of_80() -> None:
+    fits = {
+        hardware: plan_v3("int8-experts", hardware).good
+        for hardware in ("8xH800-80GB", "8xH20-96GB", "8xH200-141GB", "16xH800-80GB")
+    }
+    assert fits == {
+        "8xH800-80GB": False,
+        "8xH20-96GB": True,
+        "8xH200-141GB": True,
+        "16xH800-80GB": True,
+    }
+    assert plan_v3("int8-experts", "8xH200-141GB").target == "trtllm"
 
 
 @pytest.mark.heavy
@@ -154,6 +243,8 @@ def test_the_command_runs_as_a_user_runs_it(tiny_model: Path, tmp_path: Path) ->
     [
         (("--hardware", "8xT4"), "'8xT4'?: 'T4' is unknown"),
         (("--target", "tgi"), "target 'tgi' is unknown; use one of trtllm, vllm, sglang, embedded"),
+        (("--dialect", "fp4"), "dialect 'fp4' is unknown; use mixed or single"),
+        (("--dialect", "released"), "dialect 'released' is unknown; use mixed or single"),
         (("--recipe", "int3"), "no recipe 'int3'; use a YAML file or one of int4"),
         (("--context", "0"), "--context must be 1 to 163840, the model's limit, not 0"),
         (("--context", "200000"), "--context must be 1 to 163840"),
@@ -169,6 +260,12 @@ def test_bad_input_gets_one_sentence(words: tuple[str, str], sentence: str) -> N
         command(*(part for pair in given_words.items() for part in pair))
     assert sentence.replace("'8xT4'?: ", "") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_dialect_for_another_target_is_refused() -> None:
+    words = ("--model", "deepseek-v3", "--recipe", "int4", "--hardware", "8xH800-80GB")
+    with pytest.raises(DeployError, match="--dialect is of --target trtllm; leave it out for vllm"):
+        command(*words, "--target", "vllm", "--dialect", "single")
 
 
 def v3_2(directory: Path) -> Path:
@@ -319,10 +416,12 @@ def test_a_longer_context_never_raises_the_concurrency(recipe, one: int, other: 
 def test_a_smaller_kv_format_holds_more_tokens() -> None:
     rules = [{"match": "*", "weights": "source"}]
     plans = [
-        plan_v3(recipe_of(*rules, kv_cache=form), "16xH800-80GB")
+        plan_v3(recipe_of(*rules, kv_cache=form), "16xH800-80GB", target="vllm")
         for form in ("bf16", "fp8", "int8")
     ]
     tokens = [plan.kv_tokens for plan in plans]
     assert tokens == sorted(tokens)
     assert tokens[1] / tokens[0] == pytest.approx(1152 / 656, rel=0.01)
     assert [plan.good for plan in plans] == [True, True, False]  # no GPU target has an INT8 cache
+    own = plan_v3(recipe_of(*rules, kv_cache="fp8"), "16xH800-80GB", target="trtllm")
+    assert own.footprint.kv_bytes_per_token == 61 * 576  # rotary keys in FP8 too

@@ -33,7 +33,7 @@ def chain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     root = tmp_path_factory.mktemp("chain")
     made = Chain(tiny_model, root / "checkpoint", root / "engine", root / "evaluation")
     quantize_plainly(tiny_model, load_recipe("int8-weight-only"), made.checkpoint)
-    run_build(made.checkpoint, "embedded", 1, made.engine)
+    run_build(made.checkpoint, "embedded", made.engine)
     settings = Settings(num_blocks=5, block_tokens=512, decode_tokens=2)
     run_evaluate(made.engine, tiny_model, tiny_model / "heldout.txt", made.evaluation, settings)
     return made

@@ -12,7 +12,7 @@ from support.synthetic import quantize_plainly
 from deepseek.artifact.built_engine import read_engine
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.recipe import load_recipe
-from quant_jobs.build import run_build
+from quant_jobs.build import BuildOptions, run_build
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -20,9 +20,9 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_building_twice_gives_the_same_bytes(chain: Chain, tmp_path: Path) -> None:
-    first = run_build(chain.checkpoint, "embedded", 1, tmp_path / "engine")
+    first = run_build(chain.checkpoint, "embedded", tmp_path / "engine")
     before = contents(tmp_path / "engine")
-    assert run_build(chain.checkpoint, "embedded", 1, tmp_path / "engine") == first
+    assert run_build(chain.checkpoint, "embedded", tmp_path / "engine") == first
     assert contents(tmp_path / "engine") == before == contents(chain.engine)
 
 
@@ -37,7 +37,7 @@ def test_an_engine_knows_its_artifact_and_its_source(chain: Chain) -> None:
 def test_a_folder_of_another_engine_is_refused(chain: Chain, fresh: Chain) -> None:
     before = contents(fresh.engine)
     with pytest.raises(ArtifactError, match="choose another --output"):
-        run_build(chain.source, "embedded", 1, fresh.engine)
+        run_build(chain.source, "embedded", fresh.engine)
     assert contents(fresh.engine) == before
 
 
@@ -49,23 +49,43 @@ def test_a_manifest_swapped_under_an_engine_is_noticed(fresh: Chain, tmp_path: P
 
 
 def test_the_matrix_says_why_a_target_cannot_load_it(chain: Chain, tmp_path: Path) -> None:
-    """TensorRT-LLM reads kv_a and kv_b projections only as BF16 or FP8 blocks (facts of 1.2)."""
-    with pytest.raises(DeployError, match="kv_[ab]_proj"):
-        run_build(chain.checkpoint, "trtllm", 8, tmp_path / "engine")
+    """INT8 outside the routed experts has not been tried with TensorRT-LLM's DeepSeek."""
+    with pytest.raises(DeployError, match="for routed experts only.*Add to the recipe"):
+        run_build(chain.checkpoint, "trtllm", tmp_path / "engine", BuildOptions(tp=8))
     assert not (tmp_path / "engine").exists()
 
 
 def test_a_target_that_could_load_it_is_a_later_version(chain: Chain, tmp_path: Path) -> None:
-    with pytest.raises(DeployError, match="this version of IntServe builds embedded engines only"):
-        run_build(chain.checkpoint, "vllm", 8, tmp_path / "engine")
+    with pytest.raises(DeployError, match="builds engines for embedded and trtllm only"):
+        run_build(chain.checkpoint, "vllm", tmp_path / "engine", BuildOptions(tp=8))
     assert not (tmp_path / "engine").exists()
 
 
 def test_the_embedded_engine_is_built_for_one_device(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="--tp 2 must be 1"):
-        run_build(chain.checkpoint, "embedded", 2, tmp_path / "engine")
+        run_build(chain.checkpoint, "embedded", tmp_path / "engine", BuildOptions(tp=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (BuildOptions(ep=2), "--ep"),
+        (BuildOptions(dialect="single"), "--dialect"),
+        (BuildOptions(engine_version="1.2.1"), "--engine-version"),
+        (BuildOptions(mtp=True), "--mtp"),
+        (BuildOptions(context=64), "--context"),
+        (BuildOptions(concurrency=4), "--concurrency"),
+        (BuildOptions(workers=2), "--workers"),
+    ],
+)
+def test_an_option_of_another_target_is_refused(
+    chain: Chain, tmp_path: Path, options: BuildOptions, named: str
+) -> None:
+    with pytest.raises(DeployError, match=f"{named} means nothing to target embedded"):
+        run_build(chain.checkpoint, "embedded", tmp_path / "engine", options)
+    assert not (tmp_path / "engine").exists()
 
 
 def test_an_unknown_target_is_named(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="target 'onnx' is unknown; use one of"):
-        run_build(chain.checkpoint, "onnx", 1, tmp_path / "engine")
+        run_build(chain.checkpoint, "onnx", tmp_path / "engine")

@@ -31,7 +31,7 @@ SHORT = Settings(num_blocks=2, block_tokens=64, decode_tokens=0)
 
 @pytest.mark.heavy
 def test_the_source_does_not_differ_from_itself(tiny_model: Path, tmp_path: Path) -> None:
-    run_build(tiny_model, "embedded", 1, tmp_path / "engine")
+    run_build(tiny_model, "embedded", tmp_path / "engine")
     result = run_evaluate(
         tmp_path / "engine", tiny_model, tiny_model / "heldout.txt", tmp_path / "out", SHORT
     )

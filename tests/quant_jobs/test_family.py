@@ -52,7 +52,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     recipe = small_recipe("int4-gptq", gate=lenient | {"max_starved_experts": 1.0})
     directory = made.model.directory
     run_quantize(directory, recipe, made.model.text, made.checkpoint, 0, lambda _: None)
-    run_build(made.checkpoint, "embedded", 1, made.engine)
+    run_build(made.checkpoint, "embedded", made.engine)
     settings = Settings(num_blocks=22, block_tokens=96, decode_tokens=2)
     run_evaluate(made.engine, directory, made.model.text, made.evaluation, settings)
     return made

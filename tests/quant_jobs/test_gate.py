@@ -9,14 +9,21 @@ from pathlib import Path
 
 import pytest
 from support.chain import Chain
+from support.outliers import outlier_small_model
+from support.quantizing import small_recipe
 
+from deepseek.artifact.built_engine import read_engine
+from deepseek.artifact.input_maxima import InputOutlier
 from deepseek.artifact.verdict import read_verdict, require_passed
 from deepseek.errors import ArtifactError
-from deepseek.recipe import GateLimits
+from deepseek.recipe import GateLimits, Scheme, load_recipe
 from quant_jobs.build import run_build
-from quant_jobs.evaluation.limits import Measured, judge, starved_share
+from quant_jobs.evaluate import Settings, run_evaluate
+from quant_jobs.evaluation.limits import Measured, judge, starved_share, static_input_outliers
 from quant_jobs.evaluation.record import read_evaluation, write_evaluation
 from quant_jobs.gate import run_gate
+from quant_jobs.quantize import run_quantize
+from quant_jobs.report import run_report
 
 LIMITS = GateLimits(
     max_perplexity_ratio=1.05,
@@ -24,9 +31,19 @@ LIMITS = GateLimits(
     min_top1=0.9,
     max_fallbacks=2,
     max_starved_experts=0.25,
+    max_input_outliers=2,
+)
+OUTLIERS = (
+    InputOutlier(layer=3, input="gate_up", expert=0, ratio=9.0),
+    InputOutlier(layer=3, input="down", expert=17, ratio=31.23),
 )
 AT_THE_EDGE = Measured(
-    perplexity_ratio=1.05, mean_kl=0.02, top1=0.9, fallbacks=2, starved_experts=0.25
+    perplexity_ratio=1.05,
+    mean_kl=0.02,
+    top1=0.9,
+    fallbacks=2,
+    starved_experts=0.25,
+    input_outliers=OUTLIERS,
 )
 
 
@@ -46,10 +63,16 @@ def test_limits_are_inclusive() -> None:
             0.26,
             "26.0% of the experts saw too few calibration tokens, more than 25.0%",
         ),
+        (
+            "input_outliers",
+            (*OUTLIERS, OUTLIERS[0]),
+            "outliers among the inputs of the experts: 3, more than 2; the largest: layer 3, down "
+            "input of expert 17: 31.2 times the median of its layer",
+        ),
     ],
 )
 def test_each_limit_fails_alone_with_its_own_sentence(
-    field: str, value: float, sentence: str
+    field: str, value: object, sentence: str
 ) -> None:
     assert judge(replace(AT_THE_EDGE, **{field: value}), LIMITS) == {field: sentence}
 
@@ -60,8 +83,71 @@ def test_a_nan_never_passes(field: str) -> None:
 
 
 def test_every_broken_limit_is_reported() -> None:
-    worst = Measured(perplexity_ratio=9.0, mean_kl=3.0, top1=0.1, fallbacks=99, starved_experts=1.0)
-    assert len(judge(worst, LIMITS)) == 5
+    worst = Measured(
+        perplexity_ratio=9.0,
+        mean_kl=3.0,
+        top1=0.1,
+        fallbacks=99,
+        starved_experts=1.0,
+        input_outliers=3 * OUTLIERS,
+    )
+    assert len(judge(worst, LIMITS)) == 6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "layers"),
+    [
+        ("w4a8", "embedded", [1, 2]),
+        ("int4", "embedded", []),  # inputs of INT4 experts are not rounded there
+        ("int4", "trtllm", [1, 2]),
+        ("int8", "embedded", []),  # dynamic scales per token
+        ("int8-weight-only", "trtllm", []),
+        ("int4 in layer 2", "trtllm", [2]),
+    ],
+)
+def test_outliers_count_where_the_experts_have_static_fp8_inputs(
+    chain: Chain, recipe: str, target: str, layers: list[int]
+) -> None:
+    engine = read_engine(chain.engine)
+    assert engine.manifest is not None
+    config = replace(engine.config, num_hidden_layers=3, first_k_dense_replace=1)
+    schemes = load_recipe(recipe.split()[0]).resolve(config)
+    if recipe.endswith("2"):
+        source = Scheme(weights="fp8-block")
+        schemes |= {name: source for name in schemes if ".layers.1." in name}
+    found = tuple(InputOutlier(layer=layer, input="down", expert=1, ratio=9.0) for layer in (1, 2))
+    manifest = engine.manifest.model_copy(update={"input_outliers": found})
+    engine = replace(engine, config=config, schemes=schemes, target=target, manifest=manifest)
+    assert [outlier.layer for outlier in static_input_outliers(engine)] == layers
+
+
+@pytest.mark.heavy
+def test_an_engine_with_more_outliers_than_its_recipe_allows_fails(tmp_path: Path) -> None:
+    """From the source to the verdict: one expert's input is far above the others'."""
+    model = outlier_small_model(tmp_path)
+    limits = {"max_perplexity_ratio": 1e9, "max_mean_kl": 1e9, "min_top1": 0.0}
+    limits |= {"max_fallbacks": 1000, "max_starved_experts": 1.0, "max_input_outliers": 0}
+    recipe = small_recipe("w4a8", gate=limits)
+    artifact, engine = tmp_path / "artifact", tmp_path / "engine"
+    run_quantize(model.directory, recipe, model.text, artifact, 0, lambda event: None)
+    run_build(artifact, "embedded", engine)
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text(f"{model.text.read_text()}\n" * 8)
+    settings = Settings(num_blocks=12, block_tokens=192, decode_tokens=0)
+    run_evaluate(engine, model.directory, heldout, tmp_path / "evaluation", settings)
+    outcome = run_gate(engine, tmp_path / "evaluation")
+    (reason,) = outcome.verdict.reasons
+    assert reason.startswith(
+        "outliers among the inputs of the experts: 1, more than 0; the largest: layer 2, down "
+        "input of expert 5: "
+    )
+    assert read_verdict(engine).measured["input_outliers"] == 1
+    check = next(
+        check
+        for check in run_report(engine, tmp_path / "evaluation", tmp_path / "page.html").checks
+        if check.name == "Input outliers"
+    )
+    assert (check.measured, check.limit, check.kept) == ("1", "≤ 0", False)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +242,7 @@ def test_a_short_evaluation_is_refused(fresh: Chain) -> None:
 
 
 def test_an_unquantized_engine_has_no_limits_to_be_judged_by(fresh: Chain, tmp_path: Path) -> None:
-    baseline = run_build(fresh.source, "embedded", 1, tmp_path / "baseline")
+    baseline = run_build(fresh.source, "embedded", tmp_path / "baseline")
     evaluation = read_evaluation(fresh.evaluation).model_copy(
         update={
             "engine_digest": baseline.engine_digest,

@@ -26,7 +26,7 @@ from quant_jobs.build import run_build
 from quant_jobs.calibration.token_blocks import CalibrationSource
 from quant_jobs.evaluate import Settings, run_evaluate
 from quant_jobs.quantize import run_quantize
-from quant_jobs.submit import make_submission
+from quant_jobs.submission import make_quantization
 from quant_jobs.targets.embedded import pack_engine
 
 Command = Callable[..., Ended]
@@ -144,7 +144,7 @@ def test_every_command_that_reads_weights_names_a_broken_shard(
 
 def test_a_source_that_is_not_here_is_submitted_by_its_path(tmp_path: Path) -> None:
     here, there = (
-        make_submission(path, "int8", ["text.txt"], tmp_path / "out", 1, "cpu", 1)
+        make_quantization(path, "int8", ["text.txt"], tmp_path / "out", 1, "cpu", 1)
         for path in (tmp_path / "absent", Path("/data/absent"))
     )
     assert here.base_id != there.base_id
@@ -165,8 +165,8 @@ def test_a_copy_goes_through_quantize_build_and_evaluate_as_if_its_config_were_t
         text = [CalibrationSource(source.text)]
         run_quantize(source.directory, recipe, text, root / "artifact", 0)
         artifact = ArtifactReader(root / "artifact")
-        run_build(root / "artifact", "embedded", 1, root / "engine")
-        run_build(source.directory, "embedded", 1, root / "baseline")
+        run_build(root / "artifact", "embedded", root / "engine")
+        run_build(source.directory, "embedded", root / "baseline")
         result = run_evaluate(
             root / "engine", source.directory, source.text, root / "evaluation", SHORT
         )

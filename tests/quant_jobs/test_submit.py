@@ -28,15 +28,22 @@ from support.kill_rounds import reference
 from support.ports import free_ports
 from support.quantizing import SmallModel, contents, make_small_model, small_recipe
 from support.raylets import end
+from support.synthetic import quantize_plainly
 
-from deepseek.errors import CalibrationError, DeployError, RecipeError
+from deepseek.errors import ArtifactError, CalibrationError, DeployError, RecipeError
+from deepseek.recipe import load_recipe
+from quant_jobs.build import BuildOptions, run_build
+from quant_jobs.submission import (
+    BuildSubmission,
+    QuantizeSubmission,
+    make_build,
+    make_quantization,
+)
 from quant_jobs.submit import (
     EXCLUDES,
-    Submission,
     check_working_dir,
     connect_to_jobs,
     follow,
-    make_submission,
     packed_bytes,
     submit,
 )
@@ -78,11 +85,11 @@ class Jobs:
         self.logs.append("layer 1\n")
 
 
-def job_of(**changes: Any) -> Submission:
+def job_of(**changes: Any) -> QuantizeSubmission:
     given = {"model": "/data/v3", "recipe": "int4", "output": "/data/out", "workers": 2}
     given = {**given, **changes}
     text = changes.get("calibration", ("/data/a.txt=3", "/data/b.txt"))
-    return Submission(
+    return QuantizeSubmission(
         Path(given["model"]), given["recipe"], text, Path(given["output"]), given["workers"]
     )
 
@@ -100,6 +107,15 @@ def test_the_id_follows_from_what_the_job_is_and_not_from_its_workers() -> None:
     ]
     assert replace(job_of(), cpus_per_worker=4).base_id == base
     assert len({base, *(other.base_id for other in others)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "digest"),
+    [("int8", "31514fb09fd5"), ("int4", "d326ccf12bbb"), ("w4a8", "8cabb47fc0f3")],
+)
+def test_ids_are_those_of_earlier_versions(recipe: str, digest: str) -> None:
+    """A job that an earlier version has submitted is found again."""
+    assert job_of(recipe=recipe).base_id == f"quantize-out-{digest}"
 
 
 def test_a_recipe_file_counts_by_what_it_says(tmp_path: Path) -> None:
@@ -174,14 +190,14 @@ def test_a_text_that_changed_is_submitted_as_a_job_of_its_own(tmp_path: Path) ->
 
 def test_a_weight_that_is_none_is_refused_before_anything_is_submitted() -> None:
     with pytest.raises(CalibrationError, match="text=-1: the weight must be a positive number"):
-        make_submission(Path("m"), "int8", ["text=-1"], Path("out"), 1)
+        make_quantization(Path("m"), "int8", ["text=-1"], Path("out"), 1)
 
 
 def test_a_file_of_an_unknown_kind_is_refused_and_a_pipe_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"text\.csv has the ending \.csv"):
-        make_submission(Path("m"), "int8", ["text.csv=2"], Path("out"), 1)
+        make_quantization(Path("m"), "int8", ["text.csv=2"], Path("out"), 1)
     os.mkfifo(tmp_path / "text.txt")
-    job = make_submission(Path("m"), "int8", [f"{tmp_path}/text.txt"], Path("out"), 1)
+    job = make_quantization(Path("m"), "int8", [f"{tmp_path}/text.txt"], Path("out"), 1)
     assert job.base_id  # by its path, as what cannot be read here
 
 
@@ -189,17 +205,17 @@ def test_paths_become_absolute_and_the_command_survives_a_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    job = make_submission(Path("a model"), "int8", ["text=2"], Path("out"), 3)
+    job = make_quantization(Path("a model"), "int8", ["text=2"], Path("out"), 3)
     assert job.model == tmp_path / "a model"
     assert job.entrypoint == (
         f"python -m quant_jobs quantize --model '{tmp_path}/a model' --recipe int8 "
         f"--calibration {tmp_path}/text=2 --output {tmp_path}/out --workers 3 "
         "--device cpu --cpus-per-worker 1"
     )
-    job = make_submission(Path("m"), "int8", ["t"], Path("out"), 3, "cuda", 4)
+    job = make_quantization(Path("m"), "int8", ["t"], Path("out"), 3, "cuda", 4)
     assert job.entrypoint.endswith(" --workers 3 --device cuda --cpus-per-worker 4")
     with pytest.raises(RecipeError, match="no recipe 'int3'"):
-        make_submission(Path("m"), "int3", ["text"], Path("out"), 1)
+        make_quantization(Path("m"), "int3", ["text"], Path("out"), 1)
 
 
 def test_a_job_without_ray_is_not_submitted_to_one(command: Callable[..., Ended]) -> None:
@@ -210,6 +226,127 @@ def test_a_job_without_ray_is_not_submitted_to_one(command: Callable[..., Ended]
     assert ended.code == 2
     assert ended.err.startswith("error: --workers 0 is a job without Ray, which cannot be submitt")
     assert ended.err.count("\n") == 1
+
+
+def build_of(checkpoint: str = "/data/int4", **changes: Any) -> BuildSubmission:
+    """A build for TensorRT-LLM; `changes` are options and the others of `make_build`."""
+    given = {"target": "trtllm", "output": "/data/engine", "stage": None, "workers": 4}
+    given |= changes
+    target, output, stage = (given.pop(name) for name in ("target", "output", "stage"))
+    place = None if stage is None else Path(stage)
+    return make_build(Path(checkpoint), target, Path(output), BuildOptions(**given), place)
+
+
+def test_the_id_of_a_build_follows_from_what_it_makes_and_not_from_its_workers() -> None:
+    base = build_of().base_id
+    assert base.startswith("build-engine-")
+    same = [
+        build_of(workers=8),
+        build_of(tp=8),  # the GPUs of --hardware
+        build_of(tp=8, ep=8),
+        build_of(engine_version="1.2.1"),
+        build_of(dialect="mixed"),
+    ]
+    assert {job.base_id for job in same} == {base}
+    others = [
+        build_of("/data/w4a8"),
+        build_of(output="/else/engine"),
+        build_of(tp=4),
+        build_of(ep=2),
+        build_of(kv_cache="fp8"),
+        build_of(dialect="single"),
+        build_of(engine_version="1.3.0rc29"),
+        build_of(mtp=True),
+        build_of(context=4096),
+        build_of(hardware="8xH200-141GB"),
+        build_of(stage="/local/engine"),
+        build_of(target="embedded", workers=1),
+    ]
+    assert len({base, *(job.base_id for job in others)}) == len(others) + 1
+
+
+def test_a_checkpoint_counts_by_its_digest(tmp_path: Path, tiny_model: Path) -> None:
+    quantize_plainly(tiny_model, load_recipe("int8"), tmp_path / "int8")
+    shutil.copytree(tmp_path / "int8", tmp_path / "copy")
+    quantize_plainly(tiny_model, load_recipe("int8-weight-only"), tmp_path / "other")
+    engine = {"target": "embedded", "workers": 1, "output": "/data/engine"}
+    of = {
+        name: build_of(str(tmp_path / name), **engine).base_id
+        for name in ("int8", "copy", "other", "absent")
+    }
+    assert of["copy"] == of["int8"], "the path must not matter"
+    assert len(set(of.values())) == 3
+    source = build_of(str(tiny_model), **engine).base_id
+    shutil.copytree(tiny_model, tmp_path / "source")
+    assert build_of(str(tmp_path / "source"), **engine).base_id == source
+    assert source not in of.values()
+
+
+def test_the_command_of_a_build_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert build_of("a checkpoint", output="out", mtp=True, stage="/local/{node}").entrypoint == (
+        f"python -m quant_jobs build --checkpoint '{tmp_path}/a checkpoint' --target trtllm "
+        f"--output {tmp_path}/out --tp 8 --ep 8 --engine-version 1.2.1 --mtp --workers 4 "
+        "--stage '/local/{node}'"
+    )
+    embedded = build_of("/c", target="embedded", output="/out", workers=1)
+    assert embedded.entrypoint == (
+        "python -m quant_jobs build --checkpoint /c --target embedded --output /out"
+    )
+    jobs = Jobs()
+    submit(jobs, embedded)
+    assert jobs.submitted[0]["metadata"] == {"output": "/out", "target": "embedded"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"workers": 0}, "--workers 0 is a job without Ray, which cannot be .* or run build here"),
+        ({"target": "onnx"}, "target 'onnx' is unknown"),
+        ({"tp": 8, "ep": 3}, "--ep 3 does not divide --tp 8"),
+        ({"engine_version": "0.1"}, "TensorRT-LLM 0.1 is not known to us"),
+        ({"target": "embedded", "mtp": True}, "--mtp means nothing to target embedded"),
+        ({"hardware": "8xABACUS"}, "ABACUS"),
+    ],
+)
+def test_a_build_that_no_node_can_make_is_refused_here(
+    changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(DeployError, match=sentence):
+        build_of(**changes)
+
+
+def test_a_checkpoint_that_the_target_cannot_load_is_refused_here(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    quantize_plainly(tiny_model, load_recipe("int8"), tmp_path / "int8")
+    with pytest.raises(DeployError, match="trtllm"):
+        build_of(str(tmp_path / "int8"))
+    (tmp_path / "int8" / "intserve.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"intserve\.json"):
+        build_of(str(tmp_path / "int8"), target="embedded", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--model", "m"), "error: give --model, --recipe and --calibration to submit a quantiza"),
+        (("--checkpoint", "c", "--model", "m"), "error: --model is for a quantization, and --chec"),
+        (("--checkpoint", "c", "--device", "cuda"), "error: --device is for a quantization, and "),
+        (
+            ("--model", "m", "--recipe", "int8", "--calibration", "t", "--tp", "8"),
+            "error: --tp is for a build, which --checkpoint submits; leave one of them out",
+        ),
+    ],
+)
+def test_a_command_that_is_half_a_build_is_one_sentence(
+    command: Callable[..., Ended], words: tuple[str, ...], sentence: str
+) -> None:
+    ended = command("submit", "--output", "out", "--address", "http://127.0.0.1:1", *words)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert ended.err.startswith(sentence)
 
 
 def test_the_same_command_attaches_submits_again_or_has_nothing_to_do() -> None:
@@ -467,6 +604,39 @@ def test_a_job_that_was_killed_is_submitted_again_resumes_and_writes_the_same_by
 
     undisturbed = reference(small, small_recipe("int4-gptq"), tmp_path / "plain")
     assert contents(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_build_is_submitted_found_again_and_staged(
+    head: Head, tiny_model: Path, tmp_path: Path, root: Path
+) -> None:
+    artifact, output, copy = tmp_path / "int8", tmp_path / "engine", tmp_path / "copy"
+    quantize_plainly(tiny_model, load_recipe("int8"), artifact)
+
+    def answer(*more: str) -> dict[str, str]:
+        ended = subprocess.run(
+            [
+                *(sys.executable, "-m", "quant_jobs", "submit", "--checkpoint", str(artifact)),
+                *("--output", str(output), "--stage", str(copy), "--json", *more),
+            ],
+            cwd=root,
+            env={**head.environment, "RAY_ADDRESS": head.address},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        result: dict[str, str] = json.loads(ended.stdout)
+        return result
+
+    first, second = answer(), answer()
+    assert (first["outcome"], second["outcome"]) == ("submitted", "running")
+    assert first["submission_id"] == second["submission_id"]
+    assert answer("--wait")["status"] == "SUCCEEDED"
+    assert answer()["outcome"] == "succeeded"
+    run_build(artifact, "embedded", tmp_path / "plain")
+    assert contents(output) == contents(copy) == contents(tmp_path / "plain")
 
 
 #: Makes every process that imports the uploaded code record its path and the files beside it.

@@ -1,9 +1,20 @@
-"""An engine directory as IntServe 0.1.0 wrote it before engine.json had format 2."""
+"""Directories as IntServe 0.1.0 wrote them: an engine before engine.json had format 2, and an
+artifact before intserve.json had."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from support.quantizing import SmallModel, add_text
+from support.synthetic import quantize_plainly, write_checkpoint
+
+from deepseek.recipe import Recipe
+
+#: The intserve.json of the artifact of `write_format_1_artifact`, byte for byte.
+_ARTIFACT = Path(__file__).with_name("format_1_artifact.json")
+#: What it calls itself.
+ARTIFACT_DIGEST = "81395cea76daf01b2ab8a752b076f7abe673b40a41ad6963a65a0e58e5507104"
 
 #: The engine.json of an unquantized source, of which two linears and two tensors are left.
 _ENGINE = {
@@ -45,3 +56,22 @@ def write_format_1_engine(directory: Path) -> None:
     """Write engine.json of format 1; its readers refuse it before they look at other files."""
     directory.mkdir(exist_ok=True)
     (directory / "engine.json").write_text(json.dumps(_ENGINE, indent=2, sort_keys=True) + "\n")
+
+
+def write_format_1_artifact(root: Path) -> tuple[Path, SmallModel]:
+    """ROOT/artifact, an `int4` artifact by plain rounding whose manifest has format 1, and the
+    model that it was made from. Tensor files have the bytes that they had then, so they are made
+    here; readers verify them."""
+    write_checkpoint(
+        root / "model",
+        layers=2,
+        experts=4,
+        hidden=128,
+        intermediate_size=128,
+        num_nextn_predict_layers=0,
+    )
+    model = add_text(root / "model", root / "text.txt")
+    recipe = Recipe.model_validate(json.loads(_ARTIFACT.read_text())["recipe"])
+    quantize_plainly(model.directory, recipe, root / "artifact")
+    (root / "artifact" / "intserve.json").write_bytes(_ARTIFACT.read_bytes())
+    return root / "artifact", model

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -82,13 +83,23 @@ class Raylets:
         node = self._cluster.add_node(num_cpus=self._cpus, object_store_memory=OBJECT_STORE_BYTES)
         self._nodes.append(node)
 
+    @property
+    def node_ids(self) -> list[str]:
+        """Ray's ids of the nodes that were not killed, in the order of `kill_node`."""
+        return [str(node.node_id) for node in self._nodes]
+
+    def index_of(self, worker: int) -> int:
+        """The index of the node whose raylet has started a worker process."""
+        parent = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+        return [raylet_of(node).pid for node in self._nodes].index(parent)
+
     def kill_node(self, index: int) -> None:
         """SIGKILL a raylet. Its workers end by themselves, as nothing else of it is killed here."""
         node = self._nodes.pop(index)
         self._cluster.worker_nodes.discard(node)  # or Ray's own shutdown complains
-        ((raylet,),) = node.all_processes.values()
-        raylet.process.kill()
-        raylet.process.wait()
+        raylet = raylet_of(node)
+        raylet.kill()
+        raylet.wait()
 
     def workers(self) -> list[int]:
         """Process ids of quantize workers that have started, ascending."""
@@ -103,6 +114,13 @@ class Raylets:
         self._cluster.shutdown()
         end(self._folder)
         shutil.rmtree(self._folder)
+
+
+def raylet_of(node: Any) -> subprocess.Popen[bytes]:
+    """The process of a node that is no head."""
+    ((raylet,),) = node.all_processes.values()
+    process: subprocess.Popen[bytes] = raylet.process
+    return process
 
 
 def end(folder: Path) -> None:

@@ -81,10 +81,11 @@ def test_a_verdict_of_an_older_form_judged_the_engine_as_it_was_built(
     raw = json.loads((tmp_path / "gate.json").read_text())
     old = {k: v for k, v in raw.items() if k not in ("arithmetic", "kv_cache", "format_version")}
     old |= {} if form == 1 else {"format_version": 2}
+    del old["limits"]["max_input_outliers"]  # came with form 4
     (tmp_path / "gate.json").write_text(json.dumps(old))
     served = {"engine_digest": engine.digest, "artifact_digest": "a" * 64}
     judged = require_passed(tmp_path, **served, arithmetic="embedded", kv_cache="int8")
-    assert (judged.arithmetic, judged.kv_cache, judged.format_version) == ("embedded", "int8", 3)
+    assert (judged.arithmetic, judged.kv_cache, judged.format_version) == ("embedded", "int8", 4)
     with pytest.raises(ArtifactError, match="judges int8 KV pages, but bf16 ones"):
         require_passed(tmp_path, **served, arithmetic="embedded", kv_cache="bf16")
     with pytest.raises(ArtifactError, match="judges what the kernels of embedded compute"):
@@ -92,6 +93,18 @@ def test_a_verdict_of_an_older_form_judged_the_engine_as_it_was_built(
     (tmp_path / "engine.json").unlink()
     with pytest.raises(ArtifactError, match="is not an engine"):
         read_verdict(tmp_path)
+
+
+def test_a_verdict_of_form_3_is_read_and_cannot_claim_a_later_limit(tmp_path: Path) -> None:
+    """No artifact that was judged then kept maxima, so there was no outlier to count."""
+    write_verdict(tmp_path, verdict())
+    raw = json.loads((tmp_path / "gate.json").read_text()) | {"format_version": 3}
+    (tmp_path / "gate.json").write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match="max_input_outliers is no field of its format_ver"):
+        require(tmp_path)
+    del raw["limits"]["max_input_outliers"]
+    (tmp_path / "gate.json").write_text(json.dumps(raw))
+    assert require(tmp_path).limits.max_input_outliers == 8
 
 
 def test_an_engine_that_was_never_gated_is_refused(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from support.quantizing import SmallModel, contents
 from support.raylets import Raylets
 
 from deepseek.errors import CheckpointError
-from quant_jobs.workers.pool import is_loss
+from quant_jobs.ray_losses import is_loss
 
 pytestmark = pytest.mark.ray
 

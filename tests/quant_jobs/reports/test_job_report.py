@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 from support.pages import check_self_contained
 
+from deepseek.artifact.input_maxima import LayerMaxima
 from deepseek.artifact.manifest import Fallback
 from quant_jobs.reports.figures import ERROR_GROUPS, error_group, errors_by_group
 from quant_jobs.reports.job_page import render, show_seconds
@@ -127,7 +128,7 @@ def test_both_files_are_written_and_the_json_reads_back(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {REPORT_FILE, PAGE_FILE}
     text = (tmp_path / REPORT_FILE).read_text("utf-8")
     assert JobRecord.model_validate_json(text) == record
-    assert '"format_version": 2' in text
+    assert '"format_version": 3' in text  # 3: input_maxima by layer
     with pytest.raises(ValidationError, match="surprise"):
         JobRecord.model_validate_json(text.replace('"recipe"', '"surprise": 1,\n "recipe"', 1))
 
@@ -142,6 +143,25 @@ def test_the_page_shows_every_plot_and_names_what_went_wrong() -> None:
     assert "3 (3)" in text  # expert 3 saw 3 tokens
     assert "starved_expert" in text
     assert "Resumed" not in text
+
+
+@pytest.mark.heavy
+def test_the_page_shows_the_largest_inputs_and_names_the_outliers() -> None:
+    record = make_record()
+    values = (2.0, 2.0, 2.0, 2.0, 2.0, 0.0, 2.0, 50.0)
+    maxima = LayerMaxima(gate_up=(1.0,) * 8, down=values)
+    layers = [
+        entry.model_copy(update={"input_maxima": maxima if entry.layer == 2 else None})
+        for entry in record.layers
+    ]
+    record = record.model_copy(update={"layers": tuple(layers)})
+    (outlier,) = record.input_outliers
+    assert (outlier.layer, outlier.input, outlier.expert, outlier.ratio) == (2, "down", 7, 25.0)
+    page = check_self_contained(render(record))
+    assert page.figures == ["errors", "coverage", "maxima", "layers", "workers", "bytes"]
+    text = " ".join(" ".join(page.text).split())
+    assert "2 down 7 50 25 107" in text  # the row of the table, with its calibration tokens
+    assert "Input outliers 1 up to 25 x the median" in text
 
 
 @pytest.mark.heavy

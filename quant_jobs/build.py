@@ -228,8 +228,8 @@ def complete_options(target: str, options: BuildOptions) -> BuildOptions:
             tp=tp,
             ep=options.ep or tp,
             engine_version=require_version(
-            VERSIONS[0] if options.engine_version is None else options.engine_version
-        ),
+                VERSIONS[0] if options.engine_version is None else options.engine_version
+            ),
             dialect=None if options.dialect == "mixed" else options.dialect,
         )
     if known == "embedded":

@@ -93,7 +93,7 @@ class BuildResult(_Printed):
     planned_rank_bytes: int | None
     #: By rank, for a target whose loader is modeled.
     ranks: tuple[RankReport, ...] = ()
-    #: What the linter of the engine's arguments warns of.
+    #: What may go wrong with the engine: outliers among input scales, the linter's warnings.
     warnings: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
@@ -227,7 +227,9 @@ def complete_options(target: str, options: BuildOptions) -> BuildOptions:
             options,
             tp=tp,
             ep=options.ep or tp,
-            engine_version=require_version(options.engine_version or VERSIONS[0]),
+            engine_version=require_version(
+                VERSIONS[0] if options.engine_version is None else options.engine_version
+            ),
             dialect=None if options.dialect == "mixed" else options.dialect,
         )
     if known == "embedded":
@@ -333,7 +335,9 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
         ranks=require_ranks(tp, options.ep or tp),
         dialect=options.dialect,
         kv_cache=kv_format(source, options.kv_cache),
-        engine_version=require_version(options.engine_version or VERSIONS[0]),
+        engine_version=require_version(
+            VERSIONS[0] if options.engine_version is None else options.engine_version
+        ),
         keep_mtp=options.mtp,
     )
     check_target(source, "trtllm", options.hardware, kv_cache=chosen.kv_cache)

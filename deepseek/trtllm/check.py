@@ -24,9 +24,11 @@ from deepseek.artifact.manifest import LayerKey
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError
 from deepseek.trtllm.check_files import (
+    check_args,
     check_config,
     check_headers,
     check_listing,
+    check_same_config,
     read_trtllm_manifest,
 )
 from deepseek.trtllm.check_values import check_digests, check_input_scales
@@ -44,7 +46,8 @@ class CheckReport:
     `ranks` says by rank what the loader reads of the files and what its parameters hold, in bytes.
     `tensors` is the number of keys in the files, `reads` how often all ranks together read one.
     `hashed_bytes` were compared with engine.json, `verified` tensors with intserve.json, `compared`
-    tensors with the artifact, value by value on every rank.
+    tensors with the artifact, value by value on every rank. `warnings` are the linter's of
+    llm_args.yaml.
     """
 
     directory: Path
@@ -57,6 +60,7 @@ class CheckReport:
     hashed_bytes: int = 0
     verified: int = 0
     compared: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def check_engine(
@@ -81,11 +85,14 @@ def check_engine(
     model = LoaderModel(directory, engine.ranks, fields.engine_version, values=False, mtp=mtp)
     _check_loading(model)
     check_headers(model.checkpoint, model.config, stored, mtp=mtp)
-    check_input_scales(directory, model.config, stored, fields)
+    warnings = check_args(directory, built, model.config, engine, stored, fields)
+    mapped = model.checkpoint.with_values()
+    check_input_scales(mapped, model.config, stored, fields)
     hashed = verified = compared = 0
     if digests:
-        hashed, verified = check_digests(directory, built, engine, stored)
+        hashed, verified = check_digests(mapped, built, engine, stored)
     if artifact is not None:
+        check_same_config(directory, built, artifact)
         compared = _compare(directory, artifact, engine.artifact_digest, model, fields)
     return CheckReport(
         directory=directory,
@@ -98,6 +105,7 @@ def check_engine(
         hashed_bytes=hashed,
         verified=verified,
         compared=compared,
+        warnings=warnings,
     )
 
 
@@ -125,8 +133,8 @@ def _check_loading(model: LoaderModel) -> None:
                 "compressed-tensors; TensorRT-LLM reads other packing: build again"
             )
         raise ArtifactError(
-            f"{model.checkpoint.file(key)} holds {key}, which TensorRT-LLM never reads; the "
-            "weights that it belongs to would be wrong or are not the engine's: build again"
+            f"{model.checkpoint.file(key)} holds {key}, which TensorRT-LLM never reads: either it "
+            "is not the engine's, or a value is missing where it is meant to be used; build again"
         )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -13,21 +15,28 @@ from deepseek.artifact.built_engine import BuiltEngine
 from deepseek.artifact.documents import document_object
 from deepseek.artifact.engine_manifest import ENGINE_FILE, EngineManifest, read_engine_manifest
 from deepseek.artifact.manifest import MANIFEST_FILE
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import layer_file
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, DeployError, first_problem
-from deepseek.inventory import layer_of, linears
+from deepseek.inventory import expert_of, linears
 from deepseek.recipe import Scheme
 from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import DTYPE_NAMES
 from deepseek.trtllm.fields import TARGET, TrtllmFields
-from deepseek.trtllm.layout import stored_layers, stored_schemes, stored_tensors
-from deepseek.trtllm.loader_config import read_quant_config
+from deepseek.trtllm.findings import ExpertFormat
+from deepseek.trtllm.layout import TILE, stored_layers, stored_schemes, stored_tensors
+from deepseek.trtllm.lint import lint
+from deepseek.trtllm.llm_args import LLM_ARGS_FILE, llm_args_of
+from deepseek.trtllm.loader_config import QuantConfig, read_quant_config
 from deepseek.trtllm.loader_files import Checkpoint
 from deepseek.trtllm.quant_config import HF_QUANT_CONFIG_FILE, KV_ALGOS, QUANT_CFG_FILE
 
+EXPERT_FORMATS: tuple[ExpertFormat, ...] = get_args(ExpertFormat)
 #: What TensorRT-LLM, or a tool beside it, loads by its ending wherever it lies in the directory.
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
+
+_SHARDS = re.compile(r"model-(layer-\d{5}|globals)[.]safetensors", re.ASCII)
 
 
 def read_trtllm_manifest(directory: Path) -> tuple[EngineManifest, TrtllmFields]:
@@ -69,10 +78,8 @@ def check_listing(directory: Path, engine: EngineManifest, fields: TrtllmFields)
                 "weight file that it finds, and a tensor that is in two files from either; "
                 "remove it"
             )
-    layers = {layer_of(module) for module in engine.schemes}
-    expected = {layer_file("globals"), *(layer_file(layer) for layer in layers)}
     for name in engine.tensor_files:
-        if name not in expected:
+        if not _SHARDS.fullmatch(name):
             raise ArtifactError(
                 f"{directory / ENGINE_FILE} lists the tensor file {untrusted.show_name(name)}, "
                 "which IntServe does not write; build again"
@@ -131,7 +138,64 @@ def check_config(
             f"{directory / HF_QUANT_CONFIG_FILE} has kv_cache_quant_algo {quant.kv_algo}, but the "
             f"engine was built for a KV cache in {built.kv_cache}; build again"
         )
+    _check_quant_files(directory, quant, fields)
     return _stored_schemes(directory, built, config, engine, fields)
+
+
+def check_same_config(directory: Path, built: BuiltEngine, artifact: ArtifactReader) -> None:
+    """Check that config.json is the artifact's but for what a build changes in it.
+
+    Raises:
+        ArtifactError: another key differs; the sentence names it.
+    """
+    changed = ("quantization_config", "auto_map", "num_nextn_predict_layers")
+    own = document_object(directory, built.documents, "config.json")
+    whole = document_object(artifact.directory, artifact.documents, "config.json")
+    for key in sorted((own.keys() | whole.keys()) - set(changed)):
+        if own.get(key) != whole.get(key):
+            raise ArtifactError(
+                f"{directory / 'config.json'} has {untrusted.show_name(key)} "
+                f"{untrusted.show(own.get(key))}, where {artifact.directory} has "
+                f"{untrusted.show(whole.get(key))}; build again"
+            )
+
+
+def check_args(
+    directory: Path,
+    built: BuiltEngine,
+    config: ModelConfig,
+    engine: EngineManifest,
+    stored: Mapping[str, Scheme],
+    fields: TrtllmFields,
+) -> tuple[str, ...]:
+    """Check llm_args.yaml against the engine, and for what is known to hang, crash or answer
+    wrongly; what it is only warned of.
+
+    Raises:
+        ArtifactError: it is absent.
+        DeployError: it is not what this version takes, or the linter refuses it.
+    """
+    path = directory / LLM_ARGS_FILE
+    if LLM_ARGS_FILE not in built.documents:
+        raise ArtifactError(f"{directory} has no {LLM_ARGS_FILE}; build again")
+    args = llm_args_of(built.documents[LLM_ARGS_FILE], fields.engine_version, where=str(path))
+    formats: set[ExpertFormat] = set()
+    for module, scheme in stored.items():
+        if expert_of(module) is not None:
+            formats |= {weights for weights in EXPERT_FORMATS if weights == scheme.weights}
+    found = lint(
+        args,
+        fields.engine_version,
+        dialect=fields.dialect,
+        config=config,
+        kv_cache=engine.kv_cache,
+        experts=formats,
+        ranks=engine.ranks,
+    )
+    for finding in found:
+        if finding.severity == "refuse":
+            raise DeployError(f"{path}: {finding.sentence}")
+    return tuple(finding.sentence for finding in found)
 
 
 def check_headers(
@@ -174,6 +238,47 @@ def check_headers(
                     f"tensor {key} in {path} has the shape {list(entry.shape)}, not "
                     f"{list(tensor.shape)}; build again"
                 )
+
+
+def _check_quant_files(directory: Path, quant: QuantConfig, fields: TrtllmFields) -> None:
+    """Check what is of no effect in one version of the loader and of some in another.
+
+    Raises:
+        ArtifactError: the two lists of modules differ, or the single algorithm has another group
+            size or reaches embedding and head.
+    """
+    path = directory / HF_QUANT_CONFIG_FILE
+    if fields.dialect == "mixed":
+        inline = _object(path)["quantization"].get("quantized_layers")
+        listed = _object(directory / QUANT_CFG_FILE).get("quantized_layers")
+        if not isinstance(inline, dict) or not isinstance(listed, dict):
+            raise ArtifactError(f"{directory}: {path.name} or {QUANT_CFG_FILE} lists no modules")
+        if inline != listed:
+            differing = sorted(inline.keys() ^ listed.keys())
+            differing += [name for name in inline if inline[name] != listed.get(name)]
+            raise ArtifactError(
+                f"{path} and {QUANT_CFG_FILE} do not list the same for "
+                f"{untrusted.show_name(differing[0])}, and versions of TensorRT-LLM read one "
+                "or the other; build again"
+            )
+    elif fields.dialect == "single":
+        if quant.default.algo == "W4A8_AWQ" and quant.default.group_size != TILE:
+            raise ArtifactError(
+                f"{path} has group_size {quant.default.group_size} for W4A8_AWQ, not {TILE}; build "
+                "again"
+            )
+        for name in ("lm_head", "model.embed_tokens"):
+            if not quant.excludes(name):
+                raise ArtifactError(
+                    f"{path} does not exclude {name}, which is stored in BF16; build again"
+                )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        return untrusted.read_json_object(path, root=path.parent)
+    except untrusted.UnusableFileError as error:
+        raise ArtifactError(f"{path} {error}; build again") from error
 
 
 def _stored_schemes(
@@ -225,10 +330,7 @@ def _index(directory: Path) -> dict[str, str] | None:
     path = directory / INDEX_FILE
     if not path.exists():
         return None
-    try:
-        weight_map = untrusted.read_json_object(path, root=directory).get("weight_map")
-    except untrusted.UnusableFileError as error:
-        raise ArtifactError(f"{path} {error}; build again") from error
+    weight_map = _object(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ArtifactError(f"{path} has no weight_map; build again")
     return weight_map

@@ -71,7 +71,8 @@ def _fused_a(rank: Rank, name: str) -> Parameters:
         )
     is_fp8 = method == "fp8-block"
     key = f"{module}.weight"
-    weight = torch.cat([checkpoint.take(f"{part}.weight") for part in parts], dim=0)
+    keys = [f"{part}.weight" for part in parts]
+    weight = rank.joined(keys, [checkpoint.take(part) for part in keys])
     filled: Parameters = {}
     scale_key = f"{module}.weight_scale_inv"
     if scale_key in checkpoint:
@@ -87,7 +88,8 @@ def _fused_a(rank: Rank, name: str) -> Parameters:
                 f"{TILE}, so the FP8 tiles of {module} would not follow those of q_a_proj; store "
                 "both in BF16 (dialect single)"
             )
-        scale = torch.cat([checkpoint.take(f"{part}.weight_scale_inv") for part in parts], dim=0)
+        scale_keys = [f"{part}.weight_scale_inv" for part in parts]
+        scale = rank.joined(scale_keys, [checkpoint.take(part) for part in scale_keys])
         filled["weight_scale"] = rank.fill(scale_key, scale, F32, tiles(shape))
     elif is_fp8:
         rank.silent[key] = "is FP8, but has no weight_scale_inv, so its scales stay undefined"

@@ -64,7 +64,12 @@ def local_experts(rank: Rank, name: str) -> range:
         LoaderRefusal: ep does not divide the experts.
     """
     place = rank.place.experts
-    number = divided(rank, f"{name} (experts)", rank.config.n_routed_experts, place)
+    number, rest = divmod(rank.config.n_routed_experts, place.size)
+    if rest:
+        raise LoaderRefusal(
+            f"{rank.checkpoint.directory}: ep {place.size} does not divide the "
+            f"{rank.config.n_routed_experts} experts of {name}; choose another ep"
+        )
     return range(place.rank * number, (place.rank + 1) * number)
 
 

@@ -51,10 +51,28 @@ class Rank:
             self.silent[key] = f"is stretched from {list(source.shape)} to {list(shape)}"
             source = source.expand(shape)
         if source.dtype != dtype and not (source.dtype in _HIGH and dtype in _HIGH):
+            why = "does not list its module" if source.dtype == FP8 else "says so"
             self.silent[key] = (
-                f"is {_short(source.dtype)} and is converted to {_short(dtype)} value by value"
+                f"is {_short(source.dtype)} and is converted to {_short(dtype)} value by value, "
+                f"because {self.quant.source or 'config.json'} {why}"
             )
         return source.to(dtype)
+
+    def joined(self, keys: list[str], parts: list[Tensor]) -> Tensor:
+        """Rows of several tensors, one below the other.
+
+        Raises:
+            LoaderRefusal: they are not as wide, or of several types.
+        """
+        first = parts[0]
+        for key, part in zip(keys, parts, strict=True):
+            if part.dim() != 2 or part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
+                raise LoaderRefusal(
+                    f"{self.checkpoint.directory}: tensor {key} is {_short(part.dtype)} "
+                    f"{list(part.shape)}, which TensorRT-LLM cannot put below "
+                    f"{_short(first.dtype)} {list(first.shape)} of {keys[0]}"
+                )
+        return torch.cat(parts, dim=0)
 
     def put(self, key: str, source: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """The same for a parameter that takes the bytes as they are, whatever their type.
@@ -159,8 +177,8 @@ def gate_up(rank: Rank, name: str, width: int, place: Place) -> Parameters:
     local = divided(rank, name, width, place)
     modules = [name.replace("gate_up_proj", role) for role in ("gate_proj", "up_proj")]
     keys = [f"{module}.weight" for module in modules]
-    weight = torch.cat(
-        [rank.checkpoint.take(key, 0, _part(rank, key, 0, place)) for key in keys], dim=0
+    weight = rank.joined(
+        keys, [rank.checkpoint.take(key, 0, _part(rank, key, 0, place)) for key in keys]
     )
     shape = 2 * local, hidden
     if method == "bf16":
@@ -169,8 +187,9 @@ def gate_up(rank: Rank, name: str, width: int, place: Place) -> Parameters:
     # The name of the first one's scale decides for both.
     suffix = scale_of(rank, modules[0]).rpartition(".")[2]
     scale_keys = [f"{module}.{suffix}" for module in modules]
-    scale = torch.cat(
-        [rank.checkpoint.take(key, 0, _part(rank, key, 0, place)) for key in scale_keys], dim=0
+    scale = rank.joined(
+        scale_keys,
+        [rank.checkpoint.take(key, 0, _part(rank, key, 0, place)) for key in scale_keys],
     )
     return {
         "weight": rank.fill(keys[0], weight, FP8, shape),

@@ -137,13 +137,25 @@ class BuildFolder:
 
     def _pin(self, inputs: dict[str, Any]) -> None:
         stored, current = pin_inputs(self.path / INPUTS_FILE, inputs, self.output)
-        for key in sorted(stored.keys() | current.keys()):
-            theirs, ours = stored.get(key), current.get(key)
-            if theirs != ours:
-                raise ArtifactError(
-                    f"{self.output} holds an unfinished build with another {key} ({short(theirs)}, "
-                    f"now {short(ours)}); choose another --output or delete it"
-                )
+        check_same_inputs(self.output, "an unfinished build", stored, current)
+
+
+def check_same_inputs(
+    output: Path, what: str, stored: Mapping[str, Any], current: Mapping[str, Any]
+) -> None:
+    """Check that an output, which holds `what`, was made from the same inputs; the first difference
+    in the order of `current` is named.
+
+    Raises:
+        ArtifactError: it was not.
+    """
+    for key in [*current, *sorted(stored.keys() - current.keys())]:
+        theirs, ours = stored.get(key), current.get(key)
+        if theirs != ours:
+            raise ArtifactError(
+                f"{output} holds {what} with another {key} ({short(theirs)}, now {short(ours)}); "
+                "choose another --output or delete it"
+            )
 
 
 @dataclass(frozen=True, slots=True)

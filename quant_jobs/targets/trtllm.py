@@ -65,7 +65,14 @@ from deepseek.trtllm.quant_config import quant_config_files
 from deepseek.trtllm.versions import EngineVersion
 from deepseek.untrusted import UnusableFileError
 from quant_jobs.algorithms.input_scales import share_input_scales
-from quant_jobs.targets.sharded import BuildFolder, BuiltFile, Note, Progress, build_files
+from quant_jobs.targets.sharded import (
+    BuildFolder,
+    BuiltFile,
+    Note,
+    Progress,
+    build_files,
+    check_same_inputs,
+)
 from quant_jobs.targets.trtllm_tensors import write_file
 
 #: KV formats that the target has.
@@ -130,6 +137,12 @@ def plan_build(
     everything = schemes_of(source)
     check_loadable(config, everything, dialect, ranks, mtp=mtp, version=options.engine_version)
     stored = stored_schemes(config, everything, dialect, mtp=mtp)
+    fields = TrtllmFields(
+        dialect=dialect,
+        engine_version=options.engine_version,
+        mtp=_mtp(source, kept=mtp),
+        input_scales=input_scales(source, stored),
+    )
     manifest = EngineManifest(
         **_origin(source),
         target=TARGET,
@@ -142,17 +155,14 @@ def plan_build(
         ),
         files={},
         tensor_files={},
-        target_fields=TrtllmFields(
-            dialect=dialect,
-            engine_version=options.engine_version,
-            mtp=_mtp(source, kept=mtp),
-            input_scales=input_scales(source, stored),
-        ).model_dump(mode="json"),
+        target_fields=fields.model_dump(mode="json"),
     )
     layers = tuple(stored_layers(config, mtp=mtp))
     documents = _documents(source, stored, dialect, layers, options.kv_cache, mtp=mtp)
     args = make_args(stored)
     warnings = _lint(args, source, stored, dialect, options, mtp=mtp)
+    if fields.input_scales:
+        warnings = (*_outliers(source), *warnings)
     documents[LLM_ARGS_FILE] = llm_args_yaml(args, options.engine_version)
     digests = {name: hashlib.sha256(documents[name]).hexdigest() for name in sorted(documents)}
     return TrtllmBuild(
@@ -188,7 +198,7 @@ def build_trtllm(
     check_apart(output, build.source.directory, "the checkpoint")
     known = _known_files(output, build.manifest)
     check_writable(output.parent)
-    with BuildFolder(output, _inputs(build)) as folder:
+    with BuildFolder(output, _inputs(build.manifest)) as folder:
         done = known.keys() | folder.records().keys()
         todo = (layer for layer in build.layers if str(layer) not in done)
         num_bytes = sum(_file_bytes(build, layer) for layer in todo)
@@ -273,13 +283,14 @@ def _needed_scales(source: ArtifactReader, layer: int, modules: Sequence[str]) -
             "quantizing again: python -m quant_jobs measure --checkpoint "
             f"{source.directory} --calibration FILE"
         )
-    maxima, tokens = source.input_maxima.layers[layer], source.manifest.coverage[layer]
+    maxima = source.input_maxima.layers[layer]
     amax, seen = {}, {}
     for module in modules:
         expert = expert_of(module)
         assert expert is not None, module
         amax[module] = (maxima.down if module.endswith("down_proj") else maxima.gate_up)[expert]
-        seen[module] = tokens[expert]
+        # Not the manifest's coverage: what `measure` adds comes from another pass than that.
+        seen[module] = int(amax[module] > 0)
     scales, _ = share_input_scales(amax, seen)
     return scales
 
@@ -313,6 +324,19 @@ def _lint(
         if finding.severity == "refuse":
             raise DeployError(finding.sentence)
     return tuple(finding.sentence for finding in findings)
+
+
+def _outliers(source: Source) -> tuple[str, ...]:
+    """A sentence about the experts whose inputs set a layer's static scale far above the others'
+    need; none where there is no such expert."""
+    outliers = source.manifest.input_outliers if isinstance(source, ArtifactReader) else ()
+    if not outliers:
+        return ()
+    worst = max(outliers, key=lambda outlier: outlier.ratio)
+    return (
+        f"{len(outliers)} inputs of experts are far above the others of their layer and set its "
+        f"static scale for all (the gate limits their number); the largest: {worst.describe()}",
+    )
 
 
 def _mtp(source: Source, *, kept: bool) -> Mtp:
@@ -463,17 +487,18 @@ def _file_bytes(build: TrtllmBuild, layer: LayerKey) -> int:
 # --- an output that is there already ---
 
 
-def _inputs(build: TrtllmBuild) -> dict[str, Any]:
-    """What decides the bytes of the output; keys are words for the error sentence."""
-    manifest = build.manifest
+def _inputs(manifest: EngineManifest) -> dict[str, Any]:
+    """What decides the bytes of an output; keys are words for the error sentence, the plainest
+    first, because arguments follow from the others too."""
+    fields = manifest.target_fields
     return {
-        "checkpoint": manifest.artifact_digest,
         "target": manifest.target,
+        "checkpoint": manifest.artifact_digest,
+        **{name: fields.get(name) for name in ("dialect", "engine_version", "mtp")},
         "ranks": f"tp {manifest.ranks.tp}, ep {manifest.ranks.ep}",
         "kv_cache": manifest.kv_cache,
         "versions": manifest.versions,
-        **{name: manifest.target_fields[name] for name in ("dialect", "engine_version", "mtp")},
-        "llm_args": manifest.files[LLM_ARGS_FILE],
+        LLM_ARGS_FILE: manifest.files.get(LLM_ARGS_FILE),
     }
 
 
@@ -489,13 +514,12 @@ def _known_files(output: Path, manifest: EngineManifest) -> dict[str, BuiltFile]
         existing = read_engine_manifest(output)
     except ArtifactError as error:
         raise ArtifactError(f"{error}; delete {output} first") from error
-    recorded = dict(existing) | existing.target_fields
-    requested = dict(manifest) | manifest.target_fields
-    for field in sorted(requested.keys() - {"tensor_files", "target_fields"}):
-        if recorded.get(field) != requested[field]:
+    check_same_inputs(output, "an engine", _inputs(existing), _inputs(manifest))
+    for field in sorted(type(manifest).model_fields.keys() - {"tensor_files"}):
+        if getattr(existing, field) != getattr(manifest, field):
             raise ArtifactError(
-                f"{output} holds an engine whose {field} differs from the one to be built; choose "
-                "another --output or delete it"
+                f"{output} holds another engine than the one to be built ({field} of {ENGINE_FILE} "
+                "differ); choose another --output or delete it"
             )
     return {
         _key(name): BuiltFile(

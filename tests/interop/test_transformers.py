@@ -16,7 +16,8 @@ from deepseek.engine.options import EngineOptions
 
 pytestmark = pytest.mark.interop
 
-RECIPE = "int8-weight-only"
+#: Recipes whose artifacts transformers decompresses. It has no experts with INT8 activations.
+RECIPES = ("int8-weight-only", "int8-experts", "int4", "int4-all")
 NUM_TOKENS, NUM_PROMPTS, PROMPT_TOKENS = 384, 8, 48
 #: Largest median and mean KL in nats per token, largest relative error of the logits, as in
 #: `test_oracle.py`: transformers computes in FP32, our kernels take BF16 activations.
@@ -26,22 +27,23 @@ MAX_DIFFERENT = 1
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_transformers_runs_an_artifact_of_ours_as_the_engine_does(
-    tiny_model: Path, tmp_path: Path
+    recipe: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     held_out = (tiny_model / "heldout.txt").read_text(encoding="utf-8")[:12_000]
     ids = torch.tensor(tokenizer(held_out)["input_ids"])
     text_T = ids[:NUM_TOKENS].clone()
     prompts_PL = ids[NUM_TOKENS:][: NUM_PROMPTS * PROMPT_TOKENS].view(NUM_PROMPTS, -1).clone()
-    artifact = make_artifact(tiny_model, RECIPE, tmp_path)
+    artifact = make_artifact(tiny_model, recipe, tmp_path)
     save_file({"text": text_T, "prompts": prompts_PL}, tmp_path / "in.safetensors")
     output = tmp_path / "out.safetensors"
     run_in("transformers", "run_transformers.py", artifact, tmp_path / "in.safetensors", output)
     theirs = load_file(output)
 
     engine = LLMEngine.load(
-        make_engine(tiny_model, RECIPE, tmp_path), EngineOptions(kv_cache="bf16")
+        make_engine(tiny_model, recipe, tmp_path), EngineOptions(kv_cache="bf16")
     )
     source, other = theirs["logits"].log_softmax(-1), engine.score(text_T).log_softmax(-1)
     kl_T = (source.exp() * (source - other)).sum(-1)

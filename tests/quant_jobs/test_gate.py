@@ -130,10 +130,10 @@ def test_an_engine_with_more_outliers_than_its_recipe_allows_fails(tmp_path: Pat
     recipe = small_recipe("w4a8", gate=limits)
     artifact, engine = tmp_path / "artifact", tmp_path / "engine"
     run_quantize(model.directory, recipe, model.text, artifact, 0, lambda event: None)
-    run_build(artifact, "embedded", 1, engine)
+    run_build(artifact, "embedded", engine)
     heldout = tmp_path / "heldout.txt"
     heldout.write_text(f"{model.text.read_text()}\n" * 8)
-    settings = Settings(num_blocks=16, block_tokens=192, decode_tokens=0)
+    settings = Settings(num_blocks=12, block_tokens=192, decode_tokens=0)
     run_evaluate(engine, model.directory, heldout, tmp_path / "evaluation", settings)
     outcome = run_gate(engine, tmp_path / "evaluation")
     (reason,) = outcome.verdict.reasons

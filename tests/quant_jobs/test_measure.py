@@ -22,6 +22,7 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, CalibrationError, DeployError, IntServeError
 from deepseek.recipe import Recipe
+from quant_jobs.build import BuildOptions, run_build
 from quant_jobs.job.measure_pass import measure_experts
 from quant_jobs.measure import Measurement, run_measure
 from quant_jobs.quantize import run_quantize
@@ -187,6 +188,18 @@ def test_what_is_measured_is_what_a_job_measures_where_nothing_was_quantized_bef
     (found,) = result.manifest.input_outliers
     assert (found.layer, found.expert) == (OUTLIER_LAYER, OUTLIER_EXPERT)
     assert "layer 2, down input of expert 5" in result.describe(output)[1]
+
+
+def test_what_an_engine_for_tensorrt_llm_lacks_is_added(
+    old: Path, measured: tuple[Path, Measurement], tmp_path: Path
+) -> None:
+    """Its manifest has no coverage either: this artifact was made without calibration."""
+    options = BuildOptions(tp=1, dialect="single")
+    with pytest.raises(ArtifactError) as refused:
+        run_build(old, "trtllm", tmp_path / "engine", options)
+    assert f"python -m quant_jobs measure --checkpoint {old} --calib" in str(refused.value)
+    built = run_build(measured[0], "trtllm", tmp_path / "engine", options)
+    assert built.artifact_digest == measured[1].manifest.digest
 
 
 # Bad input.

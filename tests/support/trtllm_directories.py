@@ -32,7 +32,9 @@ from deepseek.files import write_json
 from deepseek.formats import dequantize_fp8_block
 from deepseek.recipe import load_recipe
 from deepseek.source.index import INDEX_FILE
+from deepseek.tensor_files import read_header
 from deepseek.trtllm.fields import LayerInputScales, TrtllmFields
+from deepseek.trtllm.llm_args import LLM_ARGS_FILE, llm_args_yaml, make_llm_args
 from deepseek.trtllm.versions import EngineVersion
 
 #: V3's head dims, and everything else small; every rank of tp 4 holds whole tiles and groups.
@@ -168,6 +170,16 @@ def write_directory(
     kv_algo = "FP8" if kv_cache == "fp8" else None
     for name, content in quant_files(config, algo, dialect, kv_algo).items():
         write_json(directory / name, content)
+    args = make_llm_args(
+        version,
+        tp=ranks.tp,
+        ep=ranks.ep,
+        kv_cache=kv_cache,
+        max_batch_size=8,
+        max_num_tokens=512,
+        max_seq_len=256,
+    )
+    (directory / LLM_ARGS_FILE).write_bytes(llm_args_yaml(args, version))
     weight_map: dict[str, str] = {}
     for layer in range(config.num_hidden_layers):
         _write_layer(artifact, artifact.read_layer(layer), layer, directory, dialect, weight_map)
@@ -228,6 +240,17 @@ def edit_tensors(directory: Path, file: str, change: Callable[[dict[str, Tensor]
     tensors = load_file(directory / file)
     change(tensors)
     _save(tensors, directory / file)
+
+
+def index_as_it_is(directory: Path) -> None:
+    """An index that lists what the files hold."""
+    places = {
+        name: path.name
+        for path in sorted(directory.glob("*.safetensors"))
+        for name in read_header(path).tensors
+    }
+    content = {"metadata": {}, "weight_map": places}
+    (directory / INDEX_FILE).write_text(json.dumps(content))
 
 
 def _write_layer(

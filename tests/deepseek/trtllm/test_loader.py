@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from support.trtllm_directories import edit_tensors, input_scale, make_source
+from support.trtllm_directories import (
+    Dialect,
+    edit_tensors,
+    input_scale,
+    make_artifact,
+    make_source,
+    redigest,
+    write_directory,
+)
 from torch import Tensor
 
 from deepseek.artifact.engine_manifest import RankLayout
@@ -17,12 +25,15 @@ from deepseek.artifact.manifest import LayerKey
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError
 from deepseek.source.checkpoint import CheckpointReader
+from deepseek.trtllm.check import check_engine
 from deepseek.trtllm.loader import LoaderModel, LoaderRefusal
 from deepseek.trtllm.loader_config import read_quant_config
 from deepseek.trtllm.loader_decode import compare
+from quant_jobs.build import BuildOptions, run_build
 
 LAYOUTS = [(4, 4), (4, 1), (4, 2), (1, 1)]
 VERSIONS = ["1.2.1", "1.3.0rc29"]
+DIALECTS: tuple[Dialect, ...] = ("mixed", "single")
 LAYER_1 = "model-layer-00001.safetensors"
 EXPERTS = "model.layers.1.mlp.experts"
 
@@ -174,7 +185,7 @@ SHAPES: list[tuple[dict[str, Any], tuple[int, int], str]] = [
     ({"v_head_dim": 64}, (2, 2), "v_head_dim is 64, no multiple of 128"),
     ({}, (8, 4), "each of 8 ranks would hold 192 rows or columns of model.layers.0"),
     ({}, (3, 3), "tp 3 does not divide the 8 attention heads"),
-    ({"experts": 6}, (4, 4), "4 ranks do not divide the 6 rows or columns of .*experts"),
+    ({"experts": 6}, (4, 4), "ep 4 does not divide the 6 experts of model.layers.1"),
     ({}, (4, 1), "each rank would hold 64 inner rows of model.layers.1.mlp.experts"),
 ]
 
@@ -209,7 +220,10 @@ def test_a_type_that_is_converted_without_a_word_is_noted(mixed: Path) -> None:
     model = LoaderModel(mixed, RankLayout(tp=4, ep=4), "1.2.1", values=False)
     load_all(model)
     key = "model.layers.0.self_attn.o_proj.weight"
-    assert model.silent == {key: "is float8_e4m3fn and is converted to bfloat16 value by value"}
+    assert model.silent == {
+        key: "is float8_e4m3fn and is converted to bfloat16 value by value, because quant_cfg.json "
+        "does not list its module"
+    }
     assert model.unread() == [f"{key}_scale_inv"]
 
 
@@ -232,3 +246,78 @@ def test_exclusions_mean_an_ancestor_to_the_newer_loader_only(mixed: Path) -> No
 def test_a_version_that_nobody_read_is_refused(made: Path) -> None:
     with pytest.raises(LoaderRefusal, match=r"no loader of TensorRT-LLM '1\.4\.0' is known here"):
         LoaderModel(made / "mixed", RankLayout(tp=1, ep=1), "1.4.0")
+
+
+# --- directories of `build` ---
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("dialect", ["mixed", "single"])
+def test_a_model_of_v3s_head_dims_is_exact_on_every_rank_of_three_layouts(
+    tmp_path_factory: pytest.TempPathFactory, dialect: Literal["mixed", "single"]
+) -> None:
+    """Hidden 1024, 3 layers, 16 heads, 8 experts in 4 groups; every tensor of `build`'s own output,
+    each key read as often as the loader reads it, nothing unread."""
+    root = tmp_path_factory.mktemp("v3")
+    wide = {"layers": 3, "experts": 8, "hidden": 1024, "moe_intermediate_size": 1024}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "n_group": 4, "topk_group": 2}
+    sizes = {"q_lora_rank": 512, "kv_lora_rank": 512, "intermediate_size": 2048}
+    more = {"num_nextn_predict_layers": 1, "max_position_embeddings": 4096}
+    make_source(root / "source", **wide, **heads, **sizes, **more)
+    artifact = make_artifact(root / "source", "w4a8", root / "artifact")
+    for tp, ep in [(8, 8), (8, 1), (4, 2)]:
+        output = root / f"{tp}x{ep}"
+        options = BuildOptions(
+            tp=tp, ep=ep, dialect=dialect, context=1024, concurrency=4, engine_version="1.3.0rc29"
+        )
+        run_build(root / "artifact", "trtllm", output, options)
+        report = check_engine(output, artifact=artifact)
+        assert report.compared == sum(
+            not name.endswith(("weight_shape", "input_scale"))
+            for layer in (0, 1, 2)
+            for name in artifact.read_layer(layer)
+        ) + len(artifact.read_globals())
+        model = LoaderModel(output, RankLayout(tp=tp, ep=ep), "1.3.0rc29", values=False)
+        load_all(model)
+        of_experts = {key: n for key, n in model.reads.items() if ".experts." in key}
+        shared = ("gate_proj.input_scale", "up_proj.input_scale")
+        for key, times in of_experts.items():
+            assert times == (tp if key.endswith(shared) else tp // ep), key
+        assert {n for key, n in model.reads.items() if key not in of_experts} == {tp}
+        assert model.unread() == []
+
+
+@pytest.mark.parametrize("version", ["1.2.1", "1.3.0rc29"])
+@pytest.mark.parametrize("mtp", [False, True])
+def test_a_built_baseline_is_what_the_loader_loads(tmp_path: Path, version: str, mtp: bool) -> None:
+    make_source(tmp_path / "source", num_nextn_predict_layers=1, max_position_embeddings=4096)
+    options = BuildOptions(tp=4, ep=4, engine_version=version, mtp=mtp, context=1024, concurrency=4)
+    run_build(tmp_path / "source", "trtllm", tmp_path / "engine", options)
+    report = check_engine(tmp_path / "engine")
+    assert report.dialect == "released"
+    assert report.verified == 0
+    assert report.hashed_bytes == sum(
+        path.stat().st_size for path in (tmp_path / "engine").glob("*.safetensors")
+    )
+
+
+def test_experts_in_int8_are_exact_in_both_dialects(made: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(made / "source", "int8-experts", tmp_path / "artifact")
+    for dialect in DIALECTS:
+        write_directory(artifact, tmp_path / dialect, dialect)
+        report = check_engine(tmp_path / dialect, artifact=artifact)
+        assert report.compared == 69
+        for tp, ep in LAYOUTS:
+            model = LoaderModel(tmp_path / dialect, RankLayout(tp=tp, ep=ep), "1.2.1")
+            assert compare(model, reading(artifact)) == 69
+    experts = dict(model.load(0, 1))[EXPERTS]
+    assert experts["w3_w1_weight"].shape == (4, 256, 1024)  # inputs first
+
+    def two_dimensions(tensors: dict[str, Tensor]) -> None:
+        key = f"{EXPERTS}.2.up_proj.weight_scale"
+        tensors[key] = tensors[key].unsqueeze(1)
+
+    edit_tensors(tmp_path / "mixed", LAYER_1, two_dimensions)
+    redigest(tmp_path / "mixed")
+    with pytest.raises(LoaderRefusal, match="needs one scale per output in a single dimension"):
+        check_engine(tmp_path / "mixed")

@@ -73,8 +73,9 @@ class RankReport(_Printed):
 class BuildResult(_Printed):
     """What `build --json` prints. `artifact_digest` is the source's fingerprint and `recipe` is
     "unquantized" for a baseline engine. `bytes` is the size of the engine's tensor files,
-    `bytes_read` what this run read of the checkpoint's tensors (0 where nothing was left to do),
-    `rank_weight_bytes` the stored weights that each rank holds."""
+    `bytes_read` what was read of the checkpoint's tensors to make them, by this run and by killed
+    ones before it (0 for files of an engine that was finished), `rank_weight_bytes` the stored
+    weights that each rank holds."""
 
     output: str
     target: str

@@ -72,6 +72,7 @@ def main(
         "| build | command s | its files s | of the plain copy | read GB | written GB "
         "| read + written MB/s | engine |\n|---|" + "---:|" * 6 + "---|"
     )
+    shutil.rmtree(output / "plain", ignore_errors=True)
     plain = watch(BuildProcess(None, output / "plain", *words(artifact, output / "plain", 0)))
     typer.echo(row("no Ray", plain, copied))
     expected = digests(output / "plain")

@@ -94,7 +94,7 @@ class BuildResult(_Printed):
     planned_rank_bytes: int | None
     #: By rank, for a target whose loader is modeled.
     ranks: tuple[RankReport, ...] = ()
-    #: What the linter of the engine's arguments warns of.
+    #: What may go wrong with the engine: outliers among input scales, the linter's warnings.
     warnings: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,16 @@ def test_cluster_reads_no_tensor_values(root: Path) -> None:
     for source in sorted((root / "cluster").rglob("*.py")):
         wrong = imported_modules(source) & {"safetensors", "numpy"}
         assert not wrong, f"{source.relative_to(root)} imports {sorted(wrong)}"
+
+
+def test_an_installed_package_has_every_room(root: Path) -> None:
+    listed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {
+        path.parent.relative_to(root).as_posix().replace("/", ".")
+        for package in FORBIDDEN
+        for path in (root / package).rglob("__init__.py")
+    }
+    assert set(listed["tool"]["setuptools"]["packages"]) == folders
 
 
 def test_every_test_file_holds_a_test(root: Path) -> None:

@@ -5,6 +5,8 @@
     quant_config  hf_quant_config.json and quant_cfg.json, with the names that the loader looks up
     input_scales  static FP8 input scales that survive the loader's own rounding
     fields        what engine.json says beyond the common part
+    loader*       a model of the loader: what each rank reads and holds; decoded and compared
+    check*        what the loader takes in silence, refused (`build --check`)
     versions      the versions of TensorRT-LLM, and how each of their arguments is known
     llm_args      llm_args.yaml: chosen from the plan, written and read; llm_schema is its mirror
     lint          arguments that are known to hang, crash, answer wrongly or be ignored

@@ -86,10 +86,11 @@ def check_engine(
     _check_loading(model)
     check_headers(model.checkpoint, model.config, stored, mtp=mtp)
     warnings = check_args(directory, built, model.config, engine, stored, fields)
-    check_input_scales(directory, model.config, stored, fields)
+    mapped = model.checkpoint.with_values()
+    check_input_scales(mapped, model.config, stored, fields)
     hashed = verified = compared = 0
     if digests:
-        hashed, verified = check_digests(directory, built, engine, stored)
+        hashed, verified = check_digests(mapped, built, engine, stored)
     if artifact is not None:
         check_same_config(directory, built, artifact)
         compared = _compare(directory, artifact, engine.artifact_digest, model, fields)

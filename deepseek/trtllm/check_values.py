@@ -36,7 +36,7 @@ _READ_BYTES = 1 << 20
 
 
 def check_input_scales(
-    directory: Path, config: ModelConfig, stored: Mapping[str, Scheme], fields: TrtllmFields
+    checkpoint: Checkpoint, config: ModelConfig, stored: Mapping[str, Scheme], fields: TrtllmFields
 ) -> None:
     """Check the static input scales of INT4 experts: positive, finite, one value for gate and up
     and one for down in each layer, and those that engine.json states. The loader takes the largest
@@ -45,7 +45,6 @@ def check_input_scales(
     Raises:
         ArtifactError: one is not; the sentence names it.
     """
-    checkpoint = Checkpoint(directory, values=True)
     layers = [
         layer
         for layer in range(config.num_layers_with_mtp)
@@ -57,7 +56,8 @@ def check_input_scales(
         stated = fields.input_scales.get(layer)
         if stated is None:
             raise ArtifactError(
-                f"{directory / ENGINE_FILE} has no input scales of layer {layer}; build again"
+                f"{checkpoint.directory / ENGINE_FILE} has no input scales of layer {layer}; build "
+                "again"
             )
         for role in ("gate_proj", "up_proj", "down_proj"):
             wanted = stated.down if role == "down_proj" else stated.gate_up
@@ -78,7 +78,7 @@ def check_input_scales(
 
 
 def check_digests(
-    directory: Path, built: BuiltEngine, engine: EngineManifest, stored: Mapping[str, Scheme]
+    checkpoint: Checkpoint, built: BuiltEngine, engine: EngineManifest, stored: Mapping[str, Scheme]
 ) -> tuple[int, int]:
     """Verify every tensor that can be verified against intserve.json, and every file against
     engine.json; the bytes that were hashed and the number of tensors.
@@ -87,7 +87,6 @@ def check_digests(
         ArtifactError: one differs; the sentence names the tensor, and what was done to it where
             that can be told, or the file.
     """
-    checkpoint = Checkpoint(directory, values=True)
     artifact: dict[str, str] = {}
     schemes: Mapping[str, Scheme] = {}
     if built.manifest is not None:
@@ -102,7 +101,7 @@ def check_digests(
         verified = 0
         for key in keys[name] if artifact else ():
             verified += _verify(checkpoint, key, schemes, stored, artifact)
-        path, file = directory / name, engine.tensor_files[name]
+        path, file = checkpoint.directory / name, engine.tensor_files[name]
         if _sha256(path) != file.sha256:
             raise ArtifactError(
                 f"{path} was edited after the engine was built: its SHA-256 is not that of "

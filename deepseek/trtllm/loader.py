@@ -23,7 +23,7 @@ from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
 from deepseek.trtllm.loader_attention import attention
-from deepseek.trtllm.loader_config import read_quant_config
+from deepseek.trtllm.loader_config import check_dtype, read_quant_config
 from deepseek.trtllm.loader_experts import experts
 from deepseek.trtllm.loader_files import Checkpoint, LoaderRefusal
 from deepseek.trtllm.loader_linears import (
@@ -79,6 +79,7 @@ class LoaderModel:
                 f"{directory} is a model with an indexer (DeepSeek-V3.2), whose loading by "
                 "TensorRT-LLM is not known here"
             )
+        check_dtype(directory)
         self.quant = read_quant_config(directory, version)
         self.checkpoint = Checkpoint(directory, values=values)
         self.mtp = mtp

@@ -167,6 +167,21 @@ def read_quant_config(directory: Path, version: str) -> QuantConfig:
     return _from_config_json(directory, native, text)
 
 
+def check_dtype(directory: Path) -> None:
+    """Check that config.json asks for BF16, in which the loader keeps what is not quantized.
+
+    Raises:
+        LoaderRefusal: it names another type, to which the loader would convert everything, or none.
+    """
+    raw = _object(directory, CONFIG)
+    dtype = raw.get("torch_dtype", raw.get("dtype"))
+    if dtype != "bfloat16":
+        raise LoaderRefusal(
+            f"{directory / CONFIG} has torch_dtype {untrusted.show(dtype)}, to which TensorRT-LLM "
+            "would convert everything that is not quantized; it must be 'bfloat16'"
+        )
+
+
 def _from_modelopt(directory: Path, text: Text) -> QuantConfig:
     path = directory / HF_QUANT_CONFIG
     raw = _object(directory, HF_QUANT_CONFIG).get("quantization")

@@ -12,6 +12,7 @@ and shapes runs without a byte of data.
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 import os
@@ -128,6 +129,12 @@ class Checkpoint:
             return torch.empty(entry.shape, dtype=entry.dtype)
         data = torch.frombuffer(self._map(path), dtype=entry.dtype, count=count, offset=entry.begin)
         return data.view(entry.shape)
+
+    def with_values(self) -> Checkpoint:
+        """The same headers over mapped data, with counts of its own; files are not parsed again."""
+        mapped = copy.copy(self)
+        mapped.values, mapped.reads, mapped.read_bytes, mapped._maps = True, Counter(), 0, {}
+        return mapped
 
     def close(self) -> None:
         """Forget the mapped files; tensors that still view one keep it alive."""

@@ -223,7 +223,7 @@ def memory_use(job: Job) -> list[Use]:
     heads = config.num_attention_heads * job.block_tokens**2 * F32
     reserved = int(GPU.memory_bytes * (1 - GPU.usable_fraction))
     return [
-        Use("source of two layers, as stored", 2 * experts // job.nodes, 2 * trunk),
+        Use("source of two layers, as stored", 2 * experts // job.nodes, 2 * trunk, trunk),
         Use("packed layer in hand, and the one being written", out // job.nodes, 2 * out),
         Use("activations into and out of the layer", 2 * own),
         Use("what enters the MLP, all blocks", 0, job.activation_bytes, job.activation_bytes),

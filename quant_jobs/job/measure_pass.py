@@ -6,7 +6,7 @@ written. Every tensor is verified where it is read. Memory: a worker's share of 
 tensors, and the activations of its blocks. The values depend neither on the number of workers nor
 on their order: a block goes through an expert alone, and the largest of all is taken.
 
-The pass keeps no state on disk: it takes a small part of what quantizing took, and a pass that is
+The pass keeps no state on disk: it takes a fraction of what quantizing took, and a pass that is
 killed begins anew. Where workers die, so does this file, with those that replace them. Called by
 `quant_jobs/measure.py`.
 """

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from matplotlib.ticker import LogFormatter
+
 from deepseek.artifact.input_maxima import INPUTS, OUTLIER_RATIO, ExpertInput, InputMaxima
 from quant_jobs.reports.figures import (
     FIFTH,
@@ -152,7 +154,7 @@ def input_maxima(maxima: InputMaxima) -> str:
     few = len(numbers) < 16
 
     def paint(figure: Any) -> None:
-        panels = figure.subplots(1, 2, sharex=True)
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
         for axes, kind, color in zip(panels, INPUTS, (SECOND, FOURTH), strict=True):
             rows = [[v for v in maxima.layers[n].of(kind) if v > 0] for n in numbers]
             middles = [median(row) for row in rows]
@@ -174,6 +176,8 @@ def input_maxima(maxima: InputMaxima) -> str:
                         )  # fmt: skip
             axes.set_title(_INPUT_TITLES[kind], loc="left", fontsize=9.5, color=INK)
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # 100, not a power of ten
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
             axes.margins(x=0.08, y=0.12)
             axes.grid(axis="y")
             axes.xaxis.get_major_locator().set_params(integer=True)

@@ -137,6 +137,12 @@ def plan_build(
     everything = schemes_of(source)
     check_loadable(config, everything, dialect, ranks, mtp=mtp, version=options.engine_version)
     stored = stored_schemes(config, everything, dialect, mtp=mtp)
+    fields = TrtllmFields(
+        dialect=dialect,
+        engine_version=options.engine_version,
+        mtp=_mtp(source, kept=mtp),
+        input_scales=input_scales(source, stored),
+    )
     manifest = EngineManifest(
         **_origin(source),
         target=TARGET,
@@ -149,17 +155,14 @@ def plan_build(
         ),
         files={},
         tensor_files={},
-        target_fields=TrtllmFields(
-            dialect=dialect,
-            engine_version=options.engine_version,
-            mtp=_mtp(source, kept=mtp),
-            input_scales=input_scales(source, stored),
-        ).model_dump(mode="json"),
+        target_fields=fields.model_dump(mode="json"),
     )
     layers = tuple(stored_layers(config, mtp=mtp))
     documents = _documents(source, stored, dialect, layers, options.kv_cache, mtp=mtp)
     args = make_args(stored)
     warnings = _lint(args, source, stored, dialect, options, mtp=mtp)
+    if fields.input_scales:
+        warnings = (*_outliers(source), *warnings)
     documents[LLM_ARGS_FILE] = llm_args_yaml(args, options.engine_version)
     digests = {name: hashlib.sha256(documents[name]).hexdigest() for name in sorted(documents)}
     return TrtllmBuild(
@@ -321,6 +324,19 @@ def _lint(
         if finding.severity == "refuse":
             raise DeployError(finding.sentence)
     return tuple(finding.sentence for finding in findings)
+
+
+def _outliers(source: Source) -> tuple[str, ...]:
+    """A sentence about the experts whose inputs set a layer's static scale far above the others'
+    need; none where there is no such expert."""
+    outliers = source.manifest.input_outliers if isinstance(source, ArtifactReader) else ()
+    if not outliers:
+        return ()
+    worst = max(outliers, key=lambda outlier: outlier.ratio)
+    return (
+        f"{len(outliers)} inputs of experts are far above the others of their layer and set its "
+        f"static scale for all (the gate limits their number); the largest: {worst.describe()}",
+    )
 
 
 def _mtp(source: Source, *, kept: bool) -> Mtp:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from cluster.hardware import GPUS_PER_NODE, Machines
 from cluster.memory import GPU_MAX_BATCH, GPU_STEP_TOKENS, Footprint, Tally
@@ -69,8 +68,6 @@ def planned_rank_bytes(
 def _footprint(
     config: ModelConfig, stored: Mapping[str, Scheme], options: TrtllmOptions
 ) -> Footprint:
-    if not options.keep_mtp:
-        config = replace(config, num_nextn_predict_layers=0)
     return Tally(config, stored).gpu_footprint(
         options.ranks.tp, options.kv_cache, mtp=options.keep_mtp, target="trtllm"
     )

@@ -8,8 +8,8 @@ On `cuda`, as on `cpu`, any number of workers must write the same bytes, provide
 of one model, which decides the kernels. This is not checked. Ray shows each worker only its own
 GPU, so the device of every worker is plain `cuda`; without Ray it is the first that torch sees.
 
-No GPU has run this yet. Tests use a stand-in that tracks where each tensor is and knows no CUDA
-kernels (`tests/support/elsewhere.py`); tests marked `gpu` need a GPU.
+docs/benchmarks.md says on which GPU this has run. Most tests use a stand-in that tracks where each
+tensor is and knows no CUDA kernels (`tests/support/elsewhere.py`); tests marked `gpu` need a GPU.
 """
 
 from __future__ import annotations

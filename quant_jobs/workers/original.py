@@ -4,9 +4,9 @@ Called by `worker.py` in this order (`job/layer_steps.py`): `attend` and `observ
 `receive` once, `scale_statistics` and `scale_losses` for the scale that several workers share, then
 `solve` and `folded_norms`. When a worker dies, the layer is redone with a new object.
 
-Memory: the stored bytes of the trunk and of this worker's routed experts, the accumulated
-statistics of its attention inputs, and from `receive` until `solve` returns the MLP inputs of all
-blocks, on the worker's device.
+Memory: the stored bytes of the trunk (on a GPU, there too) and of this worker's routed experts, the
+accumulated statistics of its attention inputs, and from `receive` until `solve` returns the MLP
+inputs of all blocks, on the worker's device.
 """
 
 from __future__ import annotations
@@ -59,8 +59,17 @@ class OriginalLayer:
             if tensor.spec.kind != "linear" and not tensor.spec.is_indexer
         }
 
+        # Every block needs the trunk's weights: on a GPU they are copied there once, as stored.
+        linears = {
+            tensor.spec.module: context.to_device(tensor)
+            for tensor in source.values()
+            if tensor.spec.kind == "linear"
+            and tensor.spec.expert is None
+            and not tensor.spec.is_indexer
+        }
+
         def dequantized(module: str) -> Tensor:
-            return context.to_device(source[f"{module}.weight"]).dequantize()
+            return linears[module].dequantize()
 
         self._trunk = Trunk(context.config, layer, context.to_device(high), dequantized)
         self._inputs = LayerInputs(

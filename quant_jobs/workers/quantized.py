@@ -88,6 +88,8 @@ class QuantizedLayer:
         self._maxima = maxima
         self._context, self._share = context, share
         self._experts, self._input_scales = experts, input_scales
+        # Every block needs the trunk's weights: on a GPU they are copied there once, as stored.
+        trunk = context.to_device(dict(trunk))
         # The indexer is never computed: within the dense context it chooses every token.
         specs = [spec for spec in trunk_specs(context.config, layer) if not spec.is_indexer]
         linears = {spec.module: spec.shape for spec in specs if spec.kind == "linear"}
@@ -96,9 +98,7 @@ class QuantizedLayer:
         def restored(module: str) -> Tensor:
             return self._restore(trunk, module, linears[module])
 
-        self._trunk = Trunk(
-            context.config, layer, context.to_device(high), restored, self._input_roundings(linears)
-        )
+        self._trunk = Trunk(context.config, layer, high, restored, self._input_roundings(linears))
         self._residual: dict[int, Tensor] = {}
         self._routed: RoutedBlocks = {}
         #: The layer's outputs, f32 [T, D] by block, in host memory.

@@ -29,8 +29,8 @@ Memory: stored bytes of this worker's units of two layers and of one trunk; its 
 one layer; at most three float32 weights of one MLP and what GPTQ needs for it
 (`algorithms/gptq.py`; on a GPU those of a group of experts); the activations of its blocks. Values
 from other workers (`Routed`, `ExpertOutputs`) lie in the node's object store, shared by all workers
-of the node. On `cuda` only operands are in GPU memory: weights in use, the blocks of a wave, and
-during solve the MLP inputs of all blocks.
+of the node. On `cuda` only operands are in GPU memory: the trunk as stored, weights in use, the
+blocks of a wave, and during solve the MLP inputs of all blocks.
 """
 
 from __future__ import annotations

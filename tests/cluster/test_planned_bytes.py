@@ -33,7 +33,8 @@ def planned_bytes(plan: Plan) -> dict[str, int]:
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "name",
-    ["int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "int4-asym", "w4a8"],
+    ["int8", "int8-weight-only", "int8-experts", "int8-asym"]
+    + ["int4", "int4-all", "int4-asym", "w4a8"],
 )
 def test_a_quantized_engine_allocates_what_was_planned(
     name: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory

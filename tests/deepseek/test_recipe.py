@@ -49,7 +49,22 @@ def test_every_built_in_recipe_resolves_every_linear(name: str, config: ModelCon
 
 
 def test_the_recipes_of_the_design_are_built_in() -> None:
-    assert {"int8", "int8-weight-only", "int4", "int4-all", "int4-asym"} <= set(builtin_recipes())
+    recipes = {"int8", "int8-weight-only", "int8-experts", "int4", "int4-all", "int4-asym"}
+    assert recipes <= set(builtin_recipes())
+
+
+def test_int8_experts_quantizes_routed_experts_as_int8_weight_only_does() -> None:
+    experts, everything = (load_recipe(name) for name in ("int8-experts", "int8-weight-only"))
+    for config, native in ((FP8, "fp8-block"), (BF16, "bf16")):
+        schemes, every = experts.resolve(config), everything.resolve(config)
+        for module, scheme in schemes.items():
+            is_carried = int(module.split(".")[2]) >= config.num_hidden_layers
+            if ".experts." in module and not is_carried:
+                assert scheme == every[module]
+                assert (scheme.weights, scheme.activations) == ("int8", "none")
+            else:
+                assert scheme.weights == native
+    assert experts.gate == everything.gate
 
 
 def test_int4_quantizes_routed_experts_and_keeps_the_rest_as_the_source_has_it() -> None:

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import json
 import os
+import site
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-sys.path.append(sys.argv[1])
+site.addsitedir(sys.argv[1])
 
 import torch
 from safetensors import safe_open
@@ -33,17 +34,22 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.compressed_tensors import (
     compressed_tensors_moe as moe,
 )
+from vllm.model_executor.layers.quantization.compressed_tensors import schemes
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 
 def kernels_chosen(stack: ExitStack) -> None:
-    """Let vLLM choose kernels as if this machine had them: AMX for linears, Marlin for experts."""
+    """Let vLLM choose kernels as if this machine had them: AMX for FP8 linears, Marlin for packed
+    integers."""
     from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend
     from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 
     stack.enter_context(patch("torch.cpu._is_amx_tile_supported", lambda: True))
     stack.enter_context(patch("vllm._custom_ops._supports_cpu_fp8_w8a16", True))
+    packed = f"{schemes.__name__}.compressed_tensors_wNa16.choose_mp_linear_kernel"
+    marlin = MagicMock(__name__="MarlinLinearKernel")
+    stack.enter_context(patch(packed, lambda *_, **__: marlin))
     for module, name, backend in (
         ("compressed_tensors_moe_wna16", "select_wna16_moe_backend", WNA16MoEBackend.MARLIN),
         ("compressed_tensors_moe_w8a8_int8", "select_int8_moe_backend", Int8MoeBackend.TRITON),
@@ -116,19 +122,19 @@ def load(checkpoint: Path) -> dict[str, Any]:
             setattr(parameter, known, loader)
         tensors = dict(tensors_of(checkpoint))
         model.load_weights(iter(tensors.items()))
-    schemes = {
+    chosen = {
         (type(module).__name__, type(getattr(module, "scheme", method)).__name__)
         for module in model.modules()
         if (method := getattr(module, "quant_method", None)) is not None
     }
-    # One `weight_shape` is kept for all that is fused, the last one's, and nothing computes with it.
+    # Of fused linears the last `weight_shape` is kept, and nothing computes with it.
     wrong = [
         name
         for name, parameter in parameters.items()
         if not name.endswith("weight_shape") and not holds(parameter.data, expected(name, tensors))
     ]
     return {
-        "schemes": dict(sorted(schemes)),
+        "schemes": dict(sorted(chosen)),
         "parameters": len(parameters),
         "unread": sorted(name for name, tensor in tensors.items() if id(tensor) not in read),
         "wrong": sorted(wrong),

@@ -13,6 +13,7 @@ as a single number.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -51,11 +52,13 @@ class There(Tensor):
 
 
 class Elsewhere(TorchFunctionMode):
-    """While it is on, in this thread, `cuda` is the stand-in. `moved` counts tensors sent there."""
+    """While it is on, in this thread, `cuda` is the stand-in. `moved` counts tensors sent there,
+    `moved_of` those of each dtype."""
 
     def __init__(self) -> None:
         super().__init__()
         self.moved = 0
+        self.moved_of: Counter[torch.dtype] = Counter()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -65,6 +68,7 @@ class Elsewhere(TorchFunctionMode):
             place, args, kwargs = _split_to(args, kwargs)
             if place == "cuda":
                 self.moved += 1
+                self.moved_of[args[0].dtype] += 1
                 return func(args[0].clone(), *args[1:], **kwargs).as_subclass(There)
             if place is not None:
                 kwargs["device"] = place

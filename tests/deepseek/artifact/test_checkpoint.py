@@ -21,7 +21,7 @@ from deepseek.inventory import linears
 from deepseek.recipe import load_recipe, parse_recipe
 from deepseek.source.checkpoint import CheckpointReader, content_digest
 
-RECIPES = ("int8", "int8-weight-only", "int4", "int4-all", "int4-asym")
+RECIPES = ("int8", "int8-weight-only", "int8-experts", "int4", "int4-all", "int4-asym")
 
 
 def read_all(reader: ArtifactReader) -> dict[str, torch.Tensor]:

@@ -159,6 +159,10 @@ DIRECTORY_EDITS: list[tuple[Callable[[Path], None], str]] = [
         "config.json has auto_map",
     ),
     (
+        edit_json("config.json", lambda raw: raw.update(torch_dtype="float16")),
+        "config.json has torch_dtype 'float16', to which TensorRT-LLM would convert everything",
+    ),
+    (
         edit_json("config.json", lambda raw: raw.update(num_nextn_predict_layers=1)),
         "has num_nextn_predict_layers 1, but engine.json says that the MTP layers are absent",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import ray
@@ -91,6 +92,20 @@ def test_every_tensor_is_where_it_is_used(small: SmallModel, tmp_path: Path, nam
     assert manifest.pop("tools") == {**tools(), "device": "cuda"}
     assert on_cpu.pop("tools") == tools()
     assert manifest["layers"] == on_cpu["layers"]
+
+
+@pytest.mark.heavy
+def test_weights_are_not_sent_to_the_device_again_for_every_block(
+    small: SmallModel, tmp_path: Path
+) -> None:
+    def sent(num_blocks: int) -> int:
+        calibration = {"num_blocks": num_blocks, "block_tokens": 48}
+        recipe = small_recipe("int4", calibration=calibration)
+        with Elsewhere() as elsewhere:
+            quantize(small, recipe, tmp_path / str(num_blocks), "cuda")
+        return elsewhere.moved_of[torch.float8_e4m3fn]
+
+    assert sent(8) == sent(4) > 20
 
 
 def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
@@ -227,9 +242,15 @@ def test_a_gpu_writes_the_same_bytes_every_time_and_errs_as_the_cpu_does(
     assert on_gpu(1, tmp_path / "ray") == whole
     quantize(small, small_recipe(name), tmp_path / "cpu", "cpu")
     actual, expected = ArtifactReader(tmp_path / "here"), ArtifactReader(tmp_path / "cpu")
-    # A sum with another last digit may change a code or a search, but hardly the errors.
+    # A sum with another last digit may change a code or a search, but hardly an error. It may also
+    # send a token to another expert: then that expert's error is measured on other tokens.
     for record in expected.manifest.layers:
-        assert actual.manifest.record(record.layer).errors == pytest.approx(record.errors, rel=0.1)
+        found = actual.manifest.record(record.layer).errors
+        for module, error in record.errors.items():
+            tolerance = 0.5 if ".experts." in module else 0.1
+            assert found[module] == pytest.approx(error, rel=tolerance), module
+        if record.errors:
+            assert mean(found.values()) == pytest.approx(mean(record.errors.values()), rel=0.05)
     if name == "int8":  # its codes depend on the weights alone
         layers = range(small.config.num_hidden_layers)
         for ours, theirs in ((actual.read_layer(n), expected.read_layer(n)) for n in layers):

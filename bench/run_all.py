@@ -32,6 +32,7 @@ COMMANDS = (
     "bench/calibration_file.py",
     "bench/release.py",
     "bench/kill_rounds.py --rounds 20",
+    "bench/trtllm_ranks.py",
     "bench/pieces.py",
 )
 

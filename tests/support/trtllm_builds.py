@@ -24,10 +24,10 @@ def make_maxima(config: ModelConfig) -> InputMaxima:
     saw no token."""
     layers = {}
     for layer in moe_layers(config):
-        steps = [n / config.n_routed_experts for n in range(config.n_routed_experts)]
+        steps = [layer * n for n in range(config.n_routed_experts)]
         layers[layer] = LayerMaxima(
-            gate_up=tuple(layer * 4 * step for step in steps),
-            down=tuple(layer * 0.25 * step for step in steps),
+            gate_up=tuple(step * 0.75 for step in steps),
+            down=tuple(step * 0.046875 for step in steps),
         )
     return InputMaxima(layers=layers)
 

@@ -308,6 +308,51 @@ def test_int4_and_int8_experts_share_an_engine_of_the_dialect_mixed(tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("dialect", ["mixed", "single"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q_lora_rank": None},
+        # Moonlight: BF16, 2 shared experts, experts of an odd number of groups
+        {
+            "fp8": False,
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 384,
+            "qk_nope_head_dim": 64,
+            "v_head_dim": 64,
+        },
+    ],
+    ids=["without a query latent", "moonlight"],
+)
+def test_other_models_of_the_family_are_exact_on_every_rank(
+    tmp_path: Path, changes: dict[str, Any], dialect: Dialect
+) -> None:
+    artifact = make_buildable(tmp_path, "int4", layers=2, **changes)
+    build(artifact.directory, tmp_path / "engine", dialect=dialect)
+    report = run_check(tmp_path / "engine", artifact.directory)
+    assert report.compared == len(tensors_of(artifact, (0, 1, "globals")))
+    assert ("model.layers.0.self_attn.q_proj.weight" in stored(tmp_path / "engine")) == (
+        changes["q_lora_rank"] is None
+    )
+
+
+@pytest.mark.heavy
+def test_the_384_experts_of_kimi_k2_are_divided_over_eight_ranks(tmp_path: Path) -> None:
+    small = {"layers": 2, "hidden": 128, "moe_intermediate_size": 128, "num_experts_per_tok": 8}
+    groups = {"model_type": "kimi_k2", "experts": 384, "n_group": 1, "topk_group": 1}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "num_nextn_predict_layers": 0}
+    artifact = make_buildable(tmp_path, "int4", **small, **groups, **heads)
+    result = build(artifact.directory, tmp_path / "engine", tp=8, ep=8)
+    report = run_check(tmp_path / "engine", artifact.directory)
+    assert report.compared == len(tensors_of(artifact, (0, 1, "globals")))
+    (quant,) = documents(tmp_path / "engine", "quant_cfg.json")
+    assert [name for name in quant["quantized_layers"] if name.endswith("experts")] == [
+        "model.layers.1.mlp.experts"
+    ]
+    assert len(result.ranks) == 8
+
+
 # --- input scales ---
 
 

@@ -1,4 +1,4 @@
-"""Opens what `build` and `measure` start from: a quantized checkpoint, or a source."""
+"""Opens what `build` starts from: a quantized checkpoint, or a source as it is."""
 
 from __future__ import annotations
 

@@ -27,6 +27,24 @@ from deepseek.errors import CalibrationError, DeployError
 from deepseek.models import MODELS
 from deepseek.outputs import check_apart, check_directory
 from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS, STORAGE
+from quant_jobs.options import (
+    ConcurrencyOption,
+    ContextOption,
+    CpusOption,
+    DeviceOption,
+    DialectOption,
+    EngineOption,
+    EngineVersionOption,
+    EpOption,
+    EvaluationOption,
+    HardwareOption,
+    JsonFlag,
+    KVOption,
+    MtpOption,
+    StageOption,
+    TargetOption,
+    TpOption,
+)
 
 app = make_app(
     """Quantize DeepSeek-V3 or a model of its family, build an engine, prove that it is still good.
@@ -43,71 +61,6 @@ app = make_app(
     synthesize sizes                       -> a source of random weights, to measure with
     """
 )
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-EngineOption = Annotated[Path, typer.Option("--engine", help="Engine directory made by `build`.")]
-DeviceOption = Annotated[
-    Literal["cpu", "cuda"],
-    typer.Option(help="What workers compute on; cuda: one GPU each. Decides bytes of the output."),
-]
-CpusOption = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        help="CPUs of Ray that each worker reserves; it computes on one thread all the same. More "
-        "of them: fewer workers on a node, more memory for each.",
-    ),
-]
-TargetOption = Annotated[str, typer.Option(help="embedded, trtllm, vllm or sglang.")]
-TpOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="GPUs that share one engine [1; trtllm: those of --hardware]."),
-]
-EpOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="trtllm: groups that the routed experts are divided over; inside a group each "
-        "expert is cut over tp / ep GPUs [tp: whole experts].",
-    ),
-]
-KVOption = Annotated[
-    Literal["bf16", "fp8", "int8"] | None,
-    typer.Option(help="KV format; without it, the recipe's. trtllm has bf16 and fp8."),
-]
-DialectOption = Annotated[
-    Literal["mixed", "single"] | None,
-    typer.Option(
-        help="trtllm: everything but the experts as the source stores it (mixed, the default), "
-        "or in BF16 (single: 16 GB more of DeepSeek-V3, and no MIXED_PRECISION)."
-    ),
-]
-EngineVersionOption = Annotated[
-    str | None, typer.Option(help="trtllm: the TensorRT-LLM that will load it [1.2.1].")
-]
-MtpOption = Annotated[
-    bool,
-    typer.Option("--mtp", help="trtllm: keep the MTP layers; without it they are left out."),
-]
-ContextOption = Annotated[
-    int | None, typer.Option(help="trtllm: longest request in tokens [what fits].")
-]
-ConcurrencyOption = Annotated[
-    int | None, typer.Option(help="trtllm: largest batch of requests [256].")
-]
-HardwareOption = Annotated[str, typer.Option(help="What trtllm, vllm or sglang would run on.")]
-StageOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Copy the engine to this directory of every node of the cluster that --workers use "
-        "(--workers 0: of this machine), every byte verified; {node} in it is replaced by the "
-        "node's id, for nodes that share a disk.",
-    ),
-]
-EvaluationOption = Annotated[
-    Path, typer.Option("--evaluation", help="Directory made by `evaluate`.")
-]
 
 
 @app.command()
@@ -389,7 +342,7 @@ def build(
     from quant_jobs.build import BuildOptions, run_build, run_stage
 
     if check is not None:
-        from quant_jobs.build import run_check
+        from quant_jobs.check import run_check
 
         if output is not None or stage is not None:
             raise DeployError("--check builds nothing; leave --output and --stage out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from cluster.hardware import GPUS_PER_NODE, Machines
 from cluster.memory import GPU_MAX_BATCH, GPU_STEP_TOKENS, Footprint, Tally
@@ -12,7 +11,7 @@ from deepseek.errors import DeployError
 from deepseek.recipe import Scheme
 from deepseek.trtllm.llm_args import make_llm_args
 from deepseek.trtllm.llm_schema import LlmArgs
-from quant_jobs.targets.trtllm import TrtllmOptions
+from quant_jobs.targets.trtllm_plan import TrtllmOptions
 
 
 def args_from_plan(
@@ -69,8 +68,6 @@ def planned_rank_bytes(
 def _footprint(
     config: ModelConfig, stored: Mapping[str, Scheme], options: TrtllmOptions
 ) -> Footprint:
-    if not options.keep_mtp:
-        config = replace(config, num_nextn_predict_layers=0)
     return Tally(config, stored).gpu_footprint(
         options.ranks.tp, options.kv_cache, mtp=options.keep_mtp, target="trtllm"
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from deepseek.artifact.input_maxima import InputMaxima
 from deepseek.artifact.manifest import Manifest
 from deepseek.artifact.tensors import store_tensor
 from deepseek.artifact.writer import ArtifactWriter
@@ -148,8 +149,11 @@ def write_checkpoint(
     return config
 
 
-def quantize_plainly(source: Path, recipe: Recipe, output: Path) -> Manifest:
-    """A finished artifact by rounding every linear to its scheme, without calibration.
+def quantize_plainly(
+    source: Path, recipe: Recipe, output: Path, maxima: InputMaxima | None = None
+) -> Manifest:
+    """A finished artifact by rounding every linear to its scheme, without calibration. `maxima` are
+    what it says of its experts' inputs.
 
     Static FP8 inputs get one scale for all, which the example model's inputs (up to 45) fit in.
     """
@@ -168,4 +172,10 @@ def quantize_plainly(source: Path, recipe: Recipe, output: Path) -> Manifest:
     carried = {name: tensor.data for name, tensor in read.items()}
     writer.publish_layer("globals", carried, source_sha256=content_digest(read))
     reader.finish()
-    return writer.finish(calibration=None, coverage={}, fallbacks=[], tools={"intserve": "test"})
+    return writer.finish(
+        calibration=None,
+        coverage={},
+        fallbacks=[],
+        tools={"intserve": "test"},
+        input_maxima=maxima,
+    )

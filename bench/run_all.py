@@ -26,6 +26,7 @@ COMMANDS = (
     "bench/long_prompts.py",
     "bench/accuracy.py",
     "bench/workers.py",
+    "bench/sharded_build.py",
     "bench/worker_memory.py",
     "bench/memory_limit.py --limit-gb 1.6 --hidden 2048 --intermediate 4096 --moe-intermediate 512"
     " --heads 16 --experts 32",

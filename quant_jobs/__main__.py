@@ -342,7 +342,7 @@ def build(
     from quant_jobs.build import BuildOptions, run_build, run_stage
 
     if check is not None:
-        from quant_jobs.build import run_check
+        from quant_jobs.check import run_check
 
         if output is not None or stage is not None:
             raise DeployError("--check builds nothing; leave --output and --stage out")

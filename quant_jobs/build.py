@@ -13,22 +13,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict
-
 from cluster.deployability import check, require_target, served_schemes
 from cluster.hardware import parse_hardware
 from cluster.matrix import Target
 from deepseek.artifact.engine_manifest import EngineManifest
-from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.cli import make_progress, print_line
 from deepseek.engine.packing import Source, schemes_of
-from deepseek.errors import ArtifactError, DeployError
+from deepseek.errors import DeployError
 from deepseek.outputs import check_directory
 from deepseek.source.checkpoint import CheckpointReader
-from deepseek.trtllm.check import CheckReport, check_engine
+from deepseek.trtllm.check import check_engine
 from deepseek.trtllm.loadable import require_ranks
 from deepseek.trtllm.versions import VERSIONS, require_version
+from quant_jobs.check import Printed, RankReport, rank_reports
+from quant_jobs.checkpoints import open_checkpoint
 from quant_jobs.targets.staging import StageReport, stage_engine
 
 #: Options that mean nothing to the embedded engine.
@@ -58,19 +57,7 @@ class BuildOptions:
     workers: int = 0
 
 
-class _Printed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RankReport(_Printed):
-    """What one rank reads of the engine's files, and what its parameters hold, in bytes; counted by
-    the model of the loader, with the second copy of kv_b_proj that it makes."""
-
-    read_bytes: int
-    held_bytes: int
-
-
-class BuildResult(_Printed):
+class BuildResult(Printed):
     """What `build --json` prints. `artifact_digest` is the source's fingerprint and `recipe` is
     "unquantized" for a baseline engine. `bytes` is the size of the engine's tensor files,
     `bytes_read` what was read of the checkpoint's tensors to make them, by this run and by killed
@@ -114,38 +101,6 @@ class BuildResult(_Printed):
         return lines + [f"warning: {warning}" for warning in self.warnings]
 
 
-class CheckResult(_Printed):
-    """What `build --check --json` prints: see `CheckReport`."""
-
-    directory: str
-    engine_digest: str
-    dialect: str
-    engine_version: str
-    ranks: tuple[RankReport, ...]
-    tensors: int
-    reads: int
-    hashed_bytes: int
-    verified: int
-    compared: int
-
-    def describe(self) -> list[str]:
-        """Lines for people."""
-        first = self.ranks[0]
-        lines = [
-            f"{self.directory}: TensorRT-LLM {self.engine_version} would load it ({self.dialect}), "
-            f"engine {self.engine_digest[:16]}",
-            f"{self.tensors} tensors, {self.hashed_bytes / 1e6:.2f} MB as they were built, "
-            f"{self.verified} of them as the quantized checkpoint has them",
-            f"{len(self.ranks)} ranks read {self.reads} times, nothing is left unread; the first "
-            f"reads {first.read_bytes / 1e6:.2f} MB and holds {first.held_bytes / 1e6:.2f} MB",
-        ]
-        if self.compared:
-            lines.append(
-                f"{self.compared} tensors on all ranks, decoded, equal the checkpoint's bit for bit"
-            )
-        return lines
-
-
 def run_build(
     checkpoint: Path, target: str, output: Path, options: BuildOptions | None = None
 ) -> BuildResult:
@@ -167,50 +122,6 @@ def run_build(
     if builder is None:
         refuse_target(source, known, options.hardware)
     return builder(source, output, options)
-
-
-def run_check(directory: Path, checkpoint: Path | None = None) -> CheckResult:
-    """Check an engine directory of target trtllm as its loader would read it; with `checkpoint`
-    also every value that a rank holds against that quantized checkpoint.
-
-    Raises:
-        ArtifactError, DeployError, ConfigError: it is not what it should be; a sentence says what.
-    """
-    artifact = None if checkpoint is None else open_checkpoint(checkpoint)
-    if isinstance(artifact, CheckpointReader):
-        raise DeployError(
-            f"{checkpoint} is a source, and values are compared with a quantized checkpoint; leave "
-            "--checkpoint out: the digests of engine.json are checked either way"
-        )
-    report = check_engine(directory, artifact=artifact)
-    return CheckResult(
-        directory=str(report.directory),
-        engine_digest=report.engine_digest,
-        dialect=report.dialect,
-        engine_version=report.engine_version,
-        ranks=_rank_reports(report),
-        tensors=report.tensors,
-        reads=report.reads,
-        hashed_bytes=report.hashed_bytes,
-        verified=report.verified,
-        compared=report.compared,
-    )
-
-
-def open_checkpoint(directory: Path) -> Source:
-    """Open the quantized checkpoint or the source checkpoint that the directory holds.
-
-    Raises:
-        ArtifactError, CheckpointError, ConfigError: it is neither, or is damaged.
-    """
-    if not (directory / "config.json").exists():
-        raise ArtifactError(
-            f"{directory} has no config.json: it is neither a source nor a finished quantized "
-            "checkpoint; correct --checkpoint, or run quantize again, which resumes"
-        )
-    if (directory / MANIFEST_FILE).exists():
-        return ArtifactReader(directory)
-    return CheckpointReader(directory)
 
 
 def complete_options(target: str, options: BuildOptions) -> BuildOptions:
@@ -320,8 +231,9 @@ def _build_embedded(source: Source, output: Path, options: BuildOptions) -> Buil
 
 
 def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildResult:
-    from quant_jobs.targets.trtllm import TrtllmOptions, build_trtllm, kv_format, plan_build
+    from quant_jobs.targets.trtllm import build_trtllm
     from quant_jobs.targets.trtllm_args import args_from_plan, planned_rank_bytes
+    from quant_jobs.targets.trtllm_plan import TrtllmOptions, kv_format, plan_build
 
     machines = parse_hardware(options.hardware)
     tp = options.tp or machines.count
@@ -371,7 +283,7 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
     return _result(
         output,
         engine,
-        ranks=_rank_reports(report),
+        ranks=rank_reports(report),
         bytes_read=sum(file.bytes_read for file in built.values()),
         planned_rank_bytes=planned_rank_bytes(source.config, build.stored, chosen),
         warnings=build.warnings,
@@ -404,12 +316,6 @@ def _result(
         planned_rank_bytes=planned_rank_bytes,
         ranks=ranks,
         warnings=warnings,
-    )
-
-
-def _rank_reports(report: CheckReport) -> tuple[RankReport, ...]:
-    return tuple(
-        RankReport(read_bytes=load.read_bytes, held_bytes=load.held_bytes) for load in report.ranks
     )
 
 

@@ -57,6 +57,7 @@ class _Stage:
             finished, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_S)
             for reference in finished:
                 self._take(reference)
+            self._leave_dead_nodes()
             self._start_missing()
         self._progress(len(self._copies), len(self._copies))
         there = _nodes()
@@ -90,17 +91,33 @@ class _Stage:
             if not is_loss(error) and not isinstance(error, TaskUnschedulableError):
                 raise cause_of(error) from None
             reason = first_line(error)
-        copy = NodeCopy(node=node, address=self._addresses[node], directory=self._arguments[1])
         if node not in _nodes():
-            self._note(f"{copy.name} left the cluster before its copy was whole")
-            self._copies[node] = copy.model_copy(update={"problem": "no copy", "has_left": True})
+            self._leave(node)
             return
+        copy = self._no_copy(node)
         self._losses[node] += 1
         if self._losses[node] >= MAX_LOSSES:
             problem = f"its worker was lost {MAX_LOSSES} times ({reason}); see Ray's logs there"
             self._copies[node] = copy.model_copy(update={"problem": problem})
             return
         self._note(f"{copy.name} lost its worker ({reason}); its copy goes on")
+
+    def _leave_dead_nodes(self) -> None:
+        """Give up the tasks of nodes that are dead. Ray itself would wait for the answer of a
+        worker that has outlived its node, frozen or without a network."""
+        nodes = _nodes()
+        for reference, node in list(self._running.items()):
+            if node not in nodes:
+                del self._running[reference]
+                self._leave(node)
+
+    def _leave(self, node: str) -> None:
+        copy = self._no_copy(node)
+        self._note(f"{copy.name} left the cluster before its copy was whole")
+        self._copies[node] = copy.model_copy(update={"problem": "no copy", "has_left": True})
+
+    def _no_copy(self, node: str) -> NodeCopy:
+        return NodeCopy(node=node, address=self._addresses[node], directory=self._arguments[1])
 
 
 def _nodes() -> dict[str, str]:

@@ -21,6 +21,9 @@ from quant_jobs.targets.sharded import BuiltFile, Note, Task, TaskRunner
 
 #: Losses of one file's task before the build ends.
 MAX_LOSSES = 4
+#: Seconds for which Ray may itself report the tasks of a dead node. It does not where a worker has
+#: outlived its node (frozen, or without a network): it would wait for the answer.
+NODE_GRACE_S = 10.0
 #: Longest wait for a node with a CPU when the cluster has none.
 NODE_TIMEOUT_S = 600.0
 _POLL_S = 1.0
@@ -43,12 +46,13 @@ def run_on_ray(
 
 class _Tasks:
     def __init__(self, runner: TaskRunner, tasks: deque[Task], finish: Finish, note: Note) -> None:
-        self._runner = ray.put(runner)
+        self._runner, self._shared_runner = runner, ray.put(runner)
         self._tasks, self._finish, self._note = tasks, finish, note
         self._running: dict[Any, Task] = {}  # by the reference of the result
         self._losses: Counter[str] = Counter()  # by key
         self._failed: BaseException | None = None
         self._last_cpu = time.monotonic()
+        self._dead: dict[str, float] = {}  # id of a node -> when it was first seen to be dead
 
     def run(self, workers: int) -> None:
         remote = ray.remote(_run_task).options(
@@ -58,7 +62,8 @@ class _Tasks:
         while self._running or (self._tasks and self._failed is None):
             while self._tasks and self._failed is None and len(self._running) < workers:
                 task = self._tasks.popleft()
-                self._running[remote.remote(self._runner, task)] = task
+                self._runner.forget_node(task.key)
+                self._running[remote.remote(self._shared_runner, task)] = task
             finished, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_S)
             for reference in finished:
                 self._take(reference)
@@ -74,7 +79,7 @@ class _Tasks:
             result = ray.get(reference)
         except (*LOSS_ERRORS, RayTaskError) as error:
             if is_loss(error):
-                self._lose(task, error)
+                self._lose(task, first_line(error))
             else:
                 self._failed = self._failed or cause_of(error)
             return
@@ -83,10 +88,10 @@ class _Tasks:
         except IntServeError as error:
             self._failed = self._failed or error
 
-    def _lose(self, task: Task, error: BaseException) -> None:
+    def _lose(self, task: Task, reason: str) -> None:
         """Count a lost task and put it back, first in line."""
         self._losses[task.key] += 1
-        number, reason = self._losses[task.key], first_line(error)
+        number = self._losses[task.key]
         if number >= MAX_LOSSES:
             self._failed = self._failed or IntServeError(
                 f"the task that builds file {task.key} was lost {number} times with its worker or "
@@ -98,8 +103,17 @@ class _Tasks:
         self._tasks.appendleft(task)
 
     def _check_nodes(self) -> None:
-        """Wait for a node where the cluster has lost all, though not for ever."""
+        """Give up the tasks of dead nodes; and wait for a node where the cluster has lost all,
+        though not for ever."""
         now = time.monotonic()
+        for node in ray.nodes():
+            if not node["Alive"]:
+                self._dead.setdefault(node["NodeID"], now)
+        gone = {node for node, since in self._dead.items() if now - since > NODE_GRACE_S}
+        for reference, task in list(self._running.items()) if gone else ():
+            if (node := self._runner.node_of(task.key)) in gone:
+                del self._running[reference]
+                self._lose(task, f"node {node[:12]} is dead")
         if cluster_total("CPU") >= 1:
             self._last_cpu = now
         elif now - self._last_cpu > NODE_TIMEOUT_S:
@@ -120,5 +134,6 @@ class _Tasks:
 
 def _run_task(runner: TaskRunner, task: Task) -> BuiltFile | None:
     """On a worker."""
-    runner.check_shared(ray.util.get_node_ip_address())
+    node = ray.get_runtime_context().get_node_id()
+    runner.start(task.key, node, ray.util.get_node_ip_address())
     return runner.run(task)

@@ -3,6 +3,7 @@
     OUTPUT/.build/lock               flock: released when the driver of the build dies
     OUTPUT/.build/build.json         the inputs that the engine is made from
     OUTPUT/.build/part-00003.json    the file of key 00003 is in OUTPUT: its BuiltFile
+    OUTPUT/.build/node-00003         Ray's id of the node whose worker has that file in hand
 
 A file is made by one task from what it reads itself, so no byte travels between workers, and the
 bytes depend neither on their number nor on who died. A file counts as built when its part-*.json
@@ -26,8 +27,8 @@ from pydantic import BaseModel, ConfigDict
 
 from deepseek.artifact.engine_manifest import ENGINE_FILE
 from deepseek.errors import ArtifactError, OutputError
-from deepseek.files import is_intact, remove_scraps, sha256_file
-from deepseek.outputs import check_directory, make_directory
+from deepseek.files import is_intact, remove_scraps, sha256_file, write_atomic
+from deepseek.outputs import check_directory, make_directory, writing
 from quant_jobs.run_folder import (
     FolderLock,
     load_record,
@@ -186,11 +187,11 @@ class TaskRunner:
             return task.record if intact else None
         return self.maker.make(task.key, self.output)
 
-    def check_shared(self, node: str) -> None:
-        """Check that this node sees the driver's output.
+    def start(self, key: str, node: str, address: str) -> None:
+        """Note that the task of `key` runs on this node, which must see the driver's output.
 
         Raises:
-            OutputError: it does not.
+            OutputError: it does not see it, or may not write there.
         """
         try:
             same = sha256_file(self.output / FOLDER / INPUTS_FILE) == self.inputs_sha256
@@ -198,9 +199,26 @@ class TaskRunner:
             same = False
         if not same:
             raise OutputError(
-                f"{self.output} on node {node} is not the directory that this build writes; choose "
-                "an --output on storage that all nodes share, or build with --workers 0"
+                f"{self.output} on node {address} is not the directory that this build writes; "
+                "choose an --output on storage that all nodes share, or build with --workers 0"
             )
+        write_atomic(self._note_path(key), node.encode())
+
+    def node_of(self, key: str) -> str | None:
+        """The node that has noted so, or None."""
+        try:
+            return self._note_path(key).read_text()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+
+    def forget_node(self, key: str) -> None:
+        """Before a task of `key` is submitted: what an earlier one has noted counts no more."""
+        path = self._note_path(key)
+        with writing(path):
+            path.unlink(missing_ok=True)
+
+    def _note_path(self, key: str) -> Path:
+        return self.output / FOLDER / f"node-{key}"
 
 
 def build_files(

@@ -11,7 +11,7 @@ from deepseek.errors import DeployError
 from deepseek.recipe import Scheme
 from deepseek.trtllm.llm_args import make_llm_args
 from deepseek.trtllm.llm_schema import LlmArgs
-from quant_jobs.targets.trtllm import TrtllmOptions
+from quant_jobs.targets.trtllm_plan import TrtllmOptions
 
 
 def args_from_plan(

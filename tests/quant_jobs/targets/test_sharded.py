@@ -223,9 +223,14 @@ def test_a_disk_that_fills_up_ends_the_build_and_the_same_command_goes_on(
 def test_a_node_that_does_not_see_the_output_is_named(tmp_path: Path, log: Path) -> None:
     with BuildFolder(tmp_path / "out", INPUTS) as folder:
         digest = sha256_file(folder.path / "build.json")
-        TaskRunner(SmallMaker(log), folder.output, digest).check_shared("10.0.0.7")
+        runner = TaskRunner(SmallMaker(log), folder.output, digest)
+        assert runner.node_of("00001") is None
+        runner.start("00001", "abc", "10.0.0.7")
+        assert runner.node_of("00001") == "abc"
+        runner.forget_node("00001")
+        assert runner.node_of("00001") is None
         for output, inputs in ((tmp_path / "elsewhere", digest), (folder.output, "0" * 64)):
             with pytest.raises(
                 OutputError, match=rf"{output} on node 10.0.0.7 is not the dir.*all"
             ):
-                TaskRunner(SmallMaker(log), output, inputs).check_shared("10.0.0.7")
+                TaskRunner(SmallMaker(log), output, inputs).start("00001", "abc", "10.0.0.7")

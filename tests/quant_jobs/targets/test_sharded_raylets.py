@@ -122,6 +122,21 @@ def test_a_killed_raylet_costs_no_byte(
     assert contents(running.output) == expected
 
 
+def test_a_worker_that_freezes_while_its_node_dies_is_given_up(
+    cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """As on a machine that is suspended: the connection to it stays, and no answer comes."""
+    running = Build(cluster, tmp_path, 3, "--seconds", 0.5)
+    running.wait_for(lambda: running.num_parts >= 1 and bool(cluster.processes(TASK)))
+    frozen = cluster.processes(TASK)[0]
+    os.kill(frozen, signal.SIGSTOP)
+    cluster.kill_node(cluster.index_of(frozen))
+    code, _, err = running.end()
+    assert code == 0, err
+    assert "lost the worker or node that had file " in err
+    assert contents(running.output) == expected
+
+
 def test_an_error_of_the_maker_is_one_sentence_and_what_was_built_stays(
     cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:

@@ -25,7 +25,7 @@ from deepseek.trtllm.check import check_engine
 from deepseek.trtllm.layout import Dialect
 from deepseek.trtllm.loader import LoaderModel
 from deepseek.trtllm.loader_files import Checkpoint
-from quant_jobs.build import run_check
+from quant_jobs.check import run_check
 
 MOE_LAYERS = (1, 2)
 EXPERTS = 4

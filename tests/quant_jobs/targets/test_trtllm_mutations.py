@@ -211,7 +211,10 @@ MIXED: dict[str, tuple[Edit, str]] = {
         "config.json still has quantization_config beside hf_quant_config.json",
     ),
     "an MTP layer announced": (mtp_announced, "has num_nextn_predict_layers 1, but engine.json"),
-    "edited after the build": (edited_after_build, "tensor .* in .*globals.* was changed"),
+    "edited after the build": (
+        edited_after_build,
+        r"tensor .* in .*globals\.safetensors was changed",
+    ),
     "ranks that cut a tile": (on_ranks(8, 4), "would hold 192 rows or columns of .*q_b_proj"),
     "another KV format": (
         lambda directory: redigest(directory, kv_cache="fp8"),

@@ -22,9 +22,9 @@ from deepseek.errors import ArtifactError, DeployError
 from deepseek.models import DEEPSEEK_V3, KIMI_K2
 from deepseek.recipe import Recipe, load_recipe
 from deepseek.trtllm.layout import stored_schemes
-from quant_jobs.build import run_check
-from quant_jobs.targets.trtllm import TrtllmOptions
+from quant_jobs.check import run_check
 from quant_jobs.targets.trtllm_args import args_from_plan
+from quant_jobs.targets.trtllm_plan import TrtllmOptions
 
 Command = Callable[..., Ended]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,6 @@ from support.quantizing import contents
 from support.raylets import Raylets
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Raylets]:
-    with Raylets(3) as raylets:
-        yield raylets
-
-
-@pytest.fixture
-def cluster(shared: Raylets) -> Raylets:
-    """Three nodes; replaces those that an earlier test has killed."""
-    while shared.num_nodes < 3:
-        shared.add_node()
-    return shared
 
 
 @pytest.fixture

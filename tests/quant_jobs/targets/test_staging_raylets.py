@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,22 +40,6 @@ try:
 except IntServeError as error:
     sys.exit(f"error: {error}")
 """
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Raylets]:
-    with Raylets(3) as raylets:
-        yield raylets
-
-
-@pytest.fixture
-def cluster(shared: Raylets) -> Raylets:
-    """Three nodes; replaces those that an earlier test has killed."""
-    while shared.num_nodes < 3:
-        shared.add_node()
-    while shared.num_nodes > 3:
-        shared.kill_node(3)
-    return shared
 
 
 def start(cluster: Raylets, engine: Path, local: Path) -> subprocess.Popen[str]:

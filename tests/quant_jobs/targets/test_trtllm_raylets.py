@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 NUM_LAYERS = 12
 NUM_FILES = NUM_LAYERS + 1
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Raylets]:
-    with Raylets(3) as raylets:
-        yield raylets
-
-
-@pytest.fixture
-def cluster(shared: Raylets) -> Raylets:
-    """Three nodes; replaces those that an earlier test has killed."""
-    while shared.num_nodes < 3:
-        shared.add_node()
-    return shared
 
 
 @pytest.fixture(scope="module")

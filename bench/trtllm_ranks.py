@@ -35,10 +35,11 @@ from deepseek.recipe import Recipe, load_recipe
 from deepseek.source.synthetic import Size, synthesize, synthetic_config
 from deepseek.trtllm.fields import LayerInputScales
 from deepseek.trtllm.input_scales import gain_error
-from quant_jobs.build import BuildOptions, BuildResult, CheckResult, run_build, run_check
+from quant_jobs.build import BuildOptions, BuildResult, run_build
 from quant_jobs.calibration.token_blocks import CalibrationSource
+from quant_jobs.check import CheckResult, run_check
 from quant_jobs.quantize import run_quantize
-from quant_jobs.targets.trtllm import input_scales
+from quant_jobs.targets.trtllm_plan import input_scales
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v3"

@@ -27,7 +27,7 @@ from support.kill_rounds import (
     recipe_of,
     reference,
 )
-from support.raylets import Raylets
+from support.raylets import Raylets, use_token
 
 from deepseek.cli import make_app, run
 
@@ -40,6 +40,7 @@ def main(
     first_seed: Annotated[int, typer.Option(help="Seed of the first round.")] = 0,
 ) -> None:
     """See the module's docstring."""
+    use_token()
     with tempfile.TemporaryDirectory() as folder, Raylets(NUM_WORKERS) as cluster:
         outcomes = run_rounds(cluster, Path(folder), range(first_seed, first_seed + rounds))
     if not all(outcome.identical for outcome in outcomes):

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import typer
 from support.building import TASK, BuildProcess
-from support.raylets import Raylets
+from support.raylets import Raylets, use_token
 from support.synthetic import quantize_plainly
 from watched import ROOT, make_model
 
@@ -76,6 +76,7 @@ def main(
     plain = watch(BuildProcess(None, output / "plain", *words(artifact, output / "plain", 0)))
     typer.echo(row("no Ray", plain, copied))
     expected = digests(output / "plain")
+    use_token()
     with Raylets(NUM_NODES, CPUS) as cluster:
         for count in workers or (1, 2, 4):
             engine = output / f"workers-{count}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import ray
@@ -49,6 +49,7 @@ class _Tasks:
         self._runner, self._shared_runner = runner, ray.put(runner)
         self._tasks, self._finish, self._note = tasks, finish, note
         self._running: dict[Any, Task] = {}  # by the reference of the result
+        self._submitted: dict[Any, float] = {}  # by the reference of the result
         self._losses: Counter[str] = Counter()  # by key
         self._failed: BaseException | None = None
         self._last_cpu = time.monotonic()
@@ -63,7 +64,9 @@ class _Tasks:
             while self._tasks and self._failed is None and len(self._running) < workers:
                 task = self._tasks.popleft()
                 self._runner.forget_node(task.key)
-                self._running[remote.remote(self._shared_runner, task)] = task
+                reference = remote.remote(self._shared_runner, task)
+                self._running[reference] = task
+                self._submitted[reference] = time.monotonic()
             finished, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_S)
             for reference in finished:
                 self._take(reference)
@@ -111,9 +114,15 @@ class _Tasks:
                 self._dead.setdefault(node["NodeID"], now)
         gone = {node for node, since in self._dead.items() if now - since > NODE_GRACE_S}
         for reference, task in list(self._running.items()) if gone else ():
-            if (node := self._runner.node_of(task.key)) in gone:
+            node = self._runner.node_of(task.key)
+            if node in gone:
                 del self._running[reference]
                 self._lose(task, f"node {node[:12]} is dead")
+            elif node is None and self._may_be_lost(reference, gone):
+                # Its worker may have stopped before it could say where it is. Were it only waiting
+                # for a CPU, the same task twice would still write the same bytes.
+                del self._running[reference]
+                self._lose(task, "it had not begun when a node died")
         if cluster_total("CPU") >= 1:
             self._last_cpu = now
         elif now - self._last_cpu > NODE_TIMEOUT_S:
@@ -121,6 +130,11 @@ class _Tasks:
                 f"the cluster has had no node with a CPU for {NODE_TIMEOUT_S:.0f} s; add nodes, "
                 "then run the same command again to go on"
             )
+
+    def _may_be_lost(self, reference: Any, gone: Set[str]) -> bool:
+        """Whether a task that has not said where it is was submitted before one of these nodes
+        died."""
+        return any(self._submitted[reference] < self._dead[node] for node in gone)
 
     def _describe(self, workers: int) -> str:
         """`2 at a time on 4 CPUs of 3 nodes`; whether others have taken all CPUs."""

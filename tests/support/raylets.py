@@ -36,6 +36,12 @@ HEALTH_CHECKS = {
 }
 
 
+def use_token() -> None:
+    """Put Ray into token mode, with a token of this process: for a bench, for which no conftest has
+    done so. Call it before the first cluster."""
+    set_environment({MODE: "token", TOKEN: secrets.token_hex(32), TOKEN_PATH: None})
+
+
 class Raylets:
     """A head without CPUs and `nodes` nodes of `cpus` CPUs each. To be closed: a context.
 
@@ -47,8 +53,6 @@ class Raylets:
         self._folder = Path(tempfile.mkdtemp(prefix="r-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
         self._cpus = cpus
         self._nodes: list[Any] = []
-        if os.environ.get(MODE) != "token":  # a bench: no conftest has made one
-            set_environment({MODE: "token", TOKEN: secrets.token_hex(32), TOKEN_PATH: None})
         self._cluster = Cluster()
         try:
             self._cluster.add_node(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from support.raylets import Raylets
+
+if TYPE_CHECKING:
+    from support.raylets import Raylets
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Raylets]:
+    from support.raylets import Raylets  # not before pytest has put Ray into token mode
+
     with Raylets(3) as raylets:
         yield raylets
 

@@ -107,14 +107,19 @@ def test_a_killed_raylet_costs_no_byte(
     assert contents(running.output) == expected
 
 
+@pytest.mark.parametrize("has_begun", [True, False], ids=["begun", "not begun"])
 def test_a_worker_that_freezes_while_its_node_dies_is_given_up(
-    cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
+    cluster: Raylets, tmp_path: Path, expected: dict[str, bytes], has_begun: bool
 ) -> None:
-    """As on a machine that is suspended: the connection to it stays, and no answer comes."""
+    """As on a machine that is suspended: the connection to it stays, and no answer comes. Of a task
+    that had not begun nobody knows on which node it is."""
     running = Build(cluster, tmp_path, 3, "--seconds", 0.5)
     running.wait_for(lambda: running.num_parts >= 1 and bool(cluster.processes(TASK)))
     frozen = cluster.processes(TASK)[0]
     os.kill(frozen, signal.SIGSTOP)
+    if not has_begun:
+        for path in (running.output / ".build").glob("node-*"):
+            path.unlink(missing_ok=True)
     cluster.kill_node(cluster.index_of(frozen))
     code, _, err = running.end()
     assert code == 0, err

@@ -160,6 +160,7 @@ def test_the_order_of_the_blocks_does_not_show(
     assert found == measured[1].maxima
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_number_of_workers_does_not_show(
     old: Path, text: Path, measured: tuple[Path, Measurement]

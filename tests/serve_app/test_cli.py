@@ -213,7 +213,9 @@ def test_a_second_ctrl_c_ends_at_once_and_tells_the_streams(root: Path, tmp_path
         streams = Streams(url, 3, max_tokens=4000)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to Ray's processes too
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("draining: 3 requests in flight, up to 600 s")
+        while "WARNING" in (said := process.stderr.readline()):
+            pass  # Ray's own, on a busy machine
+        assert said.startswith("draining: 3 requests in flight, up to 600 s")
         os.killpg(process.pid, signal.SIGINT)
         assert streams.ends() == ["engine_unavailable"] * 3
         _, errors = process.communicate(timeout=90)

@@ -252,7 +252,7 @@ def test_a_version_that_nobody_read_is_refused(made: Path) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("dialect", ["mixed", "single"])
+@pytest.mark.parametrize("dialect", ["mixed", pytest.param("single", marks=pytest.mark.slow)])
 def test_a_model_of_v3s_head_dims_is_exact_on_every_rank_of_three_layouts(
     tmp_path_factory: pytest.TempPathFactory, dialect: Literal["mixed", "single"]
 ) -> None:

@@ -39,6 +39,7 @@ class Build(BuildProcess):
         return path.read_text().count("made") if path.exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_gives_the_same_bytes(
     cluster: Raylets, tmp_path: Path, expected: dict[str, bytes], workers: int
@@ -67,6 +68,7 @@ def test_a_driver_killed_at_three_points_goes_on_with_what_was_recorded(
     assert NUM_FILES <= sum(running.made(key) for key in KEYS) <= NUM_FILES + 6
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_asked_to_end_says_so_and_leaves_nothing_half_written(
     cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
@@ -81,6 +83,7 @@ def test_a_driver_that_is_asked_to_end_says_so_and_leaves_nothing_half_written(
     assert contents(running.output) == expected
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_reported_and_its_file_made_again(
     cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
@@ -127,6 +130,7 @@ def test_a_worker_that_freezes_while_its_node_dies_is_given_up(
     assert contents(running.output) == expected
 
 
+@pytest.mark.slow
 def test_an_error_of_the_maker_is_one_sentence_and_what_was_built_stays(
     cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_node_that_cannot_is_named_and_spoils_no_other_copy(
     assert third[:12] not in last
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_gets_a_copy_and_one_that_dies_is_reported(
     cluster: Raylets, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_node_that_joins_gets_a_copy_and_one_that_dies_is_reported(
         assert whole(tmp_path / node / "engine") == whole(engine)
 
 
+@pytest.mark.slow
 def test_a_copy_whose_worker_was_killed_goes_on(cluster: Raylets, tmp_path: Path) -> None:
     engine = tmp_path / "engine"
     make_small_engine(engine, files=40, file_bytes=4_000_000)

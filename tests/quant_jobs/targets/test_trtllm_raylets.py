@@ -56,7 +56,7 @@ def expected(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return contents(output)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_any_number_of_workers_builds_the_same_bytes_and_reads_every_byte_once(
     cluster: Raylets, artifact: Path, tmp_path: Path, expected: dict[str, bytes], workers: int
 ) -> None:
@@ -66,6 +66,7 @@ def test_any_number_of_workers_builds_the_same_bytes_and_reads_every_byte_once(
     assert result["bytes_read"] <= sum(path.stat().st_size for path in files)
 
 
+@pytest.mark.slow
 def test_a_build_that_is_killed_three_times_ends_in_the_same_bytes(
     cluster: Raylets, artifact: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
@@ -98,6 +99,7 @@ def test_a_killed_worker_and_a_killed_raylet_cost_no_byte(
     assert whole(output) == expected
 
 
+@pytest.mark.slow
 def test_a_lost_file_is_made_again_by_the_same_command(
     cluster: Raylets, artifact: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
@@ -112,6 +114,7 @@ def test_a_lost_file_is_made_again_by_the_same_command(
         assert whole(tmp_path / node / "engine") == expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_damaged_is_named_whichever_worker_finds_it(
     cluster: Raylets, artifact: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -120,11 +121,15 @@ def test_a_worker_that_freezes_while_its_node_dies_is_given_up(
     running.wait_for(lambda: running.num_parts >= 1 and bool(cluster.processes(TASK)))
     frozen = cluster.processes(TASK)[0]
     os.kill(frozen, signal.SIGSTOP)
-    if not has_begun:
-        for path in (running.output / ".build").glob("node-*"):
-            path.unlink(missing_ok=True)
-    cluster.kill_node(cluster.index_of(frozen))
-    code, _, err = running.end()
+    try:
+        if not has_begun:
+            for path in (running.output / ".build").glob("node-*"):
+                path.unlink(missing_ok=True)
+        cluster.kill_node(cluster.index_of(frozen))
+        code, _, err = running.end()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(frozen, signal.SIGKILL)  # being stopped, it may outlive its raylet
     assert code == 0, err
     assert "lost the worker or node that had file " in err
     assert contents(running.output) == expected

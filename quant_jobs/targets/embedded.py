@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from deepseek import __version__, untrusted
+from deepseek import __version__
 from deepseek.artifact.documents import read_copied
 from deepseek.artifact.engine_manifest import (
     ENGINE_FILE,
-    UNQUANTIZED,
     EngineManifest,
     EnginePlan,
     TensorFile,
@@ -47,7 +46,7 @@ from deepseek.outputs import (
 )
 from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import save_tensors
-from deepseek.untrusted import UnusableFileError
+from quant_jobs.targets.origin import manifest_bytes, origin_of
 
 
 def pack_engine(
@@ -113,18 +112,11 @@ def pack_engine(
 
 def _common_fields(source: Source, kv_cache: str | None) -> dict[str, Any]:
     """The fields of `EngineManifest` that are known before anything is packed."""
-    if isinstance(source, ArtifactReader):
-        recipe, digest = source.recipe.name, source.digest
-        fingerprint, recipe_kv = source.manifest.source.fingerprint, source.manifest.kv_cache
-    else:
-        recipe, digest = UNQUANTIZED, source.fingerprint
-        fingerprint, recipe_kv = source.fingerprint, "bf16"
+    recipe_kv = source.manifest.kv_cache if isinstance(source, ArtifactReader) else "bf16"
     return {
+        **origin_of(source),
         "target": TARGET,
         "ranks": RANKS,
-        "recipe": recipe,
-        "artifact_digest": digest,
-        "source_fingerprint": fingerprint,
         "kv_cache": check_cache_format(kv_cache or recipe_kv),
         "schemes": schemes_of(source),
         "versions": {"intserve": __version__, "torch": str(torch.__version__)},
@@ -219,11 +211,7 @@ def _documents(source: Source) -> dict[str, bytes]:
         return read_copied(source.directory) | {CONFIG_FILE: content}
     documents = dict(source.documents)
     documents.pop(INDEX_FILE, None)  # of the checkpoint's shards, which the engine has not
-    path = source.directory / MANIFEST_FILE
-    try:
-        documents[MANIFEST_FILE] = untrusted.read_bytes(path, root=source.directory)
-    except UnusableFileError as error:
-        raise ArtifactError(f"{path} {error}") from error
+    documents[MANIFEST_FILE] = manifest_bytes(source)
     return documents
 
 

@@ -6,12 +6,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from deepseek import __version__, untrusted
+from deepseek import __version__
 from deepseek.artifact.documents import document_object, read_copied
 from deepseek.artifact.engine_manifest import (
-    UNQUANTIZED,
     EngineManifest,
     EnginePlan,
     RankLayout,
@@ -42,8 +41,8 @@ from deepseek.trtllm.llm_schema import LlmArgs
 from deepseek.trtllm.loadable import check_loadable
 from deepseek.trtllm.quant_config import quant_config_files
 from deepseek.trtllm.versions import EngineVersion
-from deepseek.untrusted import UnusableFileError
 from quant_jobs.algorithms.input_scales import share_input_scales
+from quant_jobs.targets.origin import manifest_bytes, origin_of
 
 #: KV formats that the target has.
 TrtllmKV = Literal["bf16", "fp8"]
@@ -114,7 +113,7 @@ def plan_build(
         input_scales=input_scales(source, stored),
     )
     manifest = EngineManifest(
-        **_origin(source),
+        **origin_of(source),
         target=TARGET,
         ranks=ranks,
         kv_cache=options.kv_cache,
@@ -280,21 +279,6 @@ def _mtp(source: Source, *, kept: bool) -> Mtp:
 # --- documents ---
 
 
-def _origin(source: Source) -> dict[str, Any]:
-    """What the engine is built from, as engine.json names it."""
-    if isinstance(source, ArtifactReader):
-        return {
-            "recipe": source.recipe.name,
-            "artifact_digest": source.digest,
-            "source_fingerprint": source.manifest.source.fingerprint,
-        }
-    return {
-        "recipe": UNQUANTIZED,
-        "artifact_digest": source.fingerprint,
-        "source_fingerprint": source.fingerprint,
-    }
-
-
 def _documents(
     source: Source,
     stored: Mapping[str, Scheme],
@@ -309,7 +293,7 @@ def _documents(
         documents = dict(source.documents)
         content = document_object(source.directory, documents, CONFIG_FILE)
         content.pop("quantization_config", None)
-        documents[MANIFEST_FILE] = _manifest_bytes(source)
+        documents[MANIFEST_FILE] = manifest_bytes(source)
     else:
         documents, content = dict(read_copied(source.directory)), source.config_content
         content.pop("auto_map", None)
@@ -334,11 +318,3 @@ def _index(source: Source, stored: Mapping[str, Scheme], layers: Sequence[LayerK
         source.config, stored, mtp=len(layers) - 1 > source.config.num_hidden_layers
     )
     return json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _manifest_bytes(source: ArtifactReader) -> bytes:
-    path = source.directory / MANIFEST_FILE
-    try:
-        return untrusted.read_bytes(path, root=source.directory)
-    except UnusableFileError as error:
-        raise ArtifactError(f"{path} {error}") from error

@@ -14,6 +14,7 @@ from deepseek import untrusted
 from deepseek.artifact.built_engine import BuiltEngine
 from deepseek.artifact.documents import document_object
 from deepseek.artifact.engine_manifest import ENGINE_FILE, EngineManifest, read_engine_manifest
+from deepseek.artifact.layout import stored_layers
 from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import layer_file
@@ -25,7 +26,7 @@ from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import DTYPE_NAMES
 from deepseek.trtllm.fields import TARGET, TrtllmFields
 from deepseek.trtllm.findings import ExpertFormat
-from deepseek.trtllm.layout import TILE, stored_layers, stored_schemes, stored_tensors
+from deepseek.trtllm.layout import TILE, stored_schemes, stored_tensors
 from deepseek.trtllm.lint import lint
 from deepseek.trtllm.llm_args import LLM_ARGS_FILE, llm_args_of
 from deepseek.trtllm.loader_config import QuantConfig, read_quant_config

@@ -29,10 +29,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from deepseek.artifact.engine_manifest import RankLayout
+from deepseek.artifact.layout import StoredTensor, stored_layers
 from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
@@ -50,8 +50,6 @@ DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 #: Edge of an FP8 tile, and the only group size of its INT4 experts.
 TILE = 128
-#: Bytes of one value by the type's name in safetensors.
-ITEM_BYTES = {"F8_E4M3": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 
 #: Held whole by every rank.
 EMBEDDING = "model.embed_tokens.weight"
@@ -61,21 +59,6 @@ RANKS_PER_NODE = 8
 _MTP_COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 
 _BF16 = Scheme(weights="bf16")
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of the directory. `dtype` is its name in safetensors; `spec` is the tensor of the
-    model that it belongs to, `suffix` the last part of its name."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    spec: TensorSpec
-    suffix: str
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def require_dialect(name: str) -> Dialect:
@@ -88,13 +71,6 @@ def require_dialect(name: str) -> Dialect:
         if dialect == name != "released":
             return dialect
     raise DeployError(f"dialect {name!r} is unknown; use mixed or single")
-
-
-def stored_layers(config: ModelConfig, *, mtp: bool) -> list[LayerKey]:
-    """The layers that the directory holds, each in a file of its own, and the rest. `mtp` says
-    whether the MTP layers are kept."""
-    count = config.num_layers_with_mtp if mtp else config.num_hidden_layers
-    return [*range(count), "globals"]
 
 
 def stored_schemes(

@@ -21,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from deepseek.artifact.layout import stored_layers
 from deepseek.config import ModelConfig
 from deepseek.inventory import linears
 from deepseek.recipe import Scheme
-from deepseek.trtllm.layout import TILE, Dialect, stored_layers
+from deepseek.trtllm.layout import TILE, Dialect
 
 HF_QUANT_CONFIG_FILE, QUANT_CFG_FILE = "hf_quant_config.json", "quant_cfg.json"
 #: KV formats that the loader has for MLA on Hopper: the KV format -> `kv_cache_quant_algo`.

@@ -15,6 +15,7 @@ from deepseek.artifact.engine_manifest import (
     EnginePlan,
     RankLayout,
 )
+from deepseek.artifact.layout import stored_layers
 from deepseek.artifact.manifest import MANIFEST_FILE, LayerKey
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import layer_file
@@ -30,7 +31,6 @@ from deepseek.trtllm.input_scales import runtime_input_scale
 from deepseek.trtllm.layout import (
     Dialect,
     rank_weight_bytes,
-    stored_layers,
     stored_schemes,
     stored_tensors,
     total_bytes,
@@ -42,6 +42,7 @@ from deepseek.trtllm.loadable import check_loadable
 from deepseek.trtllm.quant_config import quant_config_files
 from deepseek.trtllm.versions import EngineVersion
 from quant_jobs.algorithms.input_scales import share_input_scales
+from quant_jobs.targets.layered import LayeredBuild
 from quant_jobs.targets.origin import manifest_bytes, origin_of
 
 #: KV formats that the target has.
@@ -61,28 +62,17 @@ class TrtllmOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrtllmBuild:
-    """One engine to be built, decided before a byte is written.
+class TrtllmBuild(LayeredBuild):
+    """One engine to be built.
 
     `schemes` are the checkpoint's, of the layers that the engine has; `stored` how the directory
-    stores them. `documents` are all files beside the tensors but engine.json. `manifest` is
-    engine.json without its tensor files. `warnings` are what the linter says of the arguments.
+    stores them. `warnings` are what the linter says of the arguments.
     """
 
-    source: Source
     options: TrtllmOptions
     dialect: Dialect
     schemes: Mapping[str, Scheme]
     stored: Mapping[str, Scheme]
-    layers: tuple[LayerKey, ...]
-    documents: Mapping[str, bytes]
-    manifest: EngineManifest
-    warnings: tuple[str, ...]
-
-    @property
-    def keys(self) -> list[str]:
-        """The keys of the tasks: one per file."""
-        return [str(layer) for layer in self.layers]
 
 
 def plan_build(

@@ -1,7 +1,6 @@
-"""One file of a TensorRT-LLM engine directory, made tensor by tensor from a checkpoint.
+"""One tensor of a TensorRT-LLM engine directory, made from those of a checkpoint.
 
-Every tensor of the checkpoint is read once, when the tensor that is made of it is written, and
-verified as it is read. Nothing is rounded but what the loader itself would round:
+Nothing is rounded but what the loader itself would round:
 
     INT4 codes   compressed-tensors stores code + 8 in each nibble; the same nibbles in two's
                  complement differ in their highest bit: bytes XOR 0x88
@@ -15,82 +14,33 @@ N outputs · K inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from deepseek.artifact.manifest import LayerKey
-from deepseek.artifact.reader import ArtifactReader
-from deepseek.engine.packing import Source
+from deepseek.artifact.layout import StoredTensor
 from deepseek.formats import dequantize_fp8_block, unpack_int8
-from deepseek.inventory import TensorSpec
 from deepseek.recipe import Scheme
-from deepseek.source.checkpoint import scale_name
-from deepseek.tensor_files import DTYPES, stream_tensors
 from deepseek.trtllm.fields import LayerInputScales
-from deepseek.trtllm.layout import StoredTensor, stored_tensors
-
-#: Reads one tensor of the checkpoint by its name there.
-Read = Callable[[str], Tensor]
+from quant_jobs.targets.layered import Read
 
 
-def write_file(
-    path: Path,
-    source: Source,
+def make_tensor(
+    tensor: StoredTensor,
     schemes: Mapping[str, Scheme],
-    stored: Mapping[str, Scheme],
-    layer: LayerKey,
-    scales: LayerInputScales | None,
-) -> tuple[str, int, int]:
-    """Write the file of one layer, or of the tensors outside the layers, atomically. Returns its
-    SHA-256, its size and the bytes that were read, of tensors.
-
-    `schemes` are the checkpoint's, `stored` the directory's (`layout.stored_schemes`); `scales` are
-    given where the layer has INT4 experts.
-
-    Raises:
-        ArtifactError, CheckpointError: the checkpoint is damaged; the sentence names the tensor.
-        OutputError: the file cannot be written.
-    """
-    with _opened(source, layer) as (read, dtype_of):
-        tensors = stored_tensors(source.config, stored, layer)
-        layout = {
-            name: (_dtype(tensor, dtype_of), tensor.shape) for name, tensor in tensors.items()
-        }
-        bytes_read = 0
-
-        def counted(name: str) -> Tensor:
-            nonlocal bytes_read
-            tensor = read(name)
-            bytes_read += tensor.nbytes
-            return tensor
-
-        def make(name: str) -> Iterator[Tensor]:
-            tensor = tensors[name]
-            spec = tensor.spec
-            if spec.kind != "linear":
-                yield counted(spec.name)
-                return
-            yield _made(spec, tensor.suffix, schemes[spec.module], stored, counted, scales)
-
-        sha256, num_bytes = stream_tensors(path, layout, make, {"format": "pt"})
-    return sha256, num_bytes, bytes_read
-
-
-def _made(
-    spec: TensorSpec,
-    suffix: str,
-    scheme: Scheme,
     stored: Mapping[str, Scheme],
     read: Read,
     scales: LayerInputScales | None,
 ) -> Tensor:
-    """One tensor of the directory, from those of the checkpoint that hold the same linear."""
-    module = spec.module
-    match stored[module].weights, suffix:
+    """One tensor of the directory, from those of the checkpoint that hold the same linear.
+
+    `schemes` are the checkpoint's, `stored` the directory's (`layout.stored_schemes`); `scales` are
+    given where the layer has INT4 experts.
+    """
+    spec = tensor.spec
+    module, scheme = spec.module, schemes[spec.module]
+    match stored[module].weights, tensor.suffix:
         case "int4", "weight":
             packed = read(f"{module}.weight_packed")  # int32 [N, K/8]
             return packed.contiguous().view(torch.uint8).bitwise_xor(0x88).view(torch.int8)
@@ -112,27 +62,4 @@ def _made(
             return dequantize_fp8_block(codes, tile_scales).to(torch.bfloat16)
         case "bf16", "weight":
             return read(f"{module}.weight").to(torch.bfloat16)
-    raise AssertionError(f"{module}: no way to {suffix} of {stored[module].label}")
-
-
-@contextmanager
-def _opened(source: Source, layer: LayerKey) -> Iterator[tuple[Read, Callable[[str], torch.dtype]]]:
-    """How the tensors of one layer are read by their artifact's names, and the type of one that is
-    no linear. A source has the names of the release; its reader checks the values."""
-    if isinstance(source, ArtifactReader):
-        with source.open_file(layer) as file:
-            yield file.read, lambda name: file.header.tensors[name].dtype
-        return
-
-    def read(name: str) -> Tensor:
-        if name.endswith(".weight_scale"):
-            return source.load_tensor(scale_name(name.removesuffix("_scale")))
-        return source.load_tensor(name)
-
-    yield read, source.dtype_of
-
-
-def _dtype(tensor: StoredTensor, dtype_of: Callable[[str], torch.dtype]) -> torch.dtype:
-    if tensor.spec.kind == "linear":
-        return DTYPES[tensor.dtype]
-    return dtype_of(tensor.spec.name)
+    raise AssertionError(f"{module}: no way to {tensor.suffix} of {stored[module].label}")

@@ -437,7 +437,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="CPU threads; all cores but one without it.")
     ] = None,
     kv_cache: Annotated[
-        Literal["bf16", "int8"] | None,
+        Literal["bf16", "fp8", "int8"] | None,
         typer.Option(
             help="KV format to measure; without it, as the engine was built. The verdict then "
             "admits this one and no other."

@@ -28,8 +28,8 @@ from deepseek.trtllm.loadable import (
     NO_ZERO_POINTS,
 )
 
-Target = Literal["trtllm", "vllm", "sglang", "embedded"]
-TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang", "embedded")
+Target = Literal["trtllm", "vllm", "sglang", "transformers", "embedded"]
+TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang", "transformers", "embedded")
 Evidence = Literal["read", "reported", "inferred", "unverified"]
 
 KV_CACHE = "kv_cache"
@@ -106,6 +106,9 @@ _SGL_INDEXER = "SGLang nsa_indexer.py Indexer"
 _VLLM_CT = "vLLM compressed_tensors.py _get_scheme_from_parts"
 _VLLM_MOE = "vLLM compressed_tensors_moe.py get_moe_method"
 _SGL_CT = "SGLang compressed_tensors.py get_moe_scheme"
+_HF_MODEL = "transformers modeling_deepseek_v3.py"
+_HF_CT = "transformers quantizer_compressed_tensors.py, core_model_loading.py"
+_HF_ZEROS = "it drops the zero points of routed experts"
 _SYMMETRIC = "weights: int4, group_size: 128"
 _W4A8_G128 = "weights: int4, group_size: 128, activations: fp8"
 _INT8 = "weights: int8"
@@ -234,6 +237,27 @@ _SGLANG = (
         "reported", "its KV cache is bf16, fp8 or fp4", _KV_INSTEAD),
 )  # fmt: skip
 
+#: transformers 5.23, `from_pretrained` with `CompressedTensorsConfig(dequantize=True)`: on any
+#: device, in the model's dtype, for looking and comparing.
+_TRANSFORMERS = (
+    Row("transformers", CPU | SM80 | SM90, INDEXER, BF16 | FP8, False, _HF_MODEL, "inferred",
+        "its DeepSeek-V3 has no sparse attention", "Use --target vllm or --target sglang"),
+    Row("transformers", CPU | SM80 | SM90, ROUTED, W8A8, False, _HF_CT, "read",
+        "its converter of routed experts does not handle INT8 codes with quantized activations "
+        "(torch.cat of no tensors)",
+        "Use the recipe int8-experts or int8-weight-only, or --target vllm or embedded"),
+    Row("transformers", CPU | SM80 | SM90, ROUTED, INT8_ASYM, False, _HF_CT, "read", _HF_ZEROS,
+        _ADD, _INT8),
+    Row("transformers", CPU | SM80 | SM90, ROUTED, INT4_ASYM, False, _HF_CT, "read", _HF_ZEROS,
+        _ADD, _SYMMETRIC),
+    Row("transformers", CPU | SM80 | SM90, ROUTED, W4A8, True, _HF_CT, "read",
+        "activations are not quantized: it computes with the weights' values only"),
+    Row("transformers", CPU | SM80 | SM90, PARTS, FORMATS, True, _HF_CT, "read"),
+    Row("transformers", CPU | SM80 | SM90, KV, frozenset({"bf16"}), True, _HF_MODEL, "read"),
+    Row("transformers", CPU | SM80 | SM90, KV, frozenset({"fp8", "int8"}), False, _HF_MODEL, "read",
+        "it caches keys and values in the model's dtype", "Set kv_cache to bf16 in the recipe"),
+)  # fmt: skip
+
 _EMBEDDED = (
     Row("embedded", SM80 | SM90, EVERYTHING, FORMATS | KV_FORMATS, False,
         "deepseek/engine/linear.py", "read", "the embedded engine runs on the CPU so far",
@@ -246,7 +270,7 @@ _EMBEDDED = (
         "the embedded engine has no FP8 KV cache", "Set kv_cache to bf16 or int8 in the recipe"),
 )  # fmt: skip
 
-ROWS: tuple[Row, ...] = (*_TRTLLM, *_VLLM, *_SGLANG, *_EMBEDDED)
+ROWS: tuple[Row, ...] = (*_TRTLLM, *_VLLM, *_SGLANG, *_TRANSFORMERS, *_EMBEDDED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,9 @@ from cluster.matrix import (
     W4A8_G128,
     W8A16,
     Row,
+    Target,
 )
-from cluster.plan import GPU_TARGETS, Plan, better_recipes, make_plan, tally_of
+from cluster.plan import Plan, better_recipes, make_plan, tally_of
 from cluster.show import sentences
 from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import builtin_recipes, load_recipe
@@ -117,8 +118,8 @@ def deployability_page() -> str:
         "",
         "## Built-in recipes for DeepSeek-V3",
         "",
-        f"| recipe | {' | '.join(f'{t} (Hopper)' for t in GPU_TARGETS)} | embedded (CPU) |",
-        "|---|---|---|---|---|",
+        f"| recipe | {' | '.join(f'{t} ({_where(t)})' for t in TARGETS)} |",
+        f"|---|{'---|' * len(TARGETS)}",
         *(_recipe_row(name) for name in _RECIPES),
         "",
         "`int4-gptq` and `int4-awq` load as `int4` does, `int4-all-gptq` and `int4-all-awq` as "
@@ -170,6 +171,10 @@ def _recipe_row(name: str) -> str:
         refusals = check(schemes, recipe.kv_cache, target, gpu)
         cells.append("loads" if not refusals else f"no: {refusals[0].reason}")
     return f"| `{name}` | {' | '.join(cells)} |"
+
+
+def _where(target: Target) -> str:
+    return "CPU" if target == "embedded" else "Hopper"
 
 
 def _matrix_row(row: Row) -> str:

@@ -187,6 +187,16 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
                     "strategy": "tensor",
                     "dynamic": False,
                 }
+        case "int8-block":
+            weights |= {"strategy": "block", "block_structure": [128, 128]}
+            inputs = {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": 128,
+                "dynamic": True,
+            }
         case "fp8-block":
             weights |= {"type": "float", "strategy": "block", "block_structure": [128, 128]}
             # As the release declares itself: activations quantized on the fly, 128 at a time.

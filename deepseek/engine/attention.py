@@ -24,10 +24,10 @@ from torch import Tensor
 
 from deepseek.config import ModelConfig
 from deepseek.engine.batch import Batch, Group
-from deepseek.engine.emulated import round_tiles_fp8, to_e4m3
 from deepseek.engine.kv_cache import LatentCache
 from deepseek.engine.linear import Kernels, Projection, encode
 from deepseek.engine.rope import rotate
+from deepseek.engine.target_inputs import round_tiles_fp8, to_e4m3
 
 
 class QueryUp:

@@ -15,6 +15,7 @@ batch. Rules, by weight format, with the kernels whose rules they are:
     int8, int8-asym  code - zero, the FP32 sum times the scale (Marlin, per channel), or the weight
                      rounded to BF16 first (fpA_intB)
     int8, W8A8       codes of both sides, exact integer sums, then both scales in FP32
+    int8-block       codes of both sides, exact sums per tile of 128, times both scales in FP32
     fp8-block        the dequantized input times the dequantized weight: the tiles' FP32 sums times
                      both scales, up to the order of FP32 additions
     bf16             BF16 weight, FP32 sum
@@ -31,8 +32,15 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from deepseek.engine.target_inputs import (
+    ceil_power_of_two,
+    keep_input,
+    round_static_fp8,
+    round_tiles_fp8,
+    round_token_int8,
+    truncate_groups_int8,
+)
 from deepseek.formats import FP8_BLOCK, FP8_MAX, dequantize_fp8_block, quantize_fp8_block
-from deepseek.formats.scales import SMALLEST_SCALE
 from deepseek.recipe import Scheme
 
 if TYPE_CHECKING:
@@ -100,6 +108,29 @@ class ExactTargetLinear(TargetLinear):
             total = exact if total is None else total + exact
         assert total is not None
         return total.float()  # INT32 to FP32 in the epilogue, rounded to nearest as there
+
+
+class Int8TileTargetLinear:
+    """INT8 tiles on both sides (SGLang's `blockwise_int8`): codes int8 [K/128, N, 128] and scale
+    f32 [K/128, N]; the exact sum of each tile, times both scales, added up in FP32."""
+
+    encoding: Encoding = "f32"
+
+    def __init__(self, codes: Tensor, scale: Tensor, kernels: Kernels) -> None:
+        self._codes, self._scale, self._kernels = codes, scale, kernels
+
+    @property
+    def num_bytes(self) -> int:
+        return self._codes.nbytes + self._scale.nbytes
+
+    def matmul(self, x: Encoded) -> Tensor:
+        codes, scale = truncate_groups_int8(x.data)
+        total = x.data.new_zeros((x.data.shape[0], self._codes.shape[1]))
+        for tile in range(self._codes.shape[0]):
+            padded = self._kernels.rows.pad(codes[:, tile].contiguous())
+            sums = torch.nn.functional.linear(padded, self._codes[tile].float())
+            total += sums[: total.shape[0]] * scale[:, tile, None] * self._scale[tile]
+        return self._kernels.round(total)
 
 
 class PlainWeight:
@@ -187,13 +218,15 @@ def unpack_tiles(packed: Tensor, group_size: int) -> Tensor:
 
 def make_target_linear(
     scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels
-) -> TargetLinear:
+) -> TargetLinear | Int8TileTargetLinear:
     """The linear of `make_linear` in a target's arithmetic, from the same tensors."""
     match scheme.weights:
         case "int4" | "int4-asym":
             return _int4_linear(scheme, tensors, kernels)
         case "int8" | "int8-asym":
             return _int8_linear(scheme, tensors, kernels)
+        case "int8-block":
+            return Int8TileTargetLinear(tensors["codes"], tensors["scale"], kernels)
         case "fp8-block" if kernels.arithmetic.block_inputs != "none":
             return _tile_linear(tensors["weight"], kernels)
         case "bf16" | "fp8-block":
@@ -257,55 +290,6 @@ def round_absorbed(
     return kernels.round(w_uk), kernels.round(w_uv)
 
 
-def keep_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight-only: the input is what the kernel before has rounded."""
-    return x, None
-
-
-def round_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """f32 [T, K] -> INT8 codes, f32 [T, K], and their scale amax / 127, f32 [T, 1].
-
-    The codes are x * (127 / amax), as vLLM's `scaled_int8_quant` and SGLang's
-    `per_token_quant_int8` compute them, not x / scale. A token of zeros has codes 0.
-    """
-    amax = x.abs().amax(dim=-1, keepdim=True)
-    inverse = torch.where(amax == 0, 0.0, 127.0 / amax.clamp_min(SMALLEST_SCALE))
-    return (x * inverse).round_().clamp_(-128, 127), amax / 127
-
-
-def round_static_fp8(
-    x: Tensor, input_scale: Tensor, *, bf16_reciprocal: bool
-) -> tuple[Tensor, Tensor]:
-    """f32 [T, K] and a static scale f32 [1] -> values of e4m3, f32 [T, K], saturated at +-448, and
-    that scale.
-
-    With `bf16_reciprocal` the input is multiplied by bf16(1 / scale) and the product is BF16
-    before it is e4m3; the result still has the factor `scale`, so the two do not cancel exactly.
-    """
-    if bf16_reciprocal:
-        inverse = (1.0 / input_scale).bfloat16().float()
-        steps = (x * inverse).bfloat16().float()
-    else:
-        steps = x / input_scale
-    return to_e4m3(steps).float(), input_scale
-
-
-def round_tiles_fp8(x: Tensor, *, power_of_two: bool) -> Tensor:
-    """f32 [..., K] -> the same, each 128 channels of a token rounded to e4m3 with one scale.
-
-    The scale is amax / 448 in FP32, amax at least 1e-10 (`per_token_group_quant_fp8` of vLLM and
-    SGLang); with `power_of_two` rounded up to a power of two. The last tile may be shorter.
-    """
-    extra = -x.shape[-1] % FP8_BLOCK
-    padded = torch.nn.functional.pad(x, (0, extra)) if extra else x
-    tiles = padded.reshape(*x.shape[:-1], -1, FP8_BLOCK)
-    scale = tiles.abs().amax(dim=-1, keepdim=True).clamp_min(1e-10) * (1.0 / FP8_MAX)
-    if power_of_two:
-        scale = ceil_power_of_two(scale)
-    rounded = to_e4m3(tiles / scale).float() * scale
-    return rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-
-
 def requantize_tiles(weight: Tensor) -> Tensor:
     """Dequantized FP8 tiles f32 [N, K] -> quantized again with scales that are powers of two, as
     vLLM's `requant_weight_ue8m0_inplace` does at load, and dequantized."""
@@ -320,14 +304,3 @@ def tile_amax(weight: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(weight, pads)
     tiles = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
     return tiles.abs().amax(dim=(1, 3))
-
-
-def ceil_power_of_two(scale: Tensor) -> Tensor:
-    """The smallest powers of two that are not below these positive normal numbers, exactly."""
-    mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
-
-
-def to_e4m3(steps: Tensor) -> Tensor:
-    """Float -> e4m3, saturating at +-448; NaN stays NaN."""
-    return steps.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)

@@ -6,6 +6,8 @@ engine's layout differs from the artifact's in these ways:
 
 - Weights in BF16 and in FP8 tiles, norms, router and head are FP32: the fastest exact product on a
   CPU.
+- INT8 tiles lie by inputs: the codes of 128 inputs of all outputs, and their scales once per
+  output, because a tile of one weight may end in the middle of 128 rows of fused ones.
 - Linears that share their input and their scheme are fused: `qkv_a_proj` (q_a and kv_a), and
   `gate_up_proj`. Where the schemes differ, they stay two.
 - kv_b_proj becomes the absorbed `w_uk` [H, n, R] and `w_uv` [H, R, v] in FP32, made from its
@@ -27,6 +29,7 @@ import torch
 from deepseek.config import ModelConfig
 from deepseek.engine.kv_cache import CacheFormat, cache_bytes
 from deepseek.errors import DeployError
+from deepseek.formats import TILE
 from deepseek.inventory import (
     LATENT_READER,
     Group,
@@ -108,6 +111,12 @@ def packed_shapes(
             if scheme.weights == "int8-asym":
                 shapes["zero_point"] = ((num_outputs,), torch.int8)
             return shapes
+        case "int8-block":
+            tiles = math.ceil(num_inputs / TILE)
+            return {
+                "codes": ((tiles, num_outputs, TILE), torch.int8),
+                "scale": ((tiles, num_outputs), torch.float32),
+            }
         case _:
             return {"weight": ((num_outputs, num_inputs), torch.float32)}
 

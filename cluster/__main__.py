@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster.hardware import parse_hardware
+from cluster.matrix import TARGETS
 from cluster.plan import better_recipes, make_plan
 from cluster.show import as_json, print_plan
 from deepseek.cli import make_app, make_console, run
@@ -37,7 +38,8 @@ def plan(
     recipe: Annotated[str, typer.Option(help="Built-in recipe's name, or a YAML file.")],
     hardware: Annotated[str, typer.Option(help="COUNTxNAME, as in 8xH800-80GB; or cpu.")],
     target: Annotated[
-        str, typer.Option(help="trtllm, vllm, sglang, embedded; auto takes the first that loads.")
+        str,
+        typer.Option(help=f"{', '.join(TARGETS)}; auto takes the first server that loads."),
     ] = "auto",
     context: Annotated[
         int | None, typer.Option(help="Tokens of one request [default: 8192 or the model's limit].")

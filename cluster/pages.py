@@ -31,8 +31,9 @@ from cluster.matrix import (
     W4A8_G128,
     W8A16,
     Row,
+    Target,
 )
-from cluster.plan import GPU_TARGETS, Plan, better_recipes, make_plan, tally_of
+from cluster.plan import Plan, better_recipes, make_plan, tally_of
 from cluster.show import sentences
 from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import builtin_recipes, load_recipe
@@ -42,7 +43,7 @@ _HARDWARE = ("8xH800-80GB", "16xH800-80GB")
 #: only in the algorithm (`int4-gptq`, ...) take the same bytes and load in the same places.
 _RECIPES = (
     *("int8", "int8-weight-only", "int4", "int4-all", "int4-asym", "int8-smoothquant"),
-    *("int8-asym", "w4a8", "int8-experts"),
+    *("int8-asym", "int8-block", "w4a8", "int8-experts"),
 )
 #: Shorter names for sets of parts and formats.
 _ALL = {
@@ -112,13 +113,14 @@ def deployability_page() -> str:
         "counts. *read*: in the loader's source; *reported*: in the project's documentation, "
         "issues or pull requests; *inferred*, *unverified*: to be settled by `build` for that "
         "target. None of it was run on a GPU by us. `int8` is weight-only, `int8-a8` has INT8 "
-        "activations, `int4-afp8` FP8 ones with a static scale; SGLang takes one layout for the "
+        "activations, `int8-block-a8` those and scales per tile, `int4-afp8` FP8 ones with a "
+        "static scale; SGLang takes one layout for the "
         "whole model, see `MIXES`. `indexer` is DeepSeek-V3.2's, which stays as released.",
         "",
         "## Built-in recipes for DeepSeek-V3",
         "",
-        f"| recipe | {' | '.join(f'{t} (Hopper)' for t in GPU_TARGETS)} | embedded (CPU) |",
-        "|---|---|---|---|---|",
+        f"| recipe | {' | '.join(f'{t} ({_where(t)})' for t in TARGETS)} |",
+        f"|---|{'---|' * len(TARGETS)}",
         *(_recipe_row(name) for name in _RECIPES),
         "",
         "`int4-gptq` and `int4-awq` load as `int4` does, `int4-all-gptq` and `int4-all-awq` as "
@@ -170,6 +172,10 @@ def _recipe_row(name: str) -> str:
         refusals = check(schemes, recipe.kv_cache, target, gpu)
         cells.append("loads" if not refusals else f"no: {refusals[0].reason}")
     return f"| `{name}` | {' | '.join(cells)} |"
+
+
+def _where(target: Target) -> str:
+    return "CPU" if target == "embedded" else "Hopper"
 
 
 def _matrix_row(row: Row) -> str:

@@ -21,7 +21,8 @@ from deepseek.errors import DeployError
 from deepseek.recipe import Recipe
 from deepseek.trtllm.layout import Dialect, require_dialect, stored_schemes
 
-#: In this order `auto` takes the first target that loads the recipe.
+#: In this order `auto` takes the first target that loads the recipe. transformers is not among
+#: them: it dequantizes everything and has no batching, so that it is for looking and comparing.
 GPU_TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang")
 #: Tokens of a request when `--context` is not given, unless the model's own limit is less.
 DEFAULT_CONTEXT = 8192

@@ -83,9 +83,10 @@ def split_notes(tally: Tally, target: Target, tp: int) -> Iterator[str]:
         whole = granule(scheme, "row")
         width = shape[1]
         is_down = width != tally.config.hidden_size
-        if group == "routed_experts" and is_down and _is_cut(width, whole, tp):
+        option = _WHOLE_EXPERTS.get(target)
+        if option and group == "routed_experts" and is_down and _is_cut(width, whole, tp):
             yield (
-                f"{target}: {_WHOLE_EXPERTS[target].format(tp=tp)}, because an "
+                f"{target}: {option.format(tp=tp)}, because an "
                 f"expert's {width} inputs over {tp} GPUs do not make whole "
                 f"{_pieces(scheme.weights)} of {whole}"
             )

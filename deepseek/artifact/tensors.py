@@ -19,7 +19,7 @@ from deepseek.inventory import global_tensors, layer_tensors
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import SourceTensor
 
-_HIGH_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HIGH_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def layer_file(layer: LayerKey) -> str:
@@ -44,7 +44,7 @@ def expected_tensors(
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
     for spec in specs:
         if spec.kind != "linear":
-            expected[spec.name] = (spec.shape, _HIGH_DTYPES)
+            expected[spec.name] = (spec.shape, HIGH_DTYPES)
             continue
         stored = stored_shapes(schemes[spec.module], spec.shape[0], spec.shape[1])
         for suffix, (shape, dtype) in stored.items():

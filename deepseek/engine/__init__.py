@@ -5,6 +5,7 @@
     scheduler.py   which tokens run next (no tensors)      pages.py     who owns which KV page
     batch.py       the tokens of one step as tensors       kv_cache.py  the paged latent cache
     model.py       the forward pass: attention.py, moe.py, rope.py
+    arithmetic.py  what is rounded where: as the engine itself, or as a target
     linear.py      the kernels, one class per weight format; a native extension goes here
     sampler.py     logits -> tokens                        detokenizer.py  tokens -> text
     engine.py      the step loop over all of these

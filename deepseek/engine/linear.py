@@ -51,6 +51,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from deepseek.engine.arithmetic import EMBEDDED, Arithmetic
 from deepseek.formats import (
     TILE,
     quantize_input_fp8,
@@ -118,23 +119,30 @@ class RowRule:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Properties of this machine's kernels. `is_batch_invariant` is False also where batch
-    invariance was not asked for."""
+    """Properties of this machine's kernels, and the arithmetic that they compute in.
+    `is_batch_invariant` is False also where batch invariance was not asked for."""
 
     rows: RowRule
     has_vnni: bool
     is_batch_invariant: bool
+    arithmetic: Arithmetic = EMBEDDED
 
     @classmethod
-    def detect(cls, *, batch_invariant: bool) -> Kernels:
+    def detect(cls, *, batch_invariant: bool, arithmetic: Arithmetic = EMBEDDED) -> Kernels:
         """Ask torch about this CPU and, for batch invariance, probe its GEMM with the current
-        number of threads."""
+        number of threads. `arithmetic` is the one that the kernels emulate."""
         multiple = find_row_multiple(torch.get_num_threads()) if batch_invariant else None
         return cls(
             RowRule(multiple or 1),
             has_vnni=torch.cpu._is_vnni_supported(),
             is_batch_invariant=multiple is not None,
+            arithmetic=arithmetic,
         )
+
+    def round(self, x: Tensor) -> Tensor:
+        """A tensor f32 as it leaves a kernel: `x` itself in FP32, a copy of its values rounded to
+        BF16 otherwise."""
+        return x if self.arithmetic.activations == "float32" else x.bfloat16().float()
 
 
 class Linear(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deepseek.engine.arithmetic import EMBEDDED
 from deepseek.engine.pages import check_page_tokens
 from deepseek.errors import DeployError
 
@@ -58,7 +59,8 @@ class EngineOptions:
 class EngineIdentity:
     """What an engine serves: recipe, digests, and KV format and page size in use.
 
-    `engine_digest` is None for an engine that was packed in memory.
+    `engine_digest` is None for an engine that was packed in memory. `arithmetic` is the name of the
+    one that it computes in (arithmetic.py): the embedded engine's own, or a target's.
     """
 
     recipe: str
@@ -66,6 +68,7 @@ class EngineIdentity:
     engine_digest: str | None
     kv_cache: str
     page_tokens: int
+    arithmetic: str = EMBEDDED.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

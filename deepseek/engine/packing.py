@@ -1,8 +1,9 @@
-"""Converts a source checkpoint or a quantized checkpoint into the tensors of the embedded engine.
+"""Converts a source checkpoint or a stored model (a quantized checkpoint, or a directory that was
+built for another target) into the tensors of the embedded engine.
 
 packed_layout.py says which tensors these are; quant_jobs/targets/embedded.py writes them to disk,
-and `LLMEngine.from_checkpoint` uses them in memory. Memory holds one layer of the input and all
-tensors of the engine that are made so far. Codes and scales of a quantized checkpoint are not
+and `LLMEngine.from_checkpoint` and `from_stored` use them in memory. Memory holds one layer of the
+input and all tensors of the engine that are made so far. Codes and scales of a stored model are not
 requantized; only their order in memory changes. Every tensor of the input is read, also those of
 the MTP layer and of the indexer, which are then dropped.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek.artifact.reader import ArtifactReader
+from deepseek.artifact.stored_model import StoredModel
 from deepseek.artifact.tensors import pop_linear
 from deepseek.config import ModelConfig
 from deepseek.engine.packed_layout import (
@@ -32,19 +34,22 @@ from deepseek.inventory import TensorSpec, layer_tensors, linears
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
 
+#: What a directory is built from.
 Source = ArtifactReader | CheckpointReader
+#: What is packed.
+Packable = StoredModel | CheckpointReader
 #: Called with the number of layers done and the number of all layers.
 Progress = Callable[[int, int], None]
 
 
-def schemes_of(source: Source) -> dict[str, Scheme]:
+def schemes_of(source: Packable) -> dict[str, Scheme]:
     """Scheme of every linear, keyed by module name."""
-    if isinstance(source, ArtifactReader):
-        return dict(source.schemes)
-    return source_schemes(source.config)
+    if isinstance(source, CheckpointReader):
+        return source_schemes(source.config)
+    return dict(source.schemes)
 
 
-def pack_tensors(source: Source, progress: Progress | None = None) -> dict[str, Tensor]:
+def pack_tensors(source: Packable, progress: Progress | None = None) -> dict[str, Tensor]:
     """Read `source` and return all tensors of the engine, by name.
 
     Raises:
@@ -100,9 +105,9 @@ class _Stored:
             raise ArtifactError(f"{spec.module}.{error}") from error
 
 
-def _read_layer(source: Source, layer: int) -> _Stored:
+def _read_layer(source: Packable, layer: int) -> _Stored:
     specs = linears(source.config, layer)
-    if isinstance(source, ArtifactReader):
+    if not isinstance(source, CheckpointReader):
         tensors = source.read_layer(layer)
         by_module = {
             spec.module: pop_linear(tensors, spec.module, source.schemes[spec.module])
@@ -114,11 +119,11 @@ def _read_layer(source: Source, layer: int) -> _Stored:
     return _Stored(dequantized, {name: tensor.data for name, tensor in read.items()})
 
 
-def _pack_globals(source: Source) -> dict[str, Tensor]:
-    if isinstance(source, ArtifactReader):
-        tensors = source.read_globals()
-    else:
+def _pack_globals(source: Packable) -> dict[str, Tensor]:
+    if isinstance(source, CheckpointReader):
         tensors = {name: tensor.data for name, tensor in source.read_globals().items()}
+    else:
+        tensors = source.read_globals()
     packed = {}
     for spec in plain_specs(source.config, None):
         tensor = tensors.pop(spec.name)

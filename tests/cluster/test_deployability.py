@@ -139,11 +139,11 @@ def test_tensorrt_llm_is_built_int8_and_int4_for_routed_experts_only(refusals) -
 @pytest.mark.parametrize(
     ("kv_cache", "gpu", "loads"),
     [
-        ("bf16", "sm90", {"trtllm", "vllm", "sglang"}),
+        ("bf16", "sm90", {"trtllm", "vllm", "sglang", "transformers"}),
         ("fp8", "sm90", {"trtllm", "vllm", "sglang"}),
         ("int8", "sm90", set()),
         ("fp8", "sm80", set()),
-        ("bf16", "cpu", {"embedded"}),
+        ("bf16", "cpu", {"embedded", "transformers"}),
         ("int8", "cpu", {"embedded"}),
         ("fp8", "cpu", set()),
     ],

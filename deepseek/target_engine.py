@@ -33,6 +33,8 @@ from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens
 from deepseek.trtllm.check import check_engine as check_trtllm
 from deepseek.trtllm.stored_model import TrtllmStoredModel
+from deepseek.vllm.check import check_engine as check_vllm
+from deepseek.vllm.stored_model import VllmStoredModel
 
 #: Checks documents and headers of a directory, without the tensors, which are verified as they are
 #: read.
@@ -41,6 +43,7 @@ Open = Callable[[Path], StoredModel]
 
 _TARGETS: Mapping[str, tuple[Check, Open]] = {
     "trtllm": (lambda directory: check_trtllm(directory, digests=False), TrtllmStoredModel),
+    "vllm": (lambda directory: check_vllm(directory, digests=False), VllmStoredModel),
 }
 #: KV formats that only the embedded engine has.
 _EMBEDDED_ONLY = ("int8", "fp32")

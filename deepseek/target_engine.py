@@ -34,6 +34,8 @@ from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens
 from deepseek.trtllm.check import check_engine as check_trtllm
 from deepseek.trtllm.stored_model import TrtllmStoredModel
+from deepseek.vllm.check import check_engine as check_vllm
+from deepseek.vllm.stored_model import VllmStoredModel
 
 
 class Check(Protocol):
@@ -45,6 +47,7 @@ class Check(Protocol):
 #: Target -> its check of a directory, and what reads one back.
 _TARGETS: Mapping[str, tuple[Check, Callable[[Path], StoredModel]]] = {
     "trtllm": (check_trtllm, TrtllmStoredModel),
+    "vllm": (check_vllm, VllmStoredModel),
 }
 #: KV formats that only the embedded engine has.
 _EMBEDDED_ONLY = ("int8", "fp32")
@@ -139,7 +142,9 @@ def emulated_bytes(
     tensors = packed_tensors(config, stored.schemes).values()
     largest = max(file.num_bytes for file in manifest.tensor_files.values())
     token = layer_token_bytes(
-        kv_layout(manifest.target, kv_cache), config.kv_lora_rank, config.qk_rope_head_dim
+        kv_layout(manifest.target, kv_cache, sparse=config.has_indexer),
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
     )
     tokens = options.max_kv_tokens or max(
         options.max_model_len or config.dense_context, 1024 * options.max_batch_size

@@ -24,12 +24,15 @@ from deepseek.kv_layout import KVLayout, kv_layout, layer_token_bytes
 from deepseek.models import DEEPSEEK_V3
 
 LAYOUTS: tuple[KVLayout, ...] = get_args(KVLayout)
+LAYERS = 4
 #: Latent and rotary widths: DeepSeek-V3's, one tile exactly, less than a tile, a ragged last tile.
 WIDTHS = [(512, 64), (128, 64), (48, 16), (200, 32)]
 
 
 def config_of(latent: int, rope: int) -> ModelConfig:
-    return replace(DEEPSEEK_V3, kv_lora_rank=latent, qk_rope_head_dim=rope, num_hidden_layers=2)
+    return replace(
+        DEEPSEEK_V3, kv_lora_rank=latent, qk_rope_head_dim=rope, num_hidden_layers=LAYERS
+    )
 
 
 def tokens(count: int, latent: int, rope: int) -> tuple[Tensor, Tensor]:
@@ -38,7 +41,7 @@ def tokens(count: int, latent: int, rope: int) -> tuple[Tensor, Tensor]:
     latents = torch.randn(count, latent, generator=generator)
     keys = 20 * torch.randn(count, rope, generator=generator)
     latents[1], keys[1] = 0.0, 0.0
-    latents[2] *= 1e-30
+    latents[2] *= 1e-40
     latents[3, 0], latents[3, 1], keys[3, 0] = 1000.0, -448.0, -7e4
     return latents, keys
 
@@ -134,7 +137,7 @@ def test_planned_bytes_are_the_bytes_of_the_storage(
     cache = LatentCache(config, layout, 5, 16)
     storage = sum(tensor.untyped_storage().nbytes() for tensor in cache._tensors)
     assert storage == cache.num_bytes == cache_bytes(config, layout, 5, 16)
-    assert storage == 6 * 16 * 2 * layer_token_bytes(layout, *widths)
+    assert storage == 6 * 16 * LAYERS * layer_token_bytes(layout, *widths)
 
 
 def test_a_token_of_deepseek_v3_costs_what_each_layout_says() -> None:
@@ -149,10 +152,10 @@ def test_a_token_of_deepseek_v3_costs_what_each_layout_says() -> None:
 
 
 def test_each_tile_has_its_own_scale_and_the_last_may_be_short() -> None:
-    latent = torch.cat((torch.full((1, 128), 1e-3), torch.full((1, 72), 300.0)), dim=1)
+    latent = torch.cat((torch.full((1, 128), 1e-4), torch.full((1, 72), 300.0)), dim=1)
     codes, scale = quantize_tiles(latent)
     assert scale.shape == (1, 2)
-    torch.testing.assert_close(scale, torch.tensor([[1e-3 / 448, 300 / 448]]))
+    torch.testing.assert_close(scale, torch.tensor([[1e-4 / 448, 300 / 448]]))
     torch.testing.assert_close(dequantize_tiles(codes, scale), latent)
     one_scale = (latent / (300 / 448)).to(torch.float8_e4m3fn).float() * (300 / 448)
     assert not one_scale[0, :128].any(), "with one scale the first tile would be lost"

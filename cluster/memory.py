@@ -32,7 +32,7 @@ GROUPS: tuple[str, ...] = get_args(Group)
 
 #: Groups whose linears every token goes through.
 DENSE_GROUPS = ("attention", "shared_experts", "dense_mlp", "indexer")
-#: FP8 block edge, and the group of the per-token FP8 cache layout (`fp8_ds_mla`).
+#: Edge of an FP8 or INT8 tile, and the group of the per-token FP8 cache layout (`fp8_ds_mla`).
 _BLOCK = 128
 #: Tokens per KV page: FlashMLA's on GPUs, the engine's default on the CPU.
 GPU_PAGE_TOKENS = 64
@@ -291,7 +291,8 @@ def _bytes_of(kind: _Kind, tp: int, num_experts: int, is_trtllm: bool) -> GroupB
         case "row":
             ways = _ways(kind.shape[1], granule(kind.scheme, "row"), tp)
             # A scale per output channel does not split by inputs: every GPU needs all of them.
-            split_scales = kind.scheme is not None and not kind.scheme.weights.startswith("int8")
+            per_channel = ("int8", "int8-asym")
+            split_scales = kind.scheme is not None and kind.scheme.weights not in per_channel
             scales_per_gpu = -(-scales // ways) if split_scales else scales
             return GroupBytes(values, -(-values // ways), scales, scales_per_gpu)
 
@@ -312,13 +313,13 @@ def granule(scheme: Scheme | None, split: Split) -> int:
     """The smallest number of outputs (column) or inputs (row) that a weight is split by."""
     if scheme is None:
         return 1
-    if scheme.weights == "fp8-block":
+    if scheme.weights in ("fp8-block", "int8-block"):
         return _BLOCK
     return (scheme.group_size or 1) if split == "row" else 1
 
 
 def _ways(size: int, granule: int, tp: int) -> int:
-    """Over how many of `tp` GPUs a dimension is split without cutting an FP8 tile or a group. The
+    """Over how many of `tp` GPUs a dimension is split without cutting a tile or a group. The
     others hold copies, as in TensorRT-LLM's shared expert: gcd(intermediate size / group, tp)."""
     return math.gcd(size // granule, tp) if size % granule == 0 else 1
 

@@ -102,4 +102,4 @@ def _is_cut(size: int, whole: int, tp: int) -> bool:
 
 
 def _pieces(weights: str) -> str:
-    return "tiles" if weights == "fp8-block" else "groups"
+    return "tiles" if weights in ("fp8-block", "int8-block") else "groups"

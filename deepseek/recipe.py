@@ -24,9 +24,12 @@ from deepseek.untrusted import UnusableFileError
 from deepseek.yaml_files import StrictModel, read_yaml_mapping
 
 #: `source` keeps the format of the source: FP8 128x128 tiles for the release, else BF16.
-WeightFormat = Literal["source", "bf16", "fp8-block", "int8", "int8-asym", "int4", "int4-asym"]
-#: Activations entering the linear: none (weight-only), INT8 with one dynamic scale per token, or
-#: FP8 e4m3 with one static scale per tensor, measured (`input_scale` of the artifact).
+WeightFormat = Literal[
+    "source", "bf16", "fp8-block", "int8", "int8-asym", "int8-block", "int4", "int4-asym"
+]
+#: Activations entering the linear: none (weight-only), INT8 with one dynamic scale per token (per
+#: token and 128 channels beside `int8-block`), or FP8 e4m3 with one static scale per tensor,
+#: measured (`input_scale` of the artifact).
 ActivationFormat = Literal["none", "int8", "fp8"]
 #: How a weight is rounded. `max` is round-to-nearest; the others read calibration statistics.
 Algorithm = Literal["max", "smoothquant", "awq", "gptq"]
@@ -43,8 +46,11 @@ MAX_RULES = 1024
 MAX_MATCH_LENGTH, MAX_STARS = 256, 16
 
 
-#: Activation format -> the only weight format with which a target multiplies it.
-_ACTIVATIONS_NEED: dict[ActivationFormat, WeightFormat] = {"int8": "int8", "fp8": "int4"}
+#: Activation format -> the weight formats with which a target multiplies it.
+_ACTIVATIONS_NEED: dict[ActivationFormat, tuple[WeightFormat, ...]] = {
+    "int8": ("int8", "int8-block"),
+    "fp8": ("int4",),
+}
 #: Setting -> the algorithm or clip that reads it.
 _ONLY_FOR = {
     "smoothing": "smoothquant",
@@ -58,8 +64,8 @@ class Scheme(StrictModel):
     """How one linear is stored and computed.
 
     `int8` and `int8-asym` have one scale (and zero point) per output channel; `int4` and
-    `int4-asym` have one per output channel and group of `group_size` inputs; `fp8-block` has one
-    scale per 128x128 tile.
+    `int4-asym` have one per output channel and group of `group_size` inputs; `fp8-block` and
+    `int8-block` have one scale per 128x128 tile.
 
     `smoothing` is SmoothQuant's strength alpha. `percentile` is of the magnitudes of one group or
     channel. `damping` is GPTQ's, as a share of the Hessian's mean diagonal. With `act_order` GPTQ
@@ -84,11 +90,21 @@ class Scheme(StrictModel):
             raise ValueError(f"weights {self.weights} need group_size 32, 64 or 128")
         if not grouped and self.group_size is not None:
             raise ValueError(f"group_size means nothing for weights {self.weights}; remove it")
-        needed = _ACTIVATIONS_NEED.get(self.activations, self.weights)
-        if self.weights != needed:
+        needed = _ACTIVATIONS_NEED.get(self.activations, (self.weights,))
+        if self.weights not in needed:
             raise ValueError(
-                f"activations {self.activations} need weights {needed}, not {self.weights}; no "
-                "target computes that"
+                f"activations {self.activations} need weights {' or '.join(needed)}, not "
+                f"{self.weights}; no target computes that"
+            )
+        if self.weights == "int8-block" and self.activations != "int8":
+            raise ValueError(
+                "weights int8-block need activations int8, which is all that a target multiplies "
+                "them with; add it, or use weights int8"
+            )
+        if self.weights == "int8-block" and self.algorithm == "awq":
+            raise ValueError(
+                "awq searches the range of one output channel at a time, and a tile of int8-block "
+                "has 128 of them; use max, smoothquant or gptq"
             )
         if self.algorithm == "smoothquant" and self.activations != "int8":
             raise ValueError("algorithm smoothquant needs activations int8; use max")
@@ -106,7 +122,7 @@ class Scheme(StrictModel):
     @property
     def is_quantized(self) -> bool:
         """Whether IntServe itself quantizes this linear (rather than carrying it through)."""
-        return self.weights in ("int8", "int8-asym", "int4", "int4-asym")
+        return self.weights in ("int8", "int8-asym", "int8-block", "int4", "int4-asym")
 
     @property
     def is_symmetric(self) -> bool:
@@ -121,7 +137,8 @@ class Scheme(StrictModel):
 
     @property
     def label(self) -> str:
-        """Short name for tables: `int4-g128`, `int8-a8`, `int4-g128-afp8`, `source`."""
+        """Short name for tables: `int4-g128`, `int8-a8`, `int8-block-a8`, `int4-g128-afp8`,
+        `source`."""
         group = f"-g{self.group_size}" if self.group_size else ""
         inputs = {"none": "", "int8": "-a8", "fp8": "-afp8"}[self.activations]
         return f"{self.weights}{group}{inputs}"

@@ -6,6 +6,8 @@ engine's layout differs from the artifact's in these ways:
 
 - Weights in BF16 and in FP8 tiles, norms, router and head are FP32: the fastest exact product on a
   CPU.
+- INT8 tiles lie by inputs: the codes of 128 inputs of all outputs, and their scales once per
+  output, because a tile of one weight may end in the middle of 128 rows of fused ones.
 - Linears that share their input and their scheme are fused: `qkv_a_proj` (q_a and kv_a), and
   `gate_up_proj`. Where the schemes differ, they stay two.
 - kv_b_proj becomes the absorbed `w_uk` [H, n, R] and `w_uv` [H, R, v] in FP32, made from its
@@ -24,9 +26,12 @@ from dataclasses import dataclass
 
 import torch
 
+from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.config import ModelConfig
-from deepseek.engine.kv_cache import CacheFormat, cache_bytes
+from deepseek.engine.arithmetic import EMBEDDED
+from deepseek.engine.kv_cache import cache_bytes
 from deepseek.errors import DeployError
+from deepseek.formats import TILE
 from deepseek.inventory import (
     LATENT_READER,
     Group,
@@ -36,6 +41,7 @@ from deepseek.inventory import (
     layer_tensors,
     linears,
 )
+from deepseek.kv_layout import kv_layout
 from deepseek.recipe import Scheme, source_scheme
 
 #: torch's INT4 operator works on tiles of this many outputs.
@@ -108,6 +114,12 @@ def packed_shapes(
             if scheme.weights == "int8-asym":
                 shapes["zero_point"] = ((num_outputs,), torch.int8)
             return shapes
+        case "int8-block":
+            tiles = math.ceil(num_inputs / TILE)
+            return {
+                "codes": ((tiles, num_outputs, TILE), torch.int8),
+                "scale": ((tiles, num_outputs), torch.float32),
+            }
         case _:
             return {"weight": ((num_outputs, num_inputs), torch.float32)}
 
@@ -196,17 +208,22 @@ def planned_bytes(
     num_pages: int,
     page_tokens: int,
     embedding_dtype: torch.dtype = torch.bfloat16,
+    arithmetic: str = EMBEDDED.name,
 ) -> dict[str, int]:
     """Bytes that an engine allocates, by inventory group and "kv_cache"; pure arithmetic.
 
     Equal to `LLMEngine.allocated_bytes()` of the same engine. `num_pages` does not count the zero
-    page.
+    page. `arithmetic` names the target whose layout of the KV format is used.
+
+    Raises:
+        DeployError: a kernel cannot take the shape of a linear; the target has no such KV format.
     """
     total: dict[str, int] = {}
     packed = packed_tensors(config, schemes, embedding_dtype=embedding_dtype)
     for tensor in packed.values():
         total[tensor.group] = total.get(tensor.group, 0) + tensor.num_bytes
-    total["kv_cache"] = cache_bytes(config, kv_cache, num_pages, page_tokens)
+    layout = kv_layout(arithmetic, kv_cache, sparse=config.has_indexer)
+    total["kv_cache"] = cache_bytes(config, layout, num_pages, page_tokens)
     return total
 
 

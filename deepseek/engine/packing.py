@@ -29,7 +29,7 @@ from deepseek.engine.packed_layout import (
     source_schemes,
 )
 from deepseek.errors import ArtifactError
-from deepseek.formats import decompress, int8_codes, unpack_int4, unpack_zero_point
+from deepseek.formats import TILE, decompress, int8_codes, unpack_int4, unpack_zero_point
 from deepseek.inventory import TensorSpec, layer_tensors, linears
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
@@ -177,6 +177,14 @@ def _pack_linear(linear: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
                     for spec, member in popped
                 ]
                 tensors["zero_point"] = torch.cat(zeros).flatten()
+        case "int8-block":
+            members = [
+                _kernel_int8_block(stored.linears.pop(spec.module)) for spec in linear.members
+            ]
+            tensors = {
+                "codes": torch.cat([codes for codes, _ in members], dim=1),
+                "scale": torch.cat([scale for _, scale in members], dim=1),
+            }
         case _:
             values = [stored.pop_dequantized(spec, linear.scheme) for spec in linear.members]
             tensors = {"weight": torch.cat(values)}
@@ -197,6 +205,16 @@ def _kernel_int4(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple
         zero_point = unpack_zero_point(tensors["weight_zero_point"], shape[0])
         zero = (-zero_point.float() * scale.float()).to(scale.dtype)
     return codes, torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous()
+
+
+def _kernel_int8_block(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Stored INT8 tiles -> codes int8 [K/128, N, 128], padded with zeros where 128 does not divide
+    K, and the scale of each output's tile, f32 [K/128, N]."""
+    codes, scale = tensors["weight"], tensors["weight_scale"]
+    num_outputs, num_inputs = codes.shape
+    whole = torch.nn.functional.pad(codes, (0, -num_inputs % TILE))
+    by_tile = whole.view(num_outputs, -1, TILE).transpose(0, 1).contiguous()
+    return by_tile, scale.repeat_interleave(TILE, dim=0)[:num_outputs].T.contiguous()
 
 
 def _absorb(config: ModelConfig, layer: int, weight: Tensor) -> dict[str, Tensor]:

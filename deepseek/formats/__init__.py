@@ -18,7 +18,7 @@ Conventions, chosen once:
     Symmetric scales are amax / (largest positive code): 127, 7, 448. Given an amax below the
     data's own, values clip; the one extra negative code (-128, -8) is used only then.
     Asymmetric scales are (max - min) / (number of steps), with 0 always inside the range.
-    A row, group or FP8 tile of zeros has scale 1 and dequantizes to zeros, never scale 0 or NaN.
+    A row, group or tile of zeros has scale 1 and dequantizes to zeros, never scale 0 or NaN.
     Other scales are at least 2^-126, the smallest normal number: kernels that flush subnormals
     read the same value, and a division by the scale cannot overflow.
     NaN, infinity and magnitudes above 2^126 (which could dequantize to infinity) are refused.
@@ -57,7 +57,14 @@ from deepseek.formats.int8 import (
     quantize_tokens_int8,
     unpack_int8,
 )
+from deepseek.formats.int8_block import (
+    dequantize_int8_block,
+    dequantize_token_groups_int8,
+    quantize_int8_block,
+    quantize_token_groups_int8,
+)
 from deepseek.formats.stored import compress, decompress, int8_codes, stored_bytes, stored_shapes
+from deepseek.formats.tiles import TILE, num_tiles
 from deepseek.formats.zero_points import pack_zero_point, unpack_zero_point
 
 __all__ = [
@@ -67,6 +74,7 @@ __all__ = [
     "INT4_MIN",
     "INT8_MAX",
     "INT8_MIN",
+    "TILE",
     "RoundInput",
     "compress",
     "decompress",
@@ -74,9 +82,12 @@ __all__ = [
     "dequantize_fp8_tensor",
     "dequantize_int4",
     "dequantize_int8",
+    "dequantize_int8_block",
+    "dequantize_token_groups_int8",
     "fake_quantize_fp8",
     "input_rounding",
     "int8_codes",
+    "num_tiles",
     "pack_int4",
     "pack_int8",
     "pack_zero_point",
@@ -86,6 +97,8 @@ __all__ = [
     "quantize_int4",
     "quantize_int8",
     "quantize_int8_asym",
+    "quantize_int8_block",
+    "quantize_token_groups_int8",
     "quantize_tokens_int8",
     "stored_bytes",
     "stored_shapes",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deepseek.formats.fp8 import fake_quantize_fp8
 from deepseek.formats.int8 import dequantize_int8, quantize_tokens_int8
+from deepseek.formats.int8_block import dequantize_token_groups_int8, quantize_token_groups_int8
 from deepseek.recipe import Scheme
 
 #: Input of a linear, f32 [..., K] -> the values that its kernel multiplies, same shape.
@@ -15,9 +16,11 @@ RoundInput = Callable[[Tensor], Tensor]
 
 
 def input_rounding(scheme: Scheme, input_scale: Tensor | None = None) -> RoundInput | None:
-    """Return the rounding of a scheme: INT8 with one dynamic scale per token, FP8 with the static
-    `input_scale` f32 [1], or None where the kernel does not round its input. The arithmetic is that
-    of the engine's kernels."""
+    """Return the rounding of a scheme: INT8 with one dynamic scale per token (per token and 128
+    channels where the weights are in tiles), FP8 with the static `input_scale` f32 [1], or None
+    where the kernel does not round its input. The arithmetic is that of the engine's kernels."""
+    if scheme.weights == "int8-block":
+        return lambda x: dequantize_token_groups_int8(*quantize_token_groups_int8(x))
     if scheme.activations == "int8":
         return lambda x: dequantize_int8(*quantize_tokens_int8(x))
     if scheme.activations == "fp8":

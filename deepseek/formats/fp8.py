@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from deepseek.formats.scales import assert_shapes, choose_scale, row_chunks, rows_of
+from deepseek.formats.tiles import TILE, as_tiles, dequantize_tiles, from_tiles, num_tiles
 
 FP8_MAX = 448.0
 #: Rows and columns of an FP8 tile. Tiles at the edges of a weight may be smaller.
-FP8_BLOCK = 128
+FP8_BLOCK = TILE
 
 
 def quantize_fp8_block(
@@ -34,7 +35,7 @@ def quantize_fp8_block(
     codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
     scales = torch.empty(num_tiles(w.shape), dtype=torch.float32, device=w.device)
     for rows in row_chunks(w, multiple=FP8_BLOCK):
-        tiles = _as_tiles(w[rows].float())
+        tiles = as_tiles(w[rows].float())
         tile_rows = slice(rows.start // FP8_BLOCK, math.ceil(rows.stop / FP8_BLOCK))
         scales[tile_rows] = choose_scale(
             tiles.abs().amax(dim=(1, 3)),
@@ -44,7 +45,7 @@ def quantize_fp8_block(
             rows_of(scale, tile_rows),
         )
         tiles = _to_e4m3(tiles / scales[tile_rows][:, None, :, None])
-        codes[rows] = tiles.flatten(2).flatten(0, 1)[: rows.stop - rows.start, : w.shape[1]]
+        codes[rows] = from_tiles(tiles, (rows.stop - rows.start, w.shape[1]))
     return codes, scales
 
 
@@ -54,12 +55,7 @@ def dequantize_fp8_block(q: Tensor, scale: Tensor) -> Tensor:
     This is also the exact reader of the release's `weight` and `weight_scale_inv`.
     """
     assert_shapes(num_tiles(q.shape), scale)
-    weight = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    for tile_row, first in enumerate(range(0, q.shape[0], FP8_BLOCK)):
-        rows = slice(first, min(first + FP8_BLOCK, q.shape[0]))
-        columns = scale[tile_row].float().repeat_interleave(FP8_BLOCK)[: q.shape[1]]
-        torch.mul(q[rows].float(), columns, out=weight[rows])
-    return weight
+    return dequantize_tiles(q, scale)
 
 
 def quantize_fp8_tensor(x: Tensor, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -94,17 +90,6 @@ def fake_quantize_fp8(x: Tensor, input_scale: Tensor) -> Tensor:
     `input_scale` is the float32 [1] of the artifact, amax / 448 of the calibrated input.
     """
     return dequantize_fp8_tensor(quantize_input_fp8(x, input_scale), input_scale)
-
-
-def num_tiles(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Number of FP8 tiles of an [N, K] weight in each direction, ragged ones included."""
-    return math.ceil(shape[0] / FP8_BLOCK), math.ceil(shape[1] / FP8_BLOCK)
-
-
-def _as_tiles(w: Tensor) -> Tensor:
-    """[n, k] -> [n/128, 128, k/128, 128], padded with zeros, which change no tile's amax."""
-    w = torch.nn.functional.pad(w, (0, -w.shape[1] % FP8_BLOCK, 0, -w.shape[0] % FP8_BLOCK))
-    return w.reshape(w.shape[0] // FP8_BLOCK, FP8_BLOCK, w.shape[1] // FP8_BLOCK, FP8_BLOCK)
 
 
 def _to_e4m3(steps: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ArtifactError
-from deepseek.formats.fp8 import dequantize_fp8_block, num_tiles, quantize_fp8_block
+from deepseek.formats.fp8 import dequantize_fp8_block, quantize_fp8_block
 from deepseek.formats.int4 import dequantize_int4, num_groups, pack_int4, quantize_int4, unpack_int4
 from deepseek.formats.int8 import (
     dequantize_int8,
@@ -18,7 +18,9 @@ from deepseek.formats.int8 import (
     quantize_int8_asym,
     unpack_int8,
 )
+from deepseek.formats.int8_block import dequantize_int8_block, quantize_int8_block
 from deepseek.formats.scales import check_magnitude, given_scale, row_chunks
+from deepseek.formats.tiles import num_tiles
 from deepseek.formats.zero_points import pack_zero_point, unpack_zero_point
 from deepseek.recipe import Scheme
 
@@ -67,6 +69,10 @@ def compress(
             if scheme.activations == "none":
                 return _packed_int8(codes, scale)
             return {"weight": codes, "weight_scale": scale}
+        case "int8-block":
+            assert zero_point is None, "int8 weights are symmetric"
+            codes, scale = quantize_int8_block(weight, amax=amax, scale=scale)
+            return {"weight": codes, "weight_scale": scale}
         case "fp8-block":
             assert zero_point is None, "fp8 weights are symmetric"
             codes, scale = quantize_fp8_block(weight, amax=amax, scale=scale)
@@ -105,6 +111,8 @@ def decompress(tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, 
                 tensors["weight_scale"],
                 None if zero_point is None else unpack_zero_point(zero_point, shape[0], 8),
             )
+        case "int8-block":
+            return dequantize_int8_block(tensors["weight"], tensors["weight_scale"])
         case "fp8-block":
             return dequantize_fp8_block(tensors["weight"], tensors["weight_scale"])
         case _:
@@ -158,6 +166,11 @@ def stored_shapes(scheme: Scheme, num_outputs: int, num_inputs: int) -> Stored:
             if scheme.weights == "int8-asym":
                 stored["weight_zero_point"] = ((math.ceil(num_outputs / 4), 1), torch.int32)
             return stored
+        case "int8-block":
+            return {
+                "weight": (shape, torch.int8),
+                "weight_scale": (num_tiles(shape), torch.float32),
+            }
         case "fp8-block":
             return {
                 "weight": (shape, torch.float8_e4m3fn),

@@ -5,7 +5,7 @@ With H = X X^T the Gram matrix of the inputs (damped), and U the upper Cholesky 
 (H^-1 = U^T U), column j of W is rounded to q_j, and its error e = (w_j - q_j) / U_jj is taken out
 of every later column: w_k -= e U_jk. Columns go in blocks of 128: inside a block at every column,
 behind it in one product per block. The range of a group is chosen when the group is reached, from
-the weights as updated by then; a channel's range (INT8) once, before.
+the weights as updated by then; the range of a channel or a tile (INT8) once, before.
 
 Many weights are solved at once, one batch entry each: the experts of a layer take as many kernel
 launches as one of them does. Entries never touch each other.
@@ -30,9 +30,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepseek.formats import TILE
 from deepseek.formats.scales import largest
 from deepseek.recipe import Scheme
-from quant_jobs.algorithms.ranges import Range, choose_range, code_limits
+from quant_jobs.algorithms.ranges import Range, choose_range, code_limits, group_ranges
 
 #: Columns between two updates of all that follows.
 BLOCK = 128
@@ -56,7 +57,8 @@ class Factor:
 @dataclass(frozen=True, slots=True)
 class Rounded:
     """One solved linear: `weight` f32 [N, K] is on the grid of `scale` f32 [N, K/g] or [N, 1], and
-    `zero_point` int8 alike, None for symmetric formats."""
+    `zero_point` int8 alike, None for symmetric formats. Every row has the scale of its tile, f32
+    [N, ceil(K/128)]."""
 
     weight: Tensor
     scale: Tensor
@@ -115,9 +117,12 @@ def _invert(gram: Tensor, damping: float) -> float | None:
     return None
 
 
-def gptq(weight: Tensor, factors: Sequence[Factor], scheme: Scheme) -> list[Rounded]:
+def gptq(
+    weight: Tensor, factors: Sequence[Factor], scheme: Scheme, *, stacked: int = 1
+) -> list[Rounded]:
     """Round weights f32 [n, N, K], contiguous, under the factors of their inputs (n of them, or one
-    for all), in place: the results' weights are parts of `weight`.
+    for all), in place: the results' weights are parts of `weight`. `stacked` linears make up each
+    weight along its outputs; tiles begin anew in each.
 
     Raises:
         CheckpointError: a weight is NaN, infinite or beyond the format's range.
@@ -127,15 +132,21 @@ def gptq(weight: Tensor, factors: Sequence[Factor], scheme: Scheme) -> list[Roun
         factors = [factors[0]] * num
     upper = [factor.upper for factor in factors]
     orders = [factor.order for factor in factors if factor.order is not None]
-    size = scheme.group_size or inputs
-    grouped = weight.view(num, len(weight[0]), -1, size)
+    is_tiled = scheme.weights == "int8-block"
+    size = TILE if is_tiled else scheme.group_size or inputs
+
+    def all_ranges() -> Range:
+        if is_tiled:
+            return _tile_ranges_by_row(weight, scheme, stacked)
+        return choose_range(weight.view(num, len(weight[0]), -1, size), scheme)
+
     if not orders:
-        known = None if scheme.group_size else choose_range(grouped, scheme)
+        known = None if scheme.group_size else all_ranges()
         group = torch.arange(inputs, device=weight.device).expand(num, -1) // size
         ranges = _round_columns(weight, upper, group, known, size, scheme)
     else:
         order = torch.stack(orders)
-        known = choose_range(grouped, scheme)
+        known = all_ranges()
         place = order[:, None].expand_as(weight)
         moved = weight.gather(2, place)
         ranges = _round_columns(moved, upper, order // size, known, size, scheme)
@@ -145,6 +156,17 @@ def gptq(weight: Tensor, factors: Sequence[Factor], scheme: Scheme) -> list[Roun
         Rounded(weight[i], ranges.scale[i], None if zero_points is None else zero_points[i])
         for i in range(num)
     ]
+
+
+def _tile_ranges_by_row(weight: Tensor, scheme: Scheme, stacked: int) -> Range:
+    """The ranges of the tiles of weights [n, N, K], given to each of their rows: [n, N, K/128]."""
+    num, outputs, inputs = weight.shape
+    rows = outputs // stacked
+    by_linear = [
+        group_ranges(linear, scheme).scale.repeat_interleave(TILE, dim=0)[:rows]
+        for linear in weight.view(num * stacked, rows, inputs)
+    ]
+    return Range(torch.stack(by_linear).view(num, outputs, -1), None)
 
 
 def _round_columns(

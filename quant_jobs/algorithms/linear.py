@@ -25,7 +25,7 @@ from torch import Tensor
 
 from deepseek.artifact.tensors import store_tensor
 from deepseek.errors import CheckpointError
-from deepseek.formats import compress, decompress, input_rounding
+from deepseek.formats import TILE, compress, decompress, input_rounding
 from deepseek.formats.scales import largest
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import SourceTensor
@@ -77,9 +77,10 @@ def solve_linear(
         )
     try:
         if rounded is not None:
-            stored = compress(
-                rounded.weight, scheme, scale=rounded.scale, zero_point=rounded.zero_point
-            )
+            scale = rounded.scale
+            if scheme.weights == "int8-block":
+                scale = scale[::TILE].contiguous()  # every row has its tile's
+            stored = compress(rounded.weight, scheme, scale=scale, zero_point=rounded.zero_point)
         elif scheme.algorithm == "awq" and sample is not None:
             columns = smoothing.columns.get(name)
             x = sample if columns is None else sample / columns
@@ -152,7 +153,8 @@ def _relative(value: Tensor, reference: Tensor) -> float:
 
 def _amax(weight: Tensor, scheme: Scheme) -> Tensor | None:
     """amax of every output channel [N, 1] (int8) or group [N, K/g] (int4); None for formats with
-    zero points, which modelopt lacks, and for BF16, which has no scale."""
+    zero points, which modelopt lacks, for tiles, of which modelopt's amax is the format's own
+    (tested), and for BF16, which has no scale."""
     match scheme.weights:
         case "int8":
             return _modelopt_amax(weight, num_bits=8, axis=0)

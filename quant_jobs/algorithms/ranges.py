@@ -1,7 +1,8 @@
 """The range of a group of weights: up to its maximum, a percentile, or the least rounding error.
 
-A group is what shares one scale: `group_size` inputs of one output channel (INT4), or the whole
-channel (INT8). What is chosen here is passed to `deepseek.formats.compress`, which makes the codes.
+A group is what shares one scale: `group_size` inputs of one output channel (INT4), the whole
+channel (INT8), or a tile of 128 inputs of 128 channels (`int8-block`). What is chosen here is
+passed to `deepseek.formats.compress`, which makes the codes.
 
     max         the largest weight: nothing clips; the formats' own choice, to the bit
     percentile  a percentile of the magnitudes; with zero points, of the low and the high values
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepseek.formats import TILE, num_tiles
 from deepseek.formats.scales import check_magnitude, nonzero, round_to_int8
 from deepseek.recipe import Scheme
 
@@ -41,12 +43,29 @@ class Range(NamedTuple):
 
 
 def group_ranges(weight: Tensor, scheme: Scheme) -> Range:
-    """`choose_range` for a weight float32 [N, K]: [N, K/g] for the grouped formats, else [N, 1].
+    """`choose_range` for a weight float32 [N, K]: [N, K/g] for the grouped formats, [ceil(N/128),
+    ceil(K/128)] for tiles, else [N, 1].
 
     Raises:
         CheckpointError: NaN, infinity or magnitudes above 2^126.
     """
+    if scheme.weights == "int8-block":
+        return _tile_ranges(weight, scheme)
     return choose_range(grouped(weight, scheme), scheme)
+
+
+def _tile_ranges(weight: Tensor, scheme: Scheme) -> Range:
+    """One row of tiles at a time. Ragged tiles have ranges of their own weights only: padding would
+    move a percentile."""
+    scale = weight.new_empty(num_tiles(weight.shape), dtype=torch.float32)
+    whole = weight.shape[1] // TILE * TILE
+    for tile_row, strip in enumerate(torch.split(weight, TILE)):
+        if whole:
+            tiles = strip[:, :whole].reshape(len(strip), -1, TILE).transpose(0, 1).flatten(1)
+            scale[tile_row, : whole // TILE] = choose_range(tiles, scheme).scale
+        if whole < weight.shape[1]:
+            scale[tile_row, -1:] = choose_range(strip[:, whole:].reshape(1, -1), scheme).scale
+    return Range(scale, None)
 
 
 def choose_range(weight: Tensor, scheme: Scheme) -> Range:

@@ -310,9 +310,9 @@ class UnitSolver:
             scheme = batch[0].scheme
             batch_factors = [factors[_factor_key(stack)] for stack in batch]
             weights = self._stack([stack.modules for stack in batch], smoothing)
-            for stack, factor, solved in zip(
-                batch, batch_factors, gptq(weights, batch_factors, scheme), strict=True
-            ):
+            stacked = len(batch[0].modules)
+            results = gptq(weights, batch_factors, scheme, stacked=stacked)
+            for stack, factor, solved in zip(batch, batch_factors, results, strict=True):
                 modules = stack.modules
                 for module, result in zip(modules, solved.split(len(modules)), strict=True):
                     rounded[module] = result

@@ -62,6 +62,8 @@ EVERYTHING = PARTS | INDEXER | KV
 BF16 = frozenset({"bf16"})
 FP8 = frozenset({"fp8-block"})
 W8A8 = frozenset({"int8-a8"})
+#: INT8 weights in 128x128 tiles, INT8 activations per token and 128 channels.
+INT8_BLOCK = frozenset({"int8-block-a8"})
 W8A16 = frozenset({"int8"})
 INT8_ASYM = frozenset({"int8-asym"})
 INT4 = frozenset({"int4-g32", "int4-g64", "int4-g128"})
@@ -71,7 +73,7 @@ INT4_OTHER = INT4 - G128
 #: INT4 weights with FP8 activations, one static scale per input.
 W4A8 = frozenset({"int4-g32-afp8", "int4-g64-afp8", "int4-g128-afp8"})
 W4A8_G128 = frozenset({"int4-g128-afp8"})
-FORMATS = BF16 | FP8 | W8A8 | W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8
+FORMATS = BF16 | FP8 | W8A8 | INT8_BLOCK | W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8
 KV_FORMATS = frozenset({"bf16", "fp8", "int8"})
 
 SM80: frozenset[GpuGeneration] = frozenset({"sm80"})
@@ -132,6 +134,8 @@ _TRTLLM = (
         "Use --target vllm or --target sglang"),
     Row("trtllm", SM90, PARTS, W8A8, False, _TRT_LINEAR, "read", NO_W8A8,
         "Use the recipe int8-experts or int4, or --target vllm or sglang"),
+    Row("trtllm", SM90, PARTS, INT8_BLOCK, False, _TRT_LINEAR, "read", NO_W8A8,
+        "Use the recipe int8-experts or int4, or --target sglang"),
     Row("trtllm", SM90, MLA, W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8, False, _TRT_MODEL,
         "inferred",
         "its MLA loader reads these projections only as BF16 or FP8 blocks", _ADD),
@@ -168,6 +172,10 @@ _VLLM = (
     Row("vllm", SM80, INDEXER, BF16 | FP8, False, "vLLM flashmla_sparse.py", "read",
         "its sparse attention has kernels for Hopper and later only", "Use Hopper GPUs"),
     Row("vllm", SM80 | SM90, PARTS, W8A8, True, _VLLM_MOE, "read"),
+    Row("vllm", SM80 | SM90, PARTS, INT8_BLOCK, False,
+        "vLLM compressed_tensors.py _is_dynamic_token_w8a8", "read",
+        "its W8A8 for INT8 has one scale per output channel and per token, none per tile",
+        "Use the recipe int8, or --target sglang"),
     Row("vllm", SM80 | SM90, PARTS, W8A16 | INT4, True, _VLLM_MOE, "read"),
     Row("vllm", SM80 | SM90, ROUTED, INT8_ASYM, False, "vLLM marlin_utils.py", "read",
         "Marlin, its kernel for such experts, takes zero points of 4 bits only", _ADD, _INT8),
@@ -210,6 +218,7 @@ _SGLANG = (
     Row("sglang", SM80, INDEXER, BF16 | FP8, False, _SGL_INDEXER, "inferred",
         "its indexer scores tokens with DeepGEMM, which needs Hopper", "Use Hopper GPUs"),
     Row("sglang", SM80 | SM90, PARTS, W8A8, True, "SGLang w8a8_int8.py, pull request 3888", "read"),
+    Row("sglang", SM80 | SM90, PARTS, INT8_BLOCK, True, "SGLang blockwise_int8.py", "read"),
     Row("sglang", SM80 | SM90, KV_B, W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8, False,
         "SGLang deepseek_v2.py", "unverified",
         "its absorbed MLA reads the unpacked weight of kv_b_proj", _ADD, "weights: bf16"),
@@ -292,6 +301,7 @@ def _cells(parts: frozenset[str], formats: frozenset[str]) -> frozenset[tuple[st
 MIXES: tuple[Mix, ...] = (
     Mix("sglang", "FP8 blocks (fp8)", SM90, _cells(PARTS | INDEXER, FP8)),
     Mix("sglang", "W8A8 INT8 (w8a8_int8)", SM80 | SM90, _cells(PARTS, W8A8)),
+    Mix("sglang", "W8A8 INT8 in tiles (blockwise_int8)", SM80 | SM90, _cells(PARTS, INT8_BLOCK)),
     Mix("sglang", "INT4 g128 experts on FP8 blocks (w4afp8)", SM90,
         _cells(PARTS - ROUTED | INDEXER, FP8) | _cells(ROUTED, G128 | W4A8_G128)),
     Mix("sglang", "weight-only INT (pack-quantized)", SM80 | SM90,

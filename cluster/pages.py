@@ -43,7 +43,7 @@ _HARDWARE = ("8xH800-80GB", "16xH800-80GB")
 #: only in the algorithm (`int4-gptq`, ...) take the same bytes and load in the same places.
 _RECIPES = (
     *("int8", "int8-weight-only", "int4", "int4-all", "int4-asym", "int8-smoothquant"),
-    *("int8-asym", "w4a8", "int8-experts"),
+    *("int8-asym", "int8-block", "w4a8", "int8-experts"),
 )
 #: Shorter names for sets of parts and formats.
 _ALL = {
@@ -113,7 +113,8 @@ def deployability_page() -> str:
         "counts. *read*: in the loader's source; *reported*: in the project's documentation, "
         "issues or pull requests; *inferred*, *unverified*: to be settled by `build` for that "
         "target. None of it was run on a GPU by us. `int8` is weight-only, `int8-a8` has INT8 "
-        "activations, `int4-afp8` FP8 ones with a static scale; SGLang takes one layout for the "
+        "activations, `int8-block-a8` those and scales per tile, `int4-afp8` FP8 ones with a "
+        "static scale; SGLang takes one layout for the "
         "whole model, see `MIXES`. `indexer` is DeepSeek-V3.2's, which stays as released.",
         "",
         "## Built-in recipes for DeepSeek-V3",

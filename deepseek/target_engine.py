@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from deepseek.artifact.engine_manifest import (
+    CacheFormat,
     EngineManifest,
     read_documents,
     read_engine_manifest,
@@ -27,7 +28,7 @@ from deepseek.engine.options import EngineIdentity, EngineOptions
 from deepseek.engine.packed_layout import packed_tensors
 from deepseek.errors import DeployError
 from deepseek.host_memory import host_memory_bytes
-from deepseek.kv_layout import kv_layout
+from deepseek.kv_layout import kv_layout, layer_token_bytes
 from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens
 from deepseek.trtllm.check import check_engine as check_trtllm
@@ -47,8 +48,8 @@ _EMBEDDED_ONLY = ("int8", "fp32")
 _PAGE_TOKENS = 16
 
 
-def check_kv_format(target: str, kv_cache: str) -> None:
-    """Check that the target has this KV format.
+def check_kv_format(target: str, kv_cache: str) -> CacheFormat:
+    """Return `kv_cache` if it is a KV format of the target.
 
     Raises:
         DeployError: it has not; the sentence names one that it has.
@@ -59,6 +60,7 @@ def check_kv_format(target: str, kv_cache: str) -> None:
             "bf16"
         )
     kv_layout(target, kv_cache)
+    return kv_cache  # type: ignore[return-value]  # `kv_layout` knows no other
 
 
 def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLMEngine:
@@ -87,7 +89,8 @@ def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLM
     check, open_stored = _TARGETS[manifest.target]
     check(directory)
     stored = open_stored(directory)
-    _check_memory(directory, stored, manifest)
+    needed = emulated_bytes(stored, manifest, kv_cache=kv_cache, options=options)
+    _check_memory(directory, manifest.target, needed)
     arithmetic = ARITHMETICS[manifest.target]
     documents = read_documents(directory, manifest)
     tokenizer = engine_tokenizer(directory, documents)
@@ -111,19 +114,29 @@ def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLM
     )
 
 
-def emulated_bytes(stored: StoredModel, manifest: EngineManifest) -> int:
-    """Bytes that an emulated engine needs without its KV cache: its packed tensors, and the largest
-    file of the directory twice, as it is read and converted."""
-    tensors = packed_tensors(stored.config, stored.schemes).values()
+def emulated_bytes(
+    stored: StoredModel, manifest: EngineManifest, *, kv_cache: str, options: EngineOptions
+) -> int:
+    """Bytes that an emulated engine needs: its packed tensors, its KV cache, and the largest file
+    of the directory twice, as it is read and converted."""
+    config = stored.config
+    tensors = packed_tensors(config, stored.schemes).values()
     largest = max(file.num_bytes for file in manifest.tensor_files.values())
-    return sum(tensor.num_bytes for tensor in tensors) + 2 * largest
+    token = layer_token_bytes(
+        kv_layout(manifest.target, kv_cache), config.kv_lora_rank, config.qk_rope_head_dim
+    )
+    tokens = options.max_kv_tokens or max(
+        options.max_model_len or config.dense_context, 1024 * options.max_batch_size
+    )
+    kv_bytes = token * tokens * config.num_hidden_layers
+    return sum(tensor.num_bytes for tensor in tensors) + kv_bytes + 2 * largest
 
 
-def _check_memory(directory: Path, stored: StoredModel, manifest: EngineManifest) -> None:
-    needed, there = emulated_bytes(stored, manifest), host_memory_bytes()
+def _check_memory(directory: Path, target: str, needed: int) -> None:
+    there = host_memory_bytes()
     if needed > there:
         raise DeployError(
-            f"{directory} needs {needed / 1e9:.1f} GB to be executed as {manifest.target} does, "
-            f"because the model is held in memory, and this machine has {there / 1e9:.1f} GB; "
-            "evaluate on a larger machine"
+            f"{directory} needs {needed / 1e9:.1f} GB to be executed as {target} does, because the "
+            f"model is held in memory, and this machine has {there / 1e9:.1f} GB; evaluate on a "
+            "larger machine"
         )

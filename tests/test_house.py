@@ -30,6 +30,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "artifact": {"formats", "source"},
         "engine": {"artifact", "formats", "source"},
         "trtllm": {"artifact", "formats", "source"},
+        "hf": {"artifact", "formats", "source"},
         "vllm": {"artifact", "formats", "source"},
     },
     "cluster": {"rows": set()},

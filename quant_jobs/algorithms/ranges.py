@@ -61,7 +61,7 @@ def _tile_ranges(weight: Tensor, scheme: Scheme) -> Range:
     whole = weight.shape[1] // TILE * TILE
     for tile_row, strip in enumerate(torch.split(weight, TILE)):
         if whole:
-            tiles = strip[:, :whole].unflatten(1, (-1, TILE)).transpose(0, 1).flatten(1)
+            tiles = strip[:, :whole].reshape(len(strip), -1, TILE).transpose(0, 1).flatten(1)
             scale[tile_row, : whole // TILE] = choose_range(tiles, scheme).scale
         if whole < weight.shape[1]:
             scale[tile_row, -1:] = choose_range(strip[:, whole:].reshape(1, -1), scheme).scale

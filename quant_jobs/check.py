@@ -23,6 +23,7 @@ from quant_jobs.checkpoints import open_checkpoint
 CHECKERS = {
     "trtllm": "deepseek.trtllm.check",
     "vllm": "deepseek.vllm.check",
+    "sglang": "deepseek.sglang.check",
 }
 
 

@@ -27,6 +27,8 @@ from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineIdentity, EngineOptions
 from deepseek.engine.packed_layout import packed_tensors
 from deepseek.errors import DeployError
+from deepseek.hf.check import check_engine as check_hf
+from deepseek.hf.stored_model import TransformersStoredModel
 from deepseek.host_memory import host_memory_bytes
 from deepseek.kv_layout import kv_layout, layer_token_bytes
 from deepseek.stop_tokens import FILE as GENERATION_FILE
@@ -41,6 +43,7 @@ Open = Callable[[Path], StoredModel]
 
 _TARGETS: Mapping[str, tuple[Check, Open]] = {
     "trtllm": (lambda directory: check_trtllm(directory, digests=False), TrtllmStoredModel),
+    "transformers": (lambda directory: check_hf(directory, digests=False), TransformersStoredModel),
 }
 #: KV formats that only the embedded engine has.
 _EMBEDDED_ONLY = ("int8", "fp32")

@@ -22,6 +22,7 @@ from quant_jobs.checkpoints import open_checkpoint
 #: Target -> the module whose `check_engine(directory, *, artifact=None, digests=True)` checks it.
 CHECKERS = {
     "trtllm": "deepseek.trtllm.check",
+    "transformers": "deepseek.hf.check",
 }
 
 

@@ -21,6 +21,9 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.cli import make_progress, print_line
 from deepseek.engine.packing import Source, schemes_of
 from deepseek.errors import DeployError
+from deepseek.hf.check import check_engine as check_hf
+from deepseek.hf.versions import VERSIONS as HF_VERSIONS
+from deepseek.hf.versions import require_version as require_hf_version
 from deepseek.outputs import check_directory
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.trtllm.check import check_engine
@@ -33,6 +36,8 @@ from quant_jobs.targets.staging import StageReport, stage_engine
 
 #: Options that mean nothing to the embedded engine.
 _TRTLLM_OPTIONS = ("dialect", "engine_version", "mtp", "ep", "context", "concurrency")
+#: Options that mean nothing to transformers.
+_NOT_TRANSFORMERS = ("tp", "ep", "dialect", "mtp", "context", "concurrency")
 #: KV formats that `--kv-cache` may name.
 KVChoice = Literal["bf16", "fp8", "int8"]
 
@@ -158,6 +163,8 @@ def complete_options(target: str, options: BuildOptions) -> BuildOptions:
         )
     if known == "sglang":
         return _complete_sglang(options)
+    if known == "transformers":
+        return _transformers_options(options)
     if known == "embedded":
         _refuse_options(options, "embedded", _TRTLLM_OPTIONS)
     return options
@@ -452,6 +459,44 @@ def _build_sglang(source: Source, output: Path, options: BuildOptions) -> BuildR
     )
 
 
+def _build_transformers(source: Source, output: Path, options: BuildOptions) -> BuildResult:
+    from quant_jobs.targets.transformers import build_transformers
+    from quant_jobs.targets.transformers_plan import plan_build
+
+    options = _transformers_options(options)
+    recipe_kv = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
+    version = require_hf_version(options.engine_version or HF_VERSIONS[0])
+    build = plan_build(source, options.kv_cache or recipe_kv, version)
+    with make_progress() as progress:
+        task = progress.add_task("build", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        engine, built = build_transformers(
+            build,
+            output,
+            options.workers,
+            show,
+            note=lambda line: print_line(progress.console, line),
+        )
+    report = check_hf(output, digests=False)  # the files were hashed while they were written
+    return _result(
+        output,
+        engine,
+        ranks=rank_reports(report),
+        bytes_read=sum(file.bytes_read for file in built.values()),
+        warnings=build.warnings,
+    )
+
+
+def _transformers_options(options: BuildOptions) -> BuildOptions:
+    """The options, none of which is for ranks, dialects or limits: `from_pretrained` has none."""
+    _refuse_options(options, "transformers", _NOT_TRANSFORMERS)
+    version = HF_VERSIONS[0] if options.engine_version is None else options.engine_version
+    return replace(options, engine_version=require_hf_version(version))
+
+
 def _result(
     output: Path,
     engine: EngineManifest,
@@ -498,4 +543,5 @@ BUILDERS: dict[Target, Callable[[Source, Path, BuildOptions], BuildResult]] = {
     "trtllm": _build_trtllm,
     "vllm": _build_vllm,
     "sglang": _build_sglang,
+    "transformers": _build_transformers,
 }

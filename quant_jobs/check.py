@@ -24,6 +24,7 @@ CHECKERS = {
     "trtllm": "deepseek.trtllm.check",
     "vllm": "deepseek.vllm.check",
     "sglang": "deepseek.sglang.check",
+    "transformers": "deepseek.hf.check",
 }
 
 

@@ -2,10 +2,10 @@
 
     python bench/target_arithmetic.py [--work runs/target-arithmetic] [--blocks 8] [RECIPE ...]
 
-The example model is quantized with each recipe (once: artifacts stay in the work folder), built for
-every target in every dialect, and executed as that target computes it: its stored values, its
-roundings, its KV layout with BF16 pages. All engines of a recipe, and the source, score the same
-held-out text in one run, block by block.
+The example model is quantized with each recipe (once: artifacts stay in the work folder, or are
+those of --artifacts), built for every target in every dialect, and executed as that target computes
+it: its stored values, its roundings, its KV layout with BF16 pages. All engines of a recipe, and
+the source, score the same held-out text in one run, block by block.
 
 Prints one Markdown table. Perplexity ratio, mean KL and top-1 are against the source, with 95 %
 intervals over blocks; "KL - embedded's" is the mean KL less that of the embedded arithmetic, paired
@@ -85,6 +85,9 @@ def main(
     work: Annotated[Path, typer.Option(help="Where artifacts and engines stay.")] = ROOT
     / "runs"
     / "target-arithmetic",
+    artifacts: Annotated[
+        Path | None, typer.Option(help="Quantized checkpoints by recipe, in place of making them.")
+    ] = None,
     blocks: Annotated[
         int, typer.Option(min=2, help=f"Blocks of {BLOCK_TOKENS} tokens of held-out text.")
     ] = 8,
@@ -100,7 +103,7 @@ def main(
     typer.echo("|---|---|---:|---:|---:|---:|---:|")
     refused: list[str] = []
     for recipe in recipes or builtin_recipes():
-        artifact = quantized(recipe, work)
+        artifact = quantized(recipe, work) if artifacts is None else artifacts / recipe
         baseline: list[Tensor] = []
         for build in builds():
             folder = work / recipe / build.name.replace(" ", "-")

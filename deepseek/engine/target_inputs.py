@@ -65,9 +65,11 @@ def round_tiles_fp8(x: Tensor, *, power_of_two: bool) -> Tensor:
 
 
 def ceil_power_of_two(scale: Tensor) -> Tensor:
-    """The smallest powers of two that are not below these positive normal numbers, exactly."""
+    """The smallest powers of two that are not below these positive normal numbers, exactly; NaN and
+    infinity stay what they are."""
     mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return torch.where(scale.isfinite(), power, scale)
 
 
 def to_e4m3(steps: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Every recipe in every target's arithmetic, against the embedded arithmetic of the same artifact.
 
-    python bench/target_arithmetic.py [--work runs/target-arithmetic] [--blocks 8] [RECIPE ...]
+    python bench/target_arithmetic.py [--work DIR] [--blocks 8] [--target vllm] [RECIPE ...]
 
 The example model is quantized with each recipe (once: artifacts stay in the work folder, or are
 those of --artifacts), built for every target in every dialect, and executed as that target computes
@@ -85,6 +85,9 @@ def main(
     work: Annotated[Path, typer.Option(help="Where artifacts and engines stay.")] = ROOT
     / "runs"
     / "target-arithmetic",
+    target: Annotated[
+        list[str] | None, typer.Option(help="Beside embedded; may be repeated. Default: all.")
+    ] = None,
     artifacts: Annotated[
         Path | None, typer.Option(help="Quantized checkpoints by recipe, in place of making them.")
     ] = None,
@@ -106,6 +109,8 @@ def main(
         artifact = quantized(recipe, work) if artifacts is None else artifacts / recipe
         baseline: list[Tensor] = []
         for build in builds():
+            if target and build.target not in (BASELINE, *target):
+                continue
             folder = work / recipe / build.name.replace(" ", "-")
             try:
                 run_build(artifact, build.target, folder, build.options())

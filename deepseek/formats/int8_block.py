@@ -76,7 +76,7 @@ def quantize_token_groups_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     num_inputs = x.shape[-1]
     if num_inputs % TILE:
         x = torch.nn.functional.pad(x, (0, -num_inputs % TILE))
-    groups = x.view(*x.shape[:-1], -1, TILE)
+    groups = x.reshape(*x.shape[:-1], -1, TILE)
     scale = groups.abs().amax(dim=-1, keepdim=True).div_(INT8_MAX).clamp_min_(SMALLEST_SCALE)
     # No clamp: amax / fl(amax / 127) is 127 within a few parts in 2^24, and rounds to 127.
     codes = (groups / scale).round_().to(torch.int8).flatten(-2)

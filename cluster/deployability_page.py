@@ -42,6 +42,7 @@ from cluster.matrix import (
     Row,
     Target,
 )
+from cluster.server_bytes import server_bytes_section
 from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import builtin_recipes, load_recipe
 
@@ -107,7 +108,9 @@ def deployability_page() -> list[str]:
         "`int4-gptq` and `int4-awq` load as `int4` does, `int4-all-gptq` and `int4-all-awq` as "
         "`int4-all`: an algorithm changes values, not the layout. transformers dequantizes "
         "everything, and what is built for it holds the values in a form that it reads: for "
-        "looking and comparing, not for serving, so that the planner's `auto` does not choose it.",
+        "looking and comparing, not for serving, so that the planner's `auto` does not choose it. "
+        "What ran in vLLM is the artifact; what is built for vLLM has the same tensors, with their "
+        "scales rounded as vLLM rounds them.",
         "",
         "## What loads the artifact as it is",
         "",
@@ -119,6 +122,7 @@ def deployability_page() -> list[str]:
         "",
         *_ran_section(read_records()),
         *built_bytes_section(),
+        *server_bytes_section(),
         *_row_sections(),
     ]
 

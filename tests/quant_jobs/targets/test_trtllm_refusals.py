@@ -109,7 +109,10 @@ def test_one_quantization_for_all_experts_is_all_that_the_dialect_single_has(
 OPTIONS: list[tuple[tuple[object, ...], str]] = [
     (("--tp", 3, "--ep", 3), "8 attention heads on 3 ranks: every rank holds whole heads"),
     (("--tp", 16), "--tp 16 needs 16 GPUs, and --hardware 8xH800-80GB has 8; use --hardware 16x"),
-    (("--tp", 16, "--hardware", "16xH800-80GB"), "8 attention heads on 16 ranks: every rank holds whole heads; use --tp 8"),
+    (
+        ("--tp", 16, "--hardware", "16xH800-80GB"),
+        "8 attention heads on 16 ranks: every rank holds whole heads; use --tp 8",
+    ),
     (("--tp", 4, "--ep", 3), "--ep 3 does not divide --tp 4"),
     (("--tp", 4, "--ep", 8), "--ep 8 does not divide --tp 4"),
     (("--ep", 1), "use --ep 2"),

@@ -280,9 +280,8 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
     from quant_jobs.targets.trtllm_args import args_from_plan, planned_rank_bytes
     from quant_jobs.targets.trtllm_plan import TrtllmOptions, kv_format, plan_build
 
-    machines = parse_hardware(options.hardware)
-    tp = options.tp or machines.count
-    machines = machines.with_count(tp)
+    machines = parse_hardware(options.hardware).for_ranks(options.tp)
+    tp = machines.count
     is_source = isinstance(source, CheckpointReader)
     if is_source and options.dialect is not None:
         raise DeployError(
@@ -346,9 +345,8 @@ def _build_vllm(source: Source, output: Path, options: BuildOptions) -> BuildRes
     from quant_jobs.targets.vllm_plan import VllmOptions, kv_format, plan_build
 
     _refuse_options(options, "vllm", ("dialect",))
-    machines = parse_hardware(options.hardware)
-    tp = options.tp or machines.count
-    machines = machines.with_count(tp)
+    machines = parse_hardware(options.hardware).for_ranks(options.tp)
+    tp = machines.count
     chosen = VllmOptions(
         ranks=require_vllm_ranks(tp, options.ep or tp),
         kv_cache=kv_format(source, options.kv_cache),

@@ -251,7 +251,7 @@ _SGLANG = (
 _TRANSFORMERS = (
     Row("transformers", CPU | SM80 | SM90, INDEXER, BF16 | FP8, False, _HF_MODEL, "inferred",
         "its DeepSeek-V3 has no sparse attention", "Use --target vllm or --target sglang"),
-    Row("transformers", CPU | SM80 | SM90, ROUTED, W8A8, False, _HF_CT, "read",
+    Row("transformers", CPU | SM80 | SM90, ROUTED, W8A8 | INT8_BLOCK, False, _HF_CT, "read",
         "its converter of routed experts does not handle INT8 codes with quantized activations "
         "(torch.cat of no tensors)",
         "Use the recipe int8-experts or int8-weight-only, or --target vllm or embedded"),

@@ -22,6 +22,7 @@ from cluster.matrix import (
     INT4_ASYM,
     INT4_OTHER,
     INT8_ASYM,
+    INT8_BLOCK,
     KV_FORMATS,
     PARTS,
     ROUTED,
@@ -29,6 +30,7 @@ from cluster.matrix import (
     TARGETS,
     W4A8,
     W4A8_G128,
+    W8A8,
     W8A16,
     Row,
     Target,
@@ -61,6 +63,7 @@ _ALL = {
     INT4_OTHER: "int4 but g128",
     INT4_OTHER | INT4_ASYM: "int4 but g128, int4-asym",
     W8A16 | INT4: "int8, int4",
+    W8A8 | INT8_BLOCK: "int8-a8, int8-block-a8",
     W8A16 | INT4 | INT4_ASYM: "int8, int4, int4-asym",
     W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8: "int8, int8-asym, int4, int4-asym, int4-afp8",
 }

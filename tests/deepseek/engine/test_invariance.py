@@ -13,7 +13,10 @@ from deepseek.engine.detokenizer import load_tokenizer
 from deepseek.engine.engine import EngineOptions, LLMEngine
 from deepseek.engine.moe import silu_gate
 
-RECIPES = [None, "int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "int4-asym", "w4a8"]
+RECIPES = [
+    *(None, "int8", "int8-weight-only", "int8-asym", "int8-block", "int4", "int4-all", "int4-asym"),
+    "w4a8",
+]
 
 
 @pytest.fixture

@@ -8,9 +8,15 @@ rotary key of width r per layer:
     bf16        2 (R + r)          1152   latent and rotary key BF16
     fp8-tensor  R + r              576    both e4m3, one scale for everything, the constant 1
     fp8-tiles   R + 4 R/128 + 2 r  656    latent e4m3 with one f32 scale per token and tile of 128,
-                                          rotary key BF16 (vLLM's `fp8_ds_mla`)
+                                          rotary key BF16 (vLLM's `fp8_ds_mla`, which it has for
+                                          DeepSeek-V3.2 only)
     int8        R + 4 + 2 r        644    latent INT8 with one f32 scale per token, rotary key BF16
     fp32        4 (R + r)          2304   both FP32, for exactness tests
+
+vLLM 0.32: `fp8_ds_mla` belongs to its sparse attention (`flashmla_sparse.py`). For a dense model on
+Hopper `--kv-cache-dtype fp8` is FlashMLA's (`flashmla.py`, after FlashAttention's, which has none):
+e4m3 over latent and rotary key with the scale `_k_scale` 1; `fp8_ds_mla` finds no backend there
+(`validate_configuration` of each, executed where it can be imported on a CPU, else read).
 
 This file imports no torch: the planner uses it too.
 """
@@ -30,18 +36,21 @@ _PLAIN: dict[str, KVLayout] = {"bf16": "bf16", "int8": "int8", "fp32": "fp32"}
 _FP8: dict[str, KVLayout] = {
     "trtllm": "fp8-tensor",
     "sglang": "fp8-tensor",
-    "vllm": "fp8-tiles",
+    "vllm": "fp8-tensor",
     "embedded": "fp8-tiles",
 }
+#: What `fp8` is for a model with an indexer, where that differs.
+_FP8_SPARSE: dict[str, KVLayout] = {"vllm": "fp8-tiles"}
 
 
-def kv_layout(target: str, kv_cache: str) -> KVLayout:
-    """The layout of a KV format on a target.
+def kv_layout(target: str, kv_cache: str, *, sparse: bool = False) -> KVLayout:
+    """The layout of a KV format on a target; `sparse` is a model with an indexer (DeepSeek-V3.2).
 
     Raises:
         DeployError: the target has no such KV format.
     """
-    layout = _FP8.get(target) if kv_cache == "fp8" else _PLAIN.get(kv_cache)
+    fp8 = _FP8 | _FP8_SPARSE if sparse else _FP8
+    layout = fp8.get(target) if kv_cache == "fp8" else _PLAIN.get(kv_cache)
     if layout is None:
         raise DeployError(f"{target} has no {kv_cache} KV cache; use bf16")
     return layout

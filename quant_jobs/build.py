@@ -144,6 +144,16 @@ def complete_options(target: str, options: BuildOptions) -> BuildOptions:
             ),
             dialect=None if options.dialect == "mixed" else options.dialect,
         )
+    if known == "vllm":
+        from deepseek.vllm import loadable, versions
+
+        _refuse_options(options, "vllm", ("dialect",))
+        tp = options.tp or parse_hardware(options.hardware).count
+        loadable.require_ranks(tp, options.ep or tp)
+        version = options.engine_version or versions.VERSIONS[0]
+        return replace(
+            options, tp=tp, ep=options.ep or tp, engine_version=versions.require_version(version)
+        )
     if known == "embedded":
         _refuse_options(options, "embedded", _TRTLLM_OPTIONS)
     return options
@@ -161,7 +171,7 @@ def check_checkpoint(directory: Path, target: str, options: BuildOptions) -> Bui
     if known not in BUILDERS:
         refuse_target(source, known, options.hardware)
     recipe_kv = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
-    if known == "trtllm":
+    if known in ("trtllm", "vllm"):
         check_target(source, known, options.hardware, kv_cache=options.kv_cache or recipe_kv)
     return replace(options, kv_cache=options.kv_cache or recipe_kv)
 
@@ -290,6 +300,70 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
     )
 
 
+def _build_vllm(source: Source, output: Path, options: BuildOptions) -> BuildResult:
+    from deepseek.vllm.check import check_engine as check_vllm
+    from deepseek.vllm.launch import E8M0_OFF
+    from deepseek.vllm.loadable import require_ranks as require_vllm_ranks
+    from deepseek.vllm.versions import VERSIONS as VLLM_VERSIONS
+    from deepseek.vllm.versions import require_version as require_vllm_version
+    from quant_jobs.targets.vllm import build_vllm
+    from quant_jobs.targets.vllm_launch import launch_from_plan, planned_rank_bytes
+    from quant_jobs.targets.vllm_plan import VllmOptions, kv_format, plan_build
+
+    _refuse_options(options, "vllm", ("dialect",))
+    machines = parse_hardware(options.hardware)
+    tp = options.tp or machines.count
+    machines = machines.with_count(tp)
+    chosen = VllmOptions(
+        ranks=require_vllm_ranks(tp, options.ep or tp),
+        kv_cache=kv_format(source, options.kv_cache),
+        engine_version=require_vllm_version(options.engine_version or VLLM_VERSIONS[0]),
+        keep_mtp=options.mtp,
+        generation=machines.hardware.generation,
+    )
+    check_target(source, "vllm", options.hardware, kv_cache=chosen.kv_cache)
+    build = plan_build(
+        source,
+        chosen,
+        lambda stored: launch_from_plan(
+            source.config,
+            stored,
+            chosen,
+            machines,
+            context=options.context,
+            concurrency=options.concurrency,
+        ),
+    )
+    with make_progress() as progress:
+        task = progress.add_task("build", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        engine, built = build_vllm(
+            build,
+            output,
+            options.workers,
+            show,
+            note=lambda line: print_line(progress.console, line),
+        )
+    report = check_vllm(output, digests=False)  # the files were hashed while they were written
+    has_tiles = any(scheme.weights == "fp8-block" for scheme in build.stored.values())
+    return _result(
+        output,
+        engine,
+        ranks=rank_reports(report),
+        bytes_read=sum(file.bytes_read for file in built.values()),
+        planned_rank_bytes=planned_rank_bytes(source.config, build.stored, chosen),
+        warnings=(
+            f"start vLLM with {E8M0_OFF}: where DeepGEMM is installed it quantizes FP8 tiles again "
+            "with power-of-two scales otherwise, and serves other values than these",
+        )
+        if has_tiles
+        else (),
+    )
+
+
 def _result(
     output: Path,
     engine: EngineManifest,
@@ -334,4 +408,5 @@ def _refuse_options(options: BuildOptions, target: str, names: tuple[str, ...]) 
 BUILDERS: dict[Target, Callable[[Source, Path, BuildOptions], BuildResult]] = {
     "embedded": _build_embedded,
     "trtllm": _build_trtllm,
+    "vllm": _build_vllm,
 }

@@ -26,7 +26,6 @@ from deepseek.artifact.input_maxima import (
     quantizes_experts,
 )
 from deepseek.artifact.manifest import (
-    FORMAT_VERSION,
     MANIFEST_FILE,
     Manifest,
     read_manifest,
@@ -158,7 +157,8 @@ def _publish(artifact: ArtifactReader, maxima: InputMaxima) -> Manifest:
     files = artifact.manifest.files | {INPUT_MAXIMA_FILE: hashlib.sha256(content).hexdigest()}
     manifest = artifact.manifest.model_copy(
         update={
-            "format_version": FORMAT_VERSION,
+            # Form 3 says something of config.json, which stays as it is.
+            "format_version": max(artifact.manifest.format_version, 2),
             "files": dict(sorted(files.items())),
             "input_outliers": find_outliers(maxima),
         }

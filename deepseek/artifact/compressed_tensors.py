@@ -13,6 +13,15 @@ per group. INT8 without activations is packed too, because no loader takes plain
 with FP8 activations is packed with static per-tensor input activations, `input_scale` beside each
 weight.
 
+Two things are there for SGLang, whose code looks nowhere else (`CompressedTensorsWNA16MoE`,
+`weight_block_size`); they came with form 3 of the manifest. The format at the top is
+`pack-quantized` where routed experts are packed, whatever the other groups are. The last target of
+the FP8 blocks is `Linear`, the class of a module, where SGLang finds their size. Neither changes
+what other loaders do: all of them take the format of the group before the one at the top, and a
+name that matches before a class. transformers is the exception: it takes a group with a class for
+that of the experts, unless another has a pattern with the word `experts`. So `Linear` is left out
+where the experts' group has no such pattern.
+
 `kv_cache_scheme` is always null. vLLM reads static KV scales of compressed-tensors for its
 `Attention` only, not for `MLAAttention`, and TensorRT-LLM reads none for MLA, so no loader would
 read a scale that is written here. The measured range is in the manifest (`kv_latent_amax`).
@@ -21,12 +30,13 @@ read a scale that is written here. The measured range is in the manifest (`kv_la
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from deepseek.artifact.manifest import FORMAT_VERSION
 from deepseek.config import ModelConfig
-from deepseek.inventory import ATTENTION_ROLES, tensors
+from deepseek.inventory import ATTENTION_ROLES, expert_of, layer_of, tensors
 from deepseek.recipe import Scheme
 
 #: Fragments of module names below `layers.N.`, widest first. None of them matches a module that is
@@ -56,21 +66,24 @@ _FRAGMENTS_WITH_INDEXER = (
     *_FRAGMENTS[2:],
 )
 
+#: Class of a linear module, as a target: only what no pattern names is matched by it.
+LINEAR_CLASS = "Linear"
+
 #: A linear as (layer, rest of its module name).
 _Place = tuple[int, str]
 
 
 def quantization_config(
-    config: ModelConfig, schemes: Mapping[str, Scheme]
+    config: ModelConfig, schemes: Mapping[str, Scheme], *, form: int = FORMAT_VERSION
 ) -> dict[str, Any] | None:
     """The value of config.json's `quantization_config`; None where every linear is BF16.
 
     `schemes` is keyed by module name, as `Recipe.resolve` returns it: every linear, none `source`.
+    `form` is the manifest's `format_version`: before 3, nothing was said for SGLang.
     """
     places: dict[Scheme, set[_Place]] = {}
     for module, scheme in schemes.items():
-        layer, rest = module.removeprefix("model.layers.").split(".", 1)
-        places.setdefault(_as_stored(scheme), set()).add((int(layer), rest))
+        places.setdefault(_as_stored(scheme), set()).add(_place(module))
     high_precision = places.pop(Scheme(weights="bf16"), set())
     if not places:
         return None
@@ -91,9 +104,17 @@ def quantization_config(
     ignore += _targets(high_precision, all_places, fragments) if high_precision else []
     _verify(config, schemes, groups, ignore)
     formats = {group["format"] for group in groups.values()}
+    top = formats.pop() if len(formats) == 1 else "mixed-precision"
+    if form >= 3:
+        experts = [groups[name] for name in _groups_of_experts(config, schemes, order)]
+        if any(group["format"] == "pack-quantized" for group in experts):
+            top = "pack-quantized"
+        for group in groups.values():
+            if group["format"] == "float-quantized" and _experts_are_found(experts, group):
+                group["targets"].append(LINEAR_CLASS)
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": top,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -102,11 +123,46 @@ def quantization_config(
     }
 
 
+def _groups_of_experts(
+    config: ModelConfig, schemes: Mapping[str, Scheme], order: Sequence[Scheme]
+) -> list[str]:
+    """The groups that routed experts of the main model's layers are in. `order` has the scheme of
+    every group."""
+    found = {
+        _as_stored(scheme)
+        for module, scheme in schemes.items()
+        if expert_of(module) is not None and layer_of(module) < config.num_hidden_layers
+    }
+    return [f"group_{number}" for number, scheme in enumerate(order) if scheme in found]
+
+
+def _experts_are_found(experts: Sequence[Mapping[str, Any]], fp8: Mapping[str, Any]) -> bool:
+    """Whether transformers finds the routed experts' group although the FP8 group has a class among
+    its targets: by a pattern that names experts, or because it is the FP8 group (or none is)."""
+    return all(
+        group is fp8 or any("experts" in target for target in group["targets"]) for group in experts
+    )
+
+
+def module_patterns(
+    config: ModelConfig, modules: Iterable[str], everything: Iterable[str]
+) -> list[str]:
+    """A few targets that match these modules, and no other of `everything`, module names of
+    linears."""
+    fragments = _FRAGMENTS_WITH_INDEXER if config.has_indexer else _FRAGMENTS
+    return _targets(set(map(_place, modules)), set(map(_place, everything)), fragments)
+
+
 def matches(target: str, name: str) -> bool:
     """Whether a target or ignore entry names the module (rule of compressed-tensors and vLLM)."""
     if target.startswith("re:"):
         return _compiled(target[3:]).match(name) is not None
     return target == name
+
+
+def _place(module: str) -> _Place:
+    layer, rest = module.removeprefix("model.layers.").split(".", 1)
+    return int(layer), rest
 
 
 @lru_cache

@@ -47,6 +47,7 @@ _DOCUMENTS = ("config.json", MANIFEST_FILE, *COPIED_FILES)
 #: What the directories of some targets hold beside them, for the target's own loader.
 _TARGET_DOCUMENTS = {
     "trtllm": ("hf_quant_config.json", "quant_cfg.json", "llm_args.yaml", INDEX_FILE),
+    "vllm": ("vllm.yaml", INDEX_FILE),
 }
 #: KV formats that an engine may have; "fp32" is for exactness tests.
 CacheFormat = Literal[KVFormat, "fp32"]

@@ -26,7 +26,7 @@ from deepseek.recipe import KVFormat, Recipe
 MANIFEST_FILE = "intserve.json"
 #: What a job leaves beside the manifest; it belongs to no digest.
 JOB_REPORTS = ("job_report.json", "job_report.html")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 #: A number of bytes, tokens or times; larger ones cannot be computed with exactly.
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
@@ -112,10 +112,11 @@ class Manifest(_Record):
     the routed experts whose inputs are far larger than those of the others in their layer
     (`input_maxima.py`); empty where the maxima are not kept.
 
-    Format 1 has neither maxima nor outliers, and its recipe no limit for them.
+    Form 1 has neither maxima nor outliers, and its recipe no limit for them. Form 2 has the fields
+    of form 3, and the `quantization_config` beside it nothing for SGLang (`compressed_tensors.py`).
     """
 
-    format_version: Literal[1, 2] = 2
+    format_version: Literal[1, 2, 3] = 3
     recipe: Recipe
     source: SourceRecord
     calibration: CalibrationRecord | None
@@ -218,7 +219,7 @@ def parse_manifest(raw: dict[str, Any], path: Path) -> Manifest:
     version = raw.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ArtifactError(
-            f"{path}: format_version {untrusted.show(version)} is not supported, only 1 and "
+            f"{path}: format_version {untrusted.show(version)} is not supported, only 1, 2 and "
             f"{FORMAT_VERSION}; quantize again with this version"
         )
     if version == 1 and (later := _later_field(raw)):

@@ -222,7 +222,9 @@ class ArtifactReader:
                     f"{self.directory}: {MANIFEST_FILE} {state} tensor {different[0]} for the "
                     "model that config.json describes"
                 )
-        if raw.get("quantization_config") != quantization_config(self.config, self.schemes):
+        form = self.manifest.format_version
+        described = quantization_config(self.config, self.schemes, form=form)
+        if raw.get("quantization_config") != described:
             raise ArtifactError(
                 f"{self.directory}: quantization_config in config.json does not describe the "
                 f"recipe {self.recipe.name!r} of {MANIFEST_FILE}"

@@ -24,6 +24,7 @@ from deepseek.artifact.compressed_tensors import quantization_config
 from deepseek.artifact.documents import read_copied
 from deepseek.artifact.input_maxima import INPUT_MAXIMA_FILE, InputMaxima, find_outliers
 from deepseek.artifact.manifest import (
+    FORMAT_VERSION,
     MANIFEST_FILE,
     CalibrationRecord,
     Fallback,
@@ -178,7 +179,7 @@ class ArtifactWriter:
             ArtifactError: the source no longer holds what a lost file was copied from.
         """
         remove_scraps(self.directory)
-        files = self._files_beside(manifest.layers)
+        files = self._files_beside(manifest.layers, form=manifest.format_version)
         if input_maxima is not None:
             files[INPUT_MAXIMA_FILE] = input_maxima
         for name, sha256 in manifest.files.items():
@@ -193,16 +194,19 @@ class ArtifactWriter:
                 )
             write_atomic(path, content)
 
-    def _files_beside(self, records: tuple[LayerRecord, ...]) -> dict[str, bytes]:
-        """The content of every file beside the tensors and the manifest, by name."""
-        files = {"config.json": self._config(), INDEX_FILE: self._index(records)}
+    def _files_beside(
+        self, records: tuple[LayerRecord, ...], *, form: int = FORMAT_VERSION
+    ) -> dict[str, bytes]:
+        """The content of every file beside the tensors and the manifest, by name, for a manifest of
+        this form."""
+        files = {"config.json": self._config(form), INDEX_FILE: self._index(records)}
         return files | read_copied(self._source_dir)
 
-    def _config(self) -> bytes:
+    def _config(self, form: int) -> bytes:
         content = dict(self._source_config)
         for key in _DROPPED_KEYS:
             content.pop(key, None)
-        quantization = quantization_config(self.config, self.schemes)
+        quantization = quantization_config(self.config, self.schemes, form=form)
         if quantization is not None:
             content["quantization_config"] = quantization
         return json_bytes(content)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from deepseek.artifact.engine_manifest import UNQUANTIZED
+from deepseek.artifact.stored_model import StoredModel
+from deepseek.engine.arithmetic import EMBEDDED, Arithmetic
 from deepseek.engine.batch import Span, make_batch
 from deepseek.engine.detokenizer import (
     Detokenizer,
@@ -46,6 +48,7 @@ from deepseek.engine.request import (
 from deepseek.engine.sampler import Choice, Draw, choose
 from deepseek.engine.scheduler import Chunk, Schedule, Scheduler
 from deepseek.errors import DeployError, RequestError
+from deepseek.kv_layout import kv_layout
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens, stop_token_ids
@@ -100,9 +103,10 @@ class LLMEngine:
         num_pages = -(-kv_tokens // identity.page_tokens)
         self._pool = PagePool(num_pages, identity.page_tokens)
         self.max_model_len = min(model_len, self._pool.capacity_tokens)
-        self._cache = LatentCache(
-            config, check_cache_format(identity.kv_cache), num_pages, identity.page_tokens
+        layout = kv_layout(
+            identity.arithmetic, check_cache_format(identity.kv_cache), sparse=config.has_indexer
         )
+        self._cache = LatentCache(config, layout, num_pages, identity.page_tokens)
         self._scheduler = Scheduler(
             self._pool,
             max_batch_size=options.max_batch_size,
@@ -178,6 +182,38 @@ class LLMEngine:
             options,
             tokenizer=load_tokenizer(source_dir),
             end_token_ids=stop_token_ids(source_dir, source.config),
+            clock=clock,
+        )
+
+    @classmethod
+    def from_stored(
+        cls,
+        stored: StoredModel,
+        *,
+        arithmetic: Arithmetic,
+        identity: EngineIdentity,
+        options: EngineOptions | None = None,
+        tokenizer: Tokenizer | None = None,
+        end_token_ids: frozenset[int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> LLMEngine:
+        """A stored model, packed in memory and executed in `arithmetic`. `identity` says what it is
+        and which KV format its pages have; the options' own are not looked at.
+
+        Raises:
+            ArtifactError: the stored model is damaged.
+            DeployError: the engine has no kernel for a linear.
+        """
+        assert identity.arithmetic == arithmetic.name, identity.arithmetic
+        options = options or EngineOptions()
+        kernels = _kernels(options, arithmetic)
+        model = Model(stored.config, schemes_of(stored), pack_tensors(stored), kernels)
+        return cls(
+            model,
+            identity,
+            options,
+            tokenizer=tokenizer,
+            end_token_ids=end_token_ids,
             clock=clock,
         )
 
@@ -458,10 +494,10 @@ class LLMEngine:
             self._cache.poison(self._pool.free_pages)
 
 
-def _kernels(options: EngineOptions) -> Kernels:
+def _kernels(options: EngineOptions, arithmetic: Arithmetic = EMBEDDED) -> Kernels:
     all_but_one = max(1, len(os.sched_getaffinity(0)) - 1)
     torch.set_num_threads(options.num_threads or min(torch.get_num_threads(), all_but_one))
-    kernels = Kernels.detect(batch_invariant=options.batch_invariant)
+    kernels = Kernels.detect(batch_invariant=options.batch_invariant, arithmetic=arithmetic)
     if options.batch_invariant and not kernels.is_batch_invariant:
         LOG.warning("this CPU's GEMM is not batch invariant; tokens may depend on the batch")
     return kernels

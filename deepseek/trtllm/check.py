@@ -5,62 +5,40 @@ an FP8 linear that the config does not list. Everything that is known to pass th
 each by a sentence that names the tensor or the file. The steps:
 
     documents   engine.json and what it lists, nothing else in the directory (`check_files.py`)
-    headers     names, types and shapes, against what was to be built (`check_files.py`)
     loading     the loader's model over all ranks, without values (`loader.py`)
-    values      input scales; digests against engine.json and intserve.json (`check_values.py`)
+    headers     names, types and shapes, against what was to be built
+    values      input scales (`check_values.py`); digests against engine.json and intserve.json
     artifact    if it is given: every value that a rank holds, decoded (`loader_decode.py`)
+
+What is the same for every target is `deepseek/artifact/engine_checks.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from deepseek.artifact.built_engine import read_engine
-from deepseek.artifact.manifest import LayerKey
+from deepseek.artifact.engine_checks import (
+    CheckReport,
+    artifact_layers,
+    check_digests,
+    check_headers,
+    check_same_config,
+)
+from deepseek.artifact.layout import stored_layers
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError
 from deepseek.trtllm.check_files import (
+    LOADER,
     check_args,
     check_config,
-    check_headers,
-    check_listing,
-    check_same_config,
+    check_names,
     read_trtllm_manifest,
 )
-from deepseek.trtllm.check_values import check_digests, check_input_scales
-from deepseek.trtllm.fields import TrtllmFields
-from deepseek.trtllm.layout import Dialect
-from deepseek.trtllm.loader import LoaderModel, LoaderRefusal, RankLoad
+from deepseek.trtllm.check_values import check_input_scales, diagnose, origins
+from deepseek.trtllm.layout import stored_tensors
+from deepseek.trtllm.loader import LoaderModel, LoaderRefusal
 from deepseek.trtllm.loader_decode import compare
-from deepseek.trtllm.versions import EngineVersion
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckReport:
-    """What was checked of an engine directory that passed.
-
-    `ranks` says by rank what the loader reads of the files and what its parameters hold, in bytes.
-    `tensors` is the number of keys in the files, `reads` how often all ranks together read one.
-    `hashed_bytes` were compared with engine.json, `verified` tensors with intserve.json, `compared`
-    tensors with the artifact, value by value on every rank. `warnings` are the linter's of
-    llm_args.yaml.
-    """
-
-    directory: Path
-    engine_digest: str
-    dialect: Dialect
-    engine_version: EngineVersion
-    ranks: tuple[RankLoad, ...]
-    tensors: int
-    reads: int
-    hashed_bytes: int = 0
-    verified: int = 0
-    compared: int = 0
-    warnings: tuple[str, ...] = ()
 
 
 def check_engine(
@@ -78,24 +56,33 @@ def check_engine(
     """
     directory = Path(directory)
     engine, fields = read_trtllm_manifest(directory)
-    check_listing(directory, engine, fields)
+    check_names(directory, engine, fields)
     built = read_engine(directory)
     stored = check_config(directory, built, engine, fields)
     mtp = fields.mtp == "kept"
     model = LoaderModel(directory, engine.ranks, fields.engine_version, values=False, mtp=mtp)
     _check_loading(model)
-    check_headers(model.checkpoint, model.config, stored, mtp=mtp)
+    check_headers(
+        model.checkpoint,
+        stored_layers(model.config, mtp=mtp),
+        lambda layer: stored_tensors(model.config, stored, layer),
+    )
     warnings = check_args(directory, built, model.config, engine, stored, fields)
     mapped = model.checkpoint.with_values()
     check_input_scales(mapped, model.config, stored, fields)
     hashed = verified = compared = 0
     if digests:
-        hashed, verified = check_digests(mapped, built, engine, stored)
+        schemes = built.manifest.recipe.resolve(built.config) if built.manifest else {}
+        hashed, verified = check_digests(mapped, built, engine, origins(schemes, stored), diagnose)
     if artifact is not None:
         check_same_config(directory, built, artifact)
-        compared = _compare(directory, artifact, engine.artifact_digest, model, fields)
+        reference = artifact_layers(directory, engine, artifact)
+        full = LoaderModel(directory, engine.ranks, fields.engine_version, mtp=mtp)
+        compared = compare(full, reference)
     return CheckReport(
         directory=directory,
+        target=engine.target,
+        loader=LOADER,
         engine_digest=engine.digest,
         dialect=fields.dialect,
         engine_version=fields.engine_version,
@@ -144,23 +131,3 @@ def _refuse_silent(model: LoaderModel) -> None:
             f"{model.directory}: tensor {key} {what}, and TensorRT-LLM would say nothing; build "
             "again"
         )
-
-
-def _compare(
-    directory: Path,
-    artifact: ArtifactReader,
-    digest: str,
-    checked: LoaderModel,
-    fields: TrtllmFields,
-) -> int:
-    if artifact.digest != digest:
-        raise ArtifactError(
-            f"{directory} was built from the artifact {digest[:16]}, but {artifact.directory} is "
-            f"{artifact.digest[:16]}; give the artifact that it was built from"
-        )
-
-    def reference(layer: LayerKey) -> Mapping[str, Tensor]:
-        return artifact.read_globals() if layer == "globals" else artifact.read_layer(layer)
-
-    model = LoaderModel(directory, checked.ranks, fields.engine_version, mtp=checked.mtp)
-    return compare(model, reference)

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from deepseek.artifact.engine_checks import RankLoad
 from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
@@ -39,15 +39,6 @@ from deepseek.trtllm.loader_linears import (
 from deepseek.trtllm.loader_ranks import RankPlace
 
 __all__ = ["LoaderModel", "LoaderRefusal", "RankLoad"]
-
-
-@dataclass(frozen=True, slots=True)
-class RankLoad:
-    """What one rank read from the files, and what its parameters hold, in bytes. A tensor that is
-    cut counts with the part that is taken."""
-
-    read_bytes: int
-    held_bytes: int
 
 
 class LoaderModel:

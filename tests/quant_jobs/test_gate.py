@@ -177,6 +177,7 @@ def test_the_verdict_is_bound_to_both_digests_and_lets_the_server_in(fresh: Chai
         fresh.engine,
         engine_digest=evaluation.engine_digest,
         artifact_digest=verdict.artifact_digest,
+        target="embedded",
         arithmetic="embedded",
         kv_cache="bf16",
     )
@@ -189,21 +190,43 @@ def test_a_verdict_names_the_kernels_and_the_kv_format_that_were_evaluated(fresh
     write_evaluation(fresh.evaluation, evaluation.model_copy(update=other))
     outcome = run_gate(fresh.engine, fresh.evaluation)
     verdict = read_verdict(fresh.engine)
-    assert (verdict.arithmetic, verdict.kv_cache) == ("trtllm", "int8")
-    assert outcome.describe()[0].endswith("(kernels of trtllm, KV int8)")
+    assert (verdict.target, verdict.arithmetic, verdict.kv_cache) == ("embedded", "trtllm", "int8")
+    assert outcome.describe()[0].endswith("(kernels of embedded, KV int8)")
     assert outcome.summary()["kv_cache"] == "int8"
+
+
+def test_an_evaluation_for_another_target_is_refused(fresh: Chain) -> None:
+    evaluation = read_evaluation(fresh.evaluation)
+    write_evaluation(fresh.evaluation, evaluation.model_copy(update={"target": "trtllm"}))
+    with pytest.raises(ArtifactError, match="of an engine for trtllm, but .* is one for embedded"):
+        run_gate(fresh.engine, fresh.evaluation)
+    assert not (fresh.engine / "gate.json").exists()
 
 
 def test_an_evaluation_of_form_1_was_the_embedded_engines(fresh: Chain) -> None:
     evaluation = read_evaluation(fresh.evaluation)
     path = fresh.evaluation / "evaluation.json"
     raw = json.loads(path.read_text())
-    del raw["arithmetic"]
+    del raw["arithmetic"], raw["target"], raw["executed_by"], raw["no_speed"]
     path.write_text(json.dumps(raw | {"format_version": 1}))
     assert read_evaluation(fresh.evaluation) == evaluation
     path.write_text(json.dumps(raw | {"format_version": 2}))
     with pytest.raises(ArtifactError, match="arithmetic: Field required"):
         read_evaluation(fresh.evaluation)
+
+
+def test_an_evaluation_of_form_2_was_of_an_embedded_engine_and_cannot_claim_another(
+    fresh: Chain,
+) -> None:
+    evaluation = read_evaluation(fresh.evaluation)
+    path = fresh.evaluation / "evaluation.json"
+    raw = json.loads(path.read_text()) | {"format_version": 2, "target": "trtllm"}
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match="format_version: "):
+        read_evaluation(fresh.evaluation)
+    del raw["target"], raw["executed_by"], raw["no_speed"]
+    path.write_text(json.dumps(raw))
+    assert read_evaluation(fresh.evaluation) == evaluation
 
 
 def test_a_failure_is_written_too_and_keeps_the_server_out(fresh: Chain) -> None:
@@ -219,6 +242,7 @@ def test_a_failure_is_written_too_and_keeps_the_server_out(fresh: Chain) -> None
             fresh.engine,
             engine_digest=evaluation.engine_digest,
             artifact_digest=outcome.verdict.artifact_digest,
+            target="embedded",
             arithmetic="embedded",
             kv_cache="bf16",
         )

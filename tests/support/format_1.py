@@ -9,6 +9,9 @@ from pathlib import Path
 from support.quantizing import SmallModel, add_text
 from support.synthetic import quantize_plainly, write_checkpoint
 
+from deepseek.artifact.compressed_tensors import quantization_config
+from deepseek.artifact.reader import ArtifactReader
+from deepseek.files import json_bytes
 from deepseek.recipe import Recipe
 
 #: The intserve.json of the artifact of `write_format_1_artifact`, byte for byte.
@@ -58,6 +61,15 @@ def write_format_1_engine(directory: Path) -> None:
     (directory / "engine.json").write_text(json.dumps(_ENGINE, indent=2, sort_keys=True) + "\n")
 
 
+def give_older_config(artifact: Path, *, form: int) -> None:
+    """Give an artifact the config.json that belongs to a manifest of an older form."""
+    reader = ArtifactReader(artifact)
+    path = artifact / "config.json"
+    content = json.loads(path.read_text())
+    content["quantization_config"] = quantization_config(reader.config, reader.schemes, form=form)
+    path.write_bytes(json_bytes(content))
+
+
 def write_format_1_artifact(root: Path) -> tuple[Path, SmallModel]:
     """ROOT/artifact, an `int4` artifact by plain rounding whose manifest has format 1, and the
     model that it was made from. Tensor files have the bytes that they had then, so they are made
@@ -73,5 +85,6 @@ def write_format_1_artifact(root: Path) -> tuple[Path, SmallModel]:
     model = add_text(root / "model", root / "text.txt")
     recipe = Recipe.model_validate(json.loads(_ARTIFACT.read_text())["recipe"])
     quantize_plainly(model.directory, recipe, root / "artifact")
+    give_older_config(root / "artifact", form=1)
     (root / "artifact" / "intserve.json").write_bytes(_ARTIFACT.read_bytes())
     return root / "artifact", model

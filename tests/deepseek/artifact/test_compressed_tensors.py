@@ -19,6 +19,7 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DeepseekV32ForCausalLM,
 )
+from transformers.integrations.compressed_tensors import get_dense_scheme, get_experts_scheme
 
 from deepseek.artifact.compressed_tensors import quantization_config
 from deepseek.artifact.reader import ArtifactReader
@@ -32,6 +33,8 @@ from deepseek.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
 RECIPES = (
     *("int8", "int8-weight-only", "int8-experts", "int8-block", "int4", "int4-all", "int4-asym"),
 )
+#: Recipes whose FP8 blocks have a class as their last target.
+WITH_A_CLASS = {"int4", "int8-experts", "w4a8"}
 GATE = {"max_perplexity_ratio": 1.1, "max_mean_kl": 0.1, "min_top1": 0.9}
 
 
@@ -201,9 +204,10 @@ def test_deepseek_v3s_own_int4_config_is_short_enough_to_read(
             r"re:.*[.]layers[.](0|1|2|61)[.](self_attn|mlp)[.].*_proj\w*$",
             r"re:.*[.]self_attn[.].*_proj\w*$",
             r"re:.*[.]mlp[.]shared_.*_proj$",
+            "Linear",
         ],
     }
-    assert deepseek_v3_int4["format"] == "mixed-precision"
+    assert deepseek_v3_int4["format"] == "pack-quantized"
 
 
 @pytest.mark.heavy
@@ -322,7 +326,7 @@ def test_an_artifact_of_bf16_only_has_no_quantization_config() -> None:
     assert quantization_config(config, schemes) is None
 
 
-def test_one_format_is_named_and_two_are_mixed_precision() -> None:
+def test_one_format_is_named_and_two_are_that_of_packed_experts_or_mixed_precision() -> None:
     config = ModelConfig.from_dict(config_dict(fp8=False, num_nextn_predict_layers=0))
     uniform = quantization_config(config, load_recipe("int8").resolve(config))
     assert uniform is not None
@@ -335,5 +339,45 @@ def test_one_format_is_named_and_two_are_mixed_precision() -> None:
         ).resolve(config),
     )
     assert mixed is not None
-    assert mixed["format"] == "mixed-precision"
+    assert mixed["format"] == "pack-quantized", "that of the routed experts, where they are packed"
     assert set(targets(mixed)) == {"int-quantized", "pack-quantized"}
+    plain = quantization_config(
+        config,
+        recipe_of(
+            {"match": "*", "weights": "int4", "group_size": 128},
+            {"match": "*.experts.*", "weights": "int8", "activations": "int8"},
+        ).resolve(config),
+    )
+    assert plain is not None
+    assert plain["format"] == "mixed-precision", "routed experts are not packed"
+
+
+@pytest.mark.parametrize("recipe", builtin_recipes())
+def test_a_class_is_a_target_only_where_transformers_finds_the_experts_before_it(
+    recipe: str,
+) -> None:
+    """transformers asks which group is that of the routed experts: the first that has a pattern
+    with the word, then the first that has a class among its targets, then the first."""
+    config = ModelConfig.from_dict(config_dict(layers=4))
+    schemes = load_recipe(recipe).resolve(config)
+    older = QuantizationConfig.model_validate(quantization_config(config, schemes, form=2))
+    newer = QuantizationConfig.model_validate(quantization_config(config, schemes))
+    for found in (get_experts_scheme, get_dense_scheme):
+        before, after = found(older), found(newer)
+        assert (before.format, before.weights) == (after.format, after.weights)
+    has_class = any("Linear" in group.targets for group in newer.config_groups.values())
+    assert has_class == (recipe.removesuffix("-gptq").removesuffix("-awq") in WITH_A_CLASS)
+
+
+@pytest.mark.parametrize("recipe", builtin_recipes())
+def test_older_forms_say_nothing_for_sglang(recipe: str) -> None:
+    config = ModelConfig.from_dict(config_dict(layers=4))
+    schemes = load_recipe(recipe).resolve(config)
+    older, newer = (quantization_config(config, schemes, form=form) for form in (2, 3))
+    assert older is not None
+    assert newer is not None
+    assert older["format"] == "mixed-precision"
+    assert not any("Linear" in group["targets"] for group in older["config_groups"].values())
+    for group in newer["config_groups"].values():
+        group["targets"] = [target for target in group["targets"] if target != "Linear"]
+    assert older | {"format": newer["format"]} == newer

@@ -102,8 +102,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "was changed after it was written",
     ),
     "manifest from the future": (
-        edit_manifest(lambda m: m.update(format_version=3), seal=False),
-        "format_version 3 is not supported, only 1 and 2",
+        edit_manifest(lambda m: m.update(format_version=4), seal=False),
+        "format_version 4 is not supported, only 1, 2 and 3",
     ),
     "unknown manifest field": (
         edit_manifest(lambda m: m.update(mood="good"), seal=False),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.format_1 import ARTIFACT_DIGEST, write_format_1_artifact
+from support.format_1 import ARTIFACT_DIGEST, give_older_config, write_format_1_artifact
 
 from deepseek.artifact.built_engine import read_engine
 from deepseek.artifact.manifest import FORMAT_VERSION, Manifest, read_manifest, write_manifest
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError
-from deepseek.files import write_json
+from deepseek.files import sha256_file, write_json
 
 
 @pytest.fixture
@@ -77,17 +77,43 @@ def test_form_1_does_not_become_form_2_by_its_number_alone(old: Path) -> None:
         read_manifest(old)
 
 
-@pytest.mark.parametrize("version", [0, 3, True, "1", 1.0, None, [1]])
+@pytest.mark.parametrize("version", [0, 4, True, "1", 1.0, None, [1]])
 def test_other_forms_are_refused(old: Path, version: object) -> None:
     raw = json.loads((old / "intserve.json").read_text())
     write_json(old / "intserve.json", raw | {"format_version": version})
-    with pytest.raises(ArtifactError, match=r"format_version .* is not supported, only 1 and 2"):
+    with pytest.raises(ArtifactError, match=r"format_version .* is not supported, only 1, 2 and 3"):
         read_manifest(old)
 
 
-def test_new_manifests_have_form_2(artifact: Path) -> None:
+@pytest.fixture
+def of_form_2(artifact: Path) -> Path:
+    """An artifact with FP8 blocks, as it was written before form 3."""
+    give_older_config(artifact, form=2)
+    raw = json.loads((artifact / "intserve.json").read_text()) | {"format_version": 2}
+    raw["files"]["config.json"] = sha256_file(artifact / "config.json")
+    raw["digest"] = Manifest.model_validate({k: v for k, v in raw.items() if k != "digest"}).digest
+    write_json(artifact / "intserve.json", raw)
+    return artifact
+
+
+def test_an_artifact_of_form_2_is_read_and_keeps_its_config(of_form_2: Path) -> None:
+    reader = ArtifactReader(of_form_2)
+    assert reader.manifest.format_version == 2
+    config = json.loads((of_form_2 / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "mixed-precision"
+
+
+def test_a_config_of_another_form_is_refused(of_form_2: Path) -> None:
+    raw = json.loads((of_form_2 / "intserve.json").read_text()) | {"format_version": 3}
+    raw["digest"] = Manifest.model_validate({k: v for k, v in raw.items() if k != "digest"}).digest
+    write_json(of_form_2 / "intserve.json", raw)
+    with pytest.raises(ArtifactError, match="quantization_config in config.json does not describe"):
+        ArtifactReader(of_form_2)
+
+
+def test_new_manifests_have_form_3(artifact: Path) -> None:
     raw = json.loads((artifact / "intserve.json").read_text())
-    assert raw["format_version"] == FORMAT_VERSION == 2
+    assert raw["format_version"] == FORMAT_VERSION == 3
     assert raw["input_outliers"] == []
     assert raw["recipe"]["gate"]["max_input_outliers"] == 8
 

@@ -66,7 +66,7 @@ def test_an_engine_answers_as_its_artifact_decompressed_in_transformers(
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kv_cache", ["bf16", "int8"])
+@pytest.mark.parametrize("kv_cache", ["bf16", "fp8", "int8"])
 def test_allocated_bytes_are_the_planned_ones(
     recipe: str, kv_cache: str, tiny_model: Path, base: Path
 ) -> None:

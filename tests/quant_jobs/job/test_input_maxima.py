@@ -148,7 +148,7 @@ def test_a_job_that_an_earlier_version_began_ends_without_maxima_and_says_so_onc
     assert "layer 1 was published by an earlier version" in said
     assert "`python -m quant_jobs measure` adds them" in said
     assert not manifest.has_input_maxima
-    assert manifest.format_version == 2
+    assert manifest.format_version == 3
     assert ArtifactReader(output).input_maxima is None
     lacking = contents(whole).keys() - contents(output).keys()
     assert lacking == {INPUT_MAXIMA_FILE}

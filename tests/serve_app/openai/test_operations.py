@@ -20,7 +20,7 @@ from serve_app.routing.keys import BURST
 UP = {"status": "ok"}
 DETAILS = {
     *("status", "engine_replicas", "engine", "engine_digest", "recipe", "artifact_digest"),
-    *("kv_cache", "gated"),
+    *("kv_cache", "gated", "emulated"),
     "max_model_len",
 }
 KEY = {"authorization": "Bearer one"}

@@ -152,6 +152,27 @@ def test_tensorrt_llm_has_no_int8_w8a8(refusals) -> None:
     )
 
 
+@pytest.mark.parametrize("gpu", ["sm80", "sm90"])
+def test_int8_tiles_are_sglangs_alone_among_the_gpu_engines(refusals, gpu: GpuGeneration) -> None:
+    assert not refusals("int8-block", "sglang", gpu)
+    (refusal,) = refusals("int8-block", "vllm", gpu)
+    assert refusal.part == "every linear as int8-block-a8"
+    assert "none per tile" in refusal.reason
+    assert refusal.change == "Use the recipe int8, or --target sglang"
+    (refusal,) = refusals("int8-block", "transformers", gpu)
+    assert refusal.part == "routed_experts as int8-block-a8"
+
+
+def test_sglang_takes_no_int8_tiles_beside_other_formats(refusals) -> None:
+    recipe = recipe_of(
+        {"match": "*", "weights": "int8-block", "activations": "int8"},
+        {"match": "*.o_proj", "weights": "int8", "activations": "int8"},
+    )
+    (refusal,) = refusals(recipe, "sglang", "sm80")
+    assert refusal.part == "int8-a8 and int8-block-a8 in one model"
+    assert "W8A8 INT8 in tiles (blockwise_int8)" in refusal.reason
+
+
 def test_tensorrt_llm_reads_mla_projections_only_as_bf16_or_fp8_blocks(refusals) -> None:
     rest, refusal = refusals("int8-weight-only", "trtllm")
     assert refusal.part == "kv_a_proj_with_mqa, kv_b_proj and q_a_proj as int8"

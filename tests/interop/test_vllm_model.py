@@ -19,7 +19,7 @@ from support.interop import (
     built,
     calibrated_artifact,
     checkpoints,
-    held_out,
+    continued,
     keep_or_compare,
     records_of,
 )
@@ -56,10 +56,11 @@ def found(tiny_model: Path, base: Path) -> dict[str, dict[str, Any]]:
     given["silent int4"] = damaged(given["int4"], folder / "silent", silent_about_o_proj)
     given["doubled int4"] = damaged(given["int4"], folder / "doubled", doubled_scale)
     (packages,) = environment("vllm_loader").parents[1].glob("lib/python*/site-packages")
-    words = packages, held_out(tiny_model, base), folder, *given.values()
-    run_in("vllm_bench", "run_vllm_model.py", *words)
-    by_path = json.loads((folder / "found.json").read_text())
-    found = {name: by_path[str(path)] for name, path in given.items()}
+    words = {name: f"{path}={name.split()[-1]}" for name, path in given.items()}
+    inputs = continued(tiny_model, base)
+    run_in("vllm_bench", "run_vllm_model.py", packages, inputs, folder, *words.values())
+    by_word = json.loads((folder / "found.json").read_text())
+    found = {name: by_word[word] for name, word in words.items()}
     return answered(found, given, folder, tiny_model, base)
 
 

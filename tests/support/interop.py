@@ -38,7 +38,7 @@ RECORDS = INTEROP / "records"
 RECORD = os.environ.get("INTSERVE_RECORD") == "1"
 RECIPES = tuple(builtin_recipes())
 #: Held-out text in sequences of their own, and prompts behind it.
-NUM_TEXTS, TEXT_TOKENS, NUM_PROMPTS, PROMPT_TOKENS = 8, 256, 8, 48
+NUM_TEXTS, TEXT_TOKENS, NUM_PROMPTS, PROMPT_TOKENS, NUM_GREEDY = 8, 256, 8, 48, 32
 #: A divergence may be this many times the recorded one, or below `SMALL` nats; of eight greedy
 #: continuations one more may leave the path, at a near tie.
 LARGER, SMALL, MORE_DIFFERENT = 3.0, 2e-5, 1
@@ -101,7 +101,7 @@ def held_out(model: Path, base: Path) -> Path:
 
 
 @functools.cache
-def embedded_answers(model: Path, recipe: str, base: Path, num_greedy: int) -> dict[str, Tensor]:
+def embedded_answers(model: Path, recipe: str, base: Path) -> dict[str, Tensor]:
     """`logits` f32 [B, T, V] and `greedy` int64 [P, G] of the embedded engine."""
     artifact = calibrated_artifact(model, recipe, base)
     engine_dir = base / "packed" / recipe
@@ -110,9 +110,17 @@ def embedded_answers(model: Path, recipe: str, base: Path, num_greedy: int) -> d
     given = load_file(held_out(model, base))
     logits = torch.stack([engine.score(text) for text in given["text"]])
     prompts = given["prompts"].tolist()
-    outputs = run(engine, [request(str(n), row, num_greedy) for n, row in enumerate(prompts)])
+    outputs = run(engine, [request(str(n), row, NUM_GREEDY) for n, row in enumerate(prompts)])
     greedy = torch.tensor([tokens(outputs[str(n)]) for n in range(len(prompts))])
     return {"logits": logits, "greedy": greedy}
+
+
+def continued(model: Path, base: Path) -> Path:
+    """`held_out`, and of every recipe the embedded engine's greedy continuations [P, G]."""
+    greedy = {recipe: embedded_answers(model, recipe, base)["greedy"] for recipe in RECIPES}
+    path = base / "continued.safetensors"
+    save_file(load_file(held_out(model, base)) | greedy, path)
+    return path
 
 
 def divergence(theirs: Tensor, ours: Tensor) -> tuple[float, float]:
@@ -150,7 +158,7 @@ def answered(
         if answers.exists():
             theirs = load_file(answers)
             recipe = name.split()[-1]
-            ours = embedded_answers(model, recipe, base, theirs["greedy"].shape[1])
+            ours = embedded_answers(model, recipe, base)
             results[name] = found[name] | {"figures": judged(theirs, ours)}
     return results
 

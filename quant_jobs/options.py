@@ -21,9 +21,7 @@ CpusOption = Annotated[
         "of them: fewer workers on a node, more memory for each.",
     ),
 ]
-TargetOption = Annotated[
-    str, typer.Option(help="embedded, trtllm, vllm, sglang or transformers.")
-]
+TargetOption = Annotated[str, typer.Option(help="embedded, trtllm, vllm, sglang or transformers.")]
 TpOption = Annotated[
     int | None,
     typer.Option(min=1, help="GPUs that share one engine [1; trtllm: those of --hardware]."),

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from deepseek.artifact.engine_manifest import (
+    CacheFormat,
     EngineManifest,
     read_documents,
     read_engine_manifest,
@@ -26,23 +28,30 @@ from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineIdentity, EngineOptions
 from deepseek.engine.packed_layout import packed_tensors
 from deepseek.errors import DeployError
+from deepseek.hf.check import check_engine as check_hf
+from deepseek.hf.stored_model import TransformersStoredModel
 from deepseek.host_memory import host_memory_bytes
-from deepseek.kv_layout import kv_layout
+from deepseek.kv_layout import kv_layout, layer_token_bytes
 from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens
 from deepseek.trtllm.check import check_engine as check_trtllm
 from deepseek.trtllm.stored_model import TrtllmStoredModel
+from deepseek.untrusted import show_name
 from deepseek.vllm.check import check_engine as check_vllm
 from deepseek.vllm.stored_model import VllmStoredModel
 
-#: Checks documents and headers of a directory, without the tensors, which are verified as they are
-#: read.
-Check = Callable[[Path], object]
-Open = Callable[[Path], StoredModel]
 
-_TARGETS: Mapping[str, tuple[Check, Open]] = {
-    "trtllm": (lambda directory: check_trtllm(directory, digests=False), TrtllmStoredModel),
-    "vllm": (lambda directory: check_vllm(directory, digests=False), VllmStoredModel),
+class Check(Protocol):
+    """A room's `check_engine`."""
+
+    def __call__(self, directory: Path, *, digests: bool = True) -> object: ...
+
+
+#: Target -> its check of a directory, and what reads one back.
+_TARGETS: Mapping[str, tuple[Check, Callable[[Path], StoredModel]]] = {
+    "trtllm": (check_trtllm, TrtllmStoredModel),
+    "vllm": (check_vllm, VllmStoredModel),
+    "transformers": (check_hf, TransformersStoredModel),
 }
 #: KV formats that only the embedded engine has.
 _EMBEDDED_ONLY = ("int8", "fp32")
@@ -50,18 +59,36 @@ _EMBEDDED_ONLY = ("int8", "fp32")
 _PAGE_TOKENS = 16
 
 
-def check_kv_format(target: str, kv_cache: str) -> None:
-    """Check that the target has this KV format.
+def check_kv_format(target: str, kv_cache: str) -> CacheFormat:
+    """Return `kv_cache` if it is a KV format of the target.
 
     Raises:
-        DeployError: it has not; the sentence names one that it has.
+        DeployError: it has not, the sentence names one that it has; or the target is unknown here.
     """
+    if target != packed.TARGET and target not in _TARGETS:
+        known = ", ".join([packed.TARGET, *_TARGETS])
+        raise DeployError(
+            f"an engine for {show_name(target)} cannot be executed here; build for one of {known}"
+        )
     if target != packed.TARGET and kv_cache in _EMBEDDED_ONLY:
         raise DeployError(
             f"{target} has no {kv_cache} KV cache, only the embedded engine has; give --kv-cache "
             "bf16"
         )
     kv_layout(target, kv_cache)
+    return kv_cache  # type: ignore[return-value]  # `kv_layout` knows no other
+
+
+def check_directory(directory: Path, target: str, *, digests: bool) -> None:
+    """Check an engine directory as its target's loader reads it: documents, names, types and
+    shapes; with `digests` every byte. The embedded engine verifies all of its own when it loads.
+
+    Raises:
+        ArtifactError, DeployError, ConfigError: its loader would not load it, or would load
+            something else.
+    """
+    if target in _TARGETS:
+        _TARGETS[target][0](directory, digests=digests)
 
 
 def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLMEngine:
@@ -81,16 +108,11 @@ def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLM
     check_kv_format(manifest.target, kv_cache)
     if manifest.target == packed.TARGET:
         return LLMEngine.load(directory, options)
-    if manifest.target not in _TARGETS:
-        known = ", ".join([packed.TARGET, *_TARGETS])
-        raise DeployError(
-            f"{directory} is an engine for {manifest.target}, whose arithmetic cannot be executed "
-            f"here; build for one of {known}"
-        )
     check, open_stored = _TARGETS[manifest.target]
-    check(directory)
+    check(directory, digests=False)  # tensors are verified as they are read
     stored = open_stored(directory)
-    _check_memory(directory, stored, manifest)
+    needed = emulated_bytes(stored, manifest, kv_cache=kv_cache, options=options)
+    check_memory(directory, manifest.target, needed, host_memory_bytes())
     arithmetic = ARITHMETICS[manifest.target]
     documents = read_documents(directory, manifest)
     tokenizer = engine_tokenizer(directory, documents)
@@ -114,19 +136,35 @@ def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLM
     )
 
 
-def emulated_bytes(stored: StoredModel, manifest: EngineManifest) -> int:
-    """Bytes that an emulated engine needs without its KV cache: its packed tensors, and the largest
-    file of the directory twice, as it is read and converted."""
-    tensors = packed_tensors(stored.config, stored.schemes).values()
+def emulated_bytes(
+    stored: StoredModel, manifest: EngineManifest, *, kv_cache: str, options: EngineOptions
+) -> int:
+    """Bytes that an emulated engine needs: its packed tensors, its KV cache, and the largest file
+    of the directory twice, as it is read and converted."""
+    config = stored.config
+    tensors = packed_tensors(config, stored.schemes).values()
     largest = max(file.num_bytes for file in manifest.tensor_files.values())
-    return sum(tensor.num_bytes for tensor in tensors) + 2 * largest
+    token = layer_token_bytes(
+        kv_layout(manifest.target, kv_cache, sparse=config.has_indexer),
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+    )
+    tokens = options.max_kv_tokens or max(
+        options.max_model_len or config.dense_context, 1024 * options.max_batch_size
+    )
+    kv_bytes = token * tokens * config.num_hidden_layers
+    return sum(tensor.num_bytes for tensor in tensors) + kv_bytes + 2 * largest
 
 
-def _check_memory(directory: Path, stored: StoredModel, manifest: EngineManifest) -> None:
-    needed, there = emulated_bytes(stored, manifest), host_memory_bytes()
+def check_memory(directory: Path, target: str, needed: int, there: int) -> None:
+    """Check that an emulated engine which needs so many bytes fits into those that there are.
+
+    Raises:
+        DeployError: it does not.
+    """
     if needed > there:
         raise DeployError(
-            f"{directory} needs {needed / 1e9:.1f} GB to be executed as {manifest.target} does, "
-            f"because the model is held in memory, and this machine has {there / 1e9:.1f} GB; "
-            "evaluate on a larger machine"
+            f"{directory} needs {needed / 1e9:.1f} GB to be executed as {target} does, because the "
+            f"model is held in memory, and this machine has {there / 1e9:.1f} GB; evaluate on a "
+            "larger machine"
         )

@@ -437,10 +437,10 @@ def evaluate(
         int | None, typer.Option(min=1, help="CPU threads; all cores but one without it.")
     ] = None,
     kv_cache: Annotated[
-        Literal["bf16", "int8"] | None,
+        Literal["bf16", "fp8", "int8"] | None,
         typer.Option(
-            help="KV format to measure; without it, as the engine was built. The verdict then "
-            "admits this one and no other."
+            help="KV format to measure, as the engine's target lays it out; without it, as the "
+            "engine was built. The verdict then admits this one and no other."
         ),
     ] = None,
     as_json: JsonFlag = False,
@@ -448,9 +448,10 @@ def evaluate(
     """Measure an engine, or a running service, against the source of the model.
 
     Of an engine: perplexity, KL, top-1 agreement, size, decode speed (evaluation.json, which `gate`
-    judges). Of a service (--url): perplexity, a lower bound of the KL and top-1 agreement through
-    the logprobs that it returns, latency and throughput (served.json). A killed run against a
-    service goes on where it was.
+    judges). An engine for another target than `embedded` is executed in memory with the values, the
+    roundings and the KV layout of its target, and its speed is not measured. Of a service (--url):
+    perplexity, a lower bound of the KL and top-1 agreement through the logprobs that it returns,
+    latency and throughput (served.json). A killed run against a service goes on where it was.
 
     \b
     Examples:

@@ -1,10 +1,13 @@
 """Step 6, evaluate: measures an engine, or a running service, against the source of the model.
 
-An engine runs in the embedded engine's loader, so that the measured computation is the served one:
-the quantized model with its own kernels and KV format, the source unquantized with a BF16 cache, or
-a stored reference in its place (`evaluation/reference.py`). One block of text is scored at a time,
-so that logits [block, vocabulary] of each model are in memory. Decode speed is measured in the same
-process, in turns (`evaluation/speed.py`). A service is measured over HTTP (`evaluation/url.py`),
+An engine is loaded as its target loads it (deepseek/target_engine.py), so that the measured
+computation is the served one: an embedded engine with its own kernels and KV format; an engine for
+another target with the values, the roundings and the KV layout of that target, executed by the
+embedded engine, in memory. The source runs unquantized with a BF16 cache, or a stored reference is
+read in its place (`evaluation/reference.py`). One block of text is scored at a time, so that logits
+[block, vocabulary] of each model are in memory. Decode speed is measured in the same process, in
+turns (`evaluation/speed.py`), of embedded engines: an emulation's says nothing about its target. A
+service is measured over HTTP (`evaluation/url.py`),
 always against a stored reference, which is made first where --reference is the source.
 
 `evaluate` measures only; `gate` compares the result with the recipe's limits.
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,12 +28,15 @@ from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.artifact.verdict import EMBEDDED
 from deepseek.config import ModelConfig
 from deepseek.engine.engine import LLMEngine
-from deepseek.engine.kv_cache import check_cache_format
 from deepseek.engine.options import EngineOptions
+from deepseek.engine.packed_layout import source_schemes
 from deepseek.errors import ArtifactError, CalibrationError
 from deepseek.inventory import tensors
+from deepseek.limits import LARGEST
 from deepseek.outputs import check_apart, check_directory, check_writable, make_directory
+from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader, scale_name
+from deepseek.target_engine import check_kv_format, load_as_target
 from quant_jobs.calibration.token_blocks import TokenBlocks, load_token_blocks
 from quant_jobs.evaluation.event_loop import run_in_order
 from quant_jobs.evaluation.load import is_loopback, measure_load
@@ -102,6 +108,8 @@ def run_evaluate(
     Raises:
         ArtifactError: the engine is incomplete, or was not made from this reference; the stored
             reference is damaged; or OUTPUT lies in one of the two.
+        DeployError: the target would not load the engine, has no such KV format, or the emulated
+            engine does not fit into this machine's memory.
         CheckpointError, ConfigError: the reference cannot be read.
         CalibrationError: the data is absent, of an unknown kind, malformed or too short, or is
             given beside a stored reference.
@@ -112,6 +120,8 @@ def run_evaluate(
     check_apart(output, reference_dir, "the reference")
     built = read_engine(engine_dir)
     options = EngineOptions(kv_cache=settings.kv_cache, num_threads=settings.num_threads)
+    kv_cache = check_kv_format(built.target, settings.kv_cache or built.kv_cache)
+    no_speed = _why_no_speed(built, settings, is_reference(reference_dir))
     speed: tuple[DecodeSpeed, ...] = ()
     if is_reference(reference_dir):
         _refuse_text(reference_dir, data, settings, keep_reference)
@@ -119,9 +129,10 @@ def run_evaluate(
         _check_source(built, reference.record.fingerprint, reference_dir)
         ids_BT, held_out = reference.ids, reference.record.data
         check_writable(output)  # now, not after an hour
-        quantized = LLMEngine.load(engine_dir, options)
+        quantized = load_as_target(engine_dir, options)
         scores = score_against(reference, quantized)
-        stored_bytes = _by_name(built.config, reference.tensor_bytes)
+        config = _source_config(built, len(reference.tensor_bytes))
+        stored_bytes = _by_name(config, reference.tensor_bytes)
         source_bytes, digest = reference.record.source_bytes, reference.record.digest
     else:
         source = CheckpointReader(reference_dir)
@@ -130,11 +141,13 @@ def run_evaluate(
         ids_BT = blocks.ids
         for place in (output, keep_reference or output):
             check_writable(place)
-        quantized = LLMEngine.load(engine_dir, options)
+        quantized = load_as_target(engine_dir, options)
         original = _load_source(reference_dir, settings)
         scores = score_blocks(original, quantized, ids_BT)
-        speed = measure_decode(original, quantized, ids_BT, settings.decode_tokens, BATCH_SIZES)
-        stored_bytes, source_bytes, digest = source.stored_bytes, source.file_bytes, None
+        if no_speed is None:
+            speed = measure_decode(original, quantized, ids_BT, settings.decode_tokens, BATCH_SIZES)
+        config, stored_bytes = source.config, source.stored_bytes
+        source_bytes, digest = source.file_bytes, None
         if keep_reference is not None:
             kept = [score.reference for score in scores]
             _write_reference(keep_reference, source, ids_BT, held_out, kept)
@@ -146,17 +159,20 @@ def run_evaluate(
             engine_digest=built.digest,
             artifact_digest=built.artifact_digest,
             recipe=built.recipe,
-            arithmetic=EMBEDDED,
-            kv_cache=check_cache_format(quantized.identity.kv_cache),
+            target=built.target,
+            arithmetic=quantized.identity.arithmetic,
+            executed_by=EMBEDDED,
+            kv_cache=kv_cache,
             reference_fingerprint=built.source_fingerprint,
             stored_reference=digest,
             data=held_out,
             **summarize([score.tokens for score in scores]),
             lumped_kl=_lumped(scores),
             artifact_bytes=built.manifest.num_bytes if built.manifest else source_bytes,
-            sizes=group_sizes(built.config, stored_bytes, built.schemes),
+            sizes=group_sizes(config, stored_bytes, _artifact_schemes(built, config)),
             engine_bytes=built.num_bytes,
             speed=speed,
+            no_speed=no_speed,
             tokens_sha256=tokens.sha256,
             tools=_tools(),
         )
@@ -257,6 +273,18 @@ def obtain_reference(
     return _write_reference(keep, source, blocks.ids, held_out, kept)
 
 
+def _why_no_speed(built: BuiltEngine, settings: Settings, is_stored: bool) -> str | None:
+    """Why decode speed is not measured; None where it is."""
+    if built.target != EMBEDDED:
+        return (
+            f"not measured: the {EMBEDDED} engine emulates the arithmetic of {built.target}, and "
+            "how long that takes says nothing about its kernels"
+        )
+    if is_stored:
+        return "not measured: a stored reference stands for the source, and does not decode"
+    return None if settings.decode_tokens else "not measured: it was not asked for"
+
+
 def _load_source(directory: Path, settings: Settings) -> LLMEngine:
     """The source's own engine: unquantized, on BF16 pages."""
     return LLMEngine.from_checkpoint(
@@ -328,14 +356,34 @@ def _write_reference(
     return write_reference(directory, ids_BT, blocks, torch.tensor(sizes), facts)
 
 
+def _source_config(built: BuiltEngine, num_tensors: int) -> ModelConfig:
+    """The config of the source that has so many tensors: the engine's own, with the MTP layers that
+    the engine may have left out."""
+    own = built.config.num_nextn_predict_layers
+    most, _ = LARGEST["num_nextn_predict_layers"]
+    for count in range(own, int(most) + 1):
+        config = replace(built.config, num_nextn_predict_layers=count)
+        found = len(list(tensors(config)))
+        if found == num_tensors:
+            return config
+        if found > num_tensors:
+            break
+    raise ArtifactError(
+        f"the stored reference counts {num_tensors} tensors of its source, which the engine's "
+        "model has not with any number of MTP layers; make the reference again"
+    )
+
+
+def _artifact_schemes(built: BuiltEngine, config: ModelConfig) -> Mapping[str, Scheme]:
+    """The schemes of the quantized checkpoint, or of the source itself, MTP layers included."""
+    if built.manifest is None:
+        return source_schemes(config)
+    return built.manifest.recipe.resolve(config)
+
+
 def _by_name(config: ModelConfig, tensor_bytes: Tensor) -> Mapping[str, int]:
     """Stored bytes by name of the source's tensors, scales counted with their weights."""
     names = [spec.name for spec in tensors(config)]
-    if len(names) != len(tensor_bytes):
-        raise ArtifactError(
-            f"the stored reference counts {len(tensor_bytes)} tensors of its source, the engine's "
-            f"model has {len(names)}; make the reference again"
-        )
     return dict(zip(names, tensor_bytes.tolist(), strict=True))
 
 

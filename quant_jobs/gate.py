@@ -34,7 +34,9 @@ class Outcome:
             "verdict": "pass" if self.verdict.passed else "fail",
             "reasons": list(self.verdict.reasons),
             "recipe": result.recipe,
+            "target": self.verdict.target,
             "arithmetic": self.verdict.arithmetic,
+            "executed_by": self.verdict.executed_by,
             "kv_cache": self.verdict.kv_cache,
             "engine_digest": result.engine_digest,
             "artifact_digest": result.artifact_digest,
@@ -52,7 +54,7 @@ class Outcome:
     def describe(self) -> list[str]:
         """`PASS recipe` or `FAIL recipe` with what was judged, and one line per reason."""
         word = "PASS" if self.verdict.passed else "FAIL"
-        judged = f"kernels of {self.verdict.arithmetic}, KV {self.verdict.kv_cache}"
+        judged = f"{self.evaluation.how}, KV {self.verdict.kv_cache}"
         reasons = (f"  {text}" for text in self.verdict.reasons)
         return [f"{word} {self.evaluation.recipe} ({judged})", *reasons]
 
@@ -85,6 +87,11 @@ def run_gate(engine_dir: Path, evaluation_dir: Path, *, sign_key: Path | None = 
             f"{evaluation_dir} judged {evaluation.data.judged_tokens} tokens, a verdict needs "
             f"{MIN_TOKENS}; evaluate with more --num-blocks or --block-tokens"
         )
+    if evaluation.target != engine.target:
+        raise ArtifactError(
+            f"{evaluation_dir} is an evaluation of an engine for {evaluation.target}, but "
+            f"{engine_dir} is one for {engine.target}; evaluate this engine"
+        )
     limits = engine.manifest.recipe.gate
     measured = measure(evaluation, engine)
     reasons = tuple(judge(measured, limits).values())
@@ -92,7 +99,9 @@ def run_gate(engine_dir: Path, evaluation_dir: Path, *, sign_key: Path | None = 
         passed=not reasons,
         artifact_digest=engine.manifest.digest,
         engine_digest=engine.digest,
+        target=evaluation.target,
         arithmetic=evaluation.arithmetic,
+        executed_by=evaluation.executed_by,
         kv_cache=evaluation.kv_cache,
         measured=measured.figures()
         | {

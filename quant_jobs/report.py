@@ -79,8 +79,9 @@ def _verdict_of(engine: BuiltEngine, evaluation: Evaluation) -> GateVerdict | No
         return None
     verdict = read_verdict(engine.directory)
     same = verdict.engine_digest == engine.digest
-    judged = (verdict.arithmetic, verdict.kv_cache, verdict.measured.get("mean_kl"))
-    if not same or judged != (evaluation.arithmetic, evaluation.kv_cache, evaluation.kl.mean.value):
+    how = [(it.target, it.arithmetic, it.executed_by, it.kv_cache) for it in (verdict, evaluation)]
+    figures = verdict.measured.get("mean_kl"), evaluation.kl.mean.value
+    if not same or how[0] != how[1] or figures[0] != figures[1]:
         raise ArtifactError(
             f"{engine.directory / VERDICT_FILE} judges another "
             f"{'evaluation' if same else 'engine'}; run `python -m quant_jobs gate` again"

@@ -90,7 +90,7 @@ class ServeConfig(_Strict):
     max_model_len: int | None = Field(default=None, ge=2)
     kv_tokens: int | None = Field(default=None, ge=1)
     #: Another KV format than the one that the gate judged is refused, or served as ungated.
-    kv_cache: Literal["bf16", "int8"] | None = None
+    kv_cache: Literal["bf16", "fp8", "int8"] | None = None
     max_batch_size: int | None = Field(default=None, ge=1)
     max_batched_tokens: int | None = Field(default=None, ge=1)
     num_threads: int | None = Field(default=None, ge=1)

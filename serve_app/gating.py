@@ -1,5 +1,6 @@
 """The door: only an engine whose accuracy gate passed is served, and it is served as it was judged:
-with the same kernels, on KV pages of the same format. The override exists and is loud.
+to its target, in the same arithmetic, on KV pages of the same format. The override exists and is
+loud.
 
 `EngineReplica` opens it before it makes an engine, and the ingress before it loads a tokenizer, so
 the rule holds for every adapter on every cluster and for every file of the engine that a process
@@ -7,9 +8,9 @@ uses; no adapter knows of it. `python -m serve_app` calls it too, before it star
 user reads one sentence at once. What a verdict must say is in deepseek/artifact/verdict.py;
 `quant_jobs gate` writes it.
 
-The embedded engine verifies every tensor that it loads. TensorRT-LLM's loader verifies none, so its
-directory is checked here as `build --check` does (deepseek/trtllm/check.py): by names, types and
-shapes before Ray starts, and every byte in the replica before its engine is made.
+The embedded engine verifies every tensor that it loads. Other targets' loaders verify none, so
+their directories are checked here as `build --check` does (deepseek/target_engine.py): by names,
+types and shapes before Ray starts, and every byte in the replica before its engine is made.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ Depth = Literal["documents", "headers", "bytes"]
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """An engine directory that may be served: its digest, the kernels (`arithmetic`, the name of a
-    target) and the KV format that it may be served with, whether its gate passed for them, and its
-    documents as they were verified against that digest."""
+    """An engine directory that may be served: its digest, the arithmetic (the name of a target) and
+    the KV format that it may be served with, whether its gate passed for them, and its documents as
+    they were verified against that digest. `emulated`: its figures were computed in the target's
+    arithmetic, by another engine than the target's own."""
 
     engine_digest: str
     arithmetic: str
     kv_cache: str
     gated: bool
     documents: Mapping[str, bytes]
+    emulated: bool = False
 
     def check_started(
         self, engine_dir: Path, *, engine_digest: str | None, arithmetic: str, kv_cache: str | None
@@ -49,13 +52,13 @@ class Admitted:
         no engine directory (echo), so there is nothing to compare.
 
         Raises:
-            ArtifactError: it loaded another engine, or computes with other kernels or KV pages.
+            ArtifactError: it loaded another engine, or computes otherwise, or on other KV pages.
         """
         if engine_digest is None:
             return
         for what, admitted, started in (
             ("engine", self.engine_digest, engine_digest),
-            ("kernels of", self.arithmetic, arithmetic),
+            ("arithmetic", self.arithmetic, arithmetic),
             ("KV format", self.kv_cache, kv_cache or "unknown"),
         ):
             if started != admitted:
@@ -80,27 +83,28 @@ def admit(
 
     Raises:
         ArtifactError: the directory is no engine, or a file in it is not the engine's; or its gate
-            is missing, failed, unsigned, or judged another engine, other kernels or another KV
-            format, and `allow_ungated` does not override that.
+            is missing, failed, unsigned, or judged another engine, target, arithmetic or KV format,
+            and `allow_ungated` does not override that.
         DeployError: its loader would not load it, or would load something else.
     """
     manifest = read_engine_manifest(engine_dir)
-    if manifest.target == "trtllm" and depth != "documents":
-        from deepseek.trtllm.check import check_engine  # brings torch, which an ingress has not
+    if depth != "documents":
+        from deepseek.target_engine import check_directory  # brings torch, which an ingress has not
 
-        check_engine(engine_dir, digests=depth == "bytes")
+        check_directory(engine_dir, manifest.target, digests=depth == "bytes")
     admitted = Admitted(
         engine_digest=manifest.digest,
-        arithmetic=manifest.target,  # each target's engines are loaded by its own kernels
+        arithmetic=manifest.target,  # each target's engines are computed by that target
         kv_cache=kv_cache or manifest.kv_cache,
         gated=True,
         documents=read_documents(engine_dir, manifest),
     )
     try:
-        require_passed(
+        verdict = require_passed(
             engine_dir,
             engine_digest=manifest.digest,
             artifact_digest=manifest.artifact_digest,
+            target=manifest.target,
             arithmetic=admitted.arithmetic,
             kv_cache=admitted.kv_cache,
             signed_by=require_signature,
@@ -114,4 +118,11 @@ def admit(
             ) from error
         log.warning("SERVING AN UNGATED ARTIFACT, its quality is unknown: %s", error)
         return replace(admitted, gated=False)
-    return admitted
+    if verdict.is_emulated:
+        log.info(
+            "%s was judged by an emulation: %s computed its figures in the arithmetic of %s",
+            engine_dir,
+            verdict.executed_by,
+            verdict.arithmetic,
+        )
+    return replace(admitted, emulated=verdict.is_emulated)

@@ -83,8 +83,7 @@ def quantization_config(
     """
     places: dict[Scheme, set[_Place]] = {}
     for module, scheme in schemes.items():
-        layer, rest = module.removeprefix("model.layers.").split(".", 1)
-        places.setdefault(_as_stored(scheme), set()).add((int(layer), rest))
+        places.setdefault(_as_stored(scheme), set()).add(_place(module))
     high_precision = places.pop(Scheme(weights="bf16"), set())
     if not places:
         return None
@@ -145,11 +144,25 @@ def _experts_are_found(experts: Sequence[Mapping[str, Any]], fp8: Mapping[str, A
     )
 
 
+def module_patterns(
+    config: ModelConfig, modules: Iterable[str], everything: Iterable[str]
+) -> list[str]:
+    """A few targets that match these modules, and no other of `everything`, module names of
+    linears."""
+    fragments = _FRAGMENTS_WITH_INDEXER if config.has_indexer else _FRAGMENTS
+    return _targets(set(map(_place, modules)), set(map(_place, everything)), fragments)
+
+
 def matches(target: str, name: str) -> bool:
     """Whether a target or ignore entry names the module (rule of compressed-tensors and vLLM)."""
     if target.startswith("re:"):
         return _compiled(target[3:]).match(name) is not None
     return target == name
+
+
+def _place(module: str) -> _Place:
+    layer, rest = module.removeprefix("model.layers.").split(".", 1)
+    return int(layer), rest
 
 
 @lru_cache

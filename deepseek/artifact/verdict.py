@@ -2,8 +2,8 @@
 
 `gate` writes gate.json into the engine directory that was evaluated; `serve_app` requires it. A
 verdict names the digests of the artifact and of the engine, so it is refused beside another engine;
-and what computed the judged figures, kernels and KV format, so it is refused where the same engine
-is to be served with others.
+and what the figures hold for: target, arithmetic and KV format, so it is refused where the same
+engine is to be served otherwise.
 Whoever can write into the directory can write a verdict too: gate.json alone says what was
 measured, not by whom. A signature (`signature.py`) says that, where a server requires one. This
 file imports no torch.
@@ -34,14 +34,16 @@ from deepseek.untrusted import UnusableFileError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
-#: Whose kernels computed: the name of a target, as in engine.json. An engine for TensorRT-LLM that
-#: was judged by the embedded engine's emulation has a verdict on "embedded", which does not admit
-#: it to TensorRT-LLM.
+#: In whose arithmetic the figures were computed, and whose engine computed them: names of targets,
+#: as in engine.json. An engine for TensorRT-LLM that the embedded engine executed has a verdict on
+#: "trtllm" that was `executed_by` "embedded": the values and the roundings are TensorRT-LLM's, the
+#: kernels are not. It admits the engine to TensorRT-LLM, and what serves it says that the verdict
+#: is an emulation's.
 Arithmetic = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,32}$")]
-#: The one arithmetic that was ever judged when verdicts (forms 1 and 2) and evaluations (form 1)
-#: did not name it.
+#: The one target, arithmetic and engine that was ever judged when verdicts (to form 4) and
+#: evaluations (to form 2) did not name all of them.
 EMBEDDED = "embedded"
 
 
@@ -49,22 +51,30 @@ class GateVerdict(BaseModel):
     """What was measured on one engine, the limits, and the decision.
 
     `artifact_digest` is the quantized checkpoint's (or, for an unquantized engine, the source's
-    fingerprint). The figures were computed with the kernels of `arithmetic` on KV pages of the
-    format `kv_cache`, and say nothing of the engine on others. `measured` maps names to figures:
-    perplexity, mean_kl, top1, and others. `reasons` holds one sentence for each broken limit.
+    fingerprint). The figures are of an engine for `target`, computed in `arithmetic` on KV pages of
+    the format `kv_cache` as that target lays them out, by the engine `executed_by`; they say
+    nothing of the engine on others. `measured` maps names to figures: perplexity, mean_kl, top1,
+    and others. `reasons` holds one sentence for each broken limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    format_version: Literal[4] = 4
+    format_version: Literal[5] = 5
     passed: StrictBool
     artifact_digest: str
     engine_digest: str
+    target: Arithmetic
     arithmetic: Arithmetic
+    executed_by: Arithmetic
     kv_cache: CacheFormat
     measured: dict[str, float]
     limits: GateLimits
     reasons: tuple[str, ...]
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether another engine than the target's own computed the figures."""
+        return self.executed_by != self.target
 
 
 def write_verdict(
@@ -111,6 +121,8 @@ def read_verdict(engine_dir: Path | str, *, signed_by: Path | None = None) -> Ga
         raw = _name_what_was_judged(raw, path)
     if version < 4:
         _refuse_later_limit(raw, path)
+    if version < 5:
+        raw = _add(raw, path, {"target": EMBEDDED, "executed_by": EMBEDDED})
     try:
         return GateVerdict.model_validate(raw)
     except ValidationError as error:
@@ -122,17 +134,18 @@ def require_passed(
     *,
     engine_digest: str,
     artifact_digest: str,
+    target: str,
     arithmetic: str,
     kv_cache: str,
     signed_by: Path | None = None,
 ) -> GateVerdict:
-    """Read the verdict and check that it passed and is about exactly this engine and artifact,
-    computed with these kernels on KV pages of this format, and signed with the key of `signed_by`
-    where that is given.
+    """Read the verdict and check that it passed and is about exactly this engine and artifact, as
+    an engine for `target`, in this arithmetic on KV pages of this format, and signed with the key
+    of `signed_by` where that is given.
 
     Raises:
-        ArtifactError: no verdict, a failed one, one about another engine, artifact, arithmetic or
-            KV format, or not the signature.
+        ArtifactError: no verdict, a failed one, one about another engine, artifact, target,
+            arithmetic or KV format, or not the signature.
     """
     verdict = read_verdict(engine_dir, signed_by=signed_by)
     for subject, judged, present in (
@@ -144,11 +157,15 @@ def require_passed(
                 f"{engine_dir}: {VERDICT_FILE} judges the {subject} {judged[:16]}, but this one is "
                 f"{present[:16]}; run evaluate and gate again"
             )
+    if verdict.target != target:
+        raise ArtifactError(
+            f"{engine_dir}: {VERDICT_FILE} judges an engine for {verdict.target}, but this one is "
+            f"for {target}; run evaluate and gate again"
+        )
     if verdict.arithmetic != arithmetic:
         raise ArtifactError(
-            f"{engine_dir}: {VERDICT_FILE} judges what the kernels of {verdict.arithmetic} "
-            f"compute, but those of {arithmetic} would serve; evaluate with {arithmetic} and gate "
-            "again"
+            f"{engine_dir}: {VERDICT_FILE} judges the arithmetic of {verdict.arithmetic}, but "
+            f"{arithmetic} would serve; run evaluate and gate again"
         )
     if verdict.kv_cache != kv_cache:
         raise ArtifactError(
@@ -165,7 +182,13 @@ def require_passed(
 def _name_what_was_judged(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields of a verdict of form 1 or 2, in form 3. When those were written, `evaluate` had
     the embedded engine and the KV format that the engine was built with, and no others."""
-    added = {"arithmetic": EMBEDDED, "kv_cache": read_engine_manifest(path.parent).kv_cache}
+    kv_cache = read_engine_manifest(path.parent).kv_cache
+    return _add(raw, path, {"arithmetic": EMBEDDED, "kv_cache": kv_cache})
+
+
+def _add(raw: dict[str, Any], path: Path, added: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a verdict of an older form with those that came later, which it must not have
+    itself."""
     if known := raw.keys() & added.keys():
         raise ArtifactError(
             f"{path}: {min(known)} is no field of its format_version; run the gate again"

@@ -7,6 +7,7 @@
     model.py       the forward pass: attention.py, moe.py, rope.py
     arithmetic.py  what is rounded where: as the engine itself, or as a target
     linear.py      the kernels, one class per weight format; a native extension goes here
+    emulated.py    linears that round as a target's kernels do (target_inputs.py: their inputs)
     sampler.py     logits -> tokens                        detokenizer.py  tokens -> text
     engine.py      the step loop over all of these
 

@@ -48,6 +48,7 @@ from deepseek.engine.request import (
 from deepseek.engine.sampler import Choice, Draw, choose
 from deepseek.engine.scheduler import Chunk, Schedule, Scheduler
 from deepseek.errors import DeployError, RequestError
+from deepseek.kv_layout import kv_layout
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens, stop_token_ids
@@ -102,9 +103,10 @@ class LLMEngine:
         num_pages = -(-kv_tokens // identity.page_tokens)
         self._pool = PagePool(num_pages, identity.page_tokens)
         self.max_model_len = min(model_len, self._pool.capacity_tokens)
-        self._cache = LatentCache(
-            config, check_cache_format(identity.kv_cache), num_pages, identity.page_tokens
+        layout = kv_layout(
+            identity.arithmetic, check_cache_format(identity.kv_cache), sparse=config.has_indexer
         )
+        self._cache = LatentCache(config, layout, num_pages, identity.page_tokens)
         self._scheduler = Scheduler(
             self._pool,
             max_batch_size=options.max_batch_size,

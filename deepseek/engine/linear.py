@@ -52,6 +52,7 @@ import torch
 from torch import Tensor
 
 from deepseek.engine.arithmetic import EMBEDDED, Arithmetic
+from deepseek.engine.emulated import make_target_linear
 from deepseek.formats import (
     TILE,
     quantize_input_fp8,
@@ -143,6 +144,14 @@ class Kernels:
         """A tensor f32 as it leaves a kernel: `x` itself in FP32, a copy of its values rounded to
         BF16 otherwise."""
         return x if self.arithmetic.activations == "float32" else x.bfloat16().float()
+
+    def round_factor(self, x: Tensor) -> Tensor:
+        """As `round`, for what a norm or SwiGLU multiplies last, where the target rounds twice."""
+        return self.round(x) if self.arithmetic.elementwise == "twice" else x
+
+    def round_angle(self, x: Tensor) -> Tensor:
+        """As `round`, for cosines, sines and what they multiply."""
+        return self.round(x) if self.arithmetic.angles == "bfloat16" else x
 
 
 class Linear(Protocol):
@@ -307,7 +316,10 @@ class Int4StaticFp8Linear(Int4Linear):
 
 def make_linear(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels) -> Linear:
     """Choose the kernel of one packed linear and give it its tensors, by suffix as
-    `packed_layout.packed_shapes` lists them. The kernel holds them; nothing is copied."""
+    `packed_layout.packed_shapes` lists them. The kernel holds them; nothing is copied. In a
+    target's arithmetic it is an emulation (emulated.py)."""
+    if kernels.arithmetic != EMBEDDED:
+        return make_target_linear(scheme, tensors, kernels)
     match scheme.weights:
         case "int4" | "int4-asym":
             assert scheme.group_size is not None

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from deepseek.config import ModelConfig
-from deepseek.engine.linear import Encoded, Encoding, Projection, RowRule, encode
+from deepseek.engine.linear import Encoded, Encoding, Kernels, Projection, encode
 
 
 class GatedMlp:
     """down(silu(gate x) * up x), with gate and up side by side in one projection."""
 
-    def __init__(self, gate_up: Projection, down: Projection) -> None:
-        self.gate_up, self.down = gate_up, down
+    def __init__(self, gate_up: Projection, down: Projection, kernels: Kernels) -> None:
+        self.gate_up, self.down, self._kernels = gate_up, down, kernels
 
     @property
     def encodings(self) -> frozenset[Encoding]:
@@ -35,7 +35,7 @@ class GatedMlp:
 
     def forward(self, x: dict[Encoding, Encoded]) -> Tensor:
         """Encoded [T, D] -> f32 [T, D]."""
-        hidden = silu_gate(self.gate_up.forward(x))
+        hidden = silu_gate(self.gate_up.forward(x), self._kernels)
         return self.down.forward(encode(hidden, self.down.encodings))
 
 
@@ -43,14 +43,16 @@ class Router:
     """Chooses each token's experts. Weight f32 [E, D]; correction bias f32 [E], which balances the
     load of the experts."""
 
-    def __init__(self, config: ModelConfig, weight: Tensor, bias: Tensor, rows: RowRule) -> None:
+    def __init__(self, config: ModelConfig, weight: Tensor, bias: Tensor, kernels: Kernels) -> None:
         self._config = config
-        self._weight, self._bias, self._rows = weight, bias, rows
+        self._weight, self._bias, self._kernels = weight, bias, kernels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f32 [T, D] -> experts int64 [T, K] and their weights f32 [T, K]."""
-        config = self._config
-        logits = torch.nn.functional.linear(self._rows.pad(x), self._weight)[: x.shape[0]]
+        config, kernels = self._config, self._kernels
+        logits = torch.nn.functional.linear(kernels.rows.pad(x), self._weight)[: x.shape[0]]
+        if kernels.arithmetic.router_logits == "bfloat16":
+            logits = kernels.round(logits)
         scores = 1.0 / _one_plus_exp(-logits)
         biased = (scores + self._bias).view(x.shape[0], config.n_group, -1)  # [T, G, E/G]
         best_two = biased.topk(min(2, biased.shape[-1]), dim=-1).values.sum(dim=-1)
@@ -67,8 +69,11 @@ class Router:
 class MixtureOfExperts:
     """Routed experts and the shared expert."""
 
-    def __init__(self, router: Router, experts: Sequence[GatedMlp], shared: GatedMlp) -> None:
+    def __init__(
+        self, router: Router, experts: Sequence[GatedMlp], shared: GatedMlp, kernels: Kernels
+    ) -> None:
         self._router, self._experts, self._shared = router, experts, shared
+        self._kernels = kernels
         self._in_encodings = frozenset[Encoding]().union(*(e.gate_up.encodings for e in experts))
         self._mid_encodings = frozenset[Encoding]().union(*(e.down.encodings for e in experts))
 
@@ -77,7 +82,7 @@ class MixtureOfExperts:
         experts, weights = self._router.forward(x)
         encoded = encode(x, self._in_encodings | self._shared.encodings)
         routed = self._run_experts(encoded, experts, weights)
-        return routed.add_(self._shared.forward(encoded))
+        return self._kernels.round(routed.add_(self._shared.forward(encoded)))
 
     def _run_experts(self, x: dict[Encoding, Encoded], experts: Tensor, weights: Tensor) -> Tensor:
         num_tokens, num_chosen = experts.shape
@@ -90,20 +95,24 @@ class MixtureOfExperts:
         hidden = torch.cat(
             [self._experts[e].gate_up.forward(_cut(rows, first, last)) for e, first, last in runs]
         )
-        rows = encode(silu_gate(hidden), self._mid_encodings)
+        rows = encode(silu_gate(hidden, self._kernels), self._mid_encodings)
         outputs = torch.cat(
             [self._experts[e].down.forward(_cut(rows, first, last)) for e, first, last in runs]
         )
         chosen = torch.empty_like(outputs)
         chosen[order] = outputs
         chosen = chosen.view(num_tokens, num_chosen, -1)
-        return (chosen * weights[..., None]).sum(dim=1)
+        products = chosen * weights[..., None]
+        if self._kernels.arithmetic.expert_sum == "products":
+            products = self._kernels.round(products)
+        return self._kernels.round(products.sum(dim=1))
 
 
-def silu_gate(gate_up: Tensor) -> Tensor:
+def silu_gate(gate_up: Tensor, kernels: Kernels) -> Tensor:
     """f32 [T, 2 I] -> silu(first half) * second half."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return (gate / _one_plus_exp(-gate)).mul_(up)
+    factor = kernels.round_factor(gate / _one_plus_exp(-gate))
+    return kernels.round(factor.mul_(up))
 
 
 def _one_plus_exp(x: Tensor) -> Tensor:

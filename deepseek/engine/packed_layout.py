@@ -26,8 +26,10 @@ from dataclasses import dataclass
 
 import torch
 
+from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.config import ModelConfig
-from deepseek.engine.kv_cache import CacheFormat, cache_bytes
+from deepseek.engine.arithmetic import EMBEDDED
+from deepseek.engine.kv_cache import cache_bytes
 from deepseek.errors import DeployError
 from deepseek.formats import TILE
 from deepseek.inventory import (
@@ -39,6 +41,7 @@ from deepseek.inventory import (
     layer_tensors,
     linears,
 )
+from deepseek.kv_layout import kv_layout
 from deepseek.recipe import Scheme, source_scheme
 
 #: torch's INT4 operator works on tiles of this many outputs.
@@ -205,17 +208,22 @@ def planned_bytes(
     num_pages: int,
     page_tokens: int,
     embedding_dtype: torch.dtype = torch.bfloat16,
+    arithmetic: str = EMBEDDED.name,
 ) -> dict[str, int]:
     """Bytes that an engine allocates, by inventory group and "kv_cache"; pure arithmetic.
 
     Equal to `LLMEngine.allocated_bytes()` of the same engine. `num_pages` does not count the zero
-    page.
+    page. `arithmetic` names the target whose layout of the KV format is used.
+
+    Raises:
+        DeployError: a kernel cannot take the shape of a linear; the target has no such KV format.
     """
     total: dict[str, int] = {}
     packed = packed_tensors(config, schemes, embedding_dtype=embedding_dtype)
     for tensor in packed.values():
         total[tensor.group] = total.get(tensor.group, 0) + tensor.num_bytes
-    total["kv_cache"] = cache_bytes(config, kv_cache, num_pages, page_tokens)
+    layout = kv_layout(arithmetic, kv_cache, sparse=config.has_indexer)
+    total["kv_cache"] = cache_bytes(config, layout, num_pages, page_tokens)
     return total
 
 

@@ -12,6 +12,7 @@ why. Angles are computed per step and not kept in a table: a step has few tokens
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,13 +35,18 @@ class Rope:
         return angle.cos() * self._amplitude, angle.sin() * self._amplitude
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, round_product: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Rotate interleaved pairs: f32 [..., rope], with cos and sin broadcastable to [..., rope/2].
 
-    Returns [..., rope], de-interleaved.
+    Returns [..., rope], de-interleaved. `round_product` rounds each of the four products.
     """
     first, second = x[..., 0::2], x[..., 1::2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    products = first * cos, second * sin, second * cos, first * sin
+    if round_product is not None:
+        products = tuple(map(round_product, products))  # type: ignore[assignment]
+    return torch.cat((products[0] - products[1], products[2] + products[3]), dim=-1)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

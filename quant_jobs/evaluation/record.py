@@ -97,18 +97,21 @@ class HeldOut(Strict):
 
 class Evaluation(Strict):
     """The whole of evaluation.json. `artifact_digest` is the source's fingerprint and `recipe`
-    "unquantized" for an engine of the source itself. The figures hold for the kernels of the target
-    `arithmetic` on KV pages of the format `kv_cache`, whatever the engine was built with.
+    "unquantized" for an engine of the source itself. The figures are of an engine for `target`, in
+    the target's `arithmetic` on KV pages of the format `kv_cache` as that target lays them out,
+    whatever the engine was built with; the engine `executed_by` computed them.
     `stored_reference` is the digest of the stored reference that stood for the source: `kl` is then
-    an unbiased estimate, not computed over the full vocabulary, and no speed is measured. Form 1
-    has no `lumped_kl`. Sizes include any MTP layer, which the artifact carries too; `sizes` counts
-    tensors, `artifact_bytes` files, headers included."""
+    an unbiased estimate, not computed over the full vocabulary. `no_speed` says why `speed` is
+    empty. Form 1 has no `lumped_kl`, form 2 no `no_speed`. Sizes include any MTP layer, which the
+    artifact carries too; `sizes` counts tensors, `artifact_bytes` files, headers included."""
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     engine_digest: str
     artifact_digest: str
     recipe: str
+    target: Arithmetic
     arithmetic: Arithmetic
+    executed_by: Arithmetic
     kv_cache: CacheFormat
     reference_fingerprint: str
     stored_reference: str | None = None
@@ -123,6 +126,7 @@ class Evaluation(Strict):
     artifact_bytes: Annotated[Count, Field(description="files of the quantized checkpoint")]
     engine_bytes: Annotated[Count, Field(description="tensor file of the engine")]
     speed: tuple[DecodeSpeed, ...]
+    no_speed: str | None = None
     tokens_sha256: str
     tools: dict[str, str]
 
@@ -131,14 +135,20 @@ class Evaluation(Strict):
         """Two bytes per parameter of the source, MTP layer included."""
         return sum(size.bf16_bytes for size in self.sizes)
 
+    @property
+    def how(self) -> str:
+        """In words, what computed the figures."""
+        if self.executed_by == self.target:
+            return f"kernels of {self.target}"
+        return f"arithmetic of {self.arithmetic} emulated by the {self.executed_by} engine"
+
     def describe(self) -> list[str]:
         """A summary for a person, in lines of text."""
         ratio, kl, top1 = self.perplexity_ratio, self.kl, self.top1
         has_mtp = any(size.group == "mtp" for size in self.sizes)
         lines = [
             f"engine {self.engine_digest[:16]} ({self.recipe}), "
-            f"kernels of {self.arithmetic}, KV {self.kv_cache}, "
-            f"{self.data.judged_tokens} tokens judged",
+            f"{self.how}, KV {self.kv_cache}, {self.data.judged_tokens} tokens judged",
             f"perplexity {self.perplexity:.4f}, source {self.source_perplexity:.4f}; "
             f"ratio {ratio.value:.5f} [{ratio.low:.5f}, {ratio.high:.5f}]",
             f"KL {kl.mean.value:.5f} nats/token [{kl.mean.low:.5f}, {kl.mean.high:.5f}], "
@@ -154,6 +164,8 @@ class Evaluation(Strict):
             f"({speed.tokens_per_s / speed.source_tokens_per_s:.2f}x)"
             for speed in self.speed
         ]
+        if self.no_speed is not None:
+            lines.append(f"decode speed: {self.no_speed}")
         return lines
 
 
@@ -172,7 +184,7 @@ def read_evaluation(directory: Path) -> Evaluation:
     path = directory / EVALUATION
     raw = read_json_object(path, f"run `python -m quant_jobs evaluate` with --output {directory}")
     try:
-        evaluation = Evaluation.model_validate(_in_form_2(raw))
+        evaluation = Evaluation.model_validate(_in_form_3(_in_form_2(raw)))
     except ValidationError as error:
         raise ArtifactError(f"{path}: {first_problem(error)}; evaluate again") from error
     read_token_bytes(directory, evaluation)
@@ -183,6 +195,14 @@ def _in_form_2(raw: dict[str, Any]) -> dict[str, Any]:
     """Form 1 has no `arithmetic`: it was the embedded engine's."""
     if raw.get("format_version") == 1 and "arithmetic" not in raw:
         return raw | {"format_version": 2, "arithmetic": EMBEDDED}
+    return raw
+
+
+def _in_form_3(raw: dict[str, Any]) -> dict[str, Any]:
+    """Form 2 has no `target`: only engines for the embedded engine were evaluated."""
+    added = {"target": EMBEDDED, "executed_by": EMBEDDED}
+    if raw.get("format_version") == 2 and not raw.keys() & {*added, "no_speed"}:
+        return raw | added | {"format_version": 3}
     return raw
 
 

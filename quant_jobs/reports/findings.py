@@ -88,7 +88,7 @@ class Report(_Strict):
     """The content of `report.json`. `coverage` maps a layer to the calibration tokens of each
     routed expert, `errors` the module name of a linear to its relative output error."""
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     title: str
     description: str
     verdict: Literal["pass", "fail", "open"]
@@ -269,7 +269,8 @@ def _provenance(engine: BuiltEngine, evaluation: Evaluation) -> dict[str, str]:
         calibration = engine.manifest.calibration
         facts["Calibration digest"] = calibration.digest
         facts["Calibration tokens"] = f"{calibration.num_tokens:,}"
-    facts["Kernels"] = evaluation.arithmetic
+    facts["Target"] = evaluation.target
+    facts["Computed by"] = evaluation.how
     facts["KV cache"] = evaluation.kv_cache
     facts["Engine on disk"] = show_bytes(evaluation.engine_bytes)
     return facts | {f"Tool: {name}": version for name, version in evaluation.tools.items()}

@@ -160,14 +160,16 @@ class ReplicaStatus:
     """What one engine replica reports about itself in each heartbeat.
 
     `gated` says whether the accuracy gate passed for exactly the engine that the replica serves. It
-    is true for an engine without an artifact, which has nothing to gate. `request_ids` are those
-    that the replica works on.
+    is true for an engine without an artifact, which has nothing to gate. `emulated` says that the
+    figures that it judged are those of the target's arithmetic, emulated by another engine.
+    `request_ids` are those that the replica works on.
     """
 
     replica_id: str
     info: EngineInfo
     load: EngineLoad
     gated: bool
+    emulated: bool = False
     request_ids: tuple[str, ...] = ()
 
 

@@ -56,6 +56,7 @@ def add_operations(app: FastAPI, service: Service, snapshots: Snapshots | None) 
             "engine_digest": info.engine_digest,
             "kv_cache": info.kv_cache,
             "gated": ready[0].gated,
+            "emulated": ready[0].emulated,
             "max_model_len": info.max_model_len,
         }
         return JSONResponse(told)

@@ -75,7 +75,7 @@ class EngineReplica:
         max_step_s: float = 60.0,
     ) -> None:
         # Before an engine exists, so that no adapter has to know of gates.
-        admitted, self._gated = None, True
+        admitted, self._gated, self._emulated = None, True, False
         if engine_dir is not None:
             admitted = await asyncio.to_thread(  # it may read hundreds of gigabytes
                 admit,
@@ -85,7 +85,7 @@ class EngineReplica:
                 require_signature=require_signature,
                 depth="bytes",
             )
-            self._gated = admitted.gated
+            self._gated, self._emulated = admitted.gated, admitted.emulated
         self._telemetry = Telemetry.from_environment()
         self._limits = ReplicaLimits()
         self._request_ids: set[str] = set()
@@ -153,6 +153,7 @@ class EngineReplica:
             info=self._info,
             load=self._engine.load(),
             gated=self._gated,
+            emulated=self._emulated,
             request_ids=tuple(self._request_ids),
         )
 

@@ -75,8 +75,9 @@ ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     "intserve_engine_kv_tokens_used": (("replica",), "Tokens whose KV is held."),
     "intserve_engine_kv_tokens_capacity": (("replica",), "Tokens whose KV could be held."),
     "intserve_engine_info": (
-        ("replica", "engine", "recipe", "artifact_digest", "kv_cache", "gated"),
-        "What is served, always 1; gated is false when the accuracy gate was overridden.",
+        ("replica", "engine", "recipe", "artifact_digest", "kv_cache", "gated", "emulated"),
+        "What is served, always 1; gated is false when the accuracy gate was overridden, emulated "
+        "true when it judged an emulation of the engine's target.",
     ),
 }
 
@@ -159,6 +160,7 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
                 info.artifact_digest,
                 info.kv_cache or "none",
                 str(status.gated).lower(),
+                str(status.emulated).lower(),
             ],
             1,
         )

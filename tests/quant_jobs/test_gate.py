@@ -95,18 +95,18 @@ def test_every_broken_limit_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "target", "layers"),
+    ("recipe", "static", "layers"),
     [
-        ("w4a8", "embedded", [1, 2]),
-        ("int4", "embedded", []),  # inputs of INT4 experts are not rounded there
-        ("int4", "trtllm", [1, 2]),
-        ("int8", "embedded", []),  # dynamic scales per token
-        ("int8-weight-only", "trtllm", []),
-        ("int4 in layer 2", "trtllm", [2]),
+        ("w4a8", [], [1, 2]),  # in the embedded engine, which states no scales of its own
+        ("int4", [], []),  # inputs of INT4 experts are not rounded there
+        ("int4", [1, 2], [1, 2]),  # as TensorRT-LLM has them
+        ("int8", [], []),  # dynamic scales per token
+        ("int8-weight-only", [1, 2], []),
+        ("int4 in layer 2", [1, 2], [2]),
     ],
 )
 def test_outliers_count_where_the_experts_have_static_fp8_inputs(
-    chain: Chain, recipe: str, target: str, layers: list[int]
+    chain: Chain, recipe: str, static: list[int], layers: list[int]
 ) -> None:
     engine = read_engine(chain.engine)
     assert engine.manifest is not None
@@ -117,7 +117,13 @@ def test_outliers_count_where_the_experts_have_static_fp8_inputs(
         schemes |= {name: source for name in schemes if ".layers.1." in name}
     found = tuple(InputOutlier(layer=layer, input="down", expert=1, ratio=9.0) for layer in (1, 2))
     manifest = engine.manifest.model_copy(update={"input_outliers": found})
-    engine = replace(engine, config=config, schemes=schemes, target=target, manifest=manifest)
+    engine = replace(
+        engine,
+        config=config,
+        schemes=schemes,
+        manifest=manifest,
+        static_input_layers=frozenset(static),
+    )
     assert [outlier.layer for outlier in static_input_outliers(engine)] == layers
 
 
@@ -177,6 +183,7 @@ def test_the_verdict_is_bound_to_both_digests_and_lets_the_server_in(fresh: Chai
         fresh.engine,
         engine_digest=evaluation.engine_digest,
         artifact_digest=verdict.artifact_digest,
+        target="embedded",
         arithmetic="embedded",
         kv_cache="bf16",
     )
@@ -189,21 +196,43 @@ def test_a_verdict_names_the_kernels_and_the_kv_format_that_were_evaluated(fresh
     write_evaluation(fresh.evaluation, evaluation.model_copy(update=other))
     outcome = run_gate(fresh.engine, fresh.evaluation)
     verdict = read_verdict(fresh.engine)
-    assert (verdict.arithmetic, verdict.kv_cache) == ("trtllm", "int8")
-    assert outcome.describe()[0].endswith("(kernels of trtllm, KV int8)")
+    assert (verdict.target, verdict.arithmetic, verdict.kv_cache) == ("embedded", "trtllm", "int8")
+    assert outcome.describe()[0].endswith("(kernels of embedded, KV int8)")
     assert outcome.summary()["kv_cache"] == "int8"
+
+
+def test_an_evaluation_for_another_target_is_refused(fresh: Chain) -> None:
+    evaluation = read_evaluation(fresh.evaluation)
+    write_evaluation(fresh.evaluation, evaluation.model_copy(update={"target": "trtllm"}))
+    with pytest.raises(ArtifactError, match="of an engine for trtllm, but .* is one for embedded"):
+        run_gate(fresh.engine, fresh.evaluation)
+    assert not (fresh.engine / "gate.json").exists()
 
 
 def test_an_evaluation_of_form_1_was_the_embedded_engines(fresh: Chain) -> None:
     evaluation = read_evaluation(fresh.evaluation)
     path = fresh.evaluation / "evaluation.json"
     raw = json.loads(path.read_text())
-    del raw["arithmetic"]
+    del raw["arithmetic"], raw["target"], raw["executed_by"], raw["no_speed"]
     path.write_text(json.dumps(raw | {"format_version": 1}))
     assert read_evaluation(fresh.evaluation) == evaluation
     path.write_text(json.dumps(raw | {"format_version": 2}))
     with pytest.raises(ArtifactError, match="arithmetic: Field required"):
         read_evaluation(fresh.evaluation)
+
+
+def test_an_evaluation_of_form_2_was_of_an_embedded_engine_and_cannot_claim_another(
+    fresh: Chain,
+) -> None:
+    evaluation = read_evaluation(fresh.evaluation)
+    path = fresh.evaluation / "evaluation.json"
+    raw = json.loads(path.read_text()) | {"format_version": 2, "target": "trtllm"}
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match="format_version: "):
+        read_evaluation(fresh.evaluation)
+    del raw["target"], raw["executed_by"], raw["no_speed"]
+    path.write_text(json.dumps(raw))
+    assert read_evaluation(fresh.evaluation) == evaluation
 
 
 def test_a_failure_is_written_too_and_keeps_the_server_out(fresh: Chain) -> None:
@@ -219,6 +248,7 @@ def test_a_failure_is_written_too_and_keeps_the_server_out(fresh: Chain) -> None
             fresh.engine,
             engine_digest=evaluation.engine_digest,
             artifact_digest=outcome.verdict.artifact_digest,
+            target="embedded",
             arithmetic="embedded",
             kv_cache="bf16",
         )

@@ -63,7 +63,9 @@ def verdict(directory: Path, **changes: Any) -> GateVerdict:
         "passed": True,
         "artifact_digest": manifest.artifact_digest,
         "engine_digest": manifest.digest,
+        "target": "embedded",
         "arithmetic": "embedded",
+        "executed_by": "embedded",
         "kv_cache": manifest.kv_cache,
         "measured": {"perplexity": 3.0},
         "limits": GateLimits(max_perplexity_ratio=1.1, max_mean_kl=0.1, min_top1=0.9),
@@ -268,17 +270,21 @@ def test_an_engine_is_served_with_the_kv_format_that_was_judged_and_no_other(
         admit(directory, kv_cache=None)
 
 
-def test_an_engine_whose_kernels_were_not_judged_is_refused(engine_dir: Path) -> None:
-    write_verdict(engine_dir, verdict(engine_dir, arithmetic="trtllm"))
-    with pytest.raises(ArtifactError, match="kernels of trtllm compute, but those of embedded wou"):
-        admit(engine_dir, kv_cache=None)
+def test_an_engine_whose_target_or_arithmetic_was_not_judged_is_refused(engine_dir: Path) -> None:
+    for changes, says in (
+        ({"arithmetic": "trtllm"}, "judges the arithmetic of trtllm, but embedded would serve"),
+        ({"target": "trtllm"}, "judges an engine for trtllm, but this one is for embedded"),
+    ):
+        write_verdict(engine_dir, verdict(engine_dir, **changes))
+        with pytest.raises(ArtifactError, match=says):
+            admit(engine_dir, kv_cache=None)
 
 
 @pytest.mark.parametrize(
     ("started", "says"),
     [
         ({"engine_digest": "0" * 64}, "engine 0000000000000000 where"),
-        ({"arithmetic": "trtllm"}, "kernels of trtllm where embedded was"),
+        ({"arithmetic": "trtllm"}, "arithmetic trtllm where embedded was"),
         ({"kv_cache": "int8"}, "KV format int8 where bf16 was"),
         ({"kv_cache": None}, "KV format unknown where bf16 was"),
     ],

@@ -21,7 +21,9 @@ def verdict(*, passed: bool = True) -> GateVerdict:
         passed=passed,
         artifact_digest="a" * 64,
         engine_digest="e" * 64,
+        target="embedded",
         arithmetic="embedded",
+        executed_by="embedded",
         kv_cache="bf16",
         measured={"mean_kl": 0.02},
         limits=load_recipe("int4").gate,
@@ -46,7 +48,7 @@ def engine(tmp_path: Path, keys: Keys) -> Path:
 def test_a_verdict_signed_with_the_key_is_read(engine: Path, keys: Keys) -> None:
     assert read_verdict(engine, signed_by=keys.public) == verdict()
     served = {"engine_digest": "e" * 64, "artifact_digest": "a" * 64}
-    served |= {"arithmetic": "embedded", "kv_cache": "bf16"}
+    served |= {"target": "embedded", "arithmetic": "embedded", "kv_cache": "bf16"}
     assert require_passed(engine, **served, signed_by=keys.public).passed
 
 
@@ -166,7 +168,7 @@ def test_a_wrong_key_is_one_sentence_without_the_key(tmp_path: Path) -> None:
 def test_a_later_form_of_a_verdict_is_refused(engine: Path) -> None:
     path = engine / "gate.json"
     raw = json.loads(path.read_text())
-    assert raw["format_version"] == 4  # 4: the limits have one for outliers among the inputs
+    assert raw["format_version"] == 5  # 5: the target, and what executed it
     for version in (5, 0, "4", 4.0, True, None, [2]):
         path.write_text(json.dumps(raw | {"format_version": version}))
         with pytest.raises(ArtifactError, match=r"format_version .* is not supported, only 4"):

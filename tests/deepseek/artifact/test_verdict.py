@@ -20,7 +20,9 @@ def verdict(*, passed: bool = True, reasons: tuple[str, ...] = ()) -> GateVerdic
         passed=passed,
         artifact_digest="a" * 64,
         engine_digest="e" * 64,
+        target="embedded",
         arithmetic="embedded",
+        executed_by="embedded",
         kv_cache="bf16",
         measured={"perplexity": 12.5, "mean_kl": 0.02, "top1": 0.97},
         limits=LIMITS,
@@ -33,6 +35,7 @@ def require(
     *,
     engine: str = "e",
     artifact: str = "a",
+    target: str = "embedded",
     arithmetic: str = "embedded",
     kv_cache: str = "bf16",
 ) -> GateVerdict:
@@ -40,6 +43,7 @@ def require(
         directory,
         engine_digest=engine * 64,
         artifact_digest=artifact * 64,
+        target=target,
         arithmetic=arithmetic,
         kv_cache=kv_cache,
     )
@@ -79,17 +83,20 @@ def test_a_verdict_of_an_older_form_judged_the_engine_as_it_was_built(
     write_engine_manifest(tmp_path, engine)
     write_verdict(tmp_path, verdict().model_copy(update={"engine_digest": engine.digest}))
     raw = json.loads((tmp_path / "gate.json").read_text())
-    old = {k: v for k, v in raw.items() if k not in ("arithmetic", "kv_cache", "format_version")}
+    later = ("target", "arithmetic", "executed_by", "kv_cache", "format_version")
+    old = {k: v for k, v in raw.items() if k not in later}
     old |= {} if form == 1 else {"format_version": 2}
     del old["limits"]["max_input_outliers"]  # came with form 4
     (tmp_path / "gate.json").write_text(json.dumps(old))
     served = {"engine_digest": engine.digest, "artifact_digest": "a" * 64}
-    judged = require_passed(tmp_path, **served, arithmetic="embedded", kv_cache="int8")
-    assert (judged.arithmetic, judged.kv_cache, judged.format_version) == ("embedded", "int8", 4)
+    served |= {"target": "embedded", "arithmetic": "embedded"}
+    judged = require_passed(tmp_path, **served, kv_cache="int8")
+    assert (judged.target, judged.arithmetic, judged.executed_by) == ("embedded",) * 3
+    assert (judged.kv_cache, judged.format_version) == ("int8", 5)
     with pytest.raises(ArtifactError, match="judges int8 KV pages, but bf16 ones"):
-        require_passed(tmp_path, **served, arithmetic="embedded", kv_cache="bf16")
-    with pytest.raises(ArtifactError, match="judges what the kernels of embedded compute"):
-        require_passed(tmp_path, **served, arithmetic="trtllm", kv_cache="int8")
+        require_passed(tmp_path, **served, kv_cache="bf16")
+    with pytest.raises(ArtifactError, match="judges an engine for embedded, but this one is for t"):
+        require_passed(tmp_path, **served | {"target": "trtllm"}, kv_cache="int8")
     (tmp_path / "engine.json").unlink()
     with pytest.raises(ArtifactError, match="is not an engine"):
         read_verdict(tmp_path)
@@ -99,12 +106,29 @@ def test_a_verdict_of_form_3_is_read_and_cannot_claim_a_later_limit(tmp_path: Pa
     """No artifact that was judged then kept maxima, so there was no outlier to count."""
     write_verdict(tmp_path, verdict())
     raw = json.loads((tmp_path / "gate.json").read_text()) | {"format_version": 3}
+    del raw["target"], raw["executed_by"]  # came with form 5
     (tmp_path / "gate.json").write_text(json.dumps(raw))
     with pytest.raises(ArtifactError, match="max_input_outliers is no field of its format_ver"):
         require(tmp_path)
     del raw["limits"]["max_input_outliers"]
     (tmp_path / "gate.json").write_text(json.dumps(raw))
     assert require(tmp_path).limits.max_input_outliers == 8
+
+
+def test_a_verdict_of_form_4_judged_the_embedded_engine_and_cannot_claim_another(
+    tmp_path: Path,
+) -> None:
+    write_verdict(tmp_path, verdict())
+    raw = json.loads((tmp_path / "gate.json").read_text()) | {"format_version": 4}
+    for field in ("executed_by", "target"):
+        (tmp_path / "gate.json").write_text(json.dumps(raw))
+        with pytest.raises(ArtifactError, match=f"{field} is no field of its format_version"):
+            require(tmp_path)
+        del raw[field]
+    (tmp_path / "gate.json").write_text(json.dumps(raw))
+    assert require(tmp_path) == verdict()
+    with pytest.raises(ArtifactError, match="judges an engine for embedded, but this one is for s"):
+        require(tmp_path, target="sglang", arithmetic="sglang")
 
 
 def test_an_engine_that_was_never_gated_is_refused(tmp_path: Path) -> None:
@@ -149,9 +173,26 @@ def test_a_verdict_on_other_kernels_or_kv_pages_is_refused_with_the_remedy(
     with pytest.raises(ArtifactError) as refused:
         require(tmp_path, arithmetic="trtllm")
     assert str(refused.value) == (
-        f"{tmp_path}: gate.json judges what the kernels of embedded compute, but those of trtllm "
-        "would serve; evaluate with trtllm and gate again"
+        f"{tmp_path}: gate.json judges the arithmetic of embedded, but trtllm would serve; run "
+        "evaluate and gate again"
     )
+    with pytest.raises(ArtifactError) as refused:
+        require(tmp_path, target="vllm", arithmetic="vllm")
+    assert str(refused.value) == (
+        f"{tmp_path}: gate.json judges an engine for embedded, but this one is for vllm; run "
+        "evaluate and gate again"
+    )
+
+
+def test_a_verdict_by_emulation_admits_the_target_that_it_judges_and_says_so(
+    tmp_path: Path,
+) -> None:
+    emulated = {"target": "trtllm", "arithmetic": "trtllm"}
+    write_verdict(tmp_path, verdict().model_copy(update=emulated))
+    assert require(tmp_path, **emulated).is_emulated
+    assert not verdict().is_emulated
+    with pytest.raises(ArtifactError, match="judges an engine for trtllm, but this one is for emb"):
+        require(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +202,8 @@ def test_a_verdict_on_other_kernels_or_kv_pages_is_refused_with_the_remedy(
         ({"kv_cache": "int3"}, "kv_cache: "),
         ({"kv_cache": None}, "kv_cache: "),
         ({"arithmetic": "\x1b[31m"}, "arithmetic: "),
+        ({"target": ""}, "target: "),
+        ({"executed_by": None}, "executed_by: "),
         ({"format_version": 2}, "arithmetic is no field of its format_version"),
         ({"mood": "good"}, "mood: Extra inputs"),
         ({"engine_digest": None}, "engine_digest: "),

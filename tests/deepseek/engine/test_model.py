@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from deepseek.config import ModelConfig
 from deepseek.engine.detokenizer import load_tokenizer
 from deepseek.engine.engine import EngineOptions, LLMEngine
-from deepseek.engine.linear import RowRule
+from deepseek.engine.linear import Kernels, RowRule
 from deepseek.engine.moe import Router
 from deepseek.engine.request import Request, SamplingParams
 from deepseek.engine.rope import Rope, rotate
@@ -190,8 +190,9 @@ def test_the_bias_picks_experts_and_does_not_weigh_them(tiny_model: Path) -> Non
     theirs.load_state_dict({"weight": weight, "e_score_correction_bias": bias})
     with torch.no_grad():
         _, want_weights, want_experts = theirs(x)
-    experts, weights = Router(config, weight, bias, RowRule(4)).forward(x)
-    unbiased, _ = Router(config, weight, torch.zeros_like(bias), RowRule(4)).forward(x)
+    kernels = Kernels(RowRule(4), has_vnni=False, is_batch_invariant=True)
+    experts, weights = Router(config, weight, bias, kernels).forward(x)
+    unbiased, _ = Router(config, weight, torch.zeros_like(bias), kernels).forward(x)
 
     def by_expert(experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(x), config.n_routed_experts).scatter(1, experts, weights)

@@ -14,12 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import site
 import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 WORLD = 2
 
 
@@ -32,9 +36,9 @@ def hexdigest(tensor: Any) -> str:
 
 def load(directory: str, ep: bool) -> dict[str, Any]:
     import torch
-    from run_vllm_loader import tensors_of  # type: ignore[import-not-found]
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm_loading import tensors_of  # type: ignore[import-not-found]
 
     config = config_of(directory, ep)
     torch.set_default_dtype(torch.bfloat16)  # as its loaders do
@@ -102,9 +106,9 @@ def run_rank(rank: int, rendezvous: str, words: list[str], results: Any) -> None
 
 
 def load_all(rank: int, rendezvous: str, words: list[str]) -> dict[str, Any]:
-    sys.argv = [sys.argv[0], *words]
-    import run_vllm_loader  # adds PACKAGES
+    site.addsitedir(words[0])
     import torch
+    import vllm_kernels  # type: ignore[import-not-found]
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
@@ -112,7 +116,10 @@ def load_all(rank: int, rendezvous: str, words: list[str]) -> dict[str, Any]:
     _, ep, *directories = words[1:]
     found: dict[str, Any] = {}
     with ExitStack() as stack:
-        run_vllm_loader.kernels_chosen(stack)
+        vllm_kernels.install(stack)
+        # a release's FP8 method asks for AMX itself
+        stack.enter_context(patch("torch.cpu._is_amx_tile_supported", lambda: True))
+        stack.enter_context(patch("vllm._custom_ops._supports_cpu_fp8_w8a16", True))
         with set_current_vllm_config(config_of(directories[0], ep == "1")):
             init_distributed_environment(WORLD, rank, f"file://{rendezvous}", rank, "gloo")
             initialize_model_parallel(WORLD, 1)

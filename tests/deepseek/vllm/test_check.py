@@ -14,6 +14,8 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError, DeployError, IntServeError
 from deepseek.vllm.check import check_engine
 
+pytestmark = pytest.mark.heavy  # engines are built and read
+
 
 @pytest.mark.parametrize("recipe", ["int4", "int8", "int8-weight-only", "int4-asym"])
 def test_an_engine_passes_and_every_value_of_every_rank_is_the_artifacts(

@@ -15,6 +15,8 @@ from deepseek.formats import stored_shapes
 from deepseek.target_engine import load_as_target
 from deepseek.vllm.stored_model import VllmStoredModel
 
+pytestmark = pytest.mark.heavy  # engines are built and read
+
 
 @pytest.mark.parametrize("recipe", ["int4", "int8", "int8-weight-only", "int4-asym"])
 def test_only_scales_of_packed_int8_differ_from_the_artifact_by_their_rounding(

@@ -22,6 +22,8 @@ from quant_jobs.build import BuildOptions, check_checkpoint, complete_options
 from quant_jobs.check import run_check
 from quant_jobs.targets import vllm
 
+pytestmark = pytest.mark.heavy  # engines are built and read
+
 
 @pytest.fixture(scope="module")
 def int4(tmp_path_factory: pytest.TempPathFactory) -> ArtifactReader:

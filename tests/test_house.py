@@ -31,6 +31,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "engine": {"artifact", "formats", "source"},
         "trtllm": {"artifact", "formats", "source"},
         "vllm": {"artifact", "formats", "source"},
+        "hf": {"artifact", "formats", "source"},
     },
     "cluster": {},
     "quant_jobs": {
@@ -131,7 +132,7 @@ def test_files_that_prose_names_exist(root: Path) -> None:
     """In docs, comments and strings: `folder/name.py` is the end of some file's path. Sources that
     matrix.py and the rooms of targets quote are other projects' files."""
     quoting = {root / "cluster/matrix.py", root / "docs/deployability.md"}
-    for room in ("trtllm", "vllm"):
+    for room in ("trtllm", "vllm", "hf"):
         quoting |= set((root / "deepseek" / room).glob("*.py"))
     folders = [*FORBIDDEN, "bench", "docs", "examples", "tests"]
     paths = [path for folder in folders for path in (root / folder).rglob("*.py")]

@@ -97,9 +97,7 @@ def artifact_problems(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Ite
         yield Problem(f"linears in {_list(quantized)}", AS_IS_MIXED_LINEARS, change)
 
 
-def notes(
-    config: ModelConfig, schemes: Mapping[str, Scheme], stored: Stored
-) -> tuple[str, ...]:
+def notes(config: ModelConfig, schemes: Mapping[str, Scheme], stored: Stored) -> tuple[str, ...]:
     """What a built directory is or computes otherwise than the recipe says, one sentence each."""
     kept = {m: s for m, s in schemes.items() if m in stored.forms}
     activations = {scheme.activations for scheme in kept.values()}
@@ -176,5 +174,3 @@ def _only_partial(config: ModelConfig, schemes: Mapping[str, Scheme], stored: St
         for module, scheme in schemes.items()
         if scheme.weights != "bf16" and stored.forms[module].kind == "bf16"
     )
-
-

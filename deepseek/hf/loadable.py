@@ -80,7 +80,7 @@ def artifact_problems(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Ite
     kept = {m: s for m, s in schemes.items() if layer_of(m) < config.num_hidden_layers}
     experts = _formats(s for m, s in kept.items() if expert_of(m) is not None)
     others = _formats(s for m, s in kept.items() if expert_of(m) is None)
-    for weights, group, activations in sorted(experts, key=str):
+    for weights, _, activations in sorted(experts, key=str):
         label = f"routed experts in {weights}"
         if weights == "int8-block" or activations == "int8":
             yield Problem(f"{label} with INT8 activations", AS_IS_W8A8, change)

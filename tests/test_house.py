@@ -31,6 +31,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "engine": {"artifact", "formats", "source"},
         "trtllm": {"artifact", "formats", "source"},
         "hf": {"artifact", "formats", "source"},
+        "sglang": {"artifact", "formats", "source"},
         "vllm": {"artifact", "formats", "source"},
     },
     "cluster": {"rows": set()},

@@ -28,6 +28,8 @@ from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineIdentity, EngineOptions
 from deepseek.engine.packed_layout import packed_tensors
 from deepseek.errors import DeployError
+from deepseek.hf.check import check_engine as check_hf
+from deepseek.hf.stored_model import TransformersStoredModel
 from deepseek.host_memory import host_memory_bytes
 from deepseek.kv_layout import kv_layout, layer_token_bytes
 from deepseek.stop_tokens import FILE as GENERATION_FILE
@@ -49,6 +51,7 @@ class Check(Protocol):
 _TARGETS: Mapping[str, tuple[Check, Callable[[Path], StoredModel]]] = {
     "trtllm": (check_trtllm, TrtllmStoredModel),
     "vllm": (check_vllm, VllmStoredModel),
+    "transformers": (check_hf, TransformersStoredModel),
 }
 #: KV formats that only the embedded engine has.
 _EMBEDDED_ONLY = ("int8", "fp32")

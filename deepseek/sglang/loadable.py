@@ -29,9 +29,7 @@ from deepseek.sglang.layout import ROW_ROLES, TILE, VOCAB_PADDING, WHOLE_ROLES, 
 NO_EXPERT_ZERO_POINTS = (
     "its loader of packed experts turns every tensor but zero points, which then do not fit"
 )
-NO_INT8_EXPERTS = (
-    "its compressed-tensors code computes INT8 experts with INT8 inputs on NPUs only"
-)
+NO_INT8_EXPERTS = "its compressed-tensors code computes INT8 experts with INT8 inputs on NPUs only"
 NO_STATIC_FP8 = (
     "its compressed-tensors code finds the scales of W4A8 inputs while it runs and refuses static "
     "ones"

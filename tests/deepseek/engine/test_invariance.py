@@ -14,7 +14,10 @@ from deepseek.engine.engine import EngineOptions, LLMEngine
 from deepseek.engine.linear import Kernels
 from deepseek.engine.moe import silu_gate
 
-RECIPES = [None, "int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "int4-asym", "w4a8"]
+RECIPES = [
+    *(None, "int8", "int8-weight-only", "int8-asym", "int8-block", "int4", "int4-all", "int4-asym"),
+    "w4a8",
+]
 
 
 @pytest.fixture

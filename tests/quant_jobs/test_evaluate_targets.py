@@ -30,9 +30,18 @@ from serve_app.gating import admit
 
 #: What each target builds the example model of: its head dims are 64, so that TensorRT-LLM takes it
 #: in the dialect `single` only.
-TARGETS: dict[str, dict[str, Any]] = {"trtllm": {"dialect": "single", "ep": 1}, "vllm": {}}
+TARGETS: dict[str, dict[str, Any]] = {
+    "trtllm": {"dialect": "single", "tp": 1, "ep": 1},
+    "vllm": {"tp": 1},
+    "transformers": {},
+}
 #: (target, recipe) that pass the gate with calibration left out.
-JUDGED = [("trtllm", "w4a8"), ("trtllm", "int8-experts"), ("vllm", "int8")]
+JUDGED = [
+    ("trtllm", "w4a8"),
+    ("trtllm", "int8-experts"),
+    ("vllm", "int8"),
+    ("transformers", "int8-experts"),
+]
 
 pytestmark = pytest.mark.heavy
 
@@ -72,7 +81,7 @@ def build(folder: Path, source: Path, target: str, recipe: str) -> Path:
     """The engine of a recipe for a target."""
     output = folder / f"{recipe}-{target}"
     if not output.exists():
-        options = BuildOptions(tp=1, **TARGETS[target])
+        options = BuildOptions(**TARGETS[target])
         run_build(artifact(folder, source, recipe), target, output, options)
     return output
 

@@ -209,6 +209,9 @@ def test_a_damaged_directory_is_refused_and_no_evaluation_is_written(
     flip_byte(judged / "model-layer-00002.safetensors", -300)
     with pytest.raises(ArtifactError, match=r"model-layer-00002\.safetensors was edited after"):
         judge(judged, brief, tmp_path / "evaluation")
+    assert admit(judged, kv_cache=None, depth="headers").gated
+    with pytest.raises(ArtifactError, match=r"model-layer-00002\.safetensors"):
+        admit(judged, kv_cache=None, depth="bytes")
     (judged / "model-layer-00001.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"model-layer-00001\.safetensors is absent"):
         judge(judged, brief, tmp_path / "evaluation")

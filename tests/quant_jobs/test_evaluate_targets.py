@@ -33,6 +33,7 @@ from serve_app.gating import admit
 TARGETS: dict[str, dict[str, Any]] = {
     "trtllm": {"dialect": "single", "tp": 1, "ep": 1},
     "vllm": {"tp": 1},
+    "sglang": {"tp": 1},
     "transformers": {},
 }
 #: (target, recipe) that pass the gate with calibration left out.
@@ -40,6 +41,7 @@ JUDGED = [
     ("trtllm", "w4a8"),
     ("trtllm", "int8-experts"),
     ("vllm", "int8"),
+    ("sglang", "w4a8"),
     ("transformers", "int8-experts"),
 ]
 

@@ -4,8 +4,8 @@ reason if not.
 The planner calls `check` before it reads weights, `build` before it writes any. The facts are rows
 of data (`cluster/rows/`, one file for each target); this file looks them up. A part is a kind of
 linear, because loaders treat kinds differently. Three rules concern several parts: linears that an
-engine fuses must have one scheme, SGLang takes one layout per model, and transformers one scheme
-for the experts and one for the rest.
+engine fuses must have one scheme, SGLang takes one layout per model, and transformers reads an
+artifact by one scheme for the experts and one for the rest.
 
 What to change is worked out for all refusals of a target together, so that following any one of
 them leads to a recipe, target or machine that loads.
@@ -121,12 +121,20 @@ def examine(
     refusals = []
     if refused:
         change = _Change(schemes, kv_cache, known, gpu, by_row)
-        refusals = [_refusal(row, by_row[row], parts, change) for row in refused]
-    if gpu != "cpu" and not any(_stops_everything(row) for row in rows):
+        # Rows that give one reason, and differ in what to use instead, are one refusal.
+        same: dict[tuple[str, str], list[Row]] = {}
+        for row in refused:
+            same.setdefault((row.text, row.change), []).append(row)
+        refusals = [
+            _refusal(alike, [cell for row in alike for cell in by_row[row]], parts, change)
+            for alike in same.values()
+        ]
+    stopped = any(_stops_everything(row) for row in rows)
+    if known not in ("transformers", "embedded") and not stopped:
         refusals += fused_refusals(schemes, known)
     if not refused:
         refusals += mix_refusals(used, known, gpu, handed)
-        refusals += uniform_refusals(used, known)
+        refusals += uniform_refusals(used, known, handed)
     return Findings(
         tuple(refusals),
         tuple(f"{known}: {row.text}" for row in rows if row.loads and row.text),
@@ -212,7 +220,7 @@ def loader_refusals(
     rows = [find_row(target, "sm90", p, form, version, handed=handed) for p, form in linears]
     found = [row.text for row in rows if not row.loads and row.stops == "loader"]
     found += [r.reason for r in mix_refusals(linears, target, "sm90", handed)]
-    found += [r.reason for r in uniform_refusals(linears, target)]
+    found += [r.reason for r in uniform_refusals(linears, target, handed)]
     return found
 
 
@@ -279,7 +287,7 @@ class _Change:
         used = cells_of(self.schemes, self.kv_cache)
         return (
             all(find_row(target, gpu, part, form, version).loads for part, form in used)
-            and not any(fused_refusals(self.schemes, target))
+            and (target == "embedded" or not any(fused_refusals(self.schemes, target)))
             and not any(mix_refusals(used, target, gpu, "engine"))
         )
 
@@ -296,13 +304,14 @@ def _rules(instead: Mapping[str, str], model: set[str]) -> list[str]:
 
 
 def _refusal(
-    row: Row, cells: list[tuple[str, str]], all_parts: set[str], change: _Change
+    rows: list[Row], cells: list[tuple[str, str]], all_parts: set[str], change: _Change
 ) -> Refusal:
-    """The refusal of one row; `all_parts` are the parts that the model has."""
+    """The refusal of rows with one reason; `all_parts` are the parts that the model has."""
+    row = rows[0]
     if _stops_everything(row):
         part = "anything on this hardware"
     else:
         parts = {part for part, _ in cells}
         which = "every linear" if parts == all_parts - {KV_CACHE} else join_words(sorted(parts))
         part = f"{which} as {join_words(sorted({form for _, form in cells}))}"
-    return Refusal(row.target, part, row.text, change.words(row), row.evidence)
+    return Refusal(row.target, part, row.text, change.words(row), _weakest(rows))

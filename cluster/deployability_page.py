@@ -42,6 +42,7 @@ from cluster.matrix import (
     Row,
     Target,
 )
+from cluster.server_bytes import server_bytes_section
 from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import builtin_recipes, load_recipe
 
@@ -73,6 +74,8 @@ _ALL = {
     W4A8 | W8A8 | INT8_BLOCK: "int4-afp8, int8-a8, int8-block-a8",
     W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8: "int8, int8-asym, int4, int4-asym, int4-afp8",
 }
+#: Most characters of a tool's own words in a cell.
+_SHOWN = 160
 _KERNEL_STRENGTH: tuple[Kernels, ...] = ("inferred", "read", "")
 #: Tools in the order of the columns of what ran.
 _TOOLS: tuple[Target, ...] = ("vllm", "transformers", "sglang")
@@ -104,19 +107,22 @@ def deployability_page() -> list[str]:
         "",
         "`int4-gptq` and `int4-awq` load as `int4` does, `int4-all-gptq` and `int4-all-awq` as "
         "`int4-all`: an algorithm changes values, not the layout. transformers dequantizes "
-        "everything: for looking and comparing, not for serving, so that the planner's `auto` does "
-        "not choose it.",
+        "everything, and what is built for it holds the values in a form that it reads: for "
+        "looking and comparing, not for serving, so that the planner's `auto` does not choose it. "
+        "What ran in vLLM is the artifact; what is built for vLLM has the same tensors, with their "
+        "scales rounded as vLLM rounds them.",
         "",
         "## What loads the artifact as it is",
         "",
-        "The directory that `quantize` writes (compressed-tensors), without a `build`. vLLM and "
-        "transformers read it as they read what is built for them, but for vLLM's rounding of "
-        "scales; the embedded engine reads built engines only.",
+        "The directory that `quantize` writes (compressed-tensors), without a `build`. vLLM reads "
+        "it as it reads what is built for it, but rounds the scales itself; the embedded engine "
+        "reads built engines only.",
         "",
         *_recipe_table(tuple(ARTIFACT_ROWS), "artifact"),
         "",
         *_ran_section(read_records()),
         *built_bytes_section(),
+        *server_bytes_section(),
         *_row_sections(),
     ]
 
@@ -176,7 +182,10 @@ def _ran_section(records: list[Record]) -> Iterator[str]:
         "tool's choice of schemes ran, its loader did not."
     )
     yield ""
-    heads = [f"{tool} {found[tool].version}" for tool in tools]
+    heads = [
+        f"{tool} {found[tool].version}, artifacts of form {found[tool].artifact_form}"
+        for tool in tools
+    ]
     yield f"| recipe | {' | '.join(heads)} |"
     yield f"|---|{'---|' * len(tools)}"
     names = dict.fromkeys(name for tool in tools for name in found[tool].recipes)
@@ -194,7 +203,7 @@ def _outcome(outcome: Outcome | None) -> str:
         return ""
     prefix = "as built: " if outcome.input == "engine" else ""
     if outcome.loaded is False:
-        return f"{prefix}refuses: {(outcome.refusal or '').replace('|', '/')}"
+        return f"{prefix}refuses: {_short(outcome.refusal or '')}"
     if outcome.loaded is None:
         return f"{prefix}schemes only"
     words = ["loads"]
@@ -205,6 +214,12 @@ def _outcome(outcome: Outcome | None) -> str:
     if outcome.greedy_equal is not None:
         words.append(f"greedy {outcome.greedy_equal}/{outcome.greedy_of}")
     return prefix + ", ".join(words)
+
+
+def _short(words: str) -> str:
+    """The first words of what a tool says, for a cell."""
+    words = " ".join(words.replace("|", "/").split())
+    return words if len(words) <= _SHOWN else f"{words[:_SHOWN].rsplit(' ', 1)[0]} ..."
 
 
 def _row_sections() -> Iterator[str]:

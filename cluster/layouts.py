@@ -18,7 +18,7 @@ _MIXES: dict[Handed, tuple[Mix, ...]] = {
     "engine": sglang.MIXES,
     "artifact": sglang.ARTIFACT_MIXES,
 }
-_UNIFORM: tuple[Uniform, ...] = transformers.UNIFORM
+_UNIFORM: dict[Handed, tuple[Uniform, ...]] = {"engine": (), "artifact": transformers.UNIFORM}
 #: Formats of a source, which no recipe made.
 _AS_RELEASED = frozenset({"bf16", "fp8-block"})
 
@@ -28,7 +28,7 @@ def fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[Re
     units: dict[tuple[int, str], set[str]] = {}
     for module, scheme in schemes.items():
         layer, rest = split_module(module)
-        unit = _fused_unit(group_of(module), rest, target)
+        unit = _fused_unit(group_of(module), rest)
         if unit:
             units.setdefault((layer, unit), set()).add(scheme.label)
     wrong: dict[str, list[int]] = {}
@@ -45,11 +45,9 @@ def fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[Re
         )
 
 
-def _fused_unit(group: Group, rest: str, target: Target) -> str | None:
+def _fused_unit(group: Group, rest: str) -> str | None:
     if group == "routed_experts":
         return "all routed experts"
-    if target == "transformers":  # fuses nothing else
-        return None
     parent, _, role = rest.rpartition(".")
     for roles in FUSED.values():
         if role in roles:
@@ -109,9 +107,11 @@ def mix_refusals(
     )
 
 
-def uniform_refusals(used: Iterable[tuple[str, str]], target: Target) -> Iterator[Refusal]:
+def uniform_refusals(
+    used: Iterable[tuple[str, str]], target: Target, handed: Handed
+) -> Iterator[Refusal]:
     """A refusal where the target has one scheme for linears that have several."""
-    for rule in _UNIFORM:
+    for rule in _UNIFORM[handed]:
         if rule.target != target:
             continue
         forms = {form for part, form in used if part in rule.parts and form != "bf16"}
@@ -120,7 +120,7 @@ def uniform_refusals(used: Iterable[tuple[str, str]], target: Target) -> Iterato
                 target,
                 f"{join_words(sorted(forms))} in one model",
                 rule.text,
-                "Give them one format in the recipe, or use --target vllm or embedded",
+                "Build it with `build --target transformers`",
                 rule.evidence,
             )
 

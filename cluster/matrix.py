@@ -24,7 +24,9 @@ from itertools import product
 from typing import Literal
 
 from cluster.hardware import GpuGeneration
+from deepseek.hf.versions import VERSIONS as HF_VERSIONS
 from deepseek.trtllm.versions import VERSIONS as TRTLLM_VERSIONS
+from deepseek.vllm.versions import VERSIONS as VLLM_VERSIONS
 
 Target = Literal["trtllm", "vllm", "sglang", "transformers", "embedded"]
 TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang", "transformers", "embedded")
@@ -32,9 +34,9 @@ TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang", "transformers", "embe
 #: embedded engine has none: it is this very code.
 ENGINE_VERSIONS: dict[Target, tuple[str, ...]] = {
     "trtllm": TRTLLM_VERSIONS,
-    "vllm": ("0.32.0",),
+    "vllm": VLLM_VERSIONS,
     "sglang": ("0.5.23",),
-    "transformers": ("5.23.0",),
+    "transformers": HF_VERSIONS,
     "embedded": ("",),
 }
 
@@ -119,7 +121,8 @@ class Row:
     `text` is the reason of a refusal, or the note of a condition ("" for none), which the planner
     prints. `change` says what to change, `instead` the recipe rule that `{rules}` stands for.
     `test` is the interop test of an `executed` row. `stops` says who refuses: the loader, or only
-    the GPU kernels, so that the loader takes it.
+    the GPU kernels, so that the loader takes it. `drops` are tensors of a linear, by the end of
+    their names, that the tool leaves unread, as `text` says.
     """
 
     target: Target
@@ -136,6 +139,7 @@ class Row:
     kernels: Kernels = ""
     stops: Literal["loader", "kernels"] = "loader"
     test: str = ""
+    drops: tuple[str, ...] = ()
 
     def is_about(self, version: str) -> bool:
         """Whether it holds for a version of its target."""

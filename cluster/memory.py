@@ -234,11 +234,11 @@ class Tally:
         return groups
 
 
-def planned_kv_layout(target: str, kv_format: KVFormat) -> KVLayout:
+def planned_kv_layout(config: ModelConfig, target: str, kv_format: KVFormat) -> KVLayout:
     """How the target lays the format out; one that it refuses is counted as BF16, which the
     refusal asks for."""
     try:
-        return kv_layout(target, kv_format)
+        return kv_layout(target, kv_format, sparse=config.has_indexer)
     except DeployError:
         return "bf16"
 
@@ -246,7 +246,7 @@ def planned_kv_layout(target: str, kv_format: KVFormat) -> KVLayout:
 def kv_bytes_per_token_and_layer(config: ModelConfig, target: str, kv_format: KVFormat) -> int:
     """Bytes of one cached token in one layer on a target: latent and rotary key, and their scales
     (`deepseek/kv_layout.py`)."""
-    layout = planned_kv_layout(target, kv_format)
+    layout = planned_kv_layout(config, target, kv_format)
     return layer_token_bytes(layout, config.kv_lora_rank, config.qk_rope_head_dim)
 
 

@@ -148,7 +148,7 @@ def make_plan(
         concurrency=concurrency,
         mtp=mtp,
         kv_format=recipe.kv_cache,
-        kv_layout=planned_kv_layout(chosen, recipe.kv_cache),
+        kv_layout=planned_kv_layout(config, chosen, recipe.kv_cache),
         footprint=footprint,
         lines=_lines(footprint),
         kv_tokens=kv_tokens,

@@ -28,12 +28,15 @@ from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineIdentity, EngineOptions
 from deepseek.engine.packed_layout import packed_tensors
 from deepseek.errors import DeployError
+from deepseek.hf.check import check_engine as check_hf
+from deepseek.hf.stored_model import TransformersStoredModel
 from deepseek.host_memory import host_memory_bytes
 from deepseek.kv_layout import kv_layout, layer_token_bytes
 from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens
 from deepseek.trtllm.check import check_engine as check_trtllm
 from deepseek.trtllm.stored_model import TrtllmStoredModel
+from deepseek.untrusted import show_name
 from deepseek.vllm.check import check_engine as check_vllm
 from deepseek.vllm.stored_model import VllmStoredModel
 
@@ -48,6 +51,7 @@ class Check(Protocol):
 _TARGETS: Mapping[str, tuple[Check, Callable[[Path], StoredModel]]] = {
     "trtllm": (check_trtllm, TrtllmStoredModel),
     "vllm": (check_vllm, VllmStoredModel),
+    "transformers": (check_hf, TransformersStoredModel),
 }
 #: KV formats that only the embedded engine has.
 _EMBEDDED_ONLY = ("int8", "fp32")
@@ -59,8 +63,13 @@ def check_kv_format(target: str, kv_cache: str) -> CacheFormat:
     """Return `kv_cache` if it is a KV format of the target.
 
     Raises:
-        DeployError: it has not; the sentence names one that it has.
+        DeployError: it has not, the sentence names one that it has; or the target is unknown here.
     """
+    if target != packed.TARGET and target not in _TARGETS:
+        known = ", ".join([packed.TARGET, *_TARGETS])
+        raise DeployError(
+            f"an engine for {show_name(target)} cannot be executed here; build for one of {known}"
+        )
     if target != packed.TARGET and kv_cache in _EMBEDDED_ONLY:
         raise DeployError(
             f"{target} has no {kv_cache} KV cache, only the embedded engine has; give --kv-cache "
@@ -99,12 +108,6 @@ def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLM
     check_kv_format(manifest.target, kv_cache)
     if manifest.target == packed.TARGET:
         return LLMEngine.load(directory, options)
-    if manifest.target not in _TARGETS:
-        known = ", ".join([packed.TARGET, *_TARGETS])
-        raise DeployError(
-            f"{directory} is an engine for {manifest.target}, whose arithmetic cannot be executed "
-            f"here; build for one of {known}"
-        )
     check, open_stored = _TARGETS[manifest.target]
     check(directory, digests=False)  # tensors are verified as they are read
     stored = open_stored(directory)

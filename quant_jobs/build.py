@@ -21,9 +21,13 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.cli import make_progress, print_line
 from deepseek.engine.packing import Source, schemes_of
 from deepseek.errors import DeployError
+from deepseek.hf.check import check_engine as check_hf
+from deepseek.hf.versions import VERSIONS as HF_VERSIONS
+from deepseek.hf.versions import require_version as require_hf_version
 from deepseek.outputs import check_directory
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.trtllm.check import check_engine
+from deepseek.trtllm.layout import require_dialect
 from deepseek.trtllm.loadable import require_ranks
 from deepseek.trtllm.versions import VERSIONS, require_version
 from quant_jobs.check import Printed, RankReport, rank_reports
@@ -32,6 +36,8 @@ from quant_jobs.targets.staging import StageReport, stage_engine
 
 #: Options that mean nothing to the embedded engine.
 _TRTLLM_OPTIONS = ("dialect", "engine_version", "mtp", "ep", "context", "concurrency")
+#: Options that mean nothing to transformers.
+_NOT_TRANSFORMERS = ("tp", "ep", "dialect", "mtp", "context", "concurrency")
 #: KV formats that `--kv-cache` may name.
 KVChoice = Literal["bf16", "fp8", "int8"]
 
@@ -43,13 +49,14 @@ class BuildOptions:
     `tp` ranks share the engine, its routed experts are divided over `ep` of them. `workers` are
     Ray workers, 0 none; only a target with several files has use for them. `context` and
     `concurrency` are the longest request in tokens and the largest batch of the engine's arguments.
+    `dialect` is one of the target's own.
     """
 
     hardware: str = "8xH800-80GB"
     tp: int | None = None
     ep: int | None = None
     kv_cache: KVChoice | None = None
-    dialect: Literal["mixed", "single"] | None = None
+    dialect: str | None = None
     engine_version: str | None = None
     mtp: bool = False
     context: int | None = None
@@ -142,7 +149,7 @@ def complete_options(target: str, options: BuildOptions) -> BuildOptions:
             engine_version=require_version(
                 VERSIONS[0] if options.engine_version is None else options.engine_version
             ),
-            dialect=None if options.dialect == "mixed" else options.dialect,
+            dialect=None if _trtllm_dialect(options) == "mixed" else options.dialect,
         )
     if known == "vllm":
         from deepseek.vllm import loadable, versions
@@ -154,9 +161,37 @@ def complete_options(target: str, options: BuildOptions) -> BuildOptions:
         return replace(
             options, tp=tp, ep=options.ep or tp, engine_version=versions.require_version(version)
         )
+    if known == "sglang":
+        return _complete_sglang(options)
+    if known == "transformers":
+        return _transformers_options(options)
     if known == "embedded":
         _refuse_options(options, "embedded", _TRTLLM_OPTIONS)
     return options
+
+
+def _complete_sglang(options: BuildOptions) -> BuildOptions:
+    from deepseek.sglang import layout, loadable, versions
+
+    tp = options.tp or parse_hardware(options.hardware).count
+    loadable.require_ranks(tp, options.ep or tp)
+    if options.dialect is not None:
+        layout.require_dialect(options.dialect)
+    version = versions.VERSIONS[0] if options.engine_version is None else options.engine_version
+    return replace(
+        options, tp=tp, ep=options.ep or tp, engine_version=versions.require_version(version)
+    )
+
+
+def _trtllm_dialect(options: BuildOptions) -> Literal["mixed", "single"] | None:
+    """The dialect of TensorRT-LLM that was asked for.
+
+    Raises:
+        DeployError: it has no such dialect.
+    """
+    if options.dialect is None:
+        return None
+    return "single" if require_dialect(options.dialect) == "single" else "mixed"
 
 
 def check_checkpoint(directory: Path, target: str, options: BuildOptions) -> BuildOptions:
@@ -171,7 +206,7 @@ def check_checkpoint(directory: Path, target: str, options: BuildOptions) -> Bui
     if known not in BUILDERS:
         refuse_target(source, known, options.hardware)
     recipe_kv = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
-    if known in ("trtllm", "vllm"):
+    if known in ("trtllm", "vllm", "sglang"):
         check_target(source, known, options.hardware, kv_cache=options.kv_cache or recipe_kv)
     return replace(options, kv_cache=options.kv_cache or recipe_kv)
 
@@ -245,9 +280,8 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
     from quant_jobs.targets.trtllm_args import args_from_plan, planned_rank_bytes
     from quant_jobs.targets.trtllm_plan import TrtllmOptions, kv_format, plan_build
 
-    machines = parse_hardware(options.hardware)
-    tp = options.tp or machines.count
-    machines = machines.with_count(tp)
+    machines = parse_hardware(options.hardware).for_ranks(options.tp)
+    tp = machines.count
     is_source = isinstance(source, CheckpointReader)
     if is_source and options.dialect is not None:
         raise DeployError(
@@ -256,7 +290,7 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
         )
     chosen = TrtllmOptions(
         ranks=require_ranks(tp, options.ep or tp),
-        dialect=options.dialect,
+        dialect=_trtllm_dialect(options),
         kv_cache=kv_format(source, options.kv_cache),
         engine_version=require_version(
             VERSIONS[0] if options.engine_version is None else options.engine_version
@@ -311,9 +345,8 @@ def _build_vllm(source: Source, output: Path, options: BuildOptions) -> BuildRes
     from quant_jobs.targets.vllm_plan import VllmOptions, kv_format, plan_build
 
     _refuse_options(options, "vllm", ("dialect",))
-    machines = parse_hardware(options.hardware)
-    tp = options.tp or machines.count
-    machines = machines.with_count(tp)
+    machines = parse_hardware(options.hardware).for_ranks(options.tp)
+    tp = machines.count
     chosen = VllmOptions(
         ranks=require_vllm_ranks(tp, options.ep or tp),
         kv_cache=kv_format(source, options.kv_cache),
@@ -364,6 +397,104 @@ def _build_vllm(source: Source, output: Path, options: BuildOptions) -> BuildRes
     )
 
 
+def _build_sglang(source: Source, output: Path, options: BuildOptions) -> BuildResult:
+    from deepseek.sglang.check import check_engine as check_sglang
+    from deepseek.sglang.layout import require_dialect as require_sglang_dialect
+    from deepseek.sglang.loadable import require_ranks as require_sglang_ranks
+    from deepseek.sglang.versions import require_version as require_sglang_version
+    from quant_jobs.targets.sglang import build_sglang
+    from quant_jobs.targets.sglang_launch import launch_from_plan, planned_rank_bytes
+    from quant_jobs.targets.sglang_plan import SglangOptions, kv_format, plan_build
+
+    options = _complete_sglang(options)
+    assert options.tp is not None
+    assert options.ep is not None
+    assert options.engine_version is not None
+    machines = parse_hardware(options.hardware).with_count(options.tp)
+    dialect = None if options.dialect is None else require_sglang_dialect(options.dialect)
+    chosen = SglangOptions(
+        ranks=require_sglang_ranks(options.tp, options.ep),
+        kv_cache=kv_format(source, options.kv_cache),
+        dialect=dialect,
+        engine_version=require_sglang_version(options.engine_version),
+        keep_mtp=options.mtp,
+        generation=machines.hardware.generation,
+    )
+    build = plan_build(
+        source,
+        chosen,
+        lambda stored, dialect: launch_from_plan(
+            source.config,
+            stored,
+            dialect,
+            chosen,
+            machines,
+            context=options.context,
+            concurrency=options.concurrency,
+        ),
+    )
+    with make_progress() as progress:
+        task = progress.add_task("build", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        engine, built = build_sglang(
+            build,
+            output,
+            options.workers,
+            show,
+            note=lambda line: print_line(progress.console, line),
+        )
+    report = check_sglang(output, digests=False)  # the files were hashed while they were written
+    return _result(
+        output,
+        engine,
+        ranks=rank_reports(report),
+        bytes_read=sum(file.bytes_read for file in built.values()),
+        planned_rank_bytes=planned_rank_bytes(source.config, build.stored, chosen),
+        warnings=build.warnings,
+    )
+
+
+def _build_transformers(source: Source, output: Path, options: BuildOptions) -> BuildResult:
+    from quant_jobs.targets.transformers import build_transformers
+    from quant_jobs.targets.transformers_plan import plan_build
+
+    options = _transformers_options(options)
+    recipe_kv = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
+    version = require_hf_version(options.engine_version or HF_VERSIONS[0])
+    build = plan_build(source, options.kv_cache or recipe_kv, version)
+    with make_progress() as progress:
+        task = progress.add_task("build", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        engine, built = build_transformers(
+            build,
+            output,
+            options.workers,
+            show,
+            note=lambda line: print_line(progress.console, line),
+        )
+    report = check_hf(output, digests=False)  # the files were hashed while they were written
+    return _result(
+        output,
+        engine,
+        ranks=rank_reports(report),
+        bytes_read=sum(file.bytes_read for file in built.values()),
+        warnings=build.warnings,
+    )
+
+
+def _transformers_options(options: BuildOptions) -> BuildOptions:
+    """The options, none of which is for ranks, dialects or limits: `from_pretrained` has none."""
+    _refuse_options(options, "transformers", _NOT_TRANSFORMERS)
+    version = HF_VERSIONS[0] if options.engine_version is None else options.engine_version
+    return replace(options, engine_version=require_hf_version(version))
+
+
 def _result(
     output: Path,
     engine: EngineManifest,
@@ -409,4 +540,6 @@ BUILDERS: dict[Target, Callable[[Source, Path, BuildOptions], BuildResult]] = {
     "embedded": _build_embedded,
     "trtllm": _build_trtllm,
     "vllm": _build_vllm,
+    "sglang": _build_sglang,
+    "transformers": _build_transformers,
 }

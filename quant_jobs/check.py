@@ -23,6 +23,8 @@ from quant_jobs.checkpoints import open_checkpoint
 CHECKERS = {
     "trtllm": "deepseek.trtllm.check",
     "vllm": "deepseek.vllm.check",
+    "sglang": "deepseek.sglang.check",
+    "transformers": "deepseek.hf.check",
 }
 
 

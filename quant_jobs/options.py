@@ -39,10 +39,11 @@ KVOption = Annotated[
     typer.Option(help="KV format; without it, the recipe's. trtllm has bf16 and fp8."),
 ]
 DialectOption = Annotated[
-    Literal["mixed", "single"] | None,
+    str | None,
     typer.Option(
         help="trtllm: everything but the experts as the source stores it (mixed, the default), "
-        "or in BF16 (single: 16 GB more of DeepSeek-V3, and no MIXED_PRECISION)."
+        "or in BF16 (single: 16 GB more of DeepSeek-V3, and no MIXED_PRECISION). sglang: w4afp8, "
+        "w8a8_int8, blockwise_int8 or compressed-tensors [the one that fits]."
     ),
 ]
 EngineVersionOption = Annotated[

@@ -30,6 +30,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "artifact": {"formats", "source"},
         "engine": {"artifact", "formats", "source"},
         "trtllm": {"artifact", "formats", "source"},
+        "hf": {"artifact", "formats", "source"},
+        "sglang": {"artifact", "formats", "source"},
         "vllm": {"artifact", "formats", "source"},
     },
     "cluster": {"rows": set()},

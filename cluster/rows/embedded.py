@@ -12,6 +12,7 @@ from cluster.matrix import (
     FP8,
     INDEXER,
     KV,
+    KV_FORMATS,
     PARTS,
     SM80,
     SM90,
@@ -19,7 +20,8 @@ from cluster.matrix import (
 )
 
 _CACHE = "deepseek/engine/kv_cache.py"
-_TEST = "tests/deepseek/engine/test_formats.py"
+_TEST = "tests/deepseek/engine/test_linear.py"
+_KV_TEST = "tests/deepseek/engine/test_kv_cache.py"
 
 ROWS: tuple[Row, ...] = (
     Row("embedded", SM80 | SM90, EVERYTHING, ANY, False, "deepseek/engine/linear.py", "read",
@@ -28,7 +30,5 @@ ROWS: tuple[Row, ...] = (
         test=_TEST),
     Row("embedded", CPU, INDEXER, BF16 | FP8, True, "deepseek/engine/packed_layout.py", "executed",
         test=_TEST),
-    Row("embedded", CPU, KV, frozenset({"bf16", "int8"}), True, _CACHE, "executed", test=_TEST),
-    Row("embedded", CPU, KV, frozenset({"fp8"}), False, _CACHE, "read",
-        "the embedded engine has no FP8 KV cache", "Set kv_cache to bf16 or int8 in the recipe"),
+    Row("embedded", CPU, KV, KV_FORMATS, True, _CACHE, "executed", test=_KV_TEST),
 )  # fmt: skip

@@ -38,10 +38,12 @@ from cluster.matrix import (
     cells,
 )
 
-TEST = "tests/interop/test_sglang_config.py"
+#: Form of the artifact that the rows below are about; older ones say `mixed-precision` for it all.
+ARTIFACT_FORM = 3
 _CT = "SGLang compressed_tensors.py get_moe_scheme, compressed_tensors_wNa16_moe.py"
 _W8A8 = "SGLang w8a8_int8.py"
 _W4A8 = "SGLang w4afp8.py"
+_EXPERTS = "SGLang fused_moe_triton/layer.py weight_loader, compressed_tensors_wNa16_moe.py"
 _LOADER = "SGLang deepseek_weight_loader.py"
 _FP8 = "SGLang fp8.py, fp8_utils.py can_auto_enable_marlin_fp8"
 _INDEXER = "SGLang dsa/dsa_indexer.py"
@@ -49,12 +51,23 @@ _KV = "SGLang memory_pool.py MLATokenToKVPool"
 
 #: Reasons that a build gives too.
 UNPACKED_KV_B = "its absorbed MLA reads the unpacked weight of kv_b_proj"
+PLAIN_KV_B = f"kv_b_proj is stored in BF16: {UNPACKED_KV_B}"
 FUSED_SHAPE = (
     "it puts the stored shapes of q_a_proj and kv_a_proj_with_mqa one after the other, four "
-    "numbers where its fused linear has two"
+    "numbers where its fused linear has two, and stops"
 )
-W8A8_FOR_NPU = "its fused MoE of compressed-tensors W8A8 is for NPUs only"
-STATIC_INPUTS = "its compressed-tensors W4A8 takes no static input scales"
+NO_INT8_EXPERTS = "its compressed-tensors code computes INT8 experts with INT8 inputs on NPUs only"
+NO_STATIC_FP8 = (
+    "its compressed-tensors code finds the scales of W4A8 inputs while it runs and refuses static "
+    "ones"
+)
+NO_EXPERT_ZERO_POINTS = (
+    "its loader of packed experts turns every tensor but zero points, which then do not fit"
+)
+_ITSELF = (
+    "`build` has no model of its loader for DeepSeek-V3.2: serve the quantized checkpoint itself "
+    "with it"
+)
 _ZERO_POINTS = "its kernels take zero points of 4 bits only"
 _INT8, _PLAIN = "weights: int8", "weights: bf16"
 _SYMMETRIC = "weights: int4, group_size: 128"
@@ -70,15 +83,19 @@ _HARDWARE = (
     Row("sglang", SM90, PARTS, FP8, True, _FP8, "read", kernels="read"),
     Row("sglang", SM80, PARTS, FP8, False, f"{_FP8}, compressed_tensors_w8a16_fp8.py", "inferred",
         _NO_MIXED_FP8, ADD_RULES, _PLAIN, stops="kernels"),
-    Row("sglang", SM90, INDEXER, BF16 | FP8, True, _INDEXER, "read", kernels="read"),
+    Row("sglang", SM90, INDEXER, BF16 | FP8, True, _INDEXER, "inferred", _ITSELF, kernels="read"),
     Row("sglang", SM80, INDEXER, BF16 | FP8, False, _INDEXER, "inferred",
         "its indexer scores tokens with DeepGEMM, which needs Hopper", ELSEWHERE, stops="kernels"),
 )  # fmt: skip
 _PACKED_ROWS = (
-    Row("sglang", _GPUS, KV_B, PACKED | W4A8, False, f"{_LOADER} post_load_weights", "read",
-        UNPACKED_KV_B, ADD_RULES, _PLAIN),
-    Row("sglang", _GPUS, QKV_A, PACKED | W4A8, False, f"{_LOADER} do_load_weights", "inferred",
-        FUSED_SHAPE, ADD_RULES, _PLAIN),
+    Row("sglang", _GPUS, QKV_A, PACKED, False,
+        f"{_LOADER} do_load_weights, linear.py ReplicatedLinear", "read", FUSED_SHAPE, ADD_RULES,
+        _PLAIN),
+    Row("sglang", _GPUS, ROUTED, INT8_ASYM, False, _EXPERTS, "read", NO_EXPERT_ZERO_POINTS,
+        ADD_RULES, _INT8),
+    *(Row("sglang", _GPUS, ROUTED, frozenset({f"int4-asym-g{size}"}), False, _EXPERTS, "read",
+          NO_EXPERT_ZERO_POINTS, ADD_RULES, f"weights: int4, group_size: {size}")
+      for size in (32, 64, 128)),
     Row("sglang", _GPUS, PARTS, INT8_ASYM, False,
         "SGLang marlin_utils.py query_marlin_supported_quant_types", "read", _ZERO_POINTS,
         ADD_RULES, _INT8, stops="kernels"),
@@ -111,6 +128,8 @@ ROWS: tuple[Row, ...] = (
         kernels="read"),
     Row("sglang", SM90, ROUTED, W4A8, False, _W4A8, "read",
         "its W4AFP8 experts have groups of 128 only", ADD_RULES, f"{_SYMMETRIC}, activations: fp8"),
+    Row("sglang", _GPUS, KV_B, PACKED, True, f"{_LOADER} post_load_weights", "read", PLAIN_KV_B,
+        kernels="read"),
     *_PACKED_ROWS,
     Row("sglang", _GPUS, PARTS, W4A8, False, _W4A8, "read",
         "its W4AFP8 is for routed experts only", ADD_RULES),
@@ -120,22 +139,23 @@ ROWS: tuple[Row, ...] = (
 #: The artifact as it is (form 3, whose top-level format is that of the routed experts).
 ARTIFACT_ROWS: tuple[Row, ...] = (
     *_HARDWARE,
-    Row("sglang", _GPUS, ROUTED, W8A8, False, _CT, "executed", W8A8_FOR_NPU,
-        "Build it with `build --target sglang`, or start it with --quantization w8a8_int8",
-        test=TEST),
+    Row("sglang", _GPUS, ROUTED, W8A8, False, _CT, "read", NO_INT8_EXPERTS,
+        "Build it with `build --target sglang`, or start it with --quantization w8a8_int8"),
     Row("sglang", _GPUS, PARTS, W8A8, True, "SGLang compressed_tensors_w8a8_int8.py", "read",
         kernels="read"),
     Row("sglang", _GPUS, PARTS, INT8_BLOCK, False, "SGLang compressed_tensors.py", "read",
         "its compressed-tensors INT8 has no scales per tile",
         "Build it with `build --target sglang`"),
     Row("sglang", _GPUS, ROUTED, W4A8_G128, False,
-        "SGLang compressed_tensors.py _is_wint4afp8", "executed", STATIC_INPUTS,
-        "Build it with `build --target sglang`", test=TEST),
+        "SGLang compressed_tensors.py _is_wint4afp8", "read", NO_STATIC_FP8,
+        "Build it with `build --target sglang`"),
     Row("sglang", _GPUS, ROUTED, W4A8, False, "SGLang compressed_tensors.py _is_wint4afp8", "read",
-        STATIC_INPUTS, ADD_RULES, _SYMMETRIC),
+        NO_STATIC_FP8, ADD_RULES, _SYMMETRIC),
+    Row("sglang", _GPUS, KV_B, PACKED, False, f"{_LOADER} post_load_weights", "read",
+        UNPACKED_KV_B, "Build it with `build --target sglang`"),
     *_PACKED_ROWS,
     Row("sglang", _GPUS, PARTS, W4A8, False, "SGLang compressed_tensors.py", "read",
-        STATIC_INPUTS, ADD_RULES),
+        NO_STATIC_FP8, ADD_RULES),
     *_KV_ROWS,
 )  # fmt: skip
 

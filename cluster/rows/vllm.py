@@ -37,21 +37,26 @@ from cluster.matrix import (
     W8A16,
     Row,
 )
+from deepseek.vllm.loadable import (
+    MACHETE_OUTPUTS,
+    NO_EXPERT_ZERO_POINTS,
+    NO_FORMAT,
+    NO_STATIC_FP8,
+    NO_ZERO_POINTS_SM80,
+)
 
 TEST = "tests/interop/test_vllm_model.py"
 _CT = "vLLM compressed_tensors.py _get_scheme_from_parts"
 _MOE = "vLLM compressed_tensors_moe.py get_moe_method"
-_INDEXER = "vLLM deepseek_v2.py Indexer, _try_load_fp8_indexer_wk"
+_INDEXER = "vLLM vllm/models/deepseek_v32, deepseek_v2.py Indexer"
 _MARLIN_MOE = "vLLM oracle/int_wna16.py, marlin_moe.py _supports_quant_scheme"
 _KERNELS = "vLLM kernels/linear/__init__.py, mixed_precision/machete.py, marlin.py"
 _KV = "vLLM v1/attention/backends/mla"
 
-#: Reasons that a build gives too.
-STATIC_INPUTS = (
-    "its W4A8 finds the scales of activations per token while it runs and refuses static ones"
+_ITSELF = (
+    "`build` has no model of its loader for DeepSeek-V3.2: serve the quantized checkpoint itself "
+    "with it"
 )
-NO_TILES = "its INT8 kernels have a scale per channel or tensor, none per tile"
-_ZERO_POINTS = "its kernels for such experts take zero points of 4 bits only"
 _INT8 = "weights: int8"
 _SYMMETRIC = "weights: int4, group_size: 128"
 
@@ -67,7 +72,7 @@ ROWS: tuple[Row, ...] = (
         test=TEST),
     Row("vllm", SM80, PARTS, FP8, True, "vLLM marlin_moe.py, scaled_mm/marlin.py", "read",
         "without FP8 tensor cores FP8 weights run weight-only through Marlin", kernels="read"),
-    Row("vllm", SM90, INDEXER, BF16 | FP8, True, _INDEXER, "read", kernels="read"),
+    Row("vllm", SM90, INDEXER, BF16 | FP8, True, _INDEXER, "inferred", _ITSELF, kernels="read"),
     Row("vllm", SM80, INDEXER, BF16 | FP8, False,
         "vLLM flashmla_sparse.py supports_compute_capability", "read",
         "its sparse attention has kernels for Hopper and later only", ELSEWHERE,
@@ -75,19 +80,17 @@ ROWS: tuple[Row, ...] = (
     Row("vllm", SM80 | SM90, V3_PARTS, W8A8 | W8A16 | G128, True, _MOE, "executed",
         kernels="read", test=TEST),
     Row("vllm", SM80 | SM90, PARTS, W8A8 | W8A16 | INT4, True, _MOE, "read", kernels="read"),
-    Row("vllm", SM80 | SM90, ROUTED, INT8_BLOCK, False, _MOE, "read", NO_TILES,
+    Row("vllm", SM80 | SM90, ROUTED, INT8_BLOCK, False, _MOE, "read", NO_FORMAT,
         "Use the recipe int8, or add to this one {rules}", "weights: int8, activations: int8"),
-    Row("vllm", SM80 | SM90, PARTS, INT8_BLOCK, False, _CT, "read", NO_TILES,
+    Row("vllm", SM80 | SM90, PARTS, INT8_BLOCK, False, _CT, "read", NO_FORMAT,
         "Use the recipe int8, or add to this one {rules}", "weights: int8, activations: int8"),
-    Row("vllm", SM80 | SM90, ROUTED, INT8_ASYM, False, _MARLIN_MOE, "read", _ZERO_POINTS,
+    Row("vllm", SM80 | SM90, ROUTED, INT8_ASYM, False, _MARLIN_MOE, "read", NO_EXPERT_ZERO_POINTS,
         ADD_RULES, _INT8, stops="kernels"),
     Row("vllm", SM80, PARTS, INT8_ASYM, False, _KERNELS, "read",
-        "its kernels for Ampere take zero points of 4 bits only, unless the package "
-        "conch-triton-kernels is installed", ADD_RULES, _INT8, stops="kernels"),
+        NO_ZERO_POINTS_SM80, ADD_RULES, _INT8, stops="kernels"),
     Row("vllm", SM90, QKV_A, INT8_ASYM, False, "vLLM machete_utils.py check_machete_supports_shape",
         "read",
-        "Machete, its only built-in kernel for 8-bit zero points, takes outputs in multiples of "
-        "128; kv_a_proj_with_mqa has 576, together with q_a_proj 2112", ADD_RULES, _INT8,
+        MACHETE_OUTPUTS, ADD_RULES, _INT8,
         stops="kernels"),
     Row("vllm", SM90, DENSE, INT8_ASYM, True, _KERNELS, "executed",
         "zero points of 8 bits go through Machete; smoke-test the wheel", kernels="inferred",
@@ -95,9 +98,9 @@ ROWS: tuple[Row, ...] = (
     Row("vllm", SM90, PARTS, INT8_ASYM, True, _KERNELS, "read",
         "zero points of 8 bits go through Machete; smoke-test the wheel", kernels="inferred"),
     Row("vllm", SM80 | SM90, ROUTED, W4A8_G128, False, "vLLM compressed_tensors.py _is_fp8_w4a8",
-        "executed", STATIC_INPUTS, ADD_RULES, _SYMMETRIC, test=TEST),
+        "executed", NO_STATIC_FP8, ADD_RULES, _SYMMETRIC, test=TEST),
     Row("vllm", SM80 | SM90, PARTS, W4A8, False, "vLLM compressed_tensors.py _is_fp8_w4a8", "read",
-        STATIC_INPUTS, ADD_RULES, _SYMMETRIC),
+        NO_STATIC_FP8, ADD_RULES, _SYMMETRIC),
     Row("vllm", SM80 | SM90, V3_PARTS, ASYM_G128, True, _MOE, "executed", kernels="read",
         test=TEST),
     Row("vllm", SM80 | SM90, PARTS, INT4_ASYM, True, _MARLIN_MOE, "read", kernels="read"),

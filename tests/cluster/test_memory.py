@@ -145,6 +145,7 @@ def test_a_cached_token_takes_the_published_bytes_per_layer(
 def test_a_plan_counts_the_bytes_of_its_target(target: str, form: str) -> None:
     plan = plan_v3(recipe_of(kv_cache=form), "16xH800-80GB", target=target)
     layout = kv_layout(target, form)
+    assert layout == ("fp8-tensor" if form == "fp8" else form)
     assert plan.kv_layout == layout
     assert plan.footprint.kv_bytes_per_token == 61 * layer_token_bytes(layout, 512, 64)
 

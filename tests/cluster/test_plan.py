@@ -149,9 +149,9 @@ def test_the_command_runs_as_a_user_runs_it(tiny_model: Path, tmp_path: Path) ->
     ("words", "sentence"),
     [
         (("--hardware", "8xT4"), "'8xT4'?: 'T4' is unknown"),
-        (("--target", "tgi"), "target 'tgi' is unknown; use one of trtllm, vllm, sglang, embedded"),
-        (("--dialect", "fp4"), "dialect 'fp4' is unknown; use mixed or single"),
-        (("--dialect", "released"), "dialect 'released' is unknown; use mixed or single"),
+        (("--target", "tgi"), "target 'tgi' is unknown; use one of trtllm, vllm, sglang, "),
+        (("--dialect", "fp4"), "--dialect fp4 is unknown; use one of trtllm: mixed, single; "),
+        (("--dialect", "released"), "--dialect released is unknown; use one of trtllm: mixed, "),
         (("--recipe", "int3"), "no recipe 'int3'; use a YAML file or one of int4"),
         (("--context", "0"), "--context must be 1 to 163840, the model's limit, not 0"),
         (("--context", "200000"), "--context must be 1 to 163840"),
@@ -236,7 +236,7 @@ def test_on_the_cpu_only_the_embedded_engine_is_considered(tiny_model: Path) -> 
     assert (answer["target"], answer["gpus"], answer["refusals"]) == ("embedded", 0, [])
     code, out = command(*words, "--target", "vllm")
     assert code == 1
-    assert "Use --target embedded" in out
+    assert "Use Hopper GPUs or --target embedded." in out
     code, out = command(*words, "--mtp")
     assert code == 1
     assert "Leave out --mtp" in out

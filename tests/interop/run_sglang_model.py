@@ -15,7 +15,7 @@ import json
 import os
 import site
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,27 @@ def tensors_of(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def expected(name: str, tensors: dict[str, Tensor]) -> Tensor | None:
-    """What a parameter should hold, from the checkpoint's tensors; None where it has no such."""
+def sources(name: str, tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The checkpoint's tensors of a parameter: by expert, or one entry, and each by rows. None
+    where the checkpoint has no such."""
     parent, _, last = name.rpartition(".")
     if parent.endswith(".mlp.experts"):
         which, _, suffix = last.partition("_")
-        parts = []
+        parts: list[list[str]] = []
         while f"{parent}.{len(parts)}.down_proj.{suffix}" in tensors:
             expert = f"{parent}.{len(parts)}"
-            parts.append(torch.cat([tensors[f"{expert}.{r}.{suffix}"] for r in EXPERTS[which]]))
-        return torch.stack(parts) if parts else None
+            parts.append([f"{expert}.{role}.{suffix}" for role in EXPERTS[which]])
+        return parts
     module, _, role = parent.rpartition(".")
     if role in FUSED:
-        return torch.cat([tensors[f"{module}.{part}.{last}"] for part in FUSED[role]])
-    return tensors.get(name)
+        return [[f"{module}.{part}.{last}" for part in FUSED[role]]]
+    return [[name]] if name in tensors else []
+
+
+def expected(parts: list[list[str]], tensors: Mapping[str, Tensor]) -> Tensor:
+    """What a parameter of these tensors should hold."""
+    values = [torch.cat([tensors[part] for part in rows]) for rows in parts]
+    return torch.stack(values) if len(values) > 1 else values[0]
 
 
 def holds(parameter: Tensor, wanted: Tensor) -> bool:
@@ -100,19 +107,21 @@ def load(checkpoint: Path, quantization: str | None) -> dict[str, Any]:
         for module in model.modules()
         if (method := getattr(module, "quant_method", None)) is not None
     }
-    wanted = {name: expected(name, tensors) for name in parameters}
+    found = {name: sources(name, tensors) for name in parameters}
     wrong = [
         name
-        for name, value in wanted.items()
-        if value is not None and not name.endswith("weight_shape")
-        if not holds(parameters[name], value)
+        for name, parts in found.items()
+        if parts and not name.endswith("weight_shape")
+        if not holds(parameters[name], expected(parts, tensors))
     ]
+    read = {part for name in filled for rows in found[name] for part in rows}
     return {
         "quantization": config.quantization,
         "schemes": dict(sorted(chosen)),
         "block": getattr(quant_config, "weight_block_size", None),
         "parameters": len(parameters),
         "unfilled": sorted(parameters.keys() - filled),
+        "unread": sorted(tensors.keys() - read),
         "wrong": sorted(wrong),
     }
 
@@ -121,11 +130,7 @@ def load_or_refuse(checkpoint: Path, quantization: str | None) -> dict[str, Any]
     try:
         return load(checkpoint, quantization)
     except Exception as error:
-        if os.environ.get("TRACE"):
-            import traceback
-
-            traceback.print_exc()
-        said = " ".join(map(str, error.args)) if error.args else ""
+        said = " ".join(" ".join(map(str, error.args)).split())
         return {"refused": f"{type(error).__name__}: {said}"[:400]}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.environments import environment, run_in
-from support.interop import RECIPES, calibrated_artifact, keep_or_compare, outcome
+from support.interop import MTP_LAYER, RECIPES, calibrated_artifact, keep_or_compare, outcome
 
 from deepseek.artifact.manifest import FORMAT_VERSION
 
@@ -72,6 +72,7 @@ def test_what_it_loads_holds_the_values_of_the_artifact(found: dict[str, dict[st
     for name in loaded:
         assert found[name]["wrong"] == []
         assert [p for p in found[name]["unfilled"] if not p.endswith(OF_REORDERING)] == []
+        assert [t for t in found[name]["unread"] if not t.startswith(MTP_LAYER)] == []
 
 
 def test_a_config_that_is_silent_about_a_linear_is_noticed(
@@ -79,4 +80,4 @@ def test_a_config_that_is_silent_about_a_linear_is_noticed(
 ) -> None:
     """So that the tests above can fail."""
     silent = found["silent"]
-    assert "refused" in silent or "o_proj" in " ".join((*silent["wrong"], *silent["unfilled"]))
+    assert "refused" in silent or "o_proj" in " ".join((*silent["wrong"], *silent["unread"]))

@@ -14,12 +14,13 @@ from support.quantizing import flip_byte
 from support.synthetic import quantize_plainly
 from support.trtllm_builds import make_maxima
 
+from deepseek.artifact.built_engine import read_engine
 from deepseek.artifact.engine_manifest import read_engine_manifest
 from deepseek.artifact.verdict import read_verdict, write_verdict
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.recipe import load_recipe
-from deepseek.target_engine import check_memory
+from deepseek.target_engine import check_kv_format, check_memory
 from quant_jobs.build import BuildOptions, run_build
 from quant_jobs.evaluate import Settings, obtain_reference, run_evaluate
 from quant_jobs.evaluation.record import Evaluation, read_evaluation
@@ -29,9 +30,9 @@ from serve_app.gating import admit
 
 #: What each target builds the example model of: its head dims are 64, so that TensorRT-LLM takes it
 #: in the dialect `single` only.
-TARGETS: dict[str, dict[str, Any]] = {"trtllm": {"dialect": "single"}}
+TARGETS: dict[str, dict[str, Any]] = {"trtllm": {"dialect": "single", "ep": 1}, "vllm": {}}
 #: (target, recipe) that pass the gate with calibration left out.
-JUDGED = [("trtllm", "w4a8"), ("trtllm", "int8-experts")]
+JUDGED = [("trtllm", "w4a8"), ("trtllm", "int8-experts"), ("vllm", "int8")]
 
 pytestmark = pytest.mark.heavy
 
@@ -63,7 +64,7 @@ def build(folder: Path, source: Path, target: str, recipe: str) -> Path:
     """The engine of a recipe for a target."""
     output = folder / f"{recipe}-{target}"
     if not output.exists():
-        options = BuildOptions(tp=1, **({"ep": 1} if target == "trtllm" else {}), **TARGETS[target])
+        options = BuildOptions(tp=1, **TARGETS[target])
         run_build(artifact(folder, source, recipe), target, output, options)
     return output
 
@@ -211,3 +212,16 @@ def test_the_evaluation_of_a_target_is_read_back(
     result = read_evaluation(folder / "judged-evaluation")
     assert (result.format_version, result.target) == (3, "trtllm")
     assert read_verdict(judged).is_emulated
+
+
+def test_the_layers_with_static_inputs_are_those_that_engine_json_has_scales_of(
+    folder: Path, tiny_model: Path
+) -> None:
+    for target, layers in (("trtllm", {1, 2, 3}), ("vllm", set())):
+        engine = read_engine(build(folder, tiny_model, target, "int4"))
+        assert engine.static_input_layers == layers
+
+
+def test_an_engine_for_a_target_that_is_not_emulated_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="an engine for onnx cannot be executed here; build for"):
+        check_kv_format("onnx", "fp8")

@@ -5,10 +5,10 @@ of that name, a mapping into JSON. The keys here are a closed set, by the names 
 `EngineArgs`; the written file is parsed by vLLM's own parser in `tests/interop`. What a file cannot
 say is in its comments: an environment variable.
 
-FP8 tiles. Where DeepGEMM is installed, vLLM on Hopper rounds the scales of FP8 tiles up to powers
-of two and quantizes the tiles again with them while it loads (`requant_weight_ue8m0_inplace`,
-`VLLM_USE_DEEP_GEMM_E8M0`, on by default; read). The values would no longer be those that were
-built and judged, so that the file says to set it to 0.
+FP8 tiles. With DeepGEMM, which its CUDA wheel brings along (`has_deep_gemm`), vLLM on Hopper rounds
+the scales of FP8 tiles up to powers of two and quantizes the tiles again with them while it loads
+(`requant_weight_ue8m0_inplace`, `VLLM_USE_DEEP_GEMM_E8M0`, on by default; read). The values would
+no longer be those that were built and judged, so that the file says to set it to 0.
 """
 
 from __future__ import annotations

@@ -143,7 +143,8 @@ def owners(recipe: Recipe, config: ModelConfig) -> dict[str, str]:
          INT8 | {"match": "*.shared_experts.up_proj"}],
         [INT4 | {"match": "*.experts.*"}, {"match": "*.q_a_proj", "weights": "bf16"},
          {"match": "*.kv_a_proj_with_mqa", "weights": "bf16"}],
-        [INT4 | {"match": "*.experts.*"}, {"match": "model.layers.2.mlp.shared*", "weights": "bf16"}],
+        [INT4 | {"match": "*.experts.*"},
+         {"match": "model.layers.2.mlp.shared*", "weights": "bf16"}],
     ],
 )  # fmt: skip
 def test_a_fused_linear_has_the_group_of_its_parts(rules: list[dict[str, Any]]) -> None:

@@ -215,7 +215,7 @@ def read_quant_config(directory: Path, quantization: str | None = None) -> Quant
     if quantization not in (None, method):
         raise LoaderRefusal(
             f"{path} has the quant_method {untrusted.show(method)}, but the flag says "
-            f"{untrusted.show(quantization)}; SGLang takes one of them or stops"
+            f"{untrusted.show(quantization)}; they must agree, build again"
         )
     match method:
         case "fp8":

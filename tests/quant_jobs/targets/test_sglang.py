@@ -49,8 +49,9 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_the_dialect_is_the_one_in_which_the_artifact_runs_as_it_was_judged(
     made: Path, recipe: str
 ) -> None:
-    assert read(made / recipe / "engine" / "engine.json")["target_fields"]["dialect"] == (
-        FITTING[recipe]
+    assert (
+        read(made / recipe / "engine" / "engine.json")["target_fields"]["dialect"]
+        == (FITTING[recipe])
     )
 
 

@@ -9,20 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from support.quantizing import add_text
 from support.synthetic import quantize_plainly, write_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from deepseek.artifact.loader_files import LoaderRefusal
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import pop_linear
 from deepseek.engine.options import EngineOptions
+from deepseek.errors import ArtifactError, DeployError
 from deepseek.formats import decompress
 from deepseek.hf.loadable import artifact_problems
+from deepseek.hf.loader import LoaderModel
+from deepseek.hf.loader_decode import decode_tiles
 from deepseek.inventory import layer_tensors
 from deepseek.recipe import Recipe, load_recipe
+from deepseek.source.checkpoint import CheckpointReader
 from deepseek.target_engine import load_as_target
 from quant_jobs.build import BuildOptions, BuildResult, run_build
 from quant_jobs.check import run_check
+
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 
 SHAPE: dict[str, Any] = {"layers": 2, "experts": 2, "hidden": 128, "intermediate_size": 128,
                          "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}  # fmt: skip
@@ -55,6 +63,7 @@ def recipe_of(name: str) -> Recipe:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("hf") / "source"
     write_checkpoint(directory, **SHAPE)
+    add_text(directory, directory.parent / "text.txt")
     return directory
 
 
@@ -131,22 +140,54 @@ def test_transformers_holds_the_artifacts_values(name: str, source: Path, tmp_pa
     assert (theirs.exp() * (theirs - ours)).sum(-1).median() < 2e-3
 
 
-@pytest.mark.heavy
 def test_a_release_is_built_with_its_partial_tiles_in_bf16(source: Path, tmp_path: Path) -> None:
     """kv_a has 160 rows, two tiles of 128, which transformers takes for tiles of 80."""
-    build(source, tmp_path / "built")
-    _, info = load(tmp_path / "built")
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    built, _ = load(tmp_path / "built")
-    released = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    differing = {
-        name
-        for name, value in built.state_dict().items()
-        if not torch.equal(value, released.state_dict()[name])
-    }
-    assert differing == {
-        f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight" for layer in (0, 1)
-    }
+    result = build(source, tmp_path / "built")
+    assert result.warnings == (
+        "2 linears are dequantized and rounded to BF16 once: their last FP8 tile is partial, and "
+        "transformers infers the size of tiles",
+    )
+    model, reader = LoaderModel(tmp_path / "built"), CheckpointReader(source)
+    for layer in range(2):
+        read = reader.read_layer(layer)
+        for spec, held in model.load(layer):
+            tensor = read[spec.name]
+            plain = tensor.data if tensor.scale_inv is None else tensor.dequantize()
+            assert torch.equal(held, plain.to(held.dtype)), spec.name
+
+
+def test_a_release_as_it_is_would_have_tiles_of_another_size(source: Path) -> None:
+    layer = CheckpointReader(source).read_layer(0)
+    stored = layer["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"]
+    assert stored.scale_inv is not None
+    with pytest.raises(LoaderRefusal, match="takes equal tiles from the shapes, which"):
+        decode_tiles({"weight": stored.data, "weight_scale_inv": stored.scale_inv}, "kv_a")
+
+
+@pytest.mark.parametrize("option", [{"tp": 2}, {"ep": 2}, {"dialect": "mixed"}, {"mtp": True},
+                                    {"context": 64}, {"concurrency": 2}])  # fmt: skip
+def test_an_option_that_means_nothing_is_refused(
+    option: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    name = next(iter(option))
+    with pytest.raises(DeployError, match=rf"--{name} means nothing to target transformers"):
+        build(source, tmp_path / "built", **option)
+    assert not (tmp_path / "built").exists()
+
+
+def test_a_kv_format_that_it_has_not_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="cannot load a KV cache in fp8: it caches keys and"):
+        build(source, tmp_path / "built", kv_cache="fp8")
+
+
+def test_a_directory_that_no_longer_dequantizes_is_refused(source: Path, tmp_path: Path) -> None:
+    build(make(source, "int4"), tmp_path / "built")
+    path = tmp_path / "built" / "config.json"
+    path.write_text(path.read_text().replace('"dequantize": true', '"dequantize": false'))
+    with pytest.raises(LoaderRefusal, match="does not say dequantize"):
+        LoaderModel(tmp_path / "built")
+    with pytest.raises(ArtifactError, match=r"config.json differs from what engine.json records"):
+        run_check(tmp_path / "built")
 
 
 @pytest.mark.heavy

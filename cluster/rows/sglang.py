@@ -1,8 +1,9 @@
 """SGLang 0.5.23: what it loads of `build --target sglang`, which writes the layout that fits the
 artifact (w8a8_int8, blockwise_int8, w4afp8 or compressed-tensors), and of the artifact itself.
 
-Its configuration code and its choice of schemes are run on artifacts of ours, which settles what it
-refuses; its loader and its kernels are read.
+Its configuration code, choice of schemes, model and loader are run on artifacts of ours by an
+interop test, whose records these rows agree with; they claim no more than reading until each of
+their cells has a run behind it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from cluster.matrix import (
     Row,
     cells,
 )
+from deepseek.sglang.loadable import NEEDS_SM90 as _NEEDS_SM90
+from deepseek.sglang.loadable import NO_EXPERT_ZERO_POINTS, NO_INT8_EXPERTS, NO_STATIC_FP8
 
 #: Form of the artifact that the rows below are about; older ones say `mixed-precision` for it all.
 ARTIFACT_FORM = 3
@@ -49,21 +52,14 @@ _FP8 = "SGLang fp8.py, fp8_utils.py can_auto_enable_marlin_fp8"
 _INDEXER = "SGLang dsa/dsa_indexer.py"
 _KV = "SGLang memory_pool.py MLATokenToKVPool"
 
-#: Reasons that a build gives too.
-UNPACKED_KV_B = "its absorbed MLA reads the unpacked weight of kv_b_proj"
-PLAIN_KV_B = f"kv_b_proj is stored in BF16: {UNPACKED_KV_B}"
+PLAIN_KV_B = (
+    "kv_b_proj is stored in BF16, because its absorbed MLA reads the unpacked weight of kv_b_proj"
+)
 FUSED_SHAPE = (
     "it puts the stored shapes of q_a_proj and kv_a_proj_with_mqa one after the other, four "
     "numbers where its fused linear has two, and stops"
 )
-NO_INT8_EXPERTS = "its compressed-tensors code computes INT8 experts with INT8 inputs on NPUs only"
-NO_STATIC_FP8 = (
-    "its compressed-tensors code finds the scales of W4A8 inputs while it runs and refuses static "
-    "ones"
-)
-NO_EXPERT_ZERO_POINTS = (
-    "its loader of packed experts turns every tensor but zero points, which then do not fit"
-)
+NO_FP32_SCALES = "it takes scales of packed linears in the model's BF16 only, and ours are FP32"
 _ITSELF = (
     "`build` has no model of its loader for DeepSeek-V3.2: serve the quantized checkpoint itself "
     "with it"
@@ -87,20 +83,25 @@ _HARDWARE = (
     Row("sglang", SM80, INDEXER, BF16 | FP8, False, _INDEXER, "inferred",
         "its indexer scores tokens with DeepGEMM, which needs Hopper", ELSEWHERE, stops="kernels"),
 )  # fmt: skip
-_PACKED_ROWS = (
-    Row("sglang", _GPUS, QKV_A, PACKED, False,
-        f"{_LOADER} do_load_weights, linear.py ReplicatedLinear", "read", FUSED_SHAPE, ADD_RULES,
-        _PLAIN),
+_PACKED_EXPERTS = (
     Row("sglang", _GPUS, ROUTED, INT8_ASYM, False, _EXPERTS, "read", NO_EXPERT_ZERO_POINTS,
         ADD_RULES, _INT8),
     *(Row("sglang", _GPUS, ROUTED, frozenset({f"int4-asym-g{size}"}), False, _EXPERTS, "read",
           NO_EXPERT_ZERO_POINTS, ADD_RULES, f"weights: int4, group_size: {size}")
       for size in (32, 64, 128)),
+    Row("sglang", _GPUS, ROUTED, W8A16, True, _CT, "read", kernels="inferred"),
+    Row("sglang", _GPUS, ROUTED, INT4, True, _CT, "read", kernels="read"),
+)  # fmt: skip
+_PACKED_LINEARS = (
+    Row("sglang", _GPUS, KV_B, PACKED, True, f"{_LOADER} post_load_weights", "read", PLAIN_KV_B,
+        kernels="read"),
+    Row("sglang", _GPUS, QKV_A, PACKED, False,
+        f"{_LOADER} do_load_weights, linear.py ReplicatedLinear", "read", FUSED_SHAPE, ADD_RULES,
+        _PLAIN),
     Row("sglang", _GPUS, PARTS, INT8_ASYM, False,
         "SGLang marlin_utils.py query_marlin_supported_quant_types", "read", _ZERO_POINTS,
         ADD_RULES, _INT8, stops="kernels"),
     Row("sglang", _GPUS, PARTS, INT4_ASYM, True, _CT, "read", kernels="inferred"),
-    Row("sglang", _GPUS, ROUTED, W8A16, True, _CT, "read", kernels="inferred"),
     Row("sglang", _GPUS, PARTS, W8A16 | INT4, True, _CT, "read", kernels="read"),
 )  # fmt: skip
 _KV_ROWS = (
@@ -121,16 +122,15 @@ ROWS: tuple[Row, ...] = (
         "it is started with --quantization w8a8_int8, as the launch file says", kernels="read"),
     Row("sglang", _GPUS, PARTS, INT8_BLOCK, True, "SGLang blockwise_int8.py", "read",
         kernels="read"),
-    Row("sglang", SM80, ROUTED, W4A8, False, _W4A8, "read", "its W4AFP8 kernels need Hopper",
+    Row("sglang", SM80, ROUTED, W4A8, False, _W4A8, "read", _NEEDS_SM90,
         ADD_RULES, _SYMMETRIC, stops="kernels"),
     Row("sglang", SM90, ROUTED, W4A8_G128, True, _W4A8, "read",
         "the largest input scale of a layer's experts, rounded to BF16, counts for all",
         kernels="read"),
     Row("sglang", SM90, ROUTED, W4A8, False, _W4A8, "read",
         "its W4AFP8 experts have groups of 128 only", ADD_RULES, f"{_SYMMETRIC}, activations: fp8"),
-    Row("sglang", _GPUS, KV_B, PACKED, True, f"{_LOADER} post_load_weights", "read", PLAIN_KV_B,
-        kernels="read"),
-    *_PACKED_ROWS,
+    *_PACKED_EXPERTS,
+    *_PACKED_LINEARS,
     Row("sglang", _GPUS, PARTS, W4A8, False, _W4A8, "read",
         "its W4AFP8 is for routed experts only", ADD_RULES),
     *_KV_ROWS,
@@ -151,9 +151,10 @@ ARTIFACT_ROWS: tuple[Row, ...] = (
         "Build it with `build --target sglang`"),
     Row("sglang", _GPUS, ROUTED, W4A8, False, "SGLang compressed_tensors.py _is_wint4afp8", "read",
         NO_STATIC_FP8, ADD_RULES, _SYMMETRIC),
-    Row("sglang", _GPUS, KV_B, PACKED, False, f"{_LOADER} post_load_weights", "read",
-        UNPACKED_KV_B, "Build it with `build --target sglang`"),
-    *_PACKED_ROWS,
+    Row("sglang", _GPUS, PARTS - ROUTED, PACKED, False,
+        "SGLang layers/parameter.py, linear.py ReplicatedLinear", "read", NO_FP32_SCALES,
+        "Build it with `build --target sglang`"),
+    *_PACKED_EXPERTS,
     Row("sglang", _GPUS, PARTS, W4A8, False, "SGLang compressed_tensors.py", "read",
         NO_STATIC_FP8, ADD_RULES),
     *_KV_ROWS,
@@ -163,7 +164,7 @@ _PACKED_CELLS = cells(PARTS, PACKED) | cells(PARTS | INDEXER, FP8)
 #: SGLang picks one quantization method per model; `build` writes what that method reads.
 MIXES: tuple[Mix, ...] = (
     Mix("sglang", "w8a8_int8", "W8A8 INT8 (w8a8_int8)", _GPUS, cells(PARTS, W8A8), "int8"),
-    Mix("sglang", "blockwise_int8", "INT8 in tiles (blockwise_int8)", _GPUS,
+    Mix("sglang", "blockwise_int8", "W8A8 INT8 in tiles (blockwise_int8)", _GPUS,
         cells(PARTS, INT8_BLOCK), "int8-block"),
     Mix("sglang", "compressed-tensors", "weight-only INT beside FP8 blocks (compressed-tensors)",
         _GPUS, _PACKED_CELLS, "int4"),

@@ -158,9 +158,8 @@ def test_int8_tiles_are_sglangs_alone_among_the_gpu_engines(refusals, gpu: GpuGe
     (refusal,) = refusals("int8-block", "vllm", gpu)
     assert refusal.part == "every linear as int8-block-a8"
     assert "none per tile" in refusal.reason
-    assert refusal.change == "Use the recipe int8, or --target sglang"
-    (refusal,) = refusals("int8-block", "transformers", gpu)
-    assert refusal.part == "routed_experts as int8-block-a8"
+    assert refusal.change.startswith("Use the recipe int8, or ")
+    assert not refusals("int8-block", "transformers", gpu)  # for looking, not for serving
 
 
 def test_sglang_takes_no_int8_tiles_beside_other_formats(refusals) -> None:

@@ -1,9 +1,8 @@
 """SGLang 0.5.23: what it loads of `build --target sglang`, which writes the layout that fits the
 artifact (w8a8_int8, blockwise_int8, w4afp8 or compressed-tensors), and of the artifact itself.
 
-Its configuration code, choice of schemes, model and loader are run on artifacts of ours by an
-interop test, whose records these rows agree with; they claim no more than reading until each of
-their cells has a run behind it.
+Its configuration code, choice of schemes, model and loader are run by the test that the rows name,
+on artifacts of ours and on what is built of them; its kernels are read.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from cluster.matrix import (
     ANY,
     BF16,
     CPU,
+    DENSE,
     ELSEWHERE,
     EVERYTHING,
     FP8,
@@ -30,6 +30,7 @@ from cluster.matrix import (
     ROUTED,
     SM80,
     SM90,
+    V3_PARTS,
     W4A8,
     W4A8_G128,
     W8A8,
@@ -43,6 +44,7 @@ from deepseek.sglang.loadable import NO_EXPERT_ZERO_POINTS, NO_INT8_EXPERTS, NO_
 
 #: Form of the artifact that the rows below are about; older ones say `mixed-precision` for it all.
 ARTIFACT_FORM = 3
+TEST = "tests/interop/test_sglang_config.py"
 _CT = "SGLang compressed_tensors.py get_moe_scheme, compressed_tensors_wNa16_moe.py"
 _W8A8 = "SGLang w8a8_int8.py"
 _W4A8 = "SGLang w4afp8.py"
@@ -65,6 +67,7 @@ _ITSELF = (
     "with it"
 )
 _ZERO_POINTS = "its kernels take zero points of 4 bits only"
+_STARTED = "it is started with --quantization w8a8_int8, as the launch file says"
 _INT8, _PLAIN = "weights: int8", "weights: bf16"
 _SYMMETRIC = "weights: int4, group_size: 128"
 _NO_MIXED_FP8 = (
@@ -76,6 +79,7 @@ _HARDWARE = (
     Row("sglang", CPU, EVERYTHING, ANY, False, "SGLang w8a8_int8.py, amx_utils.py", "read",
         "its CPU kernels need AMX, and its CPU backend is not a target of ours", ELSEWHERE),
     Row("sglang", _GPUS, PARTS, BF16, True, "SGLang unquant.py", "read", kernels="read"),
+    Row("sglang", SM90, DENSE, FP8, True, _FP8, "executed", kernels="read", test=TEST),
     Row("sglang", SM90, PARTS, FP8, True, _FP8, "read", kernels="read"),
     Row("sglang", SM80, PARTS, FP8, False, f"{_FP8}, compressed_tensors_w8a16_fp8.py", "inferred",
         _NO_MIXED_FP8, ADD_RULES, _PLAIN, stops="kernels"),
@@ -89,12 +93,16 @@ _PACKED_EXPERTS = (
     *(Row("sglang", _GPUS, ROUTED, frozenset({f"int4-asym-g{size}"}), False, _EXPERTS, "read",
           NO_EXPERT_ZERO_POINTS, ADD_RULES, f"weights: int4, group_size: {size}")
       for size in (32, 64, 128)),
-    Row("sglang", _GPUS, ROUTED, W8A16, True, _CT, "read", kernels="inferred"),
+    Row("sglang", _GPUS, ROUTED, W8A16, True, _CT, "executed", kernels="inferred", test=TEST),
+    Row("sglang", _GPUS, ROUTED, G128, True, _CT, "executed", kernels="read", test=TEST),
     Row("sglang", _GPUS, ROUTED, INT4, True, _CT, "read", kernels="read"),
 )  # fmt: skip
 _PACKED_LINEARS = (
     Row("sglang", _GPUS, KV_B, PACKED, True, f"{_LOADER} post_load_weights", "read", PLAIN_KV_B,
         kernels="read"),
+    Row("sglang", _GPUS, QKV_A, W8A16 | G128, False,
+        f"{_LOADER} do_load_weights, linear.py ReplicatedLinear", "executed", FUSED_SHAPE,
+        ADD_RULES, _PLAIN, test=TEST),
     Row("sglang", _GPUS, QKV_A, PACKED, False,
         f"{_LOADER} do_load_weights, linear.py ReplicatedLinear", "read", FUSED_SHAPE, ADD_RULES,
         _PLAIN),
@@ -118,15 +126,18 @@ _KV_ROWS = (
 
 ROWS: tuple[Row, ...] = (
     *_HARDWARE,
-    Row("sglang", _GPUS, PARTS, W8A8, True, _W8A8, "read",
-        "it is started with --quantization w8a8_int8, as the launch file says", kernels="read"),
+    Row("sglang", _GPUS, V3_PARTS, W8A8, True, _W8A8, "executed", _STARTED, kernels="read",
+        test=TEST),
+    Row("sglang", _GPUS, PARTS, W8A8, True, _W8A8, "read", _STARTED, kernels="read"),
+    Row("sglang", _GPUS, V3_PARTS, INT8_BLOCK, True, "SGLang blockwise_int8.py", "executed",
+        kernels="read", test=TEST),
     Row("sglang", _GPUS, PARTS, INT8_BLOCK, True, "SGLang blockwise_int8.py", "read",
         kernels="read"),
     Row("sglang", SM80, ROUTED, W4A8, False, _W4A8, "read", _NEEDS_SM90,
         ADD_RULES, _SYMMETRIC, stops="kernels"),
-    Row("sglang", SM90, ROUTED, W4A8_G128, True, _W4A8, "read",
+    Row("sglang", SM90, ROUTED, W4A8_G128, True, _W4A8, "executed",
         "the largest input scale of a layer's experts, rounded to BF16, counts for all",
-        kernels="read"),
+        kernels="read", test=TEST),
     Row("sglang", SM90, ROUTED, W4A8, False, _W4A8, "read",
         "its W4AFP8 experts have groups of 128 only", ADD_RULES, f"{_SYMMETRIC}, activations: fp8"),
     *_PACKED_EXPERTS,
@@ -139,16 +150,17 @@ ROWS: tuple[Row, ...] = (
 #: The artifact as it is (form 3, whose top-level format is that of the routed experts).
 ARTIFACT_ROWS: tuple[Row, ...] = (
     *_HARDWARE,
-    Row("sglang", _GPUS, ROUTED, W8A8, False, _CT, "read", NO_INT8_EXPERTS,
-        "Build it with `build --target sglang`, or start it with --quantization w8a8_int8"),
+    Row("sglang", _GPUS, ROUTED, W8A8, False, _CT, "executed", NO_INT8_EXPERTS,
+        "Build it with `build --target sglang`, or start it with --quantization w8a8_int8",
+        test=TEST),
     Row("sglang", _GPUS, PARTS, W8A8, True, "SGLang compressed_tensors_w8a8_int8.py", "read",
         kernels="read"),
     Row("sglang", _GPUS, PARTS, INT8_BLOCK, False, "SGLang compressed_tensors.py", "read",
         "its compressed-tensors INT8 has no scales per tile",
         "Build it with `build --target sglang`"),
     Row("sglang", _GPUS, ROUTED, W4A8_G128, False,
-        "SGLang compressed_tensors.py _is_wint4afp8", "read", NO_STATIC_FP8,
-        "Build it with `build --target sglang`"),
+        "SGLang compressed_tensors.py _is_wint4afp8", "executed", NO_STATIC_FP8,
+        "Build it with `build --target sglang`", test=TEST),
     Row("sglang", _GPUS, ROUTED, W4A8, False, "SGLang compressed_tensors.py _is_wint4afp8", "read",
         NO_STATIC_FP8, ADD_RULES, _SYMMETRIC),
     Row("sglang", _GPUS, PARTS - ROUTED, PACKED, False,

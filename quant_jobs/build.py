@@ -410,7 +410,7 @@ def _build_sglang(source: Source, output: Path, options: BuildOptions) -> BuildR
     assert options.tp is not None
     assert options.ep is not None
     assert options.engine_version is not None
-    machines = parse_hardware(options.hardware).with_count(options.tp)
+    machines = parse_hardware(options.hardware).for_ranks(options.tp)
     dialect = None if options.dialect is None else require_sglang_dialect(options.dialect)
     chosen = SglangOptions(
         ranks=require_sglang_ranks(options.tp, options.ep),

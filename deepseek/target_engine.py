@@ -32,6 +32,8 @@ from deepseek.hf.check import check_engine as check_hf
 from deepseek.hf.stored_model import TransformersStoredModel
 from deepseek.host_memory import host_memory_bytes
 from deepseek.kv_layout import kv_layout, layer_token_bytes
+from deepseek.sglang.check import check_engine as check_sglang
+from deepseek.sglang.stored_model import SglangStoredModel
 from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens
 from deepseek.trtllm.check import check_engine as check_trtllm
@@ -51,6 +53,7 @@ class Check(Protocol):
 _TARGETS: Mapping[str, tuple[Check, Callable[[Path], StoredModel]]] = {
     "trtllm": (check_trtllm, TrtllmStoredModel),
     "vllm": (check_vllm, VllmStoredModel),
+    "sglang": (check_sglang, SglangStoredModel),
     "transformers": (check_hf, TransformersStoredModel),
 }
 #: KV formats that only the embedded engine has.

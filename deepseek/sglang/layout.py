@@ -19,7 +19,8 @@ layouts (`--dialect`), which are one quantization method for the whole model eac
     FP8 tiles           weight F8_E4M3 [N, K]; weight_scale_inv F32 [N/128, K/128]; in groups of
                         compressed-tensors weight_scale
     INT4, INT8 packed   weight_packed I32 [N, K/8 or K/4]; weight_scale BF16 [N, K/group or 1];
-                        weight_shape I64 [2]; with zero points weight_zero_point I32
+                        weight_shape I64 [2], but not of q_a_proj and kv_a_proj_with_mqa, which
+                        SGLang fuses; with zero points weight_zero_point I32
     BF16                weight BF16 [N, K]
 
 Scales are multipliers in spite of the name `_inv`. Those of packed weights are BF16, the type in
@@ -158,11 +159,19 @@ def _parts(
             groups = 1 if scheme.group_size is None else math.ceil(inputs / scheme.group_size)
             yield "weight_packed", "I32", (outputs, math.ceil(inputs / per_word))
             yield "weight_scale", "BF16", (outputs, groups)
-            yield "weight_shape", "I64", (2,)
+            if not _is_fused_whole(spec, stored):
+                yield "weight_shape", "I64", (2,)
             if not scheme.is_symmetric:
                 yield "weight_zero_point", "I32", (math.ceil(outputs / per_word), groups)
         case weights:
             raise AssertionError(f"{spec.module}: {weights} has no form in SGLang")
+
+
+def _is_fused_whole(spec: TensorSpec, stored: Mapping[str, Scheme]) -> bool:
+    """Whether SGLang puts the tensors of a linear and its neighbor one after the other, as those of
+    `fused_qkv_a_proj_with_mqa`: two shapes would be four numbers where it has room for two, and
+    nothing reads them, so that they are left out."""
+    return spec.role in WHOLE_ROLES and f"{spec.parent}.q_a_proj" in stored
 
 
 def rank_weight_bytes(

@@ -29,6 +29,7 @@ from deepseek.sglang.layout import ROW_ROLES, TILE, VOCAB_PADDING, WHOLE_ROLES, 
 NO_EXPERT_ZERO_POINTS = (
     "its loader of packed experts turns every tensor but zero points, which then do not fit"
 )
+NO_ZERO_POINTS = "Marlin, its kernel for packed linears, takes zero points of 4 bits only"
 NO_INT8_EXPERTS = "its compressed-tensors code computes INT8 experts with INT8 inputs on NPUs only"
 NO_STATIC_FP8 = (
     "its compressed-tensors code finds the scales of W4A8 inputs while it runs and refuses static "
@@ -184,6 +185,8 @@ def _wrong_group(scheme: Scheme, *, is_expert: bool) -> tuple[str, str] | None:
         return NO_STATIC_FP8, "use --dialect w4afp8"
     if scheme.weights == "int8-block":
         return "its compressed-tensors code has no INT8 tiles", "use --dialect blockwise_int8"
+    if scheme.weights == "int8-asym" and not is_expert:
+        return NO_ZERO_POINTS, "give it `weights: int8` and quantize again"
     if not is_expert:
         return None
     if scheme.activations == "int8":

@@ -204,6 +204,9 @@ class LoaderModel:
             for part in module.parts:
                 for suffix, parameter in created.items():
                     key = f"{parent}.{part.role}.{suffix}"
+                    if suffix == "weight_shape" and module.cut is None and len(module.parts) > 1:
+                        self._refuse_shape(key, module.name)
+                        continue
                     if self._has(key, module.name):
                         filler.linear(key, module, part, suffix, parameter)
             return created
@@ -219,6 +222,15 @@ class LoaderModel:
                     if which == slot and self._has(key, module.name):
                         filler.expert(key, module, index, role, suffix, parameter)
         return created
+
+    def _refuse_shape(self, key: str, module: str) -> None:
+        """`do_load_weights` puts the tensors of q_a_proj and kv_a_proj_with_mqa one after the
+        other, also their shapes; nothing reads the parameter that stays empty without them."""
+        if key in self.checkpoint:
+            raise LoaderRefusal(
+                f"{self.checkpoint.file(key)} holds {key}: SGLang puts the two shapes of {module} "
+                "one after the other, four numbers where it has room for two"
+            )
 
     def _empty(self, parameter: tuple[tuple[int, ...], torch.dtype]) -> Tensor:
         shape, dtype = parameter

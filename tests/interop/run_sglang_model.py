@@ -4,9 +4,10 @@ down what became of every tensor.
     python run_sglang_model.py PACKAGES OUTPUT CHECKPOINT[=QUANTIZATION]...
 
 PACKAGES is a folder of further packages (`sglang.txt`). QUANTIZATION is what `launch_server` is
-told. OUTPUT is a JSON file: for each checkpoint the class of the scheme of each kind of module, the
-number of parameters, the tensors that nothing read, and the parameters that do not hold the
-checkpoint's values; or why SGLang refused it. No kernel runs.
+told; a checkpoint's `sglang.yaml`, if it has one, says the rest. OUTPUT is a JSON file: for each
+checkpoint the class of the scheme of each kind of module, the number of parameters, the tensors
+that nothing read, and the parameters that do not hold the checkpoint's values; or why SGLang
+refused it. No kernel runs.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def holds(parameter: Tensor, wanted: Tensor) -> bool:
     if getattr(parameter, "is_transposed", False) and wanted.dim() == 3:
         wanted = wanted.transpose(1, 2)
     parameter = parameter.detach()
+    if wanted.numel() == parameter.numel():
+        wanted = wanted.reshape(parameter.shape)  # an input scale is [1] in files
     if parameter.dtype.itemsize == 1:
         parameter, wanted = parameter.view(torch.uint8), wanted.contiguous().view(torch.uint8)
     return torch.equal(parameter, wanted)
@@ -102,11 +105,11 @@ def load(checkpoint: Path, quantization: str | None) -> dict[str, Any]:
         setattr(parameter, known, recorded)
     tensors = dict(tensors_of(checkpoint))
     model.load_weights(iter(tensors.items()))
-    chosen = {
-        (type(module).__name__, type(getattr(module, "scheme", None) or method).__name__)
-        for module in model.modules()
-        if (method := getattr(module, "quant_method", None)) is not None
-    }
+    chosen: dict[str, set[str]] = {}
+    for module in model.modules():
+        if (method := getattr(module, "quant_method", None)) is not None:
+            scheme = type(getattr(module, "scheme", None) or method).__name__
+            chosen.setdefault(type(module).__name__, set()).add(scheme)
     found = {name: sources(name, tensors) for name in parameters}
     wrong = [
         name
@@ -117,7 +120,7 @@ def load(checkpoint: Path, quantization: str | None) -> dict[str, Any]:
     read = {part for name in filled for rows in found[name] for part in rows}
     return {
         "quantization": config.quantization,
-        "schemes": dict(sorted(chosen)),
+        "schemes": {kind: " and ".join(sorted(chosen[kind])) for kind in sorted(chosen)},
         "block": getattr(quant_config, "weight_block_size", None),
         "parameters": len(parameters),
         "unfilled": sorted(parameters.keys() - filled),

@@ -6,8 +6,9 @@ and what the model says.
 INPUTS is a safetensors file with `text` int64 [B, T] and `prompts` int64 [P, L]. Into the folder
 OUTPUT go `found.json` (for each checkpoint the number of parameters, the tensors that nothing read
 and the parameters that nothing filled, or why transformers refused it) and for the n-th checkpoint
-`n.safetensors`: `logits` f32 [B, T, V] and `greedy` int64 [P, G]. A checkpoint's
-`from_pretrained.json`, if it has one, says how it is loaded.
+`n.safetensors`: `logits` f32 [B, T, V] and `greedy` int64 [P, G], computed in FP32. A checkpoint's
+`from_pretrained.json`, if it has one, says how it is loaded; if in BF16, `served` are the logits in
+BF16.
 """
 
 from __future__ import annotations
@@ -51,15 +52,25 @@ class Reports(logging.Handler):
 REPORTS = Reports()
 
 
+def arguments(checkpoint: Path) -> dict[str, Any]:
+    """What the directory says of how it is loaded; an artifact is dequantized to FP32."""
+    said = checkpoint / "from_pretrained.json"
+    if said.exists():
+        return dict(json.loads(said.read_text(encoding="utf-8")))
+    dequantize = CompressedTensorsConfig(dequantize=True)
+    return {"quantization_config": dequantize, "dtype": torch.float32}
+
+
 @torch.no_grad()
 def execute(checkpoint: Path, given: dict[str, Tensor], answers: Path) -> dict[str, Any]:
     model, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint,
-        quantization_config=CompressedTensorsConfig(dequantize=True),
-        dtype=torch.float32,
-        output_loading_info=True,
+        checkpoint, output_loading_info=True, **arguments(checkpoint)
     )
     model.eval()
+    said = {}
+    if model.dtype == torch.bfloat16:
+        said["served"] = model(given["text"]).logits.float()
+        model.float()
     prompts_PL = given["prompts"]
     whole = model.generate(
         prompts_PL,
@@ -70,10 +81,7 @@ def execute(checkpoint: Path, given: dict[str, Tensor], answers: Path) -> dict[s
         eos_token_id=None,
         pad_token_id=0,
     )
-    said = {
-        "logits": model(given["text"]).logits.float(),
-        "greedy": whole[:, prompts_PL.shape[1] :],
-    }
+    said |= {"logits": model(given["text"]).logits, "greedy": whole[:, prompts_PL.shape[1] :]}
     save_file({name: tensor.contiguous() for name, tensor in said.items()}, answers)
     return {
         "parameters": len(list(model.parameters())),

@@ -1,14 +1,17 @@
 """Load quantized checkpoints with vLLM's own code, execute its own model, and write down what
 became of every tensor and what the model says.
 
-    python run_vllm_model.py PACKAGES INPUTS OUTPUT CHECKPOINT...
+    python run_vllm_model.py PACKAGES INPUTS OUTPUT CHECKPOINT=RECIPE...
 
 PACKAGES is a folder of further packages (`vllm_loader.txt`). INPUTS is a safetensors file with
-`text` int64 [B, T] and `prompts` int64 [P, L]. Into the folder OUTPUT go `found.json` (for each
+`text` int64 [B, T], `prompts` int64 [P, L] and of each recipe `RECIPE` int64 [P, G], another
+engine's greedy continuations of the prompts. Into the folder OUTPUT go `found.json` (for each
 checkpoint what `vllm_loading.load` found, or why vLLM refused it) and for the n-th checkpoint
 `n.safetensors`: `logits` f32 [B, T, V] and `greedy` int64 [P, G] of the model in FP32, and `served`
-f32 [B, T, V] of the model in BF16, which is how vLLM serves it. Config, schemes, parameters,
-loaders, the routing and the model's code are vLLM's; what multiplies is `vllm_kernels.py`.
+f32 [B, T, V] of the model in BF16, which is how vLLM serves it. `greedy` are the most likely tokens
+along the given continuation: up to the first difference, what the model itself would continue with.
+Config, schemes, parameters, loaders, the routing and the model's code are vLLM's; what multiplies
+is `vllm_kernels.py`.
 """
 
 from __future__ import annotations
@@ -36,8 +39,6 @@ from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm_loading import config_of, load
 
-NUM_GREEDY = 32
-
 
 class Model:
     """A loaded model that computes whole sequences."""
@@ -60,21 +61,21 @@ class Model:
             hidden = self.model(ids.flatten(), positions)
             return self.model.compute_logits(hidden).float().view(batch, length, -1)
 
-    def continue_greedily(self, prompts: Tensor) -> Tensor:
-        """Int64 [P, G]: each prompt's most likely tokens, the whole sequence computed each time."""
-        ids = prompts
-        for _ in range(NUM_GREEDY):
-            ids = torch.cat((ids, self.logits(ids)[:, -1:].argmax(-1)), -1)
-        return ids[:, prompts.shape[1] :]
+    def follow(self, prompts: Tensor, continuations: Tensor) -> Tensor:
+        """Int64 [P, G]: the most likely token at the place of each token of the continuations."""
+        logits = self.logits(torch.cat((prompts, continuations), -1))
+        return logits[:, prompts.shape[1] - 1 : -1].argmax(-1)
 
 
-def execute(checkpoint: Path, given: dict[str, Tensor], answers: Path) -> dict[str, Any]:
+def execute(
+    checkpoint: Path, recipe: str, given: dict[str, Tensor], answers: Path
+) -> dict[str, Any]:
     served = Model(checkpoint, "bfloat16")
     exact = Model(checkpoint, "float32")
     said = {
         "served": served.logits(given["text"]),
         "logits": exact.logits(given["text"]),
-        "greedy": exact.continue_greedily(given["prompts"]),
+        "greedy": exact.follow(given["prompts"], given[recipe]),
     }
     save_file({name: tensor.contiguous() for name, tensor in said.items()}, answers)
     both = served.found, exact.found
@@ -83,24 +84,25 @@ def execute(checkpoint: Path, given: dict[str, Tensor], answers: Path) -> dict[s
     }
 
 
-def execute_or_refuse(checkpoint: Path, given: dict[str, Tensor], answers: Path) -> dict[str, Any]:
+def execute_or_refuse(word: str, given: dict[str, Tensor], answers: Path) -> dict[str, Any]:
+    checkpoint, _, recipe = word.rpartition("=")
     try:
-        return execute(checkpoint, given, answers)
+        return execute(Path(checkpoint), recipe, given, answers)
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"[:400]}
 
 
-def main(inputs: str, output: Path, checkpoints: list[Path]) -> None:
+def main(inputs: str, output: Path, words: list[str]) -> None:
     given = load_file(inputs)
     with ExitStack() as stack:
         vllm_kernels.install(stack)
-        with set_current_vllm_config(config_of(checkpoints[0], "bfloat16")):
+        with set_current_vllm_config(config_of(Path(words[0].rpartition("=")[0]), "bfloat16")):
             rendezvous = f"file://{tempfile.mkdtemp()}/rendezvous"
             init_distributed_environment(1, 0, rendezvous, 0, "gloo")
             initialize_model_parallel(1, 1)
         found = {
-            str(checkpoint): execute_or_refuse(checkpoint, given, output / f"{n}.safetensors")
-            for n, checkpoint in enumerate(checkpoints)
+            word: execute_or_refuse(word, given, output / f"{n}.safetensors")
+            for n, word in enumerate(words)
         }
     (output / "found.json").write_text(json.dumps(found, indent=1))
 
@@ -108,4 +110,4 @@ def main(inputs: str, output: Path, checkpoints: list[Path]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with torch.inference_mode():
-        main(sys.argv[2], Path(sys.argv[3]), [Path(word) for word in sys.argv[4:]])
+        main(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])

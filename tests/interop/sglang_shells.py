@@ -55,20 +55,20 @@ def install() -> None:
 
 
 def start(checkpoint: Path, quantization: str | None) -> Any:
-    """SGLang's arguments of `launch_server --model-path CHECKPOINT --quantization QUANTIZATION`,
-    and on the first call its groups of one process."""
+    """The arguments that SGLang's own parser makes of `launch_server --model-path CHECKPOINT`, with
+    `--quantization` where one is given and `--config CHECKPOINT/sglang.yaml` where there is one;
+    on the first call, its groups of one process too."""
     import torch
     from sglang.srt.distributed import parallel_state
     from sglang.srt.runtime_context import _derived_widths, get_parallel
-    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+    from sglang.srt.server_args import prepare_server_args, set_global_server_args_for_scheduler
 
-    args = ServerArgs(
-        model_path=str(checkpoint),
-        device="cpu",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        quantization=quantization,
-    )
+    words = ["--model-path", str(checkpoint), "--device", "cpu", "--skip-tokenizer-init"]
+    if quantization:
+        words += ["--quantization", quantization]
+    if (checkpoint / "sglang.yaml").exists():
+        words += ["--config", str(checkpoint / "sglang.yaml")]
+    args = prepare_server_args(words)
     set_global_server_args_for_scheduler(args)
     if not torch.distributed.is_initialized():
         ranks = {name: 0 for name in _derived_widths() if name.endswith("_rank")}

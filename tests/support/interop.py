@@ -1,9 +1,11 @@
 """Artifacts of every built-in recipe for other projects' tools, what the embedded engine says with
 them, and the records of what the tools made of them.
 
-A record, `tests/interop/records/TOOL.json`, is written by a test with INTSERVE_RECORD=1 and
-compared by every other run: what was loaded or refused must be the same, figures within `LARGER` of
-the recorded ones.
+A record is written by a test with INTSERVE_RECORD=1 and compared by every other run: what was
+loaded or refused must be the same, figures within `LARGER` of the recorded ones. There are two for
+a tool: `tests/interop/records/TOOL.json` is of what the tool is given, the directory of
+`build --target TOOL` or, where build refuses, the artifact; `TOOL-artifact.json` is of all
+artifacts themselves.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,13 @@ from support.environments import INTEROP
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from deepseek.artifact.manifest import FORMAT_VERSION
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
+from deepseek.errors import DeployError
 from deepseek.recipe import builtin_recipes, load_recipe
+from quant_jobs.build import BuildOptions, run_build
 from quant_jobs.quantize import run_quantize
 from quant_jobs.targets.embedded import pack_engine
 
@@ -33,7 +38,7 @@ RECORDS = INTEROP / "records"
 RECORD = os.environ.get("INTSERVE_RECORD") == "1"
 RECIPES = tuple(builtin_recipes())
 #: Held-out text in sequences of their own, and prompts behind it.
-NUM_TEXTS, TEXT_TOKENS, NUM_PROMPTS, PROMPT_TOKENS = 8, 256, 8, 48
+NUM_TEXTS, TEXT_TOKENS, NUM_PROMPTS, PROMPT_TOKENS, NUM_GREEDY = 8, 256, 8, 48, 32
 #: A divergence may be this many times the recorded one, or below `SMALL` nats; of eight greedy
 #: continuations one more may leave the path, at a near tie.
 LARGER, SMALL, MORE_DIFFERENT = 3.0, 2e-5, 1
@@ -55,6 +60,34 @@ def calibrated_artifact(model: Path, recipe: str, base: Path) -> Path:
 
 
 @functools.cache
+def built(model: Path, recipe: str, target: str, base: Path) -> Path | None:
+    """What `build --target` makes of that artifact for one GPU; None where it refuses."""
+    output = base / f"built-{target}" / recipe
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run_build(
+            calibrated_artifact(model, recipe, base),
+            target,
+            output,
+            BuildOptions(tp=1, workers=0),
+        )
+    except DeployError:
+        return None
+    return output
+
+
+def checkpoints(model: Path, target: str, base: Path) -> dict[str, Path]:
+    """Every artifact by its recipe's name, and every directory built for a target by "built "
+    and the name."""
+    found = {recipe: calibrated_artifact(model, recipe, base) for recipe in RECIPES}
+    for recipe in RECIPES:
+        directory = built(model, recipe, target, base)
+        if directory is not None:
+            found[f"built {recipe}"] = directory
+    return found
+
+
+@functools.cache
 def held_out(model: Path, base: Path) -> Path:
     """A safetensors file: `text` int64 [B, T] and `prompts` int64 [P, L] of the held-out text."""
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -68,7 +101,7 @@ def held_out(model: Path, base: Path) -> Path:
 
 
 @functools.cache
-def embedded_answers(model: Path, recipe: str, base: Path, num_greedy: int) -> dict[str, Tensor]:
+def embedded_answers(model: Path, recipe: str, base: Path) -> dict[str, Tensor]:
     """`logits` f32 [B, T, V] and `greedy` int64 [P, G] of the embedded engine."""
     artifact = calibrated_artifact(model, recipe, base)
     engine_dir = base / "packed" / recipe
@@ -77,9 +110,17 @@ def embedded_answers(model: Path, recipe: str, base: Path, num_greedy: int) -> d
     given = load_file(held_out(model, base))
     logits = torch.stack([engine.score(text) for text in given["text"]])
     prompts = given["prompts"].tolist()
-    outputs = run(engine, [request(str(n), row, num_greedy) for n, row in enumerate(prompts)])
+    outputs = run(engine, [request(str(n), row, NUM_GREEDY) for n, row in enumerate(prompts)])
     greedy = torch.tensor([tokens(outputs[str(n)]) for n in range(len(prompts))])
     return {"logits": logits, "greedy": greedy}
+
+
+def continued(model: Path, base: Path) -> Path:
+    """`held_out`, and of every recipe the embedded engine's greedy continuations [P, G]."""
+    greedy = {recipe: embedded_answers(model, recipe, base)["greedy"] for recipe in RECIPES}
+    path = base / "continued.safetensors"
+    save_file(load_file(held_out(model, base)) | greedy, path)
+    return path
 
 
 def divergence(theirs: Tensor, ours: Tensor) -> tuple[float, float]:
@@ -105,6 +146,49 @@ def judged(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str
     return figures
 
 
+def answered(
+    found: dict[str, dict[str, Any]], names: Iterable[str], folder: Path, model: Path, base: Path
+) -> dict[str, dict[str, Any]]:
+    """What was found of each checkpoint, in the order that the tool was given them, with `figures`
+    of those that it answered with; the last word of a name is the recipe."""
+    results = {}
+    for number, name in enumerate(names):
+        results[name] = found[name]
+        answers = folder / f"{number}.safetensors"
+        if answers.exists():
+            theirs = load_file(answers)
+            recipe = name.split()[-1]
+            ours = embedded_answers(model, recipe, base)
+            results[name] = found[name] | {"figures": judged(theirs, ours)}
+    return results
+
+
+def records_of(
+    tool: str, version: str, found: Mapping[str, Any], *, package: str, test: str
+) -> dict[str, Any]:
+    """Both records of a tool, by file name without suffix; `test` is the name of the test file."""
+    head = {
+        "tool": tool,
+        "version": version,
+        "package": f"{package}=={version}",
+        "test": f"tests/interop/{test}",
+        "artifact_form": FORMAT_VERSION,
+    }
+
+    def of(name: str, form: str) -> dict[str, Any]:
+        return outcome(found[name], form, found[name].get("figures", {}))
+
+    artifacts = {recipe: of(recipe, "artifact") for recipe in RECIPES}
+    given = {
+        recipe: of(f"built {recipe}", "engine") if f"built {recipe}" in found else artifacts[recipe]
+        for recipe in RECIPES
+    }
+    return {
+        tool: head | {"recipes": given},
+        f"{tool}-artifact": head | {"recipes": artifacts},
+    }
+
+
 def outcome(found: Mapping[str, Any], form: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """One recipe of a record. `form` is what was loaded: an artifact or an engine."""
     if "refused" in found:
@@ -118,10 +202,18 @@ def outcome(found: Mapping[str, Any], form: str, figures: Mapping[str, Any]) -> 
     }
 
 
-def keep_or_compare(tool: str, fresh: Mapping[str, Any]) -> list[str]:
-    """Write the record with INTSERVE_RECORD=1; else what a fresh outcome contradicts in it, a
+def keep_or_compare(records: Mapping[str, Any]) -> list[str]:
+    """Write the records with INTSERVE_RECORD=1; else what the fresh ones contradict in them, a
     sentence each."""
-    path = RECORDS / f"{tool}.json"
+    return [
+        f"{name}: {difference}"
+        for name, fresh in records.items()
+        for difference in _kept_or_different(name, fresh)
+    ]
+
+
+def _kept_or_different(name: str, fresh: Mapping[str, Any]) -> list[str]:
+    path = RECORDS / f"{name}.json"
     if RECORD:
         path.write_text(json.dumps(fresh, indent=1) + "\n", encoding="utf-8")
     recorded = json.loads(path.read_text(encoding="utf-8"))

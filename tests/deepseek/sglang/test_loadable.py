@@ -81,7 +81,7 @@ def test_ranks_that_would_cut_groups_or_tiles_are_refused() -> None:
     schemes = load_recipe("int4").resolve(narrow)
     with pytest.raises(DeployError) as refused:
         check_loadable(narrow, schemes, "w4afp8", RankLayout(tp=2, ep=1), mtp=False)
-    assert "q_b_proj as fp8-block: its outputs, 96 for each of 2 ranks, are no" in str(refused.value)
+    assert "q_b_proj as fp8-block: its outputs, 96 for each of 2 ranks, are" in str(refused.value)
     assert "heads on 4 ranks: every rank holds whole heads; use --tp 2" in refusal("int4", 4, 1)
 
 

@@ -389,8 +389,8 @@ def _build_vllm(source: Source, output: Path, options: BuildOptions) -> BuildRes
         bytes_read=sum(file.bytes_read for file in built.values()),
         planned_rank_bytes=planned_rank_bytes(source.config, build.stored, chosen),
         warnings=(
-            f"start vLLM with {E8M0_OFF}: with DeepGEMM, which its wheel has, it quantizes FP8 "
-            "tiles again with power-of-two scales otherwise, and serves other values than these",
+            "with DeepGEMM, which its wheel has, vLLM on Hopper quantizes FP8 tiles again with "
+            f"power-of-two scales: `evaluate` judges that, and {E8M0_OFF} avoids it",
         )
         if has_tiles
         else (),

@@ -43,7 +43,7 @@ def test_ranks_over_nodes_run_in_ray_and_the_file_says_to_start_it() -> None:
 
 
 def test_fp8_tiles_ask_for_the_variable_that_keeps_them() -> None:
-    assert b"VLLM_USE_DEEP_GEMM_E8M0=0 vllm serve" in launch_yaml(made(), "0", has_tiles=True)
+    assert b"VLLM_USE_DEEP_GEMM_E8M0=0 before" in launch_yaml(made(), "0", has_tiles=True)
     assert b"E8M0" not in launch_yaml(made(), "0", has_tiles=False)
 
 

@@ -63,7 +63,7 @@ class Build:
     def options(self) -> BuildOptions:
         """One GPU, BF16 pages."""
         given: dict[str, Any] = {"kv_cache": "bf16"}
-        if self.target != BASELINE:
+        if self.target not in (BASELINE, "transformers"):
             given["tp"] = 1
         if self.target == "trtllm":
             given["ep"] = 1

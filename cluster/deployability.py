@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cluster.hardware import GpuGeneration
 from cluster.layouts import (
@@ -145,7 +146,9 @@ def examine(
 
 def cells_of(schemes: Mapping[str, Scheme], kv_cache: str) -> list[tuple[str, str]]:
     """The (part, format) pairs of a model, sorted, the KV cache's last."""
-    used = {(part_of(module), scheme.label) for module, scheme in schemes.items()}
+    # A recipe has a few schemes and a model 46,000 modules, which are asked about many times.
+    found = {(part_of(module), id(scheme)): scheme for module, scheme in schemes.items()}
+    used = {(part, scheme.label) for (part, _), scheme in found.items()}
     return [*sorted(used), (KV_CACHE, kv_cache)]
 
 
@@ -188,6 +191,7 @@ def require_engine_version(target: Target, name: str | None) -> str:
     )
 
 
+@lru_cache(maxsize=1 << 17)
 def part_of(module: str) -> str:
     """Which part of a recipe a linear belongs to: `routed_experts`, `kv_b_proj`, ..."""
     group = group_of(module)

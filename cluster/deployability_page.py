@@ -167,53 +167,52 @@ def _where(target: Target) -> str:
 
 def _ran_section(records: list[Record]) -> Iterator[str]:
     """What the interop tests recorded."""
-    found = {record.tool: record for record in records}
     yield "## What ran in the tools themselves"
     yield ""
-    tools = [tool for tool in _TOOLS if tool in found]
-    if not tools:
-        yield "No interop test has left a record yet."
-        yield ""
-        return
     yield (
         "Outcomes of `make interop` on the tiny model, as recorded in `tests/interop/records`: "
         "median and mean KL in nats per token from the embedded engine to the tool on held-out "
-        "text, and how many greedy continuations of 32 tokens are the same. *schemes only*: the "
-        "tool's choice of schemes ran, its loader did not."
+        "text, and how many greedy continuations of 32 tokens are the same. A dash: nothing was "
+        "computed there, only loaded."
     )
     yield ""
+    order = {tool: number for number, tool in enumerate(_TOOLS)}
+    records = sorted(records, key=lambda record: (order[record.tool], record.name))
     heads = [
-        f"{tool} {found[tool].version}, artifacts of form {found[tool].artifact_form}"
-        for tool in tools
+        f"{record.tool} {record.version}" + ", the artifact" * record.name.endswith("-artifact")
+        for record in records
     ]
     yield f"| recipe | {' | '.join(heads)} |"
-    yield f"|---|{'---|' * len(tools)}"
-    names = dict.fromkeys(name for tool in tools for name in found[tool].recipes)
-    for name in names:
-        outcomes = (found[tool].recipes.get(name) for tool in tools)
+    yield f"|---|{'---|' * len(heads)}"
+    for name in dict.fromkeys(name for record in records for name in record.recipes):
+        outcomes = (record.recipes.get(name) for record in records)
         yield f"| `{name}` | {' | '.join(_outcome(outcome) for outcome in outcomes)} |"
     yield ""
-    for tool in tools:
-        yield f"- {tool}: `{found[tool].package}`, `{found[tool].test}`"
+    for record in records:
+        yield (
+            f"- `{record.name}.json`: `{record.package}`, `{record.test}`, artifacts of form "
+            f"{record.artifact_form}"
+        )
     yield ""
 
 
 def _outcome(outcome: Outcome | None) -> str:
     if outcome is None:
         return ""
-    prefix = "as built: " if outcome.input == "engine" else ""
+    prefix = "built: " if outcome.input == "engine" else ""
     if outcome.loaded is False:
         return f"{prefix}refuses: {_short(outcome.refusal or '')}"
     if outcome.loaded is None:
         return f"{prefix}schemes only"
     words = ["loads"]
+    if outcome.unread:
+        words.append(f"{len(outcome.unread)} tensors unread")
     if outcome.kl_median is not None:
-        words.append(f"KL {outcome.kl_median:.1e}")
-    if outcome.kl_mean is not None:
-        words[-1] += f" (mean {outcome.kl_mean:.1e})"
+        mean = f" (mean {outcome.kl_mean:.1e})" if outcome.kl_mean is not None else ""
+        words.append(f"KL {outcome.kl_median:.1e}{mean}")
     if outcome.greedy_equal is not None:
         words.append(f"greedy {outcome.greedy_equal}/{outcome.greedy_of}")
-    return prefix + ", ".join(words)
+    return prefix + ", ".join([*words, *["-"] * (len(words) == 1)])
 
 
 def _short(words: str) -> str:

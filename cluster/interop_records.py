@@ -1,9 +1,10 @@
 """What the interop tests recorded of the tools themselves, and where the matrix says otherwise.
 
-`tests/interop/records/TOOL.json` holds, for one tool and version, what became of each built-in
+A file of `tests/interop/records` holds, for one tool and version, what became of each built-in
 recipe: loaded or refused, tensors that nothing read, parameters that held other values, the
-differences from the embedded engine. The tests compare a fresh run with it; a default test compares
-it with the matrix.
+differences from the embedded engine. `TOOL.json` is of what the tool is given, the directory of
+`build` or, where that refuses, the artifact; `TOOL-artifact.json` is of the artifacts themselves.
+The tests compare a fresh run with them; a default test compares them with the matrix.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class Outcome(_Read):
 
 
 class Record(_Read):
-    """One tool in one version."""
+    """One tool in one version; `name` is the file's."""
 
+    name: str = ""
     tool: Target
     version: str
     package: str
@@ -83,7 +85,8 @@ def read_records(folder: Path = RECORDS) -> list[Record]:
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
-            records.append(Record.model_validate(parse_json_object(read_bytes(path, root=folder))))
+            raw = parse_json_object(read_bytes(path, root=folder))
+            records.append(Record.model_validate(raw | {"name": path.stem}))
         except (UnusableFileError, ValidationError) as error:
             raise DeployError(f"{path}: {' '.join(str(error).split())}") from None
     return records

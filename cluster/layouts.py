@@ -7,11 +7,12 @@ The facts are the matrix's (`MIXES`, `UNIFORM` of `cluster/rows/`) and the inven
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from cluster.hardware import GpuGeneration
 from cluster.matrix import KV_CACHE, Handed, Mix, Refusal, Target, Uniform
 from cluster.rows import sglang, transformers
-from deepseek.inventory import FUSED, Group, group_of
+from deepseek.inventory import FUSED, group_of
 from deepseek.recipe import Scheme
 
 _MIXES: dict[Handed, tuple[Mix, ...]] = {
@@ -25,15 +26,14 @@ _AS_RELEASED = frozenset({"bf16", "fp8-block"})
 
 def fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[Refusal]:
     """Linears that the engine stores as one tensor must have one scheme."""
-    units: dict[tuple[int, str], set[str]] = {}
+    units: dict[tuple[int, str], dict[int, Scheme]] = {}
     for module, scheme in schemes.items():
-        layer, rest = split_module(module)
-        unit = _fused_unit(group_of(module), rest)
-        if unit:
-            units.setdefault((layer, unit), set()).add(scheme.label)
+        place = _fused_unit(module)
+        if place:
+            units.setdefault(place, {})[id(scheme)] = scheme
     wrong: dict[str, list[int]] = {}
-    for (layer, unit), labels in units.items():
-        if len(labels) > 1:
+    for (layer, unit), members in units.items():
+        if len({scheme.label for scheme in members.values()}) > 1:
             wrong.setdefault(unit, []).append(layer)
     for unit, layers in wrong.items():
         yield Refusal(
@@ -45,14 +45,18 @@ def fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[Re
         )
 
 
-def _fused_unit(group: Group, rest: str) -> str | None:
+@lru_cache(maxsize=1 << 17)
+def _fused_unit(module: str) -> tuple[int, str] | None:
+    """The layer and the unit that an engine fuses a linear into, in words; None for one alone."""
+    layer, rest = split_module(module)
+    group = group_of(module)
     if group == "routed_experts":
-        return "all routed experts"
+        return layer, "all routed experts"
     parent, _, role = rest.rpartition(".")
     for roles in FUSED.values():
         if role in roles:
             unit = " with ".join(roles)
-            return unit if group == "attention" else f"{parent}: {unit}"
+            return layer, unit if group == "attention" else f"{parent}: {unit}"
     return None
 
 

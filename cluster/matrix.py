@@ -25,6 +25,7 @@ from typing import Literal
 
 from cluster.hardware import GpuGeneration
 from deepseek.hf.versions import VERSIONS as HF_VERSIONS
+from deepseek.sglang.versions import VERSIONS as SGLANG_VERSIONS
 from deepseek.trtllm.versions import VERSIONS as TRTLLM_VERSIONS
 from deepseek.vllm.versions import VERSIONS as VLLM_VERSIONS
 
@@ -35,7 +36,7 @@ TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang", "transformers", "embe
 ENGINE_VERSIONS: dict[Target, tuple[str, ...]] = {
     "trtllm": TRTLLM_VERSIONS,
     "vllm": VLLM_VERSIONS,
-    "sglang": ("0.5.23",),
+    "sglang": SGLANG_VERSIONS,
     "transformers": HF_VERSIONS,
     "embedded": ("",),
 }

@@ -389,8 +389,8 @@ def _build_vllm(source: Source, output: Path, options: BuildOptions) -> BuildRes
         bytes_read=sum(file.bytes_read for file in built.values()),
         planned_rank_bytes=planned_rank_bytes(source.config, build.stored, chosen),
         warnings=(
-            f"start vLLM with {E8M0_OFF}: where DeepGEMM is installed it quantizes FP8 tiles again "
-            "with power-of-two scales otherwise, and serves other values than these",
+            "with DeepGEMM, which its wheel has, vLLM on Hopper quantizes FP8 tiles again with "
+            f"power-of-two scales: `evaluate` judges that, and {E8M0_OFF} avoids it",
         )
         if has_tiles
         else (),
@@ -410,7 +410,7 @@ def _build_sglang(source: Source, output: Path, options: BuildOptions) -> BuildR
     assert options.tp is not None
     assert options.ep is not None
     assert options.engine_version is not None
-    machines = parse_hardware(options.hardware).with_count(options.tp)
+    machines = parse_hardware(options.hardware).for_ranks(options.tp)
     dialect = None if options.dialect is None else require_sglang_dialect(options.dialect)
     chosen = SglangOptions(
         ranks=require_sglang_ranks(options.tp, options.ep),

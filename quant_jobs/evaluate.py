@@ -16,8 +16,7 @@ always against a stored reference, which is made first where --reference is the 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,15 +25,11 @@ from torch import Tensor
 from deepseek.artifact.built_engine import BuiltEngine, read_engine
 from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.artifact.verdict import EMBEDDED
-from deepseek.config import ModelConfig
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
-from deepseek.engine.packed_layout import source_schemes
 from deepseek.errors import ArtifactError, CalibrationError
 from deepseek.inventory import tensors
-from deepseek.limits import LARGEST
 from deepseek.outputs import check_apart, check_directory, check_writable, make_directory
-from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader, scale_name
 from deepseek.target_engine import check_kv_format, load_as_target
 from quant_jobs.calibration.token_blocks import TokenBlocks, load_token_blocks
@@ -68,7 +63,12 @@ from quant_jobs.evaluation.scorers import (
 )
 from quant_jobs.evaluation.served import LoadPoint, Served, write_served
 from quant_jobs.evaluation.service_client import ServiceClient, base_url, read_key
-from quant_jobs.evaluation.sizes import group_sizes
+from quant_jobs.evaluation.sizes import (
+    artifact_schemes,
+    bytes_by_name,
+    group_sizes,
+    source_config,
+)
 from quant_jobs.evaluation.speed import BATCH_SIZES, measure_decode
 from quant_jobs.evaluation.tokens import write_tokens
 from quant_jobs.evaluation.url import ServedText, forget_partial, measure_text
@@ -131,8 +131,8 @@ def run_evaluate(
         check_writable(output)  # now, not after an hour
         quantized = load_as_target(engine_dir, options)
         scores = score_against(reference, quantized)
-        config = _source_config(built, len(reference.tensor_bytes))
-        stored_bytes = _by_name(config, reference.tensor_bytes)
+        config = source_config(built, len(reference.tensor_bytes))
+        stored_bytes = bytes_by_name(config, reference.tensor_bytes)
         source_bytes, digest = reference.record.source_bytes, reference.record.digest
     else:
         source = CheckpointReader(reference_dir)
@@ -169,7 +169,7 @@ def run_evaluate(
             **summarize([score.tokens for score in scores]),
             lumped_kl=_lumped(scores),
             artifact_bytes=built.manifest.num_bytes if built.manifest else source_bytes,
-            sizes=group_sizes(config, stored_bytes, _artifact_schemes(built, config)),
+            sizes=group_sizes(config, stored_bytes, artifact_schemes(built, config)),
             engine_bytes=built.num_bytes,
             speed=speed,
             no_speed=no_speed,
@@ -354,37 +354,6 @@ def _write_reference(
         "tools": _tools(),
     }
     return write_reference(directory, ids_BT, blocks, torch.tensor(sizes), facts)
-
-
-def _source_config(built: BuiltEngine, num_tensors: int) -> ModelConfig:
-    """The config of the source that has so many tensors: the engine's own, with the MTP layers that
-    the engine may have left out."""
-    own = built.config.num_nextn_predict_layers
-    most, _ = LARGEST["num_nextn_predict_layers"]
-    for count in range(own, int(most) + 1):
-        config = replace(built.config, num_nextn_predict_layers=count)
-        found = len(list(tensors(config)))
-        if found == num_tensors:
-            return config
-        if found > num_tensors:
-            break
-    raise ArtifactError(
-        f"the stored reference counts {num_tensors} tensors of its source, which the engine's "
-        "model has not with any number of MTP layers; make the reference again"
-    )
-
-
-def _artifact_schemes(built: BuiltEngine, config: ModelConfig) -> Mapping[str, Scheme]:
-    """The schemes of the quantized checkpoint, or of the source itself, MTP layers included."""
-    if built.manifest is None:
-        return source_schemes(config)
-    return built.manifest.recipe.resolve(config)
-
-
-def _by_name(config: ModelConfig, tensor_bytes: Tensor) -> Mapping[str, int]:
-    """Stored bytes by name of the source's tensors, scales counted with their weights."""
-    names = [spec.name for spec in tensors(config)]
-    return dict(zip(names, tensor_bytes.tolist(), strict=True))
 
 
 def _lumped(scores: list[BlockScores]) -> LumpedKL:

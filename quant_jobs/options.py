@@ -24,14 +24,17 @@ CpusOption = Annotated[
 TargetOption = Annotated[str, typer.Option(help="embedded, trtllm, vllm, sglang or transformers.")]
 TpOption = Annotated[
     int | None,
-    typer.Option(min=1, help="GPUs that share one engine [1; trtllm: those of --hardware]."),
+    typer.Option(
+        min=1, help="GPUs that share one engine [1; trtllm and vllm: those of --hardware]."
+    ),
 ]
 EpOption = Annotated[
     int | None,
     typer.Option(
         min=1,
         help="trtllm: groups that the routed experts are divided over; inside a group each "
-        "expert is cut over tp / ep GPUs [tp: whole experts].",
+        "expert is cut over tp / ep GPUs [tp: whole experts]. vllm: "
+        "tp, or 1 for experts that all GPUs share.",
     ),
 ]
 KVOption = Annotated[

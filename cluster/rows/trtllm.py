@@ -38,6 +38,7 @@ from deepseek.trtllm.loadable import (
     EXPERTS_ONLY,
     GROUPS_OF_128,
     NO_INDEXER,
+    NO_INT8_TILES,
     NO_W8A8,
     NO_ZERO_POINTS,
 )
@@ -65,7 +66,6 @@ _AS_W4A8 = (
     "takes from the calibration's maxima"
 )
 _LARGEST = "the largest input scale of a layer's experts counts for all"
-_NO_BLOCKS = "it has no INT8 kernels with a scale per tile"
 _INT8 = "weights: int8"
 _SYMMETRIC = "weights: int4, group_size: 128"
 _RECIPES = "Use the recipe int8-experts or int4, or add to this one {rules}"
@@ -80,8 +80,8 @@ ROWS: tuple[Row, ...] = (
         "TensorRT-LLM attention_backend/sparse/dsa.py Indexer", "inferred", NO_INDEXER, ELSEWHERE),
     Row("trtllm", SM90, ROUTED, W8A8, False, _LINEAR, "read", NO_W8A8, _RECIPES, _INT8),
     Row("trtllm", SM90, PARTS, W8A8, False, _LINEAR, "read", NO_W8A8, _RECIPES),
-    Row("trtllm", SM90, ROUTED, INT8_BLOCK, False, _MOE, "read", _NO_BLOCKS, _RECIPES, _INT8),
-    Row("trtllm", SM90, PARTS, INT8_BLOCK, False, _LINEAR, "read", _NO_BLOCKS, _RECIPES),
+    Row("trtllm", SM90, ROUTED, INT8_BLOCK, False, _MOE, "read", NO_INT8_TILES, _RECIPES, _INT8),
+    Row("trtllm", SM90, PARTS, INT8_BLOCK, False, _LINEAR, "read", NO_INT8_TILES, _RECIPES),
     Row("trtllm", SM90, MLA, W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8, False, _MODEL, "read",
         "its MLA loader reads these projections only as BF16 or FP8 blocks", ADD_RULES),
     Row("trtllm", SM90, GENERIC, W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8, False, _LINEAR,

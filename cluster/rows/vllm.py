@@ -40,7 +40,6 @@ from cluster.matrix import (
 from deepseek.vllm.loadable import (
     MACHETE_OUTPUTS,
     NO_EXPERT_ZERO_POINTS,
-    NO_FORMAT,
     NO_STATIC_FP8,
     NO_ZERO_POINTS_SM80,
 )
@@ -53,6 +52,7 @@ _MARLIN_MOE = "vLLM oracle/int_wna16.py, marlin_moe.py _supports_quant_scheme"
 _KERNELS = "vLLM kernels/linear/__init__.py, mixed_precision/machete.py, marlin.py"
 _KV = "vLLM v1/attention/backends/mla"
 
+_NO_TILES = "its INT8 kernels have a scale per channel or tensor, none per tile"
 _ITSELF = (
     "`build` has no model of its loader for DeepSeek-V3.2: serve the quantized checkpoint itself "
     "with it"
@@ -80,9 +80,9 @@ ROWS: tuple[Row, ...] = (
     Row("vllm", SM80 | SM90, V3_PARTS, W8A8 | W8A16 | G128, True, _MOE, "executed",
         kernels="read", test=TEST),
     Row("vllm", SM80 | SM90, PARTS, W8A8 | W8A16 | INT4, True, _MOE, "read", kernels="read"),
-    Row("vllm", SM80 | SM90, ROUTED, INT8_BLOCK, False, _MOE, "read", NO_FORMAT,
+    Row("vllm", SM80 | SM90, ROUTED, INT8_BLOCK, False, _MOE, "read", _NO_TILES,
         "Use the recipe int8, or add to this one {rules}", "weights: int8, activations: int8"),
-    Row("vllm", SM80 | SM90, PARTS, INT8_BLOCK, False, _CT, "read", NO_FORMAT,
+    Row("vllm", SM80 | SM90, PARTS, INT8_BLOCK, False, _CT, "read", _NO_TILES,
         "Use the recipe int8, or add to this one {rules}", "weights: int8, activations: int8"),
     Row("vllm", SM80 | SM90, ROUTED, INT8_ASYM, False, _MARLIN_MOE, "read", NO_EXPERT_ZERO_POINTS,
         ADD_RULES, _INT8, stops="kernels"),

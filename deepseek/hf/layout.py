@@ -99,9 +99,7 @@ def choose(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Stored:
     return Stored("compressed-tensors", forms)
 
 
-def stored_tensors(
-    config: ModelConfig, stored: Stored, layer: LayerKey
-) -> dict[str, StoredTensor]:
+def stored_tensors(config: ModelConfig, stored: Stored, layer: LayerKey) -> dict[str, StoredTensor]:
     """Every tensor of one file by full name.
 
     What is not a linear has the type of the release, BF16 or F32; a source may store another.

@@ -80,7 +80,7 @@ def artifact_problems(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Ite
     kept = {m: s for m, s in schemes.items() if layer_of(m) < config.num_hidden_layers}
     experts = _formats(s for m, s in kept.items() if expert_of(m) is not None)
     others = _formats(s for m, s in kept.items() if expert_of(m) is None)
-    for weights, group, activations in sorted(experts, key=str):
+    for weights, _, activations in sorted(experts, key=str):
         label = f"routed experts in {weights}"
         if weights == "int8-block" or activations == "int8":
             yield Problem(f"{label} with INT8 activations", AS_IS_W8A8, change)
@@ -97,9 +97,7 @@ def artifact_problems(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Ite
         yield Problem(f"linears in {_list(quantized)}", AS_IS_MIXED_LINEARS, change)
 
 
-def notes(
-    config: ModelConfig, schemes: Mapping[str, Scheme], stored: Stored
-) -> tuple[str, ...]:
+def notes(config: ModelConfig, schemes: Mapping[str, Scheme], stored: Stored) -> tuple[str, ...]:
     """What a built directory is or computes otherwise than the recipe says, one sentence each."""
     kept = {m: s for m, s in schemes.items() if m in stored.forms}
     activations = {scheme.activations for scheme in kept.values()}
@@ -176,5 +174,3 @@ def _only_partial(config: ModelConfig, schemes: Mapping[str, Scheme], stored: St
         for module, scheme in schemes.items()
         if scheme.weights != "bf16" and stored.forms[module].kind == "bf16"
     )
-
-

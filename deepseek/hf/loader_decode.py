@@ -51,9 +51,7 @@ class Group:
             )
         codes, scale = parts["weight"], parts["weight_scale"]
         if self.strategy == "block":
-            rows, columns = (
-                torch.arange(size, device=scale.device) // 128 for size in codes.shape
-            )
+            rows, columns = (torch.arange(size, device=scale.device) // 128 for size in codes.shape)
             scale = scale[rows][:, columns]
         return codes.to(scale.dtype) * scale
 

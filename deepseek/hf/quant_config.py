@@ -1,8 +1,8 @@
 """The `quantization_config` of config.json, in the words that transformers' quantizers look up.
 
-`dequantize` stands in the config itself, so that `from_pretrained(DIR)` does what was judged. Without
-it the compressed-tensors quantizer quantizes the inputs of FP8 linears at every forward pass (but not
-those of the experts), which no verdict is about.
+`dequantize` stands in the config itself, so that `from_pretrained(DIR)` does what was judged.
+Without it the compressed-tensors quantizer quantizes the inputs of FP8 linears at every forward
+pass (but not those of the experts), which no verdict is about.
 """
 
 from __future__ import annotations

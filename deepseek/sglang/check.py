@@ -137,8 +137,8 @@ def check_config(
     check_schemes(directory, built, built.config, engine, mtp=mtp)
     if (built.manifest is None) != (fields.dialect == "released"):
         raise ArtifactError(
-            f"{directory / ENGINE_FILE} says that the dialect is {fields.dialect}, which is not that "
-            "of what it was built from; build again"
+            f"{directory / ENGINE_FILE} says that the dialect is {fields.dialect}, which is not "
+            "that of what it was built from; build again"
         )
     if built.kv_cache not in KV_DTYPES:
         raise DeployError(

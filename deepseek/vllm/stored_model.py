@@ -3,8 +3,8 @@
     stored              executed
     INT4, INT8 packed   codes and zero points as they are, scales in BF16; inputs are not quantized
     INT8 with INT8      codes as they are, scales F32; inputs quantized per token while it runs
-    FP8 tiles           bit for bit, scales F32 (where vLLM is started with
-                        VLLM_USE_DEEP_GEMM_E8M0=0, see `launch.py`)
+    FP8 tiles           bit for bit, scales F32; that DeepGEMM quantizes them again is part of the
+                        arithmetic (see `launch.py`)
     BF16                bit for bit
 
 The embedded engine executes it in vLLM's arithmetic (`deepseek/engine/arithmetic.py`), so that an

@@ -1,7 +1,7 @@
 """One tensor of a transformers directory, made from those of a checkpoint.
 
-Integers keep their values exactly: codes less their zero point fit into eight bits, and a scale that
-several groups share is repeated. BF16 is the dequantized value in FP32, rounded once.
+Integers keep their values exactly: codes less their zero point fit into eight bits, and a scale
+that several groups share is repeated. BF16 is the dequantized value in FP32, rounded once.
 
 N outputs · K inputs
 """

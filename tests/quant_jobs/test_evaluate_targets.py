@@ -30,9 +30,20 @@ from serve_app.gating import admit
 
 #: What each target builds the example model of: its head dims are 64, so that TensorRT-LLM takes it
 #: in the dialect `single` only.
-TARGETS: dict[str, dict[str, Any]] = {"trtllm": {"dialect": "single", "ep": 1}, "vllm": {}}
+TARGETS: dict[str, dict[str, Any]] = {
+    "trtllm": {"dialect": "single", "tp": 1, "ep": 1},
+    "vllm": {"tp": 1},
+    "sglang": {"tp": 1},
+    "transformers": {},
+}
 #: (target, recipe) that pass the gate with calibration left out.
-JUDGED = [("trtllm", "w4a8"), ("trtllm", "int8-experts"), ("vllm", "int8")]
+JUDGED = [
+    ("trtllm", "w4a8"),
+    ("trtllm", "int8-experts"),
+    ("vllm", "int8"),
+    ("sglang", "w4a8"),
+    ("transformers", "int8-experts"),
+]
 
 pytestmark = pytest.mark.heavy
 
@@ -51,6 +62,14 @@ def reference(folder: Path, tiny_model: Path) -> Path:
     return folder / "reference"
 
 
+@pytest.fixture(scope="session")
+def brief(folder: Path, tiny_model: Path) -> Path:
+    """The source's run over too few tokens for a verdict."""
+    settings = Settings(num_blocks=2, block_tokens=96)
+    obtain_reference(tiny_model, tiny_model / "heldout.txt", folder / "brief", settings)
+    return folder / "brief"
+
+
 def artifact(folder: Path, source: Path, recipe: str) -> Path:
     """A quantized checkpoint, rounded to nearest, with maxima of its experts' inputs."""
     output = folder / recipe
@@ -64,7 +83,7 @@ def build(folder: Path, source: Path, target: str, recipe: str) -> Path:
     """The engine of a recipe for a target."""
     output = folder / f"{recipe}-{target}"
     if not output.exists():
-        options = BuildOptions(tp=1, **TARGETS[target])
+        options = BuildOptions(**TARGETS[target])
         run_build(artifact(folder, source, recipe), target, output, options)
     return output
 
@@ -107,15 +126,25 @@ def test_an_engine_is_built_judged_and_admitted_in_its_targets_arithmetic(
     assert "says nothing about its kernels" in page
 
 
-def test_the_targets_arithmetic_gives_other_figures_than_the_embedded_engines(
-    folder: Path, tiny_model: Path, reference: Path, tmp_path: Path
+def test_the_targets_arithmetic_and_kv_layout_give_other_figures_than_the_embedded_engines(
+    folder: Path, tiny_model: Path, brief: Path, tmp_path: Path
 ) -> None:
-    """INT4 experts of a recipe without FP8 inputs have them under TensorRT-LLM."""
-    theirs = build(folder, tiny_model, "trtllm", "int4")
-    ours = make_engine(tiny_model, "int4", tmp_path)
-    results = [judge(e, reference, tmp_path / e.name) for e in (theirs, ours)]
-    assert results[0].kl.mean.value > 1.05 * results[1].kl.mean.value
-    assert [r.arithmetic for r in results] == ["trtllm", "embedded"]
+    """INT4 experts of a recipe without FP8 inputs have them under TensorRT-LLM, and its FP8 cache
+    has one scale for everything where the embedded engine's has one per tile."""
+    engines = {
+        "trtllm": build(folder, tiny_model, "trtllm", "int4"),
+        "embedded": make_engine(tiny_model, "int4", tmp_path),
+    }
+    found = {}
+    for target, engine in engines.items():
+        for kv_cache in ("bf16", "fp8"):
+            output = tmp_path / f"{target}-{kv_cache}"
+            result = judge(engine, brief, output, kv_cache)
+            assert (result.arithmetic, result.kv_cache) == (target, kv_cache)
+            found[target, kv_cache] = result.kl.mean.value
+    assert len(set(found.values())) == 4
+    assert found["trtllm", "bf16"] > 1.05 * found["embedded", "bf16"]
+    assert found["trtllm", "fp8"] > found["trtllm", "bf16"]
 
 
 # --- which verdict admits which directory ---
@@ -157,16 +186,19 @@ def test_a_verdict_on_another_kv_format_or_another_build_does_not_admit(
     run_build(folder / "w4a8", "trtllm", other, options)
     shutil.copy(judged / "gate.json", other / "gate.json")
     assert "gate.json judges the engine" in refused(other)
+    write_verdict(judged, read_verdict(judged).model_copy(update={"kv_cache": "fp8"}))
+    assert "judges fp8 KV pages, but bf16 ones would be served" in refused(judged)
+    assert admit(judged, kv_cache="fp8").gated
 
 
 # --- what is not judged ---
 
 
 def test_a_kv_format_that_the_target_has_not_is_refused_before_anything_is_read(
-    judged: Path, reference: Path, tmp_path: Path
+    judged: Path, brief: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DeployError) as caught:
-        judge(judged, reference, tmp_path / "evaluation", "int8")
+        judge(judged, brief, tmp_path / "evaluation", "int8")
     assert str(caught.value) == (
         "trtllm has no int8 KV cache, only the embedded engine has; give --kv-cache bf16"
     )
@@ -174,26 +206,29 @@ def test_a_kv_format_that_the_target_has_not_is_refused_before_anything_is_read(
 
 
 def test_a_damaged_directory_is_refused_and_no_evaluation_is_written(
-    judged: Path, reference: Path, tmp_path: Path
+    judged: Path, brief: Path, tmp_path: Path
 ) -> None:
     flip_byte(judged / "model-layer-00002.safetensors", -300)
     with pytest.raises(ArtifactError, match=r"model-layer-00002\.safetensors was edited after"):
-        judge(judged, reference, tmp_path / "evaluation")
+        judge(judged, brief, tmp_path / "evaluation")
+    assert admit(judged, kv_cache=None, depth="headers").gated
+    with pytest.raises(ArtifactError, match=r"model-layer-00002\.safetensors"):
+        admit(judged, kv_cache=None, depth="bytes")
     (judged / "model-layer-00001.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"model-layer-00001\.safetensors is absent"):
-        judge(judged, reference, tmp_path / "evaluation")
+        judge(judged, brief, tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()
 
 
 def test_a_directory_that_the_targets_loader_would_misread_is_not_executed(
-    judged: Path, reference: Path, tmp_path: Path
+    judged: Path, brief: Path, tmp_path: Path
 ) -> None:
     path = judged / "hf_quant_config.json"
     raw = json.loads(path.read_text())
     raw["quantization"]["exclude_modules"] = []
     path.write_text(json.dumps(raw))
     with pytest.raises(ArtifactError, match="differs from what engine.json records"):
-        judge(judged, reference, tmp_path / "evaluation")
+        judge(judged, brief, tmp_path / "evaluation")
 
 
 def test_an_engine_that_memory_cannot_hold_is_refused_with_both_sizes(tmp_path: Path) -> None:

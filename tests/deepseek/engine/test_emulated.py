@@ -195,6 +195,8 @@ def slow_linear(
         factor, rounded = INPUT_SCALE.double(), False
         if arithmetic.static_inputs == "bf16-reciprocal":
             values = e4m3(bf16(x * bf16(1 / INPUT_SCALE).float()))
+        elif arithmetic.static_inputs == "reciprocal":
+            values = e4m3(x * (1 / INPUT_SCALE))
         else:
             values = e4m3(x / INPUT_SCALE)
     for group in range(scale.shape[1]):
@@ -357,8 +359,8 @@ def test_the_rounded_reciprocal_is_a_gain_error_that_division_does_not_have() ->
     """Scale and bf16(1 / scale) do not cancel: up to 0.39 %, the same for every value."""
     scale = torch.tensor([0.0137])
     x = torch.full((1, 4), 448 * 0.0137 / 2).bfloat16().float()
-    divided, _ = round_static_fp8(x, scale, bf16_reciprocal=False)
-    multiplied, factor = round_static_fp8(x, scale, bf16_reciprocal=True)
+    divided, _ = round_static_fp8(x, scale, "divide")
+    multiplied, factor = round_static_fp8(x, scale, "bf16-reciprocal")
     assert factor is scale
     gain = bf16(1 / scale) * scale.double()
     assert 1e-4 < (gain - 1).abs() < 0.0039

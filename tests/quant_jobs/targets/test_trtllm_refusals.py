@@ -66,7 +66,7 @@ def experts_as(**changes: Any) -> Recipe:
 W8A8 = {"weights": "int8", "activations": "int8", "group_size": None}
 RECIPES: list[tuple[Recipe | str, str]] = [
     ("int8", "no INT8 W8A8 kernels on Hopper. Use the recipe int8-experts or int4"),
-    ("int8-block", "no INT8 W8A8 kernels on Hopper. Use the recipe int8-experts or int4"),
+    ("int8-block", "it has no INT8 kernels with a scale per tile. Use the recipe int8-experts"),
     ("int8-smoothquant", "no INT8 W8A8 kernels on Hopper. Use the recipe int8-experts or int4"),
     ("int8-weight-only", "dense_mlp, o_proj, q_b_proj and shared_experts as int8"),
     ("int8-asym", "dense_mlp, o_proj, q_b_proj and shared_experts as int8-asym"),

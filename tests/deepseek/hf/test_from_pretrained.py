@@ -141,10 +141,10 @@ def test_transformers_holds_the_artifacts_values(name: str, source: Path, tmp_pa
 
 
 def test_a_release_is_built_with_its_partial_tiles_in_bf16(source: Path, tmp_path: Path) -> None:
-    """kv_a has 160 rows, two tiles of 128, which transformers takes for tiles of 80."""
+    """kv_a has 160 rows, two tiles of 128, which transformers takes for tiles of 80; q_b has 192."""
     result = build(source, tmp_path / "built")
     assert result.warnings == (
-        "2 linears are dequantized and rounded to BF16 once: their last FP8 tile is partial, and "
+        "4 linears are dequantized and rounded to BF16 once: their last FP8 tile is partial, and "
         "transformers infers the size of tiles",
     )
     model, reader = LoaderModel(tmp_path / "built"), CheckpointReader(source)

@@ -25,6 +25,7 @@ COMMANDS = (
     "bench/drain.py",
     "bench/long_prompts.py",
     "bench/accuracy.py",
+    "bench/kv_formats.py",
     "bench/workers.py",
     "bench/sharded_build.py",
     "bench/worker_memory.py",

@@ -39,7 +39,7 @@ from quant_jobs.build import BuildOptions, BuildResult, run_build
 from quant_jobs.calibration.token_blocks import CalibrationSource
 from quant_jobs.check import CheckResult, run_check
 from quant_jobs.quantize import run_quantize
-from quant_jobs.targets.trtllm_plan import input_scales
+from quant_jobs.targets.expert_scales import expert_input_scales
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v3"
@@ -205,7 +205,7 @@ def gains(model: str, artifact: ArtifactReader) -> list[Gain]:
     """The gain errors of every layer of an artifact with INT4 experts."""
     assert artifact.input_maxima is not None
     found = []
-    for layer, chosen in input_scales(artifact, artifact.schemes).items():
+    for layer, chosen in expert_input_scales(artifact, artifact.schemes, "TensorRT-LLM").items():
         maxima = artifact.input_maxima.layers[layer]
         gate_up, down = (
             max(values) / statistics.median([value for value in values if value > 0])

@@ -46,11 +46,16 @@ def plan(
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests that must fit at once.")] = 1,
     mtp: Annotated[bool, typer.Option("--mtp", help="Load the MTP layer too.")] = False,
+    engine_version: Annotated[
+        str | None,
+        typer.Option(help="Version of the target [default: the first in docs/deployability.md]."),
+    ] = None,
     dialect: Annotated[
         str | None,
         typer.Option(
-            help="Of --target trtllm: mixed (FP8 blocks beside quantized experts) or single (BF16 "
-            "beside them) [default: mixed; the plan shows both]."
+            help="Layout of the target's directory. trtllm: mixed (FP8 blocks beside quantized "
+            "experts) or single (BF16 beside them) [default: mixed; the plan shows both]; sglang: "
+            "w8a8_int8, blockwise_int8, compressed-tensors or w4afp8 [default: the one that fits]."
         ),
     ] = None,
     as_machine: Annotated[
@@ -80,6 +85,7 @@ def plan(
         concurrency=concurrency,
         mtp=mtp,
         dialect=dialect,
+        engine_version=engine_version,
     )
     others = [load_recipe(name) for name in builtin_recipes()]
     alternatives = better_recipes(answer, config, others)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from cluster.choice import tally_of
 from cluster.hardware import parse_hardware
-from cluster.plan import DEFAULT_CONTEXT, Plan, make_plan, tally_of
+from cluster.plan import DEFAULT_CONTEXT, Plan, make_plan
 from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.config import ModelConfig
 from deepseek.models import DEEPSEEK_V3

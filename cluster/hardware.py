@@ -78,6 +78,19 @@ class Machines:
     def with_count(self, count: int) -> Machines:
         return Machines(self.hardware, count)
 
+    def for_ranks(self, tp: int | None) -> Machines:
+        """The machines that `tp` ranks run on, one GPU each; all of them without a number.
+
+        Raises:
+            DeployError: there are fewer GPUs than ranks.
+        """
+        if tp is not None and self.hardware.is_gpu and tp > self.count:
+            raise DeployError(
+                f"--tp {tp} needs {tp} GPUs, and --hardware {self.label} has {self.count}; use "
+                f"--hardware {tp}x{self.hardware.name} or --tp {self.count}"
+            )
+        return self if tp is None else self.with_count(tp)
+
 
 def _gpu(
     name: str,

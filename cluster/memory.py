@@ -21,8 +21,10 @@ from typing import get_args
 from cluster.hardware import GPUS_PER_NODE
 from deepseek.config import ModelConfig
 from deepseek.engine.packed_layout import packed_tensors
+from deepseek.errors import DeployError
 from deepseek.formats import stored_shapes
 from deepseek.inventory import Group, Split, TensorSpec, tensors
+from deepseek.kv_layout import KVLayout, kv_layout, layer_token_bytes
 from deepseek.recipe import KVFormat, Scheme
 from deepseek.trtllm.layout import EMBEDDING
 
@@ -32,7 +34,7 @@ GROUPS: tuple[str, ...] = get_args(Group)
 
 #: Groups whose linears every token goes through.
 DENSE_GROUPS = ("attention", "shared_experts", "dense_mlp", "indexer")
-#: Edge of an FP8 or INT8 tile, and the group of the per-token FP8 cache layout (`fp8_ds_mla`).
+#: Edge of an FP8 or INT8 tile, and the group of the indexer's cached keys.
 _BLOCK = 128
 #: Tokens per KV page: FlashMLA's on GPUs, the engine's default on the CPU.
 GPU_PAGE_TOKENS = 64
@@ -160,13 +162,13 @@ class Tally:
                 yield kind.group, kind.split, kind.shape, kind.scheme
 
     def gpu_footprint(
-        self, tp: int, kv_format: KVFormat, *, mtp: bool = False, target: str | None = None
+        self, tp: int, kv_format: KVFormat, *, target: str, mtp: bool = False
     ) -> Footprint:
         """Bytes on `tp` GPUs under tensor parallelism (attention, dense MLP, shared expert,
         vocabulary) and expert parallelism (whole routed experts per GPU).
 
-        `target` trtllm has the whole embedding on every GPU, divides a dense MLP within a node
-        only, and has an FP8 cache of its own.
+        `target` decides the layout of the KV cache; trtllm has the whole embedding on every GPU
+        and divides a dense MLP within a node only.
         """
         groups = dict.fromkeys(GROUPS, GroupBytes())
         is_trtllm = target == "trtllm"
@@ -183,7 +185,7 @@ class Tally:
             + _absorbed_copies(self.config, tp),
             kv_bytes_per_token=layers
             * (
-                kv_bytes_per_token_and_layer(self.config, kv_format, target=target)
+                kv_bytes_per_token_and_layer(self.config, target, kv_format)
                 + indexer_bytes_per_token_and_layer(self.config)
             ),
             page_tokens=GPU_PAGE_TOKENS,
@@ -195,10 +197,30 @@ class Tally:
             groups=self._packed_groups,
             mtp_loaded=False,
             workspace_per_gpu=_workspace(self.config, 1, 4, CPU_STEP_TOKENS, CPU_MAX_BATCH),
-            kv_bytes_per_token=kv_bytes_per_token_and_layer(self.config, kv_format)
+            kv_bytes_per_token=kv_bytes_per_token_and_layer(self.config, "embedded", kv_format)
             * self.config.num_hidden_layers,
             page_tokens=CPU_PAGE_TOKENS,
             spare_pages=1,
+        )
+
+    def dequantized_footprint(self, count: int) -> Footprint:
+        """Bytes under transformers, which dequantizes every weight to BF16 while it loads, on
+        `count` devices: whole layers on each, the embeddings on the fullest. It has no KV pages,
+        and caches BF16 latents of the layers that a device has."""
+        layers = self.config.num_hidden_layers
+        share = math.ceil(layers / count)
+        groups = dict.fromkeys(GROUPS, GroupBytes())
+        for kind, number in self._kinds:
+            size = math.prod(kind.shape) * kind.itemsize
+            held = size if kind.group == "embeddings" else math.ceil(size * share / layers)
+            groups[kind.group] += GroupBytes(size, held).times(number)
+        return Footprint(
+            groups=groups,
+            mtp_loaded=False,
+            workspace_per_gpu=_workspace(self.config, 1, 2, CPU_STEP_TOKENS, 1),
+            kv_bytes_per_token=share
+            * kv_bytes_per_token_and_layer(self.config, "transformers", "bf16"),
+            page_tokens=1,
         )
 
     @cached_property
@@ -212,24 +234,20 @@ class Tally:
         return groups
 
 
-def kv_bytes_per_token_and_layer(
-    config: ModelConfig, kv_format: KVFormat, *, target: str | None = None
-) -> int:
-    """Bytes of one cached token in one layer: latent (R values) and rotary key (r values).
+def planned_kv_layout(config: ModelConfig, target: str, kv_format: KVFormat) -> KVLayout:
+    """How the target lays the format out; one that it refuses is counted as BF16, which the
+    refusal asks for."""
+    try:
+        return kv_layout(target, kv_format, sparse=config.has_indexer)
+    except DeployError:
+        return "bf16"
 
-    bf16 2(R + r) · fp8 R + one f32 scale per 128 + 2r (`fp8_ds_mla`), in TensorRT-LLM R + r, whose
-    one scale is the constant 1 · int8 R + one f32 scale + 2r. DeepSeek-V3: 1152, 656 (576), 644.
-    """
-    latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
-    match kv_format:
-        case "bf16":
-            return 2 * (latent + rope)
-        case "fp8" if target == "trtllm":
-            return latent + rope
-        case "fp8":
-            return latent + 4 * math.ceil(latent / _BLOCK) + 2 * rope
-        case "int8":
-            return latent + 4 + 2 * rope
+
+def kv_bytes_per_token_and_layer(config: ModelConfig, target: str, kv_format: KVFormat) -> int:
+    """Bytes of one cached token in one layer on a target: latent and rotary key, and their scales
+    (`deepseek/kv_layout.py`)."""
+    layout = planned_kv_layout(config, target, kv_format)
+    return layer_token_bytes(layout, config.kv_lora_rank, config.qk_rope_head_dim)
 
 
 def indexer_bytes_per_token_and_layer(config: ModelConfig) -> int:

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
-from cluster.deployability import Findings, Refusal, examine, require_target, served_schemes
-from cluster.hardware import GPUS_PER_NODE, GpuGeneration, Machines
-from cluster.matrix import Target
-from cluster.memory import GROUPS, Footprint, Tally
-from cluster.splits import split_notes, split_refusals, trtllm_refusals
+from cluster.choice import Asked, choose, require_plan_dialect
+from cluster.hardware import GPUS_PER_NODE, Machines
+from cluster.matrix import Refusal, Target
+from cluster.memory import GROUPS, Footprint, planned_kv_layout
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
+from deepseek.kv_layout import KVLayout
 from deepseek.recipe import Recipe
-from deepseek.trtllm.layout import Dialect, require_dialect, stored_schemes
+from deepseek.trtllm.layout import Dialect
 
-#: In this order `auto` takes the first target that loads the recipe. transformers is not among
-#: them: it dequantizes everything and has no batching, so that it is for looking and comparing.
-GPU_TARGETS: tuple[Target, ...] = ("trtllm", "vllm", "sglang")
 #: Tokens of a request when `--context` is not given, unless the model's own limit is less.
 DEFAULT_CONTEXT = 8192
 
@@ -63,14 +59,17 @@ class Plan:
 
     `kv_tokens` and `max_concurrency` are what this hardware holds, 0 when the weights leave no
     room. `refusals` are those of the targets that `auto` passed over, and of the chosen target
-    where none loads the recipe. `dialect` is that of target trtllm, None elsewhere; `dialects` are
-    all that the recipe could be built in there, the plan's own among them.
+    where none loads the recipe. `dialect` is the target's, None where it has none; `dialects` are
+    all of TensorRT-LLM that the recipe could be built in, the plan's own among them.
+    `engine_version` is "" for the embedded engine. `kv_layout` is what the target makes of
+    `kv_format`.
     """
 
     recipe: str
     machines: Machines
     target: Target
-    dialect: Dialect | None
+    engine_version: str
+    dialect: str | None
     dialects: tuple[DialectPlan, ...]
     asked_auto: bool
     fits: bool
@@ -79,6 +78,7 @@ class Plan:
     concurrency: int
     mtp: bool
     kv_format: str
+    kv_layout: KVLayout
     footprint: Footprint
     lines: tuple[Line, ...]
     kv_tokens: int
@@ -103,16 +103,18 @@ def make_plan(
     concurrency: int = 1,
     mtp: bool = False,
     dialect: str | None = None,
+    engine_version: str | None = None,
 ) -> Plan:
     """Plan one replica of the model that holds `concurrency` requests of `context` tokens each.
 
-    `dialect` is target trtllm's: mixed (without it) or single. A recipe that quantizes nothing is
-    a release there, whatever it says.
+    `dialect` is the target's: of trtllm mixed (without it) or single, of sglang one of its layouts
+    (without it the one that fits). A recipe that quantizes nothing is a release on trtllm, whatever
+    `dialect` says. `engine_version` is of a target that is named.
 
     Raises:
-        DeployError: context or concurrency out of range, an unknown target or dialect, a dialect
-            for a target without any, or a number of GPUs that the attention heads cannot be split
-            over.
+        DeployError: context or concurrency out of range, an unknown target, version or dialect, a
+            dialect for a target without any, or a number of GPUs that the attention heads cannot
+            be split over.
         RecipeError: the recipe cannot be applied to this model.
     """
     context = _check_context(config, machines, target, context)
@@ -124,8 +126,11 @@ def make_plan(
             f"split over {machines.count} GPUs; use "
             f"{' or '.join(str(n) for n in _counts_near(config, machines.count))}"
         )
-    asked = _Asked(config, recipe, machines, mtp, _dialect_of(config, recipe, target, dialect))
-    chosen, loads, refusals, notes = _choose(asked, target)
+    require_plan_dialect(target, dialect)
+    if engine_version is not None and target == "auto":
+        raise DeployError("--engine-version is of one target; name it with --target")
+    asked = Asked(config, recipe, machines, mtp, dialect, engine_version)
+    chosen, loads, refusals, notes = choose(asked, target)
     footprint = asked.footprint(chosen, machines)
     requested = _paged_tokens(footprint, context, concurrency)
     kv_tokens = footprint.kv_tokens(machines.hardware.usable_bytes)
@@ -133,8 +138,9 @@ def make_plan(
         recipe=recipe.name,
         machines=machines,
         target=chosen,
-        dialect=asked.dialect if chosen == "trtllm" else None,
-        dialects=asked.dialects(context, concurrency) if chosen == "trtllm" else (),
+        engine_version=asked.version_on(chosen),
+        dialect=asked.dialect_on(chosen),
+        dialects=_dialects(asked, context, concurrency) if chosen == "trtllm" else (),
         asked_auto=target == "auto",
         fits=kv_tokens >= requested,
         loads=loads,
@@ -142,6 +148,7 @@ def make_plan(
         concurrency=concurrency,
         mtp=mtp,
         kv_format=recipe.kv_cache,
+        kv_layout=planned_kv_layout(config, chosen, recipe.kv_cache),
         footprint=footprint,
         lines=_lines(footprint),
         kv_tokens=kv_tokens,
@@ -170,7 +177,8 @@ def better_recipes(plan: Plan, config: ModelConfig, recipes: Iterable[Recipe]) -
             context=plan.context,
             concurrency=plan.concurrency,
             mtp=plan.mtp,
-            dialect=None if plan.dialect == "released" else plan.dialect,
+            dialect=plan.dialect if plan.dialect in ("mixed", "single") else None,
+            engine_version=None if plan.asked_auto else plan.engine_version or None,
         )
         if other.good:
             good.append(other)
@@ -181,14 +189,6 @@ def _layout(recipe: Recipe) -> tuple[object, ...]:
     """The fields of a recipe that a plan depends on."""
     rules = ((rule.match, rule.weights, rule.group_size, rule.activations) for rule in recipe.rules)
     return recipe.kv_cache, *rules
-
-
-@lru_cache(maxsize=12)
-def tally_of(config: ModelConfig, recipe: Recipe) -> Tally:
-    """The tensors of a model under a recipe, counted; the one slow step of a plan (a second)."""
-    schemes = recipe.resolve(config)
-    recipe.check_rules(config)
-    return Tally(config, schemes)
 
 
 def _check_context(
@@ -222,125 +222,25 @@ def _usable_counts(config: ModelConfig) -> list[int]:
     return [count for count in counts if count <= heads and heads % count == 0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What is to be planned, whatever the target. `dialect` is target trtllm's."""
-
-    config: ModelConfig
-    recipe: Recipe
-    machines: Machines
-    mtp: bool
-    dialect: Dialect
-
-    def footprint(
-        self, target: Target, machines: Machines, dialect: Dialect | None = None
-    ) -> Footprint:
-        """Bytes on these machines, which may be other than those asked for."""
-        if not machines.hardware.is_gpu:
-            return tally_of(self.config, self.recipe).embedded_footprint(self.recipe.kv_cache)
-        stored = (dialect or self.dialect) if target == "trtllm" else "mixed"
-        return _stored_tally(self.config, self.recipe, stored).gpu_footprint(
-            machines.count, self.recipe.kv_cache, mtp=self.mtp, target=target
+def _dialects(asked: Asked, context: int, concurrency: int) -> tuple[DialectPlan, ...]:
+    """The dialects of TensorRT-LLM that this recipe could be built in: both, or the one of a
+    release; none where no dialect can hold its formats."""
+    if asked.format_findings("trtllm").refusals:
+        return ()
+    both: tuple[Dialect, ...] = ("mixed", "single")
+    found = []
+    for name in ("released",) if asked.trtllm_dialect == "released" else both:
+        footprint = asked.footprint("trtllm", asked.machines, name)
+        tokens = footprint.kv_tokens(asked.machines.hardware.usable_bytes)
+        found.append(
+            DialectPlan(
+                dialect=name,
+                fits=tokens >= _paged_tokens(footprint, context, concurrency),
+                footprint=footprint,
+                refusals=asked.trtllm_refusals(name),
+            )
         )
-
-    def dialects(self, context: int, concurrency: int) -> tuple[DialectPlan, ...]:
-        """The dialects that this recipe could be built in: both, or the one of a release; none
-        where no dialect can hold its formats."""
-        generation = self.machines.hardware.generation
-        if _format_findings(self.config, self.recipe, "trtllm", generation, self.mtp).refusals:
-            return ()
-        names: tuple[Dialect, ...] = ("mixed", "single")
-        found = []
-        for name in ("released",) if self.dialect == "released" else names:
-            footprint = self.footprint("trtllm", self.machines, name)
-            tokens = footprint.kv_tokens(self.machines.hardware.usable_bytes)
-            refusals = _trtllm_refusals(
-                self.config, self.recipe, name, self.machines.num_gpus, self.mtp
-            )
-            found.append(
-                DialectPlan(
-                    dialect=name,
-                    fits=tokens >= _paged_tokens(footprint, context, concurrency),
-                    footprint=footprint,
-                    refusals=refusals,
-                )
-            )
-        return tuple(found)
-
-
-def _dialect_of(config: ModelConfig, recipe: Recipe, target: str, asked: str | None) -> Dialect:
-    """The dialect to plan for on target trtllm."""
-    if asked is not None and target not in ("auto", "trtllm"):
-        raise DeployError(f"--dialect is of --target trtllm; leave it out for {target}")
-    chosen = require_dialect(asked or "mixed")
-    quantized = any(scheme.is_quantized for scheme in tally_of(config, recipe).schemes.values())
-    return chosen if quantized else "released"
-
-
-@lru_cache(maxsize=12)
-def _stored_tally(config: ModelConfig, recipe: Recipe, dialect: Dialect) -> Tally:
-    """The tensors as an engine holds them: as the artifact does, but in the dialect single, where
-    every linear but the routed experts is BF16."""
-    if dialect != "single":
-        return tally_of(config, recipe)
-    schemes = tally_of(config, recipe).schemes
-    return Tally(config, stored_schemes(config, schemes, dialect, mtp=True))
-
-
-def _choose(
-    asked: _Asked, target: str
-) -> tuple[Target, bool, tuple[Refusal, ...], tuple[str, ...]]:
-    """(target, whether it loads, refusals of the targets that were tried, notes of the target)."""
-    candidates: tuple[Target, ...]
-    if target != "auto":
-        candidates = (require_target(target),)
-    else:
-        candidates = GPU_TARGETS if asked.machines.hardware.is_gpu else ("embedded",)
-    met: list[Refusal] = []
-    for candidate in candidates:
-        findings = _findings(asked, candidate)
-        refusals = [*findings.refusals, *_mtp_refusals(candidate, asked.mtp)]
-        met += refusals
-        if not refusals:
-            return candidate, True, tuple(met), findings.notes
-    return candidates[0], False, tuple(met), ()
-
-
-@lru_cache(maxsize=128)
-def _format_findings(
-    config: ModelConfig, recipe: Recipe, target: Target, gpu: GpuGeneration, mtp: bool
-) -> Findings:
-    schemes = served_schemes(config, tally_of(config, recipe).schemes, mtp=mtp)
-    return examine(schemes, recipe.kv_cache, target, gpu)
-
-
-def _findings(asked: _Asked, target: Target) -> Findings:
-    config, recipe, machines, mtp = asked.config, asked.recipe, asked.machines, asked.mtp
-    tally = tally_of(config, recipe)
-    found = _format_findings(config, recipe, target, machines.hardware.generation, mtp)
-    if found.refusals or target == "embedded":
-        return found
-    if target == "trtllm":
-        refusals = _trtllm_refusals(config, recipe, asked.dialect, machines.num_gpus, mtp)
-    else:
-        refusals = tuple(split_refusals(tally, target, machines.num_gpus))
-    notes = split_notes(tally, target, machines.num_gpus)
-    return Findings(refusals, (*found.notes, *notes))
-
-
-@lru_cache(maxsize=128)
-def _trtllm_refusals(
-    config: ModelConfig, recipe: Recipe, dialect: Dialect, tp: int, mtp: bool
-) -> tuple[Refusal, ...]:
-    schemes = tally_of(config, recipe).schemes
-    return tuple(trtllm_refusals(config, schemes, dialect, tp, mtp=mtp))
-
-
-def _mtp_refusals(target: Target, mtp: bool) -> list[Refusal]:
-    if target != "embedded" or not mtp:
-        return []
-    reason = "the embedded engine does not speculate yet"
-    return [Refusal("embedded", "the MTP layer", reason, "Leave out --mtp", "read")]
+    return tuple(found)
 
 
 def _paged_tokens(footprint: Footprint, context: int, concurrency: int) -> int:
@@ -350,7 +250,7 @@ def _paged_tokens(footprint: Footprint, context: int, concurrency: int) -> int:
 
 
 def _smallest_fit(
-    asked: _Asked, target: Target, context: int, concurrency: int
+    asked: Asked, target: Target, context: int, concurrency: int
 ) -> SmallestFit | None:
     """The fewest GPUs of this type, in whole nodes or as given; None where no number suffices."""
     machines = asked.machines

@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.choice import GPU_TARGETS
 from cluster.memory import Footprint
-from cluster.plan import GPU_TARGETS, DialectPlan, Plan
+from cluster.plan import DialectPlan, Plan
 from deepseek.cli import print_line
 
 _NAMES = {
@@ -32,6 +33,7 @@ def as_json(plan: Plan, model: str, alternatives: Sequence[Plan]) -> dict[str, A
         "recipe": plan.recipe,
         "hardware": plan.machines.label,
         "target": plan.target,
+        "engine_version": plan.engine_version or None,
         "dialect": plan.dialect,
         "fits": plan.fits,
         "loads": plan.loads,
@@ -40,6 +42,7 @@ def as_json(plan: Plan, model: str, alternatives: Sequence[Plan]) -> dict[str, A
         "concurrency": plan.concurrency,
         "mtp": plan.mtp,
         "kv_cache": plan.kv_format,
+        "kv_layout": plan.kv_layout,
         "weights_gb": _gb(plan.footprint.weights),
         "weights_gb_per_gpu": _gb(plan.footprint.weights_per_gpu),
         "workspace_gb_per_gpu": _gb(plan.footprint.workspace_per_gpu),
@@ -182,9 +185,16 @@ def _kv_sentences(plan: Plan) -> list[str]:
     per_token = f"{plan.footprint.kv_bytes_per_token:,} bytes per token"
     where = ", the same on every GPU" if plan.machines.num_gpus > 1 else ""
     return [
-        f"KV cache: {plan.kv_format}, {per_token}{where}; room for {plan.kv_tokens:,} tokens, "
+        f"KV cache: {_kv_name(plan)}, {per_token}{where}; room for {plan.kv_tokens:,} tokens, "
         f"{plan.max_concurrency:,} requests of {plan.context} tokens at once."
     ]
+
+
+def _kv_name(plan: Plan) -> str:
+    """The KV format, and the target's layout of it where that has a name of its own."""
+    if plan.kv_layout == plan.kv_format:
+        return plan.kv_format
+    return f"{plan.kv_format} as {plan.kv_layout}"
 
 
 def _target_sentences(plan: Plan, alternatives: Sequence[Plan]) -> list[str]:

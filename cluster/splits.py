@@ -14,15 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from cluster.deployability import Refusal
-from cluster.matrix import Target
+from cluster.matrix import Refusal, Target
 from cluster.memory import Tally, granule
 from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.config import ModelConfig
 from deepseek.recipe import Scheme
 from deepseek.trtllm.layout import Dialect
 from deepseek.trtllm.loadable import problems
-from deepseek.trtllm.versions import VERSIONS
+from deepseek.trtllm.versions import VERSIONS, EngineVersion
 
 _MLPS = ("shared_experts", "dense_mlp")
 #: Groups of linears that an engine splits over all GPUs.
@@ -65,10 +64,11 @@ def trtllm_refusals(
     tp: int,
     *,
     mtp: bool,
+    version: EngineVersion = VERSIONS[0],
 ) -> list[Refusal]:
     """The same for TensorRT-LLM, with whole experts on `tp` GPUs. `schemes` are the recipe's."""
     ranks = RankLayout(tp=tp, ep=math.gcd(tp, config.n_routed_experts))
-    found = problems(config, schemes, dialect, ranks, mtp=mtp, version=VERSIONS[0])
+    found = problems(config, schemes, dialect, ranks, mtp=mtp, version=version)
     return [
         Refusal(
             "trtllm", problem.part, problem.reason, _sentence_case(problem.change), problem.evidence

@@ -99,17 +99,19 @@ def read_rope(given: dict[str, Any]) -> tuple[float, YarnScaling | None]:
         raise ConfigError(f"config.json: rope_scaling is incomplete ({error})") from error
 
 
+#: `quant_method` of a quantized checkpoint, and of the layouts of `--target sglang`.
+_OWN_METHODS = ("compressed-tensors", "w4afp8", "blockwise_int8")
 #: Settings of transformers' FP8 loader, in a directory that is built for it. Which linears are BF16
 #: is said by their tensors.
 _OF_TRANSFORMERS = {"dequantize", "modules_to_not_convert"}
 
 
 def read_block_size(value: Any) -> tuple[int, int] | None:
-    """FP8 tile (rows, columns) of a source checkpoint; None for BF16 and for a compressed-tensors
-    artifact, whose manifest says how its weights are stored. Other methods are refused, in full
-    sentences by `deepseek/source/origin.py` where a source is asked for."""
+    """FP8 tile (rows, columns) of a source checkpoint; None for BF16, and for what IntServe itself
+    writes: its manifest or engine.json says how weights are stored. Other methods are refused, in
+    full sentences by `deepseek/source/origin.py` where a source is asked for."""
     quantization = _as_dict(value, "quantization_config")
-    if value is None or quantization.get("quant_method") == "compressed-tensors":
+    if value is None or quantization.get("quant_method") in _OWN_METHODS:
         return None
     known = {"quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt"}
     if extra := sorted(set(quantization) - known - _OF_TRANSFORMERS):

@@ -13,10 +13,10 @@ rotary key of width r per layer:
     int8        R + 4 + 2 r        644    latent INT8 with one f32 scale per token, rotary key BF16
     fp32        4 (R + r)          2304   both FP32, for exactness tests
 
-vLLM 0.32: `fp8_ds_mla` belongs to its sparse attention (`flashmla_sparse.py`). For a dense model on
-Hopper `--kv-cache-dtype fp8` is FlashMLA's (`flashmla.py`, after FlashAttention's, which has none):
-e4m3 over latent and rotary key with the scale `_k_scale` 1; `fp8_ds_mla` finds no backend there
-(`validate_configuration` of each, executed where it can be imported on a CPU, else read).
+vLLM 0.32: `fp8_ds_mla` belongs to its sparse attention (`FlashMLASparseBackend`). For a dense model
+on Hopper `--kv-cache-dtype fp8` is `FlashMLABackend`'s (FlashAttention, which comes first, has no
+FP8): e4m3 over latent and rotary key with the scale `_k_scale`, which is 1. No dense backend takes
+`fp8_ds_mla` (`validate_configuration`: executed where it can be imported on a CPU, else read).
 
 This file imports no torch: the planner uses it too.
 """

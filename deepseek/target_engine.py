@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from deepseek.artifact.engine_manifest import (
     CacheFormat,
@@ -31,19 +32,29 @@ from deepseek.hf.check import check_engine as check_hf
 from deepseek.hf.stored_model import TransformersStoredModel
 from deepseek.host_memory import host_memory_bytes
 from deepseek.kv_layout import kv_layout, layer_token_bytes
+from deepseek.sglang.check import check_engine as check_sglang
+from deepseek.sglang.stored_model import SglangStoredModel
 from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens
 from deepseek.trtllm.check import check_engine as check_trtllm
 from deepseek.trtllm.stored_model import TrtllmStoredModel
+from deepseek.untrusted import show_name
+from deepseek.vllm.check import check_engine as check_vllm
+from deepseek.vllm.stored_model import VllmStoredModel
 
-#: Checks documents and headers of a directory, without the tensors, which are verified as they are
-#: read.
-Check = Callable[[Path], object]
-Open = Callable[[Path], StoredModel]
 
-_TARGETS: Mapping[str, tuple[Check, Open]] = {
-    "trtllm": (lambda directory: check_trtllm(directory, digests=False), TrtllmStoredModel),
-    "transformers": (lambda directory: check_hf(directory, digests=False), TransformersStoredModel),
+class Check(Protocol):
+    """A room's `check_engine`."""
+
+    def __call__(self, directory: Path, *, digests: bool = True) -> object: ...
+
+
+#: Target -> its check of a directory, and what reads one back.
+_TARGETS: Mapping[str, tuple[Check, Callable[[Path], StoredModel]]] = {
+    "trtllm": (check_trtllm, TrtllmStoredModel),
+    "vllm": (check_vllm, VllmStoredModel),
+    "sglang": (check_sglang, SglangStoredModel),
+    "transformers": (check_hf, TransformersStoredModel),
 }
 #: KV formats that only the embedded engine has.
 _EMBEDDED_ONLY = ("int8", "fp32")
@@ -55,8 +66,13 @@ def check_kv_format(target: str, kv_cache: str) -> CacheFormat:
     """Return `kv_cache` if it is a KV format of the target.
 
     Raises:
-        DeployError: it has not; the sentence names one that it has.
+        DeployError: it has not, the sentence names one that it has; or the target is unknown here.
     """
+    if target != packed.TARGET and target not in _TARGETS:
+        known = ", ".join([packed.TARGET, *_TARGETS])
+        raise DeployError(
+            f"an engine for {show_name(target)} cannot be executed here; build for one of {known}"
+        )
     if target != packed.TARGET and kv_cache in _EMBEDDED_ONLY:
         raise DeployError(
             f"{target} has no {kv_cache} KV cache, only the embedded engine has; give --kv-cache "
@@ -64,6 +80,18 @@ def check_kv_format(target: str, kv_cache: str) -> CacheFormat:
         )
     kv_layout(target, kv_cache)
     return kv_cache  # type: ignore[return-value]  # `kv_layout` knows no other
+
+
+def check_directory(directory: Path, target: str, *, digests: bool) -> None:
+    """Check an engine directory as its target's loader reads it: documents, names, types and
+    shapes; with `digests` every byte. The embedded engine verifies all of its own when it loads.
+
+    Raises:
+        ArtifactError, DeployError, ConfigError: its loader would not load it, or would load
+            something else.
+    """
+    if target in _TARGETS:
+        _TARGETS[target][0](directory, digests=digests)
 
 
 def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLMEngine:
@@ -83,17 +111,11 @@ def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLM
     check_kv_format(manifest.target, kv_cache)
     if manifest.target == packed.TARGET:
         return LLMEngine.load(directory, options)
-    if manifest.target not in _TARGETS:
-        known = ", ".join([packed.TARGET, *_TARGETS])
-        raise DeployError(
-            f"{directory} is an engine for {manifest.target}, whose arithmetic cannot be executed "
-            f"here; build for one of {known}"
-        )
     check, open_stored = _TARGETS[manifest.target]
-    check(directory)
+    check(directory, digests=False)  # tensors are verified as they are read
     stored = open_stored(directory)
     needed = emulated_bytes(stored, manifest, kv_cache=kv_cache, options=options)
-    _check_memory(directory, manifest.target, needed)
+    check_memory(directory, manifest.target, needed, host_memory_bytes())
     arithmetic = ARITHMETICS[manifest.target]
     documents = read_documents(directory, manifest)
     tokenizer = engine_tokenizer(directory, documents)
@@ -126,7 +148,9 @@ def emulated_bytes(
     tensors = packed_tensors(config, stored.schemes).values()
     largest = max(file.num_bytes for file in manifest.tensor_files.values())
     token = layer_token_bytes(
-        kv_layout(manifest.target, kv_cache), config.kv_lora_rank, config.qk_rope_head_dim
+        kv_layout(manifest.target, kv_cache, sparse=config.has_indexer),
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
     )
     tokens = options.max_kv_tokens or max(
         options.max_model_len or config.dense_context, 1024 * options.max_batch_size
@@ -135,8 +159,12 @@ def emulated_bytes(
     return sum(tensor.num_bytes for tensor in tensors) + kv_bytes + 2 * largest
 
 
-def _check_memory(directory: Path, target: str, needed: int) -> None:
-    there = host_memory_bytes()
+def check_memory(directory: Path, target: str, needed: int, there: int) -> None:
+    """Check that an emulated engine which needs so many bytes fits into those that there are.
+
+    Raises:
+        DeployError: it does not.
+    """
     if needed > there:
         raise DeployError(
             f"{directory} needs {needed / 1e9:.1f} GB to be executed as {target} does, because the "

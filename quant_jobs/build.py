@@ -27,6 +27,7 @@ from deepseek.hf.versions import require_version as require_hf_version
 from deepseek.outputs import check_directory
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.trtllm.check import check_engine
+from deepseek.trtllm.layout import require_dialect
 from deepseek.trtllm.loadable import require_ranks
 from deepseek.trtllm.versions import VERSIONS, require_version
 from quant_jobs.check import Printed, RankReport, rank_reports
@@ -48,13 +49,14 @@ class BuildOptions:
     `tp` ranks share the engine, its routed experts are divided over `ep` of them. `workers` are
     Ray workers, 0 none; only a target with several files has use for them. `context` and
     `concurrency` are the longest request in tokens and the largest batch of the engine's arguments.
+    `dialect` is one of the target's own.
     """
 
     hardware: str = "8xH800-80GB"
     tp: int | None = None
     ep: int | None = None
     kv_cache: KVChoice | None = None
-    dialect: Literal["mixed", "single"] | None = None
+    dialect: str | None = None
     engine_version: str | None = None
     mtp: bool = False
     context: int | None = None
@@ -147,13 +149,49 @@ def complete_options(target: str, options: BuildOptions) -> BuildOptions:
             engine_version=require_version(
                 VERSIONS[0] if options.engine_version is None else options.engine_version
             ),
-            dialect=None if options.dialect == "mixed" else options.dialect,
+            dialect=None if _trtllm_dialect(options) == "mixed" else options.dialect,
         )
+    if known == "vllm":
+        from deepseek.vllm import loadable, versions
+
+        _refuse_options(options, "vllm", ("dialect",))
+        tp = options.tp or parse_hardware(options.hardware).count
+        loadable.require_ranks(tp, options.ep or tp)
+        version = options.engine_version or versions.VERSIONS[0]
+        return replace(
+            options, tp=tp, ep=options.ep or tp, engine_version=versions.require_version(version)
+        )
+    if known == "sglang":
+        return _complete_sglang(options)
     if known == "transformers":
         return _transformers_options(options)
     if known == "embedded":
         _refuse_options(options, "embedded", _TRTLLM_OPTIONS)
     return options
+
+
+def _complete_sglang(options: BuildOptions) -> BuildOptions:
+    from deepseek.sglang import layout, loadable, versions
+
+    tp = options.tp or parse_hardware(options.hardware).count
+    loadable.require_ranks(tp, options.ep or tp)
+    if options.dialect is not None:
+        layout.require_dialect(options.dialect)
+    version = versions.VERSIONS[0] if options.engine_version is None else options.engine_version
+    return replace(
+        options, tp=tp, ep=options.ep or tp, engine_version=versions.require_version(version)
+    )
+
+
+def _trtllm_dialect(options: BuildOptions) -> Literal["mixed", "single"] | None:
+    """The dialect of TensorRT-LLM that was asked for.
+
+    Raises:
+        DeployError: it has no such dialect.
+    """
+    if options.dialect is None:
+        return None
+    return "single" if require_dialect(options.dialect) == "single" else "mixed"
 
 
 def check_checkpoint(directory: Path, target: str, options: BuildOptions) -> BuildOptions:
@@ -168,7 +206,7 @@ def check_checkpoint(directory: Path, target: str, options: BuildOptions) -> Bui
     if known not in BUILDERS:
         refuse_target(source, known, options.hardware)
     recipe_kv = source.recipe.kv_cache if isinstance(source, ArtifactReader) else "bf16"
-    if known == "trtllm":
+    if known in ("trtllm", "vllm", "sglang"):
         check_target(source, known, options.hardware, kv_cache=options.kv_cache or recipe_kv)
     return replace(options, kv_cache=options.kv_cache or recipe_kv)
 
@@ -242,9 +280,8 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
     from quant_jobs.targets.trtllm_args import args_from_plan, planned_rank_bytes
     from quant_jobs.targets.trtllm_plan import TrtllmOptions, kv_format, plan_build
 
-    machines = parse_hardware(options.hardware)
-    tp = options.tp or machines.count
-    machines = machines.with_count(tp)
+    machines = parse_hardware(options.hardware).for_ranks(options.tp)
+    tp = machines.count
     is_source = isinstance(source, CheckpointReader)
     if is_source and options.dialect is not None:
         raise DeployError(
@@ -253,7 +290,7 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
         )
     chosen = TrtllmOptions(
         ranks=require_ranks(tp, options.ep or tp),
-        dialect=options.dialect,
+        dialect=_trtllm_dialect(options),
         kv_cache=kv_format(source, options.kv_cache),
         engine_version=require_version(
             VERSIONS[0] if options.engine_version is None else options.engine_version
@@ -287,6 +324,129 @@ def _build_trtllm(source: Source, output: Path, options: BuildOptions) -> BuildR
             note=lambda line: print_line(progress.console, line),
         )
     report = check_engine(output, digests=False)  # the files were hashed while they were written
+    return _result(
+        output,
+        engine,
+        ranks=rank_reports(report),
+        bytes_read=sum(file.bytes_read for file in built.values()),
+        planned_rank_bytes=planned_rank_bytes(source.config, build.stored, chosen),
+        warnings=build.warnings,
+    )
+
+
+def _build_vllm(source: Source, output: Path, options: BuildOptions) -> BuildResult:
+    from deepseek.vllm.check import check_engine as check_vllm
+    from deepseek.vllm.launch import E8M0_OFF
+    from deepseek.vllm.loadable import require_ranks as require_vllm_ranks
+    from deepseek.vllm.versions import VERSIONS as VLLM_VERSIONS
+    from deepseek.vllm.versions import require_version as require_vllm_version
+    from quant_jobs.targets.vllm import build_vllm
+    from quant_jobs.targets.vllm_launch import launch_from_plan, planned_rank_bytes
+    from quant_jobs.targets.vllm_plan import VllmOptions, kv_format, plan_build
+
+    _refuse_options(options, "vllm", ("dialect",))
+    machines = parse_hardware(options.hardware).for_ranks(options.tp)
+    tp = machines.count
+    chosen = VllmOptions(
+        ranks=require_vllm_ranks(tp, options.ep or tp),
+        kv_cache=kv_format(source, options.kv_cache),
+        engine_version=require_vllm_version(options.engine_version or VLLM_VERSIONS[0]),
+        keep_mtp=options.mtp,
+        generation=machines.hardware.generation,
+    )
+    check_target(source, "vllm", options.hardware, kv_cache=chosen.kv_cache)
+    build = plan_build(
+        source,
+        chosen,
+        lambda stored: launch_from_plan(
+            source.config,
+            stored,
+            chosen,
+            machines,
+            context=options.context,
+            concurrency=options.concurrency,
+        ),
+    )
+    with make_progress() as progress:
+        task = progress.add_task("build", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        engine, built = build_vllm(
+            build,
+            output,
+            options.workers,
+            show,
+            note=lambda line: print_line(progress.console, line),
+        )
+    report = check_vllm(output, digests=False)  # the files were hashed while they were written
+    has_tiles = any(scheme.weights == "fp8-block" for scheme in build.stored.values())
+    return _result(
+        output,
+        engine,
+        ranks=rank_reports(report),
+        bytes_read=sum(file.bytes_read for file in built.values()),
+        planned_rank_bytes=planned_rank_bytes(source.config, build.stored, chosen),
+        warnings=(
+            "with DeepGEMM, which its wheel has, vLLM on Hopper quantizes FP8 tiles again with "
+            f"power-of-two scales: `evaluate` judges that, and {E8M0_OFF} avoids it",
+        )
+        if has_tiles
+        else (),
+    )
+
+
+def _build_sglang(source: Source, output: Path, options: BuildOptions) -> BuildResult:
+    from deepseek.sglang.check import check_engine as check_sglang
+    from deepseek.sglang.layout import require_dialect as require_sglang_dialect
+    from deepseek.sglang.loadable import require_ranks as require_sglang_ranks
+    from deepseek.sglang.versions import require_version as require_sglang_version
+    from quant_jobs.targets.sglang import build_sglang
+    from quant_jobs.targets.sglang_launch import launch_from_plan, planned_rank_bytes
+    from quant_jobs.targets.sglang_plan import SglangOptions, kv_format, plan_build
+
+    options = _complete_sglang(options)
+    assert options.tp is not None
+    assert options.ep is not None
+    assert options.engine_version is not None
+    machines = parse_hardware(options.hardware).for_ranks(options.tp)
+    dialect = None if options.dialect is None else require_sglang_dialect(options.dialect)
+    chosen = SglangOptions(
+        ranks=require_sglang_ranks(options.tp, options.ep),
+        kv_cache=kv_format(source, options.kv_cache),
+        dialect=dialect,
+        engine_version=require_sglang_version(options.engine_version),
+        keep_mtp=options.mtp,
+        generation=machines.hardware.generation,
+    )
+    build = plan_build(
+        source,
+        chosen,
+        lambda stored, dialect: launch_from_plan(
+            source.config,
+            stored,
+            dialect,
+            chosen,
+            machines,
+            context=options.context,
+            concurrency=options.concurrency,
+        ),
+    )
+    with make_progress() as progress:
+        task = progress.add_task("build", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        engine, built = build_sglang(
+            build,
+            output,
+            options.workers,
+            show,
+            note=lambda line: print_line(progress.console, line),
+        )
+    report = check_sglang(output, digests=False)  # the files were hashed while they were written
     return _result(
         output,
         engine,
@@ -379,5 +539,7 @@ def _refuse_options(options: BuildOptions, target: str, names: tuple[str, ...]) 
 BUILDERS: dict[Target, Callable[[Source, Path, BuildOptions], BuildResult]] = {
     "embedded": _build_embedded,
     "trtllm": _build_trtllm,
+    "vllm": _build_vllm,
+    "sglang": _build_sglang,
     "transformers": _build_transformers,
 }

@@ -1,6 +1,6 @@
 """`build --check`: whether an engine directory is what its target's loader has to load.
 
-The check itself is the target's (`deepseek/trtllm/check.py`);
+The check itself is the target's (`deepseek/trtllm/check.py`, `deepseek/vllm/check.py`, ...);
 engine.json names the target. This is its command, and what it prints.
 """
 
@@ -22,6 +22,8 @@ from quant_jobs.checkpoints import open_checkpoint
 #: Target -> the module whose `check_engine(directory, *, artifact=None, digests=True)` checks it.
 CHECKERS = {
     "trtllm": "deepseek.trtllm.check",
+    "vllm": "deepseek.vllm.check",
+    "sglang": "deepseek.sglang.check",
     "transformers": "deepseek.hf.check",
 }
 

@@ -16,7 +16,6 @@ always against a stored reference, which is made first where --reference is the 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from torch import Tensor
 from deepseek.artifact.built_engine import BuiltEngine, read_engine
 from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.artifact.verdict import EMBEDDED
-from deepseek.config import ModelConfig
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError, CalibrationError
@@ -65,7 +63,12 @@ from quant_jobs.evaluation.scorers import (
 )
 from quant_jobs.evaluation.served import LoadPoint, Served, write_served
 from quant_jobs.evaluation.service_client import ServiceClient, base_url, read_key
-from quant_jobs.evaluation.sizes import group_sizes
+from quant_jobs.evaluation.sizes import (
+    artifact_schemes,
+    bytes_by_name,
+    group_sizes,
+    source_config,
+)
 from quant_jobs.evaluation.speed import BATCH_SIZES, measure_decode
 from quant_jobs.evaluation.tokens import write_tokens
 from quant_jobs.evaluation.url import ServedText, forget_partial, measure_text
@@ -128,7 +131,8 @@ def run_evaluate(
         check_writable(output)  # now, not after an hour
         quantized = load_as_target(engine_dir, options)
         scores = score_against(reference, quantized)
-        stored_bytes = _by_name(built.config, reference.tensor_bytes)
+        config = source_config(built, len(reference.tensor_bytes))
+        stored_bytes = bytes_by_name(config, reference.tensor_bytes)
         source_bytes, digest = reference.record.source_bytes, reference.record.digest
     else:
         source = CheckpointReader(reference_dir)
@@ -142,7 +146,8 @@ def run_evaluate(
         scores = score_blocks(original, quantized, ids_BT)
         if no_speed is None:
             speed = measure_decode(original, quantized, ids_BT, settings.decode_tokens, BATCH_SIZES)
-        stored_bytes, source_bytes, digest = source.stored_bytes, source.file_bytes, None
+        config, stored_bytes = source.config, source.stored_bytes
+        source_bytes, digest = source.file_bytes, None
         if keep_reference is not None:
             kept = [score.reference for score in scores]
             _write_reference(keep_reference, source, ids_BT, held_out, kept)
@@ -164,7 +169,7 @@ def run_evaluate(
             **summarize([score.tokens for score in scores]),
             lumped_kl=_lumped(scores),
             artifact_bytes=built.manifest.num_bytes if built.manifest else source_bytes,
-            sizes=group_sizes(built.config, stored_bytes, built.schemes),
+            sizes=group_sizes(config, stored_bytes, artifact_schemes(built, config)),
             engine_bytes=built.num_bytes,
             speed=speed,
             no_speed=no_speed,
@@ -349,17 +354,6 @@ def _write_reference(
         "tools": _tools(),
     }
     return write_reference(directory, ids_BT, blocks, torch.tensor(sizes), facts)
-
-
-def _by_name(config: ModelConfig, tensor_bytes: Tensor) -> Mapping[str, int]:
-    """Stored bytes by name of the source's tensors, scales counted with their weights."""
-    names = [spec.name for spec in tensors(config)]
-    if len(names) != len(tensor_bytes):
-        raise ArtifactError(
-            f"the stored reference counts {len(tensor_bytes)} tensors of its source, the engine's "
-            f"model has {len(names)}; make the reference again"
-        )
-    return dict(zip(names, tensor_bytes.tolist(), strict=True))
 
 
 def _lumped(scores: list[BlockScores]) -> LumpedKL:

@@ -24,14 +24,17 @@ CpusOption = Annotated[
 TargetOption = Annotated[str, typer.Option(help="embedded, trtllm, vllm, sglang or transformers.")]
 TpOption = Annotated[
     int | None,
-    typer.Option(min=1, help="GPUs that share one engine [1; trtllm: those of --hardware]."),
+    typer.Option(
+        min=1, help="GPUs that share one engine [1; trtllm and vllm: those of --hardware]."
+    ),
 ]
 EpOption = Annotated[
     int | None,
     typer.Option(
         min=1,
         help="trtllm: groups that the routed experts are divided over; inside a group each "
-        "expert is cut over tp / ep GPUs [tp: whole experts].",
+        "expert is cut over tp / ep GPUs [tp: whole experts]. vllm: "
+        "tp, or 1 for experts that all GPUs share.",
     ),
 ]
 KVOption = Annotated[
@@ -39,10 +42,11 @@ KVOption = Annotated[
     typer.Option(help="KV format; without it, the recipe's. trtllm has bf16 and fp8."),
 ]
 DialectOption = Annotated[
-    Literal["mixed", "single"] | None,
+    str | None,
     typer.Option(
         help="trtllm: everything but the experts as the source stores it (mixed, the default), "
-        "or in BF16 (single: 16 GB more of DeepSeek-V3, and no MIXED_PRECISION)."
+        "or in BF16 (single: 16 GB more of DeepSeek-V3, and no MIXED_PRECISION). sglang: w4afp8, "
+        "w8a8_int8, blockwise_int8 or compressed-tensors [the one that fits]."
     ),
 ]
 EngineVersionOption = Annotated[

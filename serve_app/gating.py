@@ -8,9 +8,9 @@ uses; no adapter knows of it. `python -m serve_app` calls it too, before it star
 user reads one sentence at once. What a verdict must say is in deepseek/artifact/verdict.py;
 `quant_jobs gate` writes it.
 
-The embedded engine verifies every tensor that it loads. TensorRT-LLM's loader verifies none, so its
-directory is checked here as `build --check` does (deepseek/trtllm/check.py): by names, types and
-shapes before Ray starts, and every byte in the replica before its engine is made.
+The embedded engine verifies every tensor that it loads. Other targets' loaders verify none, so
+their directories are checked here as `build --check` does (deepseek/target_engine.py): by names,
+types and shapes before Ray starts, and every byte in the replica before its engine is made.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def admit(
         DeployError: its loader would not load it, or would load something else.
     """
     manifest = read_engine_manifest(engine_dir)
-    if manifest.target == "trtllm" and depth != "documents":
-        from deepseek.trtllm.check import check_engine  # brings torch, which an ingress has not
+    if depth != "documents":
+        from deepseek.target_engine import check_directory  # brings torch, which an ingress has not
 
-        check_engine(engine_dir, digests=depth == "bytes")
+        check_directory(engine_dir, manifest.target, digests=depth == "bytes")
     admitted = Admitted(
         engine_digest=manifest.digest,
         arithmetic=manifest.target,  # each target's engines are computed by that target

@@ -30,10 +30,11 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "artifact": {"formats", "source"},
         "engine": {"artifact", "formats", "source"},
         "trtllm": {"artifact", "formats", "source"},
-        "vllm": {"artifact", "formats", "source"},
         "hf": {"artifact", "formats", "source"},
+        "sglang": {"artifact", "formats", "source"},
+        "vllm": {"artifact", "formats", "source"},
     },
-    "cluster": {},
+    "cluster": {"rows": set()},
     "quant_jobs": {
         "algorithms": set(),
         "calibration": {"algorithms"},
@@ -130,9 +131,9 @@ def test_every_test_file_holds_a_test(root: Path) -> None:
 
 def test_files_that_prose_names_exist(root: Path) -> None:
     """In docs, comments and strings: `folder/name.py` is the end of some file's path. Sources that
-    matrix.py and the rooms of targets quote are other projects' files."""
-    quoting = {root / "cluster/matrix.py", root / "docs/deployability.md"}
-    for room in ("trtllm", "vllm", "hf"):
+    the matrix's rows and the rooms of targets quote are other projects' files."""
+    quoting = {root / "docs/deployability.md", *(root / "cluster/rows").glob("*.py")}
+    for room in ("trtllm", "vllm", "sglang", "hf"):
         quoting |= set((root / "deepseek" / room).glob("*.py"))
     folders = [*FORBIDDEN, "bench", "docs", "examples", "tests"]
     paths = [path for folder in folders for path in (root / folder).rglob("*.py")]

@@ -14,6 +14,7 @@ from pathlib import Path
 from deepseek.artifact.documents import document_object
 from deepseek.artifact.engine_manifest import (
     UNQUANTIZED,
+    EngineManifest,
     read_documents,
     read_engine_manifest,
 )
@@ -35,7 +36,8 @@ class BuiltEngine:
     `config` is the source's, FP8 blocks included. `manifest` is the quantized checkpoint's, None
     for an engine of an unquantized source. `target` names its loader. `num_bytes` counts the
     engine's tensor files. `documents` are the engine's files beside the tensors, as verified
-    against engine.json.
+    against engine.json. `static_input_layers` are the layers whose INT4 experts the engine gives
+    static FP8 inputs, whatever the recipe says of them: those with `input_scales` in engine.json.
     """
 
     directory: Path
@@ -50,6 +52,7 @@ class BuiltEngine:
     schemes: Mapping[str, Scheme]
     manifest: Manifest | None
     documents: Mapping[str, bytes]
+    static_input_layers: frozenset[int] = frozenset()
 
 
 def read_engine(directory: Path) -> BuiltEngine:
@@ -87,4 +90,13 @@ def read_engine(directory: Path) -> BuiltEngine:
         schemes=engine.schemes,
         manifest=manifest,
         documents=documents,
+        static_input_layers=_static_input_layers(engine),
     )
+
+
+def _static_input_layers(engine: EngineManifest) -> frozenset[int]:
+    """The layers that `input_scales` of the target's own fields names; the target's loader checks
+    what else is there."""
+    scales = engine.target_fields.get("input_scales")
+    layers = scales if isinstance(scales, dict) else {}
+    return frozenset(int(layer) for layer in layers if layer.isdecimal() and len(layer) < 9)

@@ -48,6 +48,7 @@ _DOCUMENTS = ("config.json", MANIFEST_FILE, *COPIED_FILES)
 _TARGET_DOCUMENTS = {
     "trtllm": ("hf_quant_config.json", "quant_cfg.json", "llm_args.yaml", INDEX_FILE),
     "vllm": ("vllm.yaml", INDEX_FILE),
+    "sglang": ("sglang.yaml", INDEX_FILE),
     "transformers": ("from_pretrained.json", INDEX_FILE),
 }
 #: KV formats that an engine may have; "fp32" is for exactness tests.

@@ -13,27 +13,37 @@ its decoding kernels do: absorbed attention that reads every latent from the KV 
 - prefill kernels that attend to a prompt's own keys before these are rounded to the KV format;
 - partial sums of several GPUs, each rounded to BF16 before they are added (tensor parallelism).
 
-Sources. *read* is source text, of the version named; *recalled* is known and was not read again;
-*executed* where the rule ran here, on a CPU.
+Sources. *executed*: the rule ran here beside the target's own Python code; *read*: in source text;
+*recalled*: known, and not read again for this table.
 
-    rule                       trtllm          vllm 0.32       sglang          transformers 5.23
-    activations bfloat16       read [L, DS]    read            read            executed
-    block_inputs               fp8, recalled   fp8-pow2, read  fp8, recalled   none, executed
-    static_inputs              bf16 reciprocal, read; executed [10] | - | recalled | none, executed
-    weights rounded to BF16    recalled        read, recalled  recalled        executed
-    absorbed                   fp8, recalled   bfloat16, read  bfloat16, rec.  bfloat16
-    norm_of_sum, elementwise   recalled        read            recalled        executed
-    angles                     recalled        read            recalled        executed
-    router_logits              recalled        read            recalled        executed
-    expert_sum                 recalled        read            recalled        executed
-    queries, KV cache in FP8   recalled        read            recalled        -
+    rule                     trtllm          vllm 0.32       sglang 0.5.23   transformers 5.23
+    norm_of_sum, elementwise read            read            read            executed
+    angles                   recalled        read            recalled        executed
+    router_logits            read            read            read            executed
+    expert_sum               recalled        read            read            read
+    logits in BF16           recalled        read            recalled        executed
+    block_inputs             recalled        read            read            executed
+    static_inputs            read            -               read            executed
+    token_inputs             -               read            read            executed
+    rounded_weights          recalled        recalled        recalled        executed
+    absorbed                 read            read            read            read
+    fp8_queries              recalled        read            read            -
 
-vLLM: ir/ops/layernorm.py (the sum that is normed is FP32, its norm is rounded before the weight
-multiplies it), utils/deep_gemm.py and fp8_utils.py (`is_deep_gemm_e8m0_used` is true on Hopper, so
-FP8 tiles are quantized again with powers of two), layers/attention/mla_attention.py (kv_b_proj
-dequantized to the activations' type; queries quantized beside an FP8 cache), fused_moe/router
-(`out_dtype` None: logits BF16), experts/marlin_moe.py (`mul_topk_weights`, then `moe_sum`),
-logits_processor.py (`head_dtype` is the model's). transformers: modeling_deepseek_v3.py.
+    trtllm        attention `fp8_block_scaling_bmm_out` (SM89 and SM90 quantize the queries and
+                  keep FP8 tiles), preQuantScaleKernel (`__hmul2` in BF16, then the cast),
+                  `dsv3_router_gemm_op` (FP32 out), FlashInfer's norm.cuh
+    vllm          ir/ops/layernorm (the norm reads the FP32 sum, and is rounded before the weight
+                  multiplies it), utils/deep_gemm and fp8_utils (`is_deep_gemm_e8m0_used` is true on
+                  Hopper, so tiles of weights are quantized again with powers of two),
+                  mla_attention, gate_linear (`out_dtype` None), marlin_moe, int8_utils
+    sglang        deepseek_v2, deep_gemm_wrapper/configurer (powers of two on Blackwell only),
+                  int8_kernel and per_token_group_quant.cuh (groups of INT8 are cut toward zero),
+                  ep_moe_kernels, flashattention_backend (the cache is cast to the queries' BF16)
+    transformers  modeling_deepseek_v3
+
+Two simplifications: where a GEMM multiplies by the routing weight before it rounds (vLLM and SGLang
+with Triton), the output here is rounded before and after; SGLang's `w4afp8` does not round SwiGLU
+to BF16 before it quantizes it.
 
 This file imports no torch: whoever only names an arithmetic needs none.
 """
@@ -72,8 +82,9 @@ class Arithmetic:
         block_inputs: inputs of a linear in FP8 tiles. "fp8" quantizes them on the fly to e4m3 with
             one FP32 scale (amax / 448) per token and 128 channels; "fp8-pow2" rounds that scale up
             to a power of two, and quantizes the weight's tiles again with such scales.
-        static_inputs: W4A8. "divide" quantizes x / s; "bf16-reciprocal" the product of x and
-            bf16(1 / s), itself rounded to BF16; "none" leaves the input alone.
+        static_inputs: W4A8. "divide" quantizes x / s; "reciprocal" x * (1 / s) in FP32;
+            "bf16-reciprocal" x * bf16(1 / s), itself rounded to BF16; "none" leaves the input
+            alone.
         token_inputs: W8A8. "int8" quantizes per token; "none" leaves the input alone.
         rounded_weights: formats whose dequantized values are rounded to BF16 before the product.
         absorbed: the halves of kv_b_proj. "fp8" where they stay FP8 tiles whose inputs are
@@ -90,7 +101,7 @@ class Arithmetic:
     router_logits: FloatName = "float32"
     expert_sum: Literal["weights", "products"] = "weights"
     block_inputs: Literal["none", "fp8", "fp8-pow2"] = "none"
-    static_inputs: Literal["none", "divide", "bf16-reciprocal"] = "divide"
+    static_inputs: Literal["none", "divide", "reciprocal", "bf16-reciprocal"] = "divide"
     token_inputs: Literal["none", "int8"] = "int8"
     rounded_weights: frozenset[WeightFormat] = frozenset()
     absorbed: Literal["float32", "bfloat16", "fp8"] = "float32"
@@ -124,12 +135,11 @@ _ALL = (
     Arithmetic(
         name="sglang",
         activations="bfloat16",
-        router_logits="bfloat16",
         expert_sum="products",
         block_inputs="fp8",
+        static_inputs="reciprocal",
         rounded_weights=frozenset({"int4"}),
         absorbed="bfloat16",
-        fp8_queries=True,
     ),
     Arithmetic(
         name="transformers",

@@ -248,12 +248,9 @@ def _int4_linear(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels
     input_scale = tensors.get("input_scale")
     if input_scale is None:
         return TargetLinear(weight, keep_input, kernels)
-    round_input = keep_input
+    round_input: RoundInput = keep_input
     if rule != "none":
-        is_reciprocal = rule == "bf16-reciprocal"
-        round_input = functools.partial(
-            round_static_fp8, input_scale=input_scale, bf16_reciprocal=is_reciprocal
-        )
+        round_input = functools.partial(round_static_fp8, input_scale=input_scale, rule=rule)
     return TargetLinear(weight, round_input, kernels, extra_bytes=input_scale.nbytes)
 
 

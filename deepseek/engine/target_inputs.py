@@ -8,6 +8,8 @@ T tokens · K channels
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -32,19 +34,20 @@ def round_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_static_fp8(
-    x: Tensor, input_scale: Tensor, *, bf16_reciprocal: bool
+    x: Tensor, input_scale: Tensor, rule: Literal["divide", "reciprocal", "bf16-reciprocal"]
 ) -> tuple[Tensor, Tensor]:
     """f32 [T, K] and a static scale f32 [1] -> values of e4m3, f32 [T, K], saturated at +-448, and
-    that scale.
+    that scale. `rule` is `Arithmetic.static_inputs`.
 
-    With `bf16_reciprocal` the input is multiplied by bf16(1 / scale) and the product is BF16
-    before it is e4m3; the result still has the factor `scale`, so the two do not cancel exactly.
+    The rounded reciprocal and the scale do not cancel: a gain error of up to 0.39 %.
     """
-    if bf16_reciprocal:
-        inverse = (1.0 / input_scale).bfloat16().float()
-        steps = (x * inverse).bfloat16().float()
-    else:
-        steps = x / input_scale
+    match rule:
+        case "divide":
+            steps = x / input_scale
+        case "reciprocal":
+            steps = x * (1.0 / input_scale)
+        case "bf16-reciprocal":
+            steps = (x * (1.0 / input_scale).bfloat16().float()).bfloat16().float()
     return to_e4m3(steps).float(), input_scale
 
 
@@ -65,9 +68,11 @@ def round_tiles_fp8(x: Tensor, *, power_of_two: bool) -> Tensor:
 
 
 def ceil_power_of_two(scale: Tensor) -> Tensor:
-    """The smallest powers of two that are not below these positive normal numbers, exactly."""
+    """The smallest powers of two that are not below these positive normal numbers, exactly; NaN and
+    infinity stay what they are."""
     mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return torch.where(scale.isfinite(), power, scale)
 
 
 def to_e4m3(steps: Tensor) -> Tensor:

@@ -49,8 +49,7 @@ def quantize_int8_block(
             rows_of(amax, tile_rows),
             rows_of(scale, tile_rows),
         )
-        steps = tiles / scales[tile_rows][:, None, :, None]
-        tiles = round_to_int8(steps, INT8_MIN, INT8_MAX)
+        tiles = round_to_int8(tiles / scales[tile_rows][:, None, :, None], INT8_MIN, INT8_MAX)
         codes[rows] = from_tiles(tiles, (rows.stop - rows.start, w.shape[1]))
     return codes, scales
 
@@ -76,7 +75,7 @@ def quantize_token_groups_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     num_inputs = x.shape[-1]
     if num_inputs % TILE:
         x = torch.nn.functional.pad(x, (0, -num_inputs % TILE))
-    groups = x.view(*x.shape[:-1], -1, TILE)
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // TILE, TILE)
     scale = groups.abs().amax(dim=-1, keepdim=True).div_(INT8_MAX).clamp_min_(SMALLEST_SCALE)
     # No clamp: amax / fl(amax / 127) is 127 within a few parts in 2^24, and rounds to 127.
     codes = (groups / scale).round_().to(torch.int8).flatten(-2)

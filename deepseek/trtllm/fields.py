@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
+from deepseek.artifact.input_scales import LayerInputScales
 from deepseek.trtllm.layout import Dialect
 from deepseek.trtllm.versions import EngineVersion
+
+__all__ = ["TARGET", "LayerInputScales", "Mtp", "TrtllmFields"]
 
 TARGET = "trtllm"
 #: What became of the MTP layers: the model has none, they were left out, or they are there.
@@ -21,16 +24,6 @@ Mtp = Literal["absent", "left out", "kept"]
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class LayerInputScales(_Record):
-    """Static input scales of one layer's experts, shared by all of them: of gate and up, and of
-    down. `needed_*` are amax / 448 of the calibrated inputs, which the scales are at least."""
-
-    gate_up: float = Field(gt=0)
-    down: float = Field(gt=0)
-    needed_gate_up: float = Field(gt=0)
-    needed_down: float = Field(gt=0)
 
 
 class TrtllmFields(_Record):

@@ -18,22 +18,11 @@ large costs next to nothing: relative error 0.0266 in place of 0.0267 for produc
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-#: Smallest scale: below it the inverse would not be finite in BF16 times the largest input.
-_MIN_EXPONENT = -126
+from deepseek.artifact.input_scales import runtime_input_scale
 
-
-def runtime_input_scale(needed: float) -> float:
-    """The smallest power of two that is at least `needed`, which is amax / 448: float32-exact.
-
-    `needed` must be positive and finite.
-    """
-    assert 0 < needed < math.inf, needed
-    fraction, exponent = math.frexp(needed)  # fraction * 2^exponent, fraction in [0.5, 1)
-    return math.ldexp(1.0, max(exponent - 1 if fraction == 0.5 else exponent, _MIN_EXPONENT))
+__all__ = ["gain_error", "runtime_input_scale"]
 
 
 def gain_error(scale: float, *, down: bool) -> float:

@@ -31,6 +31,7 @@ from deepseek.trtllm.versions import EngineVersion
 
 #: Reasons that the planner's matrix gives too.
 NO_W8A8 = "TensorRT-LLM 1.2 has no INT8 W8A8 kernels on Hopper"
+NO_INT8_TILES = "it has no INT8 kernels with a scale per tile"
 NO_ZERO_POINTS = "its kernels for INT8 and INT4 experts take no zero points"
 GROUPS_OF_128 = "its INT4 experts (W4AFP8) are symmetric with groups of 128 only"
 EXPERTS_ONLY = "IntServe builds INT8 and INT4 for routed experts only there"
@@ -193,6 +194,8 @@ _FUSED_BY_ROLE = {role: name for name, roles in FUSED.items() for role in roles}
 
 def _wrong_format(scheme: Scheme, is_expert: bool) -> tuple[str, str] | None:
     """(reason, what to change) where no dialect can hold a quantized linear."""
+    if scheme.weights == "int8-block":
+        return NO_INT8_TILES, "use the recipe int8-experts or int4, or serve it with SGLang"
     if scheme.activations == "int8":
         return NO_W8A8, "use the recipe int8-experts or int4, or serve it with vLLM"
     if not is_expert:
@@ -274,7 +277,7 @@ def _expert_problems(config: ModelConfig, survey: _Survey, ranks: RankLayout) ->
     """Inputs of gate and up are whole on every rank, an expert's inner channels are divided."""
     hidden, width = config.hidden_size, config.moe_intermediate_size
     moe_tp = ranks.tp // ranks.ep
-    for form in sorted(survey.expert_formats):
+    for form in sorted(survey.expert_formats.keys() & _WHOLE.keys()):  # others are named above
         whole = _WHOLE[form]
         if hidden % whole:
             yield Problem(

@@ -67,7 +67,7 @@ def check_engine(
     check_listing(directory, engine, LOADER)
     built = read_engine(directory)
     mtp, released = fields.mtp == "kept", fields.form == "released"
-    stored = _check_config(directory, built, engine, fields)
+    stored = check_config(directory, built, engine, fields)
     model = LoaderModel(directory, engine.ranks, values=False, mtp=mtp)
     _check_loading(model)
     check_headers(
@@ -102,7 +102,7 @@ def check_engine(
     )
 
 
-def _check_config(
+def check_config(
     directory: Path, built: BuiltEngine, engine: EngineManifest, fields: VllmFields
 ) -> dict[str, Scheme]:
     """Check config.json against engine.json; how the directory stores every linear.

@@ -5,10 +5,12 @@ of that name, a mapping into JSON. The keys here are a closed set, by the names 
 `EngineArgs`; the written file is parsed by vLLM's own parser in `tests/interop`. What a file cannot
 say is in its comments: an environment variable.
 
-FP8 tiles. Where DeepGEMM is installed, vLLM on Hopper rounds the scales of FP8 tiles up to powers
-of two and quantizes the tiles again with them while it loads (`requant_weight_ue8m0_inplace`,
-`VLLM_USE_DEEP_GEMM_E8M0`, on by default; read). The values would no longer be those that were
-built and judged, so that the file says to set it to 0.
+FP8 tiles. With DeepGEMM, which its CUDA wheel brings along (`has_deep_gemm`), vLLM on Hopper rounds
+the scales of FP8 tiles up to powers of two and quantizes the tiles again with them while it loads
+(`requant_weight_ue8m0_inplace`, `VLLM_USE_DEEP_GEMM_E8M0`, on by default; read). An evaluation
+judges these values (`ARITHMETICS["vllm"]` of `deepseek/engine/arithmetic.py`), because they are
+what a plain start serves; the file says how the tiles are served as they are, which is closer to
+the source.
 """
 
 from __future__ import annotations
@@ -105,14 +107,13 @@ def make_launch(
 
 def launch_yaml(launch: Launch, version: str, *, has_tiles: bool) -> bytes:
     """The file of `launch`, the same bytes always. `has_tiles` says that linears are FP8 tiles."""
-    variable = f"{E8M0_OFF} " if has_tiles else ""
     comments = [
         f"Arguments of vLLM {version}, made by IntServe. Serve this directory DIR with:",
-        f"  {variable}vllm serve DIR --config DIR/{LAUNCH_FILE}",
+        f"  vllm serve DIR --config DIR/{LAUNCH_FILE}",
     ]
     if has_tiles:
         comments.append(
-            "Without that variable vLLM quantizes FP8 tiles again where DeepGEMM is installed."
+            f"{E8M0_OFF} before it keeps FP8 tiles from being quantized again by DeepGEMM."
         )
     if launch.distributed_executor_backend == "ray":
         comments.append("Its workers run in a Ray cluster over the nodes: start that first.")

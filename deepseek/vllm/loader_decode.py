@@ -18,6 +18,7 @@ from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError
 from deepseek.vllm.loader import LoaderModel
+from deepseek.vllm.loader_config import Method
 from deepseek.vllm.loader_modules import Experts, Linear, Module, Plain
 
 #: The tensors of one layer by the artifact's names.
@@ -66,7 +67,7 @@ def decode(
                 for part, own in (("gate_proj", values[:half]), ("up_proj", values[half:])):
                     yield Piece(f"{parent}.{part}.{suffix}", rank * half, 0, own)
             elif role in ("o_proj", "down_proj"):
-                column = 0 if _held_whole(suffix, values) else rank * values.shape[1]
+                column = 0 if _held_whole(suffix, module.method) else rank * values.shape[1]
                 yield Piece(f"{module.name}.{suffix}", 0, column, values)
             elif role == "kv_a_proj_with_mqa":
                 yield Piece(f"{module.name}.{suffix}", 0, 0, values)
@@ -140,7 +141,7 @@ def _experts(
         for n in range(local):
             expert, own = f"{module.name}.{first + n}", values[n]
             if which == "w2":
-                column = 0 if _held_whole(suffix, own) else index * own.shape[1]
+                column = 0 if _held_whole(suffix, module.method) else index * own.shape[1]
                 yield Piece(f"{expert}.down_proj.{suffix}", 0, column, own)
             else:
                 half = own.shape[0] // 2
@@ -148,9 +149,10 @@ def _experts(
                 yield Piece(f"{expert}.up_proj.{suffix}", index * half, 0, own[half:])
 
 
-def _held_whole(suffix: str, values: Tensor) -> bool:
+def _held_whole(suffix: str, method: Method) -> bool:
     """Whether every rank holds all of a row-parallel linear's scales: one per output."""
-    return suffix in ("weight_scale", "weight_zero_point") and values.shape[1] == 1
+    by_channel = method.kind == "w8a8" or (method.kind == "wna16" and not method.group)
+    return by_channel and suffix in ("weight_scale", "weight_zero_point")
 
 
 def _per_row(suffix: str, module: Linear) -> float:

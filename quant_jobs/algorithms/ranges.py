@@ -59,9 +59,10 @@ def _tile_ranges(weight: Tensor, scheme: Scheme) -> Range:
     move a percentile."""
     scale = weight.new_empty(num_tiles(weight.shape), dtype=torch.float32)
     whole = weight.shape[1] // TILE * TILE
-    for tile_row, strip in enumerate(torch.split(weight, TILE)):
+    for tile_row in range(len(scale)):
+        strip = weight[tile_row * TILE : (tile_row + 1) * TILE]
         if whole:
-            tiles = strip[:, :whole].unflatten(1, (-1, TILE)).transpose(0, 1).flatten(1)
+            tiles = strip[:, :whole].reshape(len(strip), -1, TILE).transpose(0, 1).flatten(1)
             scale[tile_row, : whole // TILE] = choose_range(tiles, scheme).scale
         if whole < weight.shape[1]:
             scale[tile_row, -1:] = choose_range(strip[:, whole:].reshape(1, -1), scheme).scale

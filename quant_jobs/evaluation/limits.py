@@ -11,9 +11,6 @@ from deepseek.inventory import linears
 from deepseek.recipe import GateLimits
 from quant_jobs.evaluation.record import Evaluation
 
-#: The target whose kernels give every INT4 expert FP8 inputs, whatever the recipe says of them.
-_W4A8_TARGET = "trtllm"
-
 #: Fewest judged tokens of a verdict. With fewer, at a KL near 0.01 nats, the standard error of the
 #: mean is as large as the difference between a good and a bad recipe.
 MIN_TOKENS = 2000
@@ -84,7 +81,8 @@ def starved_share(coverage: Mapping[int, Sequence[int]], floor_tokens: int) -> f
 
 def static_input_outliers(engine: BuiltEngine) -> tuple[InputOutlier, ...]:
     """The outliers of the layers whose routed experts have static FP8 inputs in this engine: where
-    the recipe gives them such inputs, and under TensorRT-LLM wherever experts are INT4."""
+    the recipe gives them such inputs, and where the target does so with all INT4 experts, as
+    TensorRT-LLM and SGLang's `w4afp8` do."""
     assert engine.manifest is not None
     layers = {
         layer
@@ -92,7 +90,10 @@ def static_input_outliers(engine: BuiltEngine) -> tuple[InputOutlier, ...]:
         for spec in linears(engine.config, layer)
         if spec.expert is not None
         and (scheme := engine.schemes[spec.module]).is_quantized
-        and (scheme.activations == "fp8" or (engine.target == _W4A8_TARGET and scheme.bits == 4))
+        and (
+            scheme.activations == "fp8"
+            or (scheme.bits == 4 and layer in engine.static_input_layers)
+        )
     }
     return tuple(outlier for outlier in engine.manifest.input_outliers if outlier.layer in layers)
 

@@ -21,13 +21,12 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import layer_file
 from deepseek.config import CONFIG_FILE
 from deepseek.engine.packing import Source, schemes_of
-from deepseek.errors import ArtifactError, DeployError
+from deepseek.errors import DeployError
 from deepseek.files import json_bytes
-from deepseek.inventory import expert_of, layer_of
+from deepseek.inventory import expert_of
 from deepseek.recipe import Scheme
 from deepseek.source.index import INDEX_FILE
-from deepseek.trtllm.fields import TARGET, LayerInputScales, Mtp, TrtllmFields
-from deepseek.trtllm.input_scales import runtime_input_scale
+from deepseek.trtllm.fields import TARGET, Mtp, TrtllmFields
 from deepseek.trtllm.layout import (
     Dialect,
     rank_weight_bytes,
@@ -41,7 +40,7 @@ from deepseek.trtllm.llm_schema import LlmArgs
 from deepseek.trtllm.loadable import check_loadable
 from deepseek.trtllm.quant_config import quant_config_files
 from deepseek.trtllm.versions import EngineVersion
-from quant_jobs.algorithms.input_scales import share_input_scales
+from quant_jobs.targets.expert_scales import expert_input_scales, outlier_warnings
 from quant_jobs.targets.layered import LayeredBuild
 from quant_jobs.targets.origin import manifest_bytes, origin_of
 
@@ -100,7 +99,7 @@ def plan_build(
         dialect=dialect,
         engine_version=options.engine_version,
         mtp=_mtp(source, kept=mtp),
-        input_scales=input_scales(source, stored),
+        input_scales=expert_input_scales(source, stored, "TensorRT-LLM"),
     )
     manifest = EngineManifest(
         **origin_of(source),
@@ -121,7 +120,7 @@ def plan_build(
     args = make_args(stored)
     warnings = _lint(args, source, stored, dialect, options, mtp=mtp)
     if fields.input_scales:
-        warnings = (*_outliers(source), *warnings)
+        warnings = (*outlier_warnings(source), *warnings)
     documents[LLM_ARGS_FILE] = llm_args_yaml(args, options.engine_version)
     digests = {name: hashlib.sha256(documents[name]).hexdigest() for name in sorted(documents)}
     return TrtllmBuild(
@@ -158,64 +157,6 @@ def kv_format(source: Source, asked: str | None) -> TrtllmKV:
     )
 
 
-def input_scales(source: Source, stored: Mapping[str, Scheme]) -> dict[int, LayerInputScales]:
-    """The static input scales of every layer with INT4 experts.
-
-    Scales that the artifact itself has (FP8 activations, measured and judged with it) are the ones
-    needed; without them they follow from the input maxima by the same rule
-    (`quant_jobs/algorithms/input_scales.py`).
-
-    Raises:
-        ArtifactError: the artifact has neither.
-    """
-    by_layer: dict[int, list[str]] = {}
-    for module, scheme in stored.items():
-        if scheme.weights == "int4":
-            by_layer.setdefault(layer_of(module), []).append(module)
-    if not by_layer:
-        return {}
-    assert isinstance(source, ArtifactReader), "a source has no INT4 experts"
-    scales = {}
-    for layer, modules in by_layer.items():
-        needed = _needed_scales(source, layer, modules)
-        gate_up, down = (
-            max(scale for module, scale in needed.items() if module.endswith(role))
-            for role in ("gate_proj", "down_proj")
-        )
-        scales[layer] = LayerInputScales(
-            gate_up=runtime_input_scale(gate_up),
-            down=runtime_input_scale(down),
-            needed_gate_up=gate_up,
-            needed_down=down,
-        )
-    return scales
-
-
-def _needed_scales(source: ArtifactReader, layer: int, modules: Sequence[str]) -> dict[str, float]:
-    """amax / 448 of the inputs of the experts' linears of one layer, by module."""
-    if source.schemes[modules[0]].activations == "fp8":
-        names = {f"{module}.input_scale": module for module in modules}
-        stored = source.read_some(layer, names.__contains__)
-        return {names[name]: float(tensor) for name, tensor in stored.items()}
-    if source.input_maxima is None:
-        raise ArtifactError(
-            f"{source.directory} holds no maxima of its experts' inputs, from which TensorRT-LLM's "
-            "static input scales are made: an older version quantized it; add them without "
-            "quantizing again: python -m quant_jobs measure --checkpoint "
-            f"{source.directory} --calibration FILE"
-        )
-    maxima = source.input_maxima.layers[layer]
-    amax, seen = {}, {}
-    for module in modules:
-        expert = expert_of(module)
-        assert expert is not None, module
-        amax[module] = (maxima.down if module.endswith("down_proj") else maxima.gate_up)[expert]
-        # Not the manifest's coverage: what `measure` adds comes from another pass than that.
-        seen[module] = int(amax[module] > 0)
-    scales, _ = share_input_scales(amax, seen)
-    return scales
-
-
 def _lint(
     args: LlmArgs,
     source: Source,
@@ -245,19 +186,6 @@ def _lint(
         if finding.severity == "refuse":
             raise DeployError(finding.sentence)
     return tuple(finding.sentence for finding in findings)
-
-
-def _outliers(source: Source) -> tuple[str, ...]:
-    """A sentence about the experts whose inputs set a layer's static scale far above the others'
-    need; none where there is no such expert."""
-    outliers = source.manifest.input_outliers if isinstance(source, ArtifactReader) else ()
-    if not outliers:
-        return ()
-    worst = max(outliers, key=lambda outlier: outlier.ratio)
-    return (
-        f"{len(outliers)} inputs of experts are far above the others of their layer and set its "
-        f"static scale for all (the gate limits their number); the largest: {worst.describe()}",
-    )
 
 
 def _mtp(source: Source, *, kept: bool) -> Mtp:

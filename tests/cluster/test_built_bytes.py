@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 
 from cluster.built_bytes import RANKS, RELEASE, BuiltBytes, built_bytes
+from cluster.choice import tally_of
 from cluster.memory import Tally
-from cluster.plan import tally_of
 from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import load_recipe
 from deepseek.trtllm.layout import stored_schemes

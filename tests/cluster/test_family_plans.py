@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from support.plans import recipe_of
 
+from cluster.choice import tally_of
 from cluster.deployability import check, served_schemes
 from cluster.hardware import parse_hardware
 from cluster.matrix import TARGETS
-from cluster.plan import Plan, make_plan, tally_of
+from cluster.plan import Plan, make_plan
 from cluster.splits import split_refusals, trtllm_refusals
 from deepseek.models import DEEPSEEK_V3, KIMI_K2, MOONLIGHT
 from deepseek.recipe import Recipe, builtin_recipes, load_recipe

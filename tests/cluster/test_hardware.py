@@ -66,3 +66,15 @@ def test_bad_hardware_gets_one_sentence(text: str, words: str) -> None:
         parse_hardware(text)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_more_ranks_than_gpus_are_refused_and_never_become_gpus() -> None:
+    machines = parse_hardware("8xH800-80GB")
+    assert machines.for_ranks(None).count == machines.for_ranks(8).count == 8
+    assert machines.for_ranks(4).label == "4xH800-80GB"
+    with pytest.raises(DeployError) as caught:
+        machines.for_ranks(16)
+    assert str(caught.value) == (
+        "--tp 16 needs 16 GPUs, and --hardware 8xH800-80GB has 8; use --hardware 16xH800-80GB or "
+        "--tp 8"
+    )

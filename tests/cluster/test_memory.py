@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 from support.plans import plan_v3, recipe_of
 
+from cluster.choice import tally_of
 from cluster.hardware import parse_hardware
-from cluster.matrix import FORMATS
+from cluster.matrix import FORMATS, TARGETS
 from cluster.memory import GROUPS, kv_bytes_per_token_and_layer
-from cluster.plan import make_plan, tally_of
+from cluster.plan import make_plan
 from deepseek.config import ModelConfig
 from deepseek.engine.kv_cache import token_bytes
 from deepseek.formats import stored_bytes
 from deepseek.inventory import tensors
+from deepseek.kv_layout import kv_layout, layer_token_bytes
 from deepseek.models import DEEPSEEK_V3, DEEPSEEK_V3_2
 from deepseek.recipe import Recipe, load_recipe
 
@@ -88,7 +90,10 @@ def test_the_lines_add_up_to_what_the_formats_store(name: str) -> None:
 
 
 def test_tensor_parallelism_replicates_what_cannot_be_split() -> None:
-    groups = {tp: tally_of(DEEPSEEK_V3, recipe_of(BF16)).gpu_footprint(tp, "bf16") for tp in (1, 8)}
+    groups = {
+        tp: tally_of(DEEPSEEK_V3, recipe_of(BF16)).gpu_footprint(tp, "bf16", target="vllm")
+        for tp in (1, 8)
+    }
     one, eight = groups[1].groups, groups[8].groups
     for name in ("router", "norms"):
         assert eight[name].values_per_gpu == one[name].values, name
@@ -112,42 +117,66 @@ def test_scales_of_int8_down_projections_are_on_every_gpu() -> None:
 def test_a_split_never_cuts_an_fp8_block() -> None:
     """The shared expert's 2048 columns are 16 blocks: at 32 GPUs each holds one block, twice."""
     tally = tally_of(DEEPSEEK_V3, recipe_of())
-    at = {tp: tally.gpu_footprint(tp, "bf16").groups["shared_experts"] for tp in (16, 32)}
+    at = {
+        tp: tally.gpu_footprint(tp, "bf16", target="vllm").groups["shared_experts"]
+        for tp in (16, 32)
+    }
     assert at[16].values_per_gpu == at[32].values_per_gpu == at[16].values // 16
 
 
-@pytest.mark.parametrize(("form", "size"), [("bf16", 1152), ("fp8", 656), ("int8", 644)])
-def test_a_cached_token_takes_the_published_bytes_per_layer(form: str, size: int) -> None:
-    assert kv_bytes_per_token_and_layer(DEEPSEEK_V3, form) == size
-    own = kv_bytes_per_token_and_layer(DEEPSEEK_V3, form, target="trtllm")
-    assert own == (576 if form == "fp8" else size)
+@pytest.mark.parametrize(
+    ("target", "form", "size"),
+    [
+        *((target, "bf16", 1152) for target in TARGETS),
+        *(("trtllm", "fp8", 576), ("sglang", "fp8", 576)),
+        ("embedded", "int8", 644),
+        ("transformers", "fp8", 1152),  # refused there; it would be BF16
+    ],
+)
+def test_a_cached_token_takes_the_published_bytes_per_layer(
+    target: str, form: str, size: int
+) -> None:
+    assert kv_bytes_per_token_and_layer(DEEPSEEK_V3, target, form) == size
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("form", "size"), [("bf16", 1152), ("fp8", 656)])
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+@pytest.mark.parametrize("target", ["trtllm", "vllm", "sglang"])
+def test_a_plan_counts_the_bytes_of_its_target(target: str, form: str) -> None:
+    plan = plan_v3(recipe_of(kv_cache=form), "16xH800-80GB", target=target)
+    layout = kv_layout(target, form)
+    assert layout == ("fp8-tensor" if form == "fp8" else form)
+    assert plan.kv_layout == layout
+    assert plan.footprint.kv_bytes_per_token == 61 * layer_token_bytes(layout, 512, 64)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("form", "size"), [("bf16", 1152), ("fp8", 576)])
 def test_deepseek_v3_2_caches_132_bytes_more_for_its_indexer_in_every_layer(
     form: str, size: int
 ) -> None:
     """128 dimensions in FP8 and one FP32 scale, as vLLM, SGLang and TensorRT-LLM cache them."""
     tally = tally_of(DEEPSEEK_V3_2, recipe_of())
-    assert tally.gpu_footprint(8, form).kv_bytes_per_token == 61 * (size + 132)
-    assert tally.gpu_footprint(8, form, mtp=True).kv_bytes_per_token == 62 * (size + 132)
-    v3 = tally_of(DEEPSEEK_V3, recipe_of()).gpu_footprint(8, form)
+    assert tally.gpu_footprint(8, form, target="sglang").kv_bytes_per_token == 61 * (size + 132)
+    assert tally.gpu_footprint(8, form, mtp=True, target="sglang").kv_bytes_per_token == 62 * (
+        size + 132
+    )
+    v3 = tally_of(DEEPSEEK_V3, recipe_of()).gpu_footprint(8, form, target="sglang")
     assert v3.kv_bytes_per_token == 61 * size
     # Its weights are whole on every GPU: wq_b and wk in FP8, k_norm in FP32, weights_proj in BF16.
-    indexer = tally.gpu_footprint(8, form).groups["indexer"]
+    indexer = tally.gpu_footprint(8, form, target="sglang").groups["indexer"]
     values = 8192 * 1536 + 128 * 7168 + 4 * 2 * 128 + 2 * 64 * 7168
     assert indexer.values == indexer.values_per_gpu == 61 * values
     assert indexer.scales == indexer.scales_per_gpu == 61 * 4 * (64 * 12 + 56)
     # 4 T (h + 1) d for its queries and keys, and 512 MiB of scores at a time.
-    more = tally.gpu_footprint(8, form).workspace_per_gpu - v3.workspace_per_gpu
+    more = tally.gpu_footprint(8, form, target="sglang").workspace_per_gpu - v3.workspace_per_gpu
     assert more == 4 * 8192 * 65 * 128 + 2**29
 
 
 @pytest.mark.parametrize("form", ["bf16", "int8"])
 def test_kv_bytes_are_those_of_the_embedded_cache(form: str, tiny_model: Path) -> None:
     for config in (DEEPSEEK_V3, ModelConfig.from_directory(tiny_model)):
-        per_layer = kv_bytes_per_token_and_layer(config, form)
+        per_layer = kv_bytes_per_token_and_layer(config, "embedded", form)
         assert per_layer * config.num_hidden_layers == token_bytes(config, form)
 
 
@@ -198,3 +227,18 @@ def test_every_format_of_the_matrix_has_bytes(tiny_model: Path) -> None:
         ("int8-asym", "int8"),
     ):
         assert sizes[more] > sizes[than], (more, than)
+
+
+@pytest.mark.heavy
+def test_transformers_holds_everything_in_bf16_and_whole_layers() -> None:
+    plan = plan_v3("int8-experts", "8xH200-141GB", target="transformers")
+    values = 2 * sum(spec.numel for spec in tensors(DEEPSEEK_V3) if spec.group != "mtp")
+    assert plan.footprint.weights == pytest.approx(values, rel=1e-5)
+    assert plan.loads
+    assert not plan.fits  # 1,342 GB on 1,128
+    one, eight = (
+        plan_v3("int8-experts", f"{n}xH200-141GB", target="transformers").footprint for n in (1, 8)
+    )
+    assert one.weights_per_gpu == one.weights
+    assert eight.weights_per_gpu > one.weights / 8
+    assert (one.kv_bytes_per_token, eight.kv_bytes_per_token) == (61 * 1152, 8 * 1152)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.pages import PAGES
+from cluster.pages import PAGES, readme_with_table
+from cluster.readme_table import WHAT
+from deepseek.recipe import builtin_recipes
 
 
 @pytest.mark.heavy
@@ -14,6 +16,19 @@ from cluster.pages import PAGES
 def test_the_page_is_up_to_date(page: str, root: Path) -> None:
     found = (root / "docs" / page).read_text(encoding="utf-8")
     assert found == PAGES[page](), "run `python -m cluster.pages docs`"
+
+
+@pytest.mark.heavy
+def test_the_table_in_the_readme_is_the_matrix_s_and_the_plan_s(root: Path) -> None:
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert readme == readme_with_table(readme), "run `python -m cluster.pages docs`"
+    rows = [line for line in readme.splitlines() if line.startswith("| `")]
+    other = readme.replace(rows[0], rows[0].replace("read", "executed"))
+    assert readme_with_table(other) == readme
+
+
+def test_the_table_names_every_built_in_recipe() -> None:
+    assert {name for names in WHAT for name in names} == set(builtin_recipes())
 
 
 @pytest.mark.heavy

@@ -77,6 +77,7 @@ JSON_KEYS = {
     "recipe": str,
     "hardware": str,
     "target": str,
+    "engine_version": str,
     "dialect": type(None),
     "fits": bool,
     "loads": bool,
@@ -85,6 +86,7 @@ JSON_KEYS = {
     "concurrency": int,
     "mtp": bool,
     "kv_cache": str,
+    "kv_layout": str,
     "weights_gb": float,
     "weights_gb_per_gpu": float,
     "workspace_gb_per_gpu": float,
@@ -147,9 +149,9 @@ def test_the_command_runs_as_a_user_runs_it(tiny_model: Path, tmp_path: Path) ->
     ("words", "sentence"),
     [
         (("--hardware", "8xT4"), "'8xT4'?: 'T4' is unknown"),
-        (("--target", "tgi"), "target 'tgi' is unknown; use one of trtllm, vllm, sglang, embedded"),
-        (("--dialect", "fp4"), "dialect 'fp4' is unknown; use mixed or single"),
-        (("--dialect", "released"), "dialect 'released' is unknown; use mixed or single"),
+        (("--target", "tgi"), "target 'tgi' is unknown; use one of trtllm, vllm, sglang, "),
+        (("--dialect", "fp4"), "--dialect fp4 is unknown; use one of trtllm: mixed, single; "),
+        (("--dialect", "released"), "--dialect released is unknown; use one of trtllm: mixed, "),
         (("--recipe", "int3"), "no recipe 'int3'; use a YAML file or one of int4"),
         (("--context", "0"), "--context must be 1 to 163840, the model's limit, not 0"),
         (("--context", "200000"), "--context must be 1 to 163840"),
@@ -234,7 +236,7 @@ def test_on_the_cpu_only_the_embedded_engine_is_considered(tiny_model: Path) -> 
     assert (answer["target"], answer["gpus"], answer["refusals"]) == ("embedded", 0, [])
     code, out = command(*words, "--target", "vllm")
     assert code == 1
-    assert "Use --target embedded" in out
+    assert "Use Hopper GPUs or --target embedded." in out
     code, out = command(*words, "--mtp")
     assert code == 1
     assert "Leave out --mtp" in out
@@ -319,8 +321,64 @@ def test_a_smaller_kv_format_holds_more_tokens() -> None:
         for form in ("bf16", "fp8", "int8")
     ]
     tokens = [plan.kv_tokens for plan in plans]
-    assert tokens == sorted(tokens)
-    assert tokens[1] / tokens[0] == pytest.approx(1152 / 656, rel=0.01)
+    sizes = [plan.footprint.kv_bytes_per_token for plan in plans]
+    assert sizes[1] < sizes[0]
+    assert tokens[1] / tokens[0] == pytest.approx(sizes[0] / sizes[1], rel=0.01)
     assert [plan.good for plan in plans] == [True, True, False]  # no GPU target has an INT8 cache
     own = plan_v3(recipe_of(*rules, kv_cache="fp8"), "16xH800-80GB", target="trtllm")
     assert own.footprint.kv_bytes_per_token == 61 * 576  # rotary keys in FP8 too
+    assert own.kv_layout == "fp8-tensor"
+
+
+def test_the_layout_of_the_kv_cache_is_printed(tmp_path: Path, tiny_model: Path) -> None:
+    recipe = tmp_path / "fp8.yaml"
+    recipe.write_text(
+        "name: fp8\ndescription: none\nrules: [{match: '*', weights: source}]\nkv_cache: fp8\n"
+        "gate: {max_perplexity_ratio: 1.1, max_mean_kl: 0.1, min_top1: 0.5}\n"
+    )
+    words = ("--model", str(tiny_model), "--recipe", str(recipe), "--hardware", "1xH800-80GB")
+    out = command(*words, "--target", "sglang")[1]
+    assert "KV cache: fp8 as fp8-tensor, 640 bytes per token" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang", "transformers"])
+def test_every_target_has_a_plan(target: str, tiny_model: Path) -> None:
+    words = ("--model", str(tiny_model), "--recipe", "int8-experts", "--hardware", "1xH800-80GB")
+    code, out = command(*words, "--target", target, "--json")
+    answer = json.loads(out)
+    assert (code, answer["target"], answer["refusals"]) == (0, target, [])
+    assert answer["engine_version"]
+    if target == "transformers":
+        assert command(*words[:-1], "cpu", "--target", target)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--engine-version", "0.32.0"), "is of one target; name it with --target"),
+        (("--target", "vllm", "--engine-version", "0.1"), "vllm '0.1' is not known to us"),
+        (("--target", "vllm", "--dialect", "single"), "trtllm and sglang; leave it out for vllm"),
+        (("--target", "sglang", "--dialect", "single"), "is none of sglang's; use w8a8_int8, "),
+        (("--dialect", "quick"), "--dialect quick is unknown; use one of trtllm: mixed, single; "),
+    ],
+)
+def test_versions_and_dialects_are_the_target_s(
+    words: tuple[str, ...], sentence: str, tiny_model: Path
+) -> None:
+    given = ("--model", str(tiny_model), "--recipe", "int4", "--hardware", "1xH800-80GB")
+    with pytest.raises(DeployError, match=sentence.replace("(", "[(]")):
+        command(*given, *words)
+
+
+def test_a_dialect_of_sglang_holds_the_recipe_or_is_refused(tiny_model: Path) -> None:
+    def dialect(recipe: str, *words: str) -> tuple[str, list[str]]:
+        given = ("--model", str(tiny_model), "--recipe", recipe, "--hardware", "1xH800-80GB")
+        answer = json.loads(command(*given, "--target", "sglang", *words, "--json")[1])
+        return answer["dialect"], [refusal["change"] for refusal in answer["refusals"]]
+
+    assert dialect("int8") == ("w8a8_int8", [])
+    assert dialect("w4a8") == ("w4afp8", [])
+    assert dialect("int4") == ("compressed-tensors", [])
+    assert dialect("int4", "--dialect", "w4afp8") == ("w4afp8", [])
+    found = dialect("int8", "--dialect", "w4afp8")
+    assert found == ("w4afp8", ["Use --dialect w8a8_int8, or leave it out"])

@@ -98,5 +98,7 @@ def test_int8_experts_put_int8_on_one_node_of_96_or_141_gb_cards_or_on_two_of_80
 
 def test_a_dialect_for_another_target_is_refused() -> None:
     words = ("--model", "deepseek-v3", "--recipe", "int4", "--hardware", "8xH800-80GB")
-    with pytest.raises(DeployError, match="--dialect is of --target trtllm; leave it out for vllm"):
+    with pytest.raises(
+        DeployError, match="--dialect is of --target trtllm and sglang; leave it out for vllm"
+    ):
         command(*words, "--target", "vllm", "--dialect", "single")

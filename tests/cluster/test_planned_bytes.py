@@ -33,7 +33,7 @@ def planned_bytes(plan: Plan) -> dict[str, int]:
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "name",
-    ["int8", "int8-weight-only", "int8-experts", "int8-asym"]
+    ["int8", "int8-weight-only", "int8-experts", "int8-asym", "int8-block"]
     + ["int4", "int4-all", "int4-asym", "w4a8"],
 )
 def test_a_quantized_engine_allocates_what_was_planned(

@@ -24,6 +24,9 @@ V32 = ModelConfig.from_dict(config_dict(layers=3, **V3_2))
 V32_BF16 = ModelConfig.from_dict(config_dict(layers=3, fp8=False, **V3_2))
 
 
+TILES = {"match": "*", "weights": "int8-block", "activations": "int8"}
+
+
 def raw_recipe(*rules: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"name": "t", "description": "", "rules": list(rules), "gate": GATE} | more
 
@@ -134,7 +137,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         raw_recipe({"match": "*", "weights": "bf16", "activations": "int8"}),
-        "activations int8 need weights int8, not bf16",
+        "activations int8 need weights int8 or int8-block, not bf16",
+    ),
+    (
+        raw_recipe({"match": "*", "weights": "int8-block"}),
+        "weights int8-block need activations int8",
+    ),
+    (
+        raw_recipe({"match": "*", "weights": "int8-block", "activations": "fp8"}),
+        "activations fp8 need weights int4, not int8-block",
+    ),
+    (
+        raw_recipe({**TILES, "group_size": 128}),
+        "group_size means nothing for weights int8-block",
+    ),
+    (
+        raw_recipe({**TILES, "algorithm": "awq"}),
+        "awq searches the range of one output channel at a time",
     ),
     (
         raw_recipe({"match": "*", "weights": "int8", "algorithm": "smoothquant"}),

@@ -149,15 +149,16 @@ def test_a_stored_reference_has_its_own_text_and_source(chain: Chain, tmp_path: 
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("kv_cache", ["fp8", "int8"])
 def test_an_engine_is_evaluated_on_the_kv_pages_that_are_asked_for(
-    chain: Chain, tmp_path: Path, command: Command
+    kv_cache: str, chain: Chain, tmp_path: Path, command: Command
 ) -> None:
     words = ("--reference", chain.source, "--data", chain.source / "heldout.txt")
-    words += ("--num-blocks", 2, "--block-tokens", 32, "--decode-tokens", 0, "--kv-cache", "int8")
+    words += ("--num-blocks", 2, "--block-tokens", 32, "--decode-tokens", 0, "--kv-cache", kv_cache)
     ended = command("evaluate", "--engine", chain.engine, *words, "--output", tmp_path / "out")
     assert ended.code == 0, ended.err
-    assert "kernels of embedded, KV int8" in ended.out
-    assert read_evaluation(tmp_path / "out").kv_cache == "int8"
+    assert f"kernels of embedded, KV {kv_cache}" in ended.out
+    assert read_evaluation(tmp_path / "out").kv_cache == kv_cache
 
 
 def test_the_command_measures_a_service(chain: Chain, tmp_path: Path, command: Command) -> None:

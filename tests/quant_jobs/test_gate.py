@@ -95,18 +95,18 @@ def test_every_broken_limit_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "target", "layers"),
+    ("recipe", "static", "layers"),
     [
-        ("w4a8", "embedded", [1, 2]),
-        ("int4", "embedded", []),  # inputs of INT4 experts are not rounded there
-        ("int4", "trtllm", [1, 2]),
-        ("int8", "embedded", []),  # dynamic scales per token
-        ("int8-weight-only", "trtllm", []),
-        ("int4 in layer 2", "trtllm", [2]),
+        ("w4a8", [], [1, 2]),  # in the embedded engine, which states no scales of its own
+        ("int4", [], []),  # inputs of INT4 experts are not rounded there
+        ("int4", [1, 2], [1, 2]),  # as TensorRT-LLM has them
+        ("int8", [], []),  # dynamic scales per token
+        ("int8-weight-only", [1, 2], []),
+        ("int4 in layer 2", [1, 2], [2]),
     ],
 )
 def test_outliers_count_where_the_experts_have_static_fp8_inputs(
-    chain: Chain, recipe: str, target: str, layers: list[int]
+    chain: Chain, recipe: str, static: list[int], layers: list[int]
 ) -> None:
     engine = read_engine(chain.engine)
     assert engine.manifest is not None
@@ -117,7 +117,13 @@ def test_outliers_count_where_the_experts_have_static_fp8_inputs(
         schemes |= {name: source for name in schemes if ".layers.1." in name}
     found = tuple(InputOutlier(layer=layer, input="down", expert=1, ratio=9.0) for layer in (1, 2))
     manifest = engine.manifest.model_copy(update={"input_outliers": found})
-    engine = replace(engine, config=config, schemes=schemes, target=target, manifest=manifest)
+    engine = replace(
+        engine,
+        config=config,
+        schemes=schemes,
+        manifest=manifest,
+        static_input_layers=frozenset(static),
+    )
     assert [outlier.layer for outlier in static_input_outliers(engine)] == layers
 
 

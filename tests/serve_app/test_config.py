@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
 from deepseek.errors import ConfigError
+from deepseek.recipe import KVFormat
 from serve_app.config import ServeConfig, load_config
 
 
@@ -89,3 +92,10 @@ def test_the_model_is_named_after_its_directory(tmp_path: Path) -> None:
     assert ServeConfig.model_validate({"engine": tmp_path / "int4"}).served_name == "int4"
     assert ServeConfig.model_validate({"echo": {}}).served_name == "echo"
     assert ServeConfig.model_validate({"echo": {}, "model_name": "x"}).served_name == "x"
+
+
+def test_an_engine_is_served_on_kv_pages_of_any_format_of_a_recipe() -> None:
+    for kv_cache in (None, *get_args(KVFormat)):
+        assert ServeConfig(engine=Path("e"), kv_cache=kv_cache).kv_cache == kv_cache
+    with pytest.raises(ValidationError, match="'bf16', 'fp8' or 'int8'"):
+        ServeConfig(engine=Path("e"), kv_cache="fp32")

@@ -30,7 +30,9 @@ from deepseek.inventory import layer_tensors, linears, tensors
 from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
 
-RECIPES = ("int8", "int8-weight-only", "int8-experts", "int4", "int4-all", "int4-asym")
+RECIPES = (
+    *("int8", "int8-weight-only", "int8-experts", "int8-block", "int4", "int4-all", "int4-asym"),
+)
 #: Recipes whose FP8 blocks have a class as their last target.
 WITH_A_CLASS = {"int4", "int8-experts", "w4a8"}
 GATE = {"max_perplexity_ratio": 1.1, "max_mean_kl": 0.1, "min_top1": 0.9}

@@ -31,6 +31,8 @@ SCHEMES = {
     "int8-asym": Scheme(weights="int8-asym"),
     "int8-a8": Scheme(weights="int8", activations="int8"),
     "int8-a8-vnni": Scheme(weights="int8", activations="int8"),
+    "int8-block-a8": Scheme(weights="int8-block", activations="int8"),
+    "int8-block-a8-vnni": Scheme(weights="int8-block", activations="int8"),
     "int4-g32": Scheme(weights="int4", group_size=32),
     "int4-g128": Scheme(weights="int4", group_size=128),
     "int4-asym-g128": Scheme(weights="int4-asym", group_size=128),
@@ -48,6 +50,8 @@ MAX_KERNEL_ERROR = {
     "int8-asym": 4e-3,
     "int8-a8": 3e-3,
     "int8-a8-vnni": 1e-6,
+    "int8-block-a8": 1e-6,
+    "int8-block-a8-vnni": 1e-6,
     "int4-g32": 4e-3,
     "int4-g128": 4e-3,
     "int4-asym-g128": 4e-3,
@@ -61,6 +65,8 @@ MAX_TOTAL_ERROR = {
     "int8-asym": 0.012,
     "int8-a8": 0.02,
     "int8-a8-vnni": 0.02,
+    "int8-block-a8": 0.02,
+    "int8-block-a8-vnni": 0.02,
     "int4-g32": 0.12,
     "int4-g128": 0.16,
     "int4-asym-g128": 0.15,
@@ -103,21 +109,34 @@ def forward(linear: Linear, x: Tensor) -> Tensor:
     return linear.matmul(encode(x, [linear.encoding])[linear.encoding])
 
 
+def rounded_by_128(x: Tensor) -> Tensor:
+    """Each token's 128 channels rounded with a scale of their own: the slow reference."""
+    rounded = x.double()
+    for group in rounded.split(128, dim=1):
+        scale = group.abs().amax(dim=1, keepdim=True) / 127
+        group.copy_((group / scale).round() * scale)
+    return rounded
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 100])
-@pytest.mark.parametrize("shape", [(256, 128), (160, 256), (48, 1280)])
+@pytest.mark.parametrize("shape", [(256, 128), (160, 256), (48, 1280), (144, 352)])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_kernels_compute_what_the_stored_tensors_say(
     name: str, shape: tuple[int, int], num_tokens: int
 ) -> None:
     scheme, vnni = SCHEMES[name], name.endswith("vnni")
+    if scheme.group_size and shape[1] % scheme.group_size:
+        return  # its formats refuse the shape
     weight, x = weights(*shape), inputs(num_tokens, shape[1])
     linear, reference = pack([weight], scheme, vnni=vnni)
     rounded = x.double()
-    if scheme.activations == "int8":
+    if scheme.weights == "int8-block":
+        rounded = rounded_by_128(x)
+    elif scheme.activations == "int8":
         codes = encode(x, ["int8"])["int8"]
         assert codes.scale is not None
         rounded = codes.data.double() * codes.scale
@@ -170,6 +189,38 @@ def test_vnni_decides_between_two_kernels_of_the_same_weight() -> None:
     assert type(without) is Int8DynamicLinear
     assert type(weight_only) is Int8Linear
     assert with_vnni.num_bytes == without.num_bytes == weight_only.num_bytes == 64 * 128 + 4 * 64
+
+
+@pytest.mark.parametrize("shape", [(256, 384), (160, 352), (64, 64)])
+def test_int8_tiles_give_the_same_bits_with_and_without_vnni(shape: tuple[int, int]) -> None:
+    """A tile's sums are exact either way, so that a CPU's instructions decide nothing."""
+    weight, x = weights(*shape), inputs(9, shape[1])
+    with_vnni, _ = pack([weight], SCHEMES["int8-block-a8-vnni"], vnni=True)
+    without, _ = pack([weight], SCHEMES["int8-block-a8"], vnni=False)
+    assert torch.equal(forward(with_vnni, x), forward(without, x))
+
+
+def test_an_outlier_among_the_inputs_costs_its_own_tile_only() -> None:
+    """Against INT8 with one scale per token, which it costs everything."""
+    weight, x = weights(128, 512), inputs(4, 512)
+    weight[:, 128:256] = 0.0
+    x[:, 130] = 1000.0
+    linear, reference = pack([weight], SCHEMES["int8-block-a8"], vnni=False)
+    per_token, _ = pack([weight], SCHEMES["int8-a8-vnni"], vnni=True)
+    assert relative_error(forward(linear, x), x @ reference.T) < 0.02
+    assert relative_error(forward(per_token, x), x @ reference.T) > 0.5
+
+
+def test_a_token_with_nan_or_infinity_gives_no_finite_products_and_spares_the_others() -> None:
+    linear, _ = pack([weights(64, 256)], SCHEMES["int8-block-a8"], vnni=False)
+    x = inputs(4, 256)
+    clean = forward(linear, x)
+    x[1, 200], x[2, 3] = float("nan"), float("inf")
+    got = forward(linear, x)
+    assert not got[1].isfinite().any()
+    assert not got[2].isfinite().any()
+    assert torch.equal(got[0], clean[0])
+    assert torch.equal(got[3], clean[3])
 
 
 def test_zero_points_far_from_the_bulk_of_the_codes_cost_less_than_the_format_does() -> None:

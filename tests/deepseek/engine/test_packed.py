@@ -33,7 +33,10 @@ from quant_jobs.targets.embedded import pack_engine
 
 pytestmark = pytest.mark.heavy
 
-RECIPES = ["int8", "int8-weight-only", "int8-asym", "int4", "int4-all", "int4-asym", "w4a8"]
+RECIPES = [
+    *("int8", "int8-weight-only", "int8-asym", "int8-block", "int4", "int4-all", "int4-asym"),
+    "w4a8",
+]
 #: Relative error of an engine's logits against transformers with the same artifact decompressed:
 #: BF16 rounding in and out of each kernel, for int8 also that of activations. Measured on several
 #: texts: 0.010 to 0.020, 0.005 to 0.014, 0.001 to 0.002, 0.005 to 0.006, 0.002 to 0.011.
@@ -41,6 +44,7 @@ MAX_LOGIT_ERROR = {
     "int8": 0.06,
     "int8-weight-only": 0.04,
     "int8-asym": 0.04,
+    "int8-block": 0.06,
     "int4": 0.02,
     "int4-all": 0.03,
     "int4-asym": 0.03,
@@ -62,7 +66,7 @@ def test_an_engine_answers_as_its_artifact_decompressed_in_transformers(
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kv_cache", ["bf16", "int8"])
+@pytest.mark.parametrize("kv_cache", ["bf16", "fp8", "int8"])
 def test_allocated_bytes_are_the_planned_ones(
     recipe: str, kv_cache: str, tiny_model: Path, base: Path
 ) -> None:

@@ -54,7 +54,7 @@ def test_free_pages_full_of_nan_change_nothing(engine: LLMEngine, tiny_model: Pa
             assert text(outputs[request_id]) == text(mine)
 
 
-@pytest.mark.parametrize("kv_cache", ["bf16", "int8", "fp32"])
+@pytest.mark.parametrize("kv_cache", ["bf16", "fp8", "int8", "fp32"])
 def test_poison_reaches_the_logits_if_a_page_is_read_that_is_not_owned(
     kv_cache: str, tiny_model: Path
 ) -> None:

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.formats import compress, decompress, dequantize_int8, quantize_int4, quantize_int8
+from deepseek.formats import (
+    compress,
+    decompress,
+    dequantize_int8,
+    dequantize_int8_block,
+    quantize_int4,
+    quantize_int8,
+    quantize_int8_block,
+)
 from deepseek.recipe import Scheme
 
 pytestmark = pytest.mark.heavy
@@ -60,6 +68,14 @@ def test_int8_per_channel_equals_modelopt_to_the_last_bits_of_float32(
     given = compress(weight, Scheme(weights="int8", activations="int8"), amax=amax)
     assert torch.equal(given["weight"], codes)
     assert torch.equal(given["weight_scale"], scale)
+
+
+def test_int8_tiles_equal_modelopts_blocks_of_128_by_128(modelopt_quantizers: Any) -> None:
+    weight = gaussian((256, 384))
+    blocks = {-1: 128, -2: 128}
+    theirs, _ = fake_quantize(modelopt_quantizers, weight, num_bits=8, block_sizes=blocks)
+    codes, scale = quantize_int8_block(weight)
+    assert torch.allclose(dequantize_int8_block(codes, scale), theirs, rtol=2e-7, atol=0)
 
 
 def test_a_clipping_amax_gives_modelopts_values_down_to_the_extra_negative_code(

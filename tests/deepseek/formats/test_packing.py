@@ -36,6 +36,10 @@ ORACLES = {
         NaiveQuantizationCompressor,
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
     ),
+    "int8-block": (
+        NaiveQuantizationCompressor,
+        {"num_bits": 8, "type": "int", "strategy": "block", "block_structure": [128, 128]},
+    ),
     "int4": (PackedQuantizationCompressor, {"num_bits": 4, "type": "int", "strategy": "group"}),
     "int4-asym": (
         PackedQuantizationCompressor,
@@ -52,6 +56,7 @@ CASES = [
     ("fp8-block", None, (160, 256)),
     ("fp8-block", None, (200, 130)),
     ("fp8-block", None, (1, 1)),
+    *[("int8-block", None, shape) for shape in ((128, 256), (160, 256), (200, 130), (1, 1))],
     *[("int4", group, (130, 384)) for group in (32, 64, 128)],
     *[("int4-asym", group, (130, 384)) for group in (32, 64, 128)],
     ("int4-asym", 32, (3, 32)),
@@ -65,6 +70,8 @@ def gaussian(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 def scheme_of(weights: str, group_size: int | None) -> Scheme:
     if weights == "int8-a8":
         return Scheme(weights="int8", activations="int8")
+    if weights == "int8-block":
+        return Scheme(weights="int8-block", activations="int8")
     return Scheme(weights=weights, group_size=group_size)
 
 

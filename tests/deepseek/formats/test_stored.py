@@ -16,10 +16,12 @@ from deepseek.formats import (
     dequantize_fp8_block,
     dequantize_int4,
     dequantize_int8,
+    dequantize_int8_block,
     quantize_fp8_block,
     quantize_int4,
     quantize_int8,
     quantize_int8_asym,
+    quantize_int8_block,
     stored_bytes,
     stored_shapes,
 )
@@ -32,6 +34,7 @@ GAUSSIAN_ERROR = {
     Scheme(weights="int8"): 0.00831,
     Scheme(weights="int8-asym"): 0.00783,
     Scheme(weights="int8", activations="int8"): 0.00831,
+    Scheme(weights="int8-block", activations="int8"): 0.00943,
     Scheme(weights="fp8-block"): 0.0264,
     Scheme(weights="int4", group_size=128): 0.1174,
     Scheme(weights="int4", group_size=64): 0.1077,
@@ -43,6 +46,7 @@ GAUSSIAN_ERROR = {
 SCHEMES = list(GAUSSIAN_ERROR)
 LABELS = [scheme.label for scheme in SCHEMES]
 W4A8 = Scheme(weights="int4", group_size=128, activations="fp8")
+INT8_BLOCK = Scheme(weights="int8-block", activations="int8")
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=LABELS)
 
 
@@ -82,7 +86,8 @@ def test_bytes_of_a_deepseek_v3_expert_are_those_of_the_format() -> None:
     assert stored_bytes(packed8, 2048, 7168) == 14_680_064 + 2048 * 4 + 16
     asym8 = Scheme(weights="int8-asym")
     assert stored_bytes(asym8, 2048, 7168) == stored_bytes(packed8, 2048, 7168) + 2048
-    assert stored_bytes(Scheme(weights="fp8-block"), 2048, 7168) == 14_680_064 + 16 * 56 * 4
+    for tiled in (Scheme(weights="fp8-block"), INT8_BLOCK):
+        assert stored_bytes(tiled, 2048, 7168) == 14_680_064 + 16 * 56 * 4
     symmetric = 7_340_032 + 2048 * 56 * 2 + 16
     int4 = {name: Scheme(weights=name, group_size=128) for name in ("int4", "int4-asym")}
     assert stored_bytes(int4["int4"], 2048, 7168) == symmetric
@@ -113,6 +118,7 @@ def test_decompress_is_the_formats_own_dequantize() -> None:
         (Scheme(weights="int8-asym"), dequantize_int8(*quantize_int8_asym(weight))),
         (int8, dequantize_int8(*quantize_int8(weight))),
         (fp8, dequantize_fp8_block(*quantize_fp8_block(weight))),
+        (INT8_BLOCK, dequantize_int8_block(*quantize_int8_block(weight))),
     ]
     for group in (32, 64, 128):
         for name, symmetric in (("int4", True), ("int4-asym", False)):
@@ -152,6 +158,7 @@ def own_amax(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 AMAX_SCHEMES = [
     Scheme(weights="int8"),
     Scheme(weights="fp8-block"),
+    INT8_BLOCK,
     Scheme(weights="int4", group_size=64),
 ]
 each_amax_scheme = pytest.mark.parametrize("scheme", AMAX_SCHEMES, ids=lambda s: s.label)

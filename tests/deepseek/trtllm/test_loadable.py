@@ -14,14 +14,19 @@ from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.inventory import linears
 from deepseek.models import MOONLIGHT
-from deepseek.recipe import Recipe, load_recipe, source_scheme
+from deepseek.recipe import Recipe, builtin_recipes, load_recipe, source_scheme
 from deepseek.trtllm.layout import Dialect
-from deepseek.trtllm.loadable import check_loadable, require_ranks
+from deepseek.trtllm.loadable import NO_INT8_TILES, check_loadable, problems, require_ranks
 from deepseek.trtllm.versions import EngineVersion
 
 EXPERTS = "model.layers.*.mlp.experts.*"
 SOURCE = {"match": "*", "weights": "source"}
 INT4 = {"match": EXPERTS, "weights": "int4", "group_size": 128}
+#: Built-in recipes with linears that no dialect holds.
+NOT_FOR_TENSORRT_LLM = {
+    *("int8", "int8-smoothquant", "int8-weight-only", "int8-asym", "int8-block", "int4-all"),
+    *("int4-all-awq", "int4-all-gptq", "int4-asym"),
+}
 #: Head dimensions and widths of DeepSeek-V3, in small.
 WIDE: dict[str, Any] = {
     "num_attention_heads": 16,
@@ -282,3 +287,16 @@ def test_the_example_model_loads_in_the_dialect_single(tiny_model: Path) -> None
 def test_ranks_that_cannot_be_grouped_are_refused(tp: int, ep: int, sentence: str) -> None:
     with pytest.raises(DeployError, match=sentence):
         require_ranks(tp, ep)
+
+
+@pytest.mark.parametrize("recipe", builtin_recipes())
+def test_whoever_asks_for_all_problems_of_a_recipe_gets_them(recipe: str) -> None:
+    """Formats that no kernel takes are named once, and ask for nothing of the ranks."""
+    config = model()
+    schemes = load_recipe(recipe).resolve(config)
+    ranks = require_ranks(8, 8)
+    found = list(problems(config, schemes, "mixed", ranks, mtp=False, version="1.2.1"))
+    assert len({problem.sentence() for problem in found}) == len(found)
+    if recipe == "int8-block":
+        assert [problem.reason for problem in found] == [NO_INT8_TILES]
+    assert bool(found) == (recipe in NOT_FOR_TENSORRT_LLM)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from support.disks import NotPermitted, limited_files, mounted
-from support.engines import make_artifact, make_engine
+from support.engines import make_artifact, make_engine, request, run
 from support.quantizing import flip_byte
 
 from deepseek.artifact.engine_manifest import read_engine_manifest
 from deepseek.artifact.reader import ArtifactReader
+from deepseek.engine.engine import EngineOptions, LLMEngine
+from deepseek.engine.packed_layout import planned_bytes
 from deepseek.errors import ArtifactError, DeployError, OutputError
 from quant_jobs.targets.embedded import pack_engine
 
@@ -139,10 +141,30 @@ def test_what_the_engine_cannot_compute_is_refused_when_it_is_built(
     tiny_model: Path, base: Path, tmp_path: Path
 ) -> None:
     artifact = make_artifact(tiny_model, "int8", base)
-    with pytest.raises(DeployError, match="no fp8 KV cache"):
-        pack_engine(ArtifactReader(artifact), tmp_path / "a", kv_cache="fp8")
+    with pytest.raises(DeployError, match="no fp4 KV cache; use bf16, fp8 or int8"):
+        pack_engine(ArtifactReader(artifact), tmp_path / "a", kv_cache="fp4")
     with pytest.raises(DeployError, match="--tp 2"):
         pack_engine(ArtifactReader(artifact), tmp_path / "b", tp=2)
     with pytest.raises(DeployError, match="page_tokens"):
         pack_engine(ArtifactReader(artifact), tmp_path / "c", page_tokens=24)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_for_an_fp8_kv_cache_holds_what_is_planned(
+    tiny_model: Path, base: Path, tmp_path: Path
+) -> None:
+    artifact = ArtifactReader(make_artifact(tiny_model, "int8", base))
+    manifest = pack_engine(artifact, tmp_path / "engine", kv_cache="fp8")
+    assert manifest.kv_cache == "fp8"
+    engine = LLMEngine.load(
+        tmp_path / "engine", EngineOptions(max_kv_tokens=512, max_model_len=64, page_tokens=16)
+    )
+    assert (engine.identity.kv_cache, engine.identity.arithmetic) == ("fp8", "embedded")
+    planned = planned_bytes(
+        artifact.config, artifact.schemes, kv_cache="fp8", num_pages=32, page_tokens=16
+    )
+    assert engine.allocated_bytes() == planned
+    latent, rope = artifact.config.kv_lora_rank, artifact.config.qk_rope_head_dim
+    assert planned["kv_cache"] == 33 * 16 * 4 * (latent + 4 * (latent // 128) + 2 * rope)
+    [output] = run(engine, [request("a", [1, 2, 3], max_tokens=4)])["a"][-1:]
+    assert output.finish_reason == "length"

@@ -66,6 +66,7 @@ def experts_as(**changes: Any) -> Recipe:
 W8A8 = {"weights": "int8", "activations": "int8", "group_size": None}
 RECIPES: list[tuple[Recipe | str, str]] = [
     ("int8", "no INT8 W8A8 kernels on Hopper. Use the recipe int8-experts or int4"),
+    ("int8-block", "it has no INT8 kernels with a scale per tile. Use the recipe int8-experts"),
     ("int8-smoothquant", "no INT8 W8A8 kernels on Hopper. Use the recipe int8-experts or int4"),
     ("int8-weight-only", "dense_mlp, o_proj, q_b_proj and shared_experts as int8"),
     ("int8-asym", "dense_mlp, o_proj, q_b_proj and shared_experts as int8-asym"),
@@ -108,7 +109,11 @@ def test_one_quantization_for_all_experts_is_all_that_the_dialect_single_has(
 
 OPTIONS: list[tuple[tuple[object, ...], str]] = [
     (("--tp", 3, "--ep", 3), "8 attention heads on 3 ranks: every rank holds whole heads"),
-    (("--tp", 16), "8 attention heads on 16 ranks: every rank holds whole heads; use --tp 8"),
+    (("--tp", 16), "--tp 16 needs 16 GPUs, and --hardware 8xH800-80GB has 8; use --hardware 16x"),
+    (
+        ("--tp", 16, "--hardware", "16xH800-80GB"),
+        "8 attention heads on 16 ranks: every rank holds whole heads; use --tp 8",
+    ),
     (("--tp", 4, "--ep", 3), "--ep 3 does not divide --tp 4"),
     (("--tp", 4, "--ep", 8), "--ep 8 does not divide --tp 4"),
     (("--ep", 1), "use --ep 2"),
@@ -122,7 +127,7 @@ OPTIONS: list[tuple[tuple[object, ...], str]] = [
         "64 of an expert's 512 inner channels for each of 8 ranks are no multiple of 128",
     ),
     (("--tp", 4, "--kv-cache", "int8"), "no int8 KV cache for this model; give --kv-cache fp8 or"),
-    (("--tp", 4, "--hardware", "cpu"), "runs on NVIDIA GPUs only. Use --target embedded on a CPU"),
+    (("--tp", 4, "--hardware", "cpu"), "runs on NVIDIA GPUs only. Use "),
     (("--tp", 4, "--hardware", "8xA100-80GB"), "does not support DeepSeek-V3 on Ampere"),
     (("--tp", 4, "--engine-version", "1.2.0"), "1.2.0 is not known to us; use --engine-version"),
     (("--tp", 4, "--engine-version", ""), "is not known to us; use --engine-version 1.2.1 or"),

@@ -61,6 +61,7 @@ UNSEEN = 5
 GPTQ: dict[str, Any] = {"weights": "int4", "group_size": 32, "algorithm": "gptq"}
 AWQ: dict[str, Any] = {"weights": "int4", "group_size": 32, "algorithm": "awq"}
 PLAIN: dict[str, Any] = {"weights": "int4", "group_size": 32}
+TILES: dict[str, Any] = {"weights": "int8-block", "activations": "int8"}
 SMOOTH: dict[str, Any] = {"weights": "int8", "activations": "int8", "algorithm": "smoothquant"}
 
 
@@ -355,10 +356,12 @@ def test_smoothquant_leaves_the_down_proj_of_an_unseen_expert_alone_and_counts_i
     [
         pytest.param(DENSE, GPTQ | {"act_order": True}, id="dense-gptq-order"),
         pytest.param(DENSE, {"weights": "int8-asym", "algorithm": "gptq"}, id="dense-int8-gptq"),
+        pytest.param(DENSE, TILES | {"algorithm": "gptq"}, id="dense-tiles-gptq"),
         pytest.param(DENSE, AWQ, id="dense-awq"),
         pytest.param(MOE, GPTQ, id="moe-gptq"),
         pytest.param(MOE, AWQ, id="moe-awq"),
         pytest.param(MOE, SMOOTH, id="moe-smoothquant"),
+        pytest.param(MOE, TILES | {"algorithm": "smoothquant"}, id="moe-tiles-smoothquant"),
     ],
 )
 def test_a_unit_gives_the_same_bytes_whoever_solves_it_and_whenever(

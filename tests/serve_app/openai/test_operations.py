@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -41,6 +42,13 @@ class Never(Gone):
         raise EngineUnavailable("no engine replica is ready; retry later")
 
 
+class Emulated(LocalEngines):
+    """The verdict on what is served judged an emulation of its target."""
+
+    async def statuses(self) -> Any:
+        return [replace(status, emulated=True) for status in await super().statuses()]
+
+
 def client(service: Service, host: str, url: str = "http://localhost:8000") -> httpx.AsyncClient:
     """A client at an address that asks for the server by the name in `url`."""
     transport = httpx.ASGITransport(
@@ -63,6 +71,18 @@ async def sees_details(
     assert set(health.json()) == (DETAILS if seen else set(UP))
     assert {version.status_code, metrics.status_code} == {200 if seen else 401}
     return seen
+
+
+async def test_a_verdict_by_emulation_is_told_in_health_and_metrics() -> None:
+    for engines, emulated in ((LocalEngines, False), (Emulated, True)):
+        made = make_service()
+        service = Service(
+            made.config, made.tokenizer, engines(EchoEngine(EchoOptions())), made.telemetry
+        )
+        async with client(service, LOCAL) as asking:
+            assert (await asking.get("/health")).json()["emulated"] is emulated
+            told = (await asking.get("/metrics")).text
+        assert metric(told, "intserve_engine_info", emulated=str(emulated).lower()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,343 @@
+"""The modules and parameters that one rank of SGLang has for a layer, before they are filled.
+
+Modeled after 0.5.23's `DeepseekV2DecoderLayer`, `DeepseekV2AttentionMLA`, `DeepseekV2MoE`,
+`DeepseekModelNextN` and the `create_weights` of each method. Packed experts are held transposed
+there; here they keep the checkpoint's order, which the loader turns as it reads.
+
+I inputs of a rank · O outputs of a rank · E experts of a rank
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from deepseek.artifact.engine_manifest import RankLayout
+from deepseek.artifact.loader_files import LoaderRefusal
+from deepseek.config import ModelConfig
+from deepseek.sglang.loader_config import BF16, Method, QuantConfig
+
+TILE = 128
+_VOCAB_PADDING = 64
+#: Type of the codes in tiles, by method.
+CODES = {"fp8": torch.float8_e4m3fn, "int8-tiles": torch.int8}
+#: (shape, type) of a parameter.
+Parameter = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the checkpoint's linears inside a module: its outputs on this rank, and where they
+    begin there."""
+
+    role: str
+    outputs: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear of one rank. `cut` is the dimension that is divided over `ways` ranks, None for
+    none."""
+
+    name: str
+    parts: tuple[Part, ...]
+    inputs: int
+    method: Method
+    cut: int | None
+    ways: int
+    rank: int
+
+    @property
+    def outputs(self) -> int:
+        return sum(part.outputs for part in self.parts)
+
+    @property
+    def scales_whole(self) -> bool:
+        """One scale per output is held by all ranks that divide the inputs."""
+        return self.method.kind == "wna16" and not self.method.group
+
+    def parameters(self, inputs_whole: int) -> dict[str, Parameter]:
+        """What `create_weights` registers."""
+        shape, method = (self.outputs, self.inputs), self.method
+        match method.kind:
+            case "bf16":
+                return {"weight": (shape, torch.bfloat16)}
+            case "fp8" | "int8-tiles":
+                return {
+                    "weight": (shape, CODES[method.kind]),
+                    method.scale: (tiles(shape), torch.float32),
+                }
+            case "w8a8":
+                return {
+                    "weight": (shape, torch.int8),
+                    "weight_scale": ((self.outputs, 1), torch.float32),
+                }
+        groups = self.inputs // method.group if method.group else 1
+        packed = math.ceil(self.inputs * method.bits / 32)
+        found: dict[str, Parameter] = {
+            "weight_packed": ((self.outputs, packed), torch.int32),
+            "weight_scale": ((self.outputs, groups), torch.bfloat16),
+            "weight_shape": ((2,), torch.int64),
+        }
+        if not method.symmetric:
+            words = math.ceil(self.outputs * method.bits / 32)
+            found["weight_zero_point"] = (words, groups), torch.int32
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The routed experts of one rank: `first` is its first expert, `count` how many it holds."""
+
+    name: str
+    first: int
+    count: int
+    hidden: int
+    width: int
+    method: Method
+    ways: int
+    rank: int
+
+    def parameters(self) -> dict[str, Parameter]:
+        """What `create_weights` registers, by the names below `routed_experts`."""
+        both, method = (self.count, 2 * self.width, self.hidden), self.method
+        down = self.count, self.hidden, self.width
+        match method.kind:
+            case "bf16":
+                return {
+                    "w13_weight": (both, torch.bfloat16),
+                    "w2_weight": (down, torch.bfloat16),
+                }
+            case "fp8" | "int8-tiles":
+                side = math.ceil(self.width / TILE)
+                across = math.ceil(self.hidden / TILE)
+                return {
+                    "w13_weight": (both, CODES[method.kind]),
+                    "w2_weight": (down, CODES[method.kind]),
+                    f"w13_{method.scale}": ((self.count, 2 * side, across), torch.float32),
+                    f"w2_{method.scale}": ((self.count, across, side), torch.float32),
+                }
+            case "w4afp8":
+                groups = self.hidden // TILE, self.width // TILE
+                return {
+                    "w13_weight": ((*both[:2], self.hidden // 2), torch.int8),
+                    "w2_weight": ((*down[:2], self.width // 2), torch.int8),
+                    "w13_weight_scale_inv": ((*both[:2], groups[0]), torch.float32),
+                    "w2_weight_scale_inv": ((*down[:2], groups[1]), torch.float32),
+                    "w13_input_scale": ((self.count, 2), torch.bfloat16),
+                    "w2_input_scale": ((self.count,), torch.bfloat16),
+                }
+            case "w8a8":
+                return {
+                    "w13_weight": (both, torch.int8),
+                    "w2_weight": (down, torch.int8),
+                    "w13_weight_scale": ((self.count, 2 * self.width, 1), torch.float32),
+                    "w2_weight_scale": ((self.count, self.hidden, 1), torch.float32),
+                }
+        per_word = 32 // method.bits
+        groups13 = self.hidden // method.group if method.group else 1
+        groups2 = self.width // method.group if method.group else 1
+        found: dict[str, Parameter] = {
+            "w13_weight_packed": ((*both[:2], self.hidden // per_word), torch.int32),
+            "w2_weight_packed": ((*down[:2], self.width // per_word), torch.int32),
+            "w13_weight_scale": ((*both[:2], groups13), torch.bfloat16),
+            "w2_weight_scale": ((*down[:2], groups2), torch.bfloat16),
+            "w13_weight_shape": ((self.count, 2), torch.float32),
+            "w2_weight_shape": ((self.count, 2), torch.float32),
+        }
+        if not method.symmetric:
+            found["w13_weight_zero_point"] = (
+                (self.count, 2 * self.width // per_word, groups13),
+                torch.int32,
+            )
+            found["w2_weight_zero_point"] = (
+                (self.count, self.hidden // per_word, groups2),
+                torch.int32,
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A tensor that no method touches. `rows` of `whole` begin at `first`, where it is divided."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    suffix: str = "weight"
+    whole: int | None = None
+    first: int = 0
+
+
+Module = Linear | Experts | Plain
+
+
+def tiles(shape: tuple[int, int]) -> tuple[int, int]:
+    return math.ceil(shape[0] / TILE), math.ceil(shape[1] / TILE)
+
+
+@dataclass(frozen=True, slots=True)
+class RankModules:
+    """The modules of one rank by layer."""
+
+    config: ModelConfig
+    quant: QuantConfig
+    ranks: RankLayout
+    rank: int
+    methods: dict[str, Method] = field(default_factory=dict)
+
+    def globals(self) -> Iterator[Module]:
+        """Outside the layers."""
+        yield self._vocabulary("model.embed_tokens")
+        yield Plain("model.norm", (self.config.hidden_size,))
+        yield self._vocabulary("lm_head")
+
+    def layer(self, layer: int) -> Iterator[Module]:
+        """Of one decoder layer, or of an MTP layer.
+
+        Raises:
+            LoaderRefusal: SGLang has no method for one.
+        """
+        config, name = self.config, f"model.layers.{layer}"
+        hidden = config.hidden_size
+        for part in ("input_layernorm", "post_attention_layernorm"):
+            yield Plain(f"{name}.{part}", (hidden,))
+        yield from self._attention(f"{name}.self_attn")
+        if config.is_moe(layer):
+            experts = config.n_routed_experts
+            yield Plain(f"{name}.mlp.gate", (experts, hidden))
+            bias = "e_score_correction_bias"
+            yield Plain(f"{name}.mlp.gate", (experts,), torch.float32, bias)
+            yield self._experts(f"{name}.mlp.experts")
+            width = config.moe_intermediate_size * config.n_shared_experts
+            yield from self._mlp(f"{name}.mlp.shared_experts", width)
+        else:
+            yield from self._mlp(f"{name}.mlp", config.intermediate_size)
+        if layer >= config.num_hidden_layers:
+            for part in ("enorm", "hnorm", "shared_head.norm"):
+                yield Plain(f"{name}.{part}", (hidden,))
+            yield Plain(f"{name}.eh_proj", (hidden, 2 * hidden))
+            yield self._vocabulary(f"{name}.shared_head.head")
+            if layer == config.num_hidden_layers:  # later ones share it
+                yield self._vocabulary(f"{name}.embed_tokens")
+
+    def _attention(self, name: str) -> Iterator[Module]:
+        config, tp = self.config, self.ranks.tp
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        latent = config.kv_lora_rank + config.qk_rope_head_dim
+        value = config.qk_nope_head_dim + config.v_head_dim
+        if config.q_lora_rank is None:
+            yield self._linear(f"{name}.kv_a_proj_with_mqa", {"": latent}, hidden, None)
+            yield self._linear(f"{name}.q_proj", {"": heads * config.qk_head_dim}, hidden, 0)
+        else:
+            parts = {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": latent}
+            yield self._linear(f"{name}.fused_qkv_a_proj_with_mqa", parts, hidden, None)
+            yield Plain(f"{name}.q_a_layernorm", (config.q_lora_rank,))
+            outputs = heads * config.qk_head_dim
+            yield self._linear(f"{name}.q_b_proj", {"": outputs}, config.q_lora_rank, 0)
+        yield Plain(f"{name}.kv_a_layernorm", (config.kv_lora_rank,))
+        yield self._linear(f"{name}.kv_b_proj", {"": heads * value}, config.kv_lora_rank, 0)
+        yield self._linear(f"{name}.o_proj", {"": hidden}, heads * config.v_head_dim, 1)
+        assert heads % tp == 0, tp
+
+    def _mlp(self, name: str, width: int) -> Iterator[Module]:
+        hidden = self.config.hidden_size
+        parts = {"gate_proj": width, "up_proj": width}
+        yield self._linear(f"{name}.gate_up_proj", parts, hidden, 0)
+        yield self._linear(f"{name}.down_proj", {"": hidden}, width, 1)
+
+    def _linear(self, name: str, parts: dict[str, int], inputs: int, cut: int | None) -> Linear:
+        ways = 1 if cut is None else self.ranks.tp
+        roles = {role or name.rpartition(".")[2]: size for role, size in parts.items()}
+        placed: list[Part] = []
+        for role, size in roles.items():
+            local = size // ways if cut == 0 else size
+            placed.append(Part(role, local, sum(part.outputs for part in placed)))
+        if name not in self.methods:
+            kind = "Replicated" if cut is None else "Column" if cut == 0 else "Row"
+            self.methods[name] = self.quant.linear(name, tuple(roles), f"{kind}ParallelLinear")
+        local = inputs // ways if cut == 1 else inputs
+        method = self.methods[name]
+        if name.endswith(".kv_b_proj"):
+            self._takes_apart(name, method)
+        if method.kind in CODES:  # `validate_block_quant_shapes`
+            checked = [part.outputs for part in placed]
+            if cut != 0 or (ways == 1 and len(checked) == 1):
+                checked = checked[:-1]
+            if cut == 1 and ways > 1:
+                checked.append(local)
+            self._whole(name, checked, TILE, "tiles")
+        if method.kind == "wna16" and method.group:
+            self._whole(name, [local], method.group, "groups")
+        return Linear(name, tuple(placed), local, method, cut, ways, self.rank)
+
+    def _experts(self, name: str) -> Experts:
+        config, ranks = self.config, self.ranks
+        count = config.n_routed_experts // ranks.ep
+        ways = ranks.tp // ranks.ep
+        if name not in self.methods:
+            self.methods[name] = self.quant.experts(name)
+        method, width = self.methods[name], config.moe_intermediate_size // ways
+        if method.kind in CODES:
+            self._whole(name, [width], TILE, "tiles")
+        if method.kind == "w4afp8":
+            self._whole(name, [config.hidden_size, width], TILE, "groups")
+        if method.kind == "wna16":
+            self._whole(name, [config.hidden_size, width], method.group or 1, "groups")
+            if not method.symmetric:
+                self._whole(name, [2 * width, config.hidden_size], 32 // method.bits, "words")
+        return Experts(
+            name,
+            first=self.rank // ways * count,
+            count=count,
+            hidden=config.hidden_size,
+            width=width,
+            method=method,
+            ways=ways,
+            rank=self.rank % ways,
+        )
+
+    def _takes_apart(self, name: str, method: Method) -> None:
+        """`post_load_weights` takes the weight of kv_b_proj apart by head, in BF16.
+
+        Raises:
+            LoaderRefusal: it has no `weight`, or the size of its tiles is not found.
+        """
+        if method.kind == "wna16":
+            raise LoaderRefusal(
+                f"{self.quant.source} has {name} packed, but SGLang takes its `weight` apart by "
+                "head and finds none"
+            )
+        if method.kind == "fp8" and not self.quant.knows_tiles:
+            raise LoaderRefusal(
+                f"{self.quant.source} has {name} in FP8 tiles, whose size SGLang looks for under "
+                "the target Linear, which no group has"
+            )
+        in_groups = self.quant.kind == "compressed-tensors"
+        if method.kind == "w8a8" and in_groups and self.quant.knows_tiles:
+            raise LoaderRefusal(
+                f"{self.quant.source} has {name} in INT8 beside FP8 tiles, and SGLang takes it for "
+                "INT8 tiles"
+            )
+
+    def _whole(self, name: str, sizes: list[int], whole: int, what: str) -> None:
+        for size in sizes:
+            if size % whole:
+                raise LoaderRefusal(
+                    f"{self.quant.source}: {size} channels of {name} on each of {self.ranks.tp} "
+                    f"ranks are no whole {what} of {whole}"
+                )
+
+    def _vocabulary(self, name: str) -> Plain:
+        """Embedding or head, padded to whole 64 rows and divided over all ranks."""
+        vocab, tp = self.config.vocab_size, self.ranks.tp
+        each = math.ceil(vocab / _VOCAB_PADDING) * _VOCAB_PADDING // tp
+        shape = (each, self.config.hidden_size)
+        return Plain(name, shape, whole=vocab, first=self.rank * each)
+
+
+__all__ = ["BF16", "Experts", "Linear", "Module", "Part", "Plain", "RankModules", "tiles"]

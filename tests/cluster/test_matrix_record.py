@@ -66,7 +66,7 @@ def loads(recipe: str) -> Callable[[dict[str, Any]], None]:
     [
         ("vllm", refuses("int4"), "vllm 0.32.0 has refused int4 (artifact), and the matrix loads"),
         ("vllm", refuses("int4-asym"), "vllm loads kv_b_proj as int4-asym-g128 (engine), executed"),
-        ("vllm", loads("w4a8"), "vllm 0.32.0 has loaded w4a8 (artifact), and the matrix refuses"),
+        ("vllm", loads("w4a8"), "vllm 0.32.0 has loaded w4a8 (engine), and the matrix refuses"),
         ("vllm", loads("w4a8"), "vllm refuses routed_experts as int4-g128-afp8 (engine), executed"),
         ("vllm", leaves_unread("int8-asym"), "vllm loads o_proj as int8-asym (engine), executed"),
         ("vllm", lambda raw: raw.update(test="tests/other.py"), "no record of that test has it"),

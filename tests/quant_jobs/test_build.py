@@ -12,7 +12,8 @@ from support.synthetic import quantize_plainly
 from deepseek.artifact.built_engine import read_engine
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.recipe import load_recipe
-from quant_jobs.build import BuildOptions, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions
 
 
 def contents(directory: Path) -> dict[str, bytes]:

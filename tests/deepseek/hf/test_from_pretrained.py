@@ -27,7 +27,8 @@ from deepseek.inventory import layer_tensors
 from deepseek.recipe import Recipe, load_recipe
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.target_engine import load_as_target
-from quant_jobs.build import BuildOptions, BuildResult, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions, BuildResult
 from quant_jobs.check import run_check
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")

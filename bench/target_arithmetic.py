@@ -34,7 +34,8 @@ from deepseek.engine.options import EngineOptions
 from deepseek.errors import IntServeError
 from deepseek.recipe import builtin_recipes
 from deepseek.target_engine import load_as_target
-from quant_jobs.build import BuildOptions, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions
 from quant_jobs.calibration.token_blocks import load_token_blocks
 from quant_jobs.evaluation.metrics import Interval, TokenScores, compare_logits, estimate
 

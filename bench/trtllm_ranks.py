@@ -35,7 +35,8 @@ from deepseek.recipe import Recipe, load_recipe
 from deepseek.source.synthetic import Size, synthesize, synthetic_config
 from deepseek.trtllm.fields import LayerInputScales
 from deepseek.trtllm.input_scales import gain_error
-from quant_jobs.build import BuildOptions, BuildResult, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions, BuildResult
 from quant_jobs.calibration.token_blocks import CalibrationSource
 from quant_jobs.check import CheckResult, run_check
 from quant_jobs.quantize import run_quantize

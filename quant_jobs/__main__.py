@@ -222,7 +222,7 @@ def submit(
             **{"device": device != "cpu", "cpus_per_worker": cpus_per_worker != 1},
         }
         _refuse_given(own, "a quantization, and --checkpoint submits a build")
-        from quant_jobs.build import BuildOptions
+        from quant_jobs.build_options import BuildOptions
 
         chosen = {name: value for name, value in build_options.items() if value is not None}
         options = BuildOptions(hardware=hardware, workers=workers, **chosen)  # type: ignore[arg-type]
@@ -339,7 +339,8 @@ def build(
           --kv-cache fp8 --workers 8 --output /data/v3-int4-trtllm --stage /local/v3-int4-trtllm
       python -m quant_jobs build --check /data/v3-int4-trtllm --checkpoint /data/v3-int4
     """
-    from quant_jobs.build import BuildOptions, run_build, run_stage
+    from quant_jobs.build import run_build, run_stage
+    from quant_jobs.build_options import BuildOptions
 
     if check is not None:
         from quant_jobs.check import run_check

@@ -41,7 +41,7 @@ from deepseek.untrusted import UnusableFileError, open_regular
 from quant_jobs.workers.devices import Device
 
 if TYPE_CHECKING:
-    from quant_jobs.build import BuildOptions
+    from quant_jobs.build_options import BuildOptions
 
 #: (part, field) of a recipe that older versions did not know -> its default, which leaves ids as
 #: they were.

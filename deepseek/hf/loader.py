@@ -142,7 +142,7 @@ class LoaderModel:
     def _parameter(self, spec: TensorSpec) -> Tensor:
         if not spec.name.endswith(".weight"):
             return self.checkpoint.take(spec.name)  # the router's bias: kept in FP32
-        names = _FP8_NAMES if self.method == "fp8" else _CT_NAMES
+        names: tuple[str, ...] = _FP8_NAMES if self.method == "fp8" else _CT_NAMES
         if self.method == "bf16":
             names = ("weight",)
         found = [name for name in names if f"{spec.module}.{name}" in self.checkpoint]

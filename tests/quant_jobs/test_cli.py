@@ -15,7 +15,7 @@ from support.format_1 import write_format_1_engine
 
 from deepseek.inventory import count_parameters
 from deepseek.source.checkpoint import CheckpointReader
-from quant_jobs.build import BuildResult
+from quant_jobs.build_options import BuildResult
 from quant_jobs.evaluation.record import Evaluation, read_evaluation, write_evaluation
 from quant_jobs.reports.findings import Report
 

@@ -21,7 +21,8 @@ from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.recipe import load_recipe
 from deepseek.target_engine import check_kv_format, check_memory
-from quant_jobs.build import BuildOptions, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions
 from quant_jobs.evaluate import Settings, obtain_reference, run_evaluate
 from quant_jobs.evaluation.record import Evaluation, read_evaluation
 from quant_jobs.gate import run_gate

@@ -22,7 +22,8 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, CalibrationError, DeployError, IntServeError
 from deepseek.recipe import Recipe
-from quant_jobs.build import BuildOptions, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions
 from quant_jobs.job.measure_pass import measure_experts
 from quant_jobs.measure import Measurement, run_measure
 from quant_jobs.quantize import run_quantize

@@ -32,7 +32,8 @@ from support.synthetic import quantize_plainly
 
 from deepseek.errors import ArtifactError, CalibrationError, DeployError, RecipeError
 from deepseek.recipe import load_recipe
-from quant_jobs.build import BuildOptions, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions
 from quant_jobs.submission import (
     BuildSubmission,
     QuantizeSubmission,

@@ -30,7 +30,8 @@ from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.errors import DeployError
 from deepseek.recipe import builtin_recipes, load_recipe
-from quant_jobs.build import BuildOptions, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions
 from quant_jobs.quantize import run_quantize
 from quant_jobs.targets.embedded import pack_engine
 

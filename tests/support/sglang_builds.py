@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quant_jobs.build import BuildOptions, BuildResult, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions, BuildResult
 
 #: Recipe -> the dialect that fits it.
 FITTING = {

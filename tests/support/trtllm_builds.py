@@ -13,7 +13,8 @@ from deepseek.artifact.input_maxima import InputMaxima, LayerMaxima, moe_layers
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import ModelConfig
 from deepseek.recipe import Recipe, load_recipe
-from quant_jobs.build import BuildOptions, BuildResult, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions, BuildResult
 
 #: A dense and two MoE layers, and an MTP layer behind them; all else as `trtllm_directories.SHAPE`.
 CHANGES: dict[str, Any] = {"layers": 3, "num_nextn_predict_layers": 1, "vocab_size": 96}

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.recipe import Recipe, load_recipe
-from quant_jobs.build import BuildOptions, BuildResult, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions, BuildResult
 
 #: Shapes that two ranks divide in whole FP8 tiles and groups of 128.
 SHAPE: dict[str, Any] = {

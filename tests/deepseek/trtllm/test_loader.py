@@ -29,7 +29,8 @@ from deepseek.trtllm.check import check_engine
 from deepseek.trtllm.loader import LoaderModel, LoaderRefusal
 from deepseek.trtllm.loader_config import read_quant_config
 from deepseek.trtllm.loader_decode import compare
-from quant_jobs.build import BuildOptions, run_build
+from quant_jobs.build import run_build
+from quant_jobs.build_options import BuildOptions
 
 LAYOUTS = [(4, 4), (4, 1), (4, 2), (1, 1)]
 VERSIONS = ["1.2.1", "1.3.0rc29"]

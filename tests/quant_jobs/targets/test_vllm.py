@@ -18,7 +18,8 @@ from deepseek.artifact.engine_manifest import read_engine_manifest
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.errors import ArtifactError, DeployError, OutputError
 from deepseek.recipe import load_recipe
-from quant_jobs.build import BuildOptions, check_checkpoint, complete_options
+from quant_jobs.build import check_checkpoint, complete_options
+from quant_jobs.build_options import BuildOptions
 from quant_jobs.check import run_check
 from quant_jobs.targets import vllm
 

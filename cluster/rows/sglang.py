@@ -51,11 +51,17 @@ _W4A8 = "SGLang w4afp8.py"
 _EXPERTS = "SGLang fused_moe_triton/layer.py weight_loader, compressed_tensors_wNa16_moe.py"
 _LOADER = "SGLang deepseek_weight_loader.py"
 _FP8 = "SGLang fp8.py, fp8_utils.py can_auto_enable_marlin_fp8"
+_FUSED = f"{_LOADER} do_load_weights, linear.py ReplicatedLinear"
 _INDEXER = "SGLang dsa/dsa_indexer.py"
 _KV = "SGLang memory_pool.py MLATokenToKVPool"
 
 PLAIN_KV_B = (
     "kv_b_proj is stored in BF16, because its absorbed MLA reads the unpacked weight of kv_b_proj"
+)
+NO_PACKED_KV_B = "its absorbed MLA reads the unpacked weight of kv_b_proj"
+SHAPE_LEFT_OUT = (
+    "weight_shape of q_a_proj and kv_a_proj_with_mqa is left out, because it puts the two one "
+    "after the other, four numbers where its fused linear has two"
 )
 FUSED_SHAPE = (
     "it puts the stored shapes of q_a_proj and kv_a_proj_with_mqa one after the other, four "
@@ -68,6 +74,7 @@ _ITSELF = (
 )
 _ZERO_POINTS = "its kernels take zero points of 4 bits only"
 _STARTED = "it is started with --quantization w8a8_int8, as the launch file says"
+_BUILD_IT = "Build it with `build --target sglang`"
 _INT8, _PLAIN = "weights: int8", "weights: bf16"
 _SYMMETRIC = "weights: int4, group_size: 128"
 _NO_MIXED_FP8 = (
@@ -100,12 +107,8 @@ _PACKED_EXPERTS = (
 _PACKED_LINEARS = (
     Row("sglang", _GPUS, KV_B, PACKED, True, f"{_LOADER} post_load_weights", "read", PLAIN_KV_B,
         kernels="read"),
-    Row("sglang", _GPUS, QKV_A, W8A16 | G128, False,
-        f"{_LOADER} do_load_weights, linear.py ReplicatedLinear", "executed", FUSED_SHAPE,
-        ADD_RULES, _PLAIN, test=TEST),
-    Row("sglang", _GPUS, QKV_A, PACKED, False,
-        f"{_LOADER} do_load_weights, linear.py ReplicatedLinear", "read", FUSED_SHAPE, ADD_RULES,
-        _PLAIN),
+    Row("sglang", _GPUS, QKV_A, W8A16 | G128, True, _FUSED, "executed", SHAPE_LEFT_OUT,
+        kernels="read", test=TEST),
     Row("sglang", _GPUS, PARTS, INT8_ASYM, False,
         "SGLang marlin_utils.py query_marlin_supported_quant_types", "read", _ZERO_POINTS,
         ADD_RULES, _INT8, stops="kernels"),
@@ -157,16 +160,23 @@ ARTIFACT_ROWS: tuple[Row, ...] = (
         kernels="read"),
     Row("sglang", _GPUS, PARTS, INT8_BLOCK, False, "SGLang compressed_tensors.py", "read",
         "its compressed-tensors INT8 has no scales per tile",
-        "Build it with `build --target sglang`"),
+        _BUILD_IT),
     Row("sglang", _GPUS, ROUTED, W4A8_G128, False,
         "SGLang compressed_tensors.py _is_wint4afp8", "executed", NO_STATIC_FP8,
-        "Build it with `build --target sglang`", test=TEST),
+        _BUILD_IT, test=TEST),
     Row("sglang", _GPUS, ROUTED, W4A8, False, "SGLang compressed_tensors.py _is_wint4afp8", "read",
         NO_STATIC_FP8, ADD_RULES, _SYMMETRIC),
-    Row("sglang", _GPUS, PARTS - ROUTED, PACKED, False,
+    Row("sglang", _GPUS, QKV_A, W8A16 | G128, False, _FUSED, "executed", FUSED_SHAPE, _BUILD_IT,
+        test=TEST),
+    Row("sglang", _GPUS, QKV_A, PACKED, False, _FUSED, "read", FUSED_SHAPE, _BUILD_IT),
+    Row("sglang", _GPUS, KV_B, PACKED, False, f"{_LOADER} post_load_weights", "read",
+        NO_PACKED_KV_B, _BUILD_IT),
+    Row("sglang", _GPUS, PARTS - ROUTED, W8A16 | INT8_ASYM, False,
         "SGLang layers/parameter.py, linear.py ReplicatedLinear", "read", NO_FP32_SCALES,
-        "Build it with `build --target sglang`"),
+        _BUILD_IT),
     *_PACKED_EXPERTS,
+    Row("sglang", _GPUS, PARTS, INT4_ASYM, True, _CT, "read", kernels="inferred"),
+    Row("sglang", _GPUS, PARTS, INT4, True, _CT, "read", kernels="read"),
     Row("sglang", _GPUS, PARTS, W4A8, False, "SGLang compressed_tensors.py", "read",
         NO_STATIC_FP8, ADD_RULES),
     *_KV_ROWS,

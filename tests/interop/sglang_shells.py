@@ -77,6 +77,9 @@ def start(checkpoint: Path, quantization: str | None) -> Any:
         parallel_state.init_distributed_environment(1, 0, rendezvous, 0, "gloo")
         parallel_state.initialize_model_parallel(backend="gloo")
     patch("torch.cuda.get_device_capability", lambda *_: CAPABILITY).start()
+    # One tensor after the other: of several reasons to refuse a checkpoint always the same first.
+    loader = "sglang.srt.models.deepseek_common.deepseek_weight_loader"
+    patch(f"{loader}.should_async_load", lambda _: False).start()
     return args
 
 

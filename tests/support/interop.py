@@ -243,8 +243,6 @@ def _differences(fresh: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[
             agree = now <= max(LARGER * then, SMALL)
         elif key == "greedy_equal":
             agree = now >= then - MORE_DIFFERENT
-        elif key == "refusal":  # of loaders with threads any of several reasons is the first
-            agree = now.partition(":")[0] == then.partition(":")[0]
         else:
             agree = now == then
         if not agree:

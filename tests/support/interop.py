@@ -63,6 +63,7 @@ def calibrated_artifact(model: Path, recipe: str, base: Path) -> Path:
 @functools.cache
 def built(model: Path, recipe: str, target: str, base: Path) -> Path | None:
     """What `build --target` makes of that artifact for one GPU; None where it refuses."""
+    ranks = None if target == "transformers" else 1
     output = base / f"built-{target}" / recipe
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -70,7 +71,7 @@ def built(model: Path, recipe: str, target: str, base: Path) -> Path | None:
             calibrated_artifact(model, recipe, base),
             target,
             output,
-            BuildOptions(tp=1, workers=0),
+            BuildOptions(tp=ranks, workers=0),
         )
     except DeployError:
         return None

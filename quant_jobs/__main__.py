@@ -321,8 +321,8 @@ def build(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Build nothing: check an engine directory, every byte, as its target's loader would "
-            "read it; with --checkpoint also bit for bit against that artifact.",
+            help="Build nothing: check an engine directory, every byte, as its target's loader "
+            "would read it; with --checkpoint also bit for bit against that artifact.",
         ),
     ] = None,
     as_json: JsonFlag = False,

@@ -26,6 +26,7 @@ COMMANDS = (
     "bench/long_prompts.py",
     "bench/accuracy.py",
     "bench/kv_formats.py",
+    "bench/target_arithmetic.py",
     "bench/workers.py",
     "bench/sharded_build.py",
     "bench/worker_memory.py",

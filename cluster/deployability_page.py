@@ -109,8 +109,7 @@ def deployability_page() -> list[str]:
         "`int4-all`: an algorithm changes values, not the layout. transformers dequantizes "
         "everything, and what is built for it holds the values in a form that it reads: for "
         "looking and comparing, not for serving, so that the planner's `auto` does not choose it. "
-        "What ran in vLLM is the artifact; what is built for vLLM has the same tensors, with their "
-        "scales rounded as vLLM rounds them.",
+        "What `build` refuses ran as the artifact, where that says why.",
         "",
         "## What loads the artifact as it is",
         "",

@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from deepseek.artifact.engine_checks import CheckReport
 from deepseek.artifact.engine_manifest import (
     CacheFormat,
     EngineManifest,
     read_documents,
     read_engine_manifest,
 )
+from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.stored_model import StoredModel
 from deepseek.engine import packed
 from deepseek.engine.arithmetic import ARITHMETICS
@@ -46,7 +48,9 @@ from deepseek.vllm.stored_model import VllmStoredModel
 class Check(Protocol):
     """A room's `check_engine`."""
 
-    def __call__(self, directory: Path, *, digests: bool = True) -> object: ...
+    def __call__(
+        self, directory: Path, *, artifact: ArtifactReader | None = None, digests: bool = True
+    ) -> CheckReport: ...
 
 
 #: Target -> its check of a directory, and what reads one back.
@@ -56,6 +60,8 @@ _TARGETS: Mapping[str, tuple[Check, Callable[[Path], StoredModel]]] = {
     "sglang": (check_sglang, SglangStoredModel),
     "transformers": (check_hf, TransformersStoredModel),
 }
+#: Targets whose directories have a check; the embedded engine verifies its own whenever it loads.
+CHECKS: Mapping[str, Check] = {target: check for target, (check, _) in _TARGETS.items()}
 #: KV formats that only the embedded engine has.
 _EMBEDDED_ONLY = ("int8", "fp32")
 #: KV pages of an emulated engine, in tokens.
@@ -90,8 +96,8 @@ def check_directory(directory: Path, target: str, *, digests: bool) -> None:
         ArtifactError, DeployError, ConfigError: its loader would not load it, or would load
             something else.
     """
-    if target in _TARGETS:
-        _TARGETS[target][0](directory, digests=digests)
+    if target in CHECKS:
+        CHECKS[target](directory, digests=digests)
 
 
 def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLMEngine:

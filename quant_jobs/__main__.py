@@ -321,8 +321,8 @@ def build(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Build nothing: check a trtllm engine directory, every byte, as its loader would "
-            "read it; with --checkpoint also bit for bit against that artifact.",
+            help="Build nothing: check an engine directory, every byte, as its target's loader "
+            "would read it; with --checkpoint also bit for bit against that artifact.",
         ),
     ] = None,
     as_json: JsonFlag = False,
@@ -337,6 +337,8 @@ def build(
       python -m quant_jobs build --checkpoint examples/tiny-deepseek-v3 --output runs/baseline
       python -m quant_jobs build --checkpoint /data/v3-int4 --target trtllm --tp 8 --ep 8 \\
           --kv-cache fp8 --workers 8 --output /data/v3-int4-trtllm --stage /local/v3-int4-trtllm
+      python -m quant_jobs build --checkpoint /data/v3-w4a8 --target sglang --tp 8 \\
+          --output /data/v3-w4a8-sglang
       python -m quant_jobs build --check /data/v3-int4-trtllm --checkpoint /data/v3-int4
     """
     from quant_jobs.build import run_build, run_stage

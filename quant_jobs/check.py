@@ -6,9 +6,8 @@ engine.json names the target. This is its command, and what it prints.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,13 +18,8 @@ from deepseek.errors import DeployError
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.checkpoints import open_checkpoint
 
-#: Target -> the module whose `check_engine(directory, *, artifact=None, digests=True)` checks it.
-CHECKERS = {
-    "trtllm": "deepseek.trtllm.check",
-    "vllm": "deepseek.vllm.check",
-    "sglang": "deepseek.sglang.check",
-    "transformers": "deepseek.hf.check",
-}
+if TYPE_CHECKING:
+    from deepseek.target_engine import Check
 
 
 class Printed(BaseModel):
@@ -80,22 +74,22 @@ class CheckResult(Printed):
         return lines + [f"warning: {warning}" for warning in self.warnings]
 
 
-def checker_of(directory: Path) -> Callable[..., CheckReport]:
+def checker_of(directory: Path) -> Check:
     """The check of the target that engine.json names.
 
     Raises:
         ArtifactError: there is no engine.json, or it was edited.
         DeployError: the target has no check of its own.
     """
+    from deepseek.target_engine import CHECKS  # brings every target's room
+
     target = read_engine_manifest(directory).target
-    module = CHECKERS.get(target)
-    if module is None:
+    if target not in CHECKS:
         raise DeployError(
             f"{directory} is an engine for {target}, which verifies its files whenever it loads "
-            f"them; --check is for {' and '.join(CHECKERS)}"
+            f"them; --check is for {' and '.join(CHECKS)}"
         )
-    check: Callable[..., CheckReport] = import_module(module).check_engine
-    return check
+    return CHECKS[target]
 
 
 def run_check(directory: Path, checkpoint: Path | None = None) -> CheckResult:

@@ -25,7 +25,7 @@ TargetOption = Annotated[str, typer.Option(help="embedded, trtllm, vllm, sglang 
 TpOption = Annotated[
     int | None,
     typer.Option(
-        min=1, help="GPUs that share one engine [1; trtllm and vllm: those of --hardware]."
+        min=1, help="GPUs that share one engine [1; trtllm, vllm, sglang: those of --hardware]."
     ),
 ]
 EpOption = Annotated[
@@ -39,7 +39,7 @@ EpOption = Annotated[
 ]
 KVOption = Annotated[
     Literal["bf16", "fp8", "int8"] | None,
-    typer.Option(help="KV format; without it, the recipe's. trtllm has bf16 and fp8."),
+    typer.Option(help="KV format; without it, the recipe's. int8 is embedded's alone."),
 ]
 DialectOption = Annotated[
     str | None,
@@ -50,17 +50,24 @@ DialectOption = Annotated[
     ),
 ]
 EngineVersionOption = Annotated[
-    str | None, typer.Option(help="trtllm: the TensorRT-LLM that will load it [1.2.1].")
+    str | None,
+    typer.Option(
+        help="Version of the target that will load it [trtllm 1.2.1, vllm 0.32.0, sglang 0.5.23, "
+        "transformers 5.23.0]."
+    ),
 ]
 MtpOption = Annotated[
     bool,
-    typer.Option("--mtp", help="trtllm: keep the MTP layers; without it they are left out."),
+    typer.Option(
+        "--mtp",
+        help="Keep the MTP layers (trtllm, vllm; sglang of a source); they are left out otherwise.",
+    ),
 ]
 ContextOption = Annotated[
-    int | None, typer.Option(help="trtllm: longest request in tokens [what fits].")
+    int | None, typer.Option(help="trtllm, vllm, sglang: longest request in tokens [what fits].")
 ]
 ConcurrencyOption = Annotated[
-    int | None, typer.Option(help="trtllm: largest batch of requests [256].")
+    int | None, typer.Option(help="trtllm, vllm, sglang: largest batch of requests [256].")
 ]
 HardwareOption = Annotated[str, typer.Option(help="What trtllm, vllm or sglang would run on.")]
 StageOption = Annotated[

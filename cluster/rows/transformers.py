@@ -63,15 +63,21 @@ _OTHERS = (
 
 ROWS: tuple[Row, ...] = (
     *_OTHERS,
+    Row("transformers", _ALL, V3_PARTS, W8A8 | INT8_BLOCK, True, _CT, "executed", NO_INT8_INPUTS,
+        test=TEST),
     Row("transformers", _ALL, PARTS, W8A8 | INT8_BLOCK, True, _CT, "read", NO_INT8_INPUTS),
+    Row("transformers", _ALL, ROUTED, W4A8_G128, True, _CT, "executed", NO_FP8_INPUTS, test=TEST),
     Row("transformers", _ALL, PARTS, W4A8, True, _CT, "read", NO_FP8_INPUTS),
+    Row("transformers", _ALL, DENSE, FP8, True, f"{_CT}; {_FP8}", "executed", test=TEST),
+    Row("transformers", _ALL, V3_PARTS, W8A16 | INT8_ASYM | G128 | ASYM_G128, True, _CT,
+        "executed", test=TEST),
     Row("transformers", _ALL, PARTS, FORMATS, True, f"{_CT}; {_FP8}", "read"),
 )  # fmt: skip
 
 ARTIFACT_ROWS: tuple[Row, ...] = (
     *_OTHERS,
-    Row("transformers", _ALL, ROUTED, W8A8, False, _CT, "executed", AS_IS_W8A8, _BUILD, test=TEST),
-    Row("transformers", _ALL, ROUTED, INT8_BLOCK, False, _CT, "read", AS_IS_W8A8, _BUILD),
+    Row("transformers", _ALL, ROUTED, W8A8 | INT8_BLOCK, False, _CT, "executed", AS_IS_W8A8, _BUILD,
+        test=TEST),
     Row("transformers", _ALL, ROUTED, INT8_ASYM | ASYM_G128, False, _CT, "executed",
         AS_IS_ZERO_POINTS, _BUILD, test=TEST),
     Row("transformers", _ALL, ROUTED, INT4_ASYM, False, _CT, "read", AS_IS_ZERO_POINTS, _BUILD),

@@ -169,9 +169,9 @@ def test_a_later_form_of_a_verdict_is_refused(engine: Path) -> None:
     path = engine / "gate.json"
     raw = json.loads(path.read_text())
     assert raw["format_version"] == 5  # 5: the target, and what executed it
-    for version in (5, 0, "4", 4.0, True, None, [2]):
+    for version in (6, 0, "5", 5.0, True, None, [2]):
         path.write_text(json.dumps(raw | {"format_version": version}))
-        with pytest.raises(ArtifactError, match=r"format_version .* is not supported, only 4"):
+        with pytest.raises(ArtifactError, match=r"format_version .* is not supported, only 5"):
             read_verdict(engine)
 
 

@@ -11,7 +11,7 @@ from support.quantizing import contents
 from support.raylets import Raylets
 from support.vllm_builds import build_vllm_engine, make_vllm_artifact
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_workers_on_other_nodes_build_the_same_bytes(cluster: Raylets, tmp_path: Path) -> None:

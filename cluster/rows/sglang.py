@@ -10,6 +10,7 @@ from __future__ import annotations
 from cluster.matrix import (
     ADD_RULES,
     ANY,
+    ASYM_G128,
     BF16,
     CPU,
     DENSE,
@@ -52,6 +53,7 @@ _EXPERTS = "SGLang fused_moe_triton/layer.py weight_loader, compressed_tensors_w
 _LOADER = "SGLang deepseek_weight_loader.py"
 _FP8 = "SGLang fp8.py, fp8_utils.py can_auto_enable_marlin_fp8"
 _FUSED = f"{_LOADER} do_load_weights, linear.py ReplicatedLinear"
+_SCALES = "SGLang layers/parameter.py, linear.py ReplicatedLinear"
 _INDEXER = "SGLang dsa/dsa_indexer.py"
 _KV = "SGLang memory_pool.py MLATokenToKVPool"
 
@@ -166,14 +168,15 @@ ARTIFACT_ROWS: tuple[Row, ...] = (
         _BUILD_IT, test=TEST),
     Row("sglang", _GPUS, ROUTED, W4A8, False, "SGLang compressed_tensors.py _is_wint4afp8", "read",
         NO_STATIC_FP8, ADD_RULES, _SYMMETRIC),
-    Row("sglang", _GPUS, QKV_A, W8A16 | G128, False, _FUSED, "executed", FUSED_SHAPE, _BUILD_IT,
-        test=TEST),
+    Row("sglang", _GPUS, DENSE, W8A16 | INT8_ASYM, False, _SCALES, "executed", NO_FP32_SCALES,
+        _BUILD_IT, test=TEST),
+    Row("sglang", _GPUS, PARTS - ROUTED, W8A16 | INT8_ASYM, False, _SCALES, "read",
+        NO_FP32_SCALES, _BUILD_IT),
+    Row("sglang", _GPUS, QKV_A, G128 | ASYM_G128, False, _FUSED, "executed", FUSED_SHAPE,
+        _BUILD_IT, test=TEST),
     Row("sglang", _GPUS, QKV_A, PACKED, False, _FUSED, "read", FUSED_SHAPE, _BUILD_IT),
     Row("sglang", _GPUS, KV_B, PACKED, False, f"{_LOADER} post_load_weights", "read",
         NO_PACKED_KV_B, _BUILD_IT),
-    Row("sglang", _GPUS, PARTS - ROUTED, W8A16 | INT8_ASYM, False,
-        "SGLang layers/parameter.py, linear.py ReplicatedLinear", "read", NO_FP32_SCALES,
-        _BUILD_IT),
     *_PACKED_EXPERTS,
     Row("sglang", _GPUS, PARTS, INT4_ASYM, True, _CT, "read", kernels="inferred"),
     Row("sglang", _GPUS, PARTS, INT4, True, _CT, "read", kernels="read"),

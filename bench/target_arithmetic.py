@@ -2,10 +2,10 @@
 
     python bench/target_arithmetic.py [--work DIR] [--blocks 8] [--target vllm] [RECIPE ...]
 
-The example model is quantized with each recipe (once: artifacts stay in the work folder, or are
-those of --artifacts), built for every target in every dialect, and executed as that target computes
-it: its stored values, its roundings, its KV layout with BF16 pages. All engines of a recipe, and
-the source, score the same held-out text in one run, block by block.
+The example model, as released and quantized with each recipe (once: artifacts stay in the work
+folder, or are those of --artifacts), is built for every target in every dialect, and executed as
+that target computes it: its stored values, its roundings, its KV layout with BF16 pages. All
+engines of a recipe, and the source, score the same held-out text in one run, block by block.
 
 Prints one Markdown table. Perplexity ratio, mean KL and top-1 are against the source, with 95 %
 intervals over blocks; "KL - embedded's" is the mean KL less that of the embedded arithmetic, paired
@@ -42,6 +42,8 @@ from quant_jobs.evaluation.metrics import Interval, TokenScores, compare_logits,
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-deepseek-v3"
 BLOCK_TOKENS = 512
+#: In place of a recipe: the source itself, built as it is for every target that takes it.
+RELEASED = "released"
 #: The arithmetic that the others are compared with.
 BASELINE = "embedded"
 #: Target -> dialects that are tried; None is the target's own choice.
@@ -82,7 +84,9 @@ def builds() -> Iterator[Build]:
 
 @app.command()
 def main(
-    recipes: Annotated[list[str] | None, typer.Argument(help="Default: all built-in.")] = None,
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="Default: `released` and all built-in.")
+    ] = None,
     work: Annotated[Path, typer.Option(help="Where artifacts and engines stay.")] = ROOT
     / "runs"
     / "target-arithmetic",
@@ -106,8 +110,11 @@ def main(
     )
     typer.echo("|---|---|---:|---:|---:|---:|---:|")
     refused: list[str] = []
-    for recipe in recipes or builtin_recipes():
-        artifact = quantized(recipe, work) if artifacts is None else artifacts / recipe
+    for recipe in recipes or [RELEASED, *builtin_recipes()]:
+        if recipe == RELEASED:
+            artifact = MODEL
+        else:
+            artifact = quantized(recipe, work) if artifacts is None else artifacts / recipe
         baseline: list[Tensor] = []
         for build in builds():
             if target and build.target not in (BASELINE, *target):

@@ -31,8 +31,9 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "engine": {"artifact", "formats", "source"},
         "trtllm": {"artifact", "formats", "source"},
         "hf": {"artifact", "formats", "source"},
-        "sglang": {"artifact", "formats", "source"},
-        "vllm": {"artifact", "formats", "source"},
+        "fused_loader": {"artifact", "formats", "source"},
+        "sglang": {"artifact", "formats", "fused_loader", "source"},
+        "vllm": {"artifact", "formats", "fused_loader", "source"},
     },
     "cluster": {"rows": set()},
     "quant_jobs": {

@@ -37,6 +37,7 @@ from deepseek.artifact.layout import stored_layers
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, DeployError
+from deepseek.fused_loader.decode import compare
 from deepseek.recipe import Scheme
 from deepseek.sglang.check_values import check_input_scales, origins, reference_values
 from deepseek.sglang.fields import LOADER, TARGET, SglangFields
@@ -51,7 +52,7 @@ from deepseek.sglang.launch import (
 from deepseek.sglang.layout import stored_schemes, stored_tensors
 from deepseek.sglang.loadable import check_loadable
 from deepseek.sglang.loader import LoaderModel, LoaderRefusal
-from deepseek.sglang.loader_decode import compare
+from deepseek.sglang.loader_decode import Decoder
 from deepseek.sglang.quant_config import sglang_quantization_config
 
 
@@ -102,6 +103,7 @@ def check_engine(
         compared = compare(
             loader(values=True),
             lambda layer: reference_values(layers(layer), artifact, stored, fields, layer),
+            Decoder(),
         )
     return CheckReport(
         directory=directory,

@@ -31,9 +31,10 @@ from deepseek.artifact.loader_files import Checkpoint, LoaderRefusal
 from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError
-from deepseek.sglang.loader_config import Method, read_quant_config
+from deepseek.fused_loader.modules import Linear, Method, Module, Plain
+from deepseek.sglang.loader_config import read_quant_config
 from deepseek.sglang.loader_fill import Filler
-from deepseek.sglang.loader_modules import Linear, Module, Plain, RankModules
+from deepseek.sglang.loader_modules import RankModules
 
 __all__ = ["LoaderModel", "LoaderRefusal"]
 

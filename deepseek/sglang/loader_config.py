@@ -15,11 +15,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import torch
 
 from deepseek import untrusted
 from deepseek.artifact.loader_files import LoaderRefusal
 from deepseek.errors import ArtifactError
+from deepseek.fused_loader.modules import BF16, Method
 
 #: Formats under which a group's activations are quantized (packed ones among them, unlike vLLM).
 _ACTIVATION_FORMATS = frozenset(
@@ -38,21 +41,10 @@ _MAX_TARGETS = 10_000
 _TILE = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How a module is held. `group` is the group size along the inputs, 0 for one scale per output;
-    `scale` the name of its scale parameter."""
-
-    kind: Literal["bf16", "wna16", "w8a8", "fp8", "int8-tiles", "w4afp8"]
-    bits: int = 0
-    group: int = 0
-    symmetric: bool = True
-    scale: str = "weight_scale"
-
-
-BF16 = Method("bf16")
-_TILES = Method("fp8", scale="weight_scale_inv")
-_INT8_TILES = Method("int8-tiles", scale="weight_scale_inv")
+#: In FP8 tiles: as released, and in a group of compressed-tensors; and in INT8 tiles.
+_TILES = Method("fp8", scale="weight_scale_inv", tiles=torch.float8_e4m3fn)
+_FP8 = Method("fp8", tiles=torch.float8_e4m3fn)
+_INT8_TILES = Method("int8-tiles", scale="weight_scale_inv", tiles=torch.int8)
 _OWN = {
     "w4afp8": (_TILES, Method("w4afp8", bits=4, group=_TILE, scale="weight_scale_inv")),
     "w8a8_int8": (Method("w8a8", bits=8), Method("w8a8", bits=8)),
@@ -155,7 +147,7 @@ class QuantConfig:
             return packed
         if form in _ACTIVATION_FORMATS:
             if _is_fp8(weights, inputs):
-                return Method("fp8")
+                return _FP8
             if _is_w8a8(weights, inputs):
                 return Method("w8a8", bits=8)
         raise self._no_scheme(name, weights, inputs, form)
@@ -175,7 +167,7 @@ class QuantConfig:
                 )
             return packed
         if _is_fp8(weights, inputs):
-            return Method("fp8")
+            return _FP8
         raise self._no_scheme(name, weights, inputs, form)
 
     def _no_scheme(self, name: str, weights: Any, inputs: Any, form: Any) -> LoaderRefusal:

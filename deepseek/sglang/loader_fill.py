@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseek.artifact.loader_files import Checkpoint, LoaderRefusal
-from deepseek.sglang.loader_modules import CODES, TILE, Experts, Linear, Part, Plain
+from deepseek.fused_loader.modules import TILE, Experts, Linear, Part, Plain
 
 #: `_weight_loader_impl`: how far the input scales of gate and up may be apart.
 _SCALE_TOLERANCE = 1e-5
@@ -165,7 +165,7 @@ class Filler:
     def _rows(self, module: Linear, part: Part, suffix: str) -> tuple[int, int]:
         """Where a part's rows of a parameter begin, and how many they are."""
         first, size = part.first, part.outputs
-        if module.method.kind in CODES and suffix == module.method.scale:
+        if module.method.tiles is not None and suffix == module.method.scale:
             return math.ceil(first / TILE), math.ceil(size / TILE)
         if suffix == "weight_zero_point":
             per_word = 32 // module.method.bits

@@ -3,8 +3,6 @@
 Modeled after 0.5.23's `DeepseekV2DecoderLayer`, `DeepseekV2AttentionMLA`, `DeepseekV2MoE`,
 `DeepseekModelNextN` and the `create_weights` of each method. Packed experts are held transposed
 there; here they keep the checkpoint's order, which the loader turns as it reads.
-
-I inputs of a rank · O outputs of a rank · E experts of a rank
 """
 
 from __future__ import annotations
@@ -18,166 +16,32 @@ import torch
 from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.artifact.loader_files import LoaderRefusal
 from deepseek.config import ModelConfig
-from deepseek.sglang.loader_config import BF16, Method, QuantConfig
+from deepseek.fused_loader import modules
+from deepseek.fused_loader.modules import TILE, Linear, Method, Module, Parameter, Part, Plain
+from deepseek.sglang.loader_config import QuantConfig
 
-TILE = 128
 _VOCAB_PADDING = 64
-#: Type of the codes in tiles, by method.
-CODES = {"fp8": torch.float8_e4m3fn, "int8-tiles": torch.int8}
-#: (shape, type) of a parameter.
-Parameter = tuple[tuple[int, ...], torch.dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One of the checkpoint's linears inside a module: its outputs on this rank, and where they
-    begin there."""
+class Experts(modules.Experts):
+    """Routed experts of one rank, those of w4afp8 among them: two codes in a byte, scales by groups
+    of 128 inputs, an input scale for each of gate and up, and one for down."""
 
-    role: str
-    outputs: int
-    first: int
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A linear of one rank. `cut` is the dimension that is divided over `ways` ranks, None for
-    none."""
-
-    name: str
-    parts: tuple[Part, ...]
-    inputs: int
-    method: Method
-    cut: int | None
-    ways: int
-    rank: int
-
-    @property
-    def outputs(self) -> int:
-        return sum(part.outputs for part in self.parts)
-
-    @property
-    def scales_whole(self) -> bool:
-        """One scale per output is held by all ranks that divide the inputs."""
-        return self.method.kind == "wna16" and not self.method.group
-
-    def parameters(self, inputs_whole: int) -> dict[str, Parameter]:
-        """What `create_weights` registers."""
-        shape, method = (self.outputs, self.inputs), self.method
-        match method.kind:
-            case "bf16":
-                return {"weight": (shape, torch.bfloat16)}
-            case "fp8" | "int8-tiles":
-                return {
-                    "weight": (shape, CODES[method.kind]),
-                    method.scale: (tiles(shape), torch.float32),
-                }
-            case "w8a8":
-                return {
-                    "weight": (shape, torch.int8),
-                    "weight_scale": ((self.outputs, 1), torch.float32),
-                }
-        groups = self.inputs // method.group if method.group else 1
-        packed = math.ceil(self.inputs * method.bits / 32)
-        found: dict[str, Parameter] = {
-            "weight_packed": ((self.outputs, packed), torch.int32),
-            "weight_scale": ((self.outputs, groups), torch.bfloat16),
-            "weight_shape": ((2,), torch.int64),
-        }
-        if not method.symmetric:
-            words = math.ceil(self.outputs * method.bits / 32)
-            found["weight_zero_point"] = (words, groups), torch.int32
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """The routed experts of one rank: `first` is its first expert, `count` how many it holds."""
-
-    name: str
-    first: int
-    count: int
-    hidden: int
-    width: int
-    method: Method
-    ways: int
-    rank: int
+    __slots__ = ()
 
     def parameters(self) -> dict[str, Parameter]:
-        """What `create_weights` registers, by the names below `routed_experts`."""
-        both, method = (self.count, 2 * self.width, self.hidden), self.method
-        down = self.count, self.hidden, self.width
-        match method.kind:
-            case "bf16":
-                return {
-                    "w13_weight": (both, torch.bfloat16),
-                    "w2_weight": (down, torch.bfloat16),
-                }
-            case "fp8" | "int8-tiles":
-                side = math.ceil(self.width / TILE)
-                across = math.ceil(self.hidden / TILE)
-                return {
-                    "w13_weight": (both, CODES[method.kind]),
-                    "w2_weight": (down, CODES[method.kind]),
-                    f"w13_{method.scale}": ((self.count, 2 * side, across), torch.float32),
-                    f"w2_{method.scale}": ((self.count, across, side), torch.float32),
-                }
-            case "w4afp8":
-                groups = self.hidden // TILE, self.width // TILE
-                return {
-                    "w13_weight": ((*both[:2], self.hidden // 2), torch.int8),
-                    "w2_weight": ((*down[:2], self.width // 2), torch.int8),
-                    "w13_weight_scale_inv": ((*both[:2], groups[0]), torch.float32),
-                    "w2_weight_scale_inv": ((*down[:2], groups[1]), torch.float32),
-                    "w13_input_scale": ((self.count, 2), torch.bfloat16),
-                    "w2_input_scale": ((self.count,), torch.bfloat16),
-                }
-            case "w8a8":
-                return {
-                    "w13_weight": (both, torch.int8),
-                    "w2_weight": (down, torch.int8),
-                    "w13_weight_scale": ((self.count, 2 * self.width, 1), torch.float32),
-                    "w2_weight_scale": ((self.count, self.hidden, 1), torch.float32),
-                }
-        per_word = 32 // method.bits
-        groups13 = self.hidden // method.group if method.group else 1
-        groups2 = self.width // method.group if method.group else 1
-        found: dict[str, Parameter] = {
-            "w13_weight_packed": ((*both[:2], self.hidden // per_word), torch.int32),
-            "w2_weight_packed": ((*down[:2], self.width // per_word), torch.int32),
-            "w13_weight_scale": ((*both[:2], groups13), torch.bfloat16),
-            "w2_weight_scale": ((*down[:2], groups2), torch.bfloat16),
-            "w13_weight_shape": ((self.count, 2), torch.float32),
-            "w2_weight_shape": ((self.count, 2), torch.float32),
+        if self.method.kind != "w4afp8":
+            return super().parameters()
+        both = self.count, 2 * self.width
+        down = self.count, self.hidden
+        return {
+            "w13_weight": ((*both, self.hidden // 2), torch.int8),
+            "w2_weight": ((*down, self.width // 2), torch.int8),
+            "w13_weight_scale_inv": ((*both, self.hidden // TILE), torch.float32),
+            "w2_weight_scale_inv": ((*down, self.width // TILE), torch.float32),
+            "w13_input_scale": ((self.count, 2), torch.bfloat16),
+            "w2_input_scale": ((self.count,), torch.bfloat16),
         }
-        if not method.symmetric:
-            found["w13_weight_zero_point"] = (
-                (self.count, 2 * self.width // per_word, groups13),
-                torch.int32,
-            )
-            found["w2_weight_zero_point"] = (
-                (self.count, self.hidden // per_word, groups2),
-                torch.int32,
-            )
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """A tensor that no method touches. `rows` of `whole` begin at `first`, where it is divided."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.bfloat16
-    suffix: str = "weight"
-    whole: int | None = None
-    first: int = 0
-
-
-Module = Linear | Experts | Plain
-
-
-def tiles(shape: tuple[int, int]) -> tuple[int, int]:
-    return math.ceil(shape[0] / TILE), math.ceil(shape[1] / TILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +128,7 @@ class RankModules:
         method = self.methods[name]
         if name.endswith(".kv_b_proj"):
             self._takes_apart(name, method)
-        if method.kind in CODES:  # `validate_block_quant_shapes`
+        if method.tiles is not None:  # `validate_block_quant_shapes`
             checked = [part.outputs for part in placed]
             if cut != 0 or (ways == 1 and len(checked) == 1):
                 checked = checked[:-1]
@@ -282,7 +146,7 @@ class RankModules:
         if name not in self.methods:
             self.methods[name] = self.quant.experts(name)
         method, width = self.methods[name], config.moe_intermediate_size // ways
-        if method.kind in CODES:
+        if method.tiles is not None:
             self._whole(name, [width], TILE, "tiles")
         if method.kind == "w4afp8":
             self._whole(name, [config.hidden_size, width], TILE, "groups")
@@ -338,6 +202,3 @@ class RankModules:
         each = math.ceil(vocab / _VOCAB_PADDING) * _VOCAB_PADDING // tp
         shape = (each, self.config.hidden_size)
         return Plain(name, shape, whole=vocab, first=self.rank * each)
-
-
-__all__ = ["BF16", "Experts", "Linear", "Module", "Part", "Plain", "RankModules", "tiles"]

@@ -39,13 +39,14 @@ from deepseek.artifact.layout import stored_layers
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, DeployError
+from deepseek.fused_loader.decode import compare
 from deepseek.recipe import Scheme
 from deepseek.vllm.fields import LOADER, TARGET, VllmFields
 from deepseek.vllm.launch import KV_DTYPES, LAUNCH_FILE, faults, launch_of
 from deepseek.vllm.layout import stored_schemes, stored_tensors
 from deepseek.vllm.loadable import check_loadable
 from deepseek.vllm.loader import LoaderModel, LoaderRefusal
-from deepseek.vllm.loader_decode import compare
+from deepseek.vllm.loader_decode import Decoder
 from deepseek.vllm.quant_config import vllm_quantization_config
 
 
@@ -85,7 +86,7 @@ def check_engine(
     if artifact is not None:
         check_same_config(directory, built, artifact)
         reference = artifact_layers(directory, engine, artifact)
-        compared = compare(LoaderModel(directory, engine.ranks, mtp=mtp), reference)
+        compared = compare(LoaderModel(directory, engine.ranks, mtp=mtp), reference, Decoder())
     return CheckReport(
         directory=directory,
         target=TARGET,

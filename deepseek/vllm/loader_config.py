@@ -15,9 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from deepseek import untrusted
 from deepseek.artifact.loader_files import LoaderRefusal
 from deepseek.errors import ArtifactError
+from deepseek.fused_loader.modules import BF16, Method
 
 #: Formats under which a group's activations are quantized.
 _ACTIVATION_FORMATS = frozenset(
@@ -30,19 +33,9 @@ _MAX_TARGETS = 10_000
 _TILE = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How a module is held. `group` is the group size along the inputs, 0 for one scale per output;
-    `scale` the name of its scale parameter."""
-
-    kind: Literal["bf16", "wna16", "w8a8", "fp8"]
-    bits: int = 0
-    group: int = 0
-    symmetric: bool = True
-    scale: str = "weight_scale"
-
-
-BF16 = Method("bf16")
+#: In FP8 tiles: as released, and in a group of compressed-tensors.
+_RELEASED = Method("fp8", scale="weight_scale_inv", tiles=torch.float8_e4m3fn)
+_FP8 = Method("fp8", tiles=torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +69,7 @@ class QuantConfig:
                     "of them or none"
                 )
             is_skipped = self._listed(name) or all(skipped)
-            return BF16 if is_skipped else Method("fp8", scale="weight_scale_inv")
+            return BF16 if is_skipped else _RELEASED
         group = self._group(name, shards, module_class)
         return BF16 if group is None else self._linear_scheme(name, group)
 
@@ -91,7 +84,7 @@ class QuantConfig:
         if self.kind == "fp8":
             if self._listed(name):
                 return BF16
-            return Method("fp8", scale="weight_scale_inv")
+            return _RELEASED
         parts = ("gate_proj", "up_proj", "down_proj")
         found = [self._group(f"{name}.0.{part}", [f"{name}.0.{part}"], "") for part in parts]
         if any(group != found[0] for group in found):
@@ -129,7 +122,7 @@ class QuantConfig:
             return packed
         if form in _ACTIVATION_FORMATS:
             if _is_fp8(weights, inputs):
-                return Method("fp8")
+                return _FP8
             if _is_w8a8(weights, inputs):
                 return Method("w8a8", bits=8)
         raise self._no_scheme(name, weights, inputs, form)
@@ -143,7 +136,7 @@ class QuantConfig:
                 raise self._no_scheme(name, weights, inputs, form)
             return packed
         if _is_fp8(weights, inputs):
-            return Method("fp8")
+            return _FP8
         if _is_w8a8(weights, inputs) and weights.get("strategy") == "channel":
             return Method("w8a8", bits=8)
         raise self._no_scheme(name, weights, inputs, form)

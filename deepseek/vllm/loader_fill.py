@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepseek.artifact.loader_files import Checkpoint, LoaderRefusal
-from deepseek.vllm.loader_modules import TILE, Experts, Linear, Part, Plain
+from deepseek.fused_loader.modules import TILE, Experts, Linear, Part, Plain
 
 #: Types that may stand for each other in what no method touches.
 _HIGH = (torch.bfloat16, torch.float16, torch.float32)
@@ -137,7 +137,7 @@ class Filler:
     def _rows(self, module: Linear, part: Part, suffix: str) -> tuple[int, int]:
         """Where a part's rows of a parameter begin, and how many they are."""
         first, size = part.first, part.outputs
-        if module.method.kind == "fp8" and suffix == module.method.scale:
+        if module.method.tiles is not None and suffix == module.method.scale:
             return math.ceil(first / TILE), math.ceil(size / TILE)
         if suffix == "weight_zero_point":
             per_word = 32 // module.method.bits

@@ -16,8 +16,8 @@ from support.vllm_builds import MUTATIONS, build_vllm_engine, make_vllm_artifact
 from torch import Tensor
 
 from deepseek.artifact.engine_manifest import RankLayout
+from deepseek.fused_loader.modules import Experts
 from deepseek.vllm.loader import LoaderModel, LoaderRefusal
-from deepseek.vllm.loader_modules import Experts
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 

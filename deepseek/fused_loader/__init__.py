@@ -2,6 +2,7 @@
 descends from vLLM's.
 
     modules       a rank's linears, experts and plain tensors, and the parameters that each has
+    fill          how one tensor of the checkpoint is copied into a parameter
     decode        the parameters of a rank decoded and compared with the artifact
 
 The room of an engine says what it does otherwise (names of fused modules, which experts a rank

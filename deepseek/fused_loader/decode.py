@@ -2,7 +2,7 @@
 
 Undoes what the loader does (cut, fuse, stack), so that each value can be compared with the
 artifact's bit for bit. Written backward from the parameters: where a rank's part begins follows
-from its shape, not from `loader_fill.py`.
+from its shape, not from `fill.py`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 descends from vLLM's.
 
     modules       a rank's linears, experts and plain tensors, and the parameters that each has
+    rank_modules  which of them a rank has, layer by layer
     fill          how one tensor of the checkpoint is copied into a parameter
     decode        the parameters of a rank decoded and compared with the artifact
 

@@ -2,153 +2,39 @@
 
 Modeled after 0.32's `DeepseekV2DecoderLayer`, `DeepseekV2MLAAttention`, `DeepseekV2MoE`,
 `DeepSeekMultiTokenPredictorLayer` and the `create_weights` of each method.
+
+The walk over the layers is SGLang's too (`fused_loader/rank_modules.py`). Its own: the name of the
+fused queries, experts that are divided or whole, and which tiles must be whole.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-
-import torch
-
-from deepseek.artifact.engine_manifest import RankLayout
-from deepseek.artifact.loader_files import LoaderRefusal
-from deepseek.config import ModelConfig
-from deepseek.fused_loader.modules import TILE, Experts, Linear, Method, Module, Part, Plain
-from deepseek.vllm.loader_config import QuantConfig
-
-_VOCAB_PADDING = 64
+from deepseek.fused_loader import rank_modules
+from deepseek.fused_loader.modules import TILE, Experts, Linear
 
 
-@dataclass(frozen=True, slots=True)
-class RankModules:
-    """The modules of one rank by layer."""
+class RankModules(rank_modules.RankModules):
+    """The modules of one rank of vLLM by layer."""
 
-    config: ModelConfig
-    quant: QuantConfig
-    ranks: RankLayout
-    rank: int
-    methods: dict[str, Method] = field(default_factory=dict)
+    __slots__ = ()
+    fused_queries = "fused_qkv_a_proj"
 
-    def globals(self) -> Iterator[Module]:
-        """Outside the layers."""
-        yield self._vocabulary("model.embed_tokens")
-        yield Plain("model.norm", (self.config.hidden_size,))
-        yield self._vocabulary("lm_head")
+    def place(self, count: int, ways: int) -> tuple[int, int]:
+        """Ranks divide the experts by expert, or all of them."""
+        return self.rank * count if self.ranks.ep > 1 else 0, self.rank if ways > 1 else 0
 
-    def layer(self, layer: int) -> Iterator[Module]:
-        """Of one decoder layer, or of an MTP layer.
+    def check_linear(self, linear: Linear) -> None:
+        """`validate_fp8_block_shape`."""
+        if linear.method.tiles is None:
+            return
+        checked = [part.outputs for part in linear.parts]
+        if linear.cut != 0 or linear.ways == 1:
+            checked = checked[:-1]
+        if linear.cut == 1 and linear.ways > 1:
+            checked.append(linear.inputs)
+        self.whole(linear.name, checked, TILE, "FP8 tiles")
 
-        Raises:
-            LoaderRefusal: vLLM has no method for one.
-        """
-        config, name = self.config, f"model.layers.{layer}"
-        hidden = config.hidden_size
-        for part in ("input_layernorm", "post_attention_layernorm"):
-            yield Plain(f"{name}.{part}", (hidden,))
-        yield from self._attention(f"{name}.self_attn")
-        if config.is_moe(layer):
-            experts = config.n_routed_experts
-            yield Plain(f"{name}.mlp.gate", (experts, hidden))
-            bias = "e_score_correction_bias"
-            yield Plain(f"{name}.mlp.gate", (experts,), torch.float32, bias)
-            yield self._experts(f"{name}.mlp.experts")
-            width = config.moe_intermediate_size * config.n_shared_experts
-            yield from self._mlp(f"{name}.mlp.shared_experts", width)
-        else:
-            yield from self._mlp(f"{name}.mlp", config.intermediate_size)
-        if layer >= config.num_hidden_layers:
-            for part in ("enorm", "hnorm", "shared_head.norm"):
-                yield Plain(f"{name}.{part}", (hidden,))
-            yield Plain(f"{name}.eh_proj", (hidden, 2 * hidden))
-            yield self._vocabulary(f"{name}.shared_head.head")
-            if layer == config.num_hidden_layers:  # later ones share it
-                yield self._vocabulary(f"{name}.embed_tokens")
-
-    def _attention(self, name: str) -> Iterator[Module]:
-        config, tp = self.config, self.ranks.tp
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        latent = config.kv_lora_rank + config.qk_rope_head_dim
-        value = config.qk_nope_head_dim + config.v_head_dim
-        if config.q_lora_rank is None:
-            yield self._linear(f"{name}.kv_a_proj_with_mqa", {"": latent}, hidden, None)
-            yield self._linear(f"{name}.q_proj", {"": heads * config.qk_head_dim}, hidden, 0)
-        else:
-            parts = {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": latent}
-            yield self._linear(f"{name}.fused_qkv_a_proj", parts, hidden, None)
-            yield Plain(f"{name}.q_a_layernorm", (config.q_lora_rank,))
-            outputs = heads * config.qk_head_dim
-            yield self._linear(f"{name}.q_b_proj", {"": outputs}, config.q_lora_rank, 0)
-        yield Plain(f"{name}.kv_a_layernorm", (config.kv_lora_rank,))
-        yield self._linear(f"{name}.kv_b_proj", {"": heads * value}, config.kv_lora_rank, 0)
-        yield self._linear(f"{name}.o_proj", {"": hidden}, heads * config.v_head_dim, 1)
-        assert heads % tp == 0, tp
-
-    def _mlp(self, name: str, width: int) -> Iterator[Module]:
-        hidden = self.config.hidden_size
-        parts = {"gate_proj": width, "up_proj": width}
-        yield self._linear(f"{name}.gate_up_proj", parts, hidden, 0)
-        yield self._linear(f"{name}.down_proj", {"": hidden}, width, 1)
-
-    def _linear(self, name: str, parts: dict[str, int], inputs: int, cut: int | None) -> Linear:
-        ways = 1 if cut is None else self.ranks.tp
-        roles = {role or name.rpartition(".")[2]: size for role, size in parts.items()}
-        placed: list[Part] = []
-        for role, size in roles.items():
-            local = size // ways if cut == 0 else size
-            placed.append(Part(role, local, sum(part.outputs for part in placed)))
-        if name not in self.methods:
-            kind = "Replicated" if cut is None else "Column" if cut == 0 else "Row"
-            self.methods[name] = self.quant.linear(name, tuple(roles), f"{kind}ParallelLinear")
-        local = inputs // ways if cut == 1 else inputs
-        method = self.methods[name]
-        if method.tiles is not None:  # `validate_fp8_block_shape`
-            checked = [part.outputs for part in placed]
-            if cut != 0 or ways == 1:
-                checked = checked[:-1]
-            if cut == 1 and ways > 1:
-                checked.append(local)
-            self._whole(name, checked, TILE, "FP8 tiles")
-        if method.kind == "wna16" and method.group:
-            self._whole(name, [local], method.group, "groups")
-        return Linear(name, tuple(placed), local, method, cut, ways, self.rank)
-
-    def _experts(self, name: str) -> Experts:
-        config, ranks = self.config, self.ranks
-        count = config.n_routed_experts // ranks.ep
-        ways = ranks.tp // ranks.ep
-        if name not in self.methods:
-            self.methods[name] = self.quant.experts(name)
-        method, width = self.methods[name], config.moe_intermediate_size // ways
-        if method.tiles is not None:  # `validate_fp8_block_shape_moe`
-            self._whole(name, [width], TILE, "FP8 tiles")
-        if method.kind == "wna16":
-            self._whole(name, [config.hidden_size, width], method.group or 1, "groups")
-            if not method.symmetric:
-                self._whole(name, [2 * width, config.hidden_size], 32 // method.bits, "words")
-        return Experts(
-            name,
-            first=self.rank * count if ranks.ep > 1 else 0,
-            count=count,
-            hidden=config.hidden_size,
-            width=width,
-            method=method,
-            ways=ways,
-            rank=self.rank if ways > 1 else 0,
-        )
-
-    def _whole(self, name: str, sizes: list[int], whole: int, what: str) -> None:
-        for size in sizes:
-            if size % whole:
-                raise LoaderRefusal(
-                    f"{self.quant.source}: {size} channels of {name} on each of {self.ranks.tp} "
-                    f"ranks are no whole {what} of {whole}"
-                )
-
-    def _vocabulary(self, name: str) -> Plain:
-        """Embedding or head, padded to whole 64 rows and divided over all ranks."""
-        vocab, tp = self.config.vocab_size, self.ranks.tp
-        each = math.ceil(vocab / _VOCAB_PADDING) * _VOCAB_PADDING // tp
-        shape = (each, self.config.hidden_size)
-        return Plain(name, shape, whole=vocab, first=self.rank * each)
+    def check_experts(self, experts: Experts) -> None:
+        """`validate_fp8_block_shape_moe`."""
+        if experts.method.tiles is not None:
+            self.whole(experts.name, [experts.width], TILE, "FP8 tiles")

@@ -98,6 +98,7 @@ def test_a_killed_worker_is_reported_and_its_file_made_again(
     assert contents(running.output) == expected
 
 
+@pytest.mark.slow  # `test_trtllm_raylets.py` kills one in the default run
 def test_a_killed_raylet_costs_no_byte(
     cluster: Raylets, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:

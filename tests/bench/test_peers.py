@@ -99,7 +99,7 @@ def test_modelopt_packs_as_we_unpack(tmp_path: Path, codes: Tensor, scale: Tenso
 @pytest.mark.heavy
 def test_a_job_is_watched_with_all_that_bears_its_mark() -> None:
     """By its mark alone, because Ray's daemons are not children of the job."""
-    hold = "import time; kept = bytearray(b'x' * 100_000_000); time.sleep(2)"
+    hold = "import time; size = 100_000_000; kept = b'x' * size; time.sleep(2)"
     with Watch("one-mark") as watch:
         subprocess.run(
             [sys.executable, "-c", hold],

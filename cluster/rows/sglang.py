@@ -107,6 +107,8 @@ _PACKED_EXPERTS = (
     Row("sglang", _GPUS, ROUTED, INT4, True, _CT, "read", kernels="read"),
 )  # fmt: skip
 _PACKED_LINEARS = (
+    Row("sglang", _GPUS, KV_B, W8A16 | G128, True, f"{_LOADER} post_load_weights", "executed",
+        PLAIN_KV_B, kernels="read", test=TEST),
     Row("sglang", _GPUS, KV_B, PACKED, True, f"{_LOADER} post_load_weights", "read", PLAIN_KV_B,
         kernels="read"),
     Row("sglang", _GPUS, QKV_A, W8A16 | G128, True, _FUSED, "executed", SHAPE_LEFT_OUT,
@@ -114,6 +116,7 @@ _PACKED_LINEARS = (
     Row("sglang", _GPUS, PARTS, INT8_ASYM, False,
         "SGLang marlin_utils.py query_marlin_supported_quant_types", "read", _ZERO_POINTS,
         ADD_RULES, _INT8, stops="kernels"),
+    Row("sglang", _GPUS, DENSE, W8A16 | G128, True, _CT, "executed", kernels="read", test=TEST),
     Row("sglang", _GPUS, PARTS, INT4_ASYM, True, _CT, "read", kernels="inferred"),
     Row("sglang", _GPUS, PARTS, W8A16 | INT4, True, _CT, "read", kernels="read"),
 )  # fmt: skip

@@ -138,6 +138,28 @@ def check_listing(directory: Path, engine: EngineManifest, loader: str) -> froze
     return names
 
 
+def check_quantization_config(path: Path, found: object, wanted: object) -> None:
+    """Check `quantization_config` before any pattern of it is matched.
+
+    Raises:
+        ArtifactError: it is not the one that the linears' schemes ask for; the sentence names the
+            first key, or group, that differs.
+    """
+    if found == wanted:
+        return
+    where = "quantization_config"
+    while isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        key = next(
+            key
+            for key in sorted(found.keys() | wanted.keys(), key=str)
+            if key not in found or key not in wanted or found[key] != wanted[key]
+        )
+        found, wanted, where = found.get(key), wanted.get(key), f"{where}.{key}"
+    raise ArtifactError(
+        f"{path} has another {where} than the formats of {ENGINE_FILE} ask for; build again"
+    )
+
+
 def check_same_config(
     directory: Path,
     built: BuiltEngine,

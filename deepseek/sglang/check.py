@@ -28,6 +28,7 @@ from deepseek.artifact.engine_checks import (
     check_headers,
     check_listing,
     check_mtp,
+    check_quantization_config,
     check_same_config,
     check_schemes,
     read_target_manifest,
@@ -38,6 +39,7 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.fused_loader.decode import compare
+from deepseek.fused_loader.loading import check_loading
 from deepseek.recipe import Scheme
 from deepseek.sglang.check_values import check_input_scales, origins, reference_values
 from deepseek.sglang.fields import LOADER, TARGET, SglangFields
@@ -51,7 +53,7 @@ from deepseek.sglang.launch import (
 )
 from deepseek.sglang.layout import stored_schemes, stored_tensors
 from deepseek.sglang.loadable import check_loadable
-from deepseek.sglang.loader import LoaderModel, LoaderRefusal
+from deepseek.sglang.loader import LoaderModel
 from deepseek.sglang.loader_decode import Decoder
 from deepseek.sglang.quant_config import sglang_quantization_config
 
@@ -83,7 +85,7 @@ def check_engine(
         )
 
     model = loader(values=False)
-    _check_loading(model)
+    check_loading(model, LOADER)
     check_headers(
         model.checkpoint,
         stored_layers(model.config, mtp=mtp),
@@ -151,60 +153,8 @@ def check_config(
     stored = stored_schemes(config, engine.schemes, fields.dialect, mtp=mtp)
     if fields.dialect != "released":
         wanted = sglang_quantization_config(built.config, stored, fields.dialect)
-        _check_groups(path, raw.get("quantization_config"), wanted)
+        check_quantization_config(path, raw.get("quantization_config"), wanted)
     return stored
-
-
-def _check_groups(path: Path, found: object, wanted: object) -> None:
-    """Check `quantization_config` before any pattern of it is matched.
-
-    Raises:
-        ArtifactError: it is not the one that the linears' schemes ask for; the sentence names the
-            first key, or group, that differs.
-    """
-    if found == wanted:
-        return
-    where = "quantization_config"
-    while isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        key = next(
-            key
-            for key in sorted(found.keys() | wanted.keys(), key=str)
-            if key not in found or key not in wanted or found[key] != wanted[key]
-        )
-        found, wanted, where = found.get(key), wanted.get(key), f"{where}.{key}"
-    raise ArtifactError(
-        f"{path} has another {where} than the formats of {ENGINE_FILE} ask for; build again"
-    )
-
-
-def _check_loading(model: LoaderModel) -> None:
-    """Load every rank without values, and refuse what SGLang would take without a word."""
-    _refuse_silent(model)
-    for rank in range(model.ranks.tp):
-        for _ in model.load(rank):
-            pass
-    _refuse_silent(model)
-    for key in model.unread():
-        parts = key.split(".")
-        is_layer = parts[:2] == ["model", "layers"] and parts[2].isdigit()
-        if is_layer and int(parts[2]) >= model.config.num_hidden_layers:
-            if parts[-2] == "embed_tokens" and model.mtp:
-                continue  # later MTP layers share the first one's
-            raise ArtifactError(
-                f"{model.checkpoint.file(key)} holds {key} of an MTP layer, which the engine was "
-                "built without; remove it or build again"
-            )
-        raise ArtifactError(
-            f"{model.checkpoint.file(key)} holds {key}, which SGLang never reads; remove it or "
-            "build again"
-        )
-
-
-def _refuse_silent(model: LoaderModel) -> None:
-    for key, what in sorted(model.silent.items()):
-        raise LoaderRefusal(
-            f"{model.directory}: tensor {key} {what}, and SGLang would say nothing; build again"
-        )
 
 
 def _read_launch(directory: Path, built: BuiltEngine) -> Launch:

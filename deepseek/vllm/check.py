@@ -30,6 +30,7 @@ from deepseek.artifact.engine_checks import (
     check_headers,
     check_listing,
     check_mtp,
+    check_quantization_config,
     check_same_config,
     check_schemes,
     read_target_manifest,
@@ -40,12 +41,13 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.fused_loader.decode import compare
+from deepseek.fused_loader.loading import check_loading
 from deepseek.recipe import Scheme
 from deepseek.vllm.fields import LOADER, TARGET, VllmFields
 from deepseek.vllm.launch import KV_DTYPES, LAUNCH_FILE, faults, launch_of
 from deepseek.vllm.layout import stored_schemes, stored_tensors
 from deepseek.vllm.loadable import check_loadable
-from deepseek.vllm.loader import LoaderModel, LoaderRefusal
+from deepseek.vllm.loader import LoaderModel
 from deepseek.vllm.loader_decode import Decoder
 from deepseek.vllm.quant_config import vllm_quantization_config
 
@@ -70,7 +72,7 @@ def check_engine(
     mtp, released = fields.mtp == "kept", fields.form == "released"
     stored = check_config(directory, built, engine, fields)
     model = LoaderModel(directory, engine.ranks, values=False, mtp=mtp)
-    _check_loading(model)
+    check_loading(model, LOADER)
     check_headers(
         model.checkpoint,
         stored_layers(model.config, mtp=mtp),
@@ -133,60 +135,8 @@ def check_config(
     check_loadable(built.config, stored, engine.ranks, mtp=mtp)
     if fields.form == "compressed-tensors":
         wanted = vllm_quantization_config(built.config, stored, mtp=mtp)
-        _check_groups(path, raw.get("quantization_config"), wanted)
+        check_quantization_config(path, raw.get("quantization_config"), wanted)
     return stored
-
-
-def _check_groups(path: Path, found: object, wanted: object) -> None:
-    """Check `quantization_config` before any pattern of it is matched.
-
-    Raises:
-        ArtifactError: it is not the one that the linears' schemes ask for; the sentence names the
-            first key, or group, that differs.
-    """
-    if found == wanted:
-        return
-    where = "quantization_config"
-    while isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        key = next(
-            key
-            for key in sorted(found.keys() | wanted.keys(), key=str)
-            if key not in found or key not in wanted or found[key] != wanted[key]
-        )
-        found, wanted, where = found.get(key), wanted.get(key), f"{where}.{key}"
-    raise ArtifactError(
-        f"{path} has another {where} than the formats of {ENGINE_FILE} ask for; build again"
-    )
-
-
-def _check_loading(model: LoaderModel) -> None:
-    """Load every rank without values, and refuse what vLLM would take without a word."""
-    _refuse_silent(model)
-    for rank in range(model.ranks.tp):
-        for _ in model.load(rank):
-            pass
-    _refuse_silent(model)
-    for key in model.unread():
-        parts = key.split(".")
-        is_layer = parts[:2] == ["model", "layers"] and parts[2].isdigit()
-        if is_layer and int(parts[2]) >= model.config.num_hidden_layers:
-            if parts[-2] == "embed_tokens" and model.mtp:
-                continue  # later MTP layers share the first one's
-            raise ArtifactError(
-                f"{model.checkpoint.file(key)} holds {key} of an MTP layer, which the engine was "
-                "built without; remove it or build again"
-            )
-        raise ArtifactError(
-            f"{model.checkpoint.file(key)} holds {key}, which vLLM never reads; remove it or build "
-            "again"
-        )
-
-
-def _refuse_silent(model: LoaderModel) -> None:
-    for key, what in sorted(model.silent.items()):
-        raise LoaderRefusal(
-            f"{model.directory}: tensor {key} {what}, and vLLM would say nothing; build again"
-        )
 
 
 def _check_launch(

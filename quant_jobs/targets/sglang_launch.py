@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cluster.hardware import Machines
-from cluster.memory import GPU_MAX_BATCH, GPU_STEP_TOKENS, Footprint, Tally
+from cluster.memory import GPU_STEP_TOKENS, Footprint, Tally
 from deepseek.config import ModelConfig
-from deepseek.errors import DeployError
 from deepseek.recipe import Scheme
 from deepseek.sglang.launch import Launch, keeps_shared_experts_apart, make_launch
 from deepseek.sglang.layout import Dialect
+from quant_jobs.targets.request_limits import request_limits
 from quant_jobs.targets.sglang_plan import SglangOptions
 
 
@@ -26,35 +26,21 @@ def launch_from_plan(
 ) -> Launch:
     """The arguments for one replica on `machines`, whose count is the number of ranks.
 
-    `context` is the longest request in tokens, answer included (the model's limit, or what the KV
-    cache holds, without it), `concurrency` the largest batch (`GPU_MAX_BATCH` without it).
+    `context` and `concurrency` are those of `request_limits`, which says what they default to.
 
     Raises:
         DeployError: the weights leave no room for one such request, or a number is out of range.
     """
     footprint = _footprint(config, stored, options)
-    usable = machines.hardware.usable_bytes
-    room = footprint.kv_tokens(usable)
-    limit = config.max_position_embeddings
-    if context is not None and not 1 <= context <= limit:
-        raise DeployError(f"--context must be 1 to {limit}, the model's limit, not {context}")
-    if concurrency is not None and concurrency < 1:
-        raise DeployError(f"--concurrency must be at least 1, not {concurrency}")
-    if room < (context or footprint.page_tokens):
-        raise DeployError(
-            f"{machines.label} has no room: {footprint.weights_per_gpu / 1e9:.1f} GB of weights "
-            f"and {footprint.workspace_per_gpu / 1e9:.1f} GB of workspace per GPU leave "
-            f"{room:,} tokens of KV cache; name other --hardware, or ask `python -m cluster plan` "
-            "what fits"
-        )
+    limits = request_limits(config, footprint, machines, context=context, concurrency=concurrency)
     # SGLang takes this share for weights and KV cache; its workspace comes from what is left.
-    workspace = footprint.workspace_per_gpu / usable
+    workspace = footprint.workspace_per_gpu / machines.hardware.usable_bytes
     return make_launch(
         options.ranks,
         dialect,
         kv_cache=options.kv_cache,
-        context_length=context or min(limit, room),
-        max_running_requests=concurrency or GPU_MAX_BATCH,
+        context_length=limits.context,
+        max_running_requests=limits.concurrency,
         chunked_prefill_size=GPU_STEP_TOKENS,
         memory_fraction=machines.hardware.usable_fraction * (1 - workspace),
         shared_apart=keeps_shared_experts_apart(stored),

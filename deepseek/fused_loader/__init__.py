@@ -4,6 +4,7 @@ descends from vLLM's.
     modules       a rank's linears, experts and plain tensors, and the parameters that each has
     rank_modules  which of them a rank has, layer by layer
     fill          how one tensor of the checkpoint is copied into a parameter
+    loader        the loader over one directory, rank by rank
     loading       what a loader would take in silence is refused
     decode        the parameters of a rank decoded and compared with the artifact
 

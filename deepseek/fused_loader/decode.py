@@ -11,17 +11,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deepseek.artifact.engine_manifest import RankLayout
-from deepseek.artifact.loader_files import Checkpoint
 from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError
+from deepseek.fused_loader.loader import LoaderModel
 from deepseek.fused_loader.modules import TILE, Experts, Linear, Method, Module, Plain
 
 #: The tensors of one layer by the artifact's names.
@@ -38,22 +36,6 @@ class Piece:
     row: int
     column: int
     values: Tensor
-
-
-class LoaderModel(Protocol):
-    """What `compare` needs of an engine's loader model."""
-
-    directory: Path
-    ranks: RankLayout
-    config: ModelConfig
-    checkpoint: Checkpoint
-
-    @property
-    def layers(self) -> list[LayerKey]: ...
-
-    def load(
-        self, rank: int, layer: LayerKey | None = None
-    ) -> Iterator[tuple[Module, dict[str, Tensor]]]: ...
 
 
 class Decoder(ABC):

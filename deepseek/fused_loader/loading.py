@@ -3,43 +3,23 @@ without a word."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Protocol
-
-from deepseek.artifact.engine_manifest import RankLayout
-from deepseek.artifact.loader_files import Checkpoint, LoaderRefusal
-from deepseek.config import ModelConfig
+from deepseek.artifact.loader_files import LoaderRefusal
 from deepseek.errors import ArtifactError
+from deepseek.fused_loader.loader import LoaderModel
 
 
-class Loader(Protocol):
-    """What is needed of an engine's `LoaderModel`."""
-
-    checkpoint: Checkpoint
-    config: ModelConfig
-    directory: Path
-    mtp: bool
-    ranks: RankLayout
-    silent: dict[str, str]
-
-    def load(self, rank: int) -> Iterator[object]: ...
-
-    def unread(self) -> list[str]: ...
-
-
-def check_loading(model: Loader, name: str) -> None:
-    """Load every rank, and refuse what the engine `name` would take without a word.
+def check_loading(model: LoaderModel) -> None:
+    """Load every rank, and refuse what the engine would take without a word.
 
     Raises:
         LoaderRefusal: its loader would stop, or would take something wrong in silence.
         ArtifactError: a tensor is read by no rank.
     """
-    _refuse_silent(model, name)
+    _refuse_silent(model)
     for rank in range(model.ranks.tp):
         for _ in model.load(rank):
             pass
-    _refuse_silent(model, name)
+    _refuse_silent(model)
     for key in model.unread():
         parts = key.split(".")
         is_layer = parts[:2] == ["model", "layers"] and parts[2].isdigit()
@@ -51,13 +31,14 @@ def check_loading(model: Loader, name: str) -> None:
                 "built without; remove it or build again"
             )
         raise ArtifactError(
-            f"{model.checkpoint.file(key)} holds {key}, which {name} never reads; remove it or "
-            "build again"
+            f"{model.checkpoint.file(key)} holds {key}, which {model.name} never reads; "
+            "remove it or build again"
         )
 
 
-def _refuse_silent(model: Loader, name: str) -> None:
+def _refuse_silent(model: LoaderModel) -> None:
     for key, what in sorted(model.silent.items()):
         raise LoaderRefusal(
-            f"{model.directory}: tensor {key} {what}, and {name} would say nothing; build again"
+            f"{model.directory}: tensor {key} {what}, and {model.name} would say nothing; "
+            "build again"
         )

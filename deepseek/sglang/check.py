@@ -85,7 +85,7 @@ def check_engine(
         )
 
     model = loader(values=False)
-    check_loading(model, LOADER)
+    check_loading(model)
     check_headers(
         model.checkpoint,
         stored_layers(model.config, mtp=mtp),

@@ -72,7 +72,7 @@ def check_engine(
     mtp, released = fields.mtp == "kept", fields.form == "released"
     stored = check_config(directory, built, engine, fields)
     model = LoaderModel(directory, engine.ranks, values=False, mtp=mtp)
-    check_loading(model, LOADER)
+    check_loading(model)
     check_headers(
         model.checkpoint,
         stored_layers(model.config, mtp=mtp),

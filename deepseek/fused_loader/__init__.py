@@ -1,6 +1,7 @@
 """The parts of a loader model that engines which fuse linears share: vLLM, and SGLang, whose loader
 descends from vLLM's.
 
+    groups        which config group a module is in, and what scheme that is
     modules       a rank's linears, experts and plain tensors, and the parameters that each has
     rank_modules  which of them a rank has, layer by layer
     fill          how one tensor of the checkpoint is copied into a parameter

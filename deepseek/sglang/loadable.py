@@ -68,23 +68,6 @@ class Problem:
         return f"sglang cannot load {self.part}: {self.reason}; {self.change}"
 
 
-def require_ranks(tp: int, ep: int) -> RankLayout:
-    """The ranks of `--tp` and `--ep`.
-
-    Raises:
-        DeployError: one is not positive, or ep does not divide tp.
-    """
-    if tp < 1 or ep < 1:
-        raise DeployError(f"--tp {tp} --ep {ep}: both must be at least 1")
-    if tp % ep:
-        below = max(n for n in range(1, min(tp, ep) + 1) if tp % n == 0)
-        raise DeployError(
-            f"--ep {ep} does not divide --tp {tp}: the experts are divided among ep groups of "
-            f"equally many ranks; use --ep {below}"
-        )
-    return RankLayout(tp=tp, ep=ep)
-
-
 def check_loadable(
     config: ModelConfig,
     schemes: Mapping[str, Scheme],

@@ -11,9 +11,8 @@ target that its name matches, then a class that its own contains, and only then,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,15 @@ import torch
 from deepseek import untrusted
 from deepseek.artifact.loader_files import LoaderRefusal
 from deepseek.errors import ArtifactError
+from deepseek.fused_loader.groups import (
+    compiled,
+    first_class,
+    first_target,
+    is_fp8,
+    is_w8a8,
+    is_wna16,
+    packed_method,
+)
 from deepseek.fused_loader.modules import BF16, Method
 
 #: Formats under which a group's activations are quantized (packed ones among them, unlike vLLM).
@@ -115,7 +123,7 @@ class QuantConfig:
         shards = [f"{parent}.{part}" for part in parts]
         is_mapped = role == "fused_qkv_a_proj_with_mqa"
         if is_mapped and name not in self.ignore:
-            ignored = [_first(shard, self.ignore) is not None for shard in shards]
+            ignored = [first_target(shard, self.ignore) is not None for shard in shards]
             if any(ignored) and not all(ignored):
                 raise LoaderRefusal(
                     f"{self.source} ignores a part of {name} only, which SGLang fuses; ignore all "
@@ -123,13 +131,13 @@ class QuantConfig:
                 )
             if all(ignored):
                 return None
-        elif _first(name, self.ignore):
+        elif first_target(name, self.ignore):
             return None
-        target = _first(name, self.groups) or _contained(module_class, self.groups)
+        target = first_target(name, self.groups) or first_class(module_class, self.groups)
         if target is None and module_class == "FusedMoE" and "Linear" in self.groups:
             target = "Linear"
         if target is None and is_mapped:
-            matched = [_first(shard, self.groups) for shard in shards]
+            matched = [first_target(shard, self.groups) for shard in shards]
             target = matched[0] if all(matched) else None
         if target is None:
             raise LoaderRefusal(
@@ -140,23 +148,23 @@ class QuantConfig:
     def _linear_scheme(self, name: str, group: Mapping[str, Any]) -> Method:
         weights, inputs = group["weights"], group["input_activations"]
         form = group.get("format") or self.format
-        if inputs is None and _is_wna16(weights):
-            packed = _packed(weights)
+        if inputs is None and is_wna16(weights):
+            packed = packed_method(weights)
             if packed is None or form != _PACKED:
                 raise self._no_scheme(name, weights, inputs, form)
             return packed
         if form in _ACTIVATION_FORMATS:
-            if _is_fp8(weights, inputs):
+            if is_fp8(weights, inputs):
                 return _FP8
-            if _is_w8a8(weights, inputs):
+            if is_w8a8(weights, inputs):
                 return Method("w8a8", bits=8)
         raise self._no_scheme(name, weights, inputs, form)
 
     def _expert_scheme(self, name: str, group: Mapping[str, Any]) -> Method:
         weights, inputs = group["weights"], group["input_activations"]
         form = group.get("format") or self.format
-        if inputs is None and _is_wna16(weights):
-            packed = _packed(weights)
+        if inputs is None and is_wna16(weights):
+            packed = packed_method(weights)
             # The format at the top is read here, whatever the group says.
             if packed is None or self.format != _PACKED:
                 raise self._no_scheme(name, weights, inputs, self.format)
@@ -166,7 +174,7 @@ class QuantConfig:
                     "turns the weights, so that they do not fit"
                 )
             return packed
-        if _is_fp8(weights, inputs):
+        if is_fp8(weights, inputs):
             return _FP8
         raise self._no_scheme(name, weights, inputs, form)
 
@@ -259,7 +267,7 @@ def _read_groups(path: Path, raw: Mapping[str, Any]) -> QuantConfig:
         raise LoaderRefusal(f"{path} has more or longer targets than IntServe writes")
     for name in names:
         try:
-            _compiled(name)
+            compiled(name)
         except re.error as error:
             raise LoaderRefusal(f"{path} has the target {untrusted.show(name)}: {error}") from error
     return QuantConfig(
@@ -269,72 +277,3 @@ def _read_groups(path: Path, raw: Mapping[str, Any]) -> QuantConfig:
         groups,
         tuple(map(str, ignore)),
     )
-
-
-def _is_wna16(weights: Mapping[str, Any]) -> bool:
-    return weights.get("strategy") in ("channel", "group") and not weights.get("dynamic")
-
-
-def _packed(weights: Mapping[str, Any]) -> Method | None:
-    bits, group = weights.get("num_bits"), weights.get("group_size")
-    if bits not in (4, 8) or weights.get("type") != "int":
-        return None
-    if weights.get("strategy") == "group" and (not isinstance(group, int) or group < 1):
-        return None
-    by_group = weights.get("strategy") == "group"
-    return Method(
-        "wna16",
-        bits=bits,
-        group=group if by_group and isinstance(group, int) else 0,
-        symmetric=bool(weights.get("symmetric", True)),
-    )
-
-
-def _is_fp8(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> bool:
-    return (
-        weights.get("type") == "float"
-        and weights.get("num_bits") == 8
-        and weights.get("strategy") == "block"
-        and weights.get("block_structure") == [_TILE, _TILE]
-        and bool(weights.get("symmetric", True))
-        and inputs is not None
-        and inputs.get("type") == "float"
-        and bool(inputs.get("dynamic"))
-    )
-
-
-def _is_w8a8(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> bool:
-    return (
-        weights.get("num_bits") == 8
-        and weights.get("type") == "int"
-        and weights.get("strategy") == "channel"
-        and bool(weights.get("symmetric", True))
-        and not weights.get("dynamic")
-        and inputs is not None
-        and inputs.get("num_bits") == 8
-        and inputs.get("strategy") == "token"
-        and bool(inputs.get("dynamic"))
-    )
-
-
-@lru_cache(maxsize=1 << 16)
-def _compiled(target: str) -> re.Pattern[str] | None:
-    return re.compile(target[3:]) if target.startswith("re:") else None
-
-
-def _first(name: str, targets: Iterable[str]) -> str | None:
-    """The first target that is the name or, as a pattern, matches from its start."""
-    for target in targets:
-        pattern = _compiled(target)
-        if target == name if pattern is None else pattern.match(name):
-            return target
-    return None
-
-
-def _contained(module_class: str, targets: Iterable[str]) -> str | None:
-    """The first target that is contained in the name of the module's class (`Linear`)."""
-    for target in targets:
-        pattern = _compiled(target)
-        if pattern.match(module_class) if pattern else target.lower() in module_class.lower():
-            return target
-    return None

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.hardware import parse_hardware
+from deepseek.artifact.ranks import require_ranks
 from deepseek.engine.packing import Source
 from deepseek.sglang.check import check_engine
 from deepseek.sglang.layout import require_dialect
-from deepseek.sglang.loadable import require_ranks
 from deepseek.sglang.versions import VERSIONS, require_version
 from quant_jobs.build_options import BuildOptions, BuildResult
 from quant_jobs.targets.command import build_and_check

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.hardware import parse_hardware
+from deepseek.artifact.ranks import require_ranks
 from deepseek.engine.packing import Source
 from deepseek.errors import DeployError
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.trtllm.check import check_engine
 from deepseek.trtllm.layout import require_dialect
-from deepseek.trtllm.loadable import require_ranks
 from deepseek.trtllm.versions import VERSIONS, require_version
 from quant_jobs.build_options import BuildOptions, BuildResult, check_target
 from quant_jobs.targets.command import build_and_check

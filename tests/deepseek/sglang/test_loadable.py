@@ -8,12 +8,13 @@ import pytest
 from support.synthetic import V3_2, config_dict
 
 from deepseek.artifact.engine_manifest import RankLayout
+from deepseek.artifact.ranks import require_ranks
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import Recipe, Scheme, load_recipe, parse_recipe
 from deepseek.sglang.layout import Dialect, fitting_dialect, require_dialect, stored_schemes
-from deepseek.sglang.loadable import check_loadable, require_ranks
+from deepseek.sglang.loadable import check_loadable
 from deepseek.sglang.quant_config import sglang_quantization_config
 
 GATE = {"max_perplexity_ratio": 1.1, "max_mean_kl": 0.1, "min_top1": 0.9}

@@ -10,13 +10,14 @@ import pytest
 from support.plans import recipe_of
 from support.synthetic import V3_2, config_dict
 
+from deepseek.artifact.ranks import require_ranks
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.inventory import linears
 from deepseek.models import MOONLIGHT
 from deepseek.recipe import Recipe, builtin_recipes, load_recipe, source_scheme
 from deepseek.trtllm.layout import Dialect
-from deepseek.trtllm.loadable import NO_INT8_TILES, check_loadable, problems, require_ranks
+from deepseek.trtllm.loadable import NO_INT8_TILES, check_loadable, problems
 from deepseek.trtllm.versions import EngineVersion
 
 EXPERTS = "model.layers.*.mlp.experts.*"

@@ -31,10 +31,11 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from support.configs import make_config
 from support.ports import free_port
 
 from deepseek.cli import make_app, run
-from serve_app.config import EchoOptions, ServeConfig
+from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import Event, GenerateRequest, Tokens
 from serve_app.engines.stall import StallClock
@@ -218,8 +219,8 @@ def hanging_service(max_step_s: float) -> Iterator[str]:
             http_options={"host": "127.0.0.1", "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        config = ServeConfig(echo=EchoOptions(), max_step_s=max_step_s, graceful_shutdown_s=5.0)
-        options = config.echo
+        config = make_config(echo=EchoOptions(), max_step_s=max_step_s, drain_s=5.0)
+        options = config.pool.engine
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
         serve.run(build_with(config, lambda: HangingEngine(options)), name="hangs")
         yield f"http://127.0.0.1:{port}"

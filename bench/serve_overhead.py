@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
+from support.configs import make_config
 
-from serve_app.config import EchoOptions, ReplicaLimits, ServeConfig
+from serve_app.config import EchoOptions, ReplicaLimits
 from serve_app.local import serving
 
 PROMPT = "x" * 64
@@ -116,7 +117,7 @@ def main() -> None:
     rows = []
     for budget in arguments.flushes:
         flushes = budget or None
-        config = ServeConfig(
+        config = make_config(
             echo=echo,
             port=arguments.port,
             replica_limits=ReplicaLimits(max_flushes_per_s=flushes),

@@ -22,14 +22,14 @@ import typer
 
 from deepseek.cli import make_app, run
 from deepseek.text import printable
-from serve_app.config import load_config
+from serve_app.config import POOL, load_config
 
 app = make_app(
     """Serve an engine behind an OpenAI-compatible endpoint.
 
     Starts Ray and Ray Serve (or attaches to RAY_ADDRESS), waits until the engine answers, prints
     one line with the URL, and runs until Ctrl-C or SIGTERM. Requests in flight then finish, for up
-    to graceful_shutdown_s seconds; a second Ctrl-C ends them at once.
+    to shutdown_s seconds; a second Ctrl-C ends them at once.
 
     Examples:
 
@@ -42,6 +42,10 @@ app = make_app(
       python -m serve_app --config serve.yaml
     """
 )
+
+
+#: The pool that the flags speak of.
+_POOL = f"pools.{POOL}"
 
 
 class _Stopped(Exception):
@@ -104,28 +108,31 @@ def main(
     ] = None,
 ) -> None:
     """Serve one engine; flags override the file."""
-    flags: dict[str, Any] = {
-        "engine": engine,
-        "host": host,
-        "port": port,
-        "model_name": model_name,
-        "echo": {} if echo else None,
-        "allow_ungated": allow_ungated or None,
-        "require_signature": require_signature,
-    }
-    settings = load_config(config, {k: v for k, v in flags.items() if v is not None})
+    flags = _nested(
+        {
+            "http.host": host,
+            "http.port": port,
+            "model_name": model_name,
+            f"{_POOL}.engine.kind": "echo" if echo else "embedded" if engine is not None else None,
+            f"{_POOL}.engine.directory": _text(engine),
+            f"{_POOL}.gate.allow_ungated": allow_ungated or None,
+            f"{_POOL}.gate.require_signature": _text(require_signature),
+        }
+    )
+    settings = load_config(config, flags)
+    pool = settings.pool
 
     # Ray is slow to import: a mistake in the settings is reported before.
     from serve_app.gating import admit
     from serve_app.local import check_port, drain, serving
 
-    check_port(settings.host, settings.port)
-    if settings.engine is not None:
+    check_port(settings.http.host, settings.http.port)
+    if pool.directory is not None:
         admit(
-            settings.engine,
-            kv_cache=settings.kv_cache,
-            allow_ungated=settings.allow_ungated,
-            require_signature=settings.require_signature,
+            pool.directory,
+            kv_cache=pool.kv_cache,
+            allow_ungated=pool.gate.allow_ungated,
+            require_signature=pool.gate.require_signature,
             depth="headers",
         )
     signals = _Signals()
@@ -148,6 +155,24 @@ def main(
     _report("stopped")
     if not finished:
         raise typer.Exit(128 + signals.received[-1])
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _nested(flags: dict[str, Any]) -> dict[str, Any]:
+    """Values by dotted name as nested mappings, without those that are None."""
+    nested: dict[str, Any] = {}
+    for name, value in flags.items():
+        if value is None:
+            continue
+        *sections, key = name.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return nested
 
 
 def _report(line: str) -> None:

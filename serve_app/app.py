@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.connect import check_cluster, is_own_ray
-from serve_app.config import ServeConfig
+from serve_app.config import EchoOptions, ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.openai.ingress import Ingress
 from serve_app.replica.replica import INGRESS, EngineFactory, EngineReplica
@@ -30,11 +30,11 @@ _TELL_CLIENTS_S = 5.0
 
 def engine_factory(config: ServeConfig) -> EngineFactory:
     """The function that makes a replica's engine; it is pickled, and called in the replica."""
-    if config.echo is not None:
-        return partial(EchoEngine, config.echo)
+    if isinstance(config.pool.engine, EchoOptions):
+        return partial(EchoEngine, config.pool.engine)
     from serve_app.engines.embedded import EmbeddedEngine  # brings torch
 
-    return partial(EmbeddedEngine, config)
+    return partial(EmbeddedEngine, config.pool.engine)
 
 
 def build(config: ServeConfig) -> Application:
@@ -50,48 +50,50 @@ def build(config: ServeConfig) -> Application:
 def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
     """`build` with engines of the caller's; tests pass one that fails on purpose. An engine
     directory in `config` must be gated, whatever `make_engine` makes."""
+    pool = config.pool
     shared: dict[str, Any] = {
-        "graceful_shutdown_wait_loop_s": min(0.2, config.graceful_shutdown_s),
-        "health_check_period_s": config.health_check_period_s,
-        "health_check_timeout_s": config.health_check_timeout_s,
+        "graceful_shutdown_wait_loop_s": min(0.2, config.drain_s),
+        "health_check_period_s": pool.health_check_period_s,
+        "health_check_timeout_s": pool.health_check_timeout_s,
         # Serve's access log repeats for every request what the metrics count.
         "logging_config": {"enable_access_log": False},
     }
-    variables = traveling_variables(config.otlp_headers_file, inherited=is_own_ray())
+    variables = traveling_variables(config.telemetry.otlp_headers_file, inherited=is_own_ray())
     engine = serve.deployment(
         EngineReplica,
         name="engine",
-        num_replicas=config.engine_replicas,
-        max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
-        ray_actor_options=_actor_options(config.engine_cpus, variables),
-        user_config=config.replica_limits.model_dump(),
-        max_surge_percent=config.engine_surge_percent,
-        graceful_shutdown_timeout_s=config.graceful_shutdown_s,
+        num_replicas=pool.replicas,
+        max_ongoing_requests=pool.max_ongoing_requests,
+        max_queued_requests=config.admission.max_queued_requests,
+        ray_actor_options=_actor_options(pool.cpus, variables),
+        user_config=pool.replica_limits.model_dump(),
+        max_surge_percent=pool.surge_percent,
+        graceful_shutdown_timeout_s=config.drain_s,
         **shared,
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name=INGRESS,
-        num_replicas=config.ingress_replicas,
+        num_replicas=config.ingress.replicas,
+        user_config=config.live.model_dump(mode="json"),
         max_ongoing_requests=_INGRESS_MAX_ONGOING,
-        ray_actor_options=_actor_options(config.ingress_cpus, variables),
+        ray_actor_options=_actor_options(config.ingress.cpus, variables),
         # An update starts the new ingress before the old one drains: there is always one to ask.
         max_surge_percent=100,
         # Where both stop, engines go first: their ingresses then tell the clients that are left.
-        graceful_shutdown_timeout_s=config.graceful_shutdown_s + _TELL_CLIENTS_S,
+        graceful_shutdown_timeout_s=config.drain_s + _TELL_CLIENTS_S,
         **shared,
     )
     replicas = engine.bind(
         make_engine,
-        config.engine,
+        pool.directory,
         served_name=config.served_name,
-        kv_cache=config.kv_cache,
-        allow_ungated=config.allow_ungated,
-        require_signature=config.require_signature,
-        max_step_s=config.max_step_s,
+        kv_cache=pool.kv_cache,
+        allow_ungated=pool.gate.allow_ungated,
+        require_signature=pool.gate.require_signature,
+        max_step_s=pool.max_step_s,
     )
-    app: Application = ingress.bind(config, replicas)
+    app: Application = ingress.bind(config.without_live, replicas)
     return app
 
 

@@ -94,7 +94,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
 def drain(
     config: ServeConfig, *, hurried: Callable[[], bool], report: Callable[[str], None]
 ) -> bool:
-    """Refuse newcomers and let what is in flight finish, for up to `graceful_shutdown_s` or until
+    """Refuse newcomers and let what is in flight finish, for up to `shutdown_s` or until
     `hurried()`. What is left then is told so in-band. Call it inside `serving`. `report` gets one
     line at the start.
 
@@ -102,7 +102,7 @@ def drain(
 
     Returns whether everything finished by itself.
     """
-    limit_s = config.graceful_shutdown_s
+    limit_s = config.shutdown_s
     end = time.monotonic() + limit_s
     try:
         in_flight = _ask_ingresses("drain")
@@ -134,7 +134,7 @@ def _ask_ingresses(method: str) -> int:
 def _start(config: ServeConfig) -> str:
     serve.start(
         proxy_location="HeadOnly",
-        http_options={"host": config.host, "port": config.port},
+        http_options={"host": config.http.host, "port": config.http.port},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     try:
@@ -142,8 +142,9 @@ def _start(config: ServeConfig) -> str:
     except RuntimeError as error:
         reason = _reason(str(error), _deployment_messages())
         raise DeployError(f"the service did not start: {reason}") from error
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http://{host}:{config.port}/v1"
+    http = config.http
+    host = f"[{http.host}]" if ":" in http.host else http.host
+    return f"http://{host}:{http.port}/v1"
 
 
 def _deployment_messages() -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.configs import make_config
 from support.quantizing import NUM_LAYERS, SmallModel, make_small_model, small_recipe
 from support.serving import LocalEngines, client_of
 from support.synthetic import V3_2, write_checkpoint
@@ -39,7 +40,6 @@ from quant_jobs.evaluation.record import Evaluation
 from quant_jobs.gate import run_gate
 from quant_jobs.quantize import run_quantize
 from quant_jobs.reports.findings import rule_rows
-from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import HfTokenizer
@@ -324,8 +324,8 @@ def test_evaluate_refuses_blocks_longer_than_the_dense_context(
 
 @pytest.mark.heavy
 async def test_serve(engine_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = ServeConfig(engine=engine_dir, model_name="v3.2", allow_ungated=True, num_threads=1)
-    engine = EmbeddedEngine(settings)
+    settings = make_config(engine=engine_dir, model_name="v3.2", allow_ungated=True, num_threads=1)
+    engine = EmbeddedEngine(settings.pool.engine)
     logging.getLogger("ray.serve").propagate = True
     with caplog.at_level(logging.WARNING, logger="ray.serve"):
         engines = LocalEngines(engine)

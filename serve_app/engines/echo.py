@@ -34,6 +34,7 @@ class EchoEngine:
 
     def __init__(self, options: EchoOptions) -> None:
         self._options = options
+        self._kv_tokens = options.kv_tokens or options.max_running * options.max_model_len
         self._places = asyncio.Semaphore(options.max_running)
         self._waiting = 0
         self._running: dict[str, int] = {}
@@ -42,10 +43,11 @@ class EchoEngine:
     async def start(self) -> EngineInfo:
         return EngineInfo(
             max_model_len=self._options.max_model_len,
-            kv_tokens_total=self._options.max_running * self._options.max_model_len,
+            kv_tokens_total=self._kv_tokens,
             recipe="none",
             artifact_digest="none",
             engine="echo",
+            max_running=self._options.max_running,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -117,7 +119,7 @@ class EchoEngine:
             running=len(self._running),
             waiting=self._waiting,
             kv_tokens_used=sum(self._running.values()),
-            kv_tokens_total=self._options.max_running * self._options.max_model_len,
+            kv_tokens_total=self._kv_tokens,
         )
 
     async def check(self) -> None:

@@ -22,7 +22,7 @@ from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineLoad, EngineOptions
 from deepseek.engine.request import Request, StepOutput
 from deepseek.errors import RequestError
-from serve_app.config import ServeConfig
+from serve_app.config import EmbeddedOptions
 from serve_app.engines.protocol import (
     Done,
     EngineInfo,
@@ -80,15 +80,14 @@ class EmbeddedEngine:
 
     def __init__(
         self,
-        config: ServeConfig,
+        options: EmbeddedOptions,
         load: Callable[[Path, EngineOptions], LLMEngine] = LLMEngine.load,
         join_s: float = JOIN_S,
     ) -> None:
-        assert config.engine is not None
-        self._config = config
+        self._options = options
         self._open = load
         self._join_s = join_s
-        self._directory = config.engine
+        self._directory = options.directory
         self._mailboxes: dict[str, _Mailbox] = {}
         self._inbox: queue.SimpleQueue[GenerateRequest | _Abort | _Stop] = queue.SimpleQueue()
         self._stall = StallClock()
@@ -97,13 +96,13 @@ class EmbeddedEngine:
 
     async def start(self) -> EngineInfo:
         self._loop = asyncio.get_running_loop()
-        options = _engine_options(self._config)
+        options = _engine_options(self._options)
         self._engine = await asyncio.to_thread(self._open, self._directory, options)
         self._load = self._engine.current_load()
         self._thread = threading.Thread(target=self._run_steps, name="engine-steps", daemon=True)
         self._thread.start()
         identity = self._engine.identity
-        named: dict[str, str] = {}
+        named: dict[str, Any] = {}
         if self._engine.is_cut_to_dense:
             named["context_name"] = DENSE_CONTEXT
             log.warning(
@@ -120,6 +119,8 @@ class EmbeddedEngine:
             **named,
             engine_digest=identity.engine_digest,
             kv_cache=identity.kv_cache,
+            max_running=options.max_batch_size,
+            page_tokens=identity.page_tokens,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -254,7 +255,7 @@ class EmbeddedEngine:
             )
 
 
-def _engine_options(config: ServeConfig) -> EngineOptions:
+def _engine_options(config: EmbeddedOptions) -> EngineOptions:
     """The configured options; a setting that is None keeps the engine's default."""
     given: dict[str, Any] = {
         "kv_cache": config.kv_cache,

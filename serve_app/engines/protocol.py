@@ -26,8 +26,26 @@ class GenerateRequest:
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
+    #: What another replica has generated already, and how many characters of its text were passed
+    #: on: the engine goes on from there as if it had generated them, and counts them in `Done`.
+    output_ids: tuple[int, ...] = ()
+    num_shown: int = 0
+    #: Prefixes are shared only among requests of equal salt: one per API key.
+    cache_salt: str = ""
+    #: The replica that admission chose, and those that must not get it.
+    replica_id: str | None = None
+    avoid: tuple[str, ...] = ()
     #: W3C trace context (`traceparent`, `tracestate`), empty when the request is not traced.
     trace_context: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The request runs on this replica; before its first event from there. `attempt` counts from 1;
+    a later one goes on where the last replica ended."""
+
+    replica_id: str
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +106,8 @@ class Done:
     error: str | None = None
 
 
-Event = PromptLogprobs | Tokens | Done
+#: An engine yields `PromptLogprobs`, `Tokens` and `Done`; its replica puts `Placed` before them.
+Event = Placed | PromptLogprobs | Tokens | Done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +118,9 @@ class EngineInfo:
     KV cache in tokens. `engine` names the adapter: "embedded", "echo". `context_name` is what
     `max_model_len` is the size of, for the sentence that refuses a longer prompt. `engine_digest`
     is that of the engine directory which was loaded, None for an adapter without one; `kv_cache` is
-    the format of the KV pages in use, None for an adapter without any.
+    the format of the KV pages in use, None for an adapter without any. `max_running` is the size of
+    its batch, and `page_tokens` the tokens of a KV page: a sequence holds whole ones. `continues`
+    says that it honors `GenerateRequest.output_ids`.
     """
 
     max_model_len: int
@@ -110,6 +131,9 @@ class EngineInfo:
     context_name: str = "model's context"
     engine_digest: str | None = None
     kv_cache: str | None = None
+    max_running: int | None = None
+    page_tokens: int = 1
+    continues: bool = False
 
 
 class Engine(Protocol):

@@ -22,7 +22,10 @@ from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
+from serve_app.routing.admission_client import Admission, OpenAdmission
+from serve_app.routing.fleet import Fleet
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
+from serve_app.sections import Live
 from serve_app.telemetry.tracing import Telemetry
 
 
@@ -32,15 +35,16 @@ def load_tokenizer(config: ServeConfig) -> Tokenizer:
     Raises:
         ArtifactError: it is not admitted, or has no tokenizer.
     """
-    if config.engine is None:
+    pool = config.pool
+    if pool.directory is None:
         return ByteTokenizer()
     admitted = admit(
-        config.engine,
-        kv_cache=config.kv_cache,
-        allow_ungated=config.allow_ungated,
-        require_signature=config.require_signature,
+        pool.directory,
+        kv_cache=pool.kv_cache,
+        allow_ungated=pool.gate.allow_ungated,
+        require_signature=pool.gate.require_signature,
     )
-    return HfTokenizer(config.engine, admitted.documents)
+    return HfTokenizer(pool.directory, admitted.documents)
 
 
 class Ingress:
@@ -50,17 +54,26 @@ class Ingress:
     async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
+        self._admission: Admission = OpenAdmission()
+        self._fleet = Fleet(client, self._admission, config.resume)
         self._drain = Drain(client.close)
         self._watch = asyncio.create_task(client.watch())
         self._service = Service(
             config,
             load_tokenizer(config),
-            client,
+            self._fleet,
             Telemetry.from_environment(),
+            admission=self._admission,
             # HAProxy passes no client's address on: all requests come from its own.
             addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
         )
         self._context = serve.get_replica_context()
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take in the sections that change while it serves."""
+        live = Live.model_validate(user_config)
+        self._service.reconfigure(live)
+        self._fleet.settings = live.resume
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots, self._drain)
@@ -86,7 +99,7 @@ class Ingress:
         return self._context.replica_id.unique_id, self._service.metrics.snapshot()
 
     async def _all_snapshots(self) -> dict[str, str]:
-        if self._service.config.ingress_replicas == 1:
+        if self._service.config.ingress.replicas == 1:
             return dict([await self.metrics_snapshot()])
         peers = serve.get_deployment_handle(self._context.deployment, self._context.app_name)
         answers = await peers.broadcast("metrics_snapshot").results_async(return_exceptions=True)

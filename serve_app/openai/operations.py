@@ -6,7 +6,7 @@
     GET /metrics         details: Prometheus text
 
 Details are for clients with a key, and by default for clients on this machine
-(`ServeConfig.details_access`). Without any key configured they are for everybody. routes.py adds
+(`http.details_access`). Without any key configured they are for everybody. routes.py adds
 these endpoints to the application.
 """
 
@@ -31,7 +31,7 @@ Snapshots = Callable[[], Awaitable[dict[str, str]]]
 
 def check_details(service: Service, request: Request) -> None:
     """Raises Unauthorized or TooManyFailedKeys unless the client may see details."""
-    access = service.config.details_access
+    access = service.config.http.details_access
     if access == "open" or (access == "loopback" and _is_local(service, request)):
         return
     service.check_key(request)

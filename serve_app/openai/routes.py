@@ -67,7 +67,7 @@ def make_app(
     app.add_exception_handler(ClientDisconnect, _left)
     if drain is not None:
         app.add_middleware(DrainMiddleware, drain=drain)
-    return Origins(app, service.config.allowed_origins)
+    return Origins(app, service.config.http.allowed_origins)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

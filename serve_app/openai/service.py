@@ -2,8 +2,8 @@
 
 `Service.answer` calls, in this order:
 
-    check_key -> BodyReader.read -> parse -> check_model -> check_choices -> encode -> admit
-              -> open_stream -> 200 and Answer.sse, or Answer.collect and 200
+    check_key -> BodyReader.read -> parse -> check_model -> check_choices -> encode -> to_sequences
+              -> enter -> open_stream -> 200 and Answer.sse, or Answer.collect and 200
 
 The deadline runs from the first of them. Until the key is checked a request is nobody's: nothing of
 it is traced, and only the refusal is counted. What can be refused is refused before the 200; a
@@ -40,15 +40,20 @@ from serve_app.openai.prompts import PromptEncoder
 from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.stream import Answer, open_stream
 from serve_app.openai.tokenizer import Tokenizer
+from serve_app.routing.admission_client import Admission, OpenAdmission
 from serve_app.routing.checks import (
     ContextLimit,
-    admit,
     check_choices,
     check_model,
     check_prompt_logprobs,
+    entry,
     most_requests,
+    to_sequences,
 )
 from serve_app.routing.keys import Keys
+from serve_app.routing.tenants import Tenant, read_tenants
+from serve_app.routing.tickets import Leave
+from serve_app.sections import Live
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.request import Observation
 from serve_app.telemetry.tracing import Telemetry
@@ -74,6 +79,7 @@ class Service:
         engines: EngineClient,
         telemetry: Telemetry,
         *,
+        admission: Admission | None = None,
         addresses_known: bool = True,
     ) -> None:
         self.config = config
@@ -81,12 +87,14 @@ class Service:
         self.engines = engines
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
-        self.keys = Keys(config.all_keys())
+        self.admission = admission or OpenAdmission()
+        self.live = config.live
+        self.keys = Keys(read_tenants(config.keys))
         self.bodies = BodyReader(
-            max_body_bytes=config.max_body_bytes,
-            timeout_s=config.body_timeout_s,
-            max_bodies=config.max_open_bodies,
-            max_total_bytes=config.max_open_body_bytes,
+            max_body_bytes=config.http.max_body_bytes,
+            timeout_s=config.http.body_timeout_s,
+            max_bodies=config.http.max_open_bodies,
+            max_total_bytes=config.http.max_open_body_bytes,
         )
         self._addresses_known = addresses_known
         self._info: EngineInfo | None = None
@@ -94,20 +102,25 @@ class Service:
         self._parser = BodyParser(config.served_name)
         self.encoder = PromptEncoder(tokenizer)
 
+    def reconfigure(self, live: Live) -> None:
+        """Take in changed settings; requests under way keep those that they began with."""
+        self.live = live
+
     def client_host(self, request: Request) -> str | None:
         """The client's address, None where it is not known. Never from a header of the client's:
         the server in front believes `X-Forwarded-For` of this machine's own proxies only."""
         known = self._addresses_known and request.client is not None
         return request.client.host if known and request.client is not None else None
 
-    def check_key(self, request: Request) -> None:
-        """Count and refuse a request without a right key, where keys are configured.
+    def check_key(self, request: Request) -> Tenant:
+        """Whose the request is; one without a right key is counted and refused, where keys are
+        configured.
 
         Raises:
             Unauthorized, TooManyFailedKeys: see `Keys.check`.
         """
         try:
-            self.keys.check(request.headers, self.client_host(request))
+            return self.keys.check(request.headers, self.client_host(request))
         except TooManyFailedKeys:
             self.metrics.count("intserve_refused_keys_total", 1, "limited")
             raise
@@ -123,8 +136,8 @@ class Service:
             ApiError: the request is refused; the application's handler makes the response.
         """
         arrived = asyncio.get_running_loop().time()
-        deadline = arrived + self.config.request_timeout_s
-        self.check_key(request)
+        deadline = arrived + self.live.requests.timeout_s
+        tenant = self.check_key(request)
         chat = _BODIES[route] is ChatRequest
         observation = Observation(
             self.telemetry,
@@ -138,7 +151,7 @@ class Service:
             raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
             body = await self._parser.parse(_BODIES[route], raw)
             check_model(body.model, self.config.served_name)
-            return await self._respond(body, observation, deadline)
+            return await self._respond(body, tenant, observation, deadline)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
             raise
@@ -151,22 +164,24 @@ class Service:
             raise
 
     async def _respond(
-        self, body: AnyRequest, observation: Observation, deadline: float
+        self, body: AnyRequest, tenant: Tenant, observation: Observation, deadline: float
     ) -> Response:
         request_id = uuid.uuid4().hex
-        check_choices(body, most_requests(self.config))
+        live = self.live
+        check_choices(body, most_requests(self.config, live.admission))
         info = await self.engines.info()
         prompts = await self._encode(body, ContextLimit.of(info), deadline)
-        requests = admit(
+        requests = to_sequences(
             body,
             prompts,
             request_id=request_id,
             info=info,
             vocab_size=self.tokenizer.vocab_size,
-            default_max_tokens=self.config.default_max_tokens,
+            default_max_tokens=live.requests.default_max_tokens,
             trace_context=observation.trace_context,
+            cache_salt=tenant.cache_salt,
         )
-        check_prompt_logprobs(requests, self.config.max_prompt_logprobs)
+        check_prompt_logprobs(requests, live.requests.max_prompt_logprobs)
         form = await self._format(body, request_id, prompts, deadline)
         num_prompt_tokens = sum(map(len, prompts))
         observation.describe(
@@ -178,7 +193,18 @@ class Service:
             response_id=f"{form.prefix}{request_id}",
         )
 
-        merged = await open_stream(self.engines, requests, deadline)
+        loop = asyncio.get_running_loop()
+        await self.admission.enter(
+            entry(
+                request_id,
+                tenant.terms(live.admission.key_limits),
+                requests,
+                reserved_output=live.admission.reserved_output,
+                page_tokens=info.page_tokens,
+                seconds_left=deadline - loop.time(),
+            )
+        )
+        merged = await open_stream(self.engines, requests, deadline, on_close=self._leave)
         answer = Answer(merged, form, len(requests), observation.event)
         if body.stream:
             chunks = answer.sse(
@@ -195,6 +221,10 @@ class Service:
             merged.close()
         observation.finish(None, status=200)
         return Response(whole, media_type="application/json")
+
+    def _leave(self, sequence_id: str) -> None:
+        """Give back the place of a sequence that may never have run."""
+        self.admission.leave(Leave(sequence_id=sequence_id, used_tokens=0))
 
     async def _encode(
         self, body: AnyRequest, limit: ContextLimit, deadline: float
@@ -239,7 +269,7 @@ class Service:
         """The body of a request that generates nothing, after its key; and the request's deadline,
         on the running loop's clock."""
         arrived = asyncio.get_running_loop().time()
-        deadline = arrived + self.config.request_timeout_s
+        deadline = arrived + self.live.requests.timeout_s
         self.check_key(request)
         raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
         return await self._parser.run(parse, raw), deadline

@@ -22,7 +22,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from serve_app.engines.protocol import Done, Event, GenerateRequest, PromptLogprobs, Tokens
+from serve_app.engines.protocol import Done, Event, GenerateRequest, Placed, PromptLogprobs, Tokens
 from serve_app.errors import ApiError, DeadlineExceeded, to_api_error
 from serve_app.openai.answers import ChoiceState, Format, usage
 from serve_app.openai.json_text import make_text
@@ -46,12 +46,21 @@ class Source(Protocol):
 class MergedStream:
     """The events of several choices in order of arrival. Each choice ends in exactly one `Done`."""
 
-    def __init__(self, source: Source, requests: Sequence[GenerateRequest], deadline: float):
-        """`deadline` is on the running loop's clock."""
+    def __init__(
+        self,
+        source: Source,
+        requests: Sequence[GenerateRequest],
+        deadline: float,
+        on_close: Callable[[str], None] = lambda request_id: None,
+    ):
+        """`deadline` is on the running loop's clock. `on_close` is called once for each request
+        when nothing of it is wanted any more, whether or not it has ended."""
+        self._on_close = on_close
         self._queue: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
         self._requests = requests
         self._deadline = deadline
         self._open = set(range(len(requests)))
+        self._closed = False
         self._produced = [0] * len(requests)
         #: Errors of choices that failed, by index; complete once iteration has ended.
         self.errors: dict[int, ApiError] = {}
@@ -90,18 +99,22 @@ class MergedStream:
         """
         try:
             async with asyncio.timeout_at(self._deadline):
-                self._arrived.append(await self._queue.get())
+                while True:
+                    self._arrived.append(await self._queue.get())
+                    if not isinstance(self._arrived[-1][1], Placed):
+                        break
         except TimeoutError:
             raise DeadlineExceeded("the request's deadline passed before any token") from None
         self._take_arrived()
         started: set[int] = set()
         for index, event in self._arrived:
-            if index not in started:
+            if index not in started and not isinstance(event, Placed):
                 if isinstance(event, BaseException):
                     raise _logged(event)
                 if isinstance(event, Done) and event.reason not in FINISH_REASONS:
                     raise _engine_failed(event)
-            started.add(index)
+            if not isinstance(event, Placed):
+                started.add(index)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._open:
@@ -161,6 +174,9 @@ class MergedStream:
         """Abort the choices that still run. Idempotent; safe after a normal end."""
         for task in self._tasks:
             task.cancel()
+        for request in self._requests if not self._closed else ():
+            self._on_close(request.request_id)
+        self._closed = True
 
 
 def _engine_failed(done: Done) -> ApiError:
@@ -176,10 +192,13 @@ def _logged(error: BaseException) -> ApiError:
 
 
 async def open_stream(
-    source: Source, requests: Sequence[GenerateRequest], deadline: float
+    source: Source,
+    requests: Sequence[GenerateRequest],
+    deadline: float,
+    on_close: Callable[[str], None] = lambda request_id: None,
 ) -> MergedStream:
     """Start every choice and await the first event; see `MergedStream.open` for the errors."""
-    merged = MergedStream(source, requests, deadline)
+    merged = MergedStream(source, requests, deadline, on_close)
     try:
         await merged.open()
     except BaseException:
@@ -252,6 +271,8 @@ class Answer:
             envelope["usage"] = None
         final: dict[str, Any] | None = None
         async for choice, event in self._events():
+            if isinstance(event, Placed):
+                continue
             if continuous_usage:
                 envelope["usage"] = self._usage_so_far(prompt_tokens)
             failed = isinstance(event, Done) and event.reason not in FINISH_REASONS

@@ -24,13 +24,13 @@ from ray.serve.exceptions import RayServeException
 
 from deepseek.errors import ArtifactError
 from deepseek.text import printable
-from serve_app.config import ReplicaLimits
-from serve_app.engines.protocol import Engine, Event, GenerateRequest, ReplicaStatus
+from serve_app.engines.protocol import Engine, Event, GenerateRequest, Placed, ReplicaStatus
 from serve_app.errors import ApiError, EngineUnavailable, Overloaded
 from serve_app.gating import admit
 from serve_app.replica.coalesce import coalesce, flush_interval
 from serve_app.replica.watchdog import Watchdog, guard_event_loop
 from serve_app.routing.replica_client import HEARTBEAT_S
+from serve_app.sections import ReplicaLimits
 from serve_app.telemetry.tracing import Telemetry
 
 log = logging.getLogger("ray.serve")
@@ -137,10 +137,12 @@ class EngineReplica:
                 events = coalesce(
                     self._engine.generate(request), self._flush_interval_s, self._given_up
                 )
+                placed: tuple[Event, ...] = (Placed(self._replica_id),)
                 async with aclosing(events):
                     async for batch in events:
                         span.note(batch)
-                        yield batch
+                        yield placed + batch
+                        placed = ()
         finally:
             self._request_ids.discard(request.request_id)
 

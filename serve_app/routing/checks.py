@@ -3,11 +3,12 @@
 Pure functions, called by openai/service.py: values in, values or errors out. Nothing here waits. It
 checks the model's name, that the service can hold so many choices, that token ids exist,
 and that prompt and completion fit the context and the KV cache at all. Whether there is room *now*
-is decided by the engine and by Serve's queue, and a client sees that as a 429.
+is decided by the owner of admission (admission.py), and a client sees that as a 429.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,8 @@ from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineInfo, GenerateRequest
 from serve_app.errors import InvalidRequest, ModelNotFound
 from serve_app.limits import MAX_CHOICES
+from serve_app.routing.tickets import Ask, Enter, Terms
+from serve_app.sections import AdmissionSection
 
 
 class GenerationBody(Protocol):
@@ -82,10 +85,10 @@ def too_long(limit: ContextLimit, param: str, num_tokens: int | None = None) -> 
     )
 
 
-def most_requests(config: ServeConfig) -> int:
+def most_requests(config: ServeConfig, admission: AdmissionSection) -> int:
     """Sequences that the service can hold at one time, running and waiting."""
-    running = config.engine_replicas * config.max_ongoing_requests
-    return running + config.max_queued_requests
+    pool = config.pool
+    return pool.replicas * pool.max_ongoing_requests + admission.max_queued_requests
 
 
 def check_choices(body: GenerationBody, most: int) -> None:
@@ -132,7 +135,7 @@ def choose_max_tokens(
     return requested
 
 
-def admit(
+def to_sequences(
     body: GenerationBody,
     prompts: Sequence[Sequence[int]],
     *,
@@ -141,6 +144,7 @@ def admit(
     vocab_size: int,
     default_max_tokens: int,
     trace_context: dict[str, str],
+    cache_salt: str = "",
 ) -> list[GenerateRequest]:
     """The engine requests of a body: one per prompt and choice, in the order of the answer's
     indices. `prompts` are token ids. Takes time in proportion to them.
@@ -168,9 +172,43 @@ def admit(
                     prompt_ids=prompt_ids,
                     sampling=sampling,
                     trace_context=trace_context,
+                    cache_salt=cache_salt,
                 )
             )
     return requests
+
+
+def entry(
+    request_id: str,
+    terms: Terms,
+    requests: Sequence[GenerateRequest],
+    *,
+    reserved_output: float,
+    page_tokens: int,
+    seconds_left: float,
+    own_deadline: bool = False,
+) -> Enter:
+    """What the owner of admission is asked for: the KV of each sequence in whole pages, with
+    `reserved_output` of its completion limit set aside."""
+    asks = []
+    for request in requests:
+        prompt, limit = len(request.prompt_ids), request.sampling.max_tokens
+        whole = -(-(prompt + math.ceil(limit * reserved_output)) // page_tokens) * page_tokens
+        asks.append(
+            Ask(
+                sequence_id=request.request_id,
+                prompt_tokens=prompt,
+                output_tokens=whole - prompt,
+                charge=prompt + limit,
+            )
+        )
+    return Enter(
+        request_id=request_id,
+        terms=terms,
+        asks=tuple(asks),
+        seconds_left=seconds_left,
+        own_deadline=own_deadline,
+    )
 
 
 def check_token_ids(ids: Sequence[int], vocab_size: int, field: str) -> None:

@@ -14,18 +14,17 @@ holds.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 
 from serve_app.errors import TooManyFailedKeys, Unauthorized
+from serve_app.routing.tenants import ANYONE, Tenant, key_digest
 
 #: Wrong keys that an address may send at once, and seconds until it may send one more.
 BURST = 10
@@ -106,9 +105,9 @@ class Keys:
     """The configured keys, and the failures of those who tried others. `clock` is in seconds."""
 
     def __init__(
-        self, keys: Sequence[SecretStr], clock: Callable[[], float] = time.monotonic
+        self, tenants: Iterable[Tenant], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._digests = [_digest(key.get_secret_value()) for key in keys]
+        self._tenants = tuple(tenants)
         self._clock = clock
         self._failures: OrderedDict[str, _Bucket] = OrderedDict()
         self._total = _Bucket(TOTAL_BURST, TOTAL_REFILL_S, clock())
@@ -118,11 +117,11 @@ class Keys:
     @property
     def required(self) -> bool:
         """Whether any key is configured."""
-        return bool(self._digests)
+        return bool(self._tenants)
 
-    def check(self, headers: Headers, host: str | None) -> None:
-        """Let the request pass, or refuse it. `host` is the client's address, None where it is not
-        known.
+    def check(self, headers: Headers, host: str | None) -> Tenant:
+        """Whose the request is; `ANYONE`'s without any key configured. `host` is the client's
+        address, None where it is not known.
 
         Raises:
             Unauthorized: the key is missing or wrong.
@@ -130,17 +129,18 @@ class Keys:
                 wrong ones, and never a right one.
         """
         if not self.required:
-            return
+            return ANYONE
         now, address = self._clock(), limited_name(host)
         token = bearer_token(headers)  # no key is no guess: it is not limited
         if address is not None and address not in self._known and self._exhausted(address, now):
             raise TooManyFailedKeys("too many wrong API keys from this address; retry later")
-        given = _digest(token)
+        given = key_digest(token)
         # Every key is compared, in constant time: the time taken tells nothing.
-        if sum(hmac.compare_digest(given, digest) for digest in self._digests):
+        found = [t for t in self._tenants if hmac.compare_digest(given, t.digest)]
+        if found:
             if address is not None:
                 _remember(self._known, address, None)
-            return
+            return found[0]
         limited = self._total.left(now) < 1.0 or (
             address is not None and self._exhausted(address, now)
         )
@@ -159,10 +159,6 @@ class Keys:
             bucket = self._failures.pop(address, None) or _Bucket(BURST, REFILL_S, now)
             bucket.take(now)
             _remember(self._failures, address, bucket)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
 
 
 def _remember(table: OrderedDict[str, _Value], address: str, value: _Value) -> None:

@@ -6,7 +6,7 @@ and gives to whoever may ask: so only settings that hold no secret go there, by 
 
 Headers of the exporter, which authenticate it, lie in a file on each node. Its path goes along:
 
-    ServeConfig.otlp_headers_file, else $INTSERVE_OTLP_HEADERS_FILE
+    telemetry.otlp_headers_file of the configuration, else $INTSERVE_OTLP_HEADERS_FILE
 
 The file has one header per line, `name=value`, the value as it is sent; blank lines and lines that
 begin with `#` are skipped. OTEL_EXPORTER_OTLP_HEADERS works in a process that has it in its own

@@ -36,8 +36,8 @@ def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> Non
     ("text", "message"),
     [
         ("echo: {}\nport: 1\nport: 2\n", r"serve\.yaml gives the key 'port' twice"),
-        ("echo: {}\nrequest_timeout_s: .inf\n", r"serve\.yaml holds \.inf"),
-        ("echo: {}\nrequest_timeout_s: 1e400\n", "request_timeout_s: Input should be a finite"),
+        ("echo: {}\ntimeout_s: .inf\n", r"serve\.yaml holds \.inf"),
+        ("echo: {}\ntimeout_s: 1e400\n", "timeout_s: Input should be a finite"),
         ("echo: {}\nport: true\n", "port: Input should not be true, a boolean"),
         ("echo: {ttft_s: yes}\n", "echo.ttft_s: Input should not be true, a boolean"),
         ("echo: {}\nport: 1:30\n", "holds 1:30, which YAML reads as a number of base 60"),

@@ -12,11 +12,12 @@ import httpx
 import pytest
 import ray
 from ray import serve
+from support.configs import make_config
 from support.serving import metric, wait_for
 from support.sockets import Raw, head
 
 from serve_app.app import build
-from serve_app.config import EchoOptions, ServeConfig
+from serve_app.config import EchoOptions
 from serve_app.proxy_guard import MAX_HEAD_BYTES, MAX_SLOW_BODIES
 
 pytestmark = pytest.mark.ray
@@ -32,13 +33,13 @@ def url(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     path = tmp_path_factory.mktemp("keys") / "keys"
     path.write_text(f"{KEY}-of-file\n")
     path.chmod(0o600)
-    config = ServeConfig(
+    config = make_config(
         echo=EchoOptions(),
         api_keys=(KEY,),
         api_keys_file=path,
         details_access="key",
         body_timeout_s=4.0,
-        graceful_shutdown_s=1.0,
+        drain_s=1.0,
     )
     serve.run(build(config), name="edge", route_prefix="/edge")
     yield f"{serve_url}/edge"

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from ray import cloudpickle, serve
+from support.configs import make_config
 from support.serving import read_sse, wait_for
 
 from serve_app.app import build, build_with
@@ -49,13 +50,13 @@ class StuckEngine(EchoEngine):
 
 @pytest.fixture(scope="module")
 def url(serve_url: str) -> Iterator[str]:
-    config = ServeConfig(
+    config = make_config(
         echo=EchoOptions(),
-        graceful_shutdown_s=2.0,
+        drain_s=2.0,
         max_step_s=MAX_STEP_S,
         health_check_period_s=1.0,
     )
-    options = config.echo
+    options = config.pool.engine
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
         app = build_with(config, lambda: StuckEngine(options))
@@ -109,7 +110,7 @@ def test_clients_of_a_process_that_is_stopped_are_told(url: str) -> None:
 @pytest.mark.timeout(180)
 async def test_streams_survive_an_update_and_newcomers_are_answered(serve_url: str) -> None:
     def configure(**fields: Any) -> ServeConfig:
-        return ServeConfig(echo=EchoOptions(itl_s=0.02), graceful_shutdown_s=60.0, **fields)
+        return make_config(echo=EchoOptions(itl_s=0.02), drain_s=60.0, **fields)
 
     def deploy(config: ServeConfig) -> None:
         serve.run(build(config), name="updated", route_prefix="/updated")

@@ -18,6 +18,7 @@ import httpx
 import pytest
 from ray import cloudpickle, serve
 from ray.serve import Application
+from support.configs import make_config
 from support.engines import make_engine
 from support.hostile import reseal
 from support.keys import make_keys
@@ -123,7 +124,7 @@ def test_only_a_gated_engine_passes_unless_loudly_overridden(
 def test_a_replica_of_an_ungated_directory_refuses_to_start_whichever_engine_it_is(
     serve_url: str, engine_dir: Path, tmp_path: Path
 ) -> None:
-    app = application(ServeConfig(engine=engine_dir), tmp_path)
+    app = application(make_config(engine=engine_dir), tmp_path)
     try:
         with pytest.raises(RuntimeError):
             serve.run(app, name="refused", route_prefix="/refused")
@@ -139,7 +140,7 @@ def test_a_replica_of_an_ungated_directory_refuses_to_start_whichever_engine_it_
 def test_an_override_is_loud_in_health_metrics_and_the_replicas_log(
     serve_url: str, engine_dir: Path, tmp_path: Path
 ) -> None:
-    app = application(ServeConfig(engine=engine_dir, allow_ungated=True), tmp_path)
+    app = application(make_config(engine=engine_dir, allow_ungated=True), tmp_path)
     url = f"{serve_url}/overridden"
     try:
         serve.run(app, name="overridden", route_prefix="/overridden")
@@ -165,7 +166,7 @@ def test_an_ingress_uses_only_files_that_the_verdict_covers(
     engine_dir: Path, tmp_path: Path
 ) -> None:
     write_verdict(engine_dir, verdict(engine_dir))
-    load_tokenizer(ServeConfig(engine=engine_dir))
+    load_tokenizer(make_config(engine=engine_dir))
     for number, (harm, says) in enumerate(
         (
             (lambda d: (d / "chat_template.jinja").write_text("evil"), "is not part of this engi"),
@@ -178,12 +179,12 @@ def test_an_ingress_uses_only_files_that_the_verdict_covers(
         copy = shutil.copytree(engine_dir, tmp_path / str(number))
         harm(copy)
         with pytest.raises(ArtifactError, match=says):
-            load_tokenizer(ServeConfig(engine=copy))
+            load_tokenizer(make_config(engine=copy))
 
 
 def test_a_signature_is_required_of_every_door(engine_dir: Path, tmp_path: Path) -> None:
     keys = make_keys(tmp_path / "keys")
-    config = ServeConfig(engine=engine_dir, require_signature=keys.public)
+    config = make_config(engine=engine_dir, require_signature=keys.public)
     doors = (
         lambda: admit(engine_dir, kv_cache=None, require_signature=keys.public),
         lambda: load_tokenizer(config),
@@ -253,10 +254,10 @@ def test_an_engine_is_served_with_the_kv_format_that_was_judged_and_no_other(
     write_verdict(directory, verdict(directory))
     for kv_cache in (None, "bf16"):
         assert admit(directory, kv_cache=kv_cache).kv_cache == "bf16"
-        load_tokenizer(ServeConfig(engine=directory, kv_cache=kv_cache))
+        load_tokenizer(make_config(engine=directory, kv_cache=kv_cache))
     for door in (
         lambda: admit(directory, kv_cache="int8"),
-        lambda: load_tokenizer(ServeConfig(engine=directory, kv_cache="int8")),
+        lambda: load_tokenizer(make_config(engine=directory, kv_cache="int8")),
     ):
         with pytest.raises(ArtifactError, match="judges bf16 KV pages, but int8 ones would be ser"):
             door()
@@ -307,7 +308,7 @@ def test_an_engine_that_started_otherwise_than_admitted_is_refused(
 
 async def test_a_started_engine_says_which_kv_format_it_uses(engine_dir: Path) -> None:
     for kv_cache in (None, "int8"):
-        engine = EmbeddedEngine(ServeConfig(engine=engine_dir, kv_cache=kv_cache))
+        engine = EmbeddedEngine(make_config(engine=engine_dir, kv_cache=kv_cache).pool.engine)
         info = await engine.start()
         await engine.shutdown()
         assert (info.engine, info.kv_cache) == ("embedded", kv_cache or "bf16")
@@ -318,7 +319,7 @@ def test_a_replica_asks_the_door_about_the_kv_format_that_it_is_to_use(
     serve_url: str, engine_dir: Path, tmp_path: Path
 ) -> None:
     write_verdict(engine_dir, verdict(engine_dir))
-    app = application(ServeConfig(engine=engine_dir, kv_cache="int8"), tmp_path)
+    app = application(make_config(engine=engine_dir, kv_cache="int8"), tmp_path)
     try:
         with pytest.raises(RuntimeError):
             serve.run(app, name="other-kv", route_prefix="/other-kv")

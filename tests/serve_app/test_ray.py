@@ -16,6 +16,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from ray import cloudpickle, serve
+from support.configs import make_config
 from support.otlp import OtlpReceiver, read_attributes
 from support.serving import metric, read_sse, wait_for
 
@@ -52,11 +53,11 @@ def url(serve_url: str, otlp: OtlpReceiver) -> Iterator[str]:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", otlp.endpoint)
         patch.setenv("OTEL_SERVICE_NAME", "intserve-test")
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
-        config = ServeConfig(
+        config = make_config(
             echo=EchoOptions(ttft_s=0.02, itl_s=0.002),
             ingress_replicas=2,
             max_body_bytes=10_000,
-            graceful_shutdown_s=2.0,
+            drain_s=2.0,
         )
         serve.run(build(config), name="echo", route_prefix="/echo")
     yield f"{serve_url}/echo/v1"
@@ -66,16 +67,16 @@ def url(serve_url: str, otlp: OtlpReceiver) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def small_url(serve_url: str) -> Iterator[str]:
     """Two places, one more in the queue, and an engine that can die."""
-    config = ServeConfig(
+    config = make_config(
         echo=EchoOptions(itl_s=0.02),
         max_ongoing_requests=2,
         max_queued_requests=1,
-        graceful_shutdown_s=2.0,
+        drain_s=2.0,
         health_check_period_s=1.0,
-        request_timeout_s=30.0,
+        timeout_s=30.0,
     )
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    options = config.echo
+    options = config.pool.engine
     try:
         app = build_with(config, lambda: MortalEngine(options))
         serve.run(app, name="small", route_prefix="/small")

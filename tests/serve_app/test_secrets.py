@@ -10,12 +10,13 @@ from pathlib import Path
 import httpx
 import pytest
 from ray import serve
+from support.configs import make_config
 from support.otlp import OtlpReceiver
 from support.serving import wait_for
 
 from cluster.access import private_folder
 from serve_app.app import build
-from serve_app.config import EchoOptions, ServeConfig
+from serve_app.config import EchoOptions
 
 pytestmark = pytest.mark.ray
 
@@ -54,11 +55,11 @@ def test_headers_and_keys_reach_replicas_by_file_and_stand_in_none_of_rays_files
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", otlp.endpoint)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         patch.setenv(HEADERS, f"x-key={in_variable}")
-        config = ServeConfig(
+        config = make_config(
             echo=EchoOptions(),
             api_keys_file=keys,
             otlp_headers_file=path,
-            graceful_shutdown_s=2.0,
+            drain_s=2.0,
         )
         serve.run(build(config), name="secret", route_prefix="/secret")
     try:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from support.configs import make_config
 from support.ports import free_port
 from support.serving import LocalEngines, wait_for
 
-from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine
 from serve_app.openai.ingress import load_tokenizer
 from serve_app.openai.routes import make_app
@@ -22,9 +22,9 @@ from serve_app.telemetry.tracing import Telemetry
 
 @contextmanager
 def serving_engine(engine_dir: Path, **settings: Any) -> Iterator[str]:
-    """The address of a service of this engine directory; `settings` are those of ServeConfig."""
-    config = ServeConfig(**{"engine": engine_dir, "allow_ungated": True, **settings})
-    engines = LocalEngines(EmbeddedEngine(config))
+    """The address of a service of this engine directory; `settings` are those of `make_config`."""
+    config = make_config(**{"engine": engine_dir, "allow_ungated": True, **settings})
+    engines = LocalEngines(EmbeddedEngine(config.pool.engine))
     service = Service(config, load_tokenizer(config), engines, Telemetry(None))
     port = free_port()
     server = uvicorn.Server(

@@ -8,9 +8,10 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
+from support.configs import make_config
 
 from deepseek.engine.request import SamplingParams
-from serve_app.config import EchoOptions, ServeConfig
+from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import (
     Done,
@@ -95,9 +96,11 @@ def make_service(
     tokenizer: Tokenizer | None = None,
     **settings: Any,
 ) -> Service:
-    """A service over an engine in this process."""
-    config = ServeConfig(**{"echo": EchoOptions(), **settings})
-    engine = engine or EchoEngine(config.echo or EchoOptions())
+    """A service over an engine in this process; `settings` are those of `make_config`."""
+    config = make_config(**{"echo": EchoOptions(), **settings})
+    if engine is None:
+        assert isinstance(config.pool.engine, EchoOptions)
+        engine = EchoEngine(config.pool.engine)
     tokenizer = tokenizer or ByteTokenizer()
     return Service(config, tokenizer, LocalEngines(engine), telemetry or Telemetry(None))
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from openai import OpenAI
 from ray import serve
+from support.configs import make_config
 from support.family import NAMES, Name, family_model
 from support.serving import LocalEngines, client_of, metric, wait_for
 
@@ -50,13 +51,13 @@ def documents_of(engine_dir: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def settings(engine_dir: Path) -> ServeConfig:
-    return ServeConfig(
+    return make_config(
         engine=engine_dir,
         allow_ungated=True,
         max_model_len=1024,
         kv_tokens=4096,
         num_threads=1,
-        graceful_shutdown_s=2.0,
+        drain_s=2.0,
     )
 
 
@@ -231,7 +232,7 @@ async def consume(engine: EmbeddedEngine, request: GenerateRequest) -> tuple[int
 async def test_a_failing_step_ends_every_request_once_and_fails_the_check(
     settings: ServeConfig,
 ) -> None:
-    engine = EmbeddedEngine(settings, load=FailingSteps.load)
+    engine = EmbeddedEngine(settings.pool.engine, load=FailingSteps.load)
     await engine.start()
     await engine.check()
     ended = await asyncio.gather(*(consume(engine, asked(f"r{i}")) for i in range(3)))
@@ -246,7 +247,7 @@ async def test_a_failing_step_ends_every_request_once_and_fails_the_check(
 
 
 async def test_a_failure_outside_a_step_ends_every_request_once_too(settings: ServeConfig) -> None:
-    engine = EmbeddedEngine(settings, load=FailingCommands.load)
+    engine = EmbeddedEngine(settings.pool.engine, load=FailingCommands.load)
     await engine.start()
     requests = [asked("a", max_tokens=1000), asked("poison"), asked("b")]
     ended = await asyncio.gather(*(consume(engine, request) for request in requests))
@@ -257,7 +258,7 @@ async def test_a_failure_outside_a_step_ends_every_request_once_too(settings: Se
 
 
 async def test_a_step_that_hangs_shows_and_holds_up_no_shutdown(settings: ServeConfig) -> None:
-    engine = EmbeddedEngine(settings, load=HangingSteps.load, join_s=0.1)
+    engine = EmbeddedEngine(settings.pool.engine, load=HangingSteps.load, join_s=0.1)
     await engine.start()
     assert engine.stalled_s() == 0.0
     stream = engine.generate(asked("hung"))
@@ -278,7 +279,7 @@ async def test_a_step_that_hangs_shows_and_holds_up_no_shutdown(settings: ServeC
 async def test_shutting_down_tells_every_request_that_it_may_be_sent_again(
     settings: ServeConfig,
 ) -> None:
-    engine = EmbeddedEngine(settings)
+    engine = EmbeddedEngine(settings.pool.engine)
     await engine.start()
     streams = [engine.generate(asked(name, max_tokens=1000)) for name in ("a", "b")]
     for stream in streams:
@@ -293,7 +294,7 @@ async def test_shutting_down_tells_every_request_that_it_may_be_sent_again(
 
 
 async def test_requests_run_together_and_abort_ends_one_of_them(settings: ServeConfig) -> None:
-    engine = EmbeddedEngine(settings)
+    engine = EmbeddedEngine(settings.pool.engine)
     info = await engine.start()
     assert info.max_model_len == 1024
     endless = engine.generate(asked("endless", max_tokens=1000))
@@ -318,7 +319,7 @@ async def test_requests_run_together_and_abort_ends_one_of_them(settings: ServeC
 
 
 async def test_what_the_engine_refuses_is_the_clients_mistake(settings: ServeConfig) -> None:
-    engine = EmbeddedEngine(settings)
+    engine = EmbeddedEngine(settings.pool.engine)
     await engine.start()
     with pytest.raises(RequestError, match="1500 tokens"):
         await consume(engine, asked("long", length=1500))
@@ -336,7 +337,7 @@ async def test_kimi_and_moonlight_answer_text_and_token_ids_alike(
         CheckpointReader(family_model(name, tmp_path_factory.getbasetemp()).directory),
         tmp_path / "engine",
     )
-    config = ServeConfig(
+    config = make_config(
         engine=tmp_path / "engine",
         allow_ungated=True,
         max_model_len=128,
@@ -344,7 +345,7 @@ async def test_kimi_and_moonlight_answer_text_and_token_ids_alike(
         num_threads=1,
         model_name=name,
     )
-    engine = EmbeddedEngine(config)
+    engine = EmbeddedEngine(config.pool.engine)
     client = LocalEngines(engine)
     tokenizer = HfTokenizer(tmp_path / "engine", documents_of(tmp_path / "engine"))
     service = Service(config, tokenizer, client, Telemetry(None))

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from support.configs import make_config
 from support.serving import LocalEngines, client_of
 
 from deepseek.artifact.engine_manifest import read_documents, read_engine_manifest
@@ -23,7 +24,6 @@ from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineOptions
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.targets.embedded import pack_engine
-from serve_app.config import ServeConfig
 from serve_app.engines.embedded import EmbeddedEngine
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import HfTokenizer, PromptText
@@ -70,7 +70,7 @@ def tokenizer(engine_dir: Path) -> HfTokenizer:
 
 @pytest.fixture
 async def client(engine_dir: Path, tokenizer: HfTokenizer) -> AsyncIterator[httpx.AsyncClient]:
-    config = ServeConfig(
+    config = make_config(
         engine=engine_dir,
         allow_ungated=True,
         model_name="tiny",
@@ -79,7 +79,7 @@ async def client(engine_dir: Path, tokenizer: HfTokenizer) -> AsyncIterator[http
         max_batched_tokens=48,  # prompts are computed in several chunks, beside each other
         num_threads=1,
     )
-    engine = EmbeddedEngine(config)
+    engine = EmbeddedEngine(config.pool.engine)
     try:
         service = Service(config, tokenizer, LocalEngines(engine), Telemetry(None))
         async with client_of(service) as client:

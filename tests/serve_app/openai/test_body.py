@@ -101,7 +101,7 @@ async def test_the_request_deadline_covers_the_body() -> None:
         yield BODY[:1]
         await asyncio.sleep(30)
 
-    async with client_of(make_service(request_timeout_s=0.1)) as client:
+    async with client_of(make_service(timeout_s=0.1)) as client:
         headers = {"content-type": "application/json"}
         answer = await client.post(TEXT, content=slow(), headers=headers)
     assert (answer.status_code, code(answer)) == (408, "body_timeout")

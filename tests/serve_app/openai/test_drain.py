@@ -8,9 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+from support.configs import make_config
 from support.serving import LocalHandle, read_sse
 
-from serve_app.config import EchoOptions, ServeConfig
+from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.openai.drain import Drain
@@ -26,9 +27,9 @@ ENDLESS: dict[str, Any] = BODY | {"max_tokens": 4000, "ignore_eos": True}
 
 async def make(itl_s: float) -> tuple[httpx.AsyncClient, Drain]:
     """A client of the whole HTTP application of one ingress, and the drain of that ingress."""
-    config = ServeConfig(echo=EchoOptions(itl_s=itl_s))
-    assert config.echo is not None
-    engine = EchoEngine(config.echo)
+    config = make_config(echo=EchoOptions(itl_s=itl_s))
+    assert isinstance(config.pool.engine, EchoOptions)
+    engine = EchoEngine(config.pool.engine)
     board = StatusBoard()
     info = await engine.start()
     board.note(ReplicaStatus(replica_id="a", info=info, load=engine.load(), gated=True))

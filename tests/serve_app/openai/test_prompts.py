@@ -214,7 +214,7 @@ async def test_the_deadline_covers_the_arrival_of_the_body() -> None:
         yield b'{"model": '
         await asyncio.sleep(30)
 
-    service = make_service(echo=EchoOptions(), request_timeout_s=0.2)
+    service = make_service(echo=EchoOptions(), timeout_s=0.2)
     async with client_of(service) as client:
         headers = {"content-type": "application/json"}
         answer = await client.post(COMPLETIONS, content=slowly(), headers=headers)

@@ -205,7 +205,7 @@ async def test_a_failure_after_the_first_byte_is_told_in_band_and_ends_the_strea
 @pytest.mark.parametrize("slow", [{"ttft_s": 30.0}, {"itl_s": 30.0}])
 async def test_the_deadline_covers_the_whole_answer(slow: dict[str, float]) -> None:
     engine = EchoEngine(EchoOptions(**slow))
-    service = make_service(engine, request_timeout_s=0.1)
+    service = make_service(engine, timeout_s=0.1)
     async with client_of(service) as client:
         assert_error(await client.post(TEXT, json=text()), 504, "deadline_exceeded")
         streamed = await client.post(TEXT, json=text(stream=True))

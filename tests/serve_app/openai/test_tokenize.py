@@ -124,6 +124,6 @@ async def test_tokenizing_ends_at_the_deadline(tmp_path: Path) -> None:
 
     write_tokenizer(tmp_path, chat_template=TEMPLATE)
     slow = Slow(tmp_path, {p.name: p.read_bytes() for p in tmp_path.iterdir()})
-    service = make_service(tokenizer=slow, request_timeout_s=0.05)
+    service = make_service(tokenizer=slow, timeout_s=0.05)
     error = (await post(service, "/tokenize", {"prompt": "w5"}, 504))["error"]
     assert "deadline" in error["message"]

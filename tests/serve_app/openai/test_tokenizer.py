@@ -91,7 +91,7 @@ async def test_conversations_that_loop_stop_no_other_request(directory: Path) ->
 
 async def test_a_conversation_that_waits_past_the_deadline_is_told_so(directory: Path) -> None:
     tokenizer = make_tokenizer(directory, max_seconds=2)
-    async with client_of(make_service(tokenizer=tokenizer, request_timeout_s=0.2)) as client:
+    async with client_of(make_service(tokenizer=tokenizer, timeout_s=0.2)) as client:
         answer = await client.post(CHAT, json=chat("loops"))
     assert answer.status_code == 504
     assert "waited to be tokenized until its deadline" in answer.json()["error"]["message"]

@@ -19,11 +19,12 @@ import openai
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
+from support.configs import make_config
 from support.engines import make_engine
 from support.serving import FaultyEngine, LocalEngines, client_of, make_service
 
 from deepseek import __version__
-from serve_app.config import ServeConfig
+from serve_app.config import EchoOptions
 from serve_app.engines.embedded import EmbeddedEngine
 from serve_app.errors import EngineUnavailable
 from serve_app.openai.ingress import load_tokenizer
@@ -582,7 +583,7 @@ def _faulty(prompt: str, **fields: Any) -> dict[str, Any]:
 
 @holds(f"{ERROR}test_chat_error_non_stream", "an engine that fails is a 500")
 async def _(served: Served) -> None:
-    async with client_of(make_service(FaultyEngine(make_service().config.echo))) as client:
+    async with client_of(make_service(FaultyEngine(EchoOptions()))) as client:
         answer = await client.post("/v1/completions", json=_faulty("failed"))
     assert answer.status_code == 500
     assert answer.json()["error"]["code"] == "engine_failed"
@@ -590,7 +591,7 @@ async def _(served: Served) -> None:
 
 @holds(f"{ERROR}test_chat_error_stream", "a failure after the first token is told in the stream")
 async def _(served: Served) -> None:
-    async with client_of(make_service(FaultyEngine(make_service().config.echo))) as client:
+    async with client_of(make_service(FaultyEngine(EchoOptions()))) as client:
         answer = await client.post("/v1/completions", json=_faulty("late-failed", stream=True))
     assert answer.status_code == 200
     assert '"code":"engine_failed"' in answer.text
@@ -690,7 +691,7 @@ async def _(served: Served) -> None:
             raise EngineUnavailable("no engine replica is ready; retry later")
 
     service = make_service()
-    service.engines = Dead(FaultyEngine(service.config.echo))
+    service.engines = Dead(FaultyEngine(EchoOptions()))
     async with client_of(service) as client:
         assert (await client.get("/health")).status_code == 503
 
@@ -828,10 +829,10 @@ async def served(
     from transformers import AutoTokenizer
 
     directory = make_engine(tiny_model, "int8", tmp_path_factory.getbasetemp())
-    config = ServeConfig(
+    config = make_config(
         engine=directory, model_name=MODEL, allow_ungated=True, max_model_len=512, kv_tokens=4096
     )
-    engines = LocalEngines(EmbeddedEngine(config))
+    engines = LocalEngines(EmbeddedEngine(config.pool.engine))
     service = Service(config, load_tokenizer(config), engines, Telemetry(None))
     transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
     async with (

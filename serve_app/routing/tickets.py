@@ -1,0 +1,154 @@
+"""What an ingress and the owner of admission say to each other.
+
+One owner decides for all ingress replicas who gets a place in which engine replica (owner.py around
+admission.py); every ingress tells it what arrives and what ends, and which engine replicas it hears
+of (admission_client.py). Everything here crosses an actor call and is a plain dataclass. Times are
+durations, because the clocks of two machines agree on nothing else.
+
+A *sequence* is one prompt with one choice: what an engine works on. The sequences of one request
+arrive together, and are refused together while none of them has a place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serve_app.engines.protocol import ReplicaStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What the owner knows of an API key. `name` is its name in logs, never the key. Bands of lower
+    `priority` go first; within a band keys share tokens by `weight`. A limit of None is none; the
+    rates are per minute."""
+
+    name: str
+    priority: int = 0
+    weight: float = 1.0
+    max_concurrency: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One sequence that wants a place: KV tokens of its prompt, and set aside for its output.
+    `charge` is what its key's token rate is charged: prompt and the whole completion limit."""
+
+    sequence_id: str
+    prompt_tokens: int
+    output_tokens: int
+    charge: int
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.prompt_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enter:
+    """A request wants places for its sequences. `seconds_left` until its deadline; `own_deadline`
+    says that the client set that deadline, and such requests go first within their key. `waited_s`
+    is what it waited before, under an owner that has died."""
+
+    request_id: str
+    terms: Terms
+    asks: tuple[Ask, ...]
+    seconds_left: float
+    own_deadline: bool = False
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A sequence has lost its replica and wants another, before all that wait. `lost` is the one
+    to avoid; `blame` says that it failed, and did not merely stop. `kv_tokens` stay as asked."""
+
+    sequence_id: str
+    lost: str
+    blame: bool
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landed:
+    """A sequence runs on another replica than the one that was granted."""
+
+    sequence_id: str
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """A sequence has ended, or wants no place any more. `used_tokens` are prompt and completion as
+    counted, 0 where it never ran; `failed` blames its replica."""
+
+    sequence_id: str
+    used_tokens: int
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A sequence that has a place, as its ingress tells a new owner."""
+
+    request_id: str
+    terms: Terms
+    ask: Ask
+    replica_id: str
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """What a key has used through one ingress in the last minute, as that tells a new owner."""
+
+    terms: Terms
+    age_s: float
+    requests: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join:
+    """An ingress presents itself to an owner that does not know it: everything that it holds and
+    that waits. The first message to every owner."""
+
+    held: tuple[Held, ...] = ()
+    waiting: tuple[Enter, ...] = ()
+    moving: tuple[tuple[Held, Move], ...] = ()
+    spent: tuple[Spent, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """The engine replicas that an ingress has heard of: status and its age in seconds, and those
+    that said goodbye."""
+
+    statuses: tuple[tuple[ReplicaStatus, float], ...] = ()
+    gone: tuple[str, ...] = ()
+
+
+Message = Join | Enter | Move | Landed | Leave | Seen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """The sequence has a place in this replica."""
+
+    sequence_id: str
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """These sequences get no place. `code` is one of `errors.CODES`; all refusals of admission are
+    a 429 (`Overloaded`) or, past the deadline, a 504 (`DeadlineExceeded`)."""
+
+    sequence_ids: tuple[str, ...]
+    code: str
+    message: str
+    retry_after_s: int = 1
+
+
+Answer = Grant | Refusal

@@ -40,7 +40,7 @@ async def post(service: Service, path: str, body: Any, status: int = 200) -> Any
 
 
 async def test_a_text_becomes_ids_and_back() -> None:
-    service = make_service(max_model_len=None)
+    service = make_service()
     told = await post(service, "/tokenize", {"model": "echo", "prompt": "hé"})
     ids = list("hé".encode())
     assert told == {"count": 3, "max_model_len": 4096, "tokens": ids, "token_strs": None}

@@ -1,4 +1,4 @@
-"""`python -m serve_app` as a benchmark starts it: a file of settings, a process group of its own."""
+"""`python -m serve_app` as a benchmark starts it: its own settings file and process group."""
 
 from __future__ import annotations
 

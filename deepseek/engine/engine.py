@@ -297,7 +297,9 @@ class LLMEngine:
             LOG.exception("a step of %d tokens failed", schedule.num_tokens)
             self.failure = error
             reason = f"the engine failed in this step ({type(error).__name__})"
-            outputs += [self._fail(chunk.sequence, reason) for chunk in schedule.chunks]
+            outputs += [
+                self._fail(chunk.sequence, reason, retryable=True) for chunk in schedule.chunks
+            ]
             self._poison()
             return outputs
         self._scheduler.advance(schedule)
@@ -416,8 +418,10 @@ class LLMEngine:
             return "length"
         return "length" if sequence.num_tokens >= self.max_model_len else None
 
-    def _fail(self, sequence: Sequence, error: str) -> StepOutput:
-        return self._end(self._tracked_of(sequence), "error", error=error)
+    def _fail(self, sequence: Sequence, error: str, *, retryable: bool = False) -> StepOutput:
+        """End a request in an error. Output that is not finite is not retryable: the same weights
+        compute the same elsewhere."""
+        return self._end(self._tracked_of(sequence), "error", error=error, retryable=retryable)
 
     def _tracked_of(self, sequence: Sequence) -> _Tracked:
         return self._tracked[sequence.request.request_id]
@@ -430,6 +434,7 @@ class LLMEngine:
         text: str = "",
         logprobs: tuple[TokenLogprob, ...] = (),
         error: str | None = None,
+        retryable: bool = False,
     ) -> StepOutput:
         """Remove a request, free its pages, and return its final output."""
         sequence = tracked.sequence
@@ -437,7 +442,7 @@ class LLMEngine:
         del self._tracked[sequence.request.request_id]
         if reason == "abort" and tracked.detokenizer is not None:
             text = tracked.detokenizer.flush()
-        return self._output(tracked, reason, token_ids, text, logprobs, error)
+        return self._output(tracked, reason, token_ids, text, logprobs, error, retryable)
 
     def _output(
         self,
@@ -447,6 +452,7 @@ class LLMEngine:
         text: str,
         logprobs: tuple[TokenLogprob, ...],
         error: str | None = None,
+        retryable: bool = False,
     ) -> StepOutput:
         sequence = tracked.sequence
         queue_s, prefill_s, decode_s = sequence.phases(self._clock())
@@ -465,6 +471,7 @@ class LLMEngine:
             prefill_s=prefill_s,
             decode_s=decode_s,
             error=error,
+            retryable=retryable,
             prompt_logprobs=prompt_logprobs,
         )
 

@@ -108,7 +108,8 @@ class StepOutput:
     `text` may lag behind `token_ids`, because the detokenizer holds text back until it is final.
     Counts are totals so far; times are seconds spent in each phase so far. `prompt_logprobs` comes
     once, when the prompt is computed, to a request that asks for it: an entry per prompt token, the
-    first one None, because nothing predicts it.
+    first one None, because nothing predicts it. `retryable` says of an error that another engine
+    may succeed where this one failed: a step failed, and not this request.
     """
 
     request_id: str
@@ -122,6 +123,7 @@ class StepOutput:
     prefill_s: float
     decode_s: float
     error: str | None = None
+    retryable: bool = False
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 

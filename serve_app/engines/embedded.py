@@ -251,6 +251,7 @@ class EmbeddedEngine:
                     mailbox.prompt_tokens,
                     mailbox.produced,
                     error="the engine failed while it worked on this request; retry",
+                    retryable=True,
                 )
             )
 
@@ -289,4 +290,5 @@ def _to_events(output: StepOutput) -> Iterator[Event]:
             prefill_s=output.prefill_s,
             decode_s=output.decode_s,
             error=output.error,
+            retryable=output.retryable,
         )

@@ -23,6 +23,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from support.load import Outcome, complete
 from support.processes import memory_mb, open_files, title, tree
@@ -159,17 +160,20 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw memory and files over time")
     parser.add_argument("--json", type=Path, help="also write the samples here")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        with service(Path(folder), echo=ECHO, replicas=2, max_queued_requests=100) as running:
-            soak = Soak(running.url, given.minutes)
-            asyncio.run(soak.run(running))
+    settings: dict[str, Any] = {"echo": ECHO, "replicas": 2, "max_queued_requests": 100}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        service(Path(folder), **settings) as running,
+    ):
+        soak = Soak(running.url, given.minutes)
+        asyncio.run(soak.run(running))
 
-            def idle() -> bool:
-                text = read_metrics(running.url)
-                names = ("kv_tokens_used", "requests_running", "requests_waiting")
-                return bool(text) and not any(metric(text, f"intserve_engine_{n}") for n in names)
+        def idle() -> bool:
+            text = read_metrics(running.url)
+            names = ("kv_tokens_used", "requests_running", "requests_waiting")
+            return bool(text) and not any(metric(text, f"intserve_engine_{n}") for n in names)
 
-            idle_s = asyncio.run(until(idle, 30.0))
+        idle_s = asyncio.run(until(idle, 30.0))
     by_kind: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for taken in soak.samples:
         for kind, values in taken.items():

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from deepseek.errors import ConfigError
 from deepseek.untrusted import UnusableFileError
 from deepseek.yaml_files import read_yaml_mapping
-from serve_app.routing.tenants import read_tenants
+from serve_app.key_forms import read_keys
 from serve_app.sections import (
     AdmissionSection,
     EchoOptions,
@@ -152,7 +152,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
 
     Raises:
         ConfigError: unreadable, not YAML, or an unknown, missing or contradictory key, named; or
-            the file of API keys cannot be used.
+            the file or the variable of API keys cannot be used.
     """
     raw: dict[str, Any] = {}
     if path is not None:
@@ -172,7 +172,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
         if first["type"] == "missing" and place == "pools":
             message = "name an engine: --engine DIR, --echo, or pools.default.engine in a file"
         raise ConfigError(f"{where}: {place + ': ' if place else ''}{message}") from None
-    read_tenants(config.keys)  # a file that cannot be used is told now, and not by a replica
+    read_keys(config.keys)  # a file that cannot be used is told now, and not by a replica
     return config
 
 

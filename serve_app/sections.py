@@ -28,7 +28,8 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]
 
 
 class _Strict(StrictModel):
-    model_config = ConfigDict(protected_namespaces=())
+    # Serve shows the message of a mistake in the `args` of a deploy file: no input, no key in it.
+    model_config = ConfigDict(protected_namespaces=(), hide_input_in_errors=True)
 
 
 class EchoOptions(_Strict):

@@ -23,9 +23,9 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from deepseek.errors import ConfigError
 from deepseek.untrusted import UnusableFileError
 from deepseek.yaml_files import read_yaml_mapping
+from serve_app.key_forms import read_keys
 from serve_app.live import merged
 from serve_app.mistakes import MOVED, first_mistake
-from serve_app.routing.tenants import read_tenants
 from serve_app.sections import (
     AdmissionSection,
     EchoOptions,
@@ -170,7 +170,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
 
     Raises:
         ConfigError: unreadable, not YAML, or an unknown, missing or contradictory key, named; or
-            the file of API keys cannot be used.
+            the file or the variable of API keys cannot be used.
     """
     raw: dict[str, Any] = {}
     if path is not None:
@@ -185,5 +185,5 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
         config = ServeConfig.model_validate(merged(raw, overrides))
     except ConfigError as error:
         raise ConfigError(f"{path if path is not None else 'settings'}: {error}") from None
-    read_tenants(config.keys)  # a file that cannot be used is told now, and not by a replica
+    read_keys(config.keys)  # a file that cannot be used is told now, and not by a replica
     return config

@@ -67,6 +67,7 @@ class Ingress:
             # HAProxy passes no client's address on: all requests come from its own.
             addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
         )
+        self._key_watch = self._service.watch_keys()
         self._context = serve.get_replica_context()
         self._live = LiveSettings(self._context.deployment, config.live)
 
@@ -110,5 +111,7 @@ class Ingress:
     async def __del__(self) -> None:
         if hasattr(self, "_watch"):
             self._watch.cancel()
+        if (key_watch := getattr(self, "_key_watch", None)) is not None:
+            key_watch.cancel()
         if hasattr(self, "_service"):
             self._service.telemetry.shutdown()

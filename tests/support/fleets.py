@@ -191,13 +191,17 @@ class LocalFleet:
     # Switches.
 
     async def start(self) -> None:
-        """Start the engines and hear of each."""
+        """Start the engines, each once, and hear of every replica."""
         for replica in self.replicas.values():
-            replica.info = replica.info or await replica.engine.start()
+            if replica.info is None:
+                known = [one.info for one in self.replicas.values() if one.engine is replica.engine]
+                infos = [info for info in known if info is not None]
+                replica.info = infos[0] if infos else await replica.engine.start()
         self.beat()
 
     async def add(self, replica_id: str, engine: Engine) -> None:
-        """A replica more, as Serve starts one in place of another."""
+        """A replica more, as Serve starts one in place of another. `engine` may be the one of a
+        replica that is lost: nothing of it is kept but the weights."""
         self.replicas[replica_id] = LocalReplica(replica_id, engine)
         await self.start()
         self._changed.set()
@@ -240,7 +244,8 @@ class LocalFleet:
         and is listed until Serve replaces it."""
         replica = self.replicas[replica_id]
         for stream in list(replica.streams):
-            done = Done("error", len(stream.request.prompt_ids), stream.num_tokens, error=error)
+            prompt_tokens = len(stream.request.prompt_ids)
+            done = Done("error", prompt_tokens, stream.num_tokens, error=error, retryable=True)
             stream._put((done,))
             stream.end(StopAsyncIteration())
 

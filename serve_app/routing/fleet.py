@@ -90,15 +90,15 @@ class Fleet:
                     loss = error  # the place that was granted is not there: ask for another
                 if loss is None:
                     return
-                failed = _blames(loss)
                 outcome, place = await self._move(sequence_id, progress, loss)
                 self._count(outcome)
                 if outcome != "resumed":
+                    # Where a move was asked for, that has blamed the replica.
+                    failed = outcome in ("excluded", "exhausted") and _blames(loss)
                     if isinstance(loss, ApiError):
                         raise loss
                     yield progress.take(loss)
                     return
-                failed = False  # the move has said so
         except (ApiError, RequestError):
             raise
         except Exception:

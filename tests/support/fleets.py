@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import ray.exceptions
+from ray.serve.exceptions import RayServeException
 
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
@@ -30,6 +31,7 @@ from serve_app.errors import EngineUnavailable
 from serve_app.routing.admission_client import Admission, OpenAdmission
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.replica_client import HEARTBEAT_S, ReplicaClient, StatusBoard
+from serve_app.routing.tickets import Leave, Move
 from serve_app.sections import ResumeSection
 
 #: What a stream raises when its replica's process is gone: over Ray's own calls, and over gRPC.
@@ -268,6 +270,33 @@ class LocalFleet:
         await settle()
 
 
+class NotedAdmission(OpenAdmission):
+    """Lets everybody in and notes what it was told. `grants` are the places that it names, in
+    order, then None; one that is an exception is raised."""
+
+    def __init__(self, *grants: str | Exception | None) -> None:
+        self.grants = list(grants)
+        self.moves: list[Move] = []
+        self.landings: list[tuple[str, str]] = []
+        self.leaves: list[Leave] = []
+
+    async def place(self, sequence_id: str) -> str | None:
+        grant = self.grants.pop(0) if self.grants else None
+        if isinstance(grant, Exception):
+            raise grant
+        return grant
+
+    async def move(self, move: Move) -> str | None:
+        self.moves.append(move)
+        return await self.place(move.sequence_id)
+
+    def landed(self, sequence_id: str, replica_id: str) -> None:
+        self.landings.append((sequence_id, replica_id))
+
+    def leave(self, leave: Leave) -> None:
+        self.leaves.append(leave)
+
+
 @asynccontextmanager
 async def echo_fleet(
     num_replicas: int = 2, options: EchoOptions | None = None, **settings: Any
@@ -291,8 +320,9 @@ async def read(fleet: Fleet, request: GenerateRequest) -> list[Event]:
 
 
 def raised_by_replica(error: Exception) -> Exception:
-    """The error as it arrives from a replica that raised it."""
-    if isinstance(error, StopAsyncIteration):
+    """The error as it arrives from a replica that raised it; a refusal of Serve's own is raised on
+    the way there."""
+    if isinstance(error, StopAsyncIteration | RayServeException):
         return error
     wrapped: Exception = ray.exceptions.RayTaskError("generate", "", error).as_instanceof_cause()
     return wrapped

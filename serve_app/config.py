@@ -165,7 +165,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
         config = ServeConfig.model_validate(_merged(raw, overrides))
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in ("embedded", "echo"))
+        place = _place(first["loc"])
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{where}: unknown key {place!r}; remove or correct it") from None
         message = first["msg"].removeprefix("Value error, ")
@@ -174,6 +174,13 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
         raise ConfigError(f"{where}: {place + ': ' if place else ''}{message}") from None
     read_tenants(config.keys)  # a file that cannot be used is told now, and not by a replica
     return config
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """The dotted path in the file; pydantic puts the engine's kind into the one that it gives."""
+    if len(loc) > 3 and (loc[0], loc[2]) == ("pools", "engine"):
+        loc = (*loc[:3], *loc[4:])
+    return ".".join(map(str, loc))
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,9 @@ class HttpSection(_Strict):
     port: int = Field(default=8000, ge=1, le=65535)
     #: What accepts the clients' connections: HAProxy, or Serve's own proxy in Python.
     proxy: Literal["haproxy", "python"] = "haproxy"
+    #: HAProxy's own metrics, for Prometheus on this machine; None: a free port. Not on a cluster,
+    #: whose environment decides.
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
     #: 163,840 token ids are about 1.1 MB of JSON; the rest is room for \\uXXXX escapes.
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)
     body_timeout_s: float = Field(default=30.0, gt=0.0, description="for the body to arrive whole")

@@ -4,6 +4,8 @@ traceback shows a key."""
 from __future__ import annotations
 
 import hashlib
+import re
+import subprocess
 import traceback
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import SecretStr
+from support.parts import require
 
 from deepseek.errors import ConfigError
 from deepseek.untrusted import UnusableFileError
@@ -261,6 +264,37 @@ def test_a_variable_of_any_bytes_is_refused_in_a_sentence(
     monkeypatch.setenv("SOME_KEYS", b"\xff\xfe".decode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match="SOME_KEYS is not UTF-8 text"):
         read_keys(KeysSection(variable="SOME_KEYS"))
+
+
+def test_the_example_has_the_keys_that_it_says(root: Path) -> None:
+    text = (root / "examples" / "serve" / "keys.yaml").read_text(encoding="utf-8")
+    said = re.findall(r"# printf %s (\S+) \| sha256sum", text)
+    keys = parse_keys(text.encode())
+    assert [key.digest for key in keys] == [key_digest(key) for key in said]
+    assert [f"example-key-of-{key.name}" for key in keys] == said
+
+
+def test_the_commands_of_the_page_make_a_key_and_its_file(root: Path, tmp_path: Path) -> None:
+    require("openssl")
+    page = (root / "docs" / "operations.md").read_text(encoding="utf-8")
+    marked = re.search(
+        r"<!-- executed by tests/serve_app/test_key_forms\.py -->\n```sh\n(.*?)```", page, re.S
+    )
+    assert marked
+    subprocess.run(["bash", "-euo", "pipefail", "-c", marked[1]], cwd=tmp_path, check=True)
+    key = (tmp_path / "team-a.key").read_text()
+    assert re.fullmatch(r"[0-9a-f]{64}", key)
+    (made,) = read_keys(KeysSection(file=tmp_path / "keys.yaml"))
+    assert made == NamedKey(name="team-a", digest=key_digest(key))
+
+
+def test_the_page_lists_every_field_of_an_entry(root: Path) -> None:
+    page = (root / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = page.partition("each entry of its list `keys` has:")[2].partition("\n- ")[0]
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    listed = re.findall(r"`(\w+)`", " ".join(cells))
+    message = refusal(f"keys: [{{name: a, key: x, {CANARY}: 1}}]")
+    assert ", ".join(listed) in message
 
 
 def test_a_repr_shows_neither_key_nor_digest() -> None:

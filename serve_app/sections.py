@@ -155,6 +155,8 @@ class HttpSection(_Strict):
     #: Answers that clients have not read yet, in bytes at each ingress. Beyond, the stream with the
     #: most unread bytes is ended.
     max_unread_bytes: int = Field(default=64 * 2**20, ge=1 << 16)
+    #: Seconds after which a client that reads nothing of an answer which waits for it is cut off.
+    client_timeout_s: float = Field(default=60.0, gt=0.0)
     #: Who is told what /health says beyond up or down, /version and /metrics, where there are keys:
     #: "key" who has one, "loopback" also a client on this machine, "open" everybody. Without keys
     #: everybody is.

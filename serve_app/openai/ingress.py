@@ -52,6 +52,7 @@ class Ingress:
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
     async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
+        self._context = serve.get_replica_context()
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
         self._admission: Admission = OpenAdmission()
@@ -66,8 +67,8 @@ class Ingress:
             admission=self._admission,
             # HAProxy passes no client's address on: all requests come from its own.
             addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
+            ingress=self._context.replica_id.unique_id,
         )
-        self._context = serve.get_replica_context()
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take in the sections that change while it serves."""
@@ -109,4 +110,4 @@ class Ingress:
         if hasattr(self, "_watch"):
             self._watch.cancel()
         if hasattr(self, "_service"):
-            self._service.telemetry.shutdown()
+            self._service.close()

@@ -30,17 +30,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-from support.configs import nest
 from support.load import Outcome, complete
 from support.ports import free_port
 from support.processes import cpu_seconds, tree
 
+from bench.stacks.service import KEYS, service
 from serve_app.sections import EchoOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 TTFT_S, ITL_S, TOKENS = 0.02, 0.01, 64
-KEY = "a-key-of-the-benchmark"
 STACKS = ("floor", "baseline", "ours")
 
 
@@ -70,11 +68,8 @@ def _wait_for_port(port: int, process: subprocess.Popen[str]) -> None:
 @contextmanager
 def running(stack: str, folder: Path) -> Iterator[tuple[str, int]]:
     """The URL of a started stack, and the process that all others of it descend from."""
-    port = free_port()
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
-    collector = None
     if stack == "ours":
+        echo = EchoOptions(ttft_s=TTFT_S, itl_s=ITL_S)
         collector = subprocess.Popen(
             [sys.executable, "-m", "bench.stacks.collector"],
             cwd=ROOT,
@@ -82,21 +77,23 @@ def running(stack: str, folder: Path) -> Iterator[tuple[str, int]]:
             text=True,
         )
         assert collector.stdout is not None
-        environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.stdout.readline().strip()
-        echo = EchoOptions(ttft_s=TTFT_S, itl_s=ITL_S)
-        config = folder / "serve.yaml"
-        settings = nest(echo=echo, port=port, api_keys=(KEY, KEY + "-2"), max_ongoing_requests=256)
-        config.write_text(yaml.safe_dump(settings))
-        command = ["-m", "serve_app", "--config", str(config)]
-    else:
-        module = {"floor": "bare", "baseline": "plain"}[stack]
-        times = ["--ttft", str(TTFT_S), "--itl", str(ITL_S)]
-        command = ["-m", f"bench.stacks.{module}", "--port", str(port), *times]
+        traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.stdout.readline().strip()}
+        try:
+            with service(folder, traced, echo=echo, max_ongoing_requests=256) as started:
+                yield started.url, started.pid
+        finally:
+            collector.terminate()
+            collector.wait()
+        return
+    port = free_port()
+    module = {"floor": "bare", "baseline": "plain"}[stack]
+    times = ["--ttft", str(TTFT_S), "--itl", str(ITL_S)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with (folder / f"{stack}.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-m", f"bench.stacks.{module}", "--port", str(port), *times],
             cwd=ROOT,
-            env=environment,
+            env=environment | {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"},
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -114,9 +111,6 @@ def running(stack: str, folder: Path) -> Iterator[tuple[str, int]]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-        if collector is not None:
-            collector.terminate()
-            collector.wait()
 
 
 async def load(url: str, concurrency: int, rounds: int) -> list[Outcome]:
@@ -124,7 +118,7 @@ async def load(url: str, concurrency: int, rounds: int) -> list[Outcome]:
     body = {"model": "echo", "prompt": "x" * 64, "max_tokens": TOKENS, "ignore_eos": True}
 
     async def one_client() -> list[Outcome]:
-        return [await complete(url, body, key=KEY) for _ in range(rounds)]
+        return [await complete(url, body, key=KEYS[0]) for _ in range(rounds)]
 
     runs = await asyncio.gather(*(one_client() for _ in range(concurrency)))
     return [outcome for run in runs for outcome in run]
@@ -168,7 +162,7 @@ def median_of(rows: list[Row]) -> Row:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| clients | stack | TTFT p50 / p99 ms | tokens/s | of the floor | CPU s per 1,000 tokens |",
+        "| clients | stack | TTFT p50 / p99 ms | tokens/s | of floor | CPU s per 1,000 tokens |",
         "|---:|---|---:|---:|---:|---:|",
     ]
     floors = {row.concurrency: row.tokens_per_s for row in rows if row.stack == "floor"}

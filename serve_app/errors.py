@@ -4,16 +4,18 @@
       InvalidRequest        400 invalid_request_error a field, the JSON, or a length is wrong
       Unauthorized          401 authentication_error
       OriginNotAllowed      403 permission_error      a web page of an origin that is not configured
+      ModelNotAllowed       403 permission_error      the key may not use this model
       ModelNotFound         404 not_found_error
       BodyTimeout           408 timeout_error         the body did not arrive in time
       ClientTooSlow         408 timeout_error         the answer was not read; seen only in the log
       BodyTooLarge          413 invalid_request_error
       UnsupportedMediaType  415 invalid_request_error the body is no plain application/json
-      Overloaded            429 rate_limit_error      Retry-After says when to come back, `code` why:
-                                                      queue_full, waited_too_long, rate_limited (per
-                                                      minute), too_many_requests (at a time)
+      Overloaded            429 rate_limit_error      Retry-After says when to come back; the code
+                                                      why: queue_full, waited_too_long, rate_limited
+                                                      (per minute), too_many_requests (at a time)
         TooManyFailedKeys   429 rate_limit_error      too many wrong keys from this address
       EngineUnavailable     503 server_error          no replica can answer now; Retry-After too
+        ReplicaLost         503 server_error          its replica has gone; another may go on
         Draining            503 server_error          the service is stopping; go elsewhere
         TooManyConnections  503 server_error          too many bodies are arriving at once
       DeadlineExceeded      504 timeout_error         the request's own deadline passed
@@ -86,6 +88,10 @@ class OriginNotAllowed(ApiError):
     status, type, code = 403, "permission_error", "origin_not_allowed"
 
 
+class ModelNotAllowed(ApiError):
+    status, type, code, param = 403, "permission_error", "model_not_allowed", "model"
+
+
 class ModelNotFound(ApiError):
     status, type, code, param = 404, "not_found_error", "model_not_found", "model"
 
@@ -123,6 +129,15 @@ class EngineUnavailable(ApiError):
     status, type, code, retry_after_s = 503, "server_error", "engine_unavailable", 5
 
 
+class ReplicaLost(EngineUnavailable):
+    """A request has lost its replica. `blame` says that the replica failed, and did not merely
+    stop."""
+
+    def __init__(self, message: str, *, blame: bool = True, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.blame = blame
+
+
 class Draining(EngineUnavailable):
     code = "draining"
 
@@ -158,7 +173,13 @@ CODES = frozenset(
         *("waited_too_long",),
         *("draining", "engine_failed", "engine_unavailable", "internal_error", "invalid_api_key"),
         *("invalid_json", "invalid_value", "method_not_allowed", "missing_field"),
-        *("model_not_found", "origin_not_allowed", "overloaded", "too_many_connections"),
+        *(
+            "model_not_allowed",
+            "model_not_found",
+            "origin_not_allowed",
+            "overloaded",
+            "too_many_connections",
+        ),
         *("too_many_failed_keys", "too_many_logprobs"),
         *("unknown_field", "unknown_path", "unsupported_field", "unsupported_media_type"),
     }

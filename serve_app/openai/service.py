@@ -263,7 +263,7 @@ class Service:
             seconds_left=deadline - asyncio.get_running_loop().time(),
             own_deadline=own_deadline,
         )
-        unread = Unread(self.unread)
+        unread = self.unread.open_one()
         try:
             merged = await self._open(visit, requests, deadline, observation, unread)
             answer = Answer(merged, form, len(requests), observation.event, unread.add)

@@ -44,7 +44,7 @@ class Unread:
     def add(self, num_bytes: int) -> None:
         """Bytes more, or with a negative number fewer, wait for the client."""
         self.num_bytes += num_bytes
-        self._answers.num_bytes += num_bytes
+        self._answers.count(num_bytes)
 
     async def send(self, send: Send, body: bytes, *, last: bool = False) -> None:
         """Send a part of the body as the client takes it; `last` ends the answer.
@@ -83,7 +83,7 @@ class Unread:
     def end(self) -> None:
         """Nothing more is to be sent. Idempotent."""
         self._answers.open.discard(self)
-        self._answers.num_bytes -= self.num_bytes
+        self._answers.count(-self.num_bytes)
         self.num_bytes = 0
 
     def give_up(self, error: ClientTooSlow) -> None:
@@ -101,6 +101,14 @@ class UnreadAnswers:
         self.num_bytes = 0
         self.open: set[Unread] = set()
         self._timer: asyncio.TimerHandle | None = None
+
+    def open_one(self) -> Unread:
+        """A new answer; it must `end`."""
+        return Unread(self)
+
+    def count(self, num_bytes: int) -> None:
+        """Bytes more, or with a negative number fewer, wait."""
+        self.num_bytes += num_bytes
 
     def watch(self) -> None:
         """Look at the answers now and then, as long as any is being sent."""

@@ -23,6 +23,7 @@ from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
+from serve_app.proxy_environment import addresses_known
 from serve_app.routing.admission_client import Admission, OpenAdmission
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
@@ -56,7 +57,7 @@ class Ingress:
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
         self._admission: Admission = OpenAdmission()
-        self._fleet = Fleet(client, self._admission, config.resume)
+        self._fleet = Fleet(client, self._admission, config.resume, self._count_resume)
         self._drain = Drain(client.close)
         self._watch = asyncio.create_task(client.watch())
         self._service = Service(
@@ -65,8 +66,7 @@ class Ingress:
             self._fleet,
             Telemetry.from_environment(),
             admission=self._admission,
-            # HAProxy passes no client's address on: all requests come from its own.
-            addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
+            addresses_known=addresses_known(os.environ),
             ingress=self._context.replica_id.unique_id,
         )
         self._key_watch = self._service.watch_keys()
@@ -78,6 +78,9 @@ class Ingress:
             live = self._live.current
             self._service.reconfigure(live)
             self._fleet.settings = live.resume
+
+    def _count_resume(self, outcome: str) -> None:
+        self._service.count_resume(outcome)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots, self._drain)

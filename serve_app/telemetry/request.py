@@ -88,6 +88,7 @@ class Observation:
         self._num_streamed = 0
         #: By choice: the tokens that had come when its present replica took it over.
         self._num_before: dict[int, int] = {}
+        self._placed: set[int] = set()
         self._replicas: list[str] = []
         self._resumes = 0
         self._finished = False
@@ -167,7 +168,8 @@ class Observation:
                     "gen_ai.usage.output_tokens": num_tokens,
                 },
             )
-        elif self._times.entered is not None:
+        if index not in self._placed and self._times.entered is not None:
+            self._placed.add(index)
             seconds = time.monotonic() - self._times.entered
             self._times.queue_s = max(seconds, self._times.queue_s or 0.0)
             self._metrics.observe("intserve_admission_queue_seconds", seconds)

@@ -53,10 +53,11 @@ class Ingress:
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
     async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
+        self._context = serve.get_replica_context()
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
         self._admission: Admission = OpenAdmission()
-        self._fleet = Fleet(client, self._admission, config.resume)
+        self._fleet = Fleet(client, self._admission, config.resume, self._count_resume)
         self._drain = Drain(client.close)
         self._watch = asyncio.create_task(client.watch())
         self._service = Service(
@@ -66,9 +67,9 @@ class Ingress:
             Telemetry.from_environment(),
             admission=self._admission,
             addresses_known=addresses_known(os.environ),
+            ingress=self._context.replica_id.unique_id,
         )
         self._key_watch = self._service.watch_keys()
-        self._context = serve.get_replica_context()
         self._live = LiveSettings(self._context.deployment, config.live)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -77,6 +78,9 @@ class Ingress:
             live = self._live.current
             self._service.reconfigure(live)
             self._fleet.settings = live.resume
+
+    def _count_resume(self, outcome: str) -> None:
+        self._service.count_resume(outcome)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots, self._drain)
@@ -114,4 +118,4 @@ class Ingress:
         if (key_watch := getattr(self, "_key_watch", None)) is not None:
             key_watch.cancel()
         if hasattr(self, "_service"):
-            self._service.telemetry.shutdown()
+            self._service.close()

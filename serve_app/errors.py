@@ -4,6 +4,7 @@
       InvalidRequest        400 invalid_request_error a field, the JSON, or a length is wrong
       Unauthorized          401 authentication_error
       OriginNotAllowed      403 permission_error      a web page of an origin that is not configured
+      ModelNotAllowed       403 permission_error      the key may not use this model
       ModelNotFound         404 not_found_error
       BodyTimeout           408 timeout_error         the body did not arrive in time
       BodyTooLarge          413 invalid_request_error
@@ -84,6 +85,10 @@ class OriginNotAllowed(ApiError):
     status, type, code = 403, "permission_error", "origin_not_allowed"
 
 
+class ModelNotAllowed(ApiError):
+    status, type, code, param = 403, "permission_error", "model_not_allowed", "model"
+
+
 class ModelNotFound(ApiError):
     status, type, code, param = 404, "not_found_error", "model_not_found", "model"
 
@@ -157,7 +162,13 @@ CODES = frozenset(
         *("body_timeout", "body_too_large", "context_length_exceeded", "deadline_exceeded"),
         *("draining", "engine_failed", "engine_unavailable", "internal_error", "invalid_api_key"),
         *("invalid_json", "invalid_value", "method_not_allowed", "missing_field"),
-        *("model_not_found", "origin_not_allowed", "overloaded", "too_many_connections"),
+        *(
+            "model_not_allowed",
+            "model_not_found",
+            "origin_not_allowed",
+            "overloaded",
+            "too_many_connections",
+        ),
         *("too_many_failed_keys", "too_many_logprobs"),
         *("unknown_field", "unknown_path", "unsupported_field", "unsupported_media_type"),
     }

@@ -20,15 +20,16 @@ from starlette.types import ASGIApp
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.gating import admit
+from serve_app.live import LiveSettings
 from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
+from serve_app.proxy_environment import addresses_known
 from serve_app.routing.admission_client import Admission, OpenAdmission
 from serve_app.routing.candidates import candidates
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
-from serve_app.sections import Live
 from serve_app.telemetry.tracing import Telemetry
 
 #: Seconds for the ingresses of the application to say who they are.
@@ -73,16 +74,18 @@ class Ingress:
             self._fleet,
             Telemetry.from_environment(),
             admission=self._admission,
-            # HAProxy passes no client's address on: all requests come from its own.
-            addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
+            addresses_known=addresses_known(os.environ),
         )
+        self._key_watch = self._service.watch_keys()
         self._context = serve.get_replica_context()
+        self._live = LiveSettings(self._context.deployment, config.live)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take in the sections that change while it serves."""
-        live = Live.model_validate(user_config)
-        self._service.reconfigure(live)
-        self._fleet.settings = live.resume
+        """Take in what Serve says of the sections that change while it serves (live.py)."""
+        if self._live.reconfigure(user_config):
+            live = self._live.current
+            self._service.reconfigure(live)
+            self._fleet.settings = live.resume
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots, self._drain)
@@ -137,5 +140,7 @@ class Ingress:
     async def __del__(self) -> None:
         if hasattr(self, "_watch"):
             self._watch.cancel()
+        if (key_watch := getattr(self, "_key_watch", None)) is not None:
+            key_watch.cancel()
         if hasattr(self, "_service"):
             self._service.telemetry.shutdown()

@@ -28,6 +28,7 @@ from deepseek.text import printable
 from serve_app.engines.protocol import Engine, Event, GenerateRequest, Placed, ReplicaStatus
 from serve_app.errors import ApiError, EngineUnavailable, Overloaded, ReplicaLost
 from serve_app.gating import admit
+from serve_app.live import LiveSettings
 from serve_app.replica.coalesce import coalesce, flush_interval
 from serve_app.replica.departure import Departure
 from serve_app.replica.watchdog import Watchdog, guard_event_loop
@@ -57,12 +58,16 @@ _NO_INGRESS = (RayServeException, RayError, TimeoutError, ApiError)
 class EngineReplica:
     """Owns one engine. Serve calls `check_health`, `reconfigure` and `__del__`.
 
-    The constructor raises ArtifactError when `engine_dir` has not passed its accuracy gate and
-    `allow_ungated` does not override that, when the gate judged other KV pages than those of the
-    format `kv_cache` (None: as built), or when the verdict is not signed with the key of the file
-    `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
-    `served_name` is the model's name in the API; `max_step_s` the longest that a step may take;
-    `drain_s` what streams have to end when Serve stops the replica, less than Serve gives it.
+        The constructor raises ArtifactError when `engine_dir` has not passed its accuracy gate and
+        `allow_ungated` does not override that, when the gate judged other KV pages than those of the
+        format `kv_cache` (None: as built), or when the verdict is not signed with the key of the file
+        `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
+        `served_name` is the model's name in the API; `max_step_s` the longest that a step may take;
+    <<<<<<< HEAD
+        `drain_s` what streams have to end when Serve stops the replica, less than Serve gives it.
+    =======
+        `limits` are those of the configuration, which Serve may change.
+    >>>>>>> main
     """
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
@@ -77,6 +82,7 @@ class EngineReplica:
         require_signature: Path | None = None,
         max_step_s: float = 60.0,
         drain_s: float = 600.0,
+        limits: ReplicaLimits | None = None,
     ) -> None:
         # Before an engine exists, so that no adapter has to know of gates.
         admitted, self._gated, self._emulated = None, True, False
@@ -91,7 +97,7 @@ class EngineReplica:
             )
             self._gated, self._emulated = admitted.gated, admitted.emulated
         self._telemetry = Telemetry.from_environment()
-        self._limits = ReplicaLimits()
+        self._limits = LiveSettings("engine", limits or ReplicaLimits())
         self._request_ids: set[str] = set()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._engine = make_engine()
@@ -119,8 +125,8 @@ class EngineReplica:
         ]
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Apply limits that may change while serving; other settings need a new deployment."""
-        self._limits = ReplicaLimits.model_validate(user_config)
+        """Take in what Serve says of the limits that change while it serves (live.py)."""
+        self._limits.reconfigure(user_config)
 
     async def check_health(self) -> None:
         await self._watchdog.check()
@@ -136,7 +142,7 @@ class EngineReplica:
             raise self._watchdog.failure
         if self._given_up.done():
             raise self._given_up.result()
-        waiting, limit = self._engine.load().waiting, self._limits.max_waiting_requests
+        waiting, limit = self._engine.load().waiting, self._limits.current.max_waiting_requests
         if limit is not None and waiting > limit:
             raise Overloaded(f"{waiting} requests are waiting for this engine; retry later")
         self._request_ids.add(request.request_id)
@@ -158,7 +164,7 @@ class EngineReplica:
             self._request_ids.discard(request.request_id)
 
     def _flush_interval_s(self) -> float:
-        return flush_interval(len(self._request_ids), self._limits.max_flushes_per_s)
+        return flush_interval(len(self._request_ids), self._limits.current.max_flushes_per_s)
 
     def _status(self) -> ReplicaStatus:
         return ReplicaStatus(

@@ -58,16 +58,13 @@ _NO_INGRESS = (RayServeException, RayError, TimeoutError, ApiError)
 class EngineReplica:
     """Owns one engine. Serve calls `check_health`, `reconfigure` and `__del__`.
 
-        The constructor raises ArtifactError when `engine_dir` has not passed its accuracy gate and
-        `allow_ungated` does not override that, when the gate judged other KV pages than those of the
-        format `kv_cache` (None: as built), or when the verdict is not signed with the key of the file
-        `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
-        `served_name` is the model's name in the API; `max_step_s` the longest that a step may take;
-    <<<<<<< HEAD
-        `drain_s` what streams have to end when Serve stops the replica, less than Serve gives it.
-    =======
-        `limits` are those of the configuration, which Serve may change.
-    >>>>>>> main
+    The constructor raises ArtifactError when `engine_dir` has not passed its accuracy gate and
+    `allow_ungated` does not override that, when the gate judged other KV pages than those of the
+    format `kv_cache` (None: as built), or when the verdict is not signed with the key of the file
+    `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
+    `served_name` is the model's name in the API; `max_step_s` the longest that a step may take;
+    `drain_s` what streams have to end when Serve stops the replica, less than Serve gives it;
+    `limits` are those of the configuration, which Serve may change.
     """
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.

@@ -54,7 +54,7 @@ class SignedEcho(EchoEngine):
 
 def deploy(**settings: Any) -> None:
     config = make_config(
-        echo=EchoOptions(itl_s=ITL_S), health_check_period_s=1.0, served_model_name="echo",
+        echo=EchoOptions(itl_s=ITL_S), health_check_period_s=1.0,
         **settings,
     )  # fmt: skip
     options = config.pool.engine

@@ -13,6 +13,8 @@ import os
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from starlette.types import ASGIApp
 
 from serve_app.config import ServeConfig
@@ -25,9 +27,16 @@ from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 from serve_app.proxy_environment import addresses_known
 from serve_app.routing.admission_client import Admission, OpenAdmission
+from serve_app.routing.candidates import candidates
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
 from serve_app.telemetry.tracing import Telemetry
+
+#: Seconds for the ingresses of the application to say who they are.
+_LISTED_S = 2.0
+
+#: The name of the deployment of the engines.
+ENGINE = "engine"
 
 
 def load_tokenizer(config: ServeConfig) -> Tokenizer:
@@ -57,7 +66,9 @@ class Ingress:
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
         self._admission: Admission = OpenAdmission()
-        self._fleet = Fleet(client, self._admission, config.resume, self._count_resume)
+        self._fleet = Fleet(
+            client, self._admission, config.resume, self._count_resume, stopping=self._is_stopping
+        )
         self._drain = Drain(client.close)
         self._watch = asyncio.create_task(client.watch())
         self._service = Service(
@@ -85,9 +96,12 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots, self._drain)
 
-    async def note_status(self, status: ReplicaStatus) -> None:
-        """Take in an engine replica's heartbeat."""
+    async def note_status(self, status: ReplicaStatus) -> bool | None:
+        """Take in an engine replica's heartbeat. Says whether Serve routes to it, None where that
+        is not known here."""
         self._board.note(status)
+        routed = candidates(ENGINE)
+        return None if routed is None else status.replica_id in routed
 
     async def note_goodbye(self, replica_id: str) -> None:
         """An engine replica ends, or gives up its engine: it answers nothing more."""
@@ -104,6 +118,23 @@ class Ingress:
     async def metrics_snapshot(self) -> tuple[str, str]:
         """This replica's id and metrics text."""
         return self._context.replica_id.unique_id, self._service.metrics.snapshot()
+
+    async def identify(self) -> str:
+        """This replica's id."""
+        return self._context.replica_id.unique_id
+
+    async def _is_stopping(self) -> bool:
+        """Whether Serve has taken this ingress off its list: it says so in no other way."""
+        peers = serve.get_deployment_handle(self._context.deployment, self._context.app_name)
+        try:
+            async with asyncio.timeout(_LISTED_S):
+                call = peers.broadcast("identify")
+                listed = await call.results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            return True
+        except (RayServeException, RayError, TimeoutError):
+            return False  # nothing was learned
+        return self._context.replica_id.unique_id not in listed
 
     async def _all_snapshots(self) -> dict[str, str]:
         if self._service.config.ingress.replicas == 1:

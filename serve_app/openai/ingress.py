@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.gating import admit
+from serve_app.live import LiveSettings
 from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
@@ -26,7 +27,6 @@ from serve_app.proxy_environment import addresses_known
 from serve_app.routing.admission_client import Admission, OpenAdmission
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
-from serve_app.sections import Live
 from serve_app.telemetry.tracing import Telemetry
 
 
@@ -67,13 +67,16 @@ class Ingress:
             admission=self._admission,
             addresses_known=addresses_known(os.environ),
         )
+        self._key_watch = self._service.watch_keys()
         self._context = serve.get_replica_context()
+        self._live = LiveSettings(self._context.deployment, config.live)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take in the sections that change while it serves."""
-        live = Live.model_validate(user_config)
-        self._service.reconfigure(live)
-        self._fleet.settings = live.resume
+        """Take in what Serve says of the sections that change while it serves (live.py)."""
+        if self._live.reconfigure(user_config):
+            live = self._live.current
+            self._service.reconfigure(live)
+            self._fleet.settings = live.resume
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots, self._drain)
@@ -108,5 +111,7 @@ class Ingress:
     async def __del__(self) -> None:
         if hasattr(self, "_watch"):
             self._watch.cancel()
+        if (key_watch := getattr(self, "_key_watch", None)) is not None:
+            key_watch.cancel()
         if hasattr(self, "_service"):
             self._service.telemetry.shutdown()

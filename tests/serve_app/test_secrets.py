@@ -17,6 +17,7 @@ from support.serving import wait_for
 from cluster.access import private_folder
 from serve_app.app import build
 from serve_app.config import EchoOptions
+from serve_app.sections import KeysSection
 
 pytestmark = pytest.mark.ray
 
@@ -57,7 +58,7 @@ def test_headers_and_keys_reach_replicas_by_file_and_stand_in_none_of_rays_files
         patch.setenv(HEADERS, f"x-key={in_variable}")
         config = make_config(
             echo=EchoOptions(),
-            api_keys_file=keys,
+            keys=KeysSection(file=keys),
             otlp_headers_file=path,
             drain_s=2.0,
         )

@@ -67,7 +67,11 @@ def test_the_metrics_leave_the_machine_when_a_variable_says_so(written: str) -> 
         ("listen stats\n", "listen other\n", "'bind *:8404' in 'listen other'"),
         ("mode 666 level admin", "mode 777 level admin", "does not expect the line 'stats socket"),
         ("    stats socket", "    # stats socket", "misses the line 'stats socket'"),
-        ("listen stats\n", "frontend more\n    bind :1\nlisten stats\n", "'bind :1' in 'frontend m"),
+        (
+            "listen stats\n",
+            "frontend more\n    bind :1\nlisten stats\n",
+            "'bind :1' in 'frontend m",
+        ),
     ],
 )
 def test_another_template_is_refused_with_the_line(

@@ -22,7 +22,12 @@ WRAPPER = Path(haproxy_wrapper.__file__)
 
 
 def write_configuration(
-    folder: Path, *, ports: tuple[int, int, int], server: int = 1, host: str = "127.0.0.1", **more: Any
+    folder: Path,
+    *,
+    ports: tuple[int, int, int],
+    server: int = 1,
+    host: str = "127.0.0.1",
+    **more: Any,
 ) -> Path:
     """The file that Ray writes for one application whose ingress listens on port `server`. `ports`
     are those of clients, metrics and statistics; `more` are settings of HAProxyConfig."""
@@ -31,7 +36,7 @@ def write_configuration(
 
     clients, metrics, stats = ports
     config = HAProxyConfig(
-        http_options=HTTPOptions(host=host, port=clients),
+        http_options=HTTPOptions(host="127.0.0.1", port=clients),
         metrics_port=metrics,
         stats_port=stats,
         socket_path=str(folder / "a"),
@@ -50,11 +55,13 @@ def write_configuration(
     return path
 
 
-def start_wrapped(path: Path, *flags: str, **variables: str) -> subprocess.Popen[str]:
-    """The wrapper, called as Ray calls HAProxy."""
+def start_wrapped(
+    path: Path, *flags: str, before: tuple[str, ...] = (), **variables: str
+) -> subprocess.Popen[str]:
+    """The wrapper, called as Ray calls HAProxy, by the command `before` if there is one."""
     environment = os.environ | {haproxy_wrapper.PYTHON: sys.executable} | variables
     return subprocess.Popen(
-        [WRAPPER, "-db", "-f", path, *flags],
+        [*before, str(WRAPPER), "-db", "-f", str(path), *flags],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -201,7 +201,7 @@ class HttpSection(Section):
     """The endpoint: where it listens, who accepts connections, and what is refused at the door.
 
     Under `serve deploy`, Serve's own `http_options` say host and port, and Ray's environment the
-    proxy and the port of its metrics: there these four keys have no effect.
+    proxy: there these keys have no effect.
     """
 
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
@@ -214,7 +214,7 @@ class HttpSection(Section):
         default=None,
         ge=1,
         le=65535,
-        description="HAProxy's own metrics, on the loopback address; null: a free port",
+        description="HAProxy's own metrics, for Prometheus on this machine; null: a free port",
     )
     max_body_bytes: int = Field(
         default=4 * 2**20,

@@ -22,9 +22,12 @@ from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
-from serve_app.routing.admission_client import Admission, OpenAdmission
+from serve_app.routing.admission_client import AdmissionClient
+from serve_app.routing.candidates import ENGINE, candidates
 from serve_app.routing.fleet import Fleet
+from serve_app.routing.owner import OwnerChannel
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
+from serve_app.routing.sightings import Sightings
 from serve_app.sections import Live
 from serve_app.telemetry.tracing import Telemetry
 
@@ -54,10 +57,22 @@ class Ingress:
     async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
-        self._admission: Admission = OpenAdmission()
+        self._context = serve.get_replica_context()
+        self._sightings = Sightings(lambda: candidates(ENGINE))
+        self._channel = OwnerChannel(
+            self._context.app_name, config.admission, config.pool.max_ongoing_requests
+        )
+        self._admission = AdmissionClient(
+            self._channel,
+            self._context.replica_id.unique_id,
+            self._sightings.seen,
+            count=lambda name, amount: self._service.metrics.count(name, amount),
+        )
+        self._sightings.changed = self._admission.replicas_changed
         self._fleet = Fleet(client, self._admission, config.resume)
         self._drain = Drain(client.close)
-        self._watch = asyncio.create_task(client.watch())
+        self._tasks = [asyncio.create_task(client.watch())]
+        self._configured = False
         self._service = Service(
             config,
             load_tokenizer(config),
@@ -67,13 +82,17 @@ class Ingress:
             # HAProxy passes no client's address on: all requests come from its own.
             addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
         )
-        self._context = serve.get_replica_context()
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take in the sections that change while it serves."""
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take in the sections that change while it serves. Serve calls it before the first
+        request, too."""
         live = Live.model_validate(user_config)
         self._service.reconfigure(live)
         self._fleet.settings = live.resume
+        self._channel.configure(live.admission)
+        if not self._configured:  # not before: the owner would hear defaults
+            self._configured = True
+            self._tasks.append(asyncio.create_task(self._admission.run()))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots, self._drain)
@@ -81,10 +100,12 @@ class Ingress:
     async def note_status(self, status: ReplicaStatus) -> None:
         """Take in an engine replica's heartbeat."""
         self._board.note(status)
+        self._sightings.note(status)
 
     async def note_goodbye(self, replica_id: str) -> None:
         """An engine replica ends, or gives up its engine: it answers nothing more."""
         self._board.remove(replica_id)
+        self._sightings.goodbye(replica_id)
 
     async def drain(self) -> int:
         """Refuse newcomers from now on; says how many requests are in flight. Idempotent."""
@@ -106,7 +127,7 @@ class Ingress:
         return dict([a for a in answers if isinstance(a, tuple)])
 
     async def __del__(self) -> None:
-        if hasattr(self, "_watch"):
-            self._watch.cancel()
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
         if hasattr(self, "_service"):
             self._service.telemetry.shutdown()

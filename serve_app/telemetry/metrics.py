@@ -66,6 +66,25 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
     ),
     "intserve_tokens_total": ("counter", ("kind",), None, "Tokens: input, cached_input, output."),
     "intserve_requests_in_flight": ("gauge", (), None, "Requests between arrival and last byte."),
+    "intserve_admission_exchanges_total": (
+        "counter",
+        (),
+        None,
+        "Exchanges with the owner of admission.",
+    ),
+    "intserve_admission_messages_total": (
+        "counter",
+        (),
+        None,
+        "Messages to the owner of admission; several go in one exchange.",
+    ),
+    "intserve_admission_joins_total": (
+        "counter",
+        (),
+        None,
+        "Times that the ingress told an owner all that it holds: once at its start, and whenever "
+        "the owner had died or an answer was lost.",
+    ),
 }
 
 #: name -> (labels, help); one value per engine replica, read when a scrape asks.
@@ -107,7 +126,7 @@ class RequestMetrics:
     def count(self, name: str, amount: float, *labels: str) -> None:
         metric = self._metrics[name]
         assert isinstance(metric, Counter)
-        metric.labels(*labels).inc(amount)
+        (metric.labels(*labels) if labels else metric).inc(amount)
 
     def in_flight(self, change: int) -> None:
         metric = self._metrics["intserve_requests_in_flight"]

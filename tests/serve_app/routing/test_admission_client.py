@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from support.admissions import Clock, LocalOwner, ingress, visit
+from support.local_owner import Clock, LocalOwner, ingress, visit
 
 from serve_app.errors import DeadlineExceeded, EngineUnavailable, Overloaded
 from serve_app.routing import admission_client

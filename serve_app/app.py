@@ -1,8 +1,8 @@
 """Builds the Serve application from a ServeConfig: two deployments, the ingress and the engine.
 
-Serve calls `build`: `serve run serve_app.app:build engine=DIR`, or a `serve deploy` file with
-`import_path: serve_app.app:build`. `python -m serve_app` calls it through local.py. It only
-describes the deployments; engines are made, and gates checked, inside the replicas.
+Serve calls `build` for a `serve deploy` file with `import_path: serve_app.app:build`
+(examples/serve/fleet.yaml). `python -m serve_app` calls it through local.py. It only describes the
+deployments; engines are made, and gates checked, inside the replicas.
 """
 
 # No `from __future__ import annotations` here: Serve reads the class in `build`'s annotation to
@@ -74,6 +74,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
             request_router_class=ByTicket, request_router_kwargs={"deployment": ENGINE}
         ),
         ray_actor_options=_actor_options(pool.cpus, variables),
+        # A deploy file may say more or less here, over what the replica gets below (live.py).
         user_config=pool.replica_limits.model_dump(),
         max_surge_percent=pool.surge_percent,
         graceful_shutdown_timeout_s=config.drain_s,
@@ -100,8 +101,9 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         allow_ungated=pool.gate.allow_ungated,
         require_signature=pool.gate.require_signature,
         max_step_s=pool.max_step_s,
+        limits=pool.replica_limits,
     )
-    app: Application = ingress.bind(config.without_live, replicas)
+    app: Application = ingress.bind(config, replicas)
     return app
 
 

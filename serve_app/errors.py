@@ -4,6 +4,7 @@
       InvalidRequest        400 invalid_request_error a field, the JSON, or a length is wrong
       Unauthorized          401 authentication_error
       OriginNotAllowed      403 permission_error      a web page of an origin that is not configured
+      ModelNotAllowed       403 permission_error      the key may not use this model
       ModelNotFound         404 not_found_error
       BodyTimeout           408 timeout_error         the body did not arrive in time
       BodyTooLarge          413 invalid_request_error
@@ -11,6 +12,7 @@
       Overloaded            429 rate_limit_error      Retry-After says when to come back
         TooManyFailedKeys   429 rate_limit_error      too many wrong keys from this address
       EngineUnavailable     503 server_error          no replica can answer now; Retry-After too
+        ReplicaLost         503 server_error          its replica has gone; another may go on
         Draining            503 server_error          the service is stopping; go elsewhere
         TooManyConnections  503 server_error          too many bodies are arriving at once
       DeadlineExceeded      504 timeout_error         the request's own deadline passed
@@ -83,6 +85,10 @@ class OriginNotAllowed(ApiError):
     status, type, code = 403, "permission_error", "origin_not_allowed"
 
 
+class ModelNotAllowed(ApiError):
+    status, type, code, param = 403, "permission_error", "model_not_allowed", "model"
+
+
 class ModelNotFound(ApiError):
     status, type, code, param = 404, "not_found_error", "model_not_found", "model"
 
@@ -112,6 +118,15 @@ class TooManyFailedKeys(Overloaded):
 
 class EngineUnavailable(ApiError):
     status, type, code, retry_after_s = 503, "server_error", "engine_unavailable", 5
+
+
+class ReplicaLost(EngineUnavailable):
+    """A request has lost its replica. `blame` says that the replica failed, and did not merely
+    stop."""
+
+    def __init__(self, message: str, *, blame: bool = True, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.blame = blame
 
 
 class Draining(EngineUnavailable):
@@ -147,7 +162,13 @@ CODES = frozenset(
         *("body_timeout", "body_too_large", "context_length_exceeded", "deadline_exceeded"),
         *("draining", "engine_failed", "engine_unavailable", "internal_error", "invalid_api_key"),
         *("invalid_json", "invalid_value", "method_not_allowed", "missing_field"),
-        *("model_not_found", "origin_not_allowed", "overloaded", "too_many_connections"),
+        *(
+            "model_not_allowed",
+            "model_not_found",
+            "origin_not_allowed",
+            "overloaded",
+            "too_many_connections",
+        ),
         *("too_many_failed_keys", "too_many_logprobs"),
         *("unknown_field", "unknown_path", "unsupported_field", "unsupported_media_type"),
     }

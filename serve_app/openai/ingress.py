@@ -18,17 +18,18 @@ from starlette.types import ASGIApp
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.gating import admit
+from serve_app.live import LiveSettings
 from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
+from serve_app.proxy_environment import addresses_known
 from serve_app.routing.admission_client import AdmissionClient
 from serve_app.routing.candidates import ENGINE, candidates
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.owner import OwnerChannel
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
 from serve_app.routing.sightings import Sightings
-from serve_app.sections import Live
 from serve_app.telemetry.tracing import Telemetry
 
 
@@ -71,28 +72,28 @@ class Ingress:
         self._sightings.changed = self._admission.replicas_changed
         self._fleet = Fleet(client, self._admission, config.resume)
         self._drain = Drain(client.close)
-        self._tasks = [asyncio.create_task(client.watch())]
-        self._configured = False
+        self._tasks = [
+            asyncio.create_task(client.watch()),
+            asyncio.create_task(self._admission.run()),
+        ]
         self._service = Service(
             config,
             load_tokenizer(config),
             self._fleet,
             Telemetry.from_environment(),
             admission=self._admission,
-            # HAProxy passes no client's address on: all requests come from its own.
-            addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
+            addresses_known=addresses_known(os.environ),
         )
+        self._key_watch = self._service.watch_keys()
+        self._live = LiveSettings(self._context.deployment, config.live)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take in the sections that change while it serves. Serve calls it before the first
-        request, too."""
-        live = Live.model_validate(user_config)
-        self._service.reconfigure(live)
-        self._fleet.settings = live.resume
-        self._channel.configure(live.admission)
-        if not self._configured:  # not before: the owner would hear defaults
-            self._configured = True
-            self._tasks.append(asyncio.create_task(self._admission.run()))
+        """Take in what Serve says of the sections that change while it serves (live.py)."""
+        if self._live.reconfigure(user_config):
+            live = self._live.current
+            self._service.reconfigure(live)
+            self._fleet.settings = live.resume
+            self._channel.configure(live.admission)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots, self._drain)
@@ -129,5 +130,7 @@ class Ingress:
     async def __del__(self) -> None:
         for task in getattr(self, "_tasks", ()):
             task.cancel()
+        if (key_watch := getattr(self, "_key_watch", None)) is not None:
+            key_watch.cancel()
         if hasattr(self, "_service"):
             self._service.telemetry.shutdown()

@@ -50,6 +50,7 @@ from serve_app.routing.checks import (
     most_requests,
     to_sequences,
 )
+from serve_app.routing.key_watch import KeyWatch
 from serve_app.routing.keys import Keys
 from serve_app.routing.tenants import Tenant, read_tenants
 from serve_app.routing.tickets import Leave
@@ -106,6 +107,17 @@ class Service:
         """Take in changed settings; requests under way keep those that they began with."""
         self.live = live
 
+    def watch_keys(self) -> asyncio.Task[None] | None:
+        """Start to read the file of keys again when it changes, if there is one; the caller cancels
+        the task."""
+        if self.config.keys.file is None:
+            return None
+
+        def note_failed(failed: bool) -> None:
+            self.metrics.set("intserve_key_reload_failed", failed)
+
+        return asyncio.create_task(KeyWatch(self.config.keys, self.keys, note_failed).run())
+
     def client_host(self, request: Request) -> str | None:
         """The client's address, None where it is not known. Never from a header of the client's:
         the server in front believes `X-Forwarded-For` of this machine's own proxies only."""
@@ -150,7 +162,7 @@ class Service:
         try:
             raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
             body = await self._parser.parse(_BODIES[route], raw)
-            check_model(body.model, self.config.served_name)
+            check_model(body.model, self.config.served_name, tenant)
             return await self._respond(body, tenant, observation, deadline)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
@@ -179,7 +191,7 @@ class Service:
             vocab_size=self.tokenizer.vocab_size,
             default_max_tokens=live.requests.default_max_tokens,
             trace_context=observation.trace_context,
-            cache_salt=tenant.cache_salt,
+            cache_salt=tenant.cache_salt(body.cache_salt),
         )
         check_prompt_logprobs(requests, live.requests.max_prompt_logprobs)
         form = await self._format(body, request_id, prompts, deadline)
@@ -265,14 +277,14 @@ class Service:
 
     async def read_plain(
         self, request: Request, parse: Callable[[bytes], Result]
-    ) -> tuple[Result, float]:
-        """The body of a request that generates nothing, after its key; and the request's deadline,
-        on the running loop's clock."""
+    ) -> tuple[Result, float, Tenant]:
+        """The body of a request that generates nothing, after its key; the request's deadline, on
+        the running loop's clock; and whose it is."""
         arrived = asyncio.get_running_loop().time()
         deadline = arrived + self.live.requests.timeout_s
-        self.check_key(request)
+        tenant = self.check_key(request)
         raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
-        return await self._parser.run(parse, raw), deadline
+        return await self._parser.run(parse, raw), deadline, tenant
 
     async def model_card(self) -> dict[str, Any]:
         """The model as /v1/models tells it, with vLLM's `max_model_len`.

@@ -27,6 +27,7 @@ from deepseek.text import printable
 from serve_app.engines.protocol import Engine, Event, GenerateRequest, Placed, ReplicaStatus
 from serve_app.errors import ApiError, EngineUnavailable, Overloaded
 from serve_app.gating import admit
+from serve_app.live import LiveSettings
 from serve_app.replica.coalesce import coalesce, flush_interval
 from serve_app.replica.watchdog import Watchdog, guard_event_loop
 from serve_app.routing.replica_client import HEARTBEAT_S
@@ -59,7 +60,8 @@ class EngineReplica:
     `allow_ungated` does not override that, when the gate judged other KV pages than those of the
     format `kv_cache` (None: as built), or when the verdict is not signed with the key of the file
     `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
-    `served_name` is the model's name in the API; `max_step_s` the longest that a step may take.
+    `served_name` is the model's name in the API; `max_step_s` the longest that a step may take;
+    `limits` are those of the configuration, which Serve may change.
     """
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
@@ -73,6 +75,7 @@ class EngineReplica:
         allow_ungated: bool,
         require_signature: Path | None = None,
         max_step_s: float = 60.0,
+        limits: ReplicaLimits | None = None,
     ) -> None:
         # Before an engine exists, so that no adapter has to know of gates.
         admitted, self._gated, self._emulated = None, True, False
@@ -87,7 +90,7 @@ class EngineReplica:
             )
             self._gated, self._emulated = admitted.gated, admitted.emulated
         self._telemetry = Telemetry.from_environment()
-        self._limits = ReplicaLimits()
+        self._limits = LiveSettings("engine", limits or ReplicaLimits())
         self._request_ids: set[str] = set()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._engine = make_engine()
@@ -113,8 +116,8 @@ class EngineReplica:
         ]
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Apply limits that may change while serving; other settings need a new deployment."""
-        self._limits = ReplicaLimits.model_validate(user_config)
+        """Take in what Serve says of the limits that change while it serves (live.py)."""
+        self._limits.reconfigure(user_config)
 
     async def check_health(self) -> None:
         await self._watchdog.check()
@@ -128,7 +131,7 @@ class EngineReplica:
         """
         if self._watchdog.failure is not None:
             raise self._watchdog.failure
-        waiting, limit = self._engine.load().waiting, self._limits.max_waiting_requests
+        waiting, limit = self._engine.load().waiting, self._limits.current.max_waiting_requests
         if limit is not None and waiting > limit:
             raise Overloaded(f"{waiting} requests are waiting for this engine; retry later")
         self._request_ids.add(request.request_id)
@@ -147,7 +150,7 @@ class EngineReplica:
             self._request_ids.discard(request.request_id)
 
     def _flush_interval_s(self) -> float:
-        return flush_interval(len(self._request_ids), self._limits.max_flushes_per_s)
+        return flush_interval(len(self._request_ids), self._limits.current.max_flushes_per_s)
 
     def _status(self) -> ReplicaStatus:
         return ReplicaStatus(

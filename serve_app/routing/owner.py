@@ -21,8 +21,9 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
-from serve_app.routing.admission import Admission, AdmissionStats, UnknownIngress
+from serve_app.routing.admission import Admission, UnknownIngress
 from serve_app.routing.admission_client import OwnerLostError
+from serve_app.routing.admission_stats import AdmissionStats
 from serve_app.routing.tickets import WIRE_VERSION, Answer, Join, Message, Seen
 from serve_app.sections import AdmissionSection
 

@@ -64,6 +64,12 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
         None,
         "Requests refused for their API key: missing, wrong, or limited after too many wrong ones.",
     ),
+    "intserve_key_reload_failed": (
+        "gauge",
+        (),
+        None,
+        "1 while the file of API keys cannot be used and the keys of before stay in force.",
+    ),
     "intserve_tokens_total": ("counter", ("kind",), None, "Tokens: input, cached_input, output."),
     "intserve_requests_in_flight": ("gauge", (), None, "Requests between arrival and last byte."),
     "intserve_admission_exchanges_total": (
@@ -127,6 +133,11 @@ class RequestMetrics:
         metric = self._metrics[name]
         assert isinstance(metric, Counter)
         (metric.labels(*labels) if labels else metric).inc(amount)
+
+    def set(self, name: str, value: float) -> None:
+        metric = self._metrics[name]
+        assert isinstance(metric, Gauge)
+        metric.set(value)
 
     def in_flight(self, change: int) -> None:
         metric = self._metrics["intserve_requests_in_flight"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from pydantic import ValidationError
 from support.configs import make_config
 
 from deepseek.errors import ConfigError
@@ -122,5 +121,5 @@ def test_the_model_is_named_after_its_directory(tmp_path: Path) -> None:
 def test_an_engine_is_served_on_kv_pages_of_any_format_of_a_recipe() -> None:
     for kv_cache in (None, *get_args(KVFormat)):
         assert make_config(engine=Path("e"), kv_cache=kv_cache).pool.kv_cache == kv_cache
-    with pytest.raises(ValidationError, match="'bf16', 'fp8' or 'int8'"):
+    with pytest.raises(ConfigError, match="kv_cache: Input should be 'bf16', 'fp8' or 'int8'"):
         make_config(engine=Path("e"), kv_cache="fp32")

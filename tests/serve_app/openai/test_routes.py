@@ -263,6 +263,7 @@ async def test_metric_names_and_labels_are_these() -> None:
         "gen_ai_server_time_per_output_token_seconds": "gen_ai_operation_name gen_ai_request_model",
         "intserve_requests_total": "gen_ai_operation_name outcome",
         "intserve_refused_keys_total": "reason",
+        "intserve_key_reload_failed": "",
         "intserve_tokens_total": "kind",
         "intserve_requests_in_flight": "",
         "intserve_engine_requests_running": "replica",

@@ -88,7 +88,8 @@ class Observation:
         self._num_streamed = 0
         #: By choice: the tokens that had come when its present replica took it over.
         self._num_before: dict[int, int] = {}
-        self._placed: set[int] = set()
+        #: By choice: its present replica, and since when (on the clock of spans).
+        self._placed: dict[int, tuple[str, int]] = {}
         self._replicas: list[str] = []
         self._resumes = 0
         self._finished = False
@@ -159,6 +160,8 @@ class Observation:
         if placed.attempt > 1:
             self._resumes += 1
             self._num_before[index] = num_tokens
+            if index in self._placed:
+                self._sinks.telemetry.lost(self._span, *self._placed[index], num_tokens)
             self._span.add_event(
                 "resumed",
                 {
@@ -169,10 +172,10 @@ class Observation:
                 },
             )
         if index not in self._placed and self._times.entered is not None:
-            self._placed.add(index)
             seconds = time.monotonic() - self._times.entered
             self._times.queue_s = max(seconds, self._times.queue_s or 0.0)
             self._metrics.observe("intserve_admission_queue_seconds", seconds)
+        self._placed[index] = (placed.replica_id, time.time_ns())
 
     def event(self, index: int, event: Event) -> None:
         """Record an event of a choice on its way to the client."""

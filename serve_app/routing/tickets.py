@@ -142,8 +142,10 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """These sequences get no place. `code` is one of `errors.CODES`; all refusals of admission are
-    a 429 (`Overloaded`) or, past the deadline, a 504 (`DeadlineExceeded`)."""
+    """These sequences get no place. `code` is one of `errors.CODES` and says what a client sees:
+    queue_full, waited_too_long, rate_limited and too_many_requests a 429 (`Overloaded`),
+    deadline_exceeded a 504, context_length_exceeded and invalid_value a 400, because it can never
+    be let in, engine_unavailable a 503."""
 
     sequence_ids: tuple[str, ...]
     code: str

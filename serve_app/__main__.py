@@ -10,6 +10,7 @@ second signal while it drains cuts them at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -106,6 +107,10 @@ def main(
             help="Serve only a verdict that `quant_jobs gate --sign-key` signed; Ed25519, PEM.",
         ),
     ] = None,
+    access_log: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON line per request into this file; - is stderr."),
+    ] = None,
 ) -> None:
     """Serve one engine; flags override the file."""
     flags = _nested(
@@ -117,6 +122,7 @@ def main(
             f"{_POOL}.engine.directory": _text(engine),
             f"{_POOL}.gate.allow_ungated": allow_ungated or None,
             f"{_POOL}.gate.require_signature": _text(require_signature),
+            "telemetry.access_log": "stderr" if access_log == "-" else _absolute(access_log),
         }
     )
     settings = load_config(config, flags)
@@ -125,8 +131,10 @@ def main(
     # Ray is slow to import: a mistake in the settings is reported before.
     from serve_app.gating import admit
     from serve_app.local import check_port, drain, serving
+    from serve_app.telemetry.access_log import check_target
 
     check_port(settings.http.host, settings.http.port)
+    check_target(settings.telemetry.access_log)
     if pool.directory is not None:
         admit(
             pool.directory,
@@ -159,6 +167,11 @@ def main(
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
+
+
+def _absolute(path: str | None) -> str | None:
+    """Replicas have a working directory of their own."""
+    return None if path is None else os.path.abspath(path)
 
 
 def _nested(flags: dict[str, Any]) -> dict[str, Any]:

@@ -32,10 +32,12 @@ async def coalesce(
     events: AsyncGenerator[Event, None],
     interval_s: Callable[[], float],
     given_up: asyncio.Future[EngineUnavailable] | None = None,
+    quiet_s: float | None = None,
 ) -> AsyncGenerator[tuple[Event, ...], None]:
     """Yield everything that is ready, as at most one event of each kind per message.
 
-    Two messages that hold tokens only are at least `interval_s()` apart; `Done` does not wait.
+    Two messages that hold tokens only are at least `interval_s()` apart; `Done` does not wait. When
+    nothing has been ready for `quiet_s` seconds, an empty message says that the stream lives.
     Closing this iterator closes `events`. An exception of `events` follows what came before it; so
     does the result of `given_up`, the engine's failure, without waiting for `events` any more.
     """
@@ -72,7 +74,12 @@ async def coalesce(
         given_up.add_done_callback(give_up)
     try:
         while True:
-            await arrived.wait()
+            try:
+                async with asyncio.timeout(quiet_s):
+                    await arrived.wait()
+            except TimeoutError:
+                yield ()
+                continue
             arrived.clear()
             batch, ready[:] = merge_events(ready), []
             if batch:

@@ -93,6 +93,25 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
     ),
     "intserve_tokens_total": ("counter", ("kind",), None, "Tokens: input, cached_input, output."),
     "intserve_requests_in_flight": ("gauge", (), None, "Requests between arrival and last byte."),
+    "intserve_admission_exchanges_total": (
+        "counter",
+        (),
+        None,
+        "Exchanges with the owner of admission.",
+    ),
+    "intserve_admission_messages_total": (
+        "counter",
+        (),
+        None,
+        "Messages to the owner of admission; several go in one exchange.",
+    ),
+    "intserve_admission_joins_total": (
+        "counter",
+        (),
+        None,
+        "Times that the ingress told an owner all that it holds: once at its start, and whenever "
+        "the owner had died or an answer was lost.",
+    ),
 }
 
 #: name -> (labels, help); one value per engine replica, read when a scrape asks.

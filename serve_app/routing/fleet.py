@@ -88,10 +88,14 @@ class Fleet:
             while True:
                 loss: Done | ApiError | None = None
                 events = self._replicas.generate(progress.send(place))
+                if place is not None:  # now: the replica's own word comes with its first tokens
+                    yield Placed(place, progress.attempt)
                 try:
                     async with aclosing(events):
                         async for event in events:
-                            if isinstance(event, Placed) and event.replica_id != place:
+                            if isinstance(event, Placed):
+                                if event.replica_id == place:
+                                    continue
                                 self._admission.landed(sequence_id, event.replica_id)
                             if isinstance(event, Done) and event.retryable:
                                 loss = event

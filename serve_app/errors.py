@@ -12,6 +12,7 @@
       Overloaded            429 rate_limit_error      Retry-After says when to come back
         TooManyFailedKeys   429 rate_limit_error      too many wrong keys from this address
       EngineUnavailable     503 server_error          no replica can answer now; Retry-After too
+        ReplicaLost         503 server_error          its replica has gone; another may go on
         Draining            503 server_error          the service is stopping; go elsewhere
         TooManyConnections  503 server_error          too many bodies are arriving at once
       DeadlineExceeded      504 timeout_error         the request's own deadline passed
@@ -117,6 +118,15 @@ class TooManyFailedKeys(Overloaded):
 
 class EngineUnavailable(ApiError):
     status, type, code, retry_after_s = 503, "server_error", "engine_unavailable", 5
+
+
+class ReplicaLost(EngineUnavailable):
+    """A request has lost its replica. `blame` says that the replica failed, and did not merely
+    stop."""
+
+    def __init__(self, message: str, *, blame: bool = True, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.blame = blame
 
 
 class Draining(EngineUnavailable):

@@ -206,7 +206,7 @@ class HttpSection(Section):
     """The endpoint: where it listens, who accepts connections, and what is refused at the door.
 
     Under `serve deploy`, Serve's own `http_options` say host and port, and the environment of Ray
-    says what the proxy is: `host`, `port` and `proxy` have no effect there.
+    says what the proxy is: `host`, `port`, `proxy` and `metrics_port` have no effect there.
     """
 
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
@@ -214,6 +214,12 @@ class HttpSection(Section):
     proxy: Literal["haproxy", "python"] = Field(
         default="haproxy",
         description="what accepts the clients' connections: HAProxy, or Serve's proxy in Python",
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="HAProxy's own metrics, for Prometheus on this machine; null: a free port",
     )
     max_body_bytes: int = Field(
         default=4 * 2**20,

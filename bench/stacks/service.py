@@ -33,6 +33,10 @@ class Running:
         """The processes of a deployment's replicas."""
         return named(self.pid, f"ServeReplica:intserve:{deployment}")
 
+    def owner(self) -> list[int]:
+        """The process that decides on admission."""
+        return named(self.pid, "AdmissionOwner")
+
     def controller(self) -> list[int]:
         return named(self.pid, "ServeController")
 

@@ -23,6 +23,7 @@ from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
+from serve_app.proxy_environment import addresses_known
 from serve_app.routing.admission_client import Admission, OpenAdmission
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
@@ -64,8 +65,7 @@ class Ingress:
             self._fleet,
             Telemetry.from_environment(),
             admission=self._admission,
-            # HAProxy passes no client's address on: all requests come from its own.
-            addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
+            addresses_known=addresses_known(os.environ),
         )
         self._key_watch = self._service.watch_keys()
         self._context = serve.get_replica_context()

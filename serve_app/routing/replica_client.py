@@ -8,7 +8,10 @@ health. The ingress (openai/ingress.py) makes the client; replica/replica.py is 
 Whether a stream is alive is never judged by its tokens: a queued request or the prefill of a long
 prompt is silent for long. It is judged by the heartbeats of the replica that holds it, which name
 the requests that it works on. A process that is stopped or cut off says nothing, and neither does
-the connection to it: its streams end here, with an error.
+the connection to it: its streams end here, and nothing that it says later is listened to.
+
+A stream whose replica has gone, fails or stops ends in `ReplicaLost`, which fleet.py answers with
+another replica; one that no replica took for lack of room in `Overloaded`.
 """
 
 from __future__ import annotations
@@ -16,14 +19,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray.exceptions
 from ray.serve import exceptions as serve_exceptions
 
 from deepseek.errors import RequestError
-from serve_app.engines.protocol import EngineInfo, Event, GenerateRequest, ReplicaStatus
-from serve_app.errors import ApiError, EngineUnavailable, Overloaded
+from serve_app.engines.protocol import (
+    EngineInfo,
+    Event,
+    GenerateRequest,
+    Placed,
+    ReplicaStatus,
+)
+from serve_app.errors import ApiError, EngineUnavailable, Overloaded, ReplicaLost
 from serve_app.routing.interrupt import Interrupt
 
 #: Seconds between heartbeats, and the age in seconds at which a silent replica counts as gone.
@@ -60,10 +70,10 @@ class StatusBoard:
         """The statuses that are at most MAX_AGE_S old."""
         return self._younger_than(MAX_AGE_S)
 
-    def lost(self, sent: dict[str, float]) -> list[str]:
-        """Which of these requests, by id and time of sending, a silent replica holds: it named them
-        in its last heartbeat, or no other replica names them although it had the time to. None
-        while every replica is heard."""
+    def lost(self, sent: dict[str, tuple[float, str | None]]) -> list[str]:
+        """Which of these requests, by id, a silent replica holds: by time of sending, and by the
+        replica where that is known. Else it is one that no other replica names although it had the
+        time to. None while every replica is heard."""
         now = self._clock()
         self._statuses = {
             replica_id: item
@@ -73,11 +83,13 @@ class StatusBoard:
         heard = self._younger_than(SILENT_S)
         if len(heard) == len(self._statuses):
             return []
+        silent = self._statuses.keys() - {status.replica_id for status in heard}
         held = {request_id for status in heard for request_id in status.request_ids}
         return [
             request_id
-            for request_id, moment in sent.items()
-            if request_id not in held and now - moment > SILENT_S
+            for request_id, (moment, replica_id) in sent.items()
+            if replica_id in silent
+            or (replica_id is None and request_id not in held and now - moment > SILENT_S)
         ]
 
     def _younger_than(self, age_s: float) -> list[ReplicaStatus]:
@@ -96,6 +108,15 @@ class StatusBoard:
         return fresh[0]
 
 
+@dataclass(slots=True)
+class _Stream:
+    """One open stream: when it was sent, where it runs once that is known, and its hook."""
+
+    sent_s: float
+    interrupt: Interrupt
+    replica_id: str | None = None
+
+
 class ReplicaClient:
     """Implements `EngineClient` over a Serve deployment handle. `watch` must run beside it."""
 
@@ -106,14 +127,14 @@ class ReplicaClient:
         self._board = board
         self._clock = clock
         self._info: EngineInfo | None = None
-        self._streams: dict[str, tuple[float, Interrupt]] = {}  # id -> time of sending, its hook
+        self._streams: dict[str, _Stream] = {}
         self._closed: ApiError | None = None
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self._closed is not None:
             raise self._closed
         interrupt = Interrupt()
-        self._streams[request.request_id] = (self._clock(), interrupt)
+        stream = self._streams[request.request_id] = _Stream(self._clock(), interrupt)
         response = self._stream.remote(request)
         ended = False
         try:
@@ -122,6 +143,8 @@ class ReplicaClient:
                 if batch is None:
                     break
                 for event in batch:
+                    if isinstance(event, Placed):
+                        stream.replica_id = event.replica_id
                     yield event
             ended = True
         except Exception as error:
@@ -137,8 +160,8 @@ class ReplicaClient:
     def close(self, error: ApiError) -> None:
         """End every stream with `error`, and those that are still to come."""
         self._closed = error
-        for _, interrupt in self._streams.values():
-            interrupt.trip(error)
+        for stream in self._streams.values():
+            stream.interrupt.trip(error)
 
     async def watch(self) -> None:
         """Give up the streams of replicas that have fallen silent. Runs until it is cancelled."""
@@ -153,10 +176,10 @@ class ReplicaClient:
 
     def end_lost_streams(self) -> None:
         """End the streams that `StatusBoard.lost` names."""
-        sent = {request_id: moment for request_id, (moment, _) in self._streams.items()}
+        sent = {name: (one.sent_s, one.replica_id) for name, one in self._streams.items()}
         for request_id in self._board.lost(sent):
-            self._streams[request_id][1].trip(
-                EngineUnavailable("the engine that held this request has fallen silent; retry")
+            self._streams[request_id].interrupt.trip(
+                ReplicaLost("the engine that held this request has fallen silent; retry")
             )
 
     async def statuses(self) -> list[ReplicaStatus]:
@@ -174,6 +197,8 @@ def translate(error: Exception) -> Exception:
     """The error of ours for an exception of Ray's; one that the replica raised is unwrapped."""
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause
+        if type(cause) is EngineUnavailable:
+            return ReplicaLost(str(cause))
         if isinstance(cause, ApiError | RequestError):
             return cause
         return error
@@ -182,9 +207,10 @@ def translate(error: Exception) -> Exception:
     gone = (
         ray.exceptions.RayActorError,
         ray.exceptions.TaskCancelledError,
-        serve_exceptions.DeploymentUnavailableError,
         serve_exceptions.ReplicaUnavailableError,
     )
     if isinstance(error, gone):
-        return EngineUnavailable("the engine that held this request has gone; retry")
+        return ReplicaLost("the engine that held this request has gone; retry")
+    if isinstance(error, serve_exceptions.DeploymentUnavailableError):  # nor will there be one
+        return EngineUnavailable("no engine replica can be started; retry later")
     return error

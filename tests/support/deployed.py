@@ -1,6 +1,6 @@
 """A Ray head with a dashboard, to which configurations are deployed as `serve deploy` does it.
 
-What `python -m serve_app` cannot show: a rolling update, another number of replicas, a light change.
+What `python -m serve_app` cannot show: a rolling update, other numbers of replicas, light changes.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import ray.exceptions
+from ray.serve.exceptions import RayServeException
 
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
@@ -30,6 +31,7 @@ from serve_app.errors import EngineUnavailable
 from serve_app.routing.admission_client import Admission, OpenAdmission
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.replica_client import HEARTBEAT_S, ReplicaClient, StatusBoard
+from serve_app.routing.tickets import Leave, Move
 from serve_app.sections import ResumeSection
 
 #: What a stream raises when its replica's process is gone: over Ray's own calls, and over gRPC.
@@ -191,13 +193,17 @@ class LocalFleet:
     # Switches.
 
     async def start(self) -> None:
-        """Start the engines and hear of each."""
+        """Start the engines, each once, and hear of every replica."""
         for replica in self.replicas.values():
-            replica.info = replica.info or await replica.engine.start()
+            if replica.info is None:
+                known = [one.info for one in self.replicas.values() if one.engine is replica.engine]
+                infos = [info for info in known if info is not None]
+                replica.info = infos[0] if infos else await replica.engine.start()
         self.beat()
 
     async def add(self, replica_id: str, engine: Engine) -> None:
-        """A replica more, as Serve starts one in place of another."""
+        """A replica more, as Serve starts one in place of another. `engine` may be the one of a
+        replica that is lost: nothing of it is kept but the weights."""
         self.replicas[replica_id] = LocalReplica(replica_id, engine)
         await self.start()
         self._changed.set()
@@ -240,7 +246,8 @@ class LocalFleet:
         and is listed until Serve replaces it."""
         replica = self.replicas[replica_id]
         for stream in list(replica.streams):
-            done = Done("error", len(stream.request.prompt_ids), stream.num_tokens, error=error)
+            prompt_tokens = len(stream.request.prompt_ids)
+            done = Done("error", prompt_tokens, stream.num_tokens, error=error, retryable=True)
             stream._put((done,))
             stream.end(StopAsyncIteration())
 
@@ -261,6 +268,33 @@ class LocalFleet:
             self.beat()
             self.client.end_lost_streams()
         await settle()
+
+
+class NotedAdmission(OpenAdmission):
+    """Lets everybody in and notes what it was told. `grants` are the places that it names, in
+    order, then None; one that is an exception is raised."""
+
+    def __init__(self, *grants: str | Exception | None) -> None:
+        self.grants = list(grants)
+        self.moves: list[Move] = []
+        self.landings: list[tuple[str, str]] = []
+        self.leaves: list[Leave] = []
+
+    async def place(self, sequence_id: str) -> str | None:
+        grant = self.grants.pop(0) if self.grants else None
+        if isinstance(grant, Exception):
+            raise grant
+        return grant
+
+    async def move(self, move: Move) -> str | None:
+        self.moves.append(move)
+        return await self.place(move.sequence_id)
+
+    def landed(self, sequence_id: str, replica_id: str) -> None:
+        self.landings.append((sequence_id, replica_id))
+
+    def leave(self, leave: Leave) -> None:
+        self.leaves.append(leave)
 
 
 @asynccontextmanager
@@ -286,8 +320,9 @@ async def read(fleet: Fleet, request: GenerateRequest) -> list[Event]:
 
 
 def raised_by_replica(error: Exception) -> Exception:
-    """The error as it arrives from a replica that raised it."""
-    if isinstance(error, StopAsyncIteration):
+    """The error as it arrives from a replica that raised it; a refusal of Serve's own is raised on
+    the way there."""
+    if isinstance(error, StopAsyncIteration | RayServeException):
         return error
     wrapped: Exception = ray.exceptions.RayTaskError("generate", "", error).as_instanceof_cause()
     return wrapped

@@ -66,6 +66,8 @@ def first_mistake(error: ValidationError, model: type[BaseModel], given: Any) ->
     first = error.errors(include_input=False, include_url=False)[0]
     path, kind = _path(first["loc"]), first["type"]
     place = ".".join(path)
+    if kind == "extra_forbidden" and path[0] == "keys":  # it may be an API key in the wrong place
+        return "keys: holds something that is none of inline, file, variable; correct it"
     if place == "pools" and not _value_at(path, given):
         return _MISSING["pools"]
     if kind == "extra_forbidden":

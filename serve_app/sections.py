@@ -245,6 +245,10 @@ class HttpSection(Section):
         description="bytes of answers that clients have not read yet, at each ingress; beyond, the "
         "stream with the most unread bytes is ended",
     )
+    client_timeout_s: Seconds = Field(
+        default=60.0,
+        description="seconds after which a client that reads nothing of an answer is cut off",
+    )
     details_access: Literal["open", "loopback", "key"] = Field(
         default="loopback",
         description="who is told what /health says beyond up or down, /version and /metrics: `key` "

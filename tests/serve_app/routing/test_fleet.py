@@ -244,6 +244,32 @@ async def test_a_request_that_takes_replica_after_replica_down_takes_a_limited_n
     assert counts == ["resumed", "resumed", "exhausted"]
 
 
+async def test_choices_of_one_request_share_its_attempts() -> None:
+    counts: list[str] = []
+    async with echo_fleet(8, settings=ResumeSection(max_attempts=2), count=counts.append) as fleet:
+        after(1, fleet, lambda fleet, name: fleet.die(name), times=8)
+        choices = [read(fleet.fleet, make_request(TEXT, f"poison-{i}")) for i in range(4)]
+        ends = await asyncio.gather(*choices, return_exceptions=True)
+        alive = sum(replica.alive for replica in fleet.replicas.values())
+    assert any(isinstance(end, ReplicaLost) for end in ends)
+    assert "exhausted" in counts
+    assert alive >= 8 - (4 + 2)  # one for each choice, all at one time, and `max_attempts`
+
+
+async def test_an_update_may_take_a_sequence_through_any_number_of_replicas() -> None:
+    stops = ReplicaLost("stops", blame=False)
+    async with echo_fleet(8, settings=ResumeSection(max_attempts=1)) as fleet:
+
+        def stop(replica: LocalReplica, stream: LocalStream, event: Event) -> None:
+            if stream.num_tokens > len(stream.request.output_ids):
+                fleet.cut(replica.replica_id, stops)
+
+        fleet.before_message = stop
+        events = await read(fleet.fleet, make_request(TEXT))
+    assert text_of(events) == TEXT
+    assert len(places(events)) == 1 + len(TEXT)
+
+
 @pytest.mark.parametrize(
     ("refusal", "outcome"),
     [

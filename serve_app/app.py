@@ -27,6 +27,10 @@ from serve_app.telemetry.travel import traveling_variables
 #: The ingress never queues: it must stay free to answer 429. Serve's own cap is a last resort.
 _INGRESS_MAX_ONGOING = 4096
 
+#: Seconds beyond `drain_s` for an engine replica to notice that it stops, and to end the streams
+#: that are left.
+_STOP_S = 5.0
+
 #: Seconds that an ingress outlives the engines that Serve stops together with it.
 _TELL_CLIENTS_S = 5.0
 
@@ -77,7 +81,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         # A deploy file may say more or less here, over what the replica gets below (live.py).
         user_config=pool.replica_limits.model_dump(),
         max_surge_percent=pool.surge_percent,
-        graceful_shutdown_timeout_s=config.drain_s,
+        graceful_shutdown_timeout_s=config.drain_s + _STOP_S,
         **shared,
     )
     ingress = serve.deployment(
@@ -90,7 +94,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         # An update starts the new ingress before the old one drains: there is always one to ask.
         max_surge_percent=100,
         # Where both stop, engines go first: their ingresses then tell the clients that are left.
-        graceful_shutdown_timeout_s=config.drain_s + _TELL_CLIENTS_S,
+        graceful_shutdown_timeout_s=config.drain_s + _STOP_S + _TELL_CLIENTS_S,
         **shared,
     )
     replicas = engine.bind(
@@ -101,6 +105,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         allow_ungated=pool.gate.allow_ungated,
         require_signature=pool.gate.require_signature,
         max_step_s=pool.max_step_s,
+        drain_s=config.drain_s,
         limits=pool.replica_limits,
     )
     app: Application = ingress.bind(config, replicas)

@@ -13,6 +13,8 @@ import os
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from starlette.types import ASGIApp
 
 from serve_app.config import ServeConfig
@@ -31,6 +33,9 @@ from serve_app.routing.owner import OwnerChannel
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
 from serve_app.routing.sightings import Sightings
 from serve_app.telemetry.tracing import Telemetry
+
+#: Seconds for the ingresses of the application to say who they are.
+_LISTED_S = 2.0
 
 
 def load_tokenizer(config: ServeConfig) -> Tokenizer:
@@ -56,9 +61,9 @@ class Ingress:
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
     async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
+        self._context = serve.get_replica_context()
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
-        self._context = serve.get_replica_context()
         self._sightings = Sightings(lambda: candidates(ENGINE))
         self._channel = OwnerChannel(
             self._context.app_name, config.admission, config.pool.max_ongoing_requests
@@ -70,7 +75,9 @@ class Ingress:
             count=lambda name, amount: self._service.metrics.count(name, amount),
         )
         self._sightings.changed = self._admission.replicas_changed
-        self._fleet = Fleet(client, self._admission, config.resume)
+        self._fleet = Fleet(
+            client, self._admission, config.resume, self._count_resume, stopping=self._is_stopping
+        )
         self._drain = Drain(client.close)
         self._tasks = [
             asyncio.create_task(client.watch()),
@@ -83,6 +90,7 @@ class Ingress:
             Telemetry.from_environment(),
             admission=self._admission,
             addresses_known=addresses_known(os.environ),
+            ingress=self._context.replica_id.unique_id,
         )
         self._key_watch = self._service.watch_keys()
         self._live = LiveSettings(self._context.deployment, config.live)
@@ -95,13 +103,19 @@ class Ingress:
             self._fleet.settings = live.resume
             self._channel.configure(live.admission)
 
+    def _count_resume(self, outcome: str) -> None:
+        self._service.count_resume(outcome)
+
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots, self._drain)
 
-    async def note_status(self, status: ReplicaStatus) -> None:
-        """Take in an engine replica's heartbeat."""
+    async def note_status(self, status: ReplicaStatus) -> bool | None:
+        """Take in an engine replica's heartbeat. Says whether Serve routes to it, None where that
+        is not known here."""
         self._board.note(status)
         self._sightings.note(status)
+        routed = candidates(ENGINE)
+        return None if routed is None else status.replica_id in routed
 
     async def note_goodbye(self, replica_id: str) -> None:
         """An engine replica ends, or gives up its engine: it answers nothing more."""
@@ -120,6 +134,23 @@ class Ingress:
         """This replica's id and metrics text."""
         return self._context.replica_id.unique_id, self._service.metrics.snapshot()
 
+    async def identify(self) -> str:
+        """This replica's id."""
+        return self._context.replica_id.unique_id
+
+    async def _is_stopping(self) -> bool:
+        """Whether Serve has taken this ingress off its list: it says so in no other way."""
+        peers = serve.get_deployment_handle(self._context.deployment, self._context.app_name)
+        try:
+            async with asyncio.timeout(_LISTED_S):
+                call = peers.broadcast("identify")
+                listed = await call.results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            return True
+        except (RayServeException, RayError, TimeoutError):
+            return False  # nothing was learned
+        return self._context.replica_id.unique_id not in listed
+
     async def _all_snapshots(self) -> dict[str, str]:
         if self._service.config.ingress.replicas == 1:
             return dict([await self.metrics_snapshot()])
@@ -133,4 +164,4 @@ class Ingress:
         if (key_watch := getattr(self, "_key_watch", None)) is not None:
             key_watch.cancel()
         if hasattr(self, "_service"):
-            self._service.telemetry.shutdown()
+            self._service.close()

@@ -9,7 +9,8 @@ not resumed
 - when it has lost more replicas than `max_attempts`: a request that takes its replicas down takes
   no more than those,
 - when tokens were passed on already and the engine does not continue those of others,
-- when there is no place for it within `wait_s` or before its deadline.
+- when there is no place for it within `wait_s` or before its deadline; an ingress that Serve stops
+  waits a moment only, because nothing may ever come.
 
 Its client then gets the error of the replica that it lost last. What the engine refuses, and an
 error that every replica would come to (`Done.retryable` is false), is no loss.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Literal
 
@@ -46,10 +47,19 @@ log = logging.getLogger("ray.serve")
 #: that is not resumed.
 Outcome = Literal["resumed", "no_replica", "exhausted", "late", "excluded"]
 
+#: Seconds that a sequence waits for another place before its ingress asks whether it is stopping.
+LOOK_S = 1.0
+
+
+async def never() -> bool:
+    """For who is not stopped by anybody else."""
+    return False
+
 
 class Fleet:
     """Implements `EngineClient`. `settings` may be replaced while it serves. `count` is called once
-    for each replica that a sequence loses."""
+    for each replica that a sequence loses; `stopping` says whether Serve is stopping this ingress,
+    and is asked when another place takes longer than `look_s` seconds."""
 
     def __init__(
         self,
@@ -57,10 +67,15 @@ class Fleet:
         admission: Admission,
         settings: ResumeSection,
         count: Callable[[Outcome], None] = lambda outcome: None,
+        *,
+        stopping: Callable[[], Awaitable[bool]] = never,
+        look_s: float = LOOK_S,
     ) -> None:
         self._replicas = replicas
         self._admission = admission
         self._count = count
+        self._stopping = stopping
+        self._look_s = look_s
         self.settings = settings
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -132,8 +147,7 @@ class Fleet:
         try:
             if progress.num_output and not (await self.info()).continues:
                 return "excluded", None
-            async with asyncio.timeout(settings.wait_s):
-                return "resumed", await self._admission.move(move)
+            return "resumed", await self._another_place(move)
         except asyncio.CancelledError:
             self._count("late")
             raise
@@ -141,6 +155,20 @@ class Fleet:
             return "late", None
         except (TimeoutError, Overloaded, EngineUnavailable):
             return "no_replica", None
+
+    async def _another_place(self, move: Move) -> str | None:
+        """Raises TimeoutError when there is none in time, and what `Admission.move` raises."""
+        async with asyncio.timeout(move.seconds_left) as limit:
+            look = asyncio.create_task(self._end_if_stopping(limit))
+            try:
+                return await self._admission.move(move)
+            finally:
+                look.cancel()
+
+    async def _end_if_stopping(self, limit: asyncio.Timeout) -> None:
+        await asyncio.sleep(self._look_s)
+        if await self._stopping():
+            limit.reschedule(asyncio.get_running_loop().time())
 
     async def statuses(self) -> list[ReplicaStatus]:
         return await self._replicas.statuses()

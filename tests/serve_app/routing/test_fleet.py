@@ -282,6 +282,18 @@ async def test_a_place_is_waited_for_only_so_long() -> None:
     assert len(admission.leaves) == 1
 
 
+async def test_an_ingress_that_is_stopped_itself_waits_for_nothing_and_tells_its_client() -> None:
+    async def stopping() -> bool:
+        return True
+
+    counts: list[str] = []
+    async with echo_fleet(
+        admission=Endless("a"), count=counts.append, stopping=stopping, look_s=0.01
+    ) as fleet:
+        after(2, fleet, lambda fleet, name: fleet.die(name))
+        await unresumed("no_replica", fleet, counts)
+
+
 async def test_a_request_that_ends_while_it_waits_leaves_and_is_counted() -> None:
     counts: list[str] = []
     admission = Endless("a")

@@ -19,9 +19,9 @@ from typing import Any
 from cluster.connect import connect
 from deepseek.errors import DeployError
 from serve_app.config import ServeConfig
-from serve_app.proxy_environment import ProxyPlace, check_port, proxy_environment
+from serve_app.proxy_environment import check_port, proxy_environment
 
-__all__ = ["APP_NAME", "check_port", "drain", "serving"]
+__all__ = ["APP_NAME", "check_port", "drain", "serve_running", "serving"]
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +42,26 @@ def serving(config: ServeConfig) -> Iterator[str]:
     started; `drain` lets open streams end before.
 
     Raises:
-        DeployError: Serve runs on this cluster already, or the engine did not start; says why.
+        DeployError: as `serve_running`; or the engine did not start; says why.
+    """
+    with serve_running(config):
+        _deploy(config)
+        http = config.http
+        host = f"[{http.host}]" if ":" in http.host else http.host
+        yield f"http://{host}:{http.port}/v1"
+
+
+@contextmanager
+def serve_running(config: ServeConfig, *, num_cpus: int | None = None) -> Iterator[None]:
+    """Ray and Serve with the configured proxy, and no application; both are stopped at the end.
+    `num_cpus` is for a Ray that is started here.
+
+    Raises:
+        DeployError: Serve runs on this cluster already, or Ray, Serve or its proxy did not start.
     """
     with (
         proxy_environment(config, attached=_is_attached()) as place,
-        connect() as ray_connection,
+        connect(num_cpus=num_cpus) as ray_connection,
     ):
         import ray
         from ray import serve
@@ -61,7 +76,13 @@ def serving(config: ServeConfig) -> Iterator[str]:
             )
         node_id = ray.get_runtime_context().get_node_id()
         try:
-            yield _start(config, place)
+            with _telling_why():
+                serve.start(
+                    proxy_location="HeadOnly",
+                    http_options={"host": place.serve_host, "port": config.http.port},
+                    logging_config={"log_level": "WARNING", "enable_access_log": False},
+                )
+            yield
         finally:
             # Serve 2.60 kills its controller while the controller still answers the call to shut
             # down; Ray prints that as a failure, on stdout.
@@ -125,27 +146,27 @@ def _ask_ingresses(method: str) -> int:
     return sum(answer for answer in answers if isinstance(answer, int))
 
 
-def _start(config: ServeConfig, place: ProxyPlace) -> str:
+def _deploy(config: ServeConfig) -> None:
     from ray import serve
-    from ray.exceptions import RayError
 
     from serve_app.app import build
 
-    try:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": place.serve_host, "port": config.http.port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
+    with _telling_why():
         serve.run(build(config), name=APP_NAME, route_prefix="/")
+
+
+@contextmanager
+def _telling_why() -> Iterator[None]:
+    """Turn Serve's failures into a DeployError that gives the reason in one line."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
     except (RuntimeError, RayError) as error:
         messages: list[str] = []
-        with contextlib.suppress(RayError, RuntimeError):
+        with contextlib.suppress(RuntimeError, RayError):
             messages = _deployment_messages()
         raise DeployError(f"the service did not start: {_reason(str(error), messages)}") from error
-    http = config.http
-    host = f"[{http.host}]" if ":" in http.host else http.host
-    return f"http://{host}:{http.port}/v1"
 
 
 def _deployment_messages() -> list[str]:
@@ -160,9 +181,15 @@ def _deployment_messages() -> list[str]:
 _EXCEPTION = r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (?!Traceback)(.+)$"
 
 
+#: The first of HAProxy's complaints; the last ones only count them.
+_ALERT = r"\[ALERT\]\s+\(\d+\) : (?:\[[^\]]*\] ?: ?)?(?:config : )?(.+)"
+
+
 def _reason(message: str, deployment_messages: Sequence[str]) -> str:
-    """The last exception line of a traceback in Serve's message, else in a deployment's; without
-    any traceback, the last line of Serve's message."""
+    """What HAProxy says against its start; else the last exception line of a traceback in Serve's
+    message, else in a deployment's; without any traceback, the last line of Serve's message."""
+    if "HAProxy crashed" in message and (alert := re.search(_ALERT, message)):
+        return f"HAProxy: {alert[1].strip()}"
     for text in (message, *deployment_messages):
         exceptions = re.findall(_EXCEPTION, text, re.MULTILINE)
         if exceptions:

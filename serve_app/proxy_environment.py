@@ -58,7 +58,9 @@ _HARD_STOP_MARGIN_S = 60
 #: Where free ports are looked for: between those of Ray's workers and those that Serve gives to
 #: ingresses, and below the kernel's own, which others get while Ray starts.
 _FREE_PORTS = range(20_000, 30_000)
-#: Open files of HAProxy's beside two for each connection.
+#: Open files of HAProxy's for each connection: two sockets, and a pipe for every fourth, through
+#: which the kernel moves bytes. And those beside.
+_FILES_PER_CONNECTION = 2.5
 _SPARE_FILES = 200
 _MIN_CONNECTIONS = 64
 #: Characters of Ray's folder and of what HAProxy adds while it opens a socket, and of a path.
@@ -217,11 +219,12 @@ def max_connections(max_files: int) -> int:
     """
     if max_files == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
-    number = min(MAX_CONNECTIONS, (max_files - _SPARE_FILES) // 2)
+    number = min(MAX_CONNECTIONS, int((max_files - _SPARE_FILES) / _FILES_PER_CONNECTION))
     if number < _MIN_CONNECTIONS:
+        enough = math.ceil(_SPARE_FILES + _FILES_PER_CONNECTION * _MIN_CONNECTIONS)
         raise DeployError(
             f"a process may open {max_files} files here, too few for HAProxy; raise `ulimit -n` to "
-            f"{_SPARE_FILES + 2 * _MIN_CONNECTIONS} and more, or set http.proxy: python"
+            f"{enough} and more, or set http.proxy: python"
         )
     return number
 

@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse
 from deepseek import __version__
 from serve_app.errors import ApiError, EngineUnavailable
 from serve_app.openai.service import Service
+from serve_app.routing.admission_client import AdmissionClient
 from serve_app.routing.keys import is_loopback
 from serve_app.telemetry.metrics import render
 
@@ -59,6 +60,8 @@ def add_operations(app: FastAPI, service: Service, snapshots: Snapshots | None) 
             "emulated": ready[0].emulated,
             "max_model_len": info.max_model_len,
         }
+        if isinstance(service.admission, AdmissionClient):
+            told["admission"] = service.admission.describe()
         return JSONResponse(told)
 
     async def ping() -> Response:

@@ -9,7 +9,7 @@ engine replica. openai/routes.py serves the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -58,6 +58,25 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
         None,
         "Requests by outcome: ok, an error code, or disconnected.",
     ),
+    "intserve_admission_queue_seconds": (
+        "histogram",
+        (),
+        (*_TTFT, 20.0, 40.0, 80.0, *_LONG),
+        "Time that a sequence waited for its first place in an engine.",
+    ),
+    "intserve_resumes_total": (
+        "counter",
+        ("outcome",),
+        None,
+        "Sequences that lost their replica: resumed, no_replica, exhausted, late, excluded.",
+    ),
+    "intserve_access_log_dropped_total": (
+        "counter",
+        (),
+        None,
+        "Lines that the access log has lost: a full disk, or a writer that does not keep up.",
+    ),
+    "intserve_unread_bytes": ("gauge", (), None, "Answers that wait for their clients, in bytes."),
     "intserve_refused_keys_total": (
         "counter",
         ("reason",),
@@ -72,6 +91,25 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
     ),
     "intserve_tokens_total": ("counter", ("kind",), None, "Tokens: input, cached_input, output."),
     "intserve_requests_in_flight": ("gauge", (), None, "Requests between arrival and last byte."),
+    "intserve_admission_exchanges_total": (
+        "counter",
+        (),
+        None,
+        "Exchanges with the owner of admission.",
+    ),
+    "intserve_admission_messages_total": (
+        "counter",
+        (),
+        None,
+        "Messages to the owner of admission; several go in one exchange.",
+    ),
+    "intserve_admission_joins_total": (
+        "counter",
+        (),
+        None,
+        "Times that the ingress told an owner all that it holds: once at its start, and whenever "
+        "the owner had died or an answer was lost.",
+    ),
 }
 
 #: name -> (labels, help); one value per engine replica, read when a scrape asks.
@@ -108,12 +146,12 @@ class RequestMetrics:
     def observe(self, name: str, seconds: float, *labels: str) -> None:
         metric = self._metrics[name]
         assert isinstance(metric, Histogram)
-        metric.labels(*labels).observe(seconds)
+        (metric.labels(*labels) if labels else metric).observe(seconds)
 
     def count(self, name: str, amount: float, *labels: str) -> None:
         metric = self._metrics[name]
         assert isinstance(metric, Counter)
-        metric.labels(*labels).inc(amount)
+        (metric.labels(*labels) if labels else metric).inc(amount)
 
     def set(self, name: str, value: float) -> None:
         metric = self._metrics[name]
@@ -124,6 +162,12 @@ class RequestMetrics:
         metric = self._metrics["intserve_requests_in_flight"]
         assert isinstance(metric, Gauge)
         metric.inc(change)
+
+    def measure(self, name: str, read: Callable[[], float]) -> None:
+        """Read the gauge `name` from here on each time that it is asked for."""
+        metric = self._metrics[name]
+        assert isinstance(metric, Gauge)
+        metric.set_function(read)
 
     def snapshot(self) -> str:
         """This process's metrics as Prometheus text."""

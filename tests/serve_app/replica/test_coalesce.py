@@ -11,9 +11,10 @@ from support.serving import make_request
 from deepseek.engine.request import TokenLogprob
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
+from serve_app.engines.events import merge_events
 from serve_app.engines.protocol import Done, Event, PromptLogprobs, Tokens
 from serve_app.errors import EngineUnavailable, Overloaded
-from serve_app.replica.coalesce import MAX_INTERVAL_S, coalesce, flush_interval, merge_events
+from serve_app.replica.coalesce import MAX_INTERVAL_S, coalesce, flush_interval
 
 
 def test_merging_keeps_order_and_loses_nothing() -> None:

@@ -48,6 +48,10 @@ log = logging.getLogger("ray.serve")
 #: that is not resumed.
 Outcome = Literal["resumed", "no_replica", "exhausted", "late", "excluded"]
 
+#: Seconds to wait for another replica than one that had no room: soon the client is told.
+REFUSED_S = 1.0
+#: Seconds by which the owner of admission may be late in giving up a move; this side decides.
+_GRACE_S = 5.0
 #: Seconds that a sequence waits for another place before its ingress asks whether it is stopping.
 LOOK_S = 1.0
 
@@ -144,16 +148,19 @@ class Fleet:
             return "excluded", None
         if progress.num_losses > settings.max_attempts:
             return "exhausted", None
+        wait_s = settings.wait_s
+        if isinstance(loss, Overloaded):
+            wait_s = min(wait_s, REFUSED_S)
         move = Move(
             sequence_id=sequence_id,
             lost=lost,
             blame=_blames(loss),
-            seconds_left=settings.wait_s,
+            seconds_left=wait_s + _GRACE_S,
         )
         try:
             if progress.num_output and not (await self.info()).continues:
                 return "excluded", None
-            return "resumed", await self._another_place(move)
+            return "resumed", await self._another_place(move, wait_s)
         except asyncio.CancelledError:
             self._count("late")
             raise
@@ -162,9 +169,9 @@ class Fleet:
         except (TimeoutError, Overloaded, EngineUnavailable):
             return "no_replica", None
 
-    async def _another_place(self, move: Move) -> str | None:
+    async def _another_place(self, move: Move, wait_s: float) -> str | None:
         """Raises TimeoutError when there is none in time, and what `Admission.move` raises."""
-        async with asyncio.timeout(move.seconds_left) as limit:
+        async with asyncio.timeout(wait_s) as limit:
             look = asyncio.create_task(self._end_if_stopping(limit))
             try:
                 return await self._admission.move(move)

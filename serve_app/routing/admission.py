@@ -84,6 +84,7 @@ class Admission:
         self._deadlines: Agenda[Visit] = Agenda(_is_waiting)
         self._order = 0
         self._entering: Visit | None = None
+        self._stale = False  # whether something has happened since the last round of placing
         self._granted = 0
         self._refused: Counter[str] = Counter()
         self._pruned_at = clock()
@@ -111,9 +112,11 @@ class Admission:
             raise UnknownIngress(ingress_id)
         now = self._now()
         for message in messages:
+            self._stale = True
             self._handle(ingress_id, message, now)
         self._ingresses[ingress_id].seen = self._met[ingress_id] = now
-        self._place_all(now)
+        if self._stale:
+            self._place_all(now)
         return self.answers_for(ingress_id)
 
     def answers_for(self, ingress_id: str) -> list[Answer]:
@@ -214,6 +217,7 @@ class Admission:
             if visit.waiting and not self._make_room(visit, now):
                 refused = queue_full(self._retry_after(visit))
                 self._take_back(visit, now)
+                self._stale = True
                 raise refused
         except Refused as refused:
             ids = tuple(ask.sequence_id for ask in enter.asks)
@@ -278,6 +282,7 @@ class Admission:
             sequences -= len(victim.waiting)
             tokens -= victim.waiting_tokens
         for victim in victims:
+            self._stale = True
             self._refuse(victim, queue_full(self._retry_after(victim)), now)
         return True
 
@@ -302,7 +307,7 @@ class Admission:
 
     def _place_all(self, now: float) -> None:
         """Place all that can be placed, in order: moving sequences, then the queue."""
-        places = self._places
+        places, self._stale = self._places, False
         if not self._moving and not self._queue.sequences:
             return
         places.begin(now)

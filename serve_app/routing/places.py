@@ -67,11 +67,8 @@ class Replica:
         return min(sequence.tokens, self.kv_total)
 
     def fits(self, sequence: Sequence) -> bool:
-        return (
-            self.free_places > 0
-            and min(sequence.ask.kv_tokens, self.kv_total) <= self.free_kv
-            and self.can_ever_hold(sequence)
-        )
+        room = self.free_places > 0 and self.need(sequence) <= self.free_kv
+        return room and self.can_ever_hold(sequence)
 
     def used_share(self) -> float:
         """The larger of the shares of KV and of places that are taken."""
@@ -116,7 +113,7 @@ class Places:
         """Take in a heartbeat, unless a newer one is known or the replica has said goodbye."""
         replica, at = self._get(status.replica_id, now), now - max(0.0, age_s)
         replica.forget_at = now + FORGET_S
-        if replica.gone or at <= replica.reported:
+        if replica.gone or at < replica.reported:
             return
         replica.reported = at
         info = status.info
@@ -195,37 +192,48 @@ class Places:
 
     def begin(self, now: float) -> None:
         """Look which replicas may get sequences now. Called before `choose` and `pin`."""
-        fresh = [replica for replica in self.replicas.values() if replica.is_fresh(now)]
-        usable = [replica for replica in fresh if replica.breaker.takes(now)]
-        if not usable and fresh and all(r.breaker.state(now) == "open" for r in fresh):
-            probed = min(fresh, key=lambda r: r.breaker.open_until or now)
+        usable: list[Replica] = []
+        broken: list[Replica] = []
+        for replica in self.replicas.values():
+            if replica.is_fresh(now):
+                closed = replica.breaker.open_until is None
+                (usable if closed or replica.breaker.takes(now) else broken).append(replica)
+            elif replica.pin is not None:
+                self._unpin(replica)
+        for replica in broken:
+            self._unpin(replica)
+        if not usable and broken and all(r.breaker.state(now) == "open" for r in broken):
+            probed = min(broken, key=lambda r: r.breaker.open_until or now)
             probed.breaker.half_open(now)
             usable = [probed]
         self._usable = usable
-        for replica in self.replicas.values():
-            if replica.pin is not None and not (
-                replica in usable and replica.can_ever_hold(replica.pin)
-            ):
-                self._unpin(replica)
 
     def has_places(self) -> bool:
         """Whether any replica has a place for anything at all."""
-        return any(replica.free_places > 0 for replica in self._usable)
+        for replica in self._usable:
+            if replica.free_places > 0:
+                return True
+        return False
 
     def has_room(self, band: float) -> bool:
         """Whether anything of this band could be placed."""
-        return any(r.free_places > 0 and r.pin_band > band for r in self._usable)
+        for replica in self._usable:  # no any(): this is called for every decision
+            if replica.free_places > 0 and replica.pin_band > band:
+                return True
+        return False
 
     def choose(self, sequence: Sequence) -> Replica | None:
         """The replica with room for the sequence whose used share is least; ties go to the fewest
         held, then to the lowest id. A replica that is being tried out is a moving sequence's last
         choice: it has lost one already."""
         band, best, best_rank = sequence.band, None, None
-        moving = sequence.state is State.MOVING
+        moving, tokens = sequence.state is State.MOVING, sequence.ask.kv_tokens
         for replica in self._usable:
+            if replica.free_places <= 0 or replica.free_kv < min(tokens, replica.kv_total):
+                continue
             if replica.pin_band <= band and replica.pin is not sequence:
                 continue
-            if not replica.fits(sequence):
+            if not replica.can_ever_hold(sequence):
                 continue
             doubtful = moving and replica.breaker.open_until is not None
             rank = (doubtful, replica.used_share(), len(replica.held), replica.replica_id)

@@ -92,6 +92,7 @@ class Ingress:
             addresses_known=addresses_known(os.environ),
             ingress=self._context.replica_id.unique_id,
         )
+        self._service.admission_stats = self._channel.stats
         self._key_watch = self._service.watch_keys()
         self._live = LiveSettings(self._context.deployment, config.live)
 

@@ -87,7 +87,7 @@ class Admission:
         self._stale = False  # whether something has happened since the last round of placing
         self._granted = 0
         self._refused: Counter[str] = Counter()
-        self._pruned_at = clock()
+        self._pruned_at = self._ticked_at = clock()
 
     def configure(self, settings: AdmissionSection, max_ongoing_requests: int) -> None:
         """Other settings. What has been let in stays; a smaller queue only lets less in."""
@@ -136,6 +136,11 @@ class Admission:
         """What time brings about: expired waits and deadlines, ingresses and replicas that have
         fallen silent, breakers that let a sequence through again. Call it every 0.1 to 0.2 s."""
         now = self._now()
+        if (pause := now - self._ticked_at) > 1.0:
+            # This process itself was held up, and what ingresses said meanwhile waits unread.
+            for ingress in self._ingresses.values():
+                ingress.seen += pause
+        self._ticked_at = now
         for ingress_id in [i for i, g in self._ingresses.items() if now - g.seen > SILENT_S]:
             self._forget(ingress_id, now, run_on=True)
             del self._ingresses[ingress_id]
@@ -316,20 +321,20 @@ class Admission:
         if not places.has_places():
             return
 
-        def try_place(sequence: Waiter) -> bool:
+        def try_place(sequence: Waiter, is_head: bool) -> bool:
             if (replica := places.choose(sequence)) is not None:
                 self._grant(sequence, replica, now)
                 return True
-            if not places.has_pin(sequence):
+            if is_head and not places.has_pin(sequence):
                 places.pin(sequence)
             return False
 
         for sequence in places.pinned(-math.inf):
-            try_place(sequence)
+            try_place(sequence, True)
         for sequence in list(self._moving.values()):
             if not places.has_room(-math.inf):
                 break
-            try_place(sequence)
+            try_place(sequence, True)
         self._queue.place(try_place, places.has_room, places.pinned)
 
     def _grant(self, sequence: Waiter, replica: Replica, now: float) -> None:

@@ -97,6 +97,7 @@ class Places:
         self._max_ongoing = max_ongoing_requests
         self.replicas: dict[str, Replica] = {}
         self._usable: list[Replica] = []
+        self._rooms: dict[float, int] = {}  # `room` of each band, until something changes
 
     # What is there.
 
@@ -186,6 +187,7 @@ class Places:
         if not replica.breaker.takes(now) and replica in self._usable:
             self._usable.remove(replica)  # it is being tried out with this one
         replica.count()
+        self._rooms.clear()
         self.unpin(sequence)
         sequence.replica_id, sequence.state = replica_id, State.HELD
 
@@ -225,27 +227,35 @@ class Places:
             probed.breaker.half_open(now)
             usable = [probed]
         self._usable = usable
+        self._rooms.clear()
 
     def has_places(self) -> bool:
         """Whether any replica has a place for anything at all."""
-        for replica in self._usable:
-            if replica.free_places > 0:
-                return True
-        return False
+        return any(replica.free_places > 0 for replica in self._usable)
 
     def has_room(self, band: float) -> bool:
         """Whether anything of this band could be placed."""
-        for replica in self._usable:  # no any(): this is called for every decision
-            if replica.free_places > 0 and replica.pin_band > band:
-                return True
-        return False
+        return self.room(band) >= 0
+
+    def room(self, band: float) -> int:
+        """The most KV tokens that are free in one replica which takes something of this band; -1
+        where there is none."""
+        if (room := self._rooms.get(band)) is None:
+            room = -1
+            for replica in self._usable:
+                if replica.free_places > 0 and replica.pin_band > band and replica.free_kv > room:
+                    room = max(0, replica.free_kv)
+            self._rooms[band] = room
+        return room
 
     def choose(self, sequence: Sequence) -> Replica | None:
         """The replica with room for the sequence whose used share is least; ties go to the fewest
         held, then to the lowest id. A replica that is being tried out is a moving sequence's last
         choice: it has lost one already."""
-        band, best, best_rank = sequence.band, None, None
-        moving, tokens = sequence.state is State.MOVING, sequence.ask.kv_tokens
+        ask, band, best, best_rank = sequence.ask, sequence.band, None, None
+        moving, tokens = sequence.state is State.MOVING, ask.kv_tokens
+        if sequence.pinned is None and min(tokens, ask.charge) > self.room(band):
+            return None  # most are told so: rounds of placing end with those that do not fit
         for replica in self._usable:
             if replica.free_places <= 0 or replica.free_kv < min(tokens, replica.kv_total):
                 continue
@@ -269,6 +279,7 @@ class Places:
         replica = min(free, key=lambda r: (r.departures(sequence), r.replica_id))
         self._unpin(replica)
         replica.pin, replica.pin_band = sequence, band
+        self._rooms.clear()
         sequence.pinned = replica.replica_id
         return True
 
@@ -299,8 +310,8 @@ class Places:
         if sequence.pinned is not None:
             self._unpin(self.replicas[sequence.pinned])
 
-    @staticmethod
-    def _unpin(replica: Replica) -> None:
+    def _unpin(self, replica: Replica) -> None:
+        self._rooms.clear()
         if replica.pin is not None:
             replica.pin.pinned = None
         replica.pin, replica.pin_band = None, math.inf

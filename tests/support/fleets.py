@@ -336,3 +336,34 @@ def raised_by_replica(error: Exception) -> Exception:
         return error
     wrapped: Exception = ray.exceptions.RayTaskError("generate", "", error).as_instanceof_cause()
     return wrapped
+
+
+# What tests of a fleet do and ask.
+
+Switch = Callable[[LocalFleet, str], None]
+
+
+def after(num_tokens: int, fleet: LocalFleet, switch: Switch, *, times: int = 1) -> None:
+    """Throw the switch of a replica once a sequence has so many tokens, for the first `times`."""
+    thrown = 0
+
+    def look(replica: LocalReplica, stream: LocalStream, event: Event) -> None:
+        nonlocal thrown
+        if stream.num_tokens >= num_tokens and thrown < times:
+            thrown += 1
+            switch(fleet, replica.replica_id)
+
+    fleet.before_message = look
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Tokens))
+
+
+def places(events: list[Event]) -> list[tuple[str, int]]:
+    return [(one.replica_id, one.attempt) for one in events if isinstance(one, Placed)]
+
+
+def done_of(events: list[Event]) -> Done:
+    (done,) = [event for event in events if isinstance(event, Done)]
+    return done

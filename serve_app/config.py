@@ -50,6 +50,7 @@ __all__ = [
     "ReplicaLimits",
     "ServeConfig",
     "load_config",
+    "read_settings",
 ]
 
 #: The pool that the command line's flags speak of, where no file names one.
@@ -115,14 +116,16 @@ class ServeConfig(Section):
                     "args"
                 )
         try:
-            return validate(given)
+            config = validate(given)
         except ValidationError as error:
             raise ConfigError(first_mistake(error, cls, given)) from None
+        config._check_sections()
+        return config
 
-    @model_validator(mode="after")
-    def _check(self) -> ServeConfig:
+    def _check_sections(self) -> None:
+        """What sections say of each other. Raises ConfigError."""
         if len(self.pools) > 1:
-            raise ValueError(f"pools names {len(self.pools)} pools; keep one, more are not served")
+            raise ConfigError(f"pools names {len(self.pools)} pools; keep one, more are not served")
         # What was not written is no mistake: a default that is never reached does no harm.
         limit_s = self.requests.timeout_s
         for name, section, key in (
@@ -132,11 +135,10 @@ class ServeConfig(Section):
         ):
             value_s = getattr(section, key)
             if key in section.model_fields_set and value_s > limit_s:
-                raise ValueError(
+                raise ConfigError(
                     f"{name}.{key} {value_s:g} is longer than requests.timeout_s {limit_s:g}, "
                     "after which no request waits any more; lower it or raise that"
                 )
-        return self
 
     @property
     def pool(self) -> PoolSection:
@@ -163,6 +165,18 @@ class ServeConfig(Section):
         return directory.resolve().name if directory is not None else "echo"
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, not checked.
+
+    Raises:
+        ConfigError: unreadable, or not YAML.
+    """
+    try:
+        return read_yaml_mapping(path)
+    except UnusableFileError as error:
+        raise ConfigError(f"{path} {error}") from error
+
+
 def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
     """Read the YAML file, if any; what the command line gives in `overrides`, nested like the file,
     wins over it key by key. An engine of another kind replaces the file's. What `overrides` says of
@@ -172,12 +186,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
         ConfigError: unreadable, not YAML, or an unknown, missing or contradictory key, named; or
             the file or the variable of API keys cannot be used.
     """
-    raw: dict[str, Any] = {}
-    if path is not None:
-        try:
-            raw = read_yaml_mapping(path)
-        except UnusableFileError as error:
-            raise ConfigError(f"{path} {error}") from error
+    raw = read_settings(path) if path is not None else {}
     pools = raw.get("pools")
     if "pools" in overrides and isinstance(pools, dict) and len(pools) == 1:
         overrides = overrides | {"pools": {next(iter(pools)): overrides["pools"][POOL]}}

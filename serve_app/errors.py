@@ -7,9 +7,12 @@
       ModelNotAllowed       403 permission_error      the key may not use this model
       ModelNotFound         404 not_found_error
       BodyTimeout           408 timeout_error         the body did not arrive in time
+      ClientTooSlow         408 timeout_error         the answer was not read; seen only in the log
       BodyTooLarge          413 invalid_request_error
       UnsupportedMediaType  415 invalid_request_error the body is no plain application/json
-      Overloaded            429 rate_limit_error      Retry-After says when to come back
+      Overloaded            429 rate_limit_error      Retry-After says when to come back; the code
+                                                      why: queue_full, waited_too_long, rate_limited
+                                                      (per minute), too_many_requests (at a time)
         TooManyFailedKeys   429 rate_limit_error      too many wrong keys from this address
       EngineUnavailable     503 server_error          no replica can answer now; Retry-After too
         ReplicaLost         503 server_error          its replica has gone; another may go on
@@ -100,6 +103,12 @@ class BodyTimeout(ApiError):
         return CLOSE
 
 
+class ClientTooSlow(ApiError):
+    """Its answer has begun, so that this is its outcome and never its status."""
+
+    status, type, code = 408, "timeout_error", "client_too_slow"
+
+
 class BodyTooLarge(ApiError):
     status, type, code = 413, "invalid_request_error", "body_too_large"
 
@@ -159,7 +168,9 @@ HTTP_REASONS: dict[int, tuple[str, str]] = {
 #: complete.
 CODES = frozenset(
     {
-        *("body_timeout", "body_too_large", "context_length_exceeded", "deadline_exceeded"),
+        *("body_timeout", "body_too_large", "client_too_slow", "context_length_exceeded"),
+        *("deadline_exceeded", "queue_full", "rate_limited", "too_many_requests"),
+        *("waited_too_long",),
         *("draining", "engine_failed", "engine_unavailable", "internal_error", "invalid_api_key"),
         *("invalid_json", "invalid_value", "method_not_allowed", "missing_field"),
         *(

@@ -13,8 +13,8 @@ and a YAML mapping, which names the keys and says what each may do:
       - {name: team-b, key_sha256: <64 hexadecimal digits>}
 
 The first line that is neither empty nor a comment says which form it is: YAML begins with a word
-and a colon (`keys:`), with `{`, or with `---`. No sentence here repeats anything of the content,
-because a key may stand in the wrong place. routing/tenants.py makes tenants of what is read.
+and a colon (`keys:`), with `{`, with `- ` or with `---`. No sentence here repeats anything of the
+content, because a key may stand in the wrong place. routing/tenants.py makes tenants of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NAME_DIGITS = 12
 
 #: How YAML begins. A key of the other form has no space and, but for its last character, no reason
 #: to look like this.
-_YAML_START = re.compile(r"\{|---(\s|$)|%YAML|[\"']?[A-Za-z_]+[\"']?\s*:(\s|$)")
+_YAML_START = re.compile(r"\{|-\s|---(\s|$)|%YAML|[\"']?[A-Za-z_]+[\"']?\s*:(\s|$)")
 #: Names go to logs, metrics and spans.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -181,6 +181,18 @@ class _Entry(_Strict):
         ]
         | None
     ) = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_nothing(cls, given: Any) -> Any:
+        """A field without a value would mean every model, or no limit: it is more likely a slip."""
+        known = {*cls.model_fields, *KeyLimits.model_fields}
+        mappings = [given, given.get("limits")] if isinstance(given, dict) else []
+        for mapping in mappings:
+            for name, value in mapping.items() if isinstance(mapping, dict) else ():
+                if value is None and name in known:
+                    raise ValueError(f"{name} holds nothing; give it a value or remove it")
+        return given
 
     @field_validator("name")
     @classmethod

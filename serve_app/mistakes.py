@@ -66,11 +66,14 @@ def first_mistake(error: ValidationError, model: type[BaseModel], given: Any) ->
     first = error.errors(include_input=False, include_url=False)[0]
     path, kind = _path(first["loc"]), first["type"]
     place = ".".join(path)
+    if kind == "extra_forbidden" and path[0] == "keys":  # it may be an API key in the wrong place
+        return "keys: holds something that is none of inline, file, variable; correct it"
+    if place == "pools" and not _value_at(path, given):
+        return _MISSING["pools"]
     if kind == "extra_forbidden":
         return f"unknown key {place!r}; {_remedy(path, model, given)}"
     if kind == "missing":
-        message = _MISSING.get(path[-1], "is missing; add it")
-        return message if place == "pools" else f"{place}: {message}"
+        return f"{place}: {_MISSING.get(path[-1], 'is missing; add it')}"
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         if _value_at(path, given) is None:
             return f"{place}: holds nothing; remove it, or write its keys below it"
@@ -92,6 +95,8 @@ def _path(loc: tuple[int | str, ...]) -> list[str]:
 def _remedy(path: list[str], model: type[BaseModel], given: Any) -> str:
     """What to do about an unknown key: the place of one of that name, or a similar one beside."""
     *section, name = path
+    if "." in name:
+        return "keys are nested, not joined by dots; write each on a level of its own"
     places = list(_paths(model, given))
     elsewhere = [place for place in places if place[-1] == name]
     if len(elsewhere) == 1:
@@ -113,14 +118,20 @@ def _paths(
         value = given.get(name) if isinstance(given, dict) else None
         if get_origin(field.annotation) is dict:
             inner = get_args(field.annotation)[1]
+            if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+                continue
             for key, of_key in (value if isinstance(value, dict) else {"default": {}}).items():
                 yield from _paths(inner, of_key, (*path, str(key)))
             continue
         inners = list(_models(field.annotation))
         if len(inners) > 1 and isinstance(value, dict):  # an engine: those of its kind only
-            inners = [m for m in inners if m.model_fields["kind"].default == value.get("kind")]
+            inners = [m for m in inners if _kind(m) == value.get("kind")]
         for inner in inners:
             yield from _paths(inner, value, path)
+
+
+def _kind(model: type[BaseModel]) -> Any:
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -50,6 +50,9 @@ class LiveSection(Section):
 class EchoOptions(Section):
     """The echo engine: says the prompt back, one token (a byte) at a time. It has no model."""
 
+    # The default is for code that makes one; a file must say it.
+    model_config = ConfigDict(json_schema_extra={"required": ["kind"]})
+
     kind: Literal["echo"] = Field(default="echo", description="selects this engine")
     ttft_s: float = Field(default=0.0, ge=0.0, description="seconds to the first token")
     itl_s: float = Field(default=0.0, ge=0.0, description="seconds between tokens")
@@ -66,6 +69,8 @@ class EchoOptions(Section):
 class EmbeddedOptions(Section):
     """The embedded engine, which runs on CPUs. A setting that is null keeps what the engine was
     built with, or its default."""
+
+    model_config = ConfigDict(json_schema_extra={"required": ["kind", "directory"]})
 
     kind: Literal["embedded"] = Field(default="embedded", description="selects this engine")
     directory: Path = Field(
@@ -200,8 +205,8 @@ class PoolSection(Section):
 class HttpSection(Section):
     """The endpoint: where it listens, who accepts connections, and what is refused at the door.
 
-    Under `serve deploy`, Serve's own `http_options` say host and port, and Ray's environment the
-    proxy: there these keys have no effect.
+    Under `serve deploy`, Serve's own `http_options` say host and port, and the environment of Ray
+    says what the proxy is: `host`, `port`, `proxy` and `metrics_port` have no effect there.
     """
 
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
@@ -239,6 +244,10 @@ class HttpSection(Section):
         ge=1 << 16,
         description="bytes of answers that clients have not read yet, at each ingress; beyond, the "
         "stream with the most unread bytes is ended",
+    )
+    client_timeout_s: Seconds = Field(
+        default=60.0,
+        description="seconds after which a client that reads nothing of an answer is cut off",
     )
     details_access: Literal["open", "loopback", "key"] = Field(
         default="loopback",

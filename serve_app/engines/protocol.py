@@ -191,7 +191,8 @@ class ReplicaStatus:
     `gated` says whether the accuracy gate passed for exactly the engine that the replica serves. It
     is true for an engine without an artifact, which has nothing to gate. `emulated` says that the
     figures that it judged are those of the target's arithmetic, emulated by another engine.
-    `request_ids` are those that the replica works on.
+    `request_ids` are those that the replica works on; a later attempt at a sequence has the
+    sequence's id and `~ATTEMPT`. `draining` says that Serve is stopping it: it takes no newcomers.
     """
 
     replica_id: str
@@ -200,6 +201,7 @@ class ReplicaStatus:
     gated: bool
     emulated: bool = False
     request_ids: tuple[str, ...] = ()
+    draining: bool = False
 
 
 class EngineClient(Protocol):

@@ -6,9 +6,11 @@ for it would queue behind the requests that it works on, and a full service coul
 health. The ingress (openai/ingress.py) makes the client; replica/replica.py is the other side.
 
 Whether a stream is alive is never judged by its tokens: a queued request or the prefill of a long
-prompt is silent for long. It is judged by the heartbeats of the replica that holds it, which name
-the requests that it works on. A process that is stopped or cut off says nothing, and neither does
-the connection to it: its streams end here, and nothing that it says later is listened to.
+prompt is silent for long. A replica sends an empty message meanwhile, so that a stream without any
+has lost it: a process that is stopped or cut off says nothing, and neither does the connection to
+it. A stream that has had no message yet may not have reached a replica at all, and is judged by
+the heartbeats, which name the requests that a replica works on. They do not reach an ingress that
+Serve is stopping, whose streams go on. What ends here is not listened to any more.
 
 A stream whose replica has gone, fails or stops ends in `ReplicaLost`, which fleet.py answers with
 another replica; one that no replica took for lack of room in `Overloaded`.
@@ -26,21 +28,18 @@ import ray.exceptions
 from ray.serve import exceptions as serve_exceptions
 
 from deepseek.errors import RequestError
-from serve_app.engines.protocol import (
-    EngineInfo,
-    Event,
-    GenerateRequest,
-    Placed,
-    ReplicaStatus,
-)
+from serve_app.engines.protocol import EngineInfo, Event, GenerateRequest, ReplicaStatus
 from serve_app.errors import ApiError, EngineUnavailable, Overloaded, ReplicaLost
 from serve_app.routing.interrupt import Interrupt
 
 #: Seconds between heartbeats, and the age in seconds at which a silent replica counts as gone.
 HEARTBEAT_S = 1.0
 MAX_AGE_S = 5.0
-#: Age of a replica's last heartbeat at which the streams that it holds are given up. Longer than
-#: MAX_AGE_S: to be left out of /health for a moment costs nothing, a lost stream does.
+#: Seconds without a token after which a replica sends a stream's empty message.
+QUIET_S = 3.0
+#: Seconds without any message after which a stream is given up; for one that has had none, the age
+#: of its replica's last heartbeat. Longer than MAX_AGE_S: to be left out of /health for a moment
+#: costs nothing, a lost stream does.
 SILENT_S = 10.0
 #: Seconds that Serve may go on sending requests to a replica that has fallen silent: it trusts what
 #: it last heard of a replica's queue for ten seconds.
@@ -70,10 +69,9 @@ class StatusBoard:
         """The statuses that are at most MAX_AGE_S old."""
         return self._younger_than(MAX_AGE_S)
 
-    def lost(self, sent: dict[str, tuple[float, str | None]]) -> list[str]:
-        """Which of these requests, by id, a silent replica holds: by time of sending, and by the
-        replica where that is known. Else it is one that no other replica names although it had the
-        time to. None while every replica is heard."""
+    def lost(self, sent: dict[str, float]) -> list[str]:
+        """Which of these requests, by id and time of sending, a silent replica holds: no other
+        replica names them although it had the time to. None while every replica is heard."""
         now = self._clock()
         self._statuses = {
             replica_id: item
@@ -83,13 +81,11 @@ class StatusBoard:
         heard = self._younger_than(SILENT_S)
         if len(heard) == len(self._statuses):
             return []
-        silent = self._statuses.keys() - {status.replica_id for status in heard}
         held = {request_id for status in heard for request_id in status.request_ids}
         return [
             request_id
-            for request_id, (moment, replica_id) in sent.items()
-            if replica_id in silent
-            or (replica_id is None and request_id not in held and now - moment > SILENT_S)
+            for request_id, moment in sent.items()
+            if request_id not in held and now - moment > SILENT_S
         ]
 
     def _younger_than(self, age_s: float) -> list[ReplicaStatus]:
@@ -110,11 +106,12 @@ class StatusBoard:
 
 @dataclass(slots=True)
 class _Stream:
-    """One open stream: when it was sent, where it runs once that is known, and its hook."""
+    """One open stream: its hook, since when its next message is awaited (None while it is being
+    read), and whether there was one."""
 
-    sent_s: float
     interrupt: Interrupt
-    replica_id: str | None = None
+    since_s: float | None
+    heard: bool = False
 
 
 class ReplicaClient:
@@ -134,7 +131,7 @@ class ReplicaClient:
         if self._closed is not None:
             raise self._closed
         interrupt = Interrupt()
-        stream = self._streams[request.request_id] = _Stream(self._clock(), interrupt)
+        stream = self._streams[request.request_id] = _Stream(interrupt, self._clock())
         response = self._stream.remote(request)
         ended = False
         try:
@@ -142,10 +139,10 @@ class ReplicaClient:
                 batch = await interrupt.run(lambda: anext(response, None))
                 if batch is None:
                     break
+                stream.since_s, stream.heard = None, True
                 for event in batch:
-                    if isinstance(event, Placed):
-                        stream.replica_id = event.replica_id
                     yield event
+                stream.since_s = self._clock()
             ended = True
         except Exception as error:
             if error is interrupt.error:
@@ -175,9 +172,19 @@ class ReplicaClient:
                 self.end_lost_streams()
 
     def end_lost_streams(self) -> None:
-        """End the streams that `StatusBoard.lost` names."""
-        sent = {name: (one.sent_s, one.replica_id) for name, one in self._streams.items()}
-        for request_id in self._board.lost(sent):
+        """End the streams that have been silent for too long, and those that `StatusBoard.lost`
+        names."""
+        now = self._clock()
+        awaited = {
+            name: (stream.since_s, stream.heard)
+            for name, stream in self._streams.items()
+            if stream.since_s is not None
+        }
+        silent = [
+            name for name, (since_s, heard) in awaited.items() if heard and now - since_s > SILENT_S
+        ]
+        unheard = {name: since_s for name, (since_s, heard) in awaited.items() if not heard}
+        for request_id in silent + self._board.lost(unheard):
             self._streams[request_id].interrupt.trip(
                 ReplicaLost("the engine that held this request has fallen silent; retry")
             )

@@ -172,6 +172,12 @@ def propagate(span: Span) -> dict[str, str]:
     return carrier
 
 
+def trace_id(span: Span) -> str | None:
+    """The id of the span's trace, as 32 hexadecimal digits; None when nothing is traced."""
+    context = span.get_span_context()
+    return f"{context.trace_id:032x}" if context.is_valid else None
+
+
 def set_error(span: Span, kind: str) -> None:
     span.set_attribute("error.type", kind)
     span.set_status(Status(StatusCode.ERROR))

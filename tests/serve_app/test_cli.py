@@ -24,10 +24,13 @@ from support.foreground import (
 from support.format_1 import write_format_1_engine
 from support.ports import free_port
 from support.serving import read_sse, wait_for
+from typer.testing import CliRunner
 
 from deepseek.engine.packed import TENSOR_FILE
+from deepseek.errors import ArtifactError, ConfigError
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.targets.embedded import pack_engine
+from serve_app.__main__ import app
 
 
 @pytest.mark.heavy
@@ -46,6 +49,44 @@ def test_an_unknown_setting_is_one_sentence(root: Path, tmp_path: Path) -> None:
     (tmp_path / "serve.yaml").write_text("pools: {default: {engine: {kind: echo}}}\ncolour: red\n")
     done = run_cli(root, "--config", str(tmp_path / "serve.yaml"))
     assert_mistake(done, "unknown key 'colour'")
+
+
+def check(*arguments: str) -> str:
+    """What `--check` prints, in this process; raises the error of a mistake."""
+    done = CliRunner().invoke(app, ["--check", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def test_check_says_whether_it_could_be_served_and_starts_nothing(
+    root: Path, tmp_path: Path
+) -> None:
+    settings, keys = tmp_path / "serve.yaml", tmp_path / "keys"
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # as by the service that runs
+        write_echo(settings, taken.getsockname()[1], itl_s=0.1)
+        assert check("--config", str(settings)) == f"{settings}: valid, serves echo\n"
+    write_echo(settings, 8000, itl_s=0.1, keys={"file": str(keys)})
+    with pytest.raises(ConfigError, match=f"{keys} cannot be read"):
+        check("--config", str(settings))
+    local = str(root / "examples" / "serve" / "local.yaml")
+    with pytest.raises(ArtifactError, match="is not an engine"):
+        check("--config", local, "--engine", str(tmp_path))
+    assert check("--config", local, "--echo") == f"{local}: valid, serves echo\n"
+
+
+@pytest.mark.ray
+def test_check_takes_a_file_for_serve_deploy_too(root: Path, tmp_path: Path) -> None:
+    example = root / "examples" / "serve" / "fleet.yaml"
+    assert check("--config", str(example)) == f"{example}: valid, deploys deepseek-v3-int4\n"
+    wrong = tmp_path / "fleet.yaml"
+    wrong.write_text(example.read_text().replace("max_wait_s", "max_wait"))
+    with pytest.raises(ConfigError, match=r"'admission.max_wait'; did you mean admission.max_wait"):
+        check("--config", str(wrong))
+
+
+def test_help_shows_examples() -> None:
+    shown = CliRunner().invoke(app, ["--help"]).stdout
+    assert "python -m serve_app --check --config examples/serve/fleet.yaml" in shown
 
 
 @pytest.mark.parametrize(

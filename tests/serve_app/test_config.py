@@ -70,6 +70,75 @@ def test_what_yaml_reads_otherwise_than_it_looks_is_refused(
         load_config(write(tmp_path, text), {})
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("port: 80\n", "'port' is now http.port"),
+        ("engine: runs/engine\n", "'engine' is now pools.default.engine.directory"),
+        (ECHO + "timeout_s: 5\n", "unknown key 'timeout_s'; it is requests.timeout_s"),
+        (ECHO + "http: {prot: 80}\n", "unknown key 'http.prot'; did you mean http.port?"),
+        (ECHO + "colour: red\n", "unknown key 'colour'; remove or correct it"),
+        (
+            "pools: {default: {engine: {kind: embedded, directory: e, ttft_s: 1}}}\n",
+            "unknown key 'pools.default.engine.ttft_s'; remove or correct it",
+        ),
+        (
+            "pools: {default: {engine: {kind: echo, ttft: 1}}}\n",
+            "unknown key 'pools.default.engine.ttft'; did you mean pools.default.engine.ttft_s?",
+        ),
+        ("pools: {default: {}}\n", "pools.default.engine: is missing; add {kind: embedded, dir"),
+        (
+            "pools: {default: {engine: runs/engine}}\n",
+            "pools.default.engine: kind must be embedded or echo; write {kind: embedded, direct",
+        ),
+        (
+            "pools: {default: {engine: {kind: embedded}}}\n",
+            "pools.default.engine.directory: is missing; name the engine directory that `build`",
+        ),
+        ("pools: {My Pool: {engine: {kind: echo}}}\n", "pools.My Pool: is no name; use lower-case"),
+        (
+            "pools: {a: {engine: {kind: echo}}, b: {engine: {kind: echo}}}\n",
+            "pools names 2 pools; keep one, more are not served",
+        ),
+        ("pools: {}\n", "name an engine: --engine DIR, --echo, or pools.default.engine in a file"),
+        ("pools:\n", "name an engine: --engine DIR, --echo, or pools.default.engine in a file"),
+        (ECHO + "http:\n", "http: holds nothing; remove it, or write its keys below it"),
+        (ECHO + "http: 80\n", "http: must be a mapping of keys to values"),
+        (ECHO + "pools.default.replicas: 2\n", "unknown key 'pools.default.replicas'; keys are"),
+        (
+            ECHO + "admission: {max_wait_s: 700}\n",
+            "admission.max_wait_s 700 is longer than requests.timeout_s 600, after which no req",
+        ),
+        (
+            ECHO + "resume: {wait_s: 30}\nrequests: {timeout_s: 20}\n",
+            "resume.wait_s 30 is longer than requests.timeout_s 20",
+        ),
+        ("applications: []\n", "this is a file for `serve deploy`; a configuration is what stand"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_its_path_and_what_to_change(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as refused:
+        load_config(file, {})
+    assert str(refused.value).startswith(f"{file}: {sentence}")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_default_that_a_short_timeout_makes_useless_is_no_mistake() -> None:
+    config = load_config(None, settings(requests={"timeout_s": 5}))
+    assert config.admission.max_wait_s > config.requests.timeout_s
+
+
+def test_flags_speak_of_the_only_pool_of_the_file_whatever_its_name(tmp_path: Path) -> None:
+    file = write(tmp_path, "pools: {cpu: {replicas: 3, engine: {kind: echo}}}\n")
+    engine = {"kind": "embedded", "directory": "built"}
+    config = load_config(file, {"pools": {"default": {"engine": engine}}})
+    assert list(config.pools) == ["cpu"]
+    assert (config.pool.replicas, config.pool.directory) == (3, Path("built"))
+
+
 def test_an_absent_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "none.yaml", {})

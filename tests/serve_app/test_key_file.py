@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from deepseek.errors import ConfigError
 from deepseek.untrusted import UnusableFileError
-from serve_app.config import load_config
+from serve_app.config import ServeConfig, load_config
 from serve_app.key_file import read_key_bytes
 
 ECHO = {"pools": {"default": {"engine": {"kind": "echo"}}}}
@@ -68,6 +69,24 @@ def test_the_command_refuses_a_file_that_it_cannot_use_before_it_starts(
         load_config(None, ECHO | {"keys": {"file": str(path)}})
     assert str(refused.value).startswith(str(path))
     assert "CANARY" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *("sk-CANARY", ["sk-CANARY"], {"sk-CANARY": 1}, {"inline": "sk-CANARY"}),
+        *({"inline": ["sk-CANARY x"]}, {"inline": [["sk-CANARY"]]}, {"inline": {"sk-CANARY": 1}}),
+        *({"variable": "sk-CANARY"}, {"inline": ["sk-CANARY"], "file": ["sk-CANARY"]}),
+    ],
+)
+def test_no_mistake_in_the_configuration_shows_a_key(keys: object) -> None:
+    given = ECHO | {"keys": keys}
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, given)
+    assert "CANARY" not in str(refused.value)
+    with pytest.raises((ConfigError, ValidationError)) as shown:  # as Serve reads a deploy file
+        ServeConfig.model_validate(given)
+    assert "CANARY" not in str(shown.value)
 
 
 def test_the_command_refuses_a_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ class LocalStream:
         self._replica: LocalReplica | None = None
         self._messages: asyncio.Queue[tuple[Event, ...] | Exception] = asyncio.Queue()
         self._task = asyncio.create_task(self._run())
-        self._ended = False
+        self._ended = self._placed = False
 
     async def __anext__(self) -> tuple[Event, ...]:
         message = await self._messages.get()
@@ -117,7 +117,6 @@ class LocalStream:
             replica.streams.discard(self)
 
     async def _send(self, replica: LocalReplica) -> None:
-        placed: tuple[Event, ...] = (Placed(replica.replica_id),)
         events = replica.engine.generate(self.request)
         try:
             async for event in events:
@@ -127,10 +126,19 @@ class LocalStream:
                 await asyncio.sleep(0)  # a switch that was thrown just now comes first
                 if isinstance(event, Tokens):
                     self.num_tokens += len(event.token_ids)
-                self._put((*placed, event))
-                placed = ()
+                self._put((*self._place(replica), event))
         finally:
             await events.aclose()
+
+    def sign(self) -> None:
+        """The message of a stream that has been quiet for a while."""
+        assert self._replica is not None
+        self._put(self._place(self._replica))
+
+    def _place(self, replica: LocalReplica) -> tuple[Event, ...]:
+        placed = () if self._placed else (Placed(replica.replica_id),)
+        self._placed = True
+        return placed
 
     def _put(self, message: tuple[Event, ...] | Exception) -> None:
         if not self._ended:
@@ -254,10 +262,12 @@ class LocalFleet:
     # Time.
 
     def beat(self) -> None:
-        """A heartbeat of each replica that can send one."""
+        """A heartbeat of each replica that can send one, and its streams' signs of life."""
         for replica in self.replicas.values():
             if replica.alive and replica.awake.is_set() and replica.info is not None:
                 self.board.note(replica.status())
+                for stream in replica.streams:
+                    stream.sign()
 
     async def pass_time(self, seconds: float) -> None:
         """Let `seconds` pass on the board's clock: heartbeats, and what the client's watch does."""
@@ -326,3 +336,34 @@ def raised_by_replica(error: Exception) -> Exception:
         return error
     wrapped: Exception = ray.exceptions.RayTaskError("generate", "", error).as_instanceof_cause()
     return wrapped
+
+
+# What tests of a fleet do and ask.
+
+Switch = Callable[[LocalFleet, str], None]
+
+
+def after(num_tokens: int, fleet: LocalFleet, switch: Switch, *, times: int = 1) -> None:
+    """Throw the switch of a replica once a sequence has so many tokens, for the first `times`."""
+    thrown = 0
+
+    def look(replica: LocalReplica, stream: LocalStream, event: Event) -> None:
+        nonlocal thrown
+        if stream.num_tokens >= num_tokens and thrown < times:
+            thrown += 1
+            switch(fleet, replica.replica_id)
+
+    fleet.before_message = look
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Tokens))
+
+
+def places(events: list[Event]) -> list[tuple[str, int]]:
+    return [(one.replica_id, one.attempt) for one in events if isinstance(one, Placed)]
+
+
+def done_of(events: list[Event]) -> Done:
+    (done,) = [event for event in events if isinstance(event, Done)]
+    return done

@@ -99,6 +99,15 @@ async def test_the_schedule_of_a_continued_echo_starts_anew() -> None:
     assert done.prefill_s + done.decode_s >= 0.05 + 2 * 0.02 - 1e-6
 
 
+async def test_a_continued_echo_does_not_wait_for_the_tokens_that_it_was_given() -> None:
+    engine = EchoEngine(EchoOptions(itl_s=600.0))
+    request = replace(make_request("abcdef", max_tokens=4), output_ids=tuple(b"abc"), num_shown=3)
+    async with asyncio.timeout(30):
+        rest = await events_of(engine, request)
+    assert said(rest)[:2] == (tuple(b"d"), "d")
+    assert ending(rest) == ("length", 6, 4)
+
+
 async def test_an_echo_that_had_ended_says_so_without_waiting() -> None:
     engine = EchoEngine(EchoOptions(ttft_s=60.0))
     async with asyncio.timeout(30):

@@ -10,6 +10,7 @@ second signal while it drains cuts them at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -115,6 +116,10 @@ def main(
             help="Serve only a verdict that `quant_jobs gate --sign-key` signed; Ed25519, PEM.",
         ),
     ] = None,
+    access_log: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON line per request into this file; - is stderr."),
+    ] = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Say whether it could be served, and start nothing."),
@@ -130,6 +135,7 @@ def main(
             f"{_POOL}.engine.directory": _text(engine),
             f"{_POOL}.gate.allow_ungated": allow_ungated or None,
             f"{_POOL}.gate.require_signature": _text(require_signature),
+            "telemetry.access_log": "stderr" if access_log == "-" else _absolute(access_log),
         }
     )
     if check and config is not None and is_deploy_file(raw := read_settings(config)):
@@ -145,8 +151,10 @@ def main(
         return
     # Ray is slow to import: a mistake in the settings is reported before.
     from serve_app.local import check_port, drain, serving
+    from serve_app.telemetry.access_log import check_target
 
     check_port(settings.http.host, settings.http.port)
+    check_target(settings.telemetry.access_log)
     _admit(pool)
     signals = _Signals()
     signals.install()
@@ -187,6 +195,11 @@ def _admit(pool: PoolSection) -> None:
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
+
+
+def _absolute(path: str | None) -> str | None:
+    """Replicas have a working directory of their own."""
+    return None if path is None else os.path.abspath(path)
 
 
 def _nested(flags: dict[str, Any]) -> dict[str, Any]:

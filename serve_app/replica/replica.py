@@ -160,6 +160,10 @@ class EngineReplica:
         finally:
             self._request_ids.discard(request.request_id)
 
+    async def report(self) -> ReplicaStatus:
+        """The status, for an ingress that gets no heartbeats."""
+        return self._status()
+
     def _flush_interval_s(self) -> float:
         return flush_interval(len(self._request_ids), self._limits.current.max_flushes_per_s)
 

@@ -55,7 +55,7 @@ def url(serve_url: str, otlp: OtlpReceiver) -> Iterator[str]:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         config = make_config(
             echo=EchoOptions(ttft_s=0.02, itl_s=0.002),
-            ingress_replicas=2,
+            ingress={"replicas": 2},
             max_body_bytes=10_000,
             drain_s=2.0,
         )
@@ -143,7 +143,7 @@ def test_every_choice_of_every_prompt_of_one_request_is_answered(url: str, strea
     prompts = ["first", "the second"]
     body = {"model": "echo", "prompt": prompts, "n": 3, "stream": stream}
     answer = httpx.post(f"{url}/completions", json=body, timeout=30)
-    said = {number: "" for number in range(6)}
+    said = dict.fromkeys(range(6), "")
     for item in read_sse(answer.text)[:-1] if stream else [answer.json()]:
         for choice in item["choices"]:
             said[choice["index"]] += choice["text"]

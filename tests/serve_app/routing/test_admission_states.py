@@ -240,6 +240,10 @@ class Ingresses(RuleBasedStateMachine):
         counts = {use.replica_id: use.held for use in stats.replicas if use.held}
         held = [a.replica for a in self.asked.values() if a.state == "held"]
         assert counts == {name: held.count(name) for name in set(held)}
+        tokens = {use.replica_id: use.kv_tokens_held for use in stats.replicas if use.held}
+        for name in tokens:
+            mine = [a for a in self.asked.values() if a.state == "held" and a.replica == name]
+            assert tokens[name] == sum(asked.tokens for asked in mine)
         waiting = [a for a in self.asked.values() if a.state == "waiting"]
         assert sum(queued.sequences for queued in stats.queued) == len(waiting)
         assert sum(queued.kv_tokens for queued in stats.queued) == sum(a.tokens for a in waiting)
@@ -279,4 +283,3 @@ TestIngresses.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-

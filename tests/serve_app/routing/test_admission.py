@@ -315,9 +315,9 @@ def test_a_key_that_is_idle_for_long_is_forgotten() -> None:
     office = Office(status("r1"))
     office.enter("q1", Terms(name="a", requests_per_minute=1000))
     office.leave("q1-0", used=100)
-    assert len(office.admission._quotas) == 1
+    assert len(office.admission._roster.quotas) == 1
     office.wait(125.0)
-    assert len(office.admission._quotas) == 0
+    assert len(office.admission._roster.quotas) == 0
 
 
 # Moves.

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from support.admissions import enter, seen, status
 
 from serve_app.routing.admission import Admission
@@ -276,10 +284,14 @@ class Ingresses(RuleBasedStateMachine):
             assert not stuck, "neither granted nor refused"
 
 
-TestIngresses = Ingresses.TestCase
-TestIngresses.settings = settings(
+SETTINGS = settings(
     max_examples=40,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.heavy
+def test_nothing_is_lost_said_twice_or_placed_without_room() -> None:
+    run_state_machine_as_test(Ingresses, settings=SETTINGS)

@@ -1,12 +1,15 @@
-"""What the service itself costs: an echo engine with a fixed schedule, compared with that schedule.
+"""What the service itself costs, against a plain Ray Serve app and uvicorn alone, in one run.
 
-    python bench/serve_overhead.py [--json FILE] [--tokens 64] [--requests-per-client 4]
+    python bench/serve_overhead.py [--runs 3] [--concurrency 1 8 32 128] [--json FILE]
 
-Closed loop at several concurrencies over real HTTP, streamed. The engine emits its first token
-after `ttft` and one more every `itl`, at any load; an ideal service would show exactly these times.
-The rest is the time of our code, of Ray Serve and of the client, which shares the machine's cores,
-so the figures are an upper bound. Warm-up is excluded. To measure Serve's HAProxy path, set
-RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_THROUGHPUT_OPTIMIZED=1.
+All three serve the same echo engine: 20 ms to the first token, 10 ms a token, 64 tokens, streamed
+over HTTP. Ours runs as `python -m serve_app` starts it, with HAProxy, two ingress replicas,
+admission, API keys and traces (sent to a collector beside it). The baseline is what Serve's guide
+shows: its Python proxy, a FastAPI ingress, a streaming handle, an engine (bench/stacks/plain.py).
+The floor is the engine behind uvicorn (bench/stacks/bare.py). A lean client in a process of its own
+asks in a closed loop; client and server share the machine's cores, so the figures are upper bounds.
+CPU is that of all processes of the stack, the client's not. The stacks take turns; the figures are
+medians over the runs. Prints one Markdown table and the two ratios that are promised.
 """
 
 from __future__ import annotations
@@ -15,135 +18,211 @@ import argparse
 import asyncio
 import json
 import os
+import signal
+import socket
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import httpx
-from support.configs import make_config
+from support.load import Outcome, complete
+from support.ports import free_port
+from support.processes import cpu_seconds, tree
 
-from serve_app.config import EchoOptions, ReplicaLimits
-from serve_app.local import serving
+from bench.stacks.service import KEYS, service
+from serve_app.sections import EchoOptions
 
-PROMPT = "x" * 64
+ROOT = Path(__file__).resolve().parent.parent
+TTFT_S, ITL_S, TOKENS = 0.02, 0.01, 64
+STACKS = ("floor", "baseline", "ours")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured at one concurrency; times in milliseconds."""
+    """One stack at one concurrency; times in milliseconds."""
 
-    max_flushes_per_s: float | None
+    stack: str
     concurrency: int
     ttft_p50_ms: float
-    ttft_p95_ms: float
-    ideal_ttft_ms: float
-    answer_p50_ms: float
-    ideal_answer_ms: float
+    ttft_p99_ms: float
     tokens_per_s: float
-    ideal_tokens_per_s: float
-    messages_per_answer: float
+    cpu_s_per_1000_tokens: float
+    answers: int
 
 
-async def ask(client: httpx.AsyncClient, url: str, tokens: int) -> tuple[float, float, int]:
-    """Send one request; seconds to the first event and to the end, and the number of events."""
-    body = {"model": "echo", "prompt": PROMPT, "max_tokens": tokens}
-    body |= {"ignore_eos": True, "stream": True}
-    started = time.perf_counter()
-    first, events = 0.0, 0
-    async with client.stream("POST", f"{url}/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for chunk in answer.aiter_raw():
-            if not events:
-                first = time.perf_counter() - started
-            events += chunk.count(b"data: ")
-    return first, time.perf_counter() - started, events - 2  # the last text-less one and [DONE]
+def _wait_for_port(port: int, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise SystemExit("bench: a stack did not start")
 
 
-async def measure(
-    url: str, concurrency: int, rounds: int, tokens: int, echo: EchoOptions, flushes: float | None
-) -> Row:
-    limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+@contextmanager
+def running(stack: str, folder: Path) -> Iterator[tuple[str, int]]:
+    """The URL of a started stack, and the process that all others of it descend from."""
+    if stack == "ours":
+        echo = EchoOptions(ttft_s=TTFT_S, itl_s=ITL_S)
+        collector = subprocess.Popen(
+            [sys.executable, "-m", "bench.stacks.collector"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert collector.stdout is not None
+        traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.stdout.readline().strip()}
+        try:
+            with service(folder, traced, echo=echo, max_ongoing_requests=256) as started:
+                yield started.url, started.pid
+        finally:
+            collector.terminate()
+            collector.wait()
+        return
+    port = free_port()
+    module = {"floor": "bare", "baseline": "plain"}[stack]
+    times = ["--ttft", str(TTFT_S), "--itl", str(ITL_S)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with (folder / f"{stack}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"bench.stacks.{module}", "--port", str(port), *times],
+            cwd=ROOT,
+            env=environment | {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"},
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        assert process.stdout is not None
+        if not process.stdout.readline().startswith("serving"):
+            raise SystemExit(f"bench: {stack}: {(folder / f'{stack}.log').read_text()[-2000:]}")
+        _wait_for_port(port, process)
+        yield f"http://127.0.0.1:{port}", process.pid
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
-        async def one_client(count: int) -> list[tuple[float, float, int]]:
-            return [await ask(client, url, tokens) for _ in range(count)]
 
-        await asyncio.gather(*(one_client(1) for _ in range(concurrency)))  # warm-up
-        started = time.perf_counter()
-        runs = await asyncio.gather(*(one_client(rounds) for _ in range(concurrency)))
-        elapsed = time.perf_counter() - started
-    results = [result for run in runs for result in run]
-    firsts = sorted(first for first, _, _ in results)
-    ideal_answer_s = echo.ttft_s + (tokens - 1) * echo.itl_s
+async def load(url: str, concurrency: int, rounds: int) -> list[Outcome]:
+    """Every one of the clients asks `rounds` times, one after the other."""
+    body = {"model": "echo", "prompt": "x" * 64, "max_tokens": TOKENS, "ignore_eos": True}
+
+    async def one_client() -> list[Outcome]:
+        return [await complete(url, body, key=KEYS[0]) for _ in range(rounds)]
+
+    runs = await asyncio.gather(*(one_client() for _ in range(concurrency)))
+    return [outcome for run in runs for outcome in run]
+
+
+def measure(stack: str, url: str, pid: int, concurrency: int, rounds: int) -> Row:
+    asyncio.run(load(url, concurrency, 2 if concurrency < 32 else 1))  # warm-up
+    before, started = cpu_seconds(tree(pid)), time.perf_counter()
+    outcomes = asyncio.run(load(url, concurrency, rounds))
+    elapsed, cpu = time.perf_counter() - started, cpu_seconds(tree(pid)) - before
+    wrong = [o for o in outcomes if not o.complete or o.text != "x" * TOKENS]
+    if wrong:
+        raise SystemExit(f"bench: {stack} at {concurrency}: {len(wrong)} wrong, {wrong[0]}")
+    firsts = sorted(o.first_s for o in outcomes if o.first_s is not None)
+    tokens = len(outcomes) * TOKENS
     return Row(
-        max_flushes_per_s=flushes,
+        stack=stack,
         concurrency=concurrency,
         ttft_p50_ms=statistics.median(firsts) * 1e3,
-        ttft_p95_ms=firsts[min(len(firsts) - 1, int(0.95 * len(firsts)))] * 1e3,
-        ideal_ttft_ms=echo.ttft_s * 1e3,
-        answer_p50_ms=statistics.median(total for _, total, _ in results) * 1e3,
-        ideal_answer_ms=ideal_answer_s * 1e3,
-        tokens_per_s=len(results) * tokens / elapsed,
-        ideal_tokens_per_s=concurrency * tokens / ideal_answer_s,
-        messages_per_answer=statistics.mean(events for _, _, events in results),
+        ttft_p99_ms=firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))] * 1e3,
+        tokens_per_s=tokens / elapsed,
+        cpu_s_per_1000_tokens=cpu / tokens * 1e3,
+        answers=len(outcomes),
     )
 
 
-def show(row: Row) -> None:
-    print(
-        f"flushes/s {row.max_flushes_per_s or 'all':>5}  c={row.concurrency:<3d} "
-        f"TTFT p50 {row.ttft_p50_ms:6.1f}  p95 {row.ttft_p95_ms:6.1f} "
-        f"(ideal {row.ideal_ttft_ms:.0f}) ms   "
-        f"answer p50 {row.answer_p50_ms:6.0f} (ideal {row.ideal_answer_ms:.0f}) ms   "
-        f"{row.tokens_per_s:6.0f} tok/s (ideal {row.ideal_tokens_per_s:.0f})   "
-        f"{row.messages_per_answer:5.1f} messages per answer",
-        flush=True,
+def median_of(rows: list[Row]) -> Row:
+    def middle(name: str) -> float:
+        return statistics.median(getattr(row, name) for row in rows)
+
+    return Row(
+        rows[0].stack,
+        rows[0].concurrency,
+        middle("ttft_p50_ms"),
+        middle("ttft_p99_ms"),
+        middle("tokens_per_s"),
+        middle("cpu_s_per_1000_tokens"),
+        sum(row.answers for row in rows),
+    )
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| clients | stack | TTFT p50 / p99 ms | tokens/s | of floor | CPU s per 1,000 tokens |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
+    floors = {row.concurrency: row.tokens_per_s for row in rows if row.stack == "floor"}
+    for row in rows:
+        share = f"{row.tokens_per_s / floors[row.concurrency]:.2f}x" if floors else ""
+        lines.append(
+            f"| {row.concurrency} | {row.stack} | {row.ttft_p50_ms:.0f} / {row.ttft_p99_ms:.0f} | "
+            f"{row.tokens_per_s:,.0f} | {share} | {row.cpu_s_per_1000_tokens:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def promised(rows: list[Row], concurrency: int) -> str:
+    """The ratios that are promised at one concurrency."""
+    by_stack = {row.stack: row for row in rows if row.concurrency == concurrency}
+    if set(by_stack) != set(STACKS):
+        return ""
+    floor, baseline, ours = (by_stack[name] for name in STACKS)
+    added = ours.ttft_p50_ms - floor.ttft_p50_ms
+    base_added = baseline.ttft_p50_ms - floor.ttft_p50_ms
+    return (
+        f"At {concurrency}: {ours.tokens_per_s / floor.tokens_per_s:.2f} of the floor's tokens/s; "
+        f"TTFT p50 over the floor's: {added:.1f} ms, {added / base_added:.2f} of the baseline's "
+        f"{base_added:.0f} ms."
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="also write the rows of all runs here")
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--requests-per-client", type=int, default=4)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument(
-        "--flushes", type=float, nargs="+", default=[0.0, 500.0], help="0 sends each token at once"
-    )
-    arguments = parser.parse_args()
-    echo = EchoOptions(ttft_s=0.02, itl_s=0.01)
-    rows = []
-    for budget in arguments.flushes:
-        flushes = budget or None
-        config = make_config(
-            echo=echo,
-            port=arguments.port,
-            replica_limits=ReplicaLimits(max_flushes_per_s=flushes),
-        )
-        with serving(config) as url:
-            for concurrency in arguments.concurrency:
-                row = asyncio.run(
-                    measure(
-                        url,
-                        concurrency,
-                        arguments.requests_per_client,
-                        arguments.tokens,
-                        echo,
-                        flushes,
-                    )
-                )
-                rows.append(row)
-                show(row)
-    if arguments.json:
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--stack", nargs="+", choices=STACKS, default=list(STACKS))
+    given = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for run in range(given.runs):
+            for stack in given.stack:
+                with running(stack, Path(folder)) as (url, pid):
+                    for concurrency in given.concurrency:
+                        rounds = given.requests_per_client * (4 if concurrency == 1 else 1)
+                        rows.append(measure(stack, url, pid, concurrency, rounds))
+                        print(f"run {run + 1}: {rows[-1]}", file=sys.stderr, flush=True)
+    medians = [
+        median_of([row for row in rows if (row.stack, row.concurrency) == (stack, concurrency)])
+        for concurrency in given.concurrency
+        for stack in given.stack
+    ]
+    print(table(medians))
+    for concurrency in given.concurrency:
+        if sentence := promised(medians, concurrency):
+            print(f"\n{sentence}")
+    if given.json:
         report = {
             "cpus": os.cpu_count(),
             "load_average": os.getloadavg(),
-            "ha_proxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0"),
             "rows": [asdict(row) for row in rows],
         }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        given.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,15 @@ _SHOWN = 120
 
 class UnusableFileError(Exception):
     """Why a file cannot be used, and what to change. The caller puts the file's name before it and
-    raises its own kind of error."""
+    raises its own kind of error.
+
+    `masked` is the sentence for a file of secrets: it repeats nothing that the file holds. Whoever
+    reads such a file shows it in place of the message, and drops the traceback's cause.
+    """
+
+    def __init__(self, message: str, *, masked: str | None = None) -> None:
+        super().__init__(message)
+        self.masked = message if masked is None else masked
 
 
 def read_bytes(path: Path, *, root: Path | None = None, max_bytes: int = MAX_FILE_BYTES) -> bytes:

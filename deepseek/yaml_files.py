@@ -66,10 +66,15 @@ def parse_yaml_mapping(data: bytes) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else _place(error.problem_mark)
         problem = f"{error.problem or error.context}"[:200]
-        raise UnusableFileError(f"is not valid YAML: {problem}{where}") from error
+        raise UnusableFileError(
+            f"is not valid YAML: {problem}{where}", masked=f"is not valid YAML{where}"
+        ) from error
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())[:200]
-        raise UnusableFileError(f"is not valid YAML: {problem}") from error
+        raise UnusableFileError(
+            f"is not valid YAML: {problem}",
+            masked="is not valid YAML: it holds a character that YAML has not",
+        ) from error
     if not isinstance(value, dict):
         kind = "nothing" if value is None else "a list" if isinstance(value, list) else "one value"
         raise UnusableFileError(f"must hold a mapping of keys to values, not {kind}")
@@ -134,8 +139,10 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any
             continue
         _check_key(key)
         if key.value in given:
+            place = _place(key.start_mark)
             raise UnusableFileError(
-                f"gives the key {key.value[:80]!r} twice{_place(key.start_mark)}; remove one"
+                f"gives the key {key.value[:80]!r} twice{place}; remove one",
+                masked=f"gives a key of a mapping twice{place}; remove one",
             )
         given.add(key.value)
     loader.flatten_mapping(node)  # `<<`, whose keys may be given again
@@ -150,10 +157,8 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any
 def _check_key(key: yaml.Node) -> None:
     if key.tag != _TAG + "str":
         shown = f" {key.value[:40]!r}" if isinstance(key, yaml.ScalarNode) else ""
-        raise UnusableFileError(
-            f"has a key{shown} that is no string{_place(key.start_mark)}; correct it, or put it in "
-            "quotes"
-        )
+        rest = f"that is no string{_place(key.start_mark)}; correct it, or put it in quotes"
+        raise UnusableFileError(f"has a key{shown} {rest}", masked=f"has a key {rest}")
 
 
 def _construct_string(loader: _Loader, node: yaml.ScalarNode) -> str:
@@ -173,7 +178,10 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
         raise _misleading(node, "a number of base 60 or 8")
     if len(digits) > 100:
         raise _misleading(node, "an integer of more than 100 digits")
-    return int(loader.construct_yaml_int(node))
+    try:
+        return int(loader.construct_yaml_int(node))
+    except ValueError as error:  # 0x_: a prefix without a digit
+        raise _misleading(node, "a number without digits") from error
 
 
 def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
@@ -181,9 +189,8 @@ def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
         raise _misleading(node, "a number of base 60")
     value = float(loader.construct_yaml_float(node))
     if not math.isfinite(value):
-        raise UnusableFileError(
-            f"holds {node.value[:40]}, which is no finite number{_place(node.start_mark)}; give one"
-        )
+        rest = f"which is no finite number{_place(node.start_mark)}; give one"
+        raise UnusableFileError(f"holds {node.value[:40]}, {rest}", masked=f"holds a number {rest}")
     return value
 
 
@@ -191,16 +198,21 @@ def _refuse(loader: _Loader, node: yaml.Node) -> Any:
     kind = str(node.tag).removeprefix(_TAG)
     if kind == "timestamp":
         raise _misleading(node, "a date")
+    place = _place(node.start_mark)
+    rest = "only strings, numbers, booleans, null, lists and mappings are read"
     raise UnusableFileError(
-        f"uses the YAML type {kind[:40]!r}{_place(node.start_mark)}; only strings, numbers, "
-        "booleans, null, lists and mappings are read"
+        f"uses the YAML type {kind[:40]!r}{place}; {rest}",
+        masked=f"uses another YAML type{place}; {rest}",
     )
 
 
 def _misleading(node: yaml.Node, what: str) -> UnusableFileError:
+    rest = (
+        f"which YAML reads as {what}{_place(node.start_mark)}; write a decimal number, or put it "
+        "in quotes"
+    )
     return UnusableFileError(
-        f"holds {str(node.value)[:40]}, which YAML reads as {what}{_place(node.start_mark)}; write "
-        "a decimal number, or put it in quotes"
+        f"holds {str(node.value)[:40]}, {rest}", masked=f"holds a value {rest}"
     )
 
 

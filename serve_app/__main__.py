@@ -10,6 +10,7 @@ second signal while it drains cuts them at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -22,26 +23,33 @@ import typer
 
 from deepseek.cli import make_app, run
 from deepseek.text import printable
-from serve_app.config import POOL, load_config
+from serve_app.config import POOL, PoolSection, load_config, read_settings
+from serve_app.deploy_file import check_deploy_file, is_deploy_file
 
-app = make_app(
-    """Serve an engine behind an OpenAI-compatible endpoint.
+_HELP = """Serve an engine behind an OpenAI-compatible endpoint.
 
-    Starts Ray and Ray Serve (or attaches to RAY_ADDRESS), waits until the engine answers, prints
-    one line with the URL, and runs until Ctrl-C or SIGTERM. Requests in flight then finish, for up
-    to shutdown_s seconds; a second Ctrl-C ends them at once.
+Starts Ray and Ray Serve (or attaches to RAY_ADDRESS), waits until the engine answers, prints
+one line with the URL, and runs until Ctrl-C or SIGTERM. Requests in flight then finish, for up
+to shutdown_s seconds; a second Ctrl-C ends them at once.
 
-    Examples:
+Examples:
 
-      python -m serve_app --engine runs/demo/int4/engine
+  python -m serve_app --engine runs/demo/int4/engine
 
-      python -m serve_app --engine runs/demo/int4/engine --require-signature gate.pub
+  python -m serve_app --engine runs/demo/int4/engine --require-signature gate.pub
 
-      python -m serve_app --echo --port 8080
+  python -m serve_app --echo --port 8080
 
-      python -m serve_app --config serve.yaml
-    """
-)
+  python -m serve_app --config examples/serve/node.yaml
+
+  python -m serve_app --config examples/serve/node.yaml --port 8080
+
+  python -m serve_app --check --config examples/serve/fleet.yaml
+
+Every key of the file: docs/configuration.md.
+"""
+
+app = make_app(_HELP)
 
 
 #: The pool that the flags speak of.
@@ -85,10 +93,12 @@ class _Signals:
             raise _Stopped
 
 
-@app.command()
+@app.command(help=_HELP)  # alone, it is what --help shows
 def main(
     engine: Annotated[Path | None, typer.Option(help="Engine directory made by build.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; flags go over it.")
+    ] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Echo the prompt; no model.")] = False,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [8000].")] = None,
@@ -106,6 +116,14 @@ def main(
             help="Serve only a verdict that `quant_jobs gate --sign-key` signed; Ed25519, PEM.",
         ),
     ] = None,
+    access_log: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON line per request into this file; - is stderr."),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Say whether it could be served, and start nothing."),
+    ] = False,
 ) -> None:
     """Serve one engine; flags override the file."""
     flags = _nested(
@@ -117,24 +135,27 @@ def main(
             f"{_POOL}.engine.directory": _text(engine),
             f"{_POOL}.gate.allow_ungated": allow_ungated or None,
             f"{_POOL}.gate.require_signature": _text(require_signature),
+            "telemetry.access_log": "stderr" if access_log == "-" else _absolute(access_log),
         }
     )
+    if check and config is not None and is_deploy_file(raw := read_settings(config)):
+        for of_application in check_deploy_file(config, raw):
+            print(f"{config}: valid, deploys {printable(of_application.served_name)}")
+        return
     settings = load_config(config, flags)
     pool = settings.pool
 
+    if check:
+        _admit(pool)
+        print(f"{config or 'settings'}: valid, serves {printable(settings.served_name)}")
+        return
     # Ray is slow to import: a mistake in the settings is reported before.
-    from serve_app.gating import admit
     from serve_app.local import check_port, drain, serving
+    from serve_app.telemetry.access_log import check_target
 
     check_port(settings.http.host, settings.http.port)
-    if pool.directory is not None:
-        admit(
-            pool.directory,
-            kv_cache=pool.kv_cache,
-            allow_ungated=pool.gate.allow_ungated,
-            require_signature=pool.gate.require_signature,
-            depth="headers",
-        )
+    check_target(settings.telemetry.access_log)
+    _admit(pool)
     signals = _Signals()
     signals.install()
     finished = False
@@ -157,8 +178,28 @@ def main(
         raise typer.Exit(128 + signals.received[-1])
 
 
+def _admit(pool: PoolSection) -> None:
+    """Raises ArtifactError unless what the pool serves has passed its gate, as far as its documents
+    say."""
+    from serve_app.gating import admit
+
+    if pool.directory is not None:
+        admit(
+            pool.directory,
+            kv_cache=pool.kv_cache,
+            allow_ungated=pool.gate.allow_ungated,
+            require_signature=pool.gate.require_signature,
+            depth="headers",
+        )
+
+
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
+
+
+def _absolute(path: str | None) -> str | None:
+    """Replicas have a working directory of their own."""
+    return None if path is None else os.path.abspath(path)
 
 
 def _nested(flags: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Builds the Serve application from a ServeConfig: two deployments, the ingress and the engine.
 
-Serve calls `build`: `serve run serve_app.app:build engine=DIR`, or a `serve deploy` file with
-`import_path: serve_app.app:build`. `python -m serve_app` calls it through local.py. It only
-describes the deployments; engines are made, and gates checked, inside the replicas.
+Serve calls `build` for a `serve deploy` file with `import_path: serve_app.app:build`
+(examples/serve/fleet.yaml). `python -m serve_app` calls it through local.py. It only describes the
+deployments; engines are made, and gates checked, inside the replicas.
 """
 
 # No `from __future__ import annotations` here: Serve reads the class in `build`'s annotation to
@@ -13,16 +13,23 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from cluster.connect import check_cluster, is_own_ray
-from serve_app.config import EchoOptions, ServeConfig
+from serve_app.config import EchoOptions, PoolSection, ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.openai.ingress import Ingress
 from serve_app.replica.replica import INGRESS, EngineFactory, EngineReplica
+from serve_app.routing.candidates import ENGINE
+from serve_app.routing.router import ByTicket
 from serve_app.telemetry.travel import traveling_variables
 
 #: The ingress never queues: it must stay free to answer 429. Serve's own cap is a last resort.
 _INGRESS_MAX_ONGOING = 4096
+
+#: Seconds beyond `drain_s` for an engine replica to notice that it stops, and to end the streams
+#: that are left.
+_STOP_S = 5.0
 
 #: Seconds that an ingress outlives the engines that Serve stops together with it.
 _TELL_CLIENTS_S = 5.0
@@ -61,14 +68,20 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
     variables = traveling_variables(config.telemetry.otlp_headers_file, inherited=is_own_ray())
     engine = serve.deployment(
         EngineReplica,
-        name="engine",
+        name=ENGINE,
         num_replicas=pool.replicas,
-        max_ongoing_requests=pool.max_ongoing_requests,
-        max_queued_requests=config.admission.max_queued_requests,
+        # The owner of admission counts places and queues. Serve counts a request a moment longer,
+        # and must neither queue nor refuse one that has a place.
+        max_ongoing_requests=pool.max_ongoing_requests + _places_to_spare(pool),
+        max_queued_requests=_INGRESS_MAX_ONGOING,
+        request_router_config=RequestRouterConfig(
+            request_router_class=ByTicket, request_router_kwargs={"deployment": ENGINE}
+        ),
         ray_actor_options=_actor_options(pool.cpus, variables),
+        # A deploy file may say more or less here, over what the replica gets below (live.py).
         user_config=pool.replica_limits.model_dump(),
         max_surge_percent=pool.surge_percent,
-        graceful_shutdown_timeout_s=config.drain_s,
+        graceful_shutdown_timeout_s=config.drain_s + _STOP_S,
         **shared,
     )
     ingress = serve.deployment(
@@ -81,7 +94,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         # An update starts the new ingress before the old one drains: there is always one to ask.
         max_surge_percent=100,
         # Where both stop, engines go first: their ingresses then tell the clients that are left.
-        graceful_shutdown_timeout_s=config.drain_s + _TELL_CLIENTS_S,
+        graceful_shutdown_timeout_s=config.drain_s + _STOP_S + _TELL_CLIENTS_S,
         **shared,
     )
     replicas = engine.bind(
@@ -92,9 +105,15 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         allow_ungated=pool.gate.allow_ungated,
         require_signature=pool.gate.require_signature,
         max_step_s=pool.max_step_s,
+        drain_s=config.drain_s,
+        limits=pool.replica_limits,
     )
-    app: Application = ingress.bind(config.without_live, replicas)
+    app: Application = ingress.bind(config, replicas)
     return app
+
+
+def _places_to_spare(pool: PoolSection) -> int:
+    return max(16, pool.max_ongoing_requests // 2)
 
 
 def _actor_options(num_cpus: float, variables: dict[str, str]) -> dict[str, Any]:

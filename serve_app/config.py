@@ -9,20 +9,23 @@
 
 The models are frozen, and an unknown key is an error that names it. API keys are `SecretStr`, so
 that no repr, log or traceback shows them. What each section holds is in sections.py, how to start
-what is configured in app.py. docs/serve-config.schema.json is made of these models.
+what is configured in app.py; docs/configuration.md and a JSON schema are made of these models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from deepseek.errors import ConfigError
 from deepseek.untrusted import UnusableFileError
 from deepseek.yaml_files import read_yaml_mapping
-from serve_app.routing.tenants import read_tenants
+from serve_app.key_forms import read_keys
+from serve_app.live import merged
+from serve_app.mistakes import MOVED, first_mistake
 from serve_app.sections import (
     AdmissionSection,
     EchoOptions,
@@ -35,8 +38,9 @@ from serve_app.sections import (
     ReplicaLimits,
     RequestsSection,
     ResumeSection,
+    Seconds,
+    Section,
     TelemetrySection,
-    _Strict,
 )
 
 __all__ = [
@@ -46,74 +50,95 @@ __all__ = [
     "ReplicaLimits",
     "ServeConfig",
     "load_config",
+    "read_settings",
 ]
 
-#: Keys of the flat files of earlier versions -> where they are now.
-_MOVED = {
-    "engine": "pools.default.engine.directory",
-    "echo": "pools.default.engine, with kind: echo",
-    "host": "http.host",
-    "port": "http.port",
-    "ingress_replicas": "ingress.replicas",
-    "ingress_cpus": "ingress.cpus",
-    "engine_replicas": "pools.default.replicas",
-    "engine_cpus": "pools.default.cpus",
-    "engine_surge_percent": "pools.default.surge_percent",
-    "max_ongoing_requests": "pools.default.max_ongoing_requests",
-    "replica_limits": "pools.default.replica_limits",
-    "health_check_period_s": "pools.default.health_check_period_s",
-    "health_check_timeout_s": "pools.default.health_check_timeout_s",
-    "max_step_s": "pools.default.max_step_s",
-    "graceful_shutdown_s": "shutdown_s",
-    "max_queued_requests": "admission.max_queued_requests",
-    "max_body_bytes": "http.max_body_bytes",
-    "body_timeout_s": "http.body_timeout_s",
-    "max_open_bodies": "http.max_open_bodies",
-    "max_open_body_bytes": "http.max_open_body_bytes",
-    "details_access": "http.details_access",
-    "allowed_origins": "http.allowed_origins",
-    "default_max_tokens": "requests.default_max_tokens",
-    "max_prompt_logprobs": "requests.max_prompt_logprobs",
-    "request_timeout_s": "requests.timeout_s",
-    "api_keys": "keys.inline",
-    "api_keys_file": "keys.file",
-    "otlp_headers_file": "telemetry.otlp_headers_file",
-    "allow_ungated": "pools.default.gate.allow_ungated",
-    "require_signature": "pools.default.gate.require_signature",
-} | {
-    name: f"pools.default.engine.{name}"
-    for name in EmbeddedOptions.model_fields
-    if name not in ("kind", "directory")
-}
-
-#: The pool that the command line's flags speak of.
+#: The pool that the command line's flags speak of, where no file names one.
 POOL = "default"
 
+PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 
-class ServeConfig(_Strict):
+
+class ServeConfig(Section):
     """What is served and how."""
 
-    model_name: str | None = Field(default=None, min_length=1, description="as clients call it")
-    http: HttpSection = HttpSection()
-    ingress: IngressSection = IngressSection()
-    keys: KeysSection = KeysSection()
-    requests: RequestsSection = RequestsSection()
-    admission: AdmissionSection = AdmissionSection()
-    resume: ResumeSection = ResumeSection()
-    #: Engines, by the pool's name.
-    pools: dict[str, PoolSection] = Field(min_length=1, max_length=1)
-    telemetry: TelemetrySection = TelemetrySection()
-    #: Seconds for which `python -m serve_app` lets open streams finish when it is told to stop.
-    shutdown_s: float = Field(default=30.0, gt=0.0)
+    model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="the model's name in the API; null: the engine directory's name, or `echo`",
+    )
+    http: HttpSection = Field(default=HttpSection(), description="the endpoint")
+    ingress: IngressSection = Field(
+        default=IngressSection(), description="the replicas that speak HTTP"
+    )
+    keys: KeysSection = Field(default=KeysSection(), description="who may ask")
+    requests: RequestsSection = Field(
+        default=RequestsSection(), description="what one request may take"
+    )
+    admission: AdmissionSection = Field(
+        default=AdmissionSection(), description="how requests wait for a place in an engine"
+    )
+    resume: ResumeSection = Field(
+        default=ResumeSection(), description="requests that outlive their replica"
+    )
+    pools: dict[PoolName, PoolSection] = Field(
+        min_length=1,
+        description="the engines, by the pool's name; one pool",
+        json_schema_extra={"maxProperties": 1, "additionalProperties": False},
+    )
+    telemetry: TelemetrySection = Field(
+        default=TelemetrySection(), description="what operators see beside the metrics"
+    )
+    shutdown_s: Seconds = Field(
+        default=30.0,
+        description="seconds for which `python -m serve_app` lets open streams finish when it is "
+        "told to stop",
+    )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _name_moved_keys(cls, given: Any) -> Any:
+    def _say_it_in_one_sentence(
+        cls, given: Any, validate: Callable[[Any], ServeConfig]
+    ) -> ServeConfig:
+        """Whoever validates, a command or Serve, shows the user one sentence.
+
+        Raises:
+            ConfigError: unknown, missing, moved or contradictory keys, or a wrong value.
+        """
         if isinstance(given, dict):
             for name in given:
-                if name in _MOVED:
-                    raise ValueError(f"{name!r} is now {_MOVED[name]}")
-        return given
+                if name in MOVED:
+                    raise ConfigError(f"{name!r} is now {MOVED[name]}")
+            if "applications" in given:
+                raise ConfigError(
+                    "this is a file for `serve deploy`; a configuration is what stands there under "
+                    "args"
+                )
+        try:
+            config = validate(given)
+        except ValidationError as error:
+            raise ConfigError(first_mistake(error, cls, given)) from None
+        config._check_sections()
+        return config
+
+    def _check_sections(self) -> None:
+        """What sections say of each other. Raises ConfigError."""
+        if len(self.pools) > 1:
+            raise ConfigError(f"pools names {len(self.pools)} pools; keep one, more are not served")
+        # What was not written is no mistake: a default that is never reached does no harm.
+        limit_s = self.requests.timeout_s
+        for name, section, key in (
+            ("admission", self.admission, "max_wait_s"),
+            ("resume", self.resume, "wait_s"),
+            ("http", self.http, "body_timeout_s"),
+        ):
+            value_s = getattr(section, key)
+            if key in section.model_fields_set and value_s > limit_s:
+                raise ConfigError(
+                    f"{name}.{key} {value_s:g} is longer than requests.timeout_s {limit_s:g}, "
+                    "after which no request waits any more; lower it or raise that"
+                )
 
     @property
     def pool(self) -> PoolSection:
@@ -125,12 +150,6 @@ class ServeConfig(_Strict):
     def live(self) -> Live:
         """The sections that change without new replicas."""
         return Live(requests=self.requests, admission=self.admission, resume=self.resume)
-
-    @property
-    def without_live(self) -> ServeConfig:
-        """The same with the live sections at their defaults: what a replica is constructed with,
-        so that a change of theirs is no change of it."""
-        return self.model_copy(update=dict(Live()))
 
     @property
     def drain_s(self) -> float:
@@ -146,44 +165,34 @@ class ServeConfig(_Strict):
         return directory.resolve().name if directory is not None else "echo"
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, not checked.
+
+    Raises:
+        ConfigError: unreadable, or not YAML.
+    """
+    try:
+        return read_yaml_mapping(path)
+    except UnusableFileError as error:
+        raise ConfigError(f"{path} {error}") from error
+
+
 def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
     """Read the YAML file, if any; what the command line gives in `overrides`, nested like the file,
-    wins over it key by key. An engine of another kind replaces the file's.
+    wins over it key by key. An engine of another kind replaces the file's. What `overrides` says of
+    pool `default` holds for the only pool of the file, whatever its name.
 
     Raises:
         ConfigError: unreadable, not YAML, or an unknown, missing or contradictory key, named; or
-            the file of API keys cannot be used.
+            the file or the variable of API keys cannot be used.
     """
-    raw: dict[str, Any] = {}
-    if path is not None:
-        try:
-            raw = read_yaml_mapping(path)
-        except UnusableFileError as error:
-            raise ConfigError(f"{path} {error}") from error
-    where = str(path) if path is not None else "settings"
+    raw = read_settings(path) if path is not None else {}
+    pools = raw.get("pools")
+    if "pools" in overrides and isinstance(pools, dict) and len(pools) == 1:
+        overrides = overrides | {"pools": {next(iter(pools)): overrides["pools"][POOL]}}
     try:
-        config = ServeConfig.model_validate(_merged(raw, overrides))
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in ("embedded", "echo"))
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{where}: unknown key {place!r}; remove or correct it") from None
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing" and place == "pools":
-            message = "name an engine: --engine DIR, --echo, or pools.default.engine in a file"
-        raise ConfigError(f"{where}: {place + ': ' if place else ''}{message}") from None
-    read_tenants(config.keys)  # a file that cannot be used is told now, and not by a replica
+        config = ServeConfig.model_validate(merged(raw, overrides))
+    except ConfigError as error:
+        raise ConfigError(f"{path if path is not None else 'settings'}: {error}") from None
+    read_keys(config.keys)  # a file that cannot be used is told now, and not by a replica
     return config
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mapping by mapping; mappings of different `kind` are not mixed."""
-    merged = dict(below)
-    for name, value in above.items():
-        old = merged.get(name)
-        if isinstance(old, dict) and isinstance(value, dict):
-            same = old.get("kind", value.get("kind")) == value.get("kind", old.get("kind"))
-            merged[name] = _merged(old, value) if same else value
-        else:
-            merged[name] = value
-    return merged

@@ -4,13 +4,18 @@
       InvalidRequest        400 invalid_request_error a field, the JSON, or a length is wrong
       Unauthorized          401 authentication_error
       OriginNotAllowed      403 permission_error      a web page of an origin that is not configured
+      ModelNotAllowed       403 permission_error      the key may not use this model
       ModelNotFound         404 not_found_error
       BodyTimeout           408 timeout_error         the body did not arrive in time
+      ClientTooSlow         408 timeout_error         the answer was not read; seen only in the log
       BodyTooLarge          413 invalid_request_error
       UnsupportedMediaType  415 invalid_request_error the body is no plain application/json
-      Overloaded            429 rate_limit_error      Retry-After says when to come back
+      Overloaded            429 rate_limit_error      Retry-After says when to come back; the code
+                                                      why: queue_full, waited_too_long, rate_limited
+                                                      (per minute), too_many_requests (at a time)
         TooManyFailedKeys   429 rate_limit_error      too many wrong keys from this address
       EngineUnavailable     503 server_error          no replica can answer now; Retry-After too
+        ReplicaLost         503 server_error          its replica has gone; another may go on
         Draining            503 server_error          the service is stopping; go elsewhere
         TooManyConnections  503 server_error          too many bodies are arriving at once
       DeadlineExceeded      504 timeout_error         the request's own deadline passed
@@ -83,6 +88,10 @@ class OriginNotAllowed(ApiError):
     status, type, code = 403, "permission_error", "origin_not_allowed"
 
 
+class ModelNotAllowed(ApiError):
+    status, type, code, param = 403, "permission_error", "model_not_allowed", "model"
+
+
 class ModelNotFound(ApiError):
     status, type, code, param = 404, "not_found_error", "model_not_found", "model"
 
@@ -92,6 +101,12 @@ class BodyTimeout(ApiError):
 
     def headers(self) -> dict[str, str]:
         return CLOSE
+
+
+class ClientTooSlow(ApiError):
+    """Its answer has begun, so that this is its outcome and never its status."""
+
+    status, type, code = 408, "timeout_error", "client_too_slow"
 
 
 class BodyTooLarge(ApiError):
@@ -112,6 +127,15 @@ class TooManyFailedKeys(Overloaded):
 
 class EngineUnavailable(ApiError):
     status, type, code, retry_after_s = 503, "server_error", "engine_unavailable", 5
+
+
+class ReplicaLost(EngineUnavailable):
+    """A request has lost its replica. `blame` says that the replica failed, and did not merely
+    stop."""
+
+    def __init__(self, message: str, *, blame: bool = True, **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.blame = blame
 
 
 class Draining(EngineUnavailable):
@@ -144,10 +168,18 @@ HTTP_REASONS: dict[int, tuple[str, str]] = {
 #: complete.
 CODES = frozenset(
     {
-        *("body_timeout", "body_too_large", "context_length_exceeded", "deadline_exceeded"),
+        *("body_timeout", "body_too_large", "client_too_slow", "context_length_exceeded"),
+        *("deadline_exceeded", "queue_full", "rate_limited", "too_many_requests"),
+        *("waited_too_long",),
         *("draining", "engine_failed", "engine_unavailable", "internal_error", "invalid_api_key"),
         *("invalid_json", "invalid_value", "method_not_allowed", "missing_field"),
-        *("model_not_found", "origin_not_allowed", "overloaded", "too_many_connections"),
+        *(
+            "model_not_allowed",
+            "model_not_found",
+            "origin_not_allowed",
+            "overloaded",
+            "too_many_connections",
+        ),
         *("too_many_failed_keys", "too_many_logprobs"),
         *("unknown_field", "unknown_path", "unsupported_field", "unsupported_media_type"),
     }

@@ -6,34 +6,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-
 from cluster.connect import connect
 from deepseek.errors import DeployError
-from serve_app.app import build
 from serve_app.config import ServeConfig
-from serve_app.proxy_guard import CALLBACK, CALLBACK_VARIABLE
-from serve_app.replica.replica import INGRESS
+from serve_app.proxy_environment import check_port, proxy_environment
+
+__all__ = ["APP_NAME", "check_port", "drain", "serve_running", "serving"]
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "intserve"
-
-#: Seconds that HAProxy waits for a client to send, or to take, its next byte; Ray's default is an
-#: hour.
-_HAPROXY_CLIENT_S = 60
 
 #: Seconds between two looks at what is still in flight.
 _LOOK_S = 0.1
@@ -44,35 +36,36 @@ _CUT_S = 3.0
 _PROXY_S = 0.5
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises DeployError unless a server could listen on this address now."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DeployError(
-            f"cannot listen on {host}:{port} ({reason}); choose another --host or --port"
-        ) from error
-
-
 @contextmanager
 def serving(config: ServeConfig) -> Iterator[str]:
     """Start the service and give its URL once it is healthy. Leaving the context stops what was
     started; `drain` lets open streams end before.
 
     Raises:
-        DeployError: Serve runs on this cluster already, or the engine did not start; says why.
+        DeployError: as `serve_running`; or the engine did not start; says why.
     """
-    # The last resort for what `drain` leaves, when replicas stop behind HAProxy: nobody registers
-    # them elsewhere, so that they need not stay reachable for half a minute.
-    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
-    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
-    # HAProxy has no other bound on a head that does not end; silent answers are not affected.
-    os.environ.setdefault("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", str(_HAPROXY_CLIENT_S))
-    with connect() as ray_connection:
+    with serve_running(config):
+        _deploy(config)
+        http = config.http
+        host = f"[{http.host}]" if ":" in http.host else http.host
+        yield f"http://{host}:{http.port}/v1"
+
+
+@contextmanager
+def serve_running(config: ServeConfig, *, num_cpus: int | None = None) -> Iterator[None]:
+    """Ray and Serve with the configured proxy, and no application; both are stopped at the end.
+    `num_cpus` is for a Ray that is started here.
+
+    Raises:
+        DeployError: Serve runs on this cluster already, or Ray, Serve or its proxy did not start.
+    """
+    with (
+        proxy_environment(config, attached=_is_attached()) as place,
+        connect(num_cpus=num_cpus) as ray_connection,
+    ):
+        import ray
+        from ray import serve
+
         log.info(ray_connection.describe())
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         status = serve.status()
@@ -81,14 +74,29 @@ def serving(config: ServeConfig) -> Iterator[str]:
                 "Serve already runs on this Ray cluster; deploy there with "
                 "`serve deploy` and import_path serve_app.app:build"
             )
+        node_id = ray.get_runtime_context().get_node_id()
         try:
-            yield _start(config)
+            with _telling_why():
+                serve.start(
+                    proxy_location="HeadOnly",
+                    http_options={"host": place.serve_host, "port": config.http.port},
+                    logging_config={"log_level": "WARNING", "enable_access_log": False},
+                )
+            yield
         finally:
             # Serve 2.60 kills its controller while the controller still answers the call to shut
             # down; Ray prints that as a failure, on stdout.
             with redirect_stdout(io.StringIO()):
                 serve.shutdown()
                 ray_connection.close()
+            place.clean(node_id)
+
+
+def _is_attached() -> bool:
+    """Whether the service will run on a Ray that was there before."""
+    import ray
+
+    return ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def drain(
@@ -102,6 +110,9 @@ def drain(
 
     Returns whether everything finished by itself.
     """
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
     limit_s = config.shutdown_s
     end = time.monotonic() + limit_s
     try:
@@ -126,29 +137,42 @@ def drain(
 
 def _ask_ingresses(method: str) -> int:
     """Call a method of every ingress that gives its number of requests in flight; their sum."""
+    from ray import serve
+
+    from serve_app.replica.replica import INGRESS
+
     handle: Any = serve.get_deployment_handle(INGRESS, APP_NAME)
     answers = handle.broadcast(method).results(timeout_s=_CALL_S, return_exceptions=True)
     return sum(answer for answer in answers if isinstance(answer, int))
 
 
-def _start(config: ServeConfig) -> str:
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": config.http.host, "port": config.http.port},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
-    try:
+def _deploy(config: ServeConfig) -> None:
+    from ray import serve
+
+    from serve_app.app import build
+
+    with _telling_why():
         serve.run(build(config), name=APP_NAME, route_prefix="/")
-    except RuntimeError as error:
-        reason = _reason(str(error), _deployment_messages())
-        raise DeployError(f"the service did not start: {reason}") from error
-    http = config.http
-    host = f"[{http.host}]" if ":" in http.host else http.host
-    return f"http://{host}:{http.port}/v1"
+
+
+@contextmanager
+def _telling_why() -> Iterator[None]:
+    """Turn Serve's failures into a DeployError that gives the reason in one line."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (RuntimeError, RayError) as error:
+        messages: list[str] = []
+        with contextlib.suppress(RuntimeError, RayError):
+            messages = _deployment_messages()
+        raise DeployError(f"the service did not start: {_reason(str(error), messages)}") from error
 
 
 def _deployment_messages() -> list[str]:
     """What Serve says of each deployment; of one whose constructor failed, with the traceback."""
+    from ray import serve
+
     application = serve.status().applications.get(APP_NAME)
     return [] if application is None else [d.message for d in application.deployments.values()]
 
@@ -157,9 +181,15 @@ def _deployment_messages() -> list[str]:
 _EXCEPTION = r"^(?:\w+\.)*(?:\w*Error|\w*Exception): (?!Traceback)(.+)$"
 
 
+#: The first of HAProxy's complaints; the last ones only count them.
+_ALERT = r"\[ALERT\]\s+\(\d+\) : (?:\[[^\]]*\] ?: ?)?(?:config : )?(.+)"
+
+
 def _reason(message: str, deployment_messages: Sequence[str]) -> str:
-    """The last exception line of a traceback in Serve's message, else in a deployment's; without
-    any traceback, the last line of Serve's message."""
+    """What HAProxy says against its start; else the last exception line of a traceback in Serve's
+    message, else in a deployment's; without any traceback, the last line of Serve's message."""
+    if "HAProxy crashed" in message and (alert := re.search(_ALERT, message)):
+        return f"HAProxy: {alert[1].strip()}"
     for text in (message, *deployment_messages):
         exceptions = re.findall(_EXCEPTION, text, re.MULTILINE)
         if exceptions:

@@ -7,6 +7,8 @@ before Serve sees it:
 - a connection must send a complete head in time and in bounds; when connections run out, the one
   that has waited longest for its head makes room for a new one;
 - a body that is not there after a moment is slow, and of those only so many are passed on;
+- a client that reads nothing of what waits for it is cut off (openai/unread.py does so sooner, and
+  says it, where it can see the client);
 - headers by which a client would command Serve itself are removed.
 
 Serve calls `middlewares` in the process of each server when CALLBACK_VARIABLE names it in the
@@ -17,8 +19,10 @@ the same bodies again, whatever server is in front.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import resource
+import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -44,6 +48,12 @@ MAX_HELD_BYTES = 1 << 20
 MAX_TOTAL_HELD_BYTES = 256 << 20
 #: Slow bodies that are passed on at one time.
 MAX_SLOW_BODIES = 256
+
+#: HAProxy's limit for clients that do not read, in seconds; here some more, so that whoever knows
+#: the request may end it first.
+CLIENT_TIMEOUT_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
+CLIENT_TIMEOUT_S = 60.0
+_LATER_S = 15.0
 
 #: Headers that tell Serve's proxy not to notice that the client has left, to wait longer for an
 #: answer, or which of several models to load.
@@ -120,6 +130,47 @@ class Heads:
                 self.transport.abort()
 
         return GuardedProtocol
+
+
+def cut_unread(base: type[asyncio.Protocol], *, timeout_s: float) -> type[asyncio.Protocol]:
+    """uvicorn's protocol `base` of a connection, which ends when its client takes nothing for
+    `timeout_s` seconds of what the server has to write."""
+
+    class ReadProtocol(base):  # type: ignore[misc, valid-type]
+        _look_timer: asyncio.TimerHandle | None = None
+        _unsent = 0
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._look_later()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._unsent = sys.maxsize  # it has taken some
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self._look_later()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self._look_timer is not None:
+                self._look_timer.cancel()
+
+        def _look_later(self) -> None:
+            if self._look_timer is None:
+                self._unsent = self.transport.get_write_buffer_size()
+                self._look_timer = self.loop.call_later(timeout_s, self._look)
+
+        def _look(self) -> None:
+            self._look_timer = None
+            unsent = self.transport.get_write_buffer_size()
+            if unsent and unsent >= self._unsent:
+                self.transport.abort()
+            elif unsent:
+                self._look_later()
+
+    return ReadProtocol
 
 
 class SlowBodies:
@@ -240,5 +291,6 @@ def middlewares() -> list[Middleware]:
     """
     heads = Heads(timeout_s=HEAD_TIMEOUT_S, max_bytes=MAX_HEAD_BYTES)
     table: dict[str, Any] = uvicorn.config.HTTP_PROTOCOLS
-    table["auto"] = heads.protocol()
+    timeout_s = float(os.environ.get(CLIENT_TIMEOUT_VARIABLE) or CLIENT_TIMEOUT_S) + _LATER_S
+    table["auto"] = cut_unread(heads.protocol(), timeout_s=timeout_s)
     return [Middleware(SlowBodies)]

@@ -1,7 +1,8 @@
 """The sections of the configuration: one strict, frozen model each, and what a key may do.
 
-config.py joins them to a `ServeConfig` and reads the file. A section says whether a running service
-takes a change of it (`Live`): the others need new replicas.
+config.py joins them to a `ServeConfig` and reads the file. Every field has a `description`, because
+docs/configuration.md and the JSON schema are made of these models (schema.py). A `LiveSection` can
+change while the service runs (live.py); a change of any other needs new replicas.
 """
 
 from __future__ import annotations
@@ -26,35 +27,66 @@ from serve_app.key_file import is_sendable
 #: As browsers send it: an extension's scheme, too; no path and no slash at the end.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
+#: Serve keeps counts in 32 bits.
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Tokens = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0.0)]
+Cpus = Annotated[float, Field(ge=0.0)]
 
-class _Strict(StrictModel):
-    model_config = ConfigDict(protected_namespaces=())
+
+class Section(StrictModel):
+    """Base of every section: an error about a value never shows it, since it may be a key."""
+
+    model_config = ConfigDict(protected_namespaces=(), hide_input_in_errors=True)
 
 
-class EchoOptions(_Strict):
-    """The echo engine: says the prompt back, one token (a byte) at a time."""
+class LiveSection(Section):
+    """A section that changes without new replicas."""
 
-    kind: Literal["echo"] = "echo"
+    model_config = ConfigDict(json_schema_extra={"x-live": True})
+
+
+class EchoOptions(Section):
+    """The echo engine: says the prompt back, one token (a byte) at a time. It has no model."""
+
+    # The default is for code that makes one; a file must say it.
+    model_config = ConfigDict(json_schema_extra={"required": ["kind"]})
+
+    kind: Literal["echo"] = Field(default="echo", description="selects this engine")
     ttft_s: float = Field(default=0.0, ge=0.0, description="seconds to the first token")
     itl_s: float = Field(default=0.0, ge=0.0, description="seconds between tokens")
-    max_running: int = Field(default=256, ge=1)
-    max_model_len: int = Field(default=4096, ge=2)
-    #: KV tokens that it says to have; None: room for `max_running` of the longest requests.
-    kv_tokens: int | None = Field(default=None, ge=1)
+    max_running: Count = Field(default=256, description="sequences that run at a time")
+    max_model_len: int = Field(
+        default=4096, ge=2, description="tokens of the longest request, completion included"
+    )
+    kv_tokens: Tokens | None = Field(
+        default=None,
+        description="KV tokens that it says to have; null: `max_running` of the longest requests",
+    )
 
 
-class EmbeddedOptions(_Strict):
-    """The embedded engine; a setting that is None keeps what it was built with, or its default."""
+class EmbeddedOptions(Section):
+    """The embedded engine, which runs on CPUs. A setting that is null keeps what the engine was
+    built with, or its default."""
 
-    kind: Literal["embedded"] = "embedded"
-    directory: Path = Field(description="directory that `build` made")
-    max_model_len: int | None = Field(default=None, ge=2)
-    kv_tokens: int | None = Field(default=None, ge=1)
-    #: Another KV format than the one that the gate judged is refused, or served as ungated.
-    kv_cache: Literal["bf16", "fp8", "int8"] | None = None
-    max_batch_size: int | None = Field(default=None, ge=1)
-    max_batched_tokens: int | None = Field(default=None, ge=1)
-    num_threads: int | None = Field(default=None, ge=1)
+    model_config = ConfigDict(json_schema_extra={"required": ["kind", "directory"]})
+
+    kind: Literal["embedded"] = Field(default="embedded", description="selects this engine")
+    directory: Path = Field(
+        description="engine directory that `build` made, at the same path on each node"
+    )
+    max_model_len: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="tokens of the longest request, completion included"
+    )
+    kv_tokens: Tokens | None = Field(default=None, description="size of the KV cache, in tokens")
+    kv_cache: Literal["bf16", "fp8", "int8"] | None = Field(
+        default=None,
+        description="format of KV pages; another one than the gate judged counts as ungated",
+    )
+    max_batch_size: Count | None = Field(default=None, description="sequences of one step")
+    max_batched_tokens: Count | None = Field(default=None, description="tokens of one step")
+    num_threads: Count | None = Field(default=None, description="CPU threads of one replica")
 
 
 def _kind(given: Any) -> Any:
@@ -66,18 +98,26 @@ EngineSection = Annotated[
     Discriminator(
         _kind,
         custom_error_type="engine_kind",
-        custom_error_message="kind must be embedded or echo",
+        custom_error_message=(
+            "kind must be embedded or echo; write {kind: embedded, directory: DIR} or {kind: echo}"
+        ),
     ),
 ]
 
 
-class GateSection(_Strict):
+class GateSection(Section):
     """What an artifact must show before it is served."""
 
-    allow_ungated: bool = False
-    #: PEM file of the Ed25519 public key that the verdict must be signed with. Every replica reads
-    #: it, so that it lies at this path on each node.
-    require_signature: Path | None = None
+    allow_ungated: bool = Field(
+        default=False,
+        description="serve an artifact that passed no accuracy gate; every answer's health, logs "
+        "and metrics say so",
+    )
+    require_signature: Path | None = Field(
+        default=None,
+        description="PEM file of the Ed25519 public key that the verdict must be signed with, at "
+        "this path on each node",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> GateSection:
@@ -88,38 +128,62 @@ class GateSection(_Strict):
         return self
 
 
-class ReplicaLimits(_Strict):
-    """Limits of one engine replica; Serve changes them while it serves (`user_config`)."""
+class ReplicaLimits(LiveSection):
+    """Limits inside one engine replica."""
 
-    #: Requests waiting inside the engine beyond which it refuses; None leaves it to admission.
-    max_waiting_requests: int | None = Field(default=None, ge=0)
-    #: Messages per second that all streams of a replica share; None sends each token at once.
-    max_flushes_per_s: float | None = Field(default=500.0, gt=0.0)
+    max_waiting_requests: CountOrZero | None = Field(
+        default=None,
+        description="requests waiting inside the engine beyond which it refuses; null leaves it "
+        "to admission",
+    )
+    max_flushes_per_s: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=500.0,
+        description="messages per second that all streams of a replica share; null sends each "
+        "token at once",
+    )
 
 
-class PoolSection(_Strict):
+class PoolSection(Section):
     """Engine replicas of one kind."""
 
-    engine: EngineSection
-    gate: GateSection = GateSection()
-    replicas: int = Field(default=1, ge=1)
-    cpus: float = Field(default=0.5, ge=0.0, description="that Ray reserves for each replica")
-    #: Sequences that one replica holds at a time; the engine batches among them.
-    max_ongoing_requests: int = Field(default=64, ge=1)
-    replica_limits: ReplicaLimits = ReplicaLimits()
-    #: Engine replicas, in percent, that an update may start before it stops old ones. 0 needs no
-    #: spare memory or GPU; requests then wait while the last replica is replaced.
-    surge_percent: int = Field(default=0, ge=0, le=100)
-    #: Seconds for which a replica that is to stop may finish its streams; None: the longest that a
-    #: request may take.
-    drain_s: float | None = Field(default=None, gt=0.0)
-    #: Serve looks at each replica once in a period; one that has ended is replaced then, one that
-    #: fails or does not answer in time at the third time.
-    health_check_period_s: float = Field(default=2.0, gt=0.0)
-    health_check_timeout_s: float = Field(default=10.0, gt=0.0)
-    #: An engine that has work and finishes no step for this long is replaced. A step is at most one
-    #: batch of `max_batched_tokens`; keep this well above the slowest.
-    max_step_s: float = Field(default=60.0, gt=0.0)
+    engine: EngineSection = Field(description="which engine, and its options")
+    gate: GateSection = Field(
+        default=GateSection(), description="what the artifact must show before it is served"
+    )
+    replicas: Count = Field(default=1, description="engine replicas")
+    cpus: Cpus = Field(default=0.5, description="CPUs that Ray reserves for each replica")
+    max_ongoing_requests: Count = Field(
+        default=64,
+        description="sequences that one replica holds at a time; the engine batches among them",
+    )
+    replica_limits: ReplicaLimits = Field(
+        default=ReplicaLimits(), description="limits inside one replica"
+    )
+    surge_percent: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="engine replicas, in percent, that an update may start before it stops old "
+        "ones; 0 needs no spare memory, but requests wait while the last replica is replaced",
+    )
+    drain_s: Seconds | None = Field(
+        default=None,
+        description="seconds for which a replica that is to stop may finish its streams; null: "
+        "`requests.timeout_s`, the longest that a request may take",
+    )
+    health_check_period_s: Seconds = Field(
+        default=2.0,
+        description="seconds between two looks at a replica; one that has ended is replaced then",
+    )
+    health_check_timeout_s: Seconds = Field(
+        default=10.0,
+        description="seconds to answer such a look; at the third failure the replica is replaced",
+    )
+    max_step_s: Seconds = Field(
+        default=60.0,
+        description="an engine that has work and finishes no step for this long is replaced; keep "
+        "it well above the slowest batch of `max_batched_tokens`",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> PoolSection:
@@ -138,29 +202,64 @@ class PoolSection(_Strict):
         return self.engine.kv_cache if isinstance(self.engine, EmbeddedOptions) else None
 
 
-class HttpSection(_Strict):
-    """The endpoint: where it listens, who accepts connections, and what is refused at the door."""
+class HttpSection(Section):
+    """The endpoint: where it listens, who accepts connections, and what is refused at the door.
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    #: What accepts the clients' connections: HAProxy, or Serve's own proxy in Python.
-    proxy: Literal["haproxy", "python"] = "haproxy"
-    #: 163,840 token ids are about 1.1 MB of JSON; the rest is room for \\uXXXX escapes.
-    max_body_bytes: int = Field(default=4 * 2**20, ge=1)
-    body_timeout_s: float = Field(default=30.0, gt=0.0, description="for the body to arrive whole")
-    #: Bodies that arrive at one time at each ingress, and what has arrived of them in bytes. When a
-    #: further one comes, that of the slowest sender is given up.
-    max_open_bodies: int = Field(default=512, ge=1)
-    max_open_body_bytes: int = Field(default=64 * 2**20, ge=1)
-    #: Answers that clients have not read yet, in bytes at each ingress. Beyond, the stream with the
-    #: most unread bytes is ended.
-    max_unread_bytes: int = Field(default=64 * 2**20, ge=1 << 16)
-    #: Who is told what /health says beyond up or down, /version and /metrics, where there are keys:
-    #: "key" who has one, "loopback" also a client on this machine, "open" everybody. Without keys
-    #: everybody is.
-    details_access: Literal["open", "loopback", "key"] = "loopback"
-    #: Origins (`https://chat.example.com`) whose web pages may use this service; `*` is all.
-    allowed_origins: tuple[str, ...] = ()
+    Under `serve deploy`, Serve's own `http_options` say host and port, and the environment of Ray
+    says what the proxy is: `host`, `port`, `proxy` and `metrics_port` have no effect there.
+    """
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(default=8000, ge=1, le=65535, description="port to listen on")
+    proxy: Literal["haproxy", "python"] = Field(
+        default="haproxy",
+        description="what accepts the clients' connections: HAProxy, or Serve's proxy in Python",
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="HAProxy's own metrics, for Prometheus on this machine; null: a free port",
+    )
+    max_body_bytes: int = Field(
+        default=4 * 2**20,
+        ge=1,
+        description="longest request body, else 413; 163,840 token ids are about 1.1 MB",
+    )
+    body_timeout_s: Seconds = Field(
+        default=30.0, description="seconds for the body to arrive whole, else 408"
+    )
+    max_open_bodies: Count = Field(
+        default=512,
+        description="bodies that arrive at a time at each ingress; beyond, that of the slowest "
+        "sender is given up",
+    )
+    max_open_body_bytes: int = Field(
+        default=64 * 2**20,
+        ge=1,
+        description="bytes that have arrived of them at each ingress; beyond, likewise",
+    )
+    max_unread_bytes: int = Field(
+        default=64 * 2**20,
+        ge=1 << 16,
+        description="bytes of answers that clients have not read yet, at each ingress; beyond, the "
+        "stream with the most unread bytes is ended",
+    )
+    client_timeout_s: Seconds = Field(
+        default=60.0,
+        description="seconds after which a client that reads nothing of an answer is cut off",
+    )
+    details_access: Literal["open", "loopback", "key"] = Field(
+        default="loopback",
+        description="who is told what /health says beyond up or down, /version and /metrics: `key` "
+        "who has a key, `loopback` also a client on this machine, `open` everybody; without keys "
+        "everybody is",
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        default=(),
+        description="origins (`https://chat.example.com`) whose web pages may use this service; "
+        "`*` is all",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> HttpSection:
@@ -178,34 +277,45 @@ class HttpSection(_Strict):
         return self
 
 
-class IngressSection(_Strict):
+class IngressSection(Section):
     """The replicas that speak HTTP."""
 
-    replicas: int = Field(default=2, ge=1)
-    cpus: float = Field(default=0.1, ge=0.0, description="that Ray reserves for each replica")
+    replicas: Count = Field(default=2, description="ingress replicas")
+    cpus: Cpus = Field(default=0.1, description="CPUs that Ray reserves for each replica")
 
 
-class KeyLimits(_Strict):
-    """What one key may use; None is no limit. They hold over all ingress replicas together."""
+class KeyLimits(Section):
+    """What one key may use, over all ingress replicas together; null is no limit."""
 
-    max_concurrency: int | None = Field(
-        default=None, ge=1, description="sequences that run or wait at a time"
+    max_concurrency: Count | None = Field(
+        default=None, description="sequences that run or wait at a time"
     )
-    requests_per_minute: int | None = Field(default=None, ge=1)
-    #: Prompt and completion; a request is charged what it reserves, and given back what it leaves.
-    tokens_per_minute: int | None = Field(default=None, ge=1)
+    requests_per_minute: Count | None = Field(default=None, description="requests per minute")
+    tokens_per_minute: Tokens | None = Field(
+        default=None,
+        description="tokens of prompt and completion per minute; a request is charged what it "
+        "reserves, and given back what it leaves",
+    )
 
 
-class KeysSection(_Strict):
+class KeysSection(Section):
     """Who may ask. Without any key everybody may."""
 
-    #: Keys in the configuration itself, which Serve's dashboard shows: on a cluster use a file.
-    inline: tuple[SecretStr, ...] = ()
-    #: A file that lies at this path on each node with an ingress (key_file.py); read again when it
-    #: changes.
-    file: Path | None = None
-    #: An environment variable of the ingress that holds what a key file would.
-    variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    inline: tuple[SecretStr, ...] = Field(
+        default=(),
+        description="keys in the configuration itself, which Serve's dashboard shows: on a cluster "
+        "use a file",
+    )
+    file: Path | None = Field(
+        default=None,
+        description="file of keys (docs/operations.md) at this path on each node with an ingress; "
+        "read again when it changes",
+    )
+    variable: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable of the ingress that holds what a key file would",
+    )
 
     @field_validator("inline")
     @classmethod
@@ -221,59 +331,90 @@ class KeysSection(_Strict):
         return bool(self.inline) or self.file is not None or self.variable is not None
 
 
-class RequestsSection(_Strict):
-    """What one request may take. Live."""
+class RequestsSection(LiveSection):
+    """What one request may take."""
 
-    default_max_tokens: int = Field(default=512, ge=1)
-    #: Logprobs of prompt tokens in one answer, alternatives included: 163,840 tokens with two
-    #: alternatives each, 15 MB of JSON and more.
-    max_prompt_logprobs: int = Field(default=2**19, ge=1)
-    #: For the whole answer, from the request's arrival; a client may ask for less.
-    timeout_s: float = Field(default=600.0, gt=0.0)
-
-
-class AdmissionSection(_Strict):
-    """How requests wait for a place in an engine, over all ingress replicas together. Live."""
-
-    #: Sequences that wait for a place; when there is no room, the key that has the most waiting
-    #: gives way.
-    max_queued_requests: int = Field(default=128, ge=0)
-    #: KV tokens that those may need together; None is no limit.
-    max_queued_tokens: int | None = Field(default=None, ge=1)
-    #: A request that has waited so long is refused with a 429: later, its first token would come
-    #: too late to be of use.
-    max_wait_s: float = Field(default=30.0, gt=0.0)
-    #: The part of `max_tokens` for which KV is set aside. Below 1 more requests run at a time, and
-    #: an engine whose cache runs full takes the youngest back into its queue.
-    reserved_output: float = Field(default=1.0, gt=0.0, le=1.0)
-    #: Limits of a key that has none of its own.
-    key_limits: KeyLimits = KeyLimits()
+    default_max_tokens: Tokens = Field(
+        default=512, description="completion limit of a request that names none"
+    )
+    max_prompt_logprobs: Count = Field(
+        default=2**19,
+        description="logprobs of prompt tokens in one answer, alternatives included; 163,840 "
+        "tokens with two alternatives each are 15 MB of JSON",
+    )
+    timeout_s: Seconds = Field(
+        default=600.0,
+        description="seconds for the whole answer, from the request's arrival; a client may ask "
+        "for less",
+    )
 
 
-class ResumeSection(_Strict):
-    """Requests that outlive the replica that worked on them. Live."""
+class AdmissionSection(LiveSection):
+    """How requests wait for a place in an engine, over all ingress replicas together."""
 
-    enabled: bool = True
-    #: Replicas that one sequence may lose.
-    max_attempts: int = Field(default=3, ge=1)
-    #: Seconds to wait for a place in another replica, within the request's own deadline.
-    wait_s: float = Field(default=120.0, gt=0.0)
+    max_queued_requests: CountOrZero = Field(
+        default=128,
+        description="sequences that wait for a place; beyond, the key that has the most waiting "
+        "gives way with a 429",
+    )
+    max_queued_tokens: Tokens | None = Field(
+        default=None, description="KV tokens that those may need together; null is no limit"
+    )
+    max_wait_s: Seconds = Field(
+        default=30.0,
+        description="seconds after which a request that still waits is refused with a 429: its "
+        "first token would come too late to be of use",
+    )
+    reserved_output: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="part of `max_tokens` for which KV is set aside; below 1 more requests run at "
+        "a time, and an engine whose cache runs full takes the youngest back into its queue",
+    )
+    key_limits: KeyLimits = Field(
+        default=KeyLimits(), description="limits of a key that has none of its own"
+    )
 
 
-class TelemetrySection(_Strict):
+class ResumeSection(LiveSection):
+    """Requests that outlive the replica that worked on them."""
+
+    enabled: bool = Field(
+        default=True, description="continue a stream on another replica when its own is lost"
+    )
+    max_attempts: Count = Field(default=3, description="replicas that one sequence may lose")
+    wait_s: Seconds = Field(
+        default=120.0,
+        description="seconds to wait for a place in another replica, within the request's own "
+        "deadline",
+    )
+
+
+class TelemetrySection(Section):
     """What operators see beside the metrics."""
 
-    #: Headers that the exporter of traces sends, such as its key: `name=value` lines in a file that
-    #: lies at this path on each node, of mode 600 (telemetry/travel.py).
-    otlp_headers_file: Path | None = None
-    #: JSON lines, one per request, in this file of each ingress's node; `stderr` is the ingress's
-    #: own log. None writes none.
-    access_log: Path | Literal["stderr"] | None = None
+    otlp_headers_file: Path | None = Field(
+        default=None,
+        description="headers that the exporter of traces sends, such as its key: `name=value` "
+        "lines in a file of mode 600 at this path on each node",
+    )
+    access_log: Path | Literal["stderr"] | None = Field(
+        default=None,
+        description="file on each ingress's node for JSON lines, one per request; `stderr` is the "
+        "ingress's own log, null writes none",
+    )
 
 
-class Live(_Strict):
+class Live(LiveSection):
     """What changes while the service runs: Serve passes it to every ingress (`user_config`)."""
 
-    requests: RequestsSection = RequestsSection()
-    admission: AdmissionSection = AdmissionSection()
-    resume: ResumeSection = ResumeSection()
+    requests: RequestsSection = Field(
+        default=RequestsSection(), description="what one request may take"
+    )
+    admission: AdmissionSection = Field(
+        default=AdmissionSection(), description="how requests wait for a place in an engine"
+    )
+    resume: ResumeSection = Field(
+        default=ResumeSection(), description="requests that outlive their replica"
+    )

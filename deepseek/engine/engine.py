@@ -13,7 +13,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from deepseek.artifact.engine_manifest import UNQUANTIZED
 from deepseek.artifact.stored_model import StoredModel
 from deepseek.engine.arithmetic import EMBEDDED, Arithmetic
 from deepseek.engine.batch import Span, make_batch
+from deepseek.engine.continuation import check_continuation, check_seed
 from deepseek.engine.detokenizer import (
     Detokenizer,
     Tokenizer,
@@ -47,6 +47,7 @@ from deepseek.engine.request import (
 )
 from deepseek.engine.sampler import Choice, Draw, choose
 from deepseek.engine.scheduler import Chunk, Schedule, Scheduler
+from deepseek.engine.tracked import Tracked
 from deepseek.errors import DeployError, RequestError
 from deepseek.kv_layout import kv_layout
 from deepseek.source.checkpoint import CheckpointReader
@@ -54,17 +55,6 @@ from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens, stop_token_ids
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Tracked:
-    """A sequence, the token ids that end it, the logprobs of its prompt so far if they are asked
-    for and not reported yet, and, where the engine has a tokenizer, the detokenizer of its text."""
-
-    sequence: Sequence
-    detokenizer: Detokenizer | None
-    end_token_ids: frozenset[int]
-    prompt_logprobs: list[TokenLogprob | None] | None
 
 
 class LLMEngine:
@@ -112,8 +102,8 @@ class LLMEngine:
             max_batch_size=options.max_batch_size,
             max_batched_tokens=options.max_batched_tokens,
         )
-        self._tracked: dict[str, _Tracked] = {}
-        self._finished: list[StepOutput] = []  # aborts, reported by the next step
+        self._tracked: dict[str, Tracked] = {}
+        self._finished: list[StepOutput] = []  # ends outside of a step, reported by the next
         self._poison()
 
     @classmethod
@@ -247,7 +237,8 @@ class LLMEngine:
         return self._model.allocated_bytes | {"kv_cache": self._cache.num_bytes}
 
     def add_request(self, request: Request) -> None:
-        """Accept a request; from here on it ends in exactly one final output.
+        """Accept a request; from here on it ends in exactly one final output. One that its
+        `output_ids` end already is not computed: the next step reports its end.
 
         Raises:
             RequestError: it can never be served, or its id is in use.
@@ -264,13 +255,18 @@ class LLMEngine:
         if self.tokenizer is not None:
             detokenizer = Detokenizer(self.tokenizer, request.prompt_ids, sampling.stop)
         ends = frozenset(sampling.stop_token_ids)
-        self._tracked[request.request_id] = _Tracked(
+        tracked = Tracked(
             sequence,
             detokenizer,
             end_token_ids=ends if sampling.ignore_eos else ends | self._end_token_ids,
+            max_model_len=self.max_model_len,
             prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
         )
+        reason = tracked.replay()
+        self._tracked[request.request_id] = tracked
         self._scheduler.add(sequence)
+        if reason is not None:
+            self._finished.append(self._end(tracked, reason))
 
     def abort(self, request_id: str) -> bool:
         """End a request and free its pages now; the next step reports it. False if unknown."""
@@ -297,7 +293,9 @@ class LLMEngine:
             LOG.exception("a step of %d tokens failed", schedule.num_tokens)
             self.failure = error
             reason = f"the engine failed in this step ({type(error).__name__})"
-            outputs += [self._fail(chunk.sequence, reason) for chunk in schedule.chunks]
+            outputs += [
+                self._fail(chunk.sequence, reason, retryable=True) for chunk in schedule.chunks
+            ]
             self._poison()
             return outputs
         self._scheduler.advance(schedule)
@@ -392,44 +390,29 @@ class LLMEngine:
         tracked = self._tracked_of(sequence)
         if sequence.first_token_s is None:
             sequence.first_token_s = self._clock()
-        sequence.output_ids.append(choice.token_id)
+        reason, text = tracked.push(choice.token_id)
         logprobs = () if choice.logprob is None else (self._namer.name_last(sequence, choice),)
-        reason = self._stop_reason(tracked, choice.token_id)
-        is_end_token = reason == "stop"  # an end token has no text
-        text, detokenizer = "", tracked.detokenizer
-        if detokenizer is not None:
-            text = "" if is_end_token else detokenizer.push(choice.token_id)
-            if detokenizer.stopped:
-                reason = "stop"
-            elif reason is not None:
-                text += detokenizer.flush()
-                reason = "stop" if detokenizer.stopped else reason
         if reason is not None:
             return self._end(tracked, reason, (choice.token_id,), text, logprobs)
         return self._output(tracked, None, (choice.token_id,), text, logprobs)
 
-    def _stop_reason(self, tracked: _Tracked, token_id: int) -> FinishReason | None:
-        sequence = tracked.sequence
-        if token_id in tracked.end_token_ids:
-            return "stop"
-        if len(sequence.output_ids) >= sequence.request.sampling.max_tokens:
-            return "length"
-        return "length" if sequence.num_tokens >= self.max_model_len else None
+    def _fail(self, sequence: Sequence, error: str, *, retryable: bool = False) -> StepOutput:
+        """End a request in an error. Output that is not finite is not retryable: the same weights
+        compute the same elsewhere."""
+        return self._end(self._tracked_of(sequence), "error", error=error, retryable=retryable)
 
-    def _fail(self, sequence: Sequence, error: str) -> StepOutput:
-        return self._end(self._tracked_of(sequence), "error", error=error)
-
-    def _tracked_of(self, sequence: Sequence) -> _Tracked:
+    def _tracked_of(self, sequence: Sequence) -> Tracked:
         return self._tracked[sequence.request.request_id]
 
     def _end(
         self,
-        tracked: _Tracked,
+        tracked: Tracked,
         reason: FinishReason,
         token_ids: tuple[int, ...] = (),
         text: str = "",
         logprobs: tuple[TokenLogprob, ...] = (),
         error: str | None = None,
+        retryable: bool = False,
     ) -> StepOutput:
         """Remove a request, free its pages, and return its final output."""
         sequence = tracked.sequence
@@ -437,18 +420,20 @@ class LLMEngine:
         del self._tracked[sequence.request.request_id]
         if reason == "abort" and tracked.detokenizer is not None:
             text = tracked.detokenizer.flush()
-        return self._output(tracked, reason, token_ids, text, logprobs, error)
+        return self._output(tracked, reason, token_ids, text, logprobs, error, retryable)
 
     def _output(
         self,
-        tracked: _Tracked,
+        tracked: Tracked,
         reason: FinishReason | None,
         token_ids: tuple[int, ...],
         text: str,
         logprobs: tuple[TokenLogprob, ...],
         error: str | None = None,
+        retryable: bool = False,
     ) -> StepOutput:
         sequence = tracked.sequence
+        text, tracked.unshown = tracked.unshown + text, ""
         queue_s, prefill_s, decode_s = sequence.phases(self._clock())
         prompt_logprobs = None
         if tracked.prompt_logprobs is not None and reason not in ("abort", "error"):
@@ -465,6 +450,7 @@ class LLMEngine:
             prefill_s=prefill_s,
             decode_s=decode_s,
             error=error,
+            retryable=retryable,
             prompt_logprobs=prompt_logprobs,
         )
 
@@ -475,6 +461,16 @@ class LLMEngine:
         self._check_tokens(request.prompt_ids, "prompt", limit=self.max_model_len - least)
         if request.sampling.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, which this engine has not")
+        check_continuation(
+            request.sampling, request.output_ids, request.num_shown, self.config.vocab_size
+        )
+        check_seed(request.sampling, request.output_ids)
+        total = len(request.prompt_ids) + len(request.output_ids)
+        if total > self.max_model_len:
+            raise RequestError(
+                f"the prompt and output_ids have {total} tokens together, but this engine takes at "
+                f"most {self.max_model_len}; give the output_ids of an engine with the same limit"
+            )
 
     def _check_tokens(self, tokens: tuple[int, ...] | list[int], what: str, limit: int) -> None:
         if not tokens:

@@ -66,11 +66,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt to continue. `request_id` is the caller's and unique among unfinished requests."""
+    """One prompt to continue. `request_id` is the caller's and unique among unfinished requests.
+
+    `output_ids` are tokens that an engine of the same model has generated for it already, and
+    `num_shown` the characters of their text that were passed on: the engine goes on from there.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
+    output_ids: tuple[int, ...] = ()
+    num_shown: int = 0
 
 
 class TopLogprob(NamedTuple):
@@ -108,7 +114,8 @@ class StepOutput:
     `text` may lag behind `token_ids`, because the detokenizer holds text back until it is final.
     Counts are totals so far; times are seconds spent in each phase so far. `prompt_logprobs` comes
     once, when the prompt is computed, to a request that asks for it: an entry per prompt token, the
-    first one None, because nothing predicts it.
+    first one None, because nothing predicts it. `retryable` says of an error that another engine
+    may succeed where this one failed: a step failed, and not this request.
     """
 
     request_id: str
@@ -122,6 +129,7 @@ class StepOutput:
     prefill_s: float
     decode_s: float
     error: str | None = None
+    retryable: bool = False
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
@@ -130,8 +138,9 @@ class Sequence:
     """A request under way. The latents of its first `num_computed` tokens are in its KV `pages`.
 
     The page pool gives it pages and takes them back (pages.py). After a preemption `num_computed`
-    is 0 again and the tokens generated so far are computed anew, like a longer prompt. The logprobs
-    of the first `num_scored` prompt tokens are known; a preemption loses none of them.
+    is 0 again and the tokens generated so far are computed anew, like a longer prompt; a request
+    that another engine began starts like that. The logprobs of the first `num_scored` prompt tokens
+    are known; a preemption loses none of them.
     """
 
     request: Request

@@ -4,7 +4,8 @@ HTTP tests use it, and benchmarks of what the service itself costs: `ttft_s` and
 time to the first token and between tokens on an absolute schedule, so late wake-ups do not add up.
 A token is one byte (openai/tokenizer.py, ByteTokenizer). The engine honors max_tokens, stop,
 ignore_eos (the prompt then repeats without end), logprobs and prompt_logprobs (every token is
-certain); seed, temperature and the cuts change nothing.
+certain); seed, temperature and the cuts change nothing. It goes on where another replica ended, on
+a schedule that starts anew, and refuses tokens that no echo can have said.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import codecs
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
+from deepseek.engine.continuation import check_continuation, unshown_text
 from deepseek.engine.options import EngineLoad
 from deepseek.engine.request import FinishReason, TokenLogprob, TopLogprob
 from deepseek.engine.token_names import added_text
+from deepseek.errors import RequestError
 from serve_app.config import EchoOptions
 from serve_app.engines.protocol import (
     Done,
@@ -27,6 +31,9 @@ from serve_app.engines.protocol import (
     PromptLogprobs,
     Tokens,
 )
+
+#: A token is a byte.
+_VOCAB_SIZE = 256
 
 
 class EchoEngine:
@@ -48,10 +55,13 @@ class EchoEngine:
             artifact_digest="none",
             engine="echo",
             max_running=self._options.max_running,
+            continues=True,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         arrived = time.monotonic()
+        detokenizer = _Detokenizer(request.sampling.stop)
+        reason, text = _replay(request, detokenizer)
         self._waiting += 1
         try:
             await self._places.acquire()
@@ -60,14 +70,13 @@ class EchoEngine:
         started = time.monotonic()
         sampling = request.sampling
         self._running[request.request_id] = len(request.prompt_ids) + sampling.max_tokens
-        detokenizer = _Detokenizer(sampling.stop)
-        reason: FinishReason = "length"
-        produced = 0
-        said = list(request.prompt_ids[-3:])
+        said = [*request.prompt_ids, *request.output_ids][-3:]
+        begun = produced = len(request.output_ids)
+        first: float | None = None
         try:
-            for token in _repeat_prompt(request):
+            for token in () if reason else islice(_repeat_prompt(request), begun, None):
                 await self._wait_until(
-                    started + self._options.ttft_s + produced * self._options.itl_s
+                    started + self._options.ttft_s + (produced - begun) * self._options.itl_s
                 )
                 if request.request_id in self._aborted:
                     reason = "abort"
@@ -81,22 +90,22 @@ class EchoEngine:
                     break
                 said.append(token)
                 produced += 1
-                if produced == 1:
-                    first = time.monotonic()
-                text = detokenizer.push(token)
+                first = first or time.monotonic()
+                text += detokenizer.push(token)
                 logprobs = _certain_logprobs(said[-4:], sampling.logprobs)
                 yield Tokens((token,), text, logprobs)
+                text = ""
                 if detokenizer.stopped:
                     reason = "stop"
                     break
                 if produced == sampling.max_tokens:
                     break
-            if not detokenizer.stopped and (rest := detokenizer.flush()):
+            if rest := text + ("" if detokenizer.stopped else detokenizer.flush()):
                 yield Tokens((), rest)
             ended = time.monotonic()
-            first = first if produced else ended
+            first = first or ended
             yield Done(
-                reason,
+                reason or "length",
                 len(request.prompt_ids),
                 produced,
                 queue_s=started - arrived,
@@ -130,6 +139,37 @@ class EchoEngine:
 
     async def shutdown(self) -> None:
         """Nothing to release."""
+
+
+def _replay(request: GenerateRequest, detokenizer: _Detokenizer) -> tuple[FinishReason | None, str]:
+    """Take the tokens that another replica said. Returns why the request ends with them, if it
+    does, and the text of them that was not passed on.
+
+    Raises:
+        RequestError: they are not what an echo says, or have less text than was passed on.
+    """
+    sampling, output_ids = request.sampling, request.output_ids
+    check_continuation(sampling, output_ids, request.num_shown, _VOCAB_SIZE)
+    reason: FinishReason | None = None
+    text = ""
+    tokens = _repeat_prompt(request)
+    for position, token in enumerate(output_ids):
+        if token != next(tokens):
+            raise RequestError(
+                f"output_ids differ from what an echo says at position {position}; give the tokens "
+                "that were generated, each once and in order"
+            )
+        text += detokenizer.push(token)
+        if detokenizer.stopped:
+            reason = "stop"
+            break
+    if reason is None and output_ids:
+        if len(output_ids) == sampling.max_tokens:
+            reason = "length"
+        elif next(tokens) is None:
+            reason = "stop"
+        text += detokenizer.flush() if reason else ""
+    return reason, unshown_text(text, request.num_shown)
 
 
 def _repeat_prompt(request: GenerateRequest) -> Iterator[int | None]:

@@ -54,7 +54,8 @@ class _Stop:
 
 @dataclass(slots=True)
 class _Mailbox:
-    """The events of one request, on the event loop. `produced` counts its tokens so far."""
+    """The events of one request, on the event loop. `produced` counts its tokens so far, those of
+    another replica included."""
 
     prompt_tokens: int
     produced: int = 0
@@ -121,11 +122,12 @@ class EmbeddedEngine:
             kv_cache=identity.kv_cache,
             max_running=options.max_batch_size,
             page_tokens=identity.page_tokens,
+            continues=True,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         self._raise_if_failed()
-        mailbox = _Mailbox(len(request.prompt_ids))
+        mailbox = _Mailbox(len(request.prompt_ids), produced=len(request.output_ids))
         self._mailboxes[request.request_id] = mailbox
         self._submit(request)
         try:
@@ -251,6 +253,7 @@ class EmbeddedEngine:
                     mailbox.prompt_tokens,
                     mailbox.produced,
                     error="the engine failed while it worked on this request; retry",
+                    retryable=True,
                 )
             )
 
@@ -269,9 +272,13 @@ def _engine_options(config: EmbeddedOptions) -> EngineOptions:
 
 
 def _to_engine(request: GenerateRequest) -> Request:
-    """The request without what only the service needs (its trace context)."""
+    """The request without what only the service needs (its trace context, its place)."""
     return Request(
-        request_id=request.request_id, prompt_ids=request.prompt_ids, sampling=request.sampling
+        request_id=request.request_id,
+        prompt_ids=request.prompt_ids,
+        sampling=request.sampling,
+        output_ids=request.output_ids,
+        num_shown=request.num_shown,
     )
 
 
@@ -289,4 +296,5 @@ def _to_events(output: StepOutput) -> Iterator[Event]:
             prefill_s=output.prefill_s,
             decode_s=output.decode_s,
             error=output.error,
+            retryable=output.retryable,
         )

@@ -94,7 +94,11 @@ def _named(
 @dataclass(frozen=True, slots=True)
 class Done:
     """The final event: every accepted request gets exactly one. `queue_s`, `prefill_s` and
-    `decode_s` are the seconds spent in each phase; `error` is set when `reason` is "error"."""
+    `decode_s` are the seconds spent in each phase; `error` is set when `reason` is "error".
+
+    `retryable` tells an error of the engine (a step failed, whatever it computed) from one of the
+    request (its own output is not finite, and would not be elsewhere): another replica may go on
+    with the request only after the former."""
 
     reason: FinishReason
     prompt_tokens: int
@@ -104,6 +108,7 @@ class Done:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     error: str | None = None
+    retryable: bool = False
 
 
 #: An engine yields `PromptLogprobs`, `Tokens` and `Done`; its replica puts `Placed` before them.
@@ -186,7 +191,8 @@ class ReplicaStatus:
     `gated` says whether the accuracy gate passed for exactly the engine that the replica serves. It
     is true for an engine without an artifact, which has nothing to gate. `emulated` says that the
     figures that it judged are those of the target's arithmetic, emulated by another engine.
-    `request_ids` are those that the replica works on.
+    `request_ids` are those that the replica works on; a later attempt at a sequence has the
+    sequence's id and `~ATTEMPT`. `draining` says that Serve is stopping it: it takes no newcomers.
     """
 
     replica_id: str
@@ -195,6 +201,7 @@ class ReplicaStatus:
     gated: bool
     emulated: bool = False
     request_ids: tuple[str, ...] = ()
+    draining: bool = False
 
 
 class EngineClient(Protocol):

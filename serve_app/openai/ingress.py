@@ -13,20 +13,29 @@ import os
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from starlette.types import ASGIApp
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.gating import admit
+from serve_app.live import LiveSettings
 from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
-from serve_app.routing.admission_client import Admission, OpenAdmission
+from serve_app.proxy_environment import addresses_known
+from serve_app.routing.admission_client import AdmissionClient
+from serve_app.routing.candidates import ENGINE, candidates
 from serve_app.routing.fleet import Fleet
+from serve_app.routing.owner import OwnerChannel
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
-from serve_app.sections import Live
+from serve_app.routing.sightings import Sightings
 from serve_app.telemetry.tracing import Telemetry
+
+#: Seconds for the ingresses of the application to say who they are.
+_LISTED_S = 2.0
 
 
 def load_tokenizer(config: ServeConfig) -> Tokenizer:
@@ -52,39 +61,68 @@ class Ingress:
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
     async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
+        self._context = serve.get_replica_context()
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
-        self._admission: Admission = OpenAdmission()
-        self._fleet = Fleet(client, self._admission, config.resume)
+        self._sightings = Sightings(lambda: candidates(ENGINE))
+        self._channel = OwnerChannel(
+            self._context.app_name, config.admission, config.pool.max_ongoing_requests
+        )
+        self._admission = AdmissionClient(
+            self._channel,
+            self._context.replica_id.unique_id,
+            self._sightings.seen,
+            count=lambda name, amount: self._service.metrics.count(name, amount),
+        )
+        self._sightings.changed = self._admission.replicas_changed
+        self._fleet = Fleet(
+            client, self._admission, config.resume, self._count_resume, hopeless=self._is_hopeless
+        )
         self._drain = Drain(client.close)
-        self._watch = asyncio.create_task(client.watch())
+        self._tasks = [
+            asyncio.create_task(client.watch()),
+            asyncio.create_task(client.ask(self.note_status)),
+            asyncio.create_task(self._admission.run()),
+        ]
         self._service = Service(
             config,
             load_tokenizer(config),
             self._fleet,
             Telemetry.from_environment(),
             admission=self._admission,
-            # HAProxy passes no client's address on: all requests come from its own.
-            addresses_known=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
+            addresses_known=addresses_known(os.environ),
+            ingress=self._context.replica_id.unique_id,
         )
-        self._context = serve.get_replica_context()
+        self._service.admission_stats = self._channel.stats
+        self._key_watch = self._service.watch_keys()
+        self._live = LiveSettings(self._context.deployment, config.live)
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take in the sections that change while it serves."""
-        live = Live.model_validate(user_config)
-        self._service.reconfigure(live)
-        self._fleet.settings = live.resume
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take in what Serve says of the sections that change while it serves (live.py)."""
+        if self._live.reconfigure(user_config):
+            live = self._live.current
+            self._service.reconfigure(live)
+            self._fleet.settings = live.resume
+            self._channel.configure(live.admission)
+
+    def _count_resume(self, outcome: str) -> None:
+        self._service.count_resume(outcome)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._service, self._all_snapshots, self._drain)
 
-    async def note_status(self, status: ReplicaStatus) -> None:
-        """Take in an engine replica's heartbeat."""
+    async def note_status(self, status: ReplicaStatus) -> bool | None:
+        """Take in an engine replica's heartbeat. Says whether Serve routes to it, None where that
+        is not known here."""
         self._board.note(status)
+        self._sightings.note(status)
+        routed = candidates(ENGINE)
+        return None if routed is None else status.replica_id in routed
 
     async def note_goodbye(self, replica_id: str) -> None:
         """An engine replica ends, or gives up its engine: it answers nothing more."""
         self._board.remove(replica_id)
+        self._sightings.goodbye(replica_id)
 
     async def drain(self) -> int:
         """Refuse newcomers from now on; says how many requests are in flight. Idempotent."""
@@ -98,6 +136,26 @@ class Ingress:
         """This replica's id and metrics text."""
         return self._context.replica_id.unique_id, self._service.metrics.snapshot()
 
+    async def identify(self) -> str:
+        """This replica's id."""
+        return self._context.replica_id.unique_id
+
+    async def _is_hopeless(self) -> bool:
+        """Whether no engine will come for what waits here: Serve has taken this ingress off its
+        list, which it says in no other way, and there is no engine left either."""
+        if candidates(ENGINE):
+            return False
+        peers = serve.get_deployment_handle(self._context.deployment, self._context.app_name)
+        try:
+            async with asyncio.timeout(_LISTED_S):
+                call = peers.broadcast("identify")
+                listed = await call.results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            return True
+        except (RayServeException, RayError, TimeoutError):
+            return False  # nothing was learned
+        return self._context.replica_id.unique_id not in listed
+
     async def _all_snapshots(self) -> dict[str, str]:
         if self._service.config.ingress.replicas == 1:
             return dict([await self.metrics_snapshot()])
@@ -106,7 +164,9 @@ class Ingress:
         return dict([a for a in answers if isinstance(a, tuple)])
 
     async def __del__(self) -> None:
-        if hasattr(self, "_watch"):
-            self._watch.cancel()
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        if (key_watch := getattr(self, "_key_watch", None)) is not None:
+            key_watch.cancel()
         if hasattr(self, "_service"):
-            self._service.telemetry.shutdown()
+            self._service.close()

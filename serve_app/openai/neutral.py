@@ -121,7 +121,6 @@ _VLLM: dict[str, Neutral | Label] = {
     "add_generation_prompt": _YES,
     "allowed_token_ids": _NOTHING,
     "bad_words": _NONE_OF,
-    "cache_salt": Label(may_be_empty=False),
     "chat_template": _NOTHING,
     "chat_template_kwargs": Neutral(
         when=_no_thinking,

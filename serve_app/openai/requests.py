@@ -35,6 +35,7 @@ from serve_app.limits import (
     INLINE_BODY_BYTES,
     MAX_CHOICES,
     MAX_INT,
+    MAX_LABEL,
     MAX_PROMPTS,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
@@ -153,6 +154,9 @@ class _Generation(_Body):
     return_tokens_as_token_ids: bool | None = None
     #: Whether the model's own special tokens are put around the text (vLLM's extension).
     add_special_tokens: bool | None = None
+    #: Prefixes are shared only among requests of equal salt (vLLM's extension): a client separates
+    #: its own users; routing/tenants.py separates clients.
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=MAX_LABEL)
     stream: bool | None = None
     stream_options: Annotated[StreamOptions | None, BeforeValidator(_read_stream_options)] = None
 

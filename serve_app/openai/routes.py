@@ -50,13 +50,15 @@ def make_app(
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        service.check_key(request)
-        return JSONResponse({"object": "list", "data": [await service.model_card()]})
+        tenant = service.check_key(request)
+        usable = tenant.may_use(service.config.served_name)
+        cards = [await service.model_card()] if usable else []
+        return JSONResponse({"object": "list", "data": cards})
 
     @app.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
-        service.check_key(request)
-        check_model(model, service.config.served_name)
+        tenant = service.check_key(request)
+        check_model(model, service.config.served_name, tenant)
         return JSONResponse(await service.model_card())
 
     add_tokenizing(app, service)

@@ -15,17 +15,16 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import Send
 
 from serve_app.config import ServeConfig
-from serve_app.engines.protocol import EngineClient, EngineInfo
+from serve_app.engines.protocol import EngineClient, EngineInfo, GenerateRequest
 from serve_app.errors import (
+    ApiError,
     EngineUnavailable,
     TooManyFailedKeys,
     Unauthorized,
@@ -36,11 +35,15 @@ from serve_app.openai.body import BodyReader
 from serve_app.openai.echoed import EchoedPrompt
 from serve_app.openai.logprobs import LogprobStyle
 from serve_app.openai.obfuscation import obfuscate
+from serve_app.openai.own_deadline import own_deadline_s
 from serve_app.openai.prompts import PromptEncoder
 from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
-from serve_app.openai.stream import Answer, open_stream
+from serve_app.openai.responses import EventStream, WholeAnswer, while_connected
+from serve_app.openai.stream import Answer, MergedStream, open_stream
 from serve_app.openai.tokenizer import Tokenizer
+from serve_app.openai.unread import Unread, UnreadAnswers
 from serve_app.routing.admission_client import Admission, OpenAdmission
+from serve_app.routing.admission_stats import AdmissionStats
 from serve_app.routing.checks import (
     ContextLimit,
     check_choices,
@@ -50,12 +53,14 @@ from serve_app.routing.checks import (
     most_requests,
     to_sequences,
 )
+from serve_app.routing.key_watch import KeyWatch
 from serve_app.routing.keys import Keys
 from serve_app.routing.tenants import Tenant, read_tenants
-from serve_app.routing.tickets import Leave
+from serve_app.routing.tickets import Enter, Leave
 from serve_app.sections import Live
+from serve_app.telemetry.access_log import AccessLog
 from serve_app.telemetry.metrics import RequestMetrics
-from serve_app.telemetry.request import Observation
+from serve_app.telemetry.request import Caller, Observation, Sinks, log_refused_key
 from serve_app.telemetry.tracing import Telemetry
 
 Result = TypeVar("Result")
@@ -70,6 +75,9 @@ class Service:
     """The objects that the endpoints share: configuration, tokenizer, engines, metrics, tracer.
 
     `addresses_known` is false where every request seems to come from one address: a proxy's.
+    `ingress` is the name of this ingress in the access log.
+
+    The constructor raises ConfigError when the access log or the keys cannot be used.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class Service:
         *,
         admission: Admission | None = None,
         addresses_known: bool = True,
+        ingress: str = "0",
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -88,6 +97,8 @@ class Service:
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
         self.admission = admission or OpenAdmission()
+        #: Asks the owner of admission for its figures; None where there is no owner.
+        self.admission_stats: Callable[[], Awaitable[AdmissionStats]] | None = None
         self.live = config.live
         self.keys = Keys(read_tenants(config.keys))
         self.bodies = BodyReader(
@@ -96,6 +107,13 @@ class Service:
             max_bodies=config.http.max_open_bodies,
             max_total_bytes=config.http.max_open_body_bytes,
         )
+        self.unread = UnreadAnswers(
+            max_bytes=config.http.max_unread_bytes, timeout_s=config.http.client_timeout_s
+        )
+        self.metrics.measure("intserve_unread_bytes", lambda: self.unread.num_bytes)
+        target = config.telemetry.access_log
+        self.access_log = None if target is None else AccessLog(target, self._note_lost_lines)
+        self._sinks = Sinks(telemetry, self.metrics, self.access_log, ingress)
         self._addresses_known = addresses_known
         self._info: EngineInfo | None = None
         self.started = int(time.time())
@@ -105,6 +123,17 @@ class Service:
     def reconfigure(self, live: Live) -> None:
         """Take in changed settings; requests under way keep those that they began with."""
         self.live = live
+
+    def watch_keys(self) -> asyncio.Task[None] | None:
+        """Start to read the file of keys again when it changes, if there is one; the caller cancels
+        the task."""
+        if self.config.keys.file is None:
+            return None
+
+        def note_failed(failed: bool) -> None:
+            self.metrics.set("intserve_key_reload_failed", failed)
+
+        return asyncio.create_task(KeyWatch(self.config.keys, self.keys, note_failed).run())
 
     def client_host(self, request: Request) -> str | None:
         """The client's address, None where it is not known. Never from a header of the client's:
@@ -121,13 +150,33 @@ class Service:
         """
         try:
             return self.keys.check(request.headers, self.client_host(request))
-        except TooManyFailedKeys:
-            self.metrics.count("intserve_refused_keys_total", 1, "limited")
+        except TooManyFailedKeys as error:
+            self._note_refused_key(request, error, "limited")
             raise
-        except Unauthorized:
+        except Unauthorized as error:
             reason = "wrong" if "authorization" in request.headers else "missing"
-            self.metrics.count("intserve_refused_keys_total", 1, reason)
+            self._note_refused_key(request, error, reason)
             raise
+
+    def _note_refused_key(self, request: Request, error: ApiError, reason: str) -> None:
+        self.metrics.count("intserve_refused_keys_total", 1, reason)
+        route = request.scope.get("route")  # as we wrote it: the path is the client's
+        caller = Caller(key=None, address=self.client_host(request))
+        path = str(getattr(route, "path", "unknown"))
+        log_refused_key(self._sinks, path, request.method, error, caller)
+
+    def _note_lost_lines(self, number: int) -> None:
+        self.metrics.count("intserve_access_log_dropped_total", number)
+
+    def count_resume(self, outcome: str) -> None:
+        """Count how it ended that a sequence lost its replica."""
+        self.metrics.count("intserve_resumes_total", 1, outcome)
+
+    def close(self) -> None:
+        """Write what telemetry still holds."""
+        self.telemetry.shutdown()
+        if self.access_log is not None:
+            self.access_log.close()
 
     async def answer(self, request: Request, route: str) -> Response:
         """Answer one generation request, and record its outcome exactly once.
@@ -139,23 +188,33 @@ class Service:
         deadline = arrived + self.live.requests.timeout_s
         tenant = self.check_key(request)
         chat = _BODIES[route] is ChatRequest
+        request_id = uuid.uuid4().hex
         observation = Observation(
-            self.telemetry,
-            self.metrics,
+            self._sinks,
+            request_id=request_id,
             operation="chat" if chat else "text_completion",
             route=route,
             headers=request.headers,
+            caller=Caller(
+                key=tenant.name if self.keys.required else None, address=self.client_host(request)
+            ),
             trusted=self.keys.required,
         )
         try:
+            own_s = own_deadline_s(request.headers)
+            if own_s is not None:
+                deadline = min(deadline, arrived + own_s)
             raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
             body = await self._parser.parse(_BODIES[route], raw)
-            check_model(body.model, self.config.served_name)
-            return await self._respond(body, tenant, observation, deadline)
+            check_model(body.model, self.config.served_name, tenant)
+            answered = self._respond(
+                body, request_id, tenant, observation, deadline, own_s is not None
+            )
+            return await while_connected(request, answered)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
             raise
-        except ClientDisconnect:  # while the body was arriving: nobody reads an answer
+        except ClientDisconnect:  # nobody reads an answer
             observation.finish(None, status=499, disconnected=True)
             return Response(status_code=499)
         except Exception as error:
@@ -164,9 +223,14 @@ class Service:
             raise
 
     async def _respond(
-        self, body: AnyRequest, tenant: Tenant, observation: Observation, deadline: float
+        self,
+        body: AnyRequest,
+        request_id: str,
+        tenant: Tenant,
+        observation: Observation,
+        deadline: float,
+        own_deadline: bool,
     ) -> Response:
-        request_id = uuid.uuid4().hex
         live = self.live
         check_choices(body, most_requests(self.config, live.admission))
         info = await self.engines.info()
@@ -179,7 +243,7 @@ class Service:
             vocab_size=self.tokenizer.vocab_size,
             default_max_tokens=live.requests.default_max_tokens,
             trace_context=observation.trace_context,
-            cache_salt=tenant.cache_salt,
+            cache_salt=tenant.cache_salt(body.cache_salt),
         )
         check_prompt_logprobs(requests, live.requests.max_prompt_logprobs)
         form = await self._format(body, request_id, prompts, deadline)
@@ -193,38 +257,66 @@ class Service:
             response_id=f"{form.prefix}{request_id}",
         )
 
-        loop = asyncio.get_running_loop()
-        await self.admission.enter(
-            entry(
-                request_id,
-                tenant.terms(live.admission.key_limits),
-                requests,
-                reserved_output=live.admission.reserved_output,
-                page_tokens=info.page_tokens,
-                seconds_left=deadline - loop.time(),
-            )
+        visit = entry(
+            request_id,
+            tenant.terms(live.admission.key_limits),
+            requests,
+            reserved_output=live.admission.reserved_output,
+            page_tokens=info.page_tokens,
+            seconds_left=deadline - asyncio.get_running_loop().time(),
+            own_deadline=own_deadline,
         )
-        merged = await open_stream(self.engines, requests, deadline, on_close=self._leave)
-        answer = Answer(merged, form, len(requests), observation.event)
-        if body.stream:
-            chunks = answer.sse(
-                num_prompt_tokens,
-                include_usage=body.include_usage,
-                continuous_usage=body.continuous_usage,
-            )
-            if body.include_obfuscation:
-                chunks = obfuscate(chunks)
-            return EventStream(chunks, answer, observation)
+        unread = self.unread.open_one()
         try:
-            whole = await answer.collect(num_prompt_tokens)
-        finally:
-            merged.close()
-        observation.finish(None, status=200)
-        return Response(whole, media_type="application/json")
+            merged = await self._open(visit, requests, deadline, observation, unread)
+            answer = Answer(merged, form, len(requests), observation.event, unread.add)
+            if body.stream:
+                chunks = answer.sse(
+                    num_prompt_tokens,
+                    include_usage=body.include_usage,
+                    continuous_usage=body.continuous_usage,
+                )
+                if body.include_obfuscation:
+                    chunks = obfuscate(chunks)
+                return EventStream(chunks, answer, observation, unread)
+            try:
+                whole = await answer.collect(num_prompt_tokens)
+            finally:
+                merged.close()
+            return WholeAnswer(whole, observation, unread)
+        except BaseException:
+            unread.end()
+            raise
 
-    def _leave(self, sequence_id: str) -> None:
+    async def _open(
+        self,
+        visit: Enter,
+        requests: Sequence[GenerateRequest],
+        deadline: float,
+        observation: Observation,
+        unread: Unread,
+    ) -> MergedStream:
+        """Enter, and await the first event. A request that fails or is cancelled meanwhile has left
+        when this raises."""
+        observation.entered()
+        try:
+            await self.admission.enter(visit)
+            return await open_stream(
+                self.engines,
+                requests,
+                deadline,
+                on_close=self._leave,
+                on_placed=observation.placed,
+                note_unread=unread.add,
+            )
+        except BaseException:
+            for request in requests:  # also where `enter` was cancelled: it may have got through
+                self._leave(request.request_id, 0)
+            raise
+
+    def _leave(self, sequence_id: str, used_tokens: int) -> None:
         """Give back the place of a sequence that may never have run."""
-        self.admission.leave(Leave(sequence_id=sequence_id, used_tokens=0))
+        self.admission.leave(Leave(sequence_id=sequence_id, used_tokens=used_tokens))
 
     async def _encode(
         self, body: AnyRequest, limit: ContextLimit, deadline: float
@@ -265,14 +357,14 @@ class Service:
 
     async def read_plain(
         self, request: Request, parse: Callable[[bytes], Result]
-    ) -> tuple[Result, float]:
-        """The body of a request that generates nothing, after its key; and the request's deadline,
-        on the running loop's clock."""
+    ) -> tuple[Result, float, Tenant]:
+        """The body of a request that generates nothing, after its key; the request's deadline, on
+        the running loop's clock; and whose it is."""
         arrived = asyncio.get_running_loop().time()
         deadline = arrived + self.live.requests.timeout_s
-        self.check_key(request)
+        tenant = self.check_key(request)
         raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
-        return await self._parser.run(parse, raw), deadline
+        return await self._parser.run(parse, raw), deadline, tenant
 
     async def model_card(self) -> dict[str, Any]:
         """The model as /v1/models tells it, with vLLM's `max_model_len`.
@@ -294,26 +386,3 @@ class Service:
             "parent": None,
             "max_model_len": self._info.max_model_len,
         }
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events. However the connection ends, open choices are aborted and the outcome is
-    recorded."""
-
-    def __init__(
-        self, chunks: AsyncIterator[bytes], answer: Answer, observation: Observation
-    ) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(chunks, headers=headers, media_type="text/event-stream")
-        self._answer = answer
-        self._observation = observation
-
-    async def stream_response(self, send: Send) -> None:
-        complete = False
-        try:
-            await super().stream_response(send)
-            complete = True
-        finally:
-            self._answer.merged.close()
-            error = next(iter(self._answer.merged.errors.values()), None)
-            self._observation.finish(error, status=200, disconnected=not complete)

@@ -8,6 +8,9 @@ order of arrival; each choice ends in exactly one `Done`, whatever happens to it
 deadline. `Answer.sse` makes events of them, `Answer.collect` one object.
 service.py calls both. OpenAI's words are in answers.py; which replica answers is not known here.
 
+Engines are never held back: what a client has not read yet waits here, counted (`unread.py`). Above
+JOIN_ABOVE bytes the tokens of a choice that neighbor each other are joined.
+
 Cleaning up is synchronous: `close` only cancels the pump tasks, and each pump closes its own engine
 stream. A disconnect arrives as a cancellation, under which it is not reliable to await anything.
 """
@@ -20,8 +23,10 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from serve_app.engines.events import event_bytes, logprob_bytes, merge_events
 from serve_app.engines.protocol import Done, Event, GenerateRequest, Placed, PromptLogprobs, Tokens
 from serve_app.errors import ApiError, DeadlineExceeded, to_api_error
 from serve_app.openai.answers import ChoiceState, Format, usage
@@ -31,6 +36,11 @@ log = logging.getLogger(__name__)
 
 #: Engine's finish reason -> OpenAI's. OpenAI has none for "abort" and "error".
 FINISH_REASONS = {"stop": "stop", "length": "length"}
+
+#: Unread bytes of a request above which its tokens are joined, and events that one joins at most:
+#: a message of them stays small.
+JOIN_ABOVE = 64 * 1024
+_MAX_JOINED = 64
 
 #: The running pumps: the event loop itself holds only weak references to tasks.
 _pumps: set[asyncio.Task[None]] = set()
@@ -43,6 +53,15 @@ class Source(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]: ...
 
 
+@dataclass(slots=True)
+class _Arrived:
+    """Of the choice `index`, unread: an event, several `Tokens` to be joined, or an exception."""
+
+    index: int
+    events: list[Any]
+    num_bytes: int
+
+
 class MergedStream:
     """The events of several choices in order of arrival. Each choice ends in exactly one `Done`."""
 
@@ -51,21 +70,32 @@ class MergedStream:
         source: Source,
         requests: Sequence[GenerateRequest],
         deadline: float,
-        on_close: Callable[[str], None] = lambda request_id: None,
+        *,
+        on_close: Callable[[str, int], None] = lambda request_id, used_tokens: None,
+        on_placed: Callable[[int, Placed, int], None] = lambda index, placed, num_tokens: None,
+        note_unread: Callable[[int], None] = lambda num_bytes: None,
     ):
         """`deadline` is on the running loop's clock. `on_close` is called once for each request
-        when nothing of it is wanted any more, whether or not it has ended."""
+        when nothing of it is wanted any more, whether or not it has ended, with the tokens of its
+        prompt and completion so far, 0 where it never ran; `on_placed` as soon as a choice has a
+        replica, with the tokens that have come of it; `note_unread` with every change of the bytes
+        that wait here."""
         self._on_close = on_close
-        self._queue: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
+        self._on_placed = on_placed
+        self._note_unread = note_unread
         self._requests = requests
         self._deadline = deadline
         self._open = set(range(len(requests)))
         self._closed = False
-        self._produced = [0] * len(requests)
+        self._produced = [0] * len(requests)  # of what was passed on
+        self._used = [0] * len(requests)
         #: Errors of choices that failed, by index; complete once iteration has ended.
         self.errors: dict[int, ApiError] = {}
-        #: Taken from the queue and not yet passed on.
-        self._arrived: deque[tuple[int, Event | BaseException]] = deque()
+        self._arrived: deque[_Arrived] = deque()
+        self._news = asyncio.Event()
+        #: The last of each choice in `_arrived`, if it is of tokens.
+        self._tails: dict[int, _Arrived] = {}
+        self._num_bytes = 0
         self._tasks = [
             asyncio.create_task(self._pump(source, index, request))
             for index, request in enumerate(requests)
@@ -83,12 +113,56 @@ class MergedStream:
         try:
             async with aclosing(source.generate(request)) as events:
                 async for event in events:
-                    self._queue.put_nowait((index, event))
+                    if isinstance(event, Placed):
+                        num_tokens = max(0, self._used[index] - len(request.prompt_ids))
+                        self._on_placed(index, event, num_tokens)
+                    self._put(index, event)
                     if isinstance(event, Done):
                         return
             raise RuntimeError("the engine's stream ended without a final event")
         except Exception as error:
-            self._queue.put_nowait((index, error))
+            self._put(index, error)
+
+    def _put(self, index: int, event: Event | BaseException) -> None:
+        if self._closed:
+            return
+        if not isinstance(event, BaseException):
+            self._used[index] = self._used[index] or len(self._requests[index].prompt_ids)
+        if isinstance(event, Tokens):
+            self._used[index] += len(event.token_ids)
+        size = event_bytes(event)
+        self._count(size)
+        tail = self._tails.get(index) if isinstance(event, Tokens) else None
+        if tail is not None and self._num_bytes > JOIN_ABOVE and len(tail.events) < _MAX_JOINED:
+            tail.events.append(event)
+            tail.num_bytes += size
+            return
+        arrived = _Arrived(index, [event], size)
+        if isinstance(event, Tokens):
+            self._tails[index] = arrived
+        else:
+            self._tails.pop(index, None)
+        self._arrived.append(arrived)
+        self._news.set()
+
+    def _take(self) -> tuple[int, Event | BaseException]:
+        """The next event, which is there."""
+        arrived = self._arrived.popleft()
+        if self._tails.get(arrived.index) is arrived:
+            del self._tails[arrived.index]
+        self._count(-arrived.num_bytes)
+        events = arrived.events
+        return arrived.index, events[0] if len(events) == 1 else merge_events(events)[0]
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        self._note_unread(num_bytes)
+
+    async def _more(self) -> None:
+        """Await an event beyond those that are there."""
+        self._news.clear()
+        async with asyncio.timeout_at(self._deadline):
+            await self._news.wait()
 
     async def open(self) -> None:
         """Await the first event of any choice. Events that are there by then are looked at too, so
@@ -98,16 +172,12 @@ class MergedStream:
             ApiError: a choice was refused or its engine failed before that, or the deadline passed.
         """
         try:
-            async with asyncio.timeout_at(self._deadline):
-                while True:
-                    self._arrived.append(await self._queue.get())
-                    if not isinstance(self._arrived[-1][1], Placed):
-                        break
+            while all(isinstance(arrived.events[0], Placed) for arrived in self._arrived):
+                await self._more()
         except TimeoutError:
             raise DeadlineExceeded("the request's deadline passed before any token") from None
-        self._take_arrived()
         started: set[int] = set()
-        for index, event in self._arrived:
+        for index, event in [(arrived.index, arrived.events[0]) for arrived in self._arrived]:
             if index not in started and not isinstance(event, Placed):
                 if isinstance(event, BaseException):
                     raise _logged(event)
@@ -119,35 +189,25 @@ class MergedStream:
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._open:
             if not self._arrived:
-                await self._wait()
-            index, event = self._arrived.popleft()
+                try:
+                    await self._more()
+                except TimeoutError:
+                    self._end_late(min(self._open))
+            index, event = self._take()
             reported = self._reported(index, event)
             if index in self._open:
                 yield index, self._noted(index, reported)
 
-    async def _wait(self) -> None:
-        """Await an event, and take what else is there."""
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                self._arrived.append(await self._queue.get())
-        except TimeoutError:
-            index = min(self._open)
-            self._tasks[index].cancel()
-            late = DeadlineExceeded("the request's deadline passed; the answer is incomplete")
-            self._arrived.append((index, late))
-        self._take_arrived()
-
-    def _take_arrived(self) -> None:
-        while not self._queue.empty():
-            self._arrived.append(self._queue.get_nowait())
+    def _end_late(self, index: int) -> None:
+        self._tasks[index].cancel()
+        late = DeadlineExceeded("the request's deadline passed; the answer is incomplete")
+        self._put(index, late)
 
     def ends_next(self, index: int) -> bool:
         """Whether the next event is there already and is the normal end of this choice."""
-        if not self._arrived:
-            self._take_arrived()
-        if not self._arrived or self._arrived[0][0] != index:
+        if not self._arrived or self._arrived[0].index != index:
             return False
-        event = self._arrived[0][1]
+        event = self._arrived[0].events[0]
         return isinstance(event, Done) and event.reason in FINISH_REASONS
 
     def _reported(self, index: int, event: Event | BaseException) -> Event:
@@ -174,9 +234,14 @@ class MergedStream:
         """Abort the choices that still run. Idempotent; safe after a normal end."""
         for task in self._tasks:
             task.cancel()
-        for request in self._requests if not self._closed else ():
-            self._on_close(request.request_id)
+        if self._closed:
+            return
         self._closed = True
+        self._arrived.clear()
+        self._tails.clear()
+        self._count(-self._num_bytes)
+        for request, used_tokens in zip(self._requests, self._used, strict=True):
+            self._on_close(request.request_id, used_tokens)
 
 
 def _engine_failed(done: Done) -> ApiError:
@@ -192,13 +257,11 @@ def _logged(error: BaseException) -> ApiError:
 
 
 async def open_stream(
-    source: Source,
-    requests: Sequence[GenerateRequest],
-    deadline: float,
-    on_close: Callable[[str], None] = lambda request_id: None,
+    source: Source, requests: Sequence[GenerateRequest], deadline: float, **hooks: Any
 ) -> MergedStream:
-    """Start every choice and await the first event; see `MergedStream.open` for the errors."""
-    merged = MergedStream(source, requests, deadline, on_close)
+    """Start every choice and await the first event; see `MergedStream` for the hooks, and its
+    `open` for the errors."""
+    merged = MergedStream(source, requests, deadline, **hooks)
     try:
         await merged.open()
     except BaseException:
@@ -208,19 +271,27 @@ async def open_stream(
 
 
 class Answer:
-    """The answer of one request: passes every event to `observe`, once, and into its choice."""
+    """The answer of one request: passes every event to `observe`, once, with the index of its
+    choice, and into that."""
 
     def __init__(
-        self, merged: MergedStream, form: Format, num_choices: int, observe: Callable[[Event], None]
+        self,
+        merged: MergedStream,
+        form: Format,
+        num_choices: int,
+        observe: Callable[[int, Event], None],
+        note_unread: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
+        """`note_unread` gets every change of the bytes that an event stream holds back here."""
         self.merged = merged
         self.form = form
         self.choices = [form.choice(index) for index in range(num_choices)]
         self._observe = observe
+        self._note_unread = note_unread
 
     async def _events(self) -> AsyncIterator[tuple[ChoiceState, Event]]:
         async for index, event in self.merged:
-            self._observe(event)
+            self._observe(index, event)
             choice = self.choices[index]
             if isinstance(event, Done):
                 choice.done = event
@@ -253,6 +324,12 @@ class Answer:
             **self.form.extras(self.choices),
         }
 
+    def _drop_prompt(self, choice: ChoiceState) -> None:
+        """Of a prompt's logprobs, which may be many, nothing more is to be written."""
+        if choice.prompt_logprobs is not None:
+            self._note_unread(-logprob_bytes(choice.prompt_logprobs))
+            choice.prompt_logprobs = None
+
     def _usage_so_far(self, prompt_tokens: int) -> dict[str, Any]:
         completion = self.merged.num_tokens
         return {
@@ -281,7 +358,11 @@ class Answer:
                     yield _frame({**envelope, "choices": [piece]})
                     await asyncio.sleep(0)  # a prompt may be long, and other streams wait
                 choice.started = True
+                self._drop_prompt(choice)
             if isinstance(event, PromptLogprobs):
+                self._note_unread(logprob_bytes(event.logprobs))
+                if choice.echo is None:
+                    self._drop_prompt(choice)  # nothing of an event stream tells it
                 continue
             if isinstance(event, Tokens):
                 if not event.text and not event.logprobs and choice.started:

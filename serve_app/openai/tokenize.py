@@ -23,6 +23,7 @@ from serve_app.openai.requests import are_token_ids
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import Tokenizer
 from serve_app.routing.checks import ContextLimit, check_model, check_token_ids
+from serve_app.routing.tenants import Tenant
 
 #: vLLM's further fields, with the values at which they ask for nothing.
 _TEXT: Table = {}
@@ -93,8 +94,8 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        body, deadline = await service.read_plain(request, parse_tokenize)
-        _check_model(body, service)
+        body, deadline, tenant = await service.read_plain(request, parse_tokenize)
+        _check_model(body, service, tenant)
         context = (await service.engines.info()).max_model_len
         ids = await body.encode(service.encoder, deadline)
         work = functools.partial(_tokenized, ids, context, body, service.tokenizer)
@@ -102,8 +103,8 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        body, deadline = await service.read_plain(request, parse_detokenize)
-        _check_model(body, service)
+        body, deadline, tenant = await service.read_plain(request, parse_detokenize)
+        _check_model(body, service, tenant)
         check_token_ids(body.tokens, service.tokenizer.vocab_size, "tokens")
         work = functools.partial(_detokenize, body, service.tokenizer)
         return _json(await service.encoder.run(work, len(body.tokens), deadline))
@@ -126,9 +127,9 @@ def parse_detokenize(raw: bytes) -> Detokenize:
     return _validate(Detokenize, read_json_object(raw), _TEXT)
 
 
-def _check_model(body: _Body, service: Service) -> None:
-    if body.model:
-        check_model(body.model, service.config.served_name)
+def _check_model(body: _Body, service: Service, tenant: Tenant) -> None:
+    served = service.config.served_name
+    check_model(body.model or served, served, tenant)
 
 
 def _validate(model: type[Body], given: dict[str, Any], table: Table) -> Body:

@@ -13,7 +13,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from serve_app.engines.protocol import Done, Event, Tokens
+from serve_app.engines.events import merge_events
+from serve_app.engines.protocol import Done, Event
 from serve_app.errors import EngineUnavailable
 
 #: Longest pause between two messages of a stream; a reader hardly notices it.
@@ -31,10 +32,12 @@ async def coalesce(
     events: AsyncGenerator[Event, None],
     interval_s: Callable[[], float],
     given_up: asyncio.Future[EngineUnavailable] | None = None,
+    quiet_s: float | None = None,
 ) -> AsyncGenerator[tuple[Event, ...], None]:
     """Yield everything that is ready, as at most one event of each kind per message.
 
-    Two messages that hold tokens only are at least `interval_s()` apart; `Done` does not wait.
+    Two messages that hold tokens only are at least `interval_s()` apart; `Done` does not wait. When
+    nothing has been ready for `quiet_s` seconds, an empty message says that the stream lives.
     Closing this iterator closes `events`. An exception of `events` follows what came before it; so
     does the result of `given_up`, the engine's failure, without waiting for `events` any more.
     """
@@ -71,7 +74,12 @@ async def coalesce(
         given_up.add_done_callback(give_up)
     try:
         while True:
-            await arrived.wait()
+            try:
+                async with asyncio.timeout(quiet_s):
+                    await arrived.wait()
+            except TimeoutError:
+                yield ()
+                continue
             arrived.clear()
             batch, ready[:] = merge_events(ready), []
             if batch:
@@ -86,26 +94,3 @@ async def coalesce(
         if given_up is not None:
             given_up.remove_done_callback(give_up)
         task.cancel()
-
-
-def merge_events(events: list[Event]) -> tuple[Event, ...]:
-    """Join neighboring `Tokens`; the order stays."""
-    merged: list[Event] = []
-    run: list[Tokens] = []
-    for event in events:
-        if isinstance(event, Tokens):
-            run.append(event)
-            continue
-        merged.extend(_join(run))
-        run = []
-        merged.append(event)
-    merged.extend(_join(run))
-    return tuple(merged)
-
-
-def _join(run: list[Tokens]) -> list[Event]:
-    if len(run) < 2:
-        return list(run)
-    token_ids = tuple(token for tokens in run for token in tokens.token_ids)
-    logprobs = tuple(item for tokens in run for item in tokens.logprobs)
-    return [Tokens(token_ids, "".join(tokens.text for tokens in run), logprobs)]

@@ -3,8 +3,9 @@
 It checks the gate before it makes the engine, limits how many requests wait, sends the events of a
 request in messages (coalesce.py), and reports its status to every ingress. When the engine fails or
 hangs (watchdog.py) it tells its clients at once and ends its process, which nothing can hold up;
-Serve starts another. app.py deploys it, routing/replica_client.py calls it. It knows the engine
-protocol and no adapter.
+Serve starts another. When Serve stops it (departure.py) it ends the streams that take too long, for
+their ingresses to go on with elsewhere. app.py deploys it, routing/replica_client.py calls it. It
+knows the engine protocol and no adapter.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from ray.serve.exceptions import RayServeException
 from deepseek.errors import ArtifactError
 from deepseek.text import printable
 from serve_app.engines.protocol import Engine, Event, GenerateRequest, Placed, ReplicaStatus
-from serve_app.errors import ApiError, EngineUnavailable, Overloaded
+from serve_app.errors import ApiError, EngineUnavailable, Overloaded, ReplicaLost
 from serve_app.gating import admit
+from serve_app.live import LiveSettings
 from serve_app.replica.coalesce import coalesce, flush_interval
+from serve_app.replica.departure import Departure
 from serve_app.replica.watchdog import Watchdog, guard_event_loop
-from serve_app.routing.replica_client import HEARTBEAT_S
+from serve_app.routing.replica_client import HEARTBEAT_S, QUIET_S
 from serve_app.sections import ReplicaLimits
 from serve_app.telemetry.tracing import Telemetry
 
@@ -59,7 +62,9 @@ class EngineReplica:
     `allow_ungated` does not override that, when the gate judged other KV pages than those of the
     format `kv_cache` (None: as built), or when the verdict is not signed with the key of the file
     `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
-    `served_name` is the model's name in the API; `max_step_s` the longest that a step may take.
+    `served_name` is the model's name in the API; `max_step_s` the longest that a step may take;
+    `drain_s` what streams have to end when Serve stops the replica, less than Serve gives it;
+    `limits` are those of the configuration, which Serve may change.
     """
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
@@ -73,6 +78,8 @@ class EngineReplica:
         allow_ungated: bool,
         require_signature: Path | None = None,
         max_step_s: float = 60.0,
+        drain_s: float = 600.0,
+        limits: ReplicaLimits | None = None,
     ) -> None:
         # Before an engine exists, so that no adapter has to know of gates.
         admitted, self._gated, self._emulated = None, True, False
@@ -87,7 +94,7 @@ class EngineReplica:
             )
             self._gated, self._emulated = admitted.gated, admitted.emulated
         self._telemetry = Telemetry.from_environment()
-        self._limits = ReplicaLimits()
+        self._limits = LiveSettings("engine", limits or ReplicaLimits())
         self._request_ids: set[str] = set()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._engine = make_engine()
@@ -106,6 +113,8 @@ class EngineReplica:
         if not self._gated:  # once more, below everything that the engine logged while it loaded
             log.warning("UNGATED: %s has not passed its accuracy gate", printable(served_name))
         self._watchdog = Watchdog(self._engine, max_step_s=max_step_s)
+        self._departure = Departure(drain_s)
+        #: What ends every stream and refuses every newcomer, once it is set.
         self._given_up: asyncio.Future[EngineUnavailable] = asyncio.Future()
         self._tasks = [
             asyncio.create_task(self._send_heartbeats(guard_event_loop(max_step_s + _BLOCK_S))),
@@ -113,8 +122,8 @@ class EngineReplica:
         ]
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Apply limits that may change while serving; other settings need a new deployment."""
-        self._limits = ReplicaLimits.model_validate(user_config)
+        """Take in what Serve says of the limits that change while it serves (live.py)."""
+        self._limits.reconfigure(user_config)
 
     async def check_health(self) -> None:
         await self._watchdog.check()
@@ -124,18 +133,23 @@ class EngineReplica:
 
         Raises:
             Overloaded: too many requests wait in the engine; raised before the first message.
-            EngineUnavailable: the engine has failed or hangs.
+            EngineUnavailable: the engine has failed or hangs, or the replica is stopping.
         """
         if self._watchdog.failure is not None:
             raise self._watchdog.failure
-        waiting, limit = self._engine.load().waiting, self._limits.max_waiting_requests
+        if self._given_up.done():
+            raise self._given_up.result()
+        waiting, limit = self._engine.load().waiting, self._limits.current.max_waiting_requests
         if limit is not None and waiting > limit:
             raise Overloaded(f"{waiting} requests are waiting for this engine; retry later")
         self._request_ids.add(request.request_id)
         try:
-            with self._telemetry.generation(request) as span:
+            with self._telemetry.generation(request, self._replica_id) as span:
                 events = coalesce(
-                    self._engine.generate(request), self._flush_interval_s, self._given_up
+                    self._engine.generate(request),
+                    self._flush_interval_s,
+                    self._given_up,
+                    quiet_s=QUIET_S,
                 )
                 placed: tuple[Event, ...] = (Placed(self._replica_id),)
                 async with aclosing(events):
@@ -146,8 +160,12 @@ class EngineReplica:
         finally:
             self._request_ids.discard(request.request_id)
 
+    async def report(self) -> ReplicaStatus:
+        """The status, for an ingress that gets no heartbeats."""
+        return self._status()
+
     def _flush_interval_s(self) -> float:
-        return flush_interval(len(self._request_ids), self._limits.max_flushes_per_s)
+        return flush_interval(len(self._request_ids), self._limits.current.max_flushes_per_s)
 
     def _status(self) -> ReplicaStatus:
         return ReplicaStatus(
@@ -157,6 +175,7 @@ class EngineReplica:
             gated=self._gated,
             emulated=self._emulated,
             request_ids=tuple(self._request_ids),
+            draining=self._departure.draining,
         )
 
     async def _send_heartbeats(self, still_running: Callable[[], None]) -> None:
@@ -164,23 +183,37 @@ class EngineReplica:
         called each time."""
         while self._watchdog.failure is None:
             still_running()
-            await self._tell_ingresses("note_status", self._status())
-            await asyncio.sleep(HEARTBEAT_S)
+            drained = self._departure.draining
+            self._departure.note(await self._tell_ingresses("note_status", self._status()))
+            if self._departure.overdue and not self._given_up.done():
+                self._end_streams()
+            if self._departure.draining == drained:
+                await asyncio.sleep(HEARTBEAT_S)
 
-    async def _tell_ingresses(self, method: str, value: Any) -> None:
+    async def _tell_ingresses(self, method: str, value: Any) -> list[object]:
+        """Returns what those that were reached answer."""
         context = serve.get_replica_context()
         try:
             async with asyncio.timeout(HEARTBEAT_S):
                 ingress = serve.get_deployment_handle(INGRESS, context.app_name)
                 call = ingress.broadcast(method, value)
-                await call.results_async(return_exceptions=True)
+                return list(await call.results_async(return_exceptions=True))
         except _NO_INGRESS as error:
             log.debug("%s not delivered: %s", method, error)
+            return []
+
+    def _end_streams(self) -> None:
+        """The time to drain is over: what still runs goes on in other replicas."""
+        log.warning("ending %d streams: this replica is stopping", len(self._request_ids))
+        self._given_up.set_result(
+            ReplicaLost("the engine that held this request is stopping; retry", blame=False)
+        )
 
     async def _give_up(self, failure: EngineUnavailable) -> None:
         """Tell the clients, and end this process: a step that hangs can be ended in no other way,
         and Serve replaces a process that is gone sooner than one that fails its checks."""
-        self._given_up.set_result(failure)
+        if not self._given_up.done():
+            self._given_up.set_result(failure)
         await self._tell_ingresses("note_goodbye", self._replica_id)
         end = asyncio.get_running_loop().time() + _TELL_S
         while self._request_ids and asyncio.get_running_loop().time() < end:

@@ -175,6 +175,8 @@ class Admission:
                     self._places.report(status, age_s, now)
                 for replica_id in message.gone:
                     self._places.goodbye(replica_id, now)
+                heard = [status.replica_id for status, _ in message.statuses]
+                self._places.route(ingress_id, heard, message.unrouted, now)
             case Join():
                 self._roster.join(ingress_id, message, now)
 

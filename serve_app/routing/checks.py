@@ -16,8 +16,9 @@ from typing import Protocol
 from deepseek.engine.request import SamplingParams
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineInfo, GenerateRequest
-from serve_app.errors import InvalidRequest, ModelNotFound
+from serve_app.errors import InvalidRequest, ModelNotAllowed, ModelNotFound
 from serve_app.limits import MAX_CHOICES
+from serve_app.routing.tenants import ANYONE, Tenant
 from serve_app.routing.tickets import Ask, Enter, Terms
 from serve_app.sections import AdmissionSection
 
@@ -53,10 +54,23 @@ class GenerationBody(Protocol):
         ...
 
 
-def check_model(requested: str, served: str) -> None:
-    """Raises ModelNotFound unless the request names the model that is served."""
+def check_model(requested: str, served: str, tenant: Tenant = ANYONE) -> None:
+    """Check that the request names the model that is served, and that its key may use it.
+
+    A key is told nothing of models that it may not use, not even whether there are such.
+
+    Raises:
+        ModelNotAllowed: the key may not use a model of this name.
+        ModelNotFound: it may, but none is served under this name.
+    """
+    if not tenant.may_use(requested):
+        # Without the name: a body that gave none has got that of the served model.
+        raise ModelNotAllowed(
+            "this API key may not use the model that is asked for; /v1/models lists what it may use"
+        )
     if requested != served:
-        raise ModelNotFound(f"model {requested[:200]!r} is not served here; use {served!r}")
+        hint = f"; use {served!r}" if tenant.may_use(served) else ""
+        raise ModelNotFound(f"model {requested[:200]!r} is not served here{hint}")
 
 
 @dataclass(frozen=True, slots=True)

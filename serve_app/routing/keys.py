@@ -24,7 +24,8 @@ from typing import TypeVar
 from starlette.datastructures import Headers
 
 from serve_app.errors import TooManyFailedKeys, Unauthorized
-from serve_app.routing.tenants import ANYONE, Tenant, key_digest
+from serve_app.key_forms import key_digest
+from serve_app.routing.tenants import ANYONE, Tenant
 
 #: Wrong keys that an address may send at once, and seconds until it may send one more.
 BURST = 10
@@ -108,6 +109,8 @@ class Keys:
         self, tenants: Iterable[Tenant], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._tenants = tuple(tenants)
+        #: Whether a key is asked for; fixed, so that no change of the keys opens the service.
+        self.required = bool(self._tenants)
         self._clock = clock
         self._failures: OrderedDict[str, _Bucket] = OrderedDict()
         self._total = _Bucket(TOTAL_BURST, TOTAL_REFILL_S, clock())
@@ -115,9 +118,13 @@ class Keys:
         self._known: OrderedDict[str, None] = OrderedDict()
 
     @property
-    def required(self) -> bool:
-        """Whether any key is configured."""
-        return bool(self._tenants)
+    def tenants(self) -> tuple[Tenant, ...]:
+        return self._tenants
+
+    def replace_tenants(self, tenants: Iterable[Tenant]) -> None:
+        """From the next request on these are the keys, and no others. What is known of addresses
+        stays: one that sent a right key, and how many wrong ones came from where."""
+        self._tenants = tuple(tenants)
 
     def check(self, headers: Headers, host: str | None) -> Tenant:
         """Whose the request is; `ANYONE`'s without any key configured. `host` is the client's

@@ -12,6 +12,7 @@ its band and below get nothing there until it has its place.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.routing.admission_stats import ReplicaUse
@@ -24,6 +25,9 @@ MAX_AGE_S = 5.0
 LEAVING_S = 3.0
 #: Seconds for which a silent replica, and that one has said goodbye, is remembered.
 FORGET_S = 60.0
+#: Seconds for which an ingress is believed that Serve does not route to a replica: it says so
+#: every second while that is so.
+UNROUTED_S = 2.5
 
 
 class Replica:
@@ -33,6 +37,7 @@ class Replica:
         self.replica_id = replica_id
         self.reported = -math.inf  # when its newest status was true
         self.gone = False
+        self.unrouted: dict[str, float] = {}  # ingress that says so -> when
         self.forget_at = now + FORGET_S
         self.places = 0
         self.max_running: float = math.inf
@@ -55,7 +60,11 @@ class Replica:
         self.free_kv = self.kv_total - self.kv_held - self.kv_ghosts
 
     def is_fresh(self, now: float) -> bool:
-        return not self.gone and now - self.reported <= MAX_AGE_S
+        if self.gone or now - self.reported > MAX_AGE_S:
+            return False
+        return not self.unrouted or all(
+            now - moment > UNROUTED_S for moment in self.unrouted.values()
+        )
 
     def can_ever_hold(self, sequence: Sequence) -> bool:
         """Whether it would fit if nothing else were there."""
@@ -133,6 +142,17 @@ class Places:
         replica.ghosts = ghosts
         replica.kv_ghosts = max(0, status.load.kv_tokens_used - named) if ghosts else 0
         self._size(replica)
+
+    def route(
+        self, ingress_id: str, heard: Iterable[str], unrouted: Iterable[str], now: float
+    ) -> None:
+        """Of the replicas that this ingress hears, Serve does not route its requests to some."""
+        for replica_id in heard:
+            self._get(replica_id, now).unrouted.pop(ingress_id, None)
+        for replica_id in unrouted:
+            replica = self._get(replica_id, now)
+            replica.unrouted[ingress_id] = now
+            self._unpin(replica)
 
     def goodbye(self, replica_id: str, now: float) -> None:
         """The replica takes nothing more. Who is held there stays until its ingress moves it."""

@@ -6,16 +6,24 @@ for it would queue behind the requests that it works on, and a full service coul
 health. The ingress (openai/ingress.py) makes the client; replica/replica.py is the other side.
 
 Whether a stream is alive is never judged by its tokens: a queued request or the prefill of a long
-prompt is silent for long. It is judged by the heartbeats of the replica that holds it, which name
-the requests that it works on. A process that is stopped or cut off says nothing, and neither does
-the connection to it: its streams end here, with an error.
+prompt is silent for long. A replica sends an empty message meanwhile, so that a stream without any
+has lost it: a process that is stopped or cut off says nothing, and neither does the connection to
+it. A stream that has had no message yet may not have reached a replica at all, and is judged by
+the heartbeats, which name the requests that a replica works on. What ends here is not listened to
+any more. Serve delivers no heartbeats to an ingress that it is stopping, whose requests go on and
+may need another replica: one that hears nothing asks.
+
+A stream whose replica has gone, fails or stops ends in `ReplicaLost`, which fleet.py answers with
+another replica; one that no replica took for lack of room in `Overloaded`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray.exceptions
@@ -23,14 +31,17 @@ from ray.serve import exceptions as serve_exceptions
 
 from deepseek.errors import RequestError
 from serve_app.engines.protocol import EngineInfo, Event, GenerateRequest, ReplicaStatus
-from serve_app.errors import ApiError, EngineUnavailable, Overloaded
+from serve_app.errors import ApiError, EngineUnavailable, Overloaded, ReplicaLost
 from serve_app.routing.interrupt import Interrupt
 
 #: Seconds between heartbeats, and the age in seconds at which a silent replica counts as gone.
 HEARTBEAT_S = 1.0
 MAX_AGE_S = 5.0
-#: Age of a replica's last heartbeat at which the streams that it holds are given up. Longer than
-#: MAX_AGE_S: to be left out of /health for a moment costs nothing, a lost stream does.
+#: Seconds without a token after which a replica sends a stream's empty message.
+QUIET_S = 3.0
+#: Seconds without any message after which a stream is given up; for one that has had none, the age
+#: of its replica's last heartbeat. Longer than MAX_AGE_S: to be left out of /health for a moment
+#: costs nothing, a lost stream does.
 SILENT_S = 10.0
 #: Seconds that Serve may go on sending requests to a replica that has fallen silent: it trusts what
 #: it last heard of a replica's queue for ten seconds.
@@ -61,9 +72,8 @@ class StatusBoard:
         return self._younger_than(MAX_AGE_S)
 
     def lost(self, sent: dict[str, float]) -> list[str]:
-        """Which of these requests, by id and time of sending, a silent replica holds: it named them
-        in its last heartbeat, or no other replica names them although it had the time to. None
-        while every replica is heard."""
+        """Which of these requests, by id and time of sending, a silent replica holds: no other
+        replica names them although it had the time to. None while every replica is heard."""
         now = self._clock()
         self._statuses = {
             replica_id: item
@@ -79,6 +89,12 @@ class StatusBoard:
             for request_id, moment in sent.items()
             if request_id not in held and now - moment > SILENT_S
         ]
+
+    @property
+    def unheard_s(self) -> float:
+        """Seconds since the newest heartbeat of any replica."""
+        newest = max((arrived for arrived, _ in self._statuses.values()), default=-math.inf)
+        return self._clock() - newest
 
     def _younger_than(self, age_s: float) -> list[ReplicaStatus]:
         oldest = self._clock() - age_s
@@ -96,24 +112,35 @@ class StatusBoard:
         return fresh[0]
 
 
+@dataclass(slots=True)
+class _Stream:
+    """One open stream: its hook, since when its next message is awaited (None while it is being
+    read), and whether there was one."""
+
+    interrupt: Interrupt
+    since_s: float | None
+    heard: bool = False
+
+
 class ReplicaClient:
     """Implements `EngineClient` over a Serve deployment handle. `watch` must run beside it."""
 
     def __init__(
         self, handle: Any, board: StatusBoard, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self._handle = handle
         self._stream = handle.options(stream=True, method_name="generate")
         self._board = board
         self._clock = clock
         self._info: EngineInfo | None = None
-        self._streams: dict[str, tuple[float, Interrupt]] = {}  # id -> time of sending, its hook
+        self._streams: dict[str, _Stream] = {}
         self._closed: ApiError | None = None
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self._closed is not None:
             raise self._closed
         interrupt = Interrupt()
-        self._streams[request.request_id] = (self._clock(), interrupt)
+        stream = self._streams[request.request_id] = _Stream(interrupt, self._clock())
         response = self._stream.remote(request)
         ended = False
         try:
@@ -121,8 +148,10 @@ class ReplicaClient:
                 batch = await interrupt.run(lambda: anext(response, None))
                 if batch is None:
                     break
+                stream.since_s, stream.heard = None, True
                 for event in batch:
                     yield event
+                stream.since_s = self._clock()
             ended = True
         except Exception as error:
             if error is interrupt.error:
@@ -137,8 +166,8 @@ class ReplicaClient:
     def close(self, error: ApiError) -> None:
         """End every stream with `error`, and those that are still to come."""
         self._closed = error
-        for _, interrupt in self._streams.values():
-            interrupt.trip(error)
+        for stream in self._streams.values():
+            stream.interrupt.trip(error)
 
     async def watch(self) -> None:
         """Give up the streams of replicas that have fallen silent. Runs until it is cancelled."""
@@ -152,12 +181,40 @@ class ReplicaClient:
                 self.end_lost_streams()
 
     def end_lost_streams(self) -> None:
-        """End the streams that `StatusBoard.lost` names."""
-        sent = {request_id: moment for request_id, (moment, _) in self._streams.items()}
-        for request_id in self._board.lost(sent):
-            self._streams[request_id][1].trip(
-                EngineUnavailable("the engine that held this request has fallen silent; retry")
+        """End the streams that have been silent for too long, and those that `StatusBoard.lost`
+        names."""
+        now = self._clock()
+        awaited = {
+            name: (stream.since_s, stream.heard)
+            for name, stream in self._streams.items()
+            if stream.since_s is not None
+        }
+        silent = [
+            name for name, (since_s, heard) in awaited.items() if heard and now - since_s > SILENT_S
+        ]
+        unheard = {name: since_s for name, (since_s, heard) in awaited.items() if not heard}
+        for request_id in silent + self._board.lost(unheard):
+            self._streams[request_id].interrupt.trip(
+                ReplicaLost("the engine that held this request has fallen silent; retry")
             )
+
+    async def ask(
+        self, note: Callable[[ReplicaStatus], Awaitable[object]], every_s: float = HEARTBEAT_S
+    ) -> None:
+        """Ask all replicas for their statuses while none sends one. Runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            if self._board.unheard_s <= 2 * HEARTBEAT_S:
+                continue
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    call = self._handle.broadcast("report")
+                    answers = await call.results_async(return_exceptions=True)
+            except (serve_exceptions.RayServeException, ray.exceptions.RayError, TimeoutError):
+                continue
+            for answer in answers:
+                if isinstance(answer, ReplicaStatus):
+                    await note(answer)
 
     async def statuses(self) -> list[ReplicaStatus]:
         if not (fresh := self._board.fresh()):
@@ -174,6 +231,8 @@ def translate(error: Exception) -> Exception:
     """The error of ours for an exception of Ray's; one that the replica raised is unwrapped."""
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause
+        if type(cause) is EngineUnavailable:
+            return ReplicaLost(str(cause))
         if isinstance(cause, ApiError | RequestError):
             return cause
         return error
@@ -182,9 +241,10 @@ def translate(error: Exception) -> Exception:
     gone = (
         ray.exceptions.RayActorError,
         ray.exceptions.TaskCancelledError,
-        serve_exceptions.DeploymentUnavailableError,
         serve_exceptions.ReplicaUnavailableError,
     )
     if isinstance(error, gone):
-        return EngineUnavailable("the engine that held this request has gone; retry")
+        return ReplicaLost("the engine that held this request has gone; retry")
+    if isinstance(error, serve_exceptions.DeploymentUnavailableError):  # nor will there be one
+        return EngineUnavailable("no engine replica can be started; retry later")
     return error

@@ -1,32 +1,23 @@
 """Whose the API keys are: a name, a priority and weight, limits, and the models that it may ask.
 
-`read_tenants` reads them from the configuration, a file or an environment variable (key_file.py has
-the forms). keys.py finds the tenant of a request; its terms go to the owner of admission.
+key_forms.py reads them from the configuration, a file or an environment variable; keys.py finds the
+tenant of a request, and key_watch.py puts new ones in their place. Its terms go to the owner of
+admission.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from pydantic import SecretStr
-
-from serve_app.key_file import read_key_file
+from serve_app.key_forms import NamedKey, read_keys
 from serve_app.routing.tickets import Terms
 from serve_app.sections import KeyLimits, KeysSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tenant:
-    """One API key. `digest` is the key's SHA-256: the key itself is not kept. `limits` None takes
-    the configured default; `models` None is every model."""
-
-    name: str
-    digest: bytes
-    priority: int = 0
-    weight: float = 1.0
-    limits: KeyLimits | None = None
-    models: frozenset[str] | None = None
+class Tenant(NamedKey):
+    """One API key, as requests meet it."""
 
     def terms(self, default: KeyLimits) -> Terms:
         """What the owner of admission needs of it."""
@@ -37,32 +28,28 @@ class Tenant:
             **(self.limits or default).model_dump(),
         )
 
-    @property
-    def cache_salt(self) -> str:
-        """Differs between tenants, so that no one learns from timing what another has asked."""
-        return hashlib.sha256(b"intserve-salt:" + self.digest).hexdigest()[:16]
+    def may_use(self, model: str) -> bool:
+        return self.models is None or model in self.models
+
+    def cache_salt(self, own: str | None = None) -> str:
+        """The salt of this tenant's requests: no two tenants share one, so that nobody learns from
+        timing what another has asked. `own` is a client's, by which it separates its own users. A
+        tenant that gets another key under its name keeps its salt."""
+        # The name has no NUL, so that no choice of `own` makes another tenant's salt.
+        mixed = f"intserve-salt\0{self.name}\0{own or ''}"
+        return hashlib.sha256(mixed.encode()).hexdigest()[:32]
 
 
 #: Who asks where no key is configured.
 ANYONE = Tenant(name="anyone", digest=b"")
 
 
-def key_digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
-def read_tenants(section: KeysSection) -> tuple[Tenant, ...]:
-    """The tenants of all configured keys. Reads the file.
+def read_tenants(section: KeysSection, content: bytes | None = None) -> tuple[Tenant, ...]:
+    """The tenants of all configured keys. Reads the file, unless `content` is what it holds.
 
     Raises:
-        ConfigError: the file cannot be used; says why.
+        ConfigError: see `read_keys`.
     """
-    keys = section.inline
-    if section.file is not None:
-        keys += read_key_file(section.file)
-    return tuple(map(_unnamed, keys))
-
-
-def _unnamed(key: SecretStr) -> Tenant:
-    digest = key_digest(key.get_secret_value())
-    return Tenant(name=f"key-{digest.hex()[:8]}", digest=digest)
+    names = [item.name for item in fields(NamedKey)]
+    keys = read_keys(section, content)
+    return tuple(Tenant(**{name: getattr(key, name) for name in names}) for key in keys)

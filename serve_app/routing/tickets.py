@@ -15,6 +15,10 @@ from dataclasses import dataclass
 
 from serve_app.engines.protocol import ReplicaStatus
 
+#: Rises with every change of these forms, so that ingresses of two versions, which run together
+#: during an update, never talk to one owner.
+WIRE_VERSION = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
@@ -122,11 +126,13 @@ class Join:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """The engine replicas that an ingress has heard of: status and its age in seconds, and those
-    that said goodbye."""
+    """The engine replicas that an ingress has heard of: status and its age in seconds, those that
+    said goodbye, and those that Serve does not route to, although they are there: they drain, or
+    have not begun to serve."""
 
     statuses: tuple[tuple[ReplicaStatus, float], ...] = ()
     gone: tuple[str, ...] = ()
+    unrouted: tuple[str, ...] = ()
 
 
 Message = Join | Enter | Move | Landed | Leave | Seen

@@ -4,12 +4,14 @@ Histograms follow OpenTelemetry's GenAI server metrics, with Prometheus' undersc
 bounds go beyond the advised ones, which end before a long prompt has been prefilled. Each ingress
 counts its own requests (request.py), but a scrape reaches only one of them and must report all:
 `render` joins the snapshots of all ingresses under an `ingress` label and adds the gauges of every
-engine replica. openai/routes.py serves the text.
+engine replica and of the owner of admission. openai/operations.py serves the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -58,14 +60,58 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
         None,
         "Requests by outcome: ok, an error code, or disconnected.",
     ),
+    "intserve_admission_queue_seconds": (
+        "histogram",
+        (),
+        (*_TTFT, 20.0, 40.0, 80.0, *_LONG),
+        "Time that a sequence waited for its first place in an engine.",
+    ),
+    "intserve_resumes_total": (
+        "counter",
+        ("outcome",),
+        None,
+        "Sequences that lost their replica: resumed, no_replica, exhausted, late, excluded.",
+    ),
+    "intserve_access_log_dropped_total": (
+        "counter",
+        (),
+        None,
+        "Lines that the access log has lost: a full disk, or a writer that does not keep up.",
+    ),
+    "intserve_unread_bytes": ("gauge", (), None, "Answers that wait for their clients, in bytes."),
     "intserve_refused_keys_total": (
         "counter",
         ("reason",),
         None,
         "Requests refused for their API key: missing, wrong, or limited after too many wrong ones.",
     ),
+    "intserve_key_reload_failed": (
+        "gauge",
+        (),
+        None,
+        "1 while the file of API keys cannot be used and the keys of before stay in force.",
+    ),
     "intserve_tokens_total": ("counter", ("kind",), None, "Tokens: input, cached_input, output."),
     "intserve_requests_in_flight": ("gauge", (), None, "Requests between arrival and last byte."),
+    "intserve_admission_exchanges_total": (
+        "counter",
+        (),
+        None,
+        "Exchanges with the owner of admission.",
+    ),
+    "intserve_admission_messages_total": (
+        "counter",
+        (),
+        None,
+        "Messages to the owner of admission; several go in one exchange.",
+    ),
+    "intserve_admission_joins_total": (
+        "counter",
+        (),
+        None,
+        "Times that the ingress told an owner all that it holds: once at its start, and whenever "
+        "the owner had died or an answer was lost.",
+    ),
 }
 
 #: name -> (labels, help); one value per engine replica, read when a scrape asks.
@@ -80,6 +126,40 @@ ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
         "true when it judged an emulation of the engine's target.",
     ),
 }
+
+#: name -> (labels, help); of the owner of admission, read when a scrape asks. One label value per
+#: band or replica: keys are as many as a user makes.
+ADMISSION_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
+    "intserve_admission_queued_sequences": (
+        ("priority",),
+        "Sequences that wait for a place, by the priority band of their keys.",
+    ),
+    "intserve_admission_queued_kv_tokens": (
+        ("priority",),
+        "KV tokens that those ask for.",
+    ),
+    "intserve_admission_oldest_wait_seconds": ((), "Time that the longest waiting one has waited."),
+    "intserve_admission_drain_tokens_per_second": (
+        (),
+        "KV tokens that become free per second, as measured while requests wait.",
+    ),
+    "intserve_breaker_open": (
+        ("replica",),
+        "Whether an engine replica is avoided because it fails: 1, 0.5 while it is tried again.",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionGauges:
+    """What the owner of admission says of itself. `sequences` and `kv_tokens` wait, by priority;
+    `breakers` are 0, 0.5 or 1 by replica; `drain_tokens_per_s` is None until it was measured."""
+
+    sequences: Mapping[int, int]
+    kv_tokens: Mapping[int, int]
+    oldest_wait_s: float
+    drain_tokens_per_s: float | None
+    breakers: Mapping[str, float]
 
 
 class RequestMetrics:
@@ -102,17 +182,28 @@ class RequestMetrics:
     def observe(self, name: str, seconds: float, *labels: str) -> None:
         metric = self._metrics[name]
         assert isinstance(metric, Histogram)
-        metric.labels(*labels).observe(seconds)
+        (metric.labels(*labels) if labels else metric).observe(seconds)
 
     def count(self, name: str, amount: float, *labels: str) -> None:
         metric = self._metrics[name]
         assert isinstance(metric, Counter)
-        metric.labels(*labels).inc(amount)
+        (metric.labels(*labels) if labels else metric).inc(amount)
+
+    def set(self, name: str, value: float) -> None:
+        metric = self._metrics[name]
+        assert isinstance(metric, Gauge)
+        metric.set(value)
 
     def in_flight(self, change: int) -> None:
         metric = self._metrics["intserve_requests_in_flight"]
         assert isinstance(metric, Gauge)
         metric.inc(change)
+
+    def measure(self, name: str, read: Callable[[], float]) -> None:
+        """Read the gauge `name` from here on each time that it is asked for."""
+        metric = self._metrics[name]
+        assert isinstance(metric, Gauge)
+        metric.set_function(read)
 
     def snapshot(self) -> str:
         """This process's metrics as Prometheus text."""
@@ -122,9 +213,15 @@ class RequestMetrics:
 class _JoinedCollector(Collector):
     """The samples of all ingresses, labeled, and the gauges of all engine replicas."""
 
-    def __init__(self, snapshots: Mapping[str, str], replicas: Iterable[ReplicaStatus]) -> None:
+    def __init__(
+        self,
+        snapshots: Mapping[str, str],
+        replicas: Iterable[ReplicaStatus],
+        admission: AdmissionGauges | None,
+    ) -> None:
         self._snapshots = snapshots
         self._replicas = replicas
+        self._admission = admission
 
     def collect(self) -> Iterator[Metric]:
         joined: dict[str, Metric] = {}
@@ -138,6 +235,8 @@ class _JoinedCollector(Collector):
                     target.add_sample(sample.name, labels, sample.value)
         yield from joined.values()
         yield from _engine_families(self._replicas)
+        if self._admission is not None:
+            yield from _admission_families(self._admission)
 
 
 def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
@@ -167,8 +266,31 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
     yield from families.values()
 
 
-def render(snapshots: Mapping[str, str], replicas: Iterable[ReplicaStatus]) -> bytes:
-    """The Prometheus text of all ingresses (id -> snapshot) and all engine replicas."""
+def _admission_families(gauges: AdmissionGauges) -> Iterator[Metric]:
+    values: dict[str, Mapping[Any, float] | float | None] = {
+        "intserve_admission_queued_sequences": gauges.sequences,
+        "intserve_admission_queued_kv_tokens": gauges.kv_tokens,
+        "intserve_admission_oldest_wait_seconds": gauges.oldest_wait_s,
+        "intserve_admission_drain_tokens_per_second": gauges.drain_tokens_per_s,
+        "intserve_breaker_open": gauges.breakers,
+    }
+    for name, (labels, text) in ADMISSION_METRICS.items():
+        family, value = GaugeMetricFamily(name, text, labels=labels), values[name]
+        if isinstance(value, Mapping):
+            for label, number in value.items():
+                family.add_metric([str(label)], number)
+        elif value is not None:
+            family.add_metric([], value)
+        yield family
+
+
+def render(
+    snapshots: Mapping[str, str],
+    replicas: Iterable[ReplicaStatus],
+    admission: AdmissionGauges | None = None,
+) -> bytes:
+    """The Prometheus text of all ingresses (id -> snapshot), of all engine replicas, and of the
+    owner of admission, None where there is none or it does not answer."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_JoinedCollector(snapshots, list(replicas)))
+    registry.register(_JoinedCollector(snapshots, list(replicas), admission))
     return generate_latest(registry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ REFUSED = {
     "base 60": ("a: 1:30", "holds 1:30, which YAML reads as a number of base 60 or 8 (line 1,"),
     "base 60, a fraction": ("a: 1:30.5", "which YAML reads as a number of base 60"),
     "base 8": ("a: 010", "which YAML reads as a number of base 60 or 8"),
+    "no digits": ("a: 0x_", "holds 0x_, which YAML reads as a number without digits (line 1,"),
+    "no binary digits": ("a: -0b_", "holds -0b_, which YAML reads as a number without digits"),
     "a date": ("a: 2024-01-01", "holds 2024-01-01, which YAML reads as a date"),
     "infinity": ("a: .inf", "holds .inf, which is no finite number (line 1, column 4)"),
     "overflow": ("a: 1.0e+400", "holds 1.0e+400, which is no finite number"),
@@ -74,6 +77,10 @@ def test_it_is_refused_in_one_sentence_that_says_where(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+    masked = caught.value.masked
+    assert "'" not in masked, "for a file of secrets nothing is quoted from it"
+    assert not re.search(r"holds (?!a |more |half )", masked)
+    assert re.findall(r"\(line.*\)", masked) == re.findall(r"\(line.*\)", str(caught.value))
 
 
 VALUES: list[tuple[str, Any]] = [

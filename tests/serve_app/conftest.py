@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
+from support.configs import make_config
 from support.otlp import OtlpReceiver
 from support.ports import free_port
 
-from cluster.connect import connect
-from serve_app.proxy_guard import CALLBACK, CALLBACK_VARIABLE
+from serve_app.sections import EchoOptions
 
 
 @pytest.fixture(scope="session")
@@ -23,16 +22,10 @@ def otlp() -> Iterator[OtlpReceiver]:
 
 @pytest.fixture(scope="session")
 def serve_url() -> Iterator[str]:
-    """Base URL of a running Serve instance; tests deploy applications under their own prefixes."""
-    from ray import serve
+    """Base URL of a running Serve behind the default proxy; tests deploy applications under their
+    own prefixes."""
+    from serve_app.local import serve_running  # imports Ray, which not every run needs
 
-    port = free_port()
-    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
-    with connect(num_cpus=4):  # logical: replicas ask for fractions, and most of them are idle
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": "127.0.0.1", "port": port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
-        yield f"http://127.0.0.1:{port}"
-        serve.shutdown()
+    config = make_config(echo=EchoOptions(), port=free_port())
+    with serve_running(config, num_cpus=4):  # logical: replicas ask for fractions, and mostly idle
+        yield f"http://127.0.0.1:{config.http.port}"

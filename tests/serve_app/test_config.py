@@ -4,52 +4,139 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
-from pydantic import ValidationError
+from support.configs import make_config
 
 from deepseek.errors import ConfigError
 from deepseek.recipe import KVFormat
-from serve_app.config import ServeConfig, load_config
+from serve_app.config import EchoOptions, EmbeddedOptions, load_config
+
+ECHO = "pools: {default: {engine: {kind: echo}}}\n"
 
 
-def test_an_unknown_key_is_an_error_that_names_it(tmp_path: Path) -> None:
+def settings(**sections: Any) -> dict[str, Any]:
+    """What the command line gives in addition to an echo engine."""
+    return {"pools": {"default": {"engine": {"kind": "echo"}}}, **sections}
+
+
+def write(tmp_path: Path, text: str) -> Path:
     file = tmp_path / "serve.yaml"
-    file.write_text("echo: {}\nprot: 80\n")
-    with pytest.raises(ConfigError, match=r"serve\.yaml: unknown key 'prot'"):
-        load_config(file, {})
-    file.write_text("echo: {ttft: 1}\n")
-    with pytest.raises(ConfigError, match="unknown key 'echo.ttft'"):
-        load_config(file, {})
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (ECHO + "prot: 80\n", "prot"),
+        (ECHO + "http: {prot: 80}\n", "http.prot"),
+        ("pools: {default: {engine: {kind: echo, ttft: 1}}}\n", "pools.default.engine.ttft"),
+        ("pools: {echo: {engine: {kind: echo}, echo: 1}}\n", "pools.echo.echo"),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_names_its_path(
+    tmp_path: Path, text: str, place: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"serve\.yaml: unknown key '{place}'"):
+        load_config(write(tmp_path, text), {})
 
 
 @pytest.mark.parametrize("text", ["[1]", "a: [", "\x00"])
 def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "serve.yaml"
-    file.write_text(text)
     with pytest.raises(ConfigError, match="serve.yaml"):
-        load_config(file, {})
+        load_config(write(tmp_path, text), {})
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("echo: {}\nport: 1\nport: 2\n", r"serve\.yaml gives the key 'port' twice"),
-        ("echo: {}\ntimeout_s: .inf\n", r"serve\.yaml holds \.inf"),
-        ("echo: {}\ntimeout_s: 1e400\n", "timeout_s: Input should be a finite"),
-        ("echo: {}\nport: true\n", "port: Input should not be true, a boolean"),
-        ("echo: {ttft_s: yes}\n", "echo.ttft_s: Input should not be true, a boolean"),
-        ("echo: {}\nport: 1:30\n", "holds 1:30, which YAML reads as a number of base 60"),
+        ("http: {port: 1, port: 2}\n", r"serve\.yaml gives the key 'port' twice"),
+        ("requests: {timeout_s: .inf}\n", r"serve\.yaml holds \.inf"),
+        (ECHO + "requests: {timeout_s: 1e400}\n", "requests.timeout_s: .*finite"),
+        (ECHO + "http: {port: true}\n", "http.port: Input should not be true, a boolean"),
+        (
+            "pools: {default: {engine: {kind: echo, ttft_s: yes}}}\n",
+            "pools.default.engine.ttft_s: Input should not be true, a boolean",
+        ),
+        ("http: {port: 1:30}\n", "holds 1:30, which YAML reads as a number of base 60"),
     ],
 )
 def test_what_yaml_reads_otherwise_than_it_looks_is_refused(
     tmp_path: Path, text: str, message: str
 ) -> None:
-    file = tmp_path / "serve.yaml"
-    file.write_text(text)
     with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("port: 80\n", "'port' is now http.port"),
+        ("engine: runs/engine\n", "'engine' is now pools.default.engine.directory"),
+        (ECHO + "timeout_s: 5\n", "unknown key 'timeout_s'; it is requests.timeout_s"),
+        (ECHO + "http: {prot: 80}\n", "unknown key 'http.prot'; did you mean http.port?"),
+        (ECHO + "colour: red\n", "unknown key 'colour'; remove or correct it"),
+        (
+            "pools: {default: {engine: {kind: embedded, directory: e, ttft_s: 1}}}\n",
+            "unknown key 'pools.default.engine.ttft_s'; remove or correct it",
+        ),
+        (
+            "pools: {default: {engine: {kind: echo, ttft: 1}}}\n",
+            "unknown key 'pools.default.engine.ttft'; did you mean pools.default.engine.ttft_s?",
+        ),
+        ("pools: {default: {}}\n", "pools.default.engine: is missing; add {kind: embedded, dir"),
+        (
+            "pools: {default: {engine: runs/engine}}\n",
+            "pools.default.engine: kind must be embedded or echo; write {kind: embedded, direct",
+        ),
+        (
+            "pools: {default: {engine: {kind: embedded}}}\n",
+            "pools.default.engine.directory: is missing; name the engine directory that `build`",
+        ),
+        ("pools: {My Pool: {engine: {kind: echo}}}\n", "pools.My Pool: is no name; use lower-case"),
+        (
+            "pools: {a: {engine: {kind: echo}}, b: {engine: {kind: echo}}}\n",
+            "pools names 2 pools; keep one, more are not served",
+        ),
+        ("pools: {}\n", "name an engine: --engine DIR, --echo, or pools.default.engine in a file"),
+        ("pools:\n", "name an engine: --engine DIR, --echo, or pools.default.engine in a file"),
+        (ECHO + "http:\n", "http: holds nothing; remove it, or write its keys below it"),
+        (ECHO + "http: 80\n", "http: must be a mapping of keys to values"),
+        (ECHO + "pools.default.replicas: 2\n", "unknown key 'pools.default.replicas'; keys are"),
+        (
+            ECHO + "admission: {max_wait_s: 700}\n",
+            "admission.max_wait_s 700 is longer than requests.timeout_s 600, after which no req",
+        ),
+        (
+            ECHO + "resume: {wait_s: 30}\nrequests: {timeout_s: 20}\n",
+            "resume.wait_s 30 is longer than requests.timeout_s 20",
+        ),
+        ("applications: []\n", "this is a file for `serve deploy`; a configuration is what stand"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_its_path_and_what_to_change(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as refused:
         load_config(file, {})
+    assert str(refused.value).startswith(f"{file}: {sentence}")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_default_that_a_short_timeout_makes_useless_is_no_mistake() -> None:
+    config = load_config(None, settings(requests={"timeout_s": 5}))
+    assert config.admission.max_wait_s > config.requests.timeout_s
+
+
+def test_flags_speak_of_the_only_pool_of_the_file_whatever_its_name(tmp_path: Path) -> None:
+    file = write(tmp_path, "pools: {cpu: {replicas: 3, engine: {kind: echo}}}\n")
+    engine = {"kind": "embedded", "directory": "built"}
+    config = load_config(file, {"pools": {"default": {"engine": engine}}})
+    assert list(config.pools) == ["cpu"]
+    assert (config.pool.replicas, config.pool.directory) == (3, Path("built"))
 
 
 def test_an_absent_file_is_an_error(tmp_path: Path) -> None:
@@ -57,45 +144,51 @@ def test_an_absent_file_is_an_error(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml", {})
 
 
-def test_exactly_one_of_engine_and_echo_is_needed() -> None:
-    for given in ({}, {"echo": {}, "engine": "x"}):
-        with pytest.raises(ConfigError, match="either an engine directory or echo"):
-            load_config(None, given)
+def test_an_engine_is_needed() -> None:
+    with pytest.raises(ConfigError, match="name an engine: --engine DIR, --echo, or pools"):
+        load_config(None, {})
 
 
-def test_the_command_line_goes_over_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "serve.yaml"
-    file.write_text("echo: {}\nport: 1234\nmodel_name: a\n")
-    config = load_config(file, {"port": 4321})
-    assert (config.port, config.model_name) == (4321, "a")
+def test_the_command_line_goes_over_the_file_key_by_key(tmp_path: Path) -> None:
+    file = write(tmp_path, ECHO + "http: {port: 1234, host: 0.0.0.0}\nmodel_name: a\n")
+    config = load_config(file, {"http": {"port": 4321}})
+    assert (config.http.port, config.http.host, config.model_name) == (4321, "0.0.0.0", "a")
 
 
-def test_a_wrong_value_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="settings: port: "):
-        load_config(None, {"echo": {}, "port": 0})
+def test_an_engine_on_the_command_line_replaces_one_of_another_kind(tmp_path: Path) -> None:
+    file = write(tmp_path, "pools: {default: {replicas: 2, engine: {kind: echo, ttft_s: 1.0}}}\n")
+    engine = {"kind": "embedded", "directory": "built"}
+    pool = load_config(file, {"pools": {"default": {"engine": engine}}}).pool
+    assert pool.engine == EmbeddedOptions(directory=Path("built"))
+    assert pool.replicas == 2
+
+
+def test_a_wrong_value_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"settings: http\.port: "):
+        load_config(None, settings(http={"port": 0}))
 
 
 def test_api_keys_never_show_but_survive_the_actor_hop() -> None:
-    config = load_config(None, {"echo": {}, "api_keys": ["sk-very-secret"]})
+    config = load_config(None, settings(keys={"inline": ["sk-very-secret"]}))
     assert "very-secret" not in f"{config!r} {config} {config.model_dump_json()}"
     copy = pickle.loads(pickle.dumps(config))
-    assert copy.api_keys[0].get_secret_value() == "sk-very-secret"
+    assert copy.keys.inline[0].get_secret_value() == "sk-very-secret"
     with pytest.raises(ConfigError, match="empty key"):
-        load_config(None, {"echo": {}, "api_keys": [""]})
+        load_config(None, settings(keys={"inline": [""]}))
     with pytest.raises(ConfigError) as caught:
-        load_config(None, {"echo": {}, "api_keys": {"sk-very-secret": 1}})
+        load_config(None, settings(keys={"inline": {"sk-very-secret": 1}}))
     assert "very-secret" not in str(caught.value)
 
 
 def test_the_model_is_named_after_its_directory(tmp_path: Path) -> None:
     (tmp_path / "int4").mkdir()
-    assert ServeConfig.model_validate({"engine": tmp_path / "int4"}).served_name == "int4"
-    assert ServeConfig.model_validate({"echo": {}}).served_name == "echo"
-    assert ServeConfig.model_validate({"echo": {}, "model_name": "x"}).served_name == "x"
+    assert make_config(engine=tmp_path / "int4").served_name == "int4"
+    assert make_config(echo=EchoOptions()).served_name == "echo"
+    assert make_config(echo=EchoOptions(), model_name="x").served_name == "x"
 
 
 def test_an_engine_is_served_on_kv_pages_of_any_format_of_a_recipe() -> None:
     for kv_cache in (None, *get_args(KVFormat)):
-        assert ServeConfig(engine=Path("e"), kv_cache=kv_cache).kv_cache == kv_cache
-    with pytest.raises(ValidationError, match="'bf16', 'fp8' or 'int8'"):
-        ServeConfig(engine=Path("e"), kv_cache="fp32")
+        assert make_config(engine=Path("e"), kv_cache=kv_cache).pool.kv_cache == kv_cache
+    with pytest.raises(ConfigError, match="kv_cache: Input should be 'bf16', 'fp8' or 'int8'"):
+        make_config(engine=Path("e"), kv_cache="fp32")

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import importlib
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from support.serving import wait_for
 from support.sockets import Raw, head, listening
 
 from serve_app import proxy_guard
-from serve_app.proxy_guard import Heads, SlowBodies
+from serve_app.proxy_guard import Heads, SlowBodies, cut_unread
 
 PATH = "/v1/completions"
 
@@ -196,4 +197,34 @@ def test_the_name_that_serve_is_given_installs_the_guard(monkeypatch: pytest.Mon
     assert found.cls is SlowBodies
     made = uvicorn.Config(describe)  # as Serve makes it: the protocol is found by its name
     made.load()
-    assert made.http_protocol_class.__name__ == "GuardedProtocol"
+    names = [kind.__name__ for kind in made.http_protocol_class.__mro__]
+    assert {"ReadProtocol", "GuardedProtocol"} <= set(names)
+
+
+@pytest.mark.heavy
+def test_a_client_that_takes_nothing_is_cut_off_and_one_that_reads_slowly_is_not() -> None:
+    """Also where the application has long handed over everything, and waits for nothing."""
+    ended: list[str] = []
+
+    async def talk(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(160):  # 10 MB, more than kernels hold
+            await send({"type": "http.response.body", "body": b"x" * 65_536, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        ended.append(scope["path"])
+
+    protocol = cut_unread(Heads(timeout_s=20.0, max_bytes=65_536).protocol(), timeout_s=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", protocol)
+        with listening(talk) as port:
+            silent, slow = (
+                Raw(port, head(path, method="GET", json=False)) for path in ("/silent", "/slow")
+            )
+            with silent, slow:
+                received = 0
+                while received < 160 * 65_536:
+                    received += len(slow.read())
+                    time.sleep(0.001)
+                wait_for(lambda: sorted(ended) == ["/silent", "/slow"])  # no `send` waits any more
+                with pytest.raises((ConnectionError, AssertionError)):
+                    [silent.read() for _ in range(160 * 65_536)]

@@ -74,6 +74,7 @@ def small_url(serve_url: str) -> Iterator[str]:
         drain_s=2.0,
         health_check_period_s=1.0,
         timeout_s=30.0,
+        enabled=False,  # a request that kills its engine kills one
     )
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     options = config.pool.engine
@@ -283,4 +284,5 @@ def test_serve_can_turn_the_args_of_a_deploy_file_into_our_settings() -> None:
     # What `serve deploy` does with `args`: it wants the class itself, not its name as a string.
     (parameter,) = inspect.signature(build).parameters.values()
     assert parameter.annotation is ServeConfig
-    assert ServeConfig.model_validate({"echo": {"ttft_s": 0.5}}).echo == EchoOptions(ttft_s=0.5)
+    args = {"pools": {"default": {"engine": {"kind": "echo", "ttft_s": 0.5}}}}
+    assert ServeConfig.model_validate(args).pool.engine == EchoOptions(ttft_s=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from support.serving import wait_for
 from cluster.access import private_folder
 from serve_app.app import build
 from serve_app.config import EchoOptions
+from serve_app.sections import KeysSection
 
 pytestmark = pytest.mark.ray
 
@@ -41,23 +43,24 @@ def command_lines() -> Iterator[str]:
 
 
 @pytest.mark.heavy
-def test_headers_and_keys_reach_replicas_by_file_and_stand_in_none_of_rays_files(
+def test_headers_and_keys_reach_replicas_by_file_also_later_and_stand_in_none_of_rays_files(
     serve_url: str, otlp: OtlpReceiver, tmp_path: Path
 ) -> None:
-    in_file, in_variable, key = (secrets.token_hex(16) for _ in range(3))
+    in_file, in_variable, key, later, misplaced = (secrets.token_hex(16) for _ in range(5))
     path = tmp_path / "headers"
     path.touch(0o600)
     path.write_text(f"authorization=Bearer {in_file}\n")
     keys = tmp_path / "keys"
     keys.touch(0o600)
-    keys.write_text(f"{key}\n")
+    keys.write_text(f"keys: [{{name: team-a, key: {key}}}]\n")
+    folder = private_folder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", otlp.endpoint)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         patch.setenv(HEADERS, f"x-key={in_variable}")
         config = make_config(
             echo=EchoOptions(),
-            api_keys_file=keys,
+            keys=KeysSection(file=keys),
             otlp_headers_file=path,
             drain_s=2.0,
         )
@@ -66,12 +69,24 @@ def test_headers_and_keys_reach_replicas_by_file_and_stand_in_none_of_rays_files
         url = f"{serve_url}/secret/v1/completions"
         body = {"model": "echo", "prompt": "hi"}
         assert httpx.post(url, json=body, timeout=30).status_code == 401
-        answer = httpx.post(url, json=body, headers={"authorization": f"Bearer {key}"}, timeout=30)
-        assert answer.status_code == 200
+
+        def statuses(key: str) -> set[int]:
+            """Of enough requests that each ingress answers one."""
+            headers = {"authorization": f"Bearer {key}"}
+            posts = (httpx.post(url, json=body, headers=headers, timeout=30) for _ in range(8))
+            return {answer.status_code for answer in posts}
+
+        assert statuses(key) == {200}
+        keys.write_text(f"keys: [{{name: team-a, key: {later}}}]\n")
+        wait_for(lambda: statuses(later) == {200})
+        assert statuses(key) <= {401, 429}, "a removed key lets nobody in"
+        keys.write_text(f"keys: [{misplaced}]\n")
+        wait_for(lambda: files_with(["the API keys of before stay in force"], folder))
+        assert statuses(later) == {200}
         sent = {"authorization": f"Bearer {in_file}"}
         wait_for(lambda: any(sent.items() <= got.items() for got in otlp.headers))
-        folder = private_folder()
-        words = [in_file, in_variable, key]
+        words = [in_file, in_variable, key, later, misplaced]
+        words += [hashlib.sha256(word.encode()).hexdigest() for word in words]
         assert files_with([str(path)], folder), (
             "the file's own path is in Ray's logs: they are read"
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from serve_app.config import ServeConfig
 from serve_app.sections import (
     AdmissionSection,
@@ -12,14 +14,13 @@ from serve_app.sections import (
     EmbeddedOptions,
     GateSection,
     HttpSection,
-    KeysSection,
     PoolSection,
     RequestsSection,
     ResumeSection,
     TelemetrySection,
 )
 
-_SECTIONS = {
+_SECTIONS: dict[str, type[BaseModel]] = {
     "http": HttpSection,
     "requests": RequestsSection,
     "admission": AdmissionSection,
@@ -28,33 +29,40 @@ _SECTIONS = {
 }
 
 
-def make_config(
+def nest(
     *,
-    engine: Path | None = None,
+    engine: Path | str | None = None,
     echo: EchoOptions | None = None,
     api_keys: tuple[Any, ...] = (),
     **settings: Any,
-) -> ServeConfig:
-    """A configuration with one pool of `engine` (embedded) or `echo`. Any further keyword is a key
-    of the engine, of the pool, of the gate, or of another section; whole sections pass as they
-    are."""
+) -> dict[str, Any]:
+    """The content of a configuration file with one pool of `engine` (embedded) or `echo`. Any
+    further keyword is a key of the engine, of the pool, of the gate, or of another section; whole
+    sections pass as they are."""
     assert (engine is None) != (echo is None)
-    engine_section: Any = echo
-    if engine is not None:
-        engine_section = EmbeddedOptions(directory=engine, **_take(settings, EmbeddedOptions))
+    if echo is not None:
+        engine_section = echo.model_dump()
+    else:
+        engine_section = {"kind": "embedded", "directory": str(engine)}
+        engine_section |= _take(settings, EmbeddedOptions)
     pool = _take(settings, PoolSection)
-    gate = pool.pop("gate", None) or GateSection(**_take(settings, GateSection))
+    gate = _take(settings, GateSection)
     given: dict[str, Any] = {
-        "pools": {"default": PoolSection(engine=engine_section, gate=gate, **pool)}
+        "pools": {"default": {"engine": engine_section, **({"gate": gate} if gate else {}), **pool}}
     }
     if api_keys:
-        given["keys"] = KeysSection(inline=api_keys)
+        given["keys"] = {"inline": list(api_keys)}
     for name, section in _SECTIONS.items():
-        if name not in settings:
-            given[name] = section(**_take(settings, section))
-    return ServeConfig(**given, **settings)
+        if name not in settings and (keys := _take(settings, section)):
+            given[name] = keys
+    return given | settings
 
 
-def _take(settings: dict[str, Any], section: Any) -> dict[str, Any]:
+def make_config(**settings: Any) -> ServeConfig:
+    """What `nest` makes, read."""
+    return ServeConfig.model_validate(nest(**settings))
+
+
+def _take(settings: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
     names = [name for name in section.model_fields if name in settings]
     return {name: settings.pop(name) for name in names}

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import yaml
+from support.configs import nest
 from support.ports import free_port
 from support.serving import metric
 
@@ -59,14 +60,15 @@ class Served:
 
 @contextlib.contextmanager
 def serving_command(folder: Path, settings: Mapping[str, Any]) -> Iterator[Served]:
-    """Start the service with these settings and wait for its one line; SIGINT ends it. `folder`
-    keeps its configuration and what it writes to stderr.
+    """Start the service with these settings (keywords of `nest`) and wait for its one line; SIGINT
+    ends it. `folder` keeps its configuration and what it writes to stderr.
 
     Raises:
         AssertionError: it ended before it served; with what it said.
     """
     config = folder / "serve.yaml"
-    config.write_text(yaml.safe_dump({"port": free_port(), "api_keys": [KEY], **settings}))
+    keyed = {"port": free_port(), "api_keys": [KEY], **settings}
+    config.write_text(yaml.safe_dump(nest(**keyed)))
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(

@@ -72,6 +72,10 @@ class Raw:
         """Whether something has arrived, or does within `wait_s`."""
         return bool(select.select([self._socket], [], [], wait_s)[0])
 
+    def read(self) -> bytes:
+        """Something of what has arrived, or arrives; the connection must be open."""
+        return self._more()
+
     def is_closed(self) -> bool:
         """Whether the server closes the connection now, or has; waits for it."""
         try:

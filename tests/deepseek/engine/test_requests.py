@@ -68,6 +68,7 @@ def test_poison_reaches_the_logits_if_a_page_is_read_that_is_not_owned(
     engine._cache.poison(owned[:1])
     [output] = engine.step()
     assert (output.finish_reason, output.error) == ("error", "the model's output is not finite")
+    assert not output.retryable  # the same weights compute the same elsewhere
     assert not engine.has_work
     assert engine.current_load().kv_tokens_used == 0
 
@@ -286,6 +287,7 @@ def test_a_failing_step_ends_its_requests_in_errors_and_frees_their_pages(
     reasons = {name: mine[-1].finish_reason for name, mine in outputs.items()}
     assert reasons == {"a": "error", "b": "error", "c": "length"}  # c was not in that step
     assert outputs["a"][-1].error == "the engine failed in this step (MemoryError)"
+    assert outputs["a"][-1].retryable
     assert isinstance(failing.failure, MemoryError)
     assert failing.current_load().kv_tokens_used == 0
     assert "1000" not in caplog.text  # no prompt in the log

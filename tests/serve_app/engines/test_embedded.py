@@ -239,6 +239,7 @@ async def test_a_failing_step_ends_every_request_once_and_fails_the_check(
     for produced, done in ended:
         assert (done.reason, done.completion_tokens) == ("error", produced)
         assert done.error
+        assert done.retryable
     with pytest.raises(EngineUnavailable):
         await engine.check()
     with pytest.raises(EngineUnavailable):
@@ -251,7 +252,7 @@ async def test_a_failure_outside_a_step_ends_every_request_once_too(settings: Se
     await engine.start()
     requests = [asked("a", max_tokens=1000), asked("poison"), asked("b")]
     ended = await asyncio.gather(*(consume(engine, request) for request in requests))
-    assert [done.reason for _, done in ended] == ["error"] * 3
+    assert [(done.reason, done.retryable) for _, done in ended] == [("error", True)] * 3
     with pytest.raises(EngineUnavailable):
         await engine.check()
     await engine.shutdown()

@@ -52,7 +52,7 @@ LOGPROB = TokenLogprob(5, "x", -0.5, TOP, b"x", rank=1)
         LOGPROB,
         Tokens((5,), "x", (LOGPROB,)),
         PromptLogprobs((None, LOGPROB)),
-        Done("error", 2, 1, 1, queue_s=0.1, prefill_s=0.2, decode_s=0.3, error="why"),
+        Done("error", 2, 1, 1, prefill_s=0.2, decode_s=0.3, error="why", retryable=True),
         LOAD,
         INFO,
         ReplicaStatus(replica_id="0", info=INFO, load=LOAD, gated=False),

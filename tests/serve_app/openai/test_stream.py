@@ -86,7 +86,9 @@ async def test_the_first_choice_flows_while_others_wait_for_a_place_in_the_batch
     engine = EchoEngine(EchoOptions(max_running=2))
     requests = [make_request(name=f"r-{i}", max_tokens=10**6, ignore_eos=True) for i in range(4)]
     merged = await open_stream(engine, requests, deadline())
-    answer = Answer(merged, CompletionFormat("id", "echo", LogprobStyle()), 4, lambda event: None)
+    answer = Answer(
+        merged, CompletionFormat("id", "echo", LogprobStyle()), 4, lambda index, event: None
+    )
     chunks = answer.sse(5, include_usage=False)
     indices = set()
     async with asyncio.timeout(5), aclosing(chunks):
@@ -129,13 +131,18 @@ async def test_the_last_text_of_a_choice_comes_with_its_finish_reason(n: int) ->
     engine = EchoEngine(EchoOptions())
     requests = [make_request("abc", f"r-{i}", max_tokens=2) for i in range(n)]
     merged = await open_stream(engine, requests, deadline())
-    observed: list[Event] = []
-    answer = Answer(merged, CompletionFormat("id", "echo", LogprobStyle()), n, observed.append)
+    observed: list[tuple[int, Event]] = []
+    answer = Answer(
+        merged,
+        CompletionFormat("id", "echo", LogprobStyle()),
+        n,
+        lambda index, event: observed.append((index, event)),
+    )
     text = b"".join([frame async for frame in answer.sse(3, include_usage=True)]).decode()
     *chunks, last, end = read_sse(text)
     for index in range(n):
         parts = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
         assert [(p["text"], p["finish_reason"]) for p in parts] == [("a", None), ("b", "length")]
     assert (last["usage"]["completion_tokens"], end) == (2 * n, "[DONE]")
-    assert sum(isinstance(event, Done) for event in observed) == n
+    assert sorted(index for index, event in observed if isinstance(event, Done)) == [*range(n)]
     assert all(choice.done is not None for choice in answer.choices)

@@ -11,9 +11,10 @@ from support.serving import make_request
 from deepseek.engine.request import TokenLogprob
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
+from serve_app.engines.events import merge_events
 from serve_app.engines.protocol import Done, Event, PromptLogprobs, Tokens
 from serve_app.errors import EngineUnavailable, Overloaded
-from serve_app.replica.coalesce import MAX_INTERVAL_S, coalesce, flush_interval, merge_events
+from serve_app.replica.coalesce import MAX_INTERVAL_S, coalesce, flush_interval
 
 
 def test_merging_keeps_order_and_loses_nothing() -> None:
@@ -99,3 +100,15 @@ async def test_an_engine_that_is_given_up_ends_its_streams_although_it_yields_no
     async with asyncio.timeout(5):
         with pytest.raises(EngineUnavailable, match="it hangs"):
             await rest
+
+
+async def test_a_quiet_stream_says_that_it_lives() -> None:
+    async def slow() -> AsyncIterator[Event]:
+        await asyncio.sleep(0.1)
+        yield Done("stop", 1, 0)
+
+    *signs, end = [batch async for batch in coalesce(slow(), lambda: 0.0, quiet_s=0.01)]
+    assert signs
+    assert set(signs) == {()}
+    assert end == (Done("stop", 1, 0),)
+    assert [batch async for batch in coalesce(slow(), lambda: 0.0)] == [end]

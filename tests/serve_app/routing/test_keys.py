@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 
 from serve_app.errors import ApiError, TooManyFailedKeys, Unauthorized
+from serve_app.key_forms import key_digest
 from serve_app.routing.keys import (
     BURST,
     MAX_ADDRESSES,
@@ -16,6 +16,7 @@ from serve_app.routing.keys import (
     is_loopback,
     limited_name,
 )
+from serve_app.routing.tenants import ANYONE, Tenant
 
 ALICE, MALLORY = "192.0.2.1", "198.51.100.7"
 
@@ -31,8 +32,12 @@ def headers(*values: str) -> Headers:
     return Headers(raw=[(b"authorization", value.encode()) for value in values])
 
 
+def make_tenant(key: str) -> Tenant:
+    return Tenant(name=f"of-{key}", digest=key_digest(key))
+
+
 def make_keys(clock: Clock | None = None) -> Keys:
-    return Keys([SecretStr("one"), SecretStr("two")], clock or Clock())
+    return Keys([make_tenant("one"), make_tenant("two")], clock or Clock())
 
 
 def told(keys: Keys, host: str | None, *values: str) -> str:
@@ -49,7 +54,8 @@ def told(keys: Keys, host: str | None, *values: str) -> str:
     ["Bearer two", "bearer two", "BEARER two", "Bearer    two", " Bearer two ", "bEaReR one"],
 )
 def test_the_scheme_has_no_case_and_any_number_of_spaces(value: str) -> None:
-    make_keys().check(headers(value), ALICE)
+    tenant = make_keys().check(headers(value), ALICE)
+    assert tenant.name == f"of-{value.split()[-1]}"
 
 
 @pytest.mark.parametrize(
@@ -81,8 +87,8 @@ def test_everything_else_is_a_401_that_says_why_and_repeats_no_key(
 
 
 def test_without_keys_everybody_is_let_in() -> None:
-    Keys([]).check(headers(), None)
-    Keys([]).check(headers("nonsense"), ALICE)
+    assert Keys([]).check(headers(), None) is ANYONE
+    assert Keys([]).check(headers("nonsense"), ALICE) is ANYONE
 
 
 def test_guessing_has_a_rate_and_a_right_guess_is_refused_meanwhile() -> None:
@@ -153,3 +159,39 @@ def test_loopback_is_an_address_and_no_name(host: str | None, local: bool) -> No
 def test_too_many_failures_say_when_to_come_back() -> None:
     assert TooManyFailedKeys("x").headers() == {"Retry-After": "60"}
     assert TooManyFailedKeys.status == 429
+
+
+@pytest.mark.parametrize("given", ["first", "middle", "last", "wrong"])
+def test_every_key_is_compared_whichever_is_right(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenants = [make_tenant(name) for name in ("first", "middle", "last")]
+    compared: list[bytes] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append(other)
+        return one == other
+
+    monkeypatch.setattr("hmac.compare_digest", compare)
+    told(Keys(tenants, Clock()), ALICE, f"Bearer {given}")
+    assert compared == [tenant.digest for tenant in tenants]
+
+
+def test_replaced_keys_take_effect_at_the_next_request_and_addresses_stay_known() -> None:
+    keys = make_keys()
+    assert told(keys, ALICE, "Bearer one") == "ok"
+    for _ in range(BURST):
+        told(keys, ALICE, "Bearer guess")
+        told(keys, MALLORY, "Bearer guess")
+    keys.replace_tenants([make_tenant("two"), make_tenant("three")])
+    assert told(keys, ALICE, "Bearer one") == "too_many_failed_keys", "it is gone, and counted"
+    assert told(keys, ALICE, "Bearer three") == "ok", "its address sent a right key once"
+    assert told(keys, MALLORY, "Bearer three") == "too_many_failed_keys"
+
+
+def test_no_change_of_the_keys_opens_the_service() -> None:
+    keys = make_keys()
+    keys.replace_tenants([])
+    assert keys.required
+    assert told(keys, ALICE, "Bearer one") == "invalid_api_key"
+    assert told(keys, ALICE) == "invalid_api_key"

@@ -6,13 +6,20 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
+from support.fleets import echo_fleet, read, settle
 from support.serving import LocalHandle, make_request
 
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
-from serve_app.engines.protocol import Event, GenerateRequest, ReplicaStatus, Tokens
-from serve_app.errors import EngineUnavailable
-from serve_app.routing.replica_client import MAX_AGE_S, SILENT_S, ReplicaClient, StatusBoard
+from serve_app.engines.protocol import Done, Event, GenerateRequest, Placed, ReplicaStatus, Tokens
+from serve_app.errors import EngineUnavailable, ReplicaLost
+from serve_app.routing.replica_client import (
+    HEARTBEAT_S,
+    MAX_AGE_S,
+    SILENT_S,
+    ReplicaClient,
+    StatusBoard,
+)
 
 
 async def test_a_replica_that_sends_no_heartbeat_is_forgotten() -> None:
@@ -43,11 +50,21 @@ class SilentEngine(EchoEngine):
         await asyncio.Event().wait()
 
 
+class MuteEngine(EchoEngine):
+    """Says nothing at all, as an engine whose queue is long."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        await asyncio.Event().wait()
+        yield Tokens((1,), "x")
+
+
 @pytest.mark.parametrize("named", [True, False])
-async def test_streams_of_a_replica_that_falls_silent_end_and_no_others(named: bool) -> None:
+async def test_streams_without_a_message_are_lost_with_the_replica_that_holds_them(
+    named: bool,
+) -> None:
     """`named`: whether the replica's last heartbeat came after the stream began."""
     now = 100.0
-    engine = SilentEngine(EchoOptions())
+    engine = MuteEngine(EchoOptions())
     info, load = await engine.start(), engine.load()
 
     def beat(replica_id: str, *request_ids: str) -> None:
@@ -62,12 +79,10 @@ async def test_streams_of_a_replica_that_falls_silent_end_and_no_others(named: b
     client = ReplicaClient(handle, board, clock=lambda: now)
     streams = {name: client.generate(make_request(name=name)) for name in ("on-a", "on-b")}
     beat("a")
-    for stream in streams.values():
-        await anext(stream)
-    if named:
-        beat("a", "on-a")
     waits = {name: asyncio.create_task(anext(stream)) for name, stream in streams.items()}
     await asyncio.sleep(0)
+    if named:
+        beat("a", "on-a")
     beat("b", "on-b")
     now += SILENT_S
     client.end_lost_streams()
@@ -76,11 +91,66 @@ async def test_streams_of_a_replica_that_falls_silent_end_and_no_others(named: b
     await asyncio.sleep(0.01)
     assert not any(wait.done() for wait in waits.values())
     client.end_lost_streams()
-    with pytest.raises(EngineUnavailable, match="fallen silent"):
+    with pytest.raises(ReplicaLost, match="fallen silent"):
         await waits["on-a"]
     assert handle.cancelled == ["on-a"]
     assert not waits["on-b"].done()
     waits["on-b"].cancel()
+
+
+async def test_a_stream_that_goes_quiet_is_lost_whatever_the_heartbeats_say() -> None:
+    now = 100.0
+    engine = SilentEngine(EchoOptions())
+    board = StatusBoard(clock=lambda: now)
+    client = ReplicaClient(LocalHandle(engine), board, clock=lambda: now)
+    stream = client.generate(make_request(name="r"))
+    await anext(stream)
+    now += 2 * SILENT_S  # its reader was slow, and not the replica
+    client.end_lost_streams()
+    wait = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    now += SILENT_S
+    client.end_lost_streams()
+    await asyncio.sleep(0.01)
+    assert not wait.done()
+    now += 0.1
+    client.end_lost_streams()
+    with pytest.raises(ReplicaLost, match="fallen silent"):
+        await wait
+
+
+async def test_signs_of_life_keep_a_stream_although_no_heartbeat_arrives() -> None:
+    """As in an ingress that Serve stops: it gets none any more."""
+    async with echo_fleet(1, EchoOptions(ttft_s=0.05)) as fleet:
+        reading = asyncio.create_task(read(fleet.fleet, make_request("quiet")))
+        await settle()
+        for _ in range(5):
+            fleet.now += SILENT_S / 2
+            for stream in fleet.replicas["a"].streams:
+                stream.sign()
+            await settle()
+            fleet.client.end_lost_streams()
+        events = await reading
+    assert [event.attempt for event in events if isinstance(event, Placed)] == [1]
+    assert isinstance(events[-1], Done)
+
+
+async def test_an_ingress_that_gets_no_heartbeats_asks_for_them() -> None:
+    noted: list[ReplicaStatus] = []
+
+    async def note(status: ReplicaStatus) -> None:
+        noted.append(status)
+        if len(noted) == 3:
+            fleet.board.note(status)
+            asked.cancel()
+
+    async with echo_fleet(2) as fleet:
+        asked = asyncio.create_task(fleet.client.ask(note, every_s=0.01))
+        fleet.die("b")
+        fleet.now += 2 * HEARTBEAT_S + 0.1
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+    assert [status.replica_id for status in noted] == ["a", "a", "a"]
 
 
 async def test_a_replica_that_says_goodbye_takes_no_queued_request_with_it() -> None:

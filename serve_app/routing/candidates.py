@@ -1,0 +1,24 @@
+"""The engine replicas that Serve still routes to, as the request router of this process knows them.
+
+Serve has no public sign that a replica drains: it only stops routing to it. The router (router.py)
+writes its replicas down here; an ingress that still hears the heartbeats of another one tells the
+owner of admission to place nothing there. A module of its own, because Serve pickles the router's
+module by value, and with it the router's globals: what this module holds is one for the process.
+"""
+
+from __future__ import annotations
+
+#: The name of the deployment of engine replicas.
+ENGINE = "engine"
+
+_ids: dict[str, frozenset[str]] = {}
+
+
+def note_candidates(deployment: str, replica_ids: frozenset[str]) -> None:
+    """Serve routes to these replicas of the deployment, and to no others. Thread-safe."""
+    _ids[deployment] = replica_ids
+
+
+def candidates(deployment: str) -> frozenset[str] | None:
+    """The ids that were noted last; None while no router has been at work."""
+    return _ids.get(deployment)

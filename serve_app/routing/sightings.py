@@ -1,0 +1,59 @@
+"""What an ingress tells the owner of admission of the engine replicas: their newest heartbeats.
+
+A replica that still beats and that Serve does not route to is told as unrouted: it drains, or has
+not begun to serve. That may change again, a goodbye may not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from serve_app.engines.protocol import ReplicaStatus
+from serve_app.routing.replica_client import MAX_AGE_S
+from serve_app.routing.tickets import Seen
+
+
+class Sightings:
+    """The heartbeats of the last seconds. `routed` gives the ids that Serve routes to, None where
+    that is not known; `changed` is called when replicas come or go."""
+
+    def __init__(
+        self,
+        routed: Callable[[], frozenset[str] | None],
+        changed: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.changed = changed
+        self._routed = routed
+        self._clock = clock
+        self._statuses: dict[str, tuple[float, ReplicaStatus]] = {}
+        self._gone: dict[str, float] = {}
+        self._last_routed: frozenset[str] | None = None
+
+    def note(self, status: ReplicaStatus) -> None:
+        """Take in a heartbeat."""
+        if status.replica_id in self._gone:
+            return  # it was under way when the replica said goodbye
+        new = status.replica_id not in self._statuses
+        self._statuses[status.replica_id] = self._clock(), status
+        if new or self._routed() != self._last_routed:
+            self.changed()
+
+    def goodbye(self, replica_id: str) -> None:
+        """The replica answers nothing more."""
+        self._statuses.pop(replica_id, None)
+        self._gone[replica_id] = self._clock()
+        self.changed()
+
+    def seen(self) -> Seen:
+        """All of it as of now."""
+        now = self._clock()
+        self._statuses = {k: v for k, v in self._statuses.items() if now - v[0] <= MAX_AGE_S}
+        self._gone = {k: v for k, v in self._gone.items() if now - v <= 2 * MAX_AGE_S}
+        self._last_routed = routed = self._routed()
+        return Seen(
+            statuses=tuple((status, now - moment) for moment, status in self._statuses.values()),
+            gone=tuple(self._gone),
+            unrouted=tuple(k for k in self._statuses if routed is not None and k not in routed),
+        )

@@ -191,7 +191,8 @@ def test_a_signal_drains_and_leaves_nothing_behind_and_only_the_service_is_open(
         rest, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
     assert rest == ""
-    drained, stopped = errors.splitlines()
+    # Ray itself warns on a busy machine.
+    drained, stopped = (line for line in errors.splitlines() if "WARNING" not in line)
     assert drained == "draining: 9 requests in flight, up to 30 seconds"
     assert stopped == "stopped"
     assert processes_of_session(process.pid) == []

@@ -55,7 +55,7 @@ def url(serve_url: str, otlp: OtlpReceiver) -> Iterator[str]:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         config = make_config(
             echo=EchoOptions(ttft_s=0.02, itl_s=0.002),
-            ingress_replicas=2,
+            ingress={"replicas": 2},
             max_body_bytes=10_000,
             drain_s=2.0,
         )
@@ -257,7 +257,7 @@ async def test_overload_is_429_with_retry_after_and_health_still_answers(small_u
     for answer in refused:
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["code"] == "overloaded"
+        assert answer.json()["error"]["code"] == "queue_full"
     assert health.status_code == 200
 
 

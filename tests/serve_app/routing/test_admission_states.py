@@ -279,4 +279,3 @@ TestIngresses.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-

@@ -9,8 +9,8 @@ not resumed
 - when more replicas than `max_attempts` have failed with its request, or had no room for it: a
   request that takes its replicas down takes no more than those,
 - when tokens were passed on already and the engine does not continue those of others,
-- when there is no place for it within `wait_s` or before its deadline; an ingress that Serve stops
-  waits a moment only, because nothing may ever come.
+- when there is no place for it within `wait_s` or before its deadline; where Serve stops this
+  ingress and the engines, as when the application is deleted, a moment only.
 
 Its client then gets the error of the replica that it lost last. What the engine refuses, and an
 error that every replica would come to (`Done.retryable` is false), is no loss.
@@ -52,19 +52,19 @@ Outcome = Literal["resumed", "no_replica", "exhausted", "late", "excluded"]
 REFUSED_S = 1.0
 #: Seconds by which the owner of admission may be late in giving up a move; this side decides.
 _GRACE_S = 5.0
-#: Seconds that a sequence waits for another place before its ingress asks whether it is stopping.
+#: Seconds between two looks whether it is of any use to wait for another place.
 LOOK_S = 1.0
 
 
 async def never() -> bool:
-    """For who is not stopped by anybody else."""
+    """There is always hope."""
     return False
 
 
 class Fleet:
     """Implements `EngineClient`. `settings` may be replaced while it serves. `count` is called once
-    for each replica that a sequence loses; `stopping` says whether Serve is stopping this ingress,
-    and is asked when another place takes longer than `look_s` seconds."""
+    for each replica that a sequence loses; `hopeless` says that no replica will ever come, and is
+    asked every `look_s` seconds while a sequence waits for another place."""
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class Fleet:
         settings: ResumeSection,
         count: Callable[[Outcome], None] = lambda outcome: None,
         *,
-        stopping: Callable[[], Awaitable[bool]] = never,
+        hopeless: Callable[[], Awaitable[bool]] = never,
         look_s: float = LOOK_S,
     ) -> None:
         self._replicas = replicas
         self._admission = admission
         self._count = count
-        self._stopping = stopping
+        self._hopeless = hopeless
         self._look_s = look_s
         self._failures: WeakValueDictionary[str, Failures] = WeakValueDictionary()
         self.settings = settings
@@ -176,16 +176,17 @@ class Fleet:
     async def _another_place(self, move: Move, wait_s: float) -> str | None:
         """Raises TimeoutError when there is none in time, and what `Admission.move` raises."""
         async with asyncio.timeout(wait_s) as limit:
-            look = asyncio.create_task(self._end_if_stopping(limit))
+            look = asyncio.create_task(self._end_if_hopeless(limit))
             try:
                 return await self._admission.move(move)
             finally:
                 look.cancel()
 
-    async def _end_if_stopping(self, limit: asyncio.Timeout) -> None:
+    async def _end_if_hopeless(self, limit: asyncio.Timeout) -> None:
         await asyncio.sleep(self._look_s)
-        if await self._stopping():
-            limit.reschedule(asyncio.get_running_loop().time())
+        while not await self._hopeless():
+            await asyncio.sleep(self._look_s)
+        limit.reschedule(asyncio.get_running_loop().time())
 
     async def statuses(self) -> list[ReplicaStatus]:
         return await self._replicas.statuses()

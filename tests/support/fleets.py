@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import ray.exceptions
-from ray.serve.exceptions import RayServeException
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
@@ -146,6 +147,18 @@ class LocalStream:
             self._messages.put_nowait(message)
 
 
+class LocalBroadcast:
+    """What `ReplicaClient` uses of a broadcast: the statuses of those that can answer."""
+
+    def __init__(self, replicas: list[LocalReplica]) -> None:
+        self._replicas = [one for one in replicas if one.listed and one.awake.is_set()]
+
+    async def results_async(self, return_exceptions: bool) -> list[object]:
+        if not self._replicas:
+            raise DeploymentUnavailableError(DeploymentID("engine", "app"))
+        return [one.status() for one in self._replicas]
+
+
 class LocalFleet:
     """N replicas, and `fleet` over them.
 
@@ -182,6 +195,10 @@ class LocalFleet:
 
     def remote(self, request: GenerateRequest) -> LocalStream:
         return LocalStream(self, request)
+
+    def broadcast(self, method: str) -> LocalBroadcast:
+        assert method == "report"
+        return LocalBroadcast(list(self.replicas.values()))
 
     async def route(self, request: GenerateRequest) -> LocalReplica:
         """As the router of the service: the named replica, else the least busy of those that are

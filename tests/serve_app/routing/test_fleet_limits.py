@@ -162,13 +162,17 @@ async def test_a_place_is_waited_for_only_so_long() -> None:
     assert len(admission.leaves) == 1
 
 
-async def test_an_ingress_that_is_stopped_itself_waits_for_nothing_and_tells_its_client() -> None:
-    async def stopping() -> bool:
-        return True
+async def test_nobody_waits_for_a_replica_that_will_never_come() -> None:
+    looks = 0
+
+    async def hopeless() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks == 3
 
     counts: list[str] = []
     async with echo_fleet(
-        admission=Endless("a"), count=counts.append, stopping=stopping, look_s=0.01
+        admission=Endless("a"), count=counts.append, hopeless=hopeless, look_s=0.01
     ) as fleet:
         after(2, fleet, lambda fleet, name: fleet.die(name))
         await unresumed("no_replica", fleet, counts)

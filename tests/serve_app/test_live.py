@@ -11,6 +11,7 @@ import httpx
 import pytest
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
+from support.serving import wait_for
 
 from deepseek.errors import ConfigError
 from serve_app.live import LiveSettings, overlaid
@@ -102,11 +103,14 @@ class Deployed:
             for name, one in details["deployments"].items()
         }
 
-    def complete(self, prompt: str) -> int:
-        """Completion tokens of a request that names no limit."""
-        body = {"model": "echo", "prompt": prompt, "ignore_eos": True}
-        answer = httpx.post(f"{self._url}/live/v1/completions", json=body, timeout=30)
-        answer.raise_for_status()
+    def post(self) -> httpx.Response:
+        """A request that names no limit, and would go on for ever."""
+        body = {"model": "echo", "prompt": "x" * 20, "ignore_eos": True}
+        return httpx.post(f"{self._url}/live/v1/completions", json=body, timeout=30)
+
+    def complete(self) -> int:
+        """Its completion tokens."""
+        answer = self.post().raise_for_status()
         return int(answer.json()["usage"]["completion_tokens"])
 
 
@@ -131,24 +135,31 @@ def test_a_live_key_changes_in_the_same_processes_and_any_other_brings_new_ones(
     deployed.apply(args)
     first = deployed.replicas()
     assert {name: len(found) for name, found in first.items()} == {"ingress": 1, "engine": 1}
-    assert deployed.complete("x" * 20) == 9
+    assert deployed.complete() == 9
 
-    ingress = {"name": "ingress", "user_config": {"requests": {"default_max_tokens": 4}}}
+    live: dict[str, Any] = {"requests": {"default_max_tokens": 4}}
+    ingress = {"name": "ingress", "user_config": live}
     engine = {"name": "engine", "user_config": {"max_flushes_per_s": 100.0}}
     deployed.apply(args, ingress, engine)
     assert deployed.replicas() == first
-    assert deployed.complete("x" * 20) == 4
+    assert deployed.complete() == 4
+
+    live["admission"] = {"key_limits": {"requests_per_minute": 1}}
+    deployed.apply(args, ingress, engine)
+    assert deployed.replicas() == first
+    wait_for(lambda: deployed.post().status_code == 429)  # the owner of admission has it, too
 
     ingress["user_config"] = {"requests": {"default_max_token": 4}}
-    deployed.apply(args, ingress, engine)  # a slip costs no replica
+    deployed.apply(args, ingress, engine)  # a slip costs no replica and changes nothing
     assert deployed.replicas() == first
-    assert deployed.complete("x" * 20) == 4
+    assert deployed.post().status_code == 429
 
     deployed.apply(args)
     assert deployed.replicas() == first
-    assert deployed.complete("x" * 20) == 9
+    wait_for(lambda: deployed.post().status_code == 200)
+    assert deployed.complete() == 9
 
     deployed.apply(args | {"requests": {"default_max_tokens": 7}})
-    assert deployed.complete("x" * 20) == 7
+    assert deployed.complete() == 7
     last = deployed.replicas()
     assert not any(last[name] & first[name] for name in first)

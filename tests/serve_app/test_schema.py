@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ ECHO = {"pools": {"default": {"engine": {"kind": "echo"}}}}
 def examples(root: Path) -> dict[str, dict[str, Any]]:
     """Every example, and the manifest of KubeRay, as mappings."""
     folder = root / "examples" / "serve"
-    assert {path.name for path in folder.iterdir()} == set(EXAMPLES)
+    assert {path.name for path in folder.iterdir()} == {*EXAMPLES, "keys.yaml"}
     found = {n: yaml.safe_load((folder / n).read_text(encoding="utf-8")) for n in EXAMPLES}
     manifest = (root / "cluster" / "manifests" / "rayservice.yaml").read_text(encoding="utf-8")
     found["rayservice.yaml"] = yaml.safe_load(yaml.safe_load(manifest)["spec"]["serveConfigV2"])
@@ -74,6 +75,18 @@ def test_every_moved_key_is_where_the_sentence_says() -> None:
             ]
             place = next(c["properties"][part] for c in resolved if part in c["properties"])
         assert old == "echo" or place["description"], old
+
+
+def test_no_page_names_a_key_by_a_name_that_it_has_no_more(root: Path) -> None:
+    schemas = [config_schema(), *config_schema()["$defs"].values()]
+    names = {name for schema in schemas for name in schema["properties"]}
+    gone = MOVED.keys() - names - {"engine_replicas"}  # which a field of /health is called, too
+    assert {"api_keys", "request_timeout_s"} <= gone
+    pages = [root / "README.md", *(root / "docs").rglob("*.md")]
+    for page in pages:
+        if page.name != "configuration.md":
+            words = set(re.findall(r"[a-z_]{8,}", page.read_text(encoding="utf-8")))
+            assert not words & gone, page
 
 
 @pytest.mark.parametrize("name", ["local.yaml", "node.yaml"])

@@ -22,8 +22,9 @@ import typer
 
 from deepseek.cli import make_app, run
 from deepseek.text import printable
-from serve_app.config import POOL, PoolSection, load_config, read_settings
+from serve_app.config import POOL, ServeConfig, load_config, read_settings
 from serve_app.deploy_file import check_deploy_file, is_deploy_file
+from serve_app.telemetry.travel import HEADERS_FILE, read_headers
 
 _HELP = """Serve an engine behind an OpenAI-compatible endpoint.
 
@@ -137,17 +138,16 @@ def main(
             print(f"{config}: valid, deploys {printable(of_application.served_name)}")
         return
     settings = load_config(config, flags)
-    pool = settings.pool
 
     if check:
-        _admit(pool)
+        _check_files(settings)
         print(f"{config or 'settings'}: valid, serves {printable(settings.served_name)}")
         return
     # Ray is slow to import: a mistake in the settings is reported before.
     from serve_app.local import check_port, drain, serving
 
     check_port(settings.http.host, settings.http.port)
-    _admit(pool)
+    _check_files(settings)
     signals = _Signals()
     signals.install()
     finished = False
@@ -170,11 +170,18 @@ def main(
         raise typer.Exit(128 + signals.received[-1])
 
 
-def _admit(pool: PoolSection) -> None:
-    """Raises ArtifactError unless what the pool serves has passed its gate, as far as its documents
-    say."""
+def _check_files(settings: ServeConfig) -> None:
+    """Look at what replicas will read, while a mistake costs no start.
+
+    Raises:
+        ArtifactError: what is to be served has not passed its gate, as far as its documents say.
+        ConfigError: the headers of traces cannot be used.
+    """
     from serve_app.gating import admit
 
+    headers, pool = settings.telemetry.otlp_headers_file, settings.pool
+    if headers is not None:
+        read_headers({HEADERS_FILE: str(headers)})
     if pool.directory is not None:
         admit(
             pool.directory,

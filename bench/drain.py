@@ -131,9 +131,8 @@ def main(
         raise typer.Exit(1)
 
 
-def environment(proxy: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return kept | {"RAY_SERVE_ENABLE_HA_PROXY": str(int(proxy == "haproxy"))}
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
 def measure_drain(proxy: str) -> Drained:
@@ -141,10 +140,13 @@ def measure_drain(proxy: str) -> Drained:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "serve.yaml"
-        settings.write_text(f"echo: {{itl_s: 0.03}}\nport: {port}\n")
+        settings.write_text(
+            f"http: {{port: {port}, proxy: {proxy}}}\n"
+            "pools: {default: {engine: {kind: echo, itl_s: 0.03}}}\n"
+        )
         command = [sys.executable, "-m", "serve_app", "--config", str(settings)]
         with subprocess.Popen(
-            command, cwd=ROOT, env=environment(proxy), stdout=subprocess.PIPE, text=True
+            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
@@ -199,37 +201,32 @@ async def status(answer: Any) -> str:
 def measure_hangs(proxy: str, max_step_s: float) -> list[Hung]:
     """All kinds of hang on one Serve. The proxy is chosen when Ray starts: each has a process."""
     command = [sys.executable, __file__, "hangs", proxy, str(max_step_s)]
-    done = subprocess.run(
-        command, env=environment(proxy), stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
     return [Hung(**row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
 @contextmanager
-def hanging_service(max_step_s: float) -> Iterator[str]:
-    from ray import cloudpickle, serve
-
-    from cluster.connect import connect
-    from serve_app.app import build_with
+def hanging_service(proxy: str, max_step_s: float) -> Iterator[str]:
+    from serve_app.local import serve_running
 
     port = free_port()
-    with connect(num_cpus=4):
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": "127.0.0.1", "port": port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
-        config = make_config(echo=EchoOptions(), max_step_s=max_step_s, drain_s=5.0)
-        options = config.pool.engine
+    config = make_config(
+        echo=EchoOptions(), port=port, proxy=proxy, max_step_s=max_step_s, drain_s=5.0
+    )
+    options = config.pool.engine
+    with serve_running(config, num_cpus=4):
+        from ray import cloudpickle, serve
+
+        from serve_app.app import build_with
+
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
         serve.run(build_with(config, lambda: HangingEngine(options)), name="hangs")
         yield f"http://127.0.0.1:{port}"
-        serve.shutdown()
 
 
 def hangs(proxy: str, max_step_s: float) -> None:
     """Measure every kind of hang, and print the rows as JSON."""
-    with hanging_service(max_step_s) as url:
+    with hanging_service(proxy, max_step_s) as url:
         rows = [asdict(hang(url, proxy, kind)) for kind in KINDS]
     print(json.dumps(rows))
 

@@ -10,6 +10,7 @@ second signal while it drains cuts them at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from deepseek.cli import make_app, run
+from deepseek.errors import ConfigError
 from deepseek.text import printable
 from serve_app.config import POOL, ServeConfig, load_config, read_settings
 from serve_app.deploy_file import check_deploy_file, is_deploy_file
@@ -116,6 +118,10 @@ def main(
             help="Serve only a verdict that `quant_jobs gate --sign-key` signed; Ed25519, PEM.",
         ),
     ] = None,
+    access_log: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON line per request into this file; - is stderr."),
+    ] = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Say whether it could be served, and start nothing."),
@@ -131,9 +137,12 @@ def main(
             f"{_POOL}.engine.directory": _text(engine),
             f"{_POOL}.gate.allow_ungated": allow_ungated or None,
             f"{_POOL}.gate.require_signature": _text(require_signature),
+            "telemetry.access_log": "stderr" if access_log == "-" else _absolute(access_log),
         }
     )
     if check and config is not None and is_deploy_file(raw := read_settings(config)):
+        if flags:
+            raise ConfigError(f"{config} is a file for `serve deploy`; flags do not go over it")
         for of_application in check_deploy_file(config, raw):
             print(f"{config}: valid, deploys {printable(of_application.served_name)}")
         return
@@ -171,17 +180,19 @@ def main(
 
 
 def _check_files(settings: ServeConfig) -> None:
-    """Look at what replicas will read, while a mistake costs no start.
+    """Look at what replicas will read and write, while a mistake costs no start.
 
     Raises:
         ArtifactError: what is to be served has not passed its gate, as far as its documents say.
-        ConfigError: the headers of traces cannot be used.
+        ConfigError: the headers of traces or the access log cannot be used.
     """
     from serve_app.gating import admit
+    from serve_app.telemetry.access_log import check_target
 
     headers, pool = settings.telemetry.otlp_headers_file, settings.pool
     if headers is not None:
         read_headers({HEADERS_FILE: str(headers)})
+    check_target(settings.telemetry.access_log)
     if pool.directory is not None:
         admit(
             pool.directory,
@@ -194,6 +205,11 @@ def _check_files(settings: ServeConfig) -> None:
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
+
+
+def _absolute(path: str | None) -> str | None:
+    """Replicas have a working directory of their own."""
+    return None if path is None else os.path.abspath(path)
 
 
 def _nested(flags: dict[str, Any]) -> dict[str, Any]:

@@ -182,6 +182,18 @@ class _Entry(_Strict):
         | None
     ) = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_nothing(cls, given: Any) -> Any:
+        """A field without a value would mean every model, or no limit: it is more likely a slip."""
+        known = {*cls.model_fields, *KeyLimits.model_fields}
+        mappings = [given, given.get("limits")] if isinstance(given, dict) else []
+        for mapping in mappings:
+            for name, value in mapping.items() if isinstance(mapping, dict) else ():
+                if value is None and name in known:
+                    raise ValueError(f"{name} holds nothing; give it a value or remove it")
+        return given
+
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:

@@ -76,11 +76,12 @@ class Ingress:
         )
         self._sightings.changed = self._admission.replicas_changed
         self._fleet = Fleet(
-            client, self._admission, config.resume, self._count_resume, stopping=self._is_stopping
+            client, self._admission, config.resume, self._count_resume, hopeless=self._is_hopeless
         )
         self._drain = Drain(client.close)
         self._tasks = [
             asyncio.create_task(client.watch()),
+            asyncio.create_task(client.ask(self.note_status)),
             asyncio.create_task(self._admission.run()),
         ]
         self._service = Service(
@@ -92,6 +93,7 @@ class Ingress:
             addresses_known=addresses_known(os.environ),
             ingress=self._context.replica_id.unique_id,
         )
+        self._service.admission_stats = self._channel.stats
         self._key_watch = self._service.watch_keys()
         self._live = LiveSettings(self._context.deployment, config.live)
 
@@ -138,8 +140,11 @@ class Ingress:
         """This replica's id."""
         return self._context.replica_id.unique_id
 
-    async def _is_stopping(self) -> bool:
-        """Whether Serve has taken this ingress off its list: it says so in no other way."""
+    async def _is_hopeless(self) -> bool:
+        """Whether no engine will come for what waits here: Serve has taken this ingress off its
+        list, which it says in no other way, and there is no engine left either."""
+        if candidates(ENGINE):
+            return False
         peers = serve.get_deployment_handle(self._context.deployment, self._context.app_name)
         try:
             async with asyncio.timeout(_LISTED_S):

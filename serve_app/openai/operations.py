@@ -12,7 +12,10 @@ these endpoints to the application.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -24,10 +27,16 @@ from serve_app.errors import ApiError, EngineUnavailable
 from serve_app.openai.service import Service
 from serve_app.routing.admission_client import AdmissionClient
 from serve_app.routing.keys import is_loopback
-from serve_app.telemetry.metrics import render
+from serve_app.telemetry.metrics import AdmissionGauges, render
+
+log = logging.getLogger("ray.serve")
 
 #: Gives the metrics text of every ingress by its id.
 Snapshots = Callable[[], Awaitable[dict[str, str]]]
+
+#: Seconds that a scrape waits for the owner of admission.
+_OWNER_S = 2.0
+_BREAKERS = {"open": 1.0, "half_open": 0.5}
 
 
 def check_details(service: Service, request: Request) -> None:
@@ -79,12 +88,36 @@ def add_operations(app: FastAPI, service: Service, snapshots: Snapshots | None) 
         except EngineUnavailable:
             replicas = []  # the request metrics are still worth a scrape
         texts = await snapshots() if snapshots else {"0": service.metrics.snapshot()}
-        return Response(render(texts, replicas), media_type="text/plain; version=0.0.4")
+        gauges = await _admission_gauges(service)
+        return Response(render(texts, replicas, gauges), media_type="text/plain; version=0.0.4")
 
     app.add_api_route("/health", health, methods=["GET", "HEAD"])
     app.add_api_route("/ping", ping, methods=["GET", "HEAD", "POST"])
     app.add_api_route("/version", tell_version, methods=["GET"])
     app.add_api_route("/metrics", metrics, methods=["GET"])
+
+
+async def _admission_gauges(service: Service) -> AdmissionGauges | None:
+    """What the owner of admission says of itself, None while it does not answer."""
+    if service.admission_stats is None:
+        return None
+    try:
+        async with asyncio.timeout(_OWNER_S):
+            stats = await service.admission_stats()
+    except Exception as error:
+        log.debug("the owner of admission tells no metrics: %s", error)
+        return None
+    sequences, kv_tokens = Counter[int](), Counter[int]()
+    for queued in stats.queued:
+        sequences[queued.priority] += queued.sequences
+        kv_tokens[queued.priority] += queued.kv_tokens
+    return AdmissionGauges(
+        sequences=sequences,
+        kv_tokens=kv_tokens,
+        oldest_wait_s=stats.oldest_wait_s,
+        drain_tokens_per_s=stats.drain_tokens_per_s,
+        breakers={use.replica_id: _BREAKERS.get(use.breaker, 0.0) for use in stats.replicas},
+    )
 
 
 def _is_local(service: Service, request: Request) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -43,6 +43,7 @@ from serve_app.openai.stream import Answer, MergedStream, open_stream
 from serve_app.openai.tokenizer import Tokenizer
 from serve_app.openai.unread import Unread, UnreadAnswers
 from serve_app.routing.admission_client import Admission, OpenAdmission
+from serve_app.routing.admission_stats import AdmissionStats
 from serve_app.routing.checks import (
     ContextLimit,
     check_choices,
@@ -96,6 +97,8 @@ class Service:
         self.telemetry = telemetry
         self.metrics = RequestMetrics()
         self.admission = admission or OpenAdmission()
+        #: Asks the owner of admission for its figures; None where there is no owner.
+        self.admission_stats: Callable[[], Awaitable[AdmissionStats]] | None = None
         self.live = config.live
         self.keys = Keys(read_tenants(config.keys))
         self.bodies = BodyReader(

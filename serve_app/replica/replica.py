@@ -144,7 +144,7 @@ class EngineReplica:
             raise Overloaded(f"{waiting} requests are waiting for this engine; retry later")
         self._request_ids.add(request.request_id)
         try:
-            with self._telemetry.generation(request) as span:
+            with self._telemetry.generation(request, self._replica_id) as span:
                 events = coalesce(
                     self._engine.generate(request),
                     self._flush_interval_s,
@@ -159,6 +159,10 @@ class EngineReplica:
                         placed = ()
         finally:
             self._request_ids.discard(request.request_id)
+
+    async def report(self) -> ReplicaStatus:
+        """The status, for an ingress that gets no heartbeats."""
+        return self._status()
 
     def _flush_interval_s(self) -> float:
         return flush_interval(len(self._request_ids), self._limits.current.max_flushes_per_s)

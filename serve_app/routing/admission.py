@@ -84,9 +84,10 @@ class Admission:
         self._deadlines: Agenda[Visit] = Agenda(_is_waiting)
         self._order = 0
         self._entering: Visit | None = None
+        self._stale = False  # whether something has happened since the last round of placing
         self._granted = 0
         self._refused: Counter[str] = Counter()
-        self._pruned_at = clock()
+        self._pruned_at = self._ticked_at = clock()
 
     def configure(self, settings: AdmissionSection, max_ongoing_requests: int) -> None:
         """Other settings. What has been let in stays; a smaller queue only lets less in."""
@@ -111,9 +112,11 @@ class Admission:
             raise UnknownIngress(ingress_id)
         now = self._now()
         for message in messages:
+            self._stale = True
             self._handle(ingress_id, message, now)
         self._ingresses[ingress_id].seen = self._met[ingress_id] = now
-        self._place_all(now)
+        if self._stale:
+            self._place_all(now)
         return self.answers_for(ingress_id)
 
     def answers_for(self, ingress_id: str) -> list[Answer]:
@@ -133,6 +136,11 @@ class Admission:
         """What time brings about: expired waits and deadlines, ingresses and replicas that have
         fallen silent, breakers that let a sequence through again. Call it every 0.1 to 0.2 s."""
         now = self._now()
+        if (pause := now - self._ticked_at) > 1.0:
+            # This process itself was held up, and what ingresses said meanwhile waits unread.
+            for ingress in self._ingresses.values():
+                ingress.seen += pause
+        self._ticked_at = now
         for ingress_id in [i for i, g in self._ingresses.items() if now - g.seen > SILENT_S]:
             self._forget(ingress_id, now, run_on=True)
             del self._ingresses[ingress_id]
@@ -186,6 +194,8 @@ class Admission:
                     self._places.report(status, age_s, now)
                 for replica_id in message.gone:
                     self._places.goodbye(replica_id, now)
+                heard = [status.replica_id for status, _ in message.statuses]
+                self._places.route(ingress_id, heard, message.unrouted, now)
             case Join():
                 self._join(ingress_id, message, now)
 
@@ -214,6 +224,7 @@ class Admission:
             if visit.waiting and not self._make_room(visit, now):
                 refused = queue_full(self._retry_after(visit))
                 self._take_back(visit, now)
+                self._stale = True
                 raise refused
         except Refused as refused:
             ids = tuple(ask.sequence_id for ask in enter.asks)
@@ -278,6 +289,7 @@ class Admission:
             sequences -= len(victim.waiting)
             tokens -= victim.waiting_tokens
         for victim in victims:
+            self._stale = True
             self._refuse(victim, queue_full(self._retry_after(victim)), now)
         return True
 
@@ -302,27 +314,27 @@ class Admission:
 
     def _place_all(self, now: float) -> None:
         """Place all that can be placed, in order: moving sequences, then the queue."""
-        places = self._places
+        places, self._stale = self._places, False
         if not self._moving and not self._queue.sequences:
             return
         places.begin(now)
         if not places.has_places():
             return
 
-        def try_place(sequence: Waiter) -> bool:
+        def try_place(sequence: Waiter, is_head: bool) -> bool:
             if (replica := places.choose(sequence)) is not None:
                 self._grant(sequence, replica, now)
                 return True
-            if not places.has_pin(sequence):
+            if is_head and not places.has_pin(sequence):
                 places.pin(sequence)
             return False
 
         for sequence in places.pinned(-math.inf):
-            try_place(sequence)
+            try_place(sequence, True)
         for sequence in list(self._moving.values()):
             if not places.has_room(-math.inf):
                 break
-            try_place(sequence)
+            try_place(sequence, True)
         self._queue.place(try_place, places.has_room, places.pinned)
 
     def _grant(self, sequence: Waiter, replica: Replica, now: float) -> None:

@@ -45,7 +45,8 @@ log = logging.getLogger("ray.serve")
 
 #: Seconds without any answer of an owner after which nobody waits for it any more.
 OWNER_PATIENCE_S = 10.0
-#: Seconds for one exchange. An owner that takes longer hangs, or the answer is lost.
+#: Seconds for one exchange. An owner that takes longer hangs, or the answer is lost. Each try in
+#: vain doubles it, up to eight times as long: a slow owner must not be asked ever more.
 EXCHANGE_S = 3.0
 #: Seconds for which a long poll stays open, and between two tries to reach an owner.
 POLL_S = 10.0
@@ -249,17 +250,19 @@ class AdmissionClient:
             tasks.create_task(self._look())
 
     async def _talk(self) -> None:
+        tries = 0
         while True:
             await self._something_due()
             epoch, messages = self._epoch, self._take_messages()
             try:
-                async with asyncio.timeout(EXCHANGE_S):
+                async with asyncio.timeout(EXCHANGE_S * min(8, 2**tries)):
                     answers = await self._channel.exchange(self._id, epoch, messages)
             except (OwnerLostError, TimeoutError) as error:
                 self._lose(epoch, error)
+                tries += isinstance(error, TimeoutError)
                 await asyncio.sleep(RETRY_S)
                 continue
-            self._answered = self._clock()
+            tries, self._answered = 0, self._clock()
             self._count("intserve_admission_exchanges_total", 1)
             self._count("intserve_admission_messages_total", len(messages))
             if epoch != self._epoch:

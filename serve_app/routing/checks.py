@@ -64,8 +64,9 @@ def check_model(requested: str, served: str, tenant: Tenant = ANYONE) -> None:
         ModelNotFound: it may, but none is served under this name.
     """
     if not tenant.may_use(requested):
+        # Without the name: a body that gave none has got that of the served model.
         raise ModelNotAllowed(
-            f"this API key may not use the model {requested[:200]!r}; /v1/models lists what it may"
+            "this API key may not use the model that is asked for; /v1/models lists what it may use"
         )
     if requested != served:
         hint = f"; use {served!r}" if tenant.may_use(served) else ""

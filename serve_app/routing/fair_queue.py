@@ -173,13 +173,14 @@ class FairQueue:
 
     def place(
         self,
-        try_place: Callable[[Sequence], bool],
+        try_place: Callable[[Sequence, bool], bool],
         has_room: Callable[[float], bool],
         pinned: Callable[[float], Iterable[Sequence]],
     ) -> None:
         """One round of placing: offer sequences in order to `try_place`, while there is room for
-        their band. `try_place` removes and charges what it places; for what it cannot place it has
-        a replica set aside. `pinned` are the sequences of a band that have one: they come first.
+        their band. `try_place` removes and charges what it places. It is told which sequences are
+        the heads of their keys, and has a replica set aside for those that it cannot place.
+        `pinned` are the sequences of a band that have one set aside: they come first.
 
         A key whose head is blocked keeps its turn. A few requests behind the head are tried
         meanwhile, and the other keys.
@@ -187,7 +188,7 @@ class FairQueue:
         for priority in sorted(self.bands):
             band = self.bands[priority]
             for sequence in pinned(priority):
-                try_place(sequence)
+                try_place(sequence, True)
             blocked: list[Flow] = []
             while has_room(priority) and (flow := band.first()) is not None:
                 if not self._place_one(flow, try_place):
@@ -197,11 +198,13 @@ class FairQueue:
                 heappush(band.heap, (flow.round, flow.turn, flow))
 
     @staticmethod
-    def _place_one(flow: Flow, try_place: Callable[[Sequence], bool]) -> bool:
+    def _place_one(flow: Flow, try_place: Callable[[Sequence, bool], bool]) -> bool:
         """Place the first sequence of the flow that can be; returns whether there was one."""
+        is_head = True
         for _, visit in flow.entries[: LOOK_PAST + 1]:
-            if try_place(next(iter(visit.waiting.values()))):
+            if try_place(next(iter(visit.waiting.values())), is_head):
                 return True
+            is_head = False
         return False
 
     def gives_way(self, newcomer: Visit) -> Iterator[Visit]:
@@ -269,8 +272,7 @@ class FairQueue:
                     )
 
     def prune(self) -> None:
-        """Forget flows in which nothing waits and that have nothing to pay, and empty bands. For now
-        and then."""
+        """Forget flows in which nothing waits and that have nothing to pay, and empty bands."""
         for priority, band in list(self.bands.items()):
             for name, flow in list(band.flows.items()):
                 if not flow.entries and flow.round <= band.round:

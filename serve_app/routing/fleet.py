@@ -6,11 +6,11 @@ prompt and the tokens so far, and goes on as if it had generated them (progress.
 not resumed
 
 - when resuming is disabled,
-- when it has lost more replicas than `max_attempts`: a request that takes its replicas down takes
-  no more than those,
+- when more replicas than `max_attempts` have failed with its request, or had no room for it: a
+  request that takes its replicas down takes no more than those,
 - when tokens were passed on already and the engine does not continue those of others,
-- when there is no place for it within `wait_s` or before its deadline; an ingress that Serve stops
-  waits a moment only, because nothing may ever come.
+- when there is no place for it within `wait_s` or before its deadline; where Serve stops this
+  ingress and the engines, as when the application is deleted, a moment only.
 
 Its client then gets the error of the replica that it lost last. What the engine refuses, and an
 error that every replica would come to (`Done.retryable` is false), is no loss.
@@ -23,6 +23,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Literal
+from weakref import WeakValueDictionary
 
 from deepseek.errors import RequestError
 from serve_app.engines.protocol import (
@@ -36,7 +37,7 @@ from serve_app.engines.protocol import (
 )
 from serve_app.errors import ApiError, DeadlineExceeded, EngineUnavailable, Overloaded, ReplicaLost
 from serve_app.routing.admission_client import Admission
-from serve_app.routing.progress import Progress
+from serve_app.routing.progress import Failures, Progress
 from serve_app.routing.tickets import Leave, Move
 from serve_app.sections import ResumeSection
 
@@ -47,19 +48,23 @@ log = logging.getLogger("ray.serve")
 #: that is not resumed.
 Outcome = Literal["resumed", "no_replica", "exhausted", "late", "excluded"]
 
-#: Seconds that a sequence waits for another place before its ingress asks whether it is stopping.
+#: Seconds to wait for another replica than one that had no room: soon the client is told.
+REFUSED_S = 1.0
+#: Seconds by which the owner of admission may be late in giving up a move; this side decides.
+_GRACE_S = 5.0
+#: Seconds between two looks whether it is of any use to wait for another place.
 LOOK_S = 1.0
 
 
 async def never() -> bool:
-    """For who is not stopped by anybody else."""
+    """There is always hope."""
     return False
 
 
 class Fleet:
     """Implements `EngineClient`. `settings` may be replaced while it serves. `count` is called once
-    for each replica that a sequence loses; `stopping` says whether Serve is stopping this ingress,
-    and is asked when another place takes longer than `look_s` seconds."""
+    for each replica that a sequence loses; `hopeless` says that no replica will ever come, and is
+    asked every `look_s` seconds while a sequence waits for another place."""
 
     def __init__(
         self,
@@ -68,41 +73,50 @@ class Fleet:
         settings: ResumeSection,
         count: Callable[[Outcome], None] = lambda outcome: None,
         *,
-        stopping: Callable[[], Awaitable[bool]] = never,
+        hopeless: Callable[[], Awaitable[bool]] = never,
         look_s: float = LOOK_S,
     ) -> None:
         self._replicas = replicas
         self._admission = admission
         self._count = count
-        self._stopping = stopping
+        self._hopeless = hopeless
         self._look_s = look_s
+        self._failures: WeakValueDictionary[str, Failures] = WeakValueDictionary()
         self.settings = settings
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The events of one sequence that has entered; it leaves when they end."""
         sequence_id = request.request_id
-        progress = Progress(request)
+        # The id of a sequence is that of its request, and a number.
+        request_id = sequence_id.rpartition("-")[0] or sequence_id
+        failures = self._failures.setdefault(request_id, Failures())
+        progress = Progress(request, failures)
         failed = False
         try:
             place = await self._admission.place(sequence_id)
             while True:
                 loss: Done | ApiError | None = None
                 events = self._replicas.generate(progress.send(place))
+                if place is not None:  # now: the replica's own word comes with its first tokens
+                    yield Placed(place, progress.attempt)
                 try:
                     async with aclosing(events):
                         async for event in events:
-                            if isinstance(event, Placed) and event.replica_id != place:
+                            if isinstance(event, Placed):
+                                if event.replica_id == place:
+                                    continue
                                 self._admission.landed(sequence_id, event.replica_id)
                             if isinstance(event, Done) and event.retryable:
                                 loss = event
                                 break
                             yield progress.take(event)
                 except ReplicaLost as error:
-                    loss = error
+                    loss = error.with_traceback(None)  # which would hold this frame
                 except Overloaded as error:
                     if place is None:
                         raise
-                    loss = error  # the place that was granted is not there: ask for another
+                    # The place that was granted is not there: ask for another.
+                    loss = error.with_traceback(None)
                 if loss is None:
                     return
                 outcome, place = await self._move(sequence_id, progress, loss)
@@ -128,26 +142,29 @@ class Fleet:
     ) -> tuple[Outcome, str | None]:
         """Another place for a sequence that lost its replica, or why there is none."""
         settings, lost = self.settings, progress.replica_id or ""
+        progress.lose(failed=_blames(loss), avoid=not isinstance(loss, Overloaded))
         log.warning(
-            "%s lost replica %s, the %d. of at most %d, after %d tokens: %s",
-            sequence_id, lost or "unknown", progress.attempt, settings.max_attempts,
-            progress.num_output, loss.error if isinstance(loss, Done) else loss,
+            "%s lost replica %s after %d tokens (losses that count: %d of at most %d): %s",
+            sequence_id, lost or "unknown", progress.num_output, progress.num_losses,
+            settings.max_attempts, loss.error if isinstance(loss, Done) else loss,
         )  # fmt: skip
-        progress.lose(avoid=not isinstance(loss, Overloaded))
         if not settings.enabled:
             return "excluded", None
-        if progress.attempt > settings.max_attempts:
+        if progress.num_losses > settings.max_attempts:
             return "exhausted", None
+        wait_s = settings.wait_s
+        if isinstance(loss, Overloaded):
+            wait_s = min(wait_s, REFUSED_S)
         move = Move(
             sequence_id=sequence_id,
             lost=lost,
             blame=_blames(loss),
-            seconds_left=settings.wait_s,
+            seconds_left=wait_s + _GRACE_S,
         )
         try:
             if progress.num_output and not (await self.info()).continues:
                 return "excluded", None
-            return "resumed", await self._another_place(move)
+            return "resumed", await self._another_place(move, wait_s)
         except asyncio.CancelledError:
             self._count("late")
             raise
@@ -156,19 +173,20 @@ class Fleet:
         except (TimeoutError, Overloaded, EngineUnavailable):
             return "no_replica", None
 
-    async def _another_place(self, move: Move) -> str | None:
+    async def _another_place(self, move: Move, wait_s: float) -> str | None:
         """Raises TimeoutError when there is none in time, and what `Admission.move` raises."""
-        async with asyncio.timeout(move.seconds_left) as limit:
-            look = asyncio.create_task(self._end_if_stopping(limit))
+        async with asyncio.timeout(wait_s) as limit:
+            look = asyncio.create_task(self._end_if_hopeless(limit))
             try:
                 return await self._admission.move(move)
             finally:
                 look.cancel()
 
-    async def _end_if_stopping(self, limit: asyncio.Timeout) -> None:
+    async def _end_if_hopeless(self, limit: asyncio.Timeout) -> None:
         await asyncio.sleep(self._look_s)
-        if await self._stopping():
-            limit.reschedule(asyncio.get_running_loop().time())
+        while not await self._hopeless():
+            await asyncio.sleep(self._look_s)
+        limit.reschedule(asyncio.get_running_loop().time())
 
     async def statuses(self) -> list[ReplicaStatus]:
         return await self._replicas.statuses()

@@ -12,6 +12,7 @@ its band and below get nothing there until it has its place.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.routing.admission_stats import ReplicaUse
@@ -24,6 +25,9 @@ MAX_AGE_S = 5.0
 LEAVING_S = 3.0
 #: Seconds for which a silent replica, and that one has said goodbye, is remembered.
 FORGET_S = 60.0
+#: Seconds for which an ingress is believed that Serve does not route to a replica: it says so
+#: every second while that is so.
+UNROUTED_S = 2.5
 
 
 class Replica:
@@ -33,6 +37,7 @@ class Replica:
         self.replica_id = replica_id
         self.reported = -math.inf  # when its newest status was true
         self.gone = False
+        self.unrouted: dict[str, float] = {}  # ingress that says so -> when
         self.forget_at = now + FORGET_S
         self.places = 0
         self.max_running: float = math.inf
@@ -55,7 +60,9 @@ class Replica:
         self.free_kv = self.kv_total - self.kv_held - self.kv_ghosts
 
     def is_fresh(self, now: float) -> bool:
-        return not self.gone and now - self.reported <= MAX_AGE_S
+        if self.gone or now - self.reported > MAX_AGE_S:
+            return False
+        return not any(now - moment <= UNROUTED_S for moment in self.unrouted.values())
 
     def can_ever_hold(self, sequence: Sequence) -> bool:
         """Whether it would fit if nothing else were there."""
@@ -67,11 +74,8 @@ class Replica:
         return min(sequence.tokens, self.kv_total)
 
     def fits(self, sequence: Sequence) -> bool:
-        return (
-            self.free_places > 0
-            and min(sequence.ask.kv_tokens, self.kv_total) <= self.free_kv
-            and self.can_ever_hold(sequence)
-        )
+        room = self.free_places > 0 and self.need(sequence) <= self.free_kv
+        return room and self.can_ever_hold(sequence)
 
     def used_share(self) -> float:
         """The larger of the shares of KV and of places that are taken."""
@@ -93,6 +97,7 @@ class Places:
         self._max_ongoing = max_ongoing_requests
         self.replicas: dict[str, Replica] = {}
         self._usable: list[Replica] = []
+        self._rooms: dict[float, int] = {}  # `room` of each band, until something changes
 
     # What is there.
 
@@ -116,7 +121,7 @@ class Places:
         """Take in a heartbeat, unless a newer one is known or the replica has said goodbye."""
         replica, at = self._get(status.replica_id, now), now - max(0.0, age_s)
         replica.forget_at = now + FORGET_S
-        if replica.gone or at <= replica.reported:
+        if replica.gone or at < replica.reported:
             return
         replica.reported = at
         info = status.info
@@ -135,6 +140,17 @@ class Places:
         replica.ghosts = ghosts
         replica.kv_ghosts = max(0, status.load.kv_tokens_used - named) if ghosts else 0
         self._size(replica)
+
+    def route(
+        self, ingress_id: str, heard: Iterable[str], unrouted: Iterable[str], now: float
+    ) -> None:
+        """Of the replicas that this ingress hears, Serve does not route its requests to some."""
+        for replica_id in heard:
+            self._get(replica_id, now).unrouted.pop(ingress_id, None)
+        for replica_id in unrouted:
+            replica = self._get(replica_id, now)
+            replica.unrouted[ingress_id] = now
+            self._unpin(replica)
 
     def goodbye(self, replica_id: str, now: float) -> None:
         """The replica takes nothing more. Who is held there stays until its ingress moves it."""
@@ -171,6 +187,7 @@ class Places:
         if not replica.breaker.takes(now) and replica in self._usable:
             self._usable.remove(replica)  # it is being tried out with this one
         replica.count()
+        self._rooms.clear()
         self.unpin(sequence)
         sequence.replica_id, sequence.state = replica_id, State.HELD
 
@@ -195,18 +212,22 @@ class Places:
 
     def begin(self, now: float) -> None:
         """Look which replicas may get sequences now. Called before `choose` and `pin`."""
-        fresh = [replica for replica in self.replicas.values() if replica.is_fresh(now)]
-        usable = [replica for replica in fresh if replica.breaker.takes(now)]
-        if not usable and fresh and all(r.breaker.state(now) == "open" for r in fresh):
-            probed = min(fresh, key=lambda r: r.breaker.open_until or now)
+        usable: list[Replica] = []
+        broken: list[Replica] = []
+        for replica in self.replicas.values():
+            if replica.is_fresh(now):
+                closed = replica.breaker.open_until is None
+                (usable if closed or replica.breaker.takes(now) else broken).append(replica)
+            elif replica.pin is not None:
+                self._unpin(replica)
+        for replica in broken:
+            self._unpin(replica)
+        if not usable and broken and all(r.breaker.state(now) == "open" for r in broken):
+            probed = min(broken, key=lambda r: r.breaker.open_until or now)
             probed.breaker.half_open(now)
             usable = [probed]
         self._usable = usable
-        for replica in self.replicas.values():
-            if replica.pin is not None and not (
-                replica in usable and replica.can_ever_hold(replica.pin)
-            ):
-                self._unpin(replica)
+        self._rooms.clear()
 
     def has_places(self) -> bool:
         """Whether any replica has a place for anything at all."""
@@ -214,18 +235,33 @@ class Places:
 
     def has_room(self, band: float) -> bool:
         """Whether anything of this band could be placed."""
-        return any(r.free_places > 0 and r.pin_band > band for r in self._usable)
+        return self.room(band) >= 0
+
+    def room(self, band: float) -> int:
+        """The most KV tokens that are free in one replica which takes something of this band; -1
+        where there is none."""
+        if (room := self._rooms.get(band)) is None:
+            room = -1
+            for replica in self._usable:
+                if replica.free_places > 0 and replica.pin_band > band and replica.free_kv > room:
+                    room = max(0, replica.free_kv)
+            self._rooms[band] = room
+        return room
 
     def choose(self, sequence: Sequence) -> Replica | None:
         """The replica with room for the sequence whose used share is least; ties go to the fewest
         held, then to the lowest id. A replica that is being tried out is a moving sequence's last
         choice: it has lost one already."""
-        band, best, best_rank = sequence.band, None, None
-        moving = sequence.state is State.MOVING
+        ask, band, best, best_rank = sequence.ask, sequence.band, None, None
+        moving, tokens = sequence.state is State.MOVING, ask.kv_tokens
+        if sequence.pinned is None and min(tokens, ask.charge) > self.room(band):
+            return None  # most are told so: rounds of placing end with those that do not fit
         for replica in self._usable:
+            if replica.free_places <= 0 or replica.free_kv < min(tokens, replica.kv_total):
+                continue
             if replica.pin_band <= band and replica.pin is not sequence:
                 continue
-            if not replica.fits(sequence):
+            if not replica.can_ever_hold(sequence):
                 continue
             doubtful = moving and replica.breaker.open_until is not None
             rank = (doubtful, replica.used_share(), len(replica.held), replica.replica_id)
@@ -243,6 +279,7 @@ class Places:
         replica = min(free, key=lambda r: (r.departures(sequence), r.replica_id))
         self._unpin(replica)
         replica.pin, replica.pin_band = sequence, band
+        self._rooms.clear()
         sequence.pinned = replica.replica_id
         return True
 
@@ -273,8 +310,8 @@ class Places:
         if sequence.pinned is not None:
             self._unpin(self.replicas[sequence.pinned])
 
-    @staticmethod
-    def _unpin(replica: Replica) -> None:
+    def _unpin(self, replica: Replica) -> None:
+        self._rooms.clear()
         if replica.pin is not None:
             replica.pin.pinned = None
         replica.pin, replica.pin_band = None, math.inf

@@ -22,21 +22,35 @@ from serve_app.engines.protocol import (
 )
 
 
+class Failures:
+    """The replicas that failed while they had a sequence of one request. Its choices share it:
+    they have one prompt, and what that does to replicas they do together."""
+
+    def __init__(self) -> None:
+        self.replica_ids: set[str] = set()
+
+
 class Progress:
     """One sequence: what was passed on of it, and the replicas that it lost.
 
     `attempt` counts the replicas that it was sent to, from 1. `replica_id` is the one that has it,
-    None while that is not known.
+    None while that is not known. `failures` are those of its request.
     """
 
     def __init__(
-        self, request: GenerateRequest, clock: Callable[[], float] = time.monotonic
+        self,
+        request: GenerateRequest,
+        failures: Failures,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         sampling = request.sampling
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
         self._request = replace(request, sampling=sampling)
         self._clock = clock
+        self._failures = failures
+        self._refusals = 0
+        self._heard = False
         self._output_ids = list(request.output_ids)
         self._num_shown = request.num_shown
         self._avoid = request.avoid
@@ -52,6 +66,12 @@ class Progress:
         return len(self._output_ids)
 
     @property
+    def num_losses(self) -> int:
+        """Replicas that failed with its request, and those that did not take this sequence. One
+        that it ran on until that stopped is none: an update may take it through many."""
+        return len(self._failures.replica_ids) + self._refusals
+
+    @property
     def used_tokens(self) -> int:
         """Prompt and completion; 0 where it never ran."""
         return len(self._request.prompt_ids) + self.num_output if self.attempt else 0
@@ -65,6 +85,7 @@ class Progress:
         self._sent_s = self._first_s = self._last_s = now
         self.attempt += 1
         self.replica_id = place
+        self._heard = False
         request = replace(
             self._request,
             output_ids=tuple(self._output_ids),
@@ -79,6 +100,7 @@ class Progress:
     def take(self, event: Event) -> Event:
         """Note an event of the replica; returns it as the sequence's own."""
         self._last_s = self._clock()
+        self._heard = True
         if isinstance(event, Placed):
             self.replica_id = event.replica_id
             return Placed(event.replica_id, self.attempt)
@@ -94,9 +116,15 @@ class Progress:
             return self._whole(event)
         return event
 
-    def lose(self, *, avoid: bool) -> None:
-        """The replica is lost; with `avoid` the sequence never goes there again."""
+    def lose(self, *, failed: bool, avoid: bool) -> None:
+        """The replica is lost; `failed` says that it did not merely stop or have no room. With
+        `avoid` the sequence does not go there again."""
         now = self._clock()
+        if failed:
+            unknown = f"{self._request.request_id}~{self.attempt}"
+            self._failures.replica_ids.add(self.replica_id or unknown)
+        elif not self._heard:
+            self._refusals += 1
         if avoid and self.replica_id is not None:
             self._avoid += (self.replica_id,)
         # Until its first token it was in the replica's queue or prefill, which look alike from

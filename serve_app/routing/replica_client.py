@@ -9,8 +9,9 @@ Whether a stream is alive is never judged by its tokens: a queued request or the
 prompt is silent for long. A replica sends an empty message meanwhile, so that a stream without any
 has lost it: a process that is stopped or cut off says nothing, and neither does the connection to
 it. A stream that has had no message yet may not have reached a replica at all, and is judged by
-the heartbeats, which name the requests that a replica works on. They do not reach an ingress that
-Serve is stopping, whose streams go on. What ends here is not listened to any more.
+the heartbeats, which name the requests that a replica works on. What ends here is not listened to
+any more. Serve delivers no heartbeats to an ingress that it is stopping, whose requests go on and
+may need another replica: one that hears nothing asks.
 
 A stream whose replica has gone, fails or stops ends in `ReplicaLost`, which fleet.py answers with
 another replica; one that no replica took for lack of room in `Overloaded`.
@@ -19,8 +20,9 @@ another replica; one that no replica took for lack of room in `Overloaded`.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +90,12 @@ class StatusBoard:
             if request_id not in held and now - moment > SILENT_S
         ]
 
+    @property
+    def unheard_s(self) -> float:
+        """Seconds since the newest heartbeat of any replica."""
+        newest = max((arrived for arrived, _ in self._statuses.values()), default=-math.inf)
+        return self._clock() - newest
+
     def _younger_than(self, age_s: float) -> list[ReplicaStatus]:
         oldest = self._clock() - age_s
         return [status for arrived, status in self._statuses.values() if arrived >= oldest]
@@ -120,6 +128,7 @@ class ReplicaClient:
     def __init__(
         self, handle: Any, board: StatusBoard, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self._handle = handle
         self._stream = handle.options(stream=True, method_name="generate")
         self._board = board
         self._clock = clock
@@ -188,6 +197,24 @@ class ReplicaClient:
             self._streams[request_id].interrupt.trip(
                 ReplicaLost("the engine that held this request has fallen silent; retry")
             )
+
+    async def ask(
+        self, note: Callable[[ReplicaStatus], Awaitable[object]], every_s: float = HEARTBEAT_S
+    ) -> None:
+        """Ask all replicas for their statuses while none sends one. Runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            if self._board.unheard_s <= 2 * HEARTBEAT_S:
+                continue
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    call = self._handle.broadcast("report")
+                    answers = await call.results_async(return_exceptions=True)
+            except (serve_exceptions.RayServeException, ray.exceptions.RayError, TimeoutError):
+                continue
+            for answer in answers:
+                if isinstance(answer, ReplicaStatus):
+                    await note(answer)
 
     async def statuses(self) -> list[ReplicaStatus]:
         if not (fresh := self._board.fresh()):

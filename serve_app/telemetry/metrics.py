@@ -4,12 +4,14 @@ Histograms follow OpenTelemetry's GenAI server metrics, with Prometheus' undersc
 bounds go beyond the advised ones, which end before a long prompt has been prefilled. Each ingress
 counts its own requests (request.py), but a scrape reaches only one of them and must report all:
 `render` joins the snapshots of all ingresses under an `ingress` label and adds the gauges of every
-engine replica. openai/routes.py serves the text.
+engine replica and of the owner of admission. openai/operations.py serves the text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -125,6 +127,40 @@ ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
 }
 
+#: name -> (labels, help); of the owner of admission, read when a scrape asks. One label value per
+#: band or replica: keys are as many as a user makes.
+ADMISSION_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
+    "intserve_admission_queued_sequences": (
+        ("priority",),
+        "Sequences that wait for a place, by the priority band of their keys.",
+    ),
+    "intserve_admission_queued_kv_tokens": (
+        ("priority",),
+        "KV tokens that those ask for.",
+    ),
+    "intserve_admission_oldest_wait_seconds": ((), "Time that the longest waiting one has waited."),
+    "intserve_admission_drain_tokens_per_second": (
+        (),
+        "KV tokens that become free per second, as measured while requests wait.",
+    ),
+    "intserve_breaker_open": (
+        ("replica",),
+        "Whether an engine replica is avoided because it fails: 1, 0.5 while it is tried again.",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionGauges:
+    """What the owner of admission says of itself. `sequences` and `kv_tokens` wait, by priority;
+    `breakers` are 0, 0.5 or 1 by replica; `drain_tokens_per_s` is None until it was measured."""
+
+    sequences: Mapping[int, int]
+    kv_tokens: Mapping[int, int]
+    oldest_wait_s: float
+    drain_tokens_per_s: float | None
+    breakers: Mapping[str, float]
+
 
 class RequestMetrics:
     """The metrics of one ingress process."""
@@ -177,9 +213,15 @@ class RequestMetrics:
 class _JoinedCollector(Collector):
     """The samples of all ingresses, labeled, and the gauges of all engine replicas."""
 
-    def __init__(self, snapshots: Mapping[str, str], replicas: Iterable[ReplicaStatus]) -> None:
+    def __init__(
+        self,
+        snapshots: Mapping[str, str],
+        replicas: Iterable[ReplicaStatus],
+        admission: AdmissionGauges | None,
+    ) -> None:
         self._snapshots = snapshots
         self._replicas = replicas
+        self._admission = admission
 
     def collect(self) -> Iterator[Metric]:
         joined: dict[str, Metric] = {}
@@ -193,6 +235,8 @@ class _JoinedCollector(Collector):
                     target.add_sample(sample.name, labels, sample.value)
         yield from joined.values()
         yield from _engine_families(self._replicas)
+        if self._admission is not None:
+            yield from _admission_families(self._admission)
 
 
 def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
@@ -222,8 +266,31 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
     yield from families.values()
 
 
-def render(snapshots: Mapping[str, str], replicas: Iterable[ReplicaStatus]) -> bytes:
-    """The Prometheus text of all ingresses (id -> snapshot) and all engine replicas."""
+def _admission_families(gauges: AdmissionGauges) -> Iterator[Metric]:
+    values: dict[str, Mapping[Any, float] | float | None] = {
+        "intserve_admission_queued_sequences": gauges.sequences,
+        "intserve_admission_queued_kv_tokens": gauges.kv_tokens,
+        "intserve_admission_oldest_wait_seconds": gauges.oldest_wait_s,
+        "intserve_admission_drain_tokens_per_second": gauges.drain_tokens_per_s,
+        "intserve_breaker_open": gauges.breakers,
+    }
+    for name, (labels, text) in ADMISSION_METRICS.items():
+        family, value = GaugeMetricFamily(name, text, labels=labels), values[name]
+        if isinstance(value, Mapping):
+            for label, number in value.items():
+                family.add_metric([str(label)], number)
+        elif value is not None:
+            family.add_metric([], value)
+        yield family
+
+
+def render(
+    snapshots: Mapping[str, str],
+    replicas: Iterable[ReplicaStatus],
+    admission: AdmissionGauges | None = None,
+) -> bytes:
+    """The Prometheus text of all ingresses (id -> snapshot), of all engine replicas, and of the
+    owner of admission, None where there is none or it does not answer."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_JoinedCollector(snapshots, list(replicas)))
+    registry.register(_JoinedCollector(snapshots, list(replicas), admission))
     return generate_latest(registry)

@@ -30,6 +30,18 @@ from serve_app.telemetry.tracing import (
 _MAX_REPLICAS = 16
 
 
+@dataclass(slots=True)
+class _Choice:
+    """Where a choice runs: the last attempt, its replica and since when (on the clock of spans),
+    the tokens that had come before it, and in how many parts, each from one replica, they come."""
+
+    attempt: int = 0
+    replica_id: str = ""
+    placed_ns: int = 0
+    seam: int = 0
+    num_parts: int = 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
     """Who asks: the key's name, None where none was right, and the address, None if unknown."""
@@ -86,9 +98,7 @@ class Observation:
         self._reasons: list[str] = []
         self._tokens = {"input": 0, "cached_input": 0, "output": 0}
         self._num_streamed = 0
-        #: By choice: the tokens that had come when its present replica took it over.
-        self._num_before: dict[int, int] = {}
-        self._placed: set[int] = set()
+        self._choices: dict[int, _Choice] = {}
         self._replicas: list[str] = []
         self._resumes = 0
         self._finished = False
@@ -156,9 +166,15 @@ class Observation:
         if placed.replica_id not in self._replicas:
             self._replicas.append(placed.replica_id)
             self._span.set_attribute("intserve.replica_id", placed.replica_id)
-        if placed.attempt > 1:
+        choice = self._choices.setdefault(index, _Choice())
+        before, choice.attempt = choice.attempt, max(choice.attempt, placed.attempt)
+        if placed.attempt > max(before, 1):
             self._resumes += 1
-            self._num_before[index] = num_tokens
+            if choice.replica_id:
+                lost = choice.replica_id, choice.placed_ns
+                self._sinks.telemetry.lost(self._span, *lost, num_tokens)
+            if num_tokens > choice.seam:
+                choice.seam, choice.num_parts = num_tokens, choice.num_parts + 1
             self._span.add_event(
                 "resumed",
                 {
@@ -168,11 +184,11 @@ class Observation:
                     "gen_ai.usage.output_tokens": num_tokens,
                 },
             )
-        if index not in self._placed and self._times.entered is not None:
-            self._placed.add(index)
+        if not before and self._times.entered is not None:
             seconds = time.monotonic() - self._times.entered
             self._times.queue_s = max(seconds, self._times.queue_s or 0.0)
             self._metrics.observe("intserve_admission_queue_seconds", seconds)
+        choice.replica_id, choice.placed_ns = placed.replica_id, time.time_ns()
 
     def event(self, index: int, event: Event) -> None:
         """Record an event of a choice on its way to the client."""
@@ -187,13 +203,14 @@ class Observation:
                 self._note_first_token()
 
     def _observe_pace(self, index: int, done: Done) -> None:
-        """Mean time per token in the last replica: `decode_s` is of the tokens from there alone,
-        and the pause before them is none of the engine's."""
-        num_tokens = done.completion_tokens - self._num_before.get(index, 0)
-        if done.reason in ("stop", "length") and num_tokens > 1:
+        """Mean time per token, in the engines: `decode_s` has no pause between two replicas in it,
+        nor has the number of intervals."""
+        parts = self._choices[index].num_parts if index in self._choices else 1
+        num_intervals = done.completion_tokens - parts
+        if done.reason in ("stop", "length") and num_intervals > 0:
             self._metrics.observe(
                 "gen_ai_server_time_per_output_token_seconds",
-                done.decode_s / (num_tokens - 1),
+                done.decode_s / num_intervals,
                 self._operation,
                 self._model,
             )

@@ -9,33 +9,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import httpx
 import pytest
+from support.foreground import answers_without_a_token
 from support.ports import free_port
 from support.raylets import Raylets
 
 pytestmark = pytest.mark.ray
-
-#: What a replica does for others, each on a port of its own. Serve unpickles what it is sent there,
-#: and Ray runs it: a port that asked for no token would run anybody's code.
-METHODS = ("/ray.serve.ASGIService/HandleRequest", "/ray.rpc.CoreWorkerService/PushTask")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Raylets]:
     with Raylets(2, cpus=2) as raylets:
         yield raylets
-
-
-def answer_without_a_token(port: int, method: str) -> str:
-    """The status of a gRPC request that sends nothing."""
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        try:
-            channel.unary_unary(method)(b"", timeout=10)
-        except grpc.RpcError as error:
-            return str(error.code().name)
-    return "OK"
 
 
 def listening(pid: int) -> set[int]:
@@ -71,8 +57,7 @@ def test_a_service_on_several_raylets_answers_and_its_replicas_answer_nobody_wit
             ports = listening(replica)
             assert len(ports) == 2, "Ray's own port, and Serve's"
             for each in ports:
-                said = sorted(answer_without_a_token(each, method) for method in METHODS)
-                assert said == ["UNAUTHENTICATED", "UNIMPLEMENTED"]
+                assert answers_without_a_token(each) == ["UNAUTHENTICATED", "UNIMPLEMENTED"]
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate()

@@ -55,6 +55,7 @@ def url(serve_url: str) -> Iterator[str]:
         drain_s=2.0,
         max_step_s=MAX_STEP_S,
         health_check_period_s=1.0,
+        enabled=False,  # what a client sees of a stream that is not resumed
     )
     options = config.pool.engine
     cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -10,7 +10,8 @@ from serve_app.errors import CODES, HTTP_REASONS, ApiError, code_label
 
 
 def used_codes(root: Path) -> set[str]:
-    """The codes of all error classes, and those that a call gives as `code="..."`."""
+    """The codes of all error classes, those that a call gives as `code="..."`, and those of
+    admission (routing/refusals.py)."""
     codes = {code for _, code in HTTP_REASONS.values()}
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, ApiError):
@@ -18,9 +19,12 @@ def used_codes(root: Path) -> set[str]:
     for source in (root / "serve_app").rglob("*.py"):
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "code":
-                assert isinstance(node.value, ast.Constant | ast.Name), source
+                assert isinstance(node.value, ast.Constant | ast.Name | ast.Attribute), source
                 if isinstance(node.value, ast.Constant):
                     codes.add(str(node.value.value))
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Refused":
+                assert isinstance(node.args[0], ast.Constant), source
+                codes.add(str(node.args[0].value))
     return codes
 
 

@@ -74,6 +74,7 @@ def small_url(serve_url: str) -> Iterator[str]:
         drain_s=2.0,
         health_check_period_s=1.0,
         timeout_s=30.0,
+        enabled=False,  # a request that kills its engine kills one
     )
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     options = config.pool.engine

@@ -76,16 +76,17 @@ def url(serve_url: str) -> Iterator[str]:
 class Stream:
     """One streamed answer: `begun` once its first text is there."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+    def __init__(self, client: httpx.AsyncClient, url: str, length: int = LENGTH) -> None:
         self.begun = asyncio.Event()
         self.lines: list[str] = []
-        self._task = asyncio.create_task(self._read(client, url))
+        self._length = length
+        self.task = asyncio.create_task(self._read(client, url))
 
     async def _read(self, client: httpx.AsyncClient, url: str) -> None:
         body = {
             "model": "echo",
             "prompt": PROMPT,
-            "max_tokens": LENGTH,
+            "max_tokens": self._length,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -109,17 +110,19 @@ class Stream:
 
     async def check(self) -> None:
         """It must be whole, without a token too many or too few."""
-        await self._task
+        await self.task
         payloads = read_sse("".join(f"{line}\n\n" for line in self.lines))
         assert payloads[-1] == "[DONE]", payloads[-1]
         said = self._text(payloads)[SIGNED:]
-        assert said == (PROMPT * LENGTH)[:LENGTH]
-        assert payloads[-2]["usage"]["completion_tokens"] == LENGTH + 1
+        assert said == (PROMPT * self._length)[: self._length]
+        assert payloads[-2]["usage"]["completion_tokens"] == self._length + 1
         assert payloads[-2]["usage"]["prompt_tokens"] == len(PROMPT)
 
 
-async def streams_under_way(client: httpx.AsyncClient, url: str, count: int) -> list[Stream]:
-    streams = [Stream(client, url) for _ in range(count)]
+async def streams_under_way(
+    client: httpx.AsyncClient, url: str, count: int, length: int = LENGTH
+) -> list[Stream]:
+    streams = [Stream(client, url, length) for _ in range(count)]
     async with asyncio.timeout(60):
         for stream in streams:
             await stream.begun.wait()
@@ -199,10 +202,10 @@ async def test_streams_wait_for_the_only_replica_to_be_made_again(url: str) -> N
 async def test_a_deleted_application_tells_its_clients(url: str) -> None:
     """Last in this file: nothing is left to go on with."""
     async with httpx.AsyncClient(timeout=120) as client:
-        streams = await streams_under_way(client, url, 2)
+        streams = await streams_under_way(client, url, 2, 10 * LENGTH)
         await asyncio.to_thread(serve.delete, APP)
-        ends = [await asyncio.gather(one._task, return_exceptions=True) for one in streams]
-    assert ends == [[None], [None]]
+        for stream in streams:
+            await stream.task
     for stream in streams:
         (last,) = read_sse(stream.lines[-1] + "\n\n")
         assert last["error"]["code"] == "engine_unavailable"

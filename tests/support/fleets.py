@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import ray.exceptions
-from ray.serve.exceptions import RayServeException
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
@@ -146,6 +147,18 @@ class LocalStream:
             self._messages.put_nowait(message)
 
 
+class LocalBroadcast:
+    """What `ReplicaClient` uses of a broadcast: the statuses of those that can answer."""
+
+    def __init__(self, replicas: list[LocalReplica]) -> None:
+        self._replicas = [one for one in replicas if one.listed and one.awake.is_set()]
+
+    async def results_async(self, return_exceptions: bool) -> list[object]:
+        if not self._replicas:
+            raise DeploymentUnavailableError(DeploymentID("engine", "app"))
+        return [one.status() for one in self._replicas]
+
+
 class LocalFleet:
     """N replicas, and `fleet` over them.
 
@@ -182,6 +195,10 @@ class LocalFleet:
 
     def remote(self, request: GenerateRequest) -> LocalStream:
         return LocalStream(self, request)
+
+    def broadcast(self, method: str) -> LocalBroadcast:
+        assert method == "report"
+        return LocalBroadcast(list(self.replicas.values()))
 
     async def route(self, request: GenerateRequest) -> LocalReplica:
         """As the router of the service: the named replica, else the least busy of those that are
@@ -336,3 +353,34 @@ def raised_by_replica(error: Exception) -> Exception:
         return error
     wrapped: Exception = ray.exceptions.RayTaskError("generate", "", error).as_instanceof_cause()
     return wrapped
+
+
+# What tests of a fleet do and ask.
+
+Switch = Callable[[LocalFleet, str], None]
+
+
+def after(num_tokens: int, fleet: LocalFleet, switch: Switch, *, times: int = 1) -> None:
+    """Throw the switch of a replica once a sequence has so many tokens, for the first `times`."""
+    thrown = 0
+
+    def look(replica: LocalReplica, stream: LocalStream, event: Event) -> None:
+        nonlocal thrown
+        if stream.num_tokens >= num_tokens and thrown < times:
+            thrown += 1
+            switch(fleet, replica.replica_id)
+
+    fleet.before_message = look
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Tokens))
+
+
+def places(events: list[Event]) -> list[tuple[str, int]]:
+    return [(one.replica_id, one.attempt) for one in events if isinstance(one, Placed)]
+
+
+def done_of(events: list[Event]) -> Done:
+    (done,) = [event for event in events if isinstance(event, Done)]
+    return done

@@ -13,7 +13,13 @@ from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import Done, Event, GenerateRequest, Placed, ReplicaStatus, Tokens
 from serve_app.errors import EngineUnavailable, ReplicaLost
-from serve_app.routing.replica_client import MAX_AGE_S, SILENT_S, ReplicaClient, StatusBoard
+from serve_app.routing.replica_client import (
+    HEARTBEAT_S,
+    MAX_AGE_S,
+    SILENT_S,
+    ReplicaClient,
+    StatusBoard,
+)
 
 
 async def test_a_replica_that_sends_no_heartbeat_is_forgotten() -> None:
@@ -127,6 +133,24 @@ async def test_signs_of_life_keep_a_stream_although_no_heartbeat_arrives() -> No
         events = await reading
     assert [event.attempt for event in events if isinstance(event, Placed)] == [1]
     assert isinstance(events[-1], Done)
+
+
+async def test_an_ingress_that_gets_no_heartbeats_asks_for_them() -> None:
+    noted: list[ReplicaStatus] = []
+
+    async def note(status: ReplicaStatus) -> None:
+        noted.append(status)
+        if len(noted) == 3:
+            fleet.board.note(status)
+            asked.cancel()
+
+    async with echo_fleet(2) as fleet:
+        asked = asyncio.create_task(fleet.client.ask(note, every_s=0.01))
+        fleet.die("b")
+        fleet.now += 2 * HEARTBEAT_S + 0.1
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+    assert [status.replica_id for status in noted] == ["a", "a", "a"]
 
 
 async def test_a_replica_that_says_goodbye_takes_no_queued_request_with_it() -> None:

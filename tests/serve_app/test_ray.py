@@ -270,7 +270,7 @@ async def test_overload_is_429_with_retry_after_and_health_still_answers(small_u
     for answer in refused:
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["code"] == "overloaded"
+        assert answer.json()["error"]["code"] == "queue_full"
     assert health.status_code == 200
 
 

@@ -37,6 +37,8 @@ BEGUN = 5
 #: Seconds between two tokens: a replica says once a second what it works on.
 ITL_S = 0.1
 PATIENCE_S = 60.0
+#: Fields of a chunk that are the same in all.
+UNSHOWN: Any = {"created", "model", "object"}
 
 
 class Collector:
@@ -147,7 +149,7 @@ def ask(url: str) -> tuple[str, Any]:
     text, usage = "", None
     killer = threading.Thread(target=kill, daemon=True)
     for number, chunk in enumerate(chunks, 1):
-        say(f"data: {chunk.model_dump_json(exclude_unset=True)}")
+        say(f"data: {chunk.model_dump_json(exclude_unset=True, exclude=UNSHOWN)}")
         text += "".join(choice.text for choice in chunk.choices)
         usage = chunk.usage or usage
         if number == BEGUN:

@@ -25,7 +25,7 @@ from support.serving import wait_for
 
 pytestmark = [pytest.mark.interop, pytest.mark.ray, pytest.mark.timeout(1800)]
 
-TOKENS = 800
+TOKENS = 1500
 QUESTIONS = ("greedy_stream", "seeded_stream", "greedy_whole")
 #: Beside the one that is killed there is always one that runs; more need not be waited for.
 ENOUGH = 2

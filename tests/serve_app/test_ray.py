@@ -143,7 +143,7 @@ def test_every_choice_of_every_prompt_of_one_request_is_answered(url: str, strea
     prompts = ["first", "the second"]
     body = {"model": "echo", "prompt": prompts, "n": 3, "stream": stream}
     answer = httpx.post(f"{url}/completions", json=body, timeout=30)
-    said = {number: "" for number in range(6)}
+    said = dict.fromkeys(range(6), "")
     for item in read_sse(answer.text)[:-1] if stream else [answer.json()]:
         for choice in item["choices"]:
             said[choice["index"]] += choice["text"]

@@ -137,6 +137,19 @@ def test_the_openai_client_gets_its_own_exceptions(client: OpenAI) -> None:
     assert large.value.status_code == 413
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_choice_of_every_prompt_of_one_request_is_answered(url: str, stream: bool) -> None:
+    """Each is a call of its own to an engine replica."""
+    prompts = ["first", "the second"]
+    body = {"model": "echo", "prompt": prompts, "n": 3, "stream": stream}
+    answer = httpx.post(f"{url}/completions", json=body, timeout=30)
+    said = dict.fromkeys(range(6), "")
+    for item in read_sse(answer.text)[:-1] if stream else [answer.json()]:
+        for choice in item["choices"]:
+            said[choice["index"]] += choice["text"]
+    assert list(said.values()) == [text for text in prompts for _ in range(3)]
+
+
 async def test_concurrent_streams_do_not_mix(url: str) -> None:
     async def ask(client: AsyncOpenAI, number: int) -> None:
         prompt = f"request {number} " * 5

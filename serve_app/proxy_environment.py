@@ -66,6 +66,9 @@ _MIN_CONNECTIONS = 64
 #: Characters of Ray's folder and of what HAProxy adds while it opens a socket, and of a path.
 _BELOW_BASE, _MAX_SOCKET_PATH = len(f"/{'0' * 56}/a.1234567.tmp"), 107
 
+#: What uvicorn believes without FORWARDED_ALLOW_IPS.
+_THIS_MACHINE = "127.0.0.1"
+
 #: Python's module of Serve's constants.
 _CONSTANTS = "ray.serve._private.constants"
 
@@ -154,15 +157,24 @@ def check_import(wanted: Mapping[str, str]) -> None:
 
 
 def addresses_known(environ: Mapping[str, str]) -> bool:
-    """Whether an ingress of this environment learns its clients' addresses: Serve's proxy in Python
-    is asked by them, and HAProxy on the ingress's own node, or one that FORWARDED_ALLOW_IPS names,
-    is believed when it says who asks."""
+    """Whether an ingress of this environment learns its clients' addresses. Serve's proxy in Python
+    asks from them. HAProxy says them, and uvicorn believes it if it believes this machine and, on
+    a cluster, the nodes that FORWARDED_ALLOW_IPS names.
+
+    An ingress that believes nobody would take HAProxy's address for the client's, which on its own
+    node is one of loopback.
+    """
     if environ.get(_HAPROXY) != "1":
         return True
+    trusted = environ.get(haproxy_wrapper.TRUSTED) or _THIS_MACHINE
     wrapped = Path(environ.get(haproxy_wrapper.WRAPPER, "")).name == _WRAPPER_FILE.name
-    return wrapped and bool(
-        environ.get(haproxy_wrapper.HOST) or environ.get(haproxy_wrapper.TRUSTED)
-    )
+    alone = bool(environ.get(haproxy_wrapper.HOST))  # the only node, by proxy_environment
+    named = bool(environ.get(haproxy_wrapper.TRUSTED))
+    return wrapped and (alone or named) and _THIS_MACHINE in _words(trusted)
+
+
+def _words(listed: str) -> list[str]:
+    return [word.strip() for word in listed.split(",") if word.strip()]
 
 
 _WRAPPER_FILE = Path(haproxy_wrapper.__file__)
@@ -199,6 +211,11 @@ def _haproxy_variables(config: ServeConfig, place: ProxyPlace) -> dict[str, str]
     given = os.environ.get(haproxy_wrapper.WRAPPER)
     if given and Path(given).name != _WRAPPER_FILE.name:
         variables[haproxy_wrapper.BINARY] = given  # the user's own HAProxy
+    if trusted := _words(os.environ.get(haproxy_wrapper.TRUSTED, "")):
+        # Ingresses read it too, and are asked by HAProxy.
+        variables[haproxy_wrapper.TRUSTED] = ",".join(
+            trusted if _THIS_MACHINE in trusted else [_THIS_MACHINE, *trusted]
+        )
     return variables | {
         haproxy_wrapper.WRAPPER: str(_WRAPPER_FILE),
         haproxy_wrapper.PYTHON: sys.executable,

@@ -144,7 +144,7 @@ class EngineReplica:
             raise Overloaded(f"{waiting} requests are waiting for this engine; retry later")
         self._request_ids.add(request.request_id)
         try:
-            with self._telemetry.generation(request) as span:
+            with self._telemetry.generation(request, self._replica_id) as span:
                 events = coalesce(
                     self._engine.generate(request),
                     self._flush_interval_s,

@@ -24,7 +24,8 @@ from serve_app.routing.keys import Keys
 from serve_app.routing.tenants import Tenant, read_tenants
 from serve_app.sections import KeysSection
 
-log = logging.getLogger(__name__)
+#: Serve writes it to the log of the replica.
+log = logging.getLogger("ray.serve")
 
 #: Seconds between two looks at the file, and between the two reads that must agree.
 PERIOD_S = 1.0

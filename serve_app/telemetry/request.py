@@ -32,10 +32,12 @@ _MAX_REPLICAS = 16
 
 @dataclass(slots=True)
 class _Choice:
-    """Where a choice runs: the last attempt, the tokens that had come before it, and in how many
-    parts, each from one replica, they come."""
+    """Where a choice runs: the last attempt, its replica and since when (on the clock of spans),
+    the tokens that had come before it, and in how many parts, each from one replica, they come."""
 
     attempt: int = 0
+    replica_id: str = ""
+    placed_ns: int = 0
     seam: int = 0
     num_parts: int = 1
 
@@ -168,6 +170,9 @@ class Observation:
         before, choice.attempt = choice.attempt, max(choice.attempt, placed.attempt)
         if placed.attempt > max(before, 1):
             self._resumes += 1
+            if choice.replica_id:
+                lost = choice.replica_id, choice.placed_ns
+                self._sinks.telemetry.lost(self._span, *lost, num_tokens)
             if num_tokens > choice.seam:
                 choice.seam, choice.num_parts = num_tokens, choice.num_parts + 1
             self._span.add_event(
@@ -183,6 +188,7 @@ class Observation:
             seconds = time.monotonic() - self._times.entered
             self._times.queue_s = max(seconds, self._times.queue_s or 0.0)
             self._metrics.observe("intserve_admission_queue_seconds", seconds)
+        choice.replica_id, choice.placed_ns = placed.replica_id, time.time_ns()
 
     def event(self, index: int, event: Event) -> None:
         """Record an event of a choice on its way to the client."""

@@ -1,8 +1,10 @@
 """OpenTelemetry spans: one trace from HTTP to the engine's phases.
 
     chat {model}                  SERVER span of the ingress; continues the client's `traceparent`
-      engine.generate             in the replica, one per choice
+      engine.generate             in the replica, one per choice and replica
         queue, prefill, decode    made from the times in `Done`, with explicit start and end
+      engine.lost                 made by the ingress of a choice that goes on in another replica:
+                                  the span of a process that was killed is gone with it
 
 Configured by OpenTelemetry's own environment variables alone (OTEL_EXPORTER_OTLP_ENDPOINT,
 OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, OTEL_SDK_DISABLED ...); without an endpoint every span is a
@@ -140,10 +142,26 @@ class Telemetry:
             context = set_value(_OWN_DECISION, True, context)
         return self.tracer.start_span(name, context=context, kind=SpanKind.SERVER)
 
+    def lost(self, parent: Span, replica_id: str, start_ns: int, num_tokens: int) -> None:
+        """Trace that a replica had a choice from `start_ns` until now, when another one takes over
+        after `num_tokens` tokens."""
+        span = self.tracer.start_span(
+            "engine.lost",
+            context=set_span_in_context(parent),
+            start_time=start_ns,
+            attributes={
+                "intserve.replica_id": replica_id,
+                "gen_ai.usage.output_tokens": num_tokens,
+            },
+        )
+        span.end()
+
     @contextmanager
-    def generation(self, request: GenerateRequest) -> Iterator[GenerationSpan]:
+    def generation(
+        self, request: GenerateRequest, replica_id: str = ""
+    ) -> Iterator[GenerationSpan]:
         """Trace one choice in the replica, from its request to its last event."""
-        span = GenerationSpan(self.tracer, request)
+        span = GenerationSpan(self.tracer, request, replica_id)
         try:
             yield span
         except BaseException as error:
@@ -186,7 +204,7 @@ def set_error(span: Span, kind: str) -> None:
 class GenerationSpan:
     """The span `engine.generate`, and the spans of its phases once `Done` gives their times."""
 
-    def __init__(self, tracer: Tracer, request: GenerateRequest) -> None:
+    def __init__(self, tracer: Tracer, request: GenerateRequest, replica_id: str) -> None:
         self._tracer = tracer
         self._start_ns = time.time_ns()
         self._span = tracer.start_span(
@@ -195,6 +213,7 @@ class GenerationSpan:
             start_time=self._start_ns,
             attributes={
                 "intserve.request_id": request.request_id,
+                "intserve.replica_id": replica_id,
                 "gen_ai.usage.input_tokens": len(request.prompt_ids),
                 "gen_ai.request.max_tokens": request.sampling.max_tokens,
             },

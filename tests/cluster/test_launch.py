@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import shlex
 import stat
 import subprocess
@@ -15,13 +16,18 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
+from serve_app import haproxy_wrapper
 from serve_app.config import ServeConfig
+from serve_app.haproxy_wrapper import METRICS_HOST
+from serve_app.proxy_environment import max_connections
 from serve_app.proxy_guard import CALLBACK, CALLBACK_VARIABLE
+from serve_app.sections import RequestsSection
 
 pytestmark = pytest.mark.ray
 
 MANIFESTS = ("raycluster.yaml", "rayjob-quantize.yaml", "rayservice.yaml")
 POLICY = "networkpolicy.yaml"
+WRAPPER = Path(haproxy_wrapper.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +117,23 @@ def test_the_shared_environment_turns_on_serves_production_modes(
     assert "RAY_USAGE_STATS_ENABLED=0" in out
     assert f"{CALLBACK_VARIABLE}={CALLBACK}" in out, "else nothing guards Serve's proxies"
     assert "RAY_SERVE_THROUGHPUT_OPTIMIZED=0" in out, "a value that is set must win"
+    wrapper = f"{home['HOME']}/intserve/serve_app/{WRAPPER.name}"
+    assert f"RAY_SERVE_HAPROXY_BINARY_PATH={wrapper}" in out, "else HAProxy's ports are open"
     assert any(line.startswith(f"PATH={home['HOME']}/intserve/.venv/bin:") for line in out)
+
+
+def test_haproxys_sockets_are_private_and_streams_outlive_its_restarts(
+    root: Path, home: dict[str, str]
+) -> None:
+    done = source(root, **home)
+    found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    for name in ("CONFIG_FILE_LOC", "SOCKET_PATH", "METRICS_SOCKET_PATH", "SERVER_STATE_FILE"):
+        assert Path(found[f"RAY_SERVE_HAPROXY_{name}"]).parent == Path(home["RAY_TMPDIR"])
+    assert found["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] == home["RAY_TMPDIR"]
+    longest_s = RequestsSection().timeout_s
+    assert float(found["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > longest_s
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert int(found["RAY_SERVE_HAPROXY_MAXCONN"]) == max_connections(files)
 
 
 def test_no_ray_starts_without_token_authentication(root: Path, home: dict[str, str]) -> None:
@@ -211,6 +233,9 @@ def test_every_container_wants_the_token_of_a_secret_and_has_an_image_that_stays
             }
             if "RAY_SERVE_ENABLE_HA_PROXY" in env:
                 assert env[CALLBACK_VARIABLE]["value"] == CALLBACK
+                wrapper = f"{container['workingDir']}/serve_app/{WRAPPER.name}"
+                assert env["RAY_SERVE_HAPROXY_BINARY_PATH"]["value"] == wrapper
+                assert METRICS_HOST not in env
             tag = container["image"].rpartition("/")[2].partition(":")[2]
             assert tag not in ("", "latest")
 

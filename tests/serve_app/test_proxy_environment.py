@@ -92,6 +92,17 @@ def test_what_a_user_sets_of_times_and_ports_wins(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_haproxy
+def test_ingresses_believe_haproxy_beside_the_proxies_that_a_user_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else they took HAProxy's address for the client's, and it is one of loopback."""
+    monkeypatch.setenv(haproxy_wrapper.TRUSTED, "192.0.2.7")
+    with proxy_environment.proxy_environment(settings()):
+        assert os.environ[haproxy_wrapper.TRUSTED] == "127.0.0.1,192.0.2.7"
+        assert addresses_known(os.environ)
+
+
+@needs_haproxy
 @pytest.mark.parametrize(
     ("host", "bound"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("::1", "::1")]
 )
@@ -212,7 +223,9 @@ WRAPPED = {"RAY_SERVE_ENABLE_HA_PROXY": "1", haproxy_wrapper.WRAPPER: haproxy_wr
         ({"RAY_SERVE_ENABLE_HA_PROXY": "1", haproxy_wrapper.HOST: "127.0.0.1"}, False),
         (WRAPPED, False),  # of a cluster: requests come from other nodes' HAProxy
         (WRAPPED | {haproxy_wrapper.HOST: "127.0.0.1"}, True),
-        (WRAPPED | {haproxy_wrapper.TRUSTED: "192.0.2.0/24"}, True),
+        (WRAPPED | {haproxy_wrapper.TRUSTED: "192.0.2.0/24"}, False),  # HAProxy's own is loopback
+        (WRAPPED | {haproxy_wrapper.TRUSTED: "127.0.0.1, 192.0.2.0/24"}, True),
+        (WRAPPED | {haproxy_wrapper.HOST: "::", haproxy_wrapper.TRUSTED: "192.0.2.7"}, False),
     ],
 )
 def test_an_ingress_knows_addresses_where_somebody_tells_them(

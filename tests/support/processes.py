@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -51,6 +52,23 @@ def title(pid: int) -> str:
 def named(pid: int, words: str) -> list[int]:
     """Descendants of `pid` whose title has these words."""
     return [child for child in tree(pid) if words in title(child)]
+
+
+def holding(pid: int, name: str) -> list[int]:
+    """Descendants of `pid` that have a file of this name open."""
+    return [child for child in tree(pid) if name in _open_names(child)]
+
+
+def _open_names(pid: int) -> set[str]:
+    folder = Path(f"/proc/{pid}/fd")
+    names = set()
+    try:
+        for entry in folder.iterdir():
+            with contextlib.suppress(OSError):
+                names.add(entry.readlink().name)
+    except OSError:
+        pass
+    return names
 
 
 def memory_mb(pid: int) -> float:

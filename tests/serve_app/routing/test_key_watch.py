@@ -20,6 +20,12 @@ from serve_app.sections import KeysSection
 CANARY = "sk-QZJXVKW"
 
 
+@pytest.fixture(autouse=True)
+def heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve, where another test has started it in this process, keeps its log to itself."""
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+
+
 def put(path: Path, text: str, mode: int = 0o600) -> None:
     """Replace the file at once, as a careful program does."""
     new = path.with_name("new")

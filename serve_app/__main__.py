@@ -22,9 +22,11 @@ from typing import Annotated, Any
 import typer
 
 from deepseek.cli import make_app, run
+from deepseek.errors import ConfigError
 from deepseek.text import printable
-from serve_app.config import POOL, PoolSection, load_config, read_settings
+from serve_app.config import POOL, ServeConfig, load_config, read_settings
 from serve_app.deploy_file import check_deploy_file, is_deploy_file
+from serve_app.telemetry.travel import HEADERS_FILE, read_headers
 
 _HELP = """Serve an engine behind an OpenAI-compatible endpoint.
 
@@ -139,23 +141,22 @@ def main(
         }
     )
     if check and config is not None and is_deploy_file(raw := read_settings(config)):
+        if flags:
+            raise ConfigError(f"{config} is a file for `serve deploy`; flags do not go over it")
         for of_application in check_deploy_file(config, raw):
             print(f"{config}: valid, deploys {printable(of_application.served_name)}")
         return
     settings = load_config(config, flags)
-    pool = settings.pool
 
     if check:
-        _admit(pool)
+        _check_files(settings)
         print(f"{config or 'settings'}: valid, serves {printable(settings.served_name)}")
         return
     # Ray is slow to import: a mistake in the settings is reported before.
     from serve_app.local import check_port, drain, serving
-    from serve_app.telemetry.access_log import check_target
 
     check_port(settings.http.host, settings.http.port)
-    check_target(settings.telemetry.access_log)
-    _admit(pool)
+    _check_files(settings)
     signals = _Signals()
     signals.install()
     finished = False
@@ -178,11 +179,20 @@ def main(
         raise typer.Exit(128 + signals.received[-1])
 
 
-def _admit(pool: PoolSection) -> None:
-    """Raises ArtifactError unless what the pool serves has passed its gate, as far as its documents
-    say."""
-    from serve_app.gating import admit
+def _check_files(settings: ServeConfig) -> None:
+    """Look at what replicas will read and write, while a mistake costs no start.
 
+    Raises:
+        ArtifactError: what is to be served has not passed its gate, as far as its documents say.
+        ConfigError: the headers of traces or the access log cannot be used.
+    """
+    from serve_app.gating import admit
+    from serve_app.telemetry.access_log import check_target
+
+    headers, pool = settings.telemetry.otlp_headers_file, settings.pool
+    if headers is not None:
+        read_headers({HEADERS_FILE: str(headers)})
+    check_target(settings.telemetry.access_log)
     if pool.directory is not None:
         admit(
             pool.directory,

@@ -38,10 +38,9 @@ from serve_app.sections import (
     ReplicaLimits,
     RequestsSection,
     ResumeSection,
-    Seconds,
-    Section,
     TelemetrySection,
 )
+from serve_app.setting_types import ModelName, Seconds, Section
 
 __all__ = [
     "EchoOptions",
@@ -62,10 +61,8 @@ PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[
 class ServeConfig(Section):
     """What is served and how."""
 
-    model_name: str | None = Field(
+    model_name: ModelName | None = Field(
         default=None,
-        min_length=1,
-        max_length=256,
         description="the model's name in the API; null: the engine directory's name, or `echo`",
     )
     http: HttpSection = Field(default=HttpSection(), description="the endpoint")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from serve_app.mistakes import MOVED
+from serve_app.setting_types import MAX_COUNT, MAX_SECONDS
 
 #: Lines of the page between which a table stands.
 _KEYS = (
@@ -106,7 +107,7 @@ def _values(field: dict[str, Any]) -> str:
     bounds = [
         f"{sign} {field[key]:g}"
         for key, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("maximum", "≤"))
-        if key in field and field[key] != 2**31 - 1
+        if key in field and field[key] not in (MAX_COUNT, MAX_SECONDS)
     ]
     return " ".join([name, ", ".join(bounds)]).strip()
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from deepseek.errors import ConfigError
 from serve_app.mistakes import first_mistake
-from serve_app.sections import LiveSection
+from serve_app.setting_types import LiveSection
 
 log = logging.getLogger("ray.serve")
 

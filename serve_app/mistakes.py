@@ -60,6 +60,16 @@ _MISSING = {
 }
 
 
+#: What pydantic says of these in its own words, which speak of Python.
+_WORDS = {
+    "tuple_type": "must be a list",
+    "string_type": "must be text; put it in quotes",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "path_type": "must be a path",
+}
+
+
 def first_mistake(error: ValidationError, model: type[BaseModel], given: Any) -> str:
     """One sentence about the first thing that pydantic found wrong with `given`, whose form is
     `model`."""
@@ -70,6 +80,8 @@ def first_mistake(error: ValidationError, model: type[BaseModel], given: Any) ->
         return "keys: holds something that is none of inline, file, variable; correct it"
     if place == "pools" and not _value_at(path, given):
         return _MISSING["pools"]
+    if kind == "extra_forbidden" and path[:-1] == ["keys"]:  # it may be an API key itself
+        return "keys holds an unknown key; its keys are inline, file and variable"
     if kind == "extra_forbidden":
         return f"unknown key {place!r}; {_remedy(path, model, given)}"
     if kind == "missing":
@@ -78,7 +90,7 @@ def first_mistake(error: ValidationError, model: type[BaseModel], given: Any) ->
         if _value_at(path, given) is None:
             return f"{place}: holds nothing; remove it, or write its keys below it"
         return f"{place}: must be a mapping of keys to values"
-    message = first["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(kind) or first["msg"].removeprefix("Value error, ")
     if path and path[-1] == "[key]":
         place = ".".join(path[:-1])
         message = "is no name; use lower-case letters, digits and hyphens, at most 40"
@@ -89,7 +101,8 @@ def _path(loc: tuple[int | str, ...]) -> list[str]:
     """The keys that lead to a place in the file; pydantic puts an engine's kind between them."""
     if len(loc) > 3 and (loc[0], loc[2]) == ("pools", "engine"):
         loc = (*loc[:3], *loc[4:])
-    return [str(part) for part in loc]
+    # The members of a union, which pydantic tries one after another, are no keys.
+    return [str(part) for part in loc if not str(part).startswith(("function-", "literal["))]
 
 
 def _remedy(path: list[str], model: type[BaseModel], given: Any) -> str:

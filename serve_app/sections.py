@@ -21,30 +21,23 @@ from pydantic import (
     model_validator,
 )
 
-from deepseek.yaml_files import StrictModel
 from serve_app.key_file import is_sendable
+from serve_app.setting_types import (
+    Count,
+    CountOrZero,
+    Cpus,
+    DirectoryPath,
+    FilePath,
+    Host,
+    LiveSection,
+    Seconds,
+    SecondsOrZero,
+    Section,
+    Tokens,
+)
 
 #: As browsers send it: an extension's scheme, too; no path and no slash at the end.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
-
-#: Serve keeps counts in 32 bits.
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Tokens = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0.0)]
-Cpus = Annotated[float, Field(ge=0.0)]
-
-
-class Section(StrictModel):
-    """Base of every section: an error about a value never shows it, since it may be a key."""
-
-    model_config = ConfigDict(protected_namespaces=(), hide_input_in_errors=True)
-
-
-class LiveSection(Section):
-    """A section that changes without new replicas."""
-
-    model_config = ConfigDict(json_schema_extra={"x-live": True})
 
 
 class EchoOptions(Section):
@@ -54,8 +47,8 @@ class EchoOptions(Section):
     model_config = ConfigDict(json_schema_extra={"required": ["kind"]})
 
     kind: Literal["echo"] = Field(default="echo", description="selects this engine")
-    ttft_s: float = Field(default=0.0, ge=0.0, description="seconds to the first token")
-    itl_s: float = Field(default=0.0, ge=0.0, description="seconds between tokens")
+    ttft_s: SecondsOrZero = Field(default=0.0, description="seconds to the first token")
+    itl_s: SecondsOrZero = Field(default=0.0, description="seconds between tokens")
     max_running: Count = Field(default=256, description="sequences that run at a time")
     max_model_len: int = Field(
         default=4096, ge=2, description="tokens of the longest request, completion included"
@@ -73,7 +66,7 @@ class EmbeddedOptions(Section):
     model_config = ConfigDict(json_schema_extra={"required": ["kind", "directory"]})
 
     kind: Literal["embedded"] = Field(default="embedded", description="selects this engine")
-    directory: Path = Field(
+    directory: DirectoryPath = Field(
         description="engine directory that `build` made, at the same path on each node"
     )
     max_model_len: Annotated[int, Field(ge=2)] | None = Field(
@@ -113,7 +106,7 @@ class GateSection(Section):
         description="serve an artifact that passed no accuracy gate; every answer's health, logs "
         "and metrics say so",
     )
-    require_signature: Path | None = Field(
+    require_signature: FilePath | None = Field(
         default=None,
         description="PEM file of the Ed25519 public key that the verdict must be signed with, at "
         "this path on each node",
@@ -209,7 +202,7 @@ class HttpSection(Section):
     says what the proxy is: `host`, `port`, `proxy` and `metrics_port` have no effect there.
     """
 
-    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
+    host: Host = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=1, le=65535, description="port to listen on")
     proxy: Literal["haproxy", "python"] = Field(
         default="haproxy",
@@ -306,7 +299,7 @@ class KeysSection(Section):
         description="keys in the configuration itself, which Serve's dashboard shows: on a cluster "
         "use a file",
     )
-    file: Path | None = Field(
+    file: FilePath | None = Field(
         default=None,
         description="file of keys (docs/operations.md) at this path on each node with an ingress; "
         "read again when it changes",
@@ -394,12 +387,12 @@ class ResumeSection(LiveSection):
 class TelemetrySection(Section):
     """What operators see beside the metrics."""
 
-    otlp_headers_file: Path | None = Field(
+    otlp_headers_file: FilePath | None = Field(
         default=None,
         description="headers that the exporter of traces sends, such as its key: `name=value` "
         "lines in a file of mode 600 at this path on each node",
     )
-    access_log: Path | Literal["stderr"] | None = Field(
+    access_log: FilePath | Literal["stderr"] | None = Field(
         default=None,
         description="file on each ingress's node for JSON lines, one per request; `stderr` is the "
         "ingress's own log, null writes none",

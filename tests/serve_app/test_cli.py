@@ -85,6 +85,8 @@ def test_check_says_whether_it_could_be_served_and_starts_nothing(
 def test_check_takes_a_file_for_serve_deploy_too(root: Path, tmp_path: Path) -> None:
     example = root / "examples" / "serve" / "fleet.yaml"
     assert check("--config", str(example)) == f"{example}: valid, deploys deepseek-v3-int4\n"
+    with pytest.raises(ConfigError, match="flags do not go over it"):
+        check("--config", str(example), "--port", "1")
     wrong = tmp_path / "fleet.yaml"
     wrong.write_text(example.read_text().replace("max_wait_s", "max_wait"))
     with pytest.raises(ConfigError, match=r"'admission.max_wait'; did you mean admission.max_wait"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +12,8 @@ from support.configs import make_config
 
 from deepseek.errors import ConfigError
 from deepseek.recipe import KVFormat
-from serve_app.config import EchoOptions, EmbeddedOptions, load_config
+from serve_app.config import EchoOptions, EmbeddedOptions, ServeConfig, load_config
+from serve_app.schema import config_schema
 
 ECHO = "pools: {default: {engine: {kind: echo}}}\n"
 
@@ -113,6 +115,14 @@ def test_what_yaml_reads_otherwise_than_it_looks_is_refused(
             ECHO + "resume: {wait_s: 30}\nrequests: {timeout_s: 20}\n",
             "resume.wait_s 30 is longer than requests.timeout_s 20",
         ),
+        (
+            'model_name: "a\\nb"\n' + ECHO,
+            "model_name: is no name; write 1 to 256 characters that can",
+        ),
+        (ECHO + 'http: {host: "a b"}\n', "http.host: is no address and no name; write one such as"),
+        (ECHO + 'keys: {file: ""}\n', "keys.file: names no file; write its path, or leave the key"),
+        (ECHO + 'telemetry: {access_log: "a\\0b"}\n', "telemetry.access_log: is no path: it holds"),
+        (ECHO + "shutdown_s: 1e12\n", "shutdown_s: Input should be less than or equal to 10000000"),
         ("applications: []\n", "this is a file for `serve deploy`; a configuration is what stand"),
     ],
 )
@@ -124,6 +134,44 @@ def test_a_mistake_is_one_sentence_with_its_path_and_what_to_change(
         load_config(file, {})
     assert str(refused.value).startswith(f"{file}: {sentence}")
     assert "\n" not in str(refused.value)
+
+
+def every_key(section: dict[str, Any], *above: str) -> Iterator[tuple[str, ...]]:
+    """The path of every key that is no section, as in a file with an embedded engine."""
+    schema = config_schema()
+    for key, field in section["properties"].items():
+        for inner in field.get("oneOf", [field])[:1]:
+            if key == "pools":
+                yield from every_key(schema["$defs"]["PoolSection"], "pools", "default")
+            elif "$ref" in inner:
+                yield from every_key(schema["$defs"][inner["$ref"][8:]], *above, key)
+            else:
+                yield *above, key
+
+
+@pytest.mark.parametrize("path", list(every_key(config_schema())), ids=".".join)
+def test_every_key_takes_a_value_or_says_in_one_sentence_that_it_does_not(
+    path: tuple[str, ...],
+) -> None:
+    values = ([], {}, None, True, "\ud800\n", -1, 0.5, 2**31, 10**30, 1e300, ["x", 1], {"a": {}})
+    refused = 0
+    for value in values:
+        given = settings()
+        if path[0] == "pools":
+            given["pools"]["default"]["engine"] = {"kind": "embedded", "directory": "e"}
+        place = given
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+        place[path[-1]] = value
+        try:
+            ServeConfig.model_validate(given)
+        except ConfigError as error:
+            said = str(error)
+            assert path[-1] in said, said
+            assert said == " ".join(said.split()), said
+            assert said.startswith((".".join(path), ".".join(path[:-1]))), said
+            refused += 1
+    assert refused >= 6
 
 
 def test_a_default_that_a_short_timeout_makes_useless_is_no_mistake() -> None:
@@ -175,9 +223,12 @@ def test_api_keys_never_show_but_survive_the_actor_hop() -> None:
     assert copy.keys.inline[0].get_secret_value() == "sk-very-secret"
     with pytest.raises(ConfigError, match="empty key"):
         load_config(None, settings(keys={"inline": [""]}))
-    with pytest.raises(ConfigError) as caught:
-        load_config(None, settings(keys={"inline": {"sk-very-secret": 1}}))
-    assert "very-secret" not in str(caught.value)
+    for keys in ({"inline": {"sk-very-secret": 1}}, {"inline": "sk-very-secret"},
+                 {"sk-very-secret": 1}, "sk-very-secret", {"file": ["sk-very-secret"]},
+                 {"variable": "sk-very-secret"}):  # fmt: skip
+        with pytest.raises(ConfigError, match="settings: keys") as caught:
+            load_config(None, settings(keys=keys))
+        assert "very-secret" not in str(caught.value)
 
 
 def test_the_model_is_named_after_its_directory(tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ class Deployed:
         while (status := serve.status().applications.get(self.app)) is None or (
             status.status != "RUNNING"
         ):
-            assert status is None or status.status != "DEPLOY_FAILED", status.message
+            if status is not None and status.status == "DEPLOY_FAILED":
+                raise RuntimeError(status.message)
             assert time.monotonic() < end, status
             time.sleep(0.1)
 
@@ -157,6 +158,11 @@ def test_a_live_key_changes_in_the_same_processes_and_any_other_brings_new_ones(
     deployed.apply(args)
     assert deployed.replicas() == first
     wait_for(lambda: deployed.post().status_code == 200)
+    assert deployed.complete() == 9
+
+    with pytest.raises(RuntimeError, match="unknown key 'prot'; remove or correct it"):
+        deployed.apply(args | {"prot": 1})  # what runs, runs on
+    assert deployed.replicas() == first
     assert deployed.complete() == 9
 
     deployed.apply(args | {"requests": {"default_max_tokens": 7}})

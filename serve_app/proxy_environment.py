@@ -49,9 +49,6 @@ _HAPROXY, _THROUGHPUT = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIM
 #: replicas in throughput mode; `drain` calls ingresses from here. Not for Ray's processes.
 _SEPARATE_LOOP = "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"
 
-#: Seconds for which HAProxy waits for a client to send, or to take, its next byte; Ray's default is
-#: an hour. The time in which the service is silent does not count.
-_CLIENT_S = 60
 #: Seconds beyond the longest request after which HAProxy's old processes end, with all that they
 #: still hold: each change of the ingresses starts a new one. Ray's default ends streams at 120 s.
 _HARD_STOP_MARGIN_S = 60
@@ -201,7 +198,9 @@ def _haproxy_variables(config: ServeConfig, place: ProxyPlace) -> dict[str, str]
         "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
         "RAY_SERVE_HAPROXY_STATS_PORT": stats,
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": fallback,
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": _CLIENT_S,
+        # For a client to send, or to take, its next byte; Ray's default is an hour. The time in
+        # which the service is silent does not count.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": math.ceil(config.http.client_timeout_s),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": math.ceil(longest_s) + _HARD_STOP_MARGIN_S,
         "RAY_SERVE_HAPROXY_MAXCONN": max_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         "RAY_SERVE_HAPROXY_NBTHREAD": min(4, os.cpu_count() or 1),

@@ -41,6 +41,13 @@ def test_a_port_in_use_is_one_sentence_before_anything_starts(root: Path) -> Non
     assert_mistake(done, f"cannot listen on 127.0.0.1:{port} (Address already in use)")
 
 
+@pytest.mark.heavy
+def test_an_access_log_that_cannot_be_written_is_one_sentence(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "access.jsonl"
+    done = run_cli(root, "--echo", "--port", str(free_port()), "--access-log", str(path))
+    assert_mistake(done, f"telemetry.access_log: {path} cannot be appended to (no such file or")
+
+
 def test_neither_engine_nor_echo_is_one_sentence(root: Path) -> None:
     assert_mistake(run_cli(root, "--port", "9"), "name an engine: --engine DIR, --echo")
 

@@ -22,6 +22,7 @@ import asyncio
 import os
 import re
 import resource
+import socket
 import sys
 from collections import OrderedDict
 from typing import Any
@@ -54,6 +55,8 @@ MAX_SLOW_BODIES = 256
 CLIENT_TIMEOUT_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 CLIENT_TIMEOUT_S = 60.0
 _LATER_S = 15.0
+#: What the kernel may hold of an answer; Linux doubles it.
+SEND_BUFFER_BYTES = 256 * 1024
 
 #: Headers that tell Serve's proxy not to notice that the client has left, to wait longer for an
 #: answer, or which of several models to load.
@@ -139,6 +142,14 @@ def cut_unread(base: type[asyncio.Protocol], *, timeout_s: float) -> type[asynci
     class ReadProtocol(base):  # type: ignore[misc, valid-type]
         _look_timer: asyncio.TimerHandle | None = None
         _unsent = 0
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            # The kernel would hold megabytes for a client that does not read, and nobody counts
+            # them; a stream of tokens needs kilobytes.
+            transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES
+            )
 
         def pause_writing(self) -> None:
             super().pause_writing()

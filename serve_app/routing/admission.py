@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from serve_app.routing.admission_stats import AdmissionStats
-from serve_app.routing.agenda import Agenda
-from serve_app.routing.fair_queue import FairQueue
 from serve_app.routing.places import Places, Replica
-from serve_app.routing.quotas import REMEMBER_S, Quotas
+from serve_app.routing.quotas import REMEMBER_S
 from serve_app.routing.rates import DrainMeter, retry_after
 from serve_app.routing.refusals import (
     Refused,
@@ -28,19 +24,17 @@ from serve_app.routing.refusals import (
     unknown,
     waited_too_long,
 )
+from serve_app.routing.roster import Roster
 from serve_app.routing.tickets import (
     Answer,
     Enter,
     Grant,
-    Held,
     Join,
     Landed,
     Leave,
     Message,
     Move,
-    Refusal,
     Seen,
-    Terms,
 )
 from serve_app.routing.visits import Sequence as Waiter
 from serve_app.routing.visits import State, Visit
@@ -52,13 +46,6 @@ SILENT_S = 5.0
 
 class UnknownIngress(Exception):
     """The ingress must `Join` first: this owner knows nothing of it."""
-
-
-@dataclass(slots=True)
-class _Ingress:
-    seen: float
-    visits: dict[str, Visit] = field(default_factory=dict)
-    answers: dict[str, Answer] = field(default_factory=dict)  # by (first) sequence
 
 
 class Admission:
@@ -73,20 +60,12 @@ class Admission:
         self._settings = settings
         self._clock = clock
         self._places = Places(max_ongoing_requests)
-        self._queue = FairQueue()
-        self._quotas = Quotas()
+        self._roster = Roster(self._places)
+        self._queue = self._roster.queue
         self._meter = DrainMeter()
-        self._ingresses: dict[str, _Ingress] = {}
-        self._met: dict[str, float] = {}  # ingress -> when it was last heard
-        self._sequences: dict[str, Waiter] = {}
-        self._moving: dict[str, Waiter] = {}  # in the order of their moves
-        self._waits: Agenda[Visit] = Agenda(lambda v: bool(v.waiting) and not v.placed)
-        self._deadlines: Agenda[Visit] = Agenda(_is_waiting)
-        self._order = 0
         self._entering: Visit | None = None
         self._stale = False  # whether something has happened since the last round of placing
         self._granted = 0
-        self._refused: Counter[str] = Counter()
         self._pruned_at = self._ticked_at = clock()
 
     def configure(self, settings: AdmissionSection, max_ongoing_requests: int) -> None:
@@ -98,7 +77,7 @@ class Admission:
     # What ingresses say.
 
     def knows(self, ingress_id: str) -> bool:
-        return ingress_id in self._ingresses
+        return ingress_id in self._roster.ingresses
 
     def take(self, ingress_id: str, messages: Sequence[Message]) -> list[Answer]:
         """Handle what an ingress says, in order; returns its answers that are decided by then.
@@ -108,20 +87,20 @@ class Admission:
             UnknownIngress: it has not joined, or was forgotten; nothing was handled.
         """
         starts = bool(messages) and isinstance(messages[0], Join)
-        if ingress_id not in self._ingresses and not starts:
+        if ingress_id not in self._roster.ingresses and not starts:
             raise UnknownIngress(ingress_id)
         now = self._now()
         for message in messages:
             self._stale = True
             self._handle(ingress_id, message, now)
-        self._ingresses[ingress_id].seen = self._met[ingress_id] = now
+        self._roster.ingresses[ingress_id].seen = self._roster.met[ingress_id] = now
         if self._stale:
             self._place_all(now)
         return self.answers_for(ingress_id)
 
     def answers_for(self, ingress_id: str) -> list[Answer]:
         """The answers for an ingress that were not returned yet, each once."""
-        ingress = self._ingresses.get(ingress_id)
+        ingress = self._roster.ingresses.get(ingress_id)
         if ingress is None or not ingress.answers:
             return []
         answers = list(ingress.answers.values())
@@ -130,7 +109,7 @@ class Admission:
 
     def pending_ingresses(self) -> set[str]:
         """The ingresses that `answers_for` has something for."""
-        return {name for name, ingress in self._ingresses.items() if ingress.answers}
+        return {name for name, ingress in self._roster.ingresses.items() if ingress.answers}
 
     def tick(self) -> None:
         """What time brings about: expired waits and deadlines, ingresses and replicas that have
@@ -138,40 +117,42 @@ class Admission:
         now = self._now()
         if (pause := now - self._ticked_at) > 1.0:
             # This process itself was held up, and what ingresses said meanwhile waits unread.
-            for ingress in self._ingresses.values():
+            for ingress in self._roster.ingresses.values():
                 ingress.seen += pause
         self._ticked_at = now
-        for ingress_id in [i for i, g in self._ingresses.items() if now - g.seen > SILENT_S]:
-            self._forget(ingress_id, now, run_on=True)
-            del self._ingresses[ingress_id]
-        for visit in self._deadlines.due(now):
+        for ingress_id, ingress in list(self._roster.ingresses.items()):
+            if now - ingress.seen > SILENT_S:
+                self._roster.forget(ingress_id, now, run_on=True)
+                del self._roster.ingresses[ingress_id]
+        for visit in self._roster.deadlines.due(now):
             if visit.deadline <= now:
                 self._refuse(visit, too_late(), now)
-        for visit in self._waits.due(now - self._settings.max_wait_s):
+        for visit in self._roster.waits.due(now - self._settings.max_wait_s):
             seconds = self._retry_after(visit)
             self._refuse(visit, waited_too_long(self._settings.max_wait_s, seconds), now)
         self._places.tick(now)
         if now - self._pruned_at >= REMEMBER_S:
             self._pruned_at = now
             self._queue.prune()
-            self._quotas.prune(now)
-            self._met = {i: heard for i, heard in self._met.items() if now - heard < REMEMBER_S}
+            self._roster.quotas.prune(now)
+            met = self._roster.met
+            self._roster.met = {i: heard for i, heard in met.items() if now - heard < REMEMBER_S}
         self._place_all(now)
 
     def stats(self) -> AdmissionStats:
         """A snapshot, for metrics."""
         now = self._clock()
-        visits = [v for ingress in self._ingresses.values() for v in ingress.visits.values()]
+        visits = [v for ingress in self._roster.ingresses.values() for v in ingress.visits.values()]
         entered = [visit.entered for visit in visits if visit.waiting]
         return AdmissionStats(
             queued=tuple(self._queue.stats()),
-            moving=len(self._moving),
+            moving=len(self._roster.moving),
             replicas=tuple(self._places.stats(now)),
-            ingresses=len(self._ingresses),
+            ingresses=len(self._roster.ingresses),
             oldest_wait_s=max(0.0, now - min(entered, default=now)),
             drain_tokens_per_s=self._meter.rate(),
             granted=self._granted,
-            refused=tuple(sorted(self._refused.items())),
+            refused=tuple(sorted(self._roster.refused.items())),
         )
 
     def _now(self) -> float:
@@ -197,19 +178,15 @@ class Admission:
                 heard = [status.replica_id for status, _ in message.statuses]
                 self._places.route(ingress_id, heard, message.unrouted, now)
             case Join():
-                self._join(ingress_id, message, now)
-
-    def _known(self, ingress_id: str, sequence_id: str) -> Waiter | None:
-        sequence = self._sequences.get(sequence_id)
-        return sequence if sequence and sequence.visit.ingress_id == ingress_id else None
+                self._roster.join(ingress_id, message, now)
 
     # Entering.
 
     def _enter(self, ingress_id: str, enter: Enter, now: float) -> None:
-        if not enter.asks or any(ask.sequence_id in self._sequences for ask in enter.asks):
+        if not enter.asks or any(ask.sequence_id in self._roster.sequences for ask in enter.asks):
             return  # said twice
         tokens = sum(ask.charge for ask in enter.asks)
-        visit = self._visit(ingress_id, enter, now)
+        visit = self._roster.visit_of(ingress_id, enter, now)
         try:
             if enter.seconds_left <= 0:
                 raise too_late()
@@ -217,7 +194,7 @@ class Admission:
                 if not self._places.can_ever_hold(sequence):
                     raise too_long(sequence.ask.charge)
             visit.key.check(enter.asks, now)
-            self._enqueue(visit)
+            self._roster.enqueue(visit)
             self._entering = visit
             self._place_all(now)
             self._entering = None
@@ -228,49 +205,9 @@ class Admission:
                 raise refused
         except Refused as refused:
             ids = tuple(ask.sequence_id for ask in enter.asks)
-            self._answer_refusal(ingress_id, ids, refused)
+            self._roster.refuse(ingress_id, ids, refused)
         else:
             visit.key.charge(1, tokens, now)
-
-    def _visit(self, ingress_id: str, enter: Enter, now: float) -> Visit:
-        """The visit of an `Enter`, with its sequences, which nothing knows of yet."""
-        visit = self._new_visit(
-            ingress_id, enter.request_id, enter.terms, now - enter.waited_s, enter.seconds_left, now
-        )
-        visit.own_deadline = enter.own_deadline
-        for ask in enter.asks:
-            visit.waiting[ask.sequence_id] = Waiter(ask, visit)
-        visit.sequences.update(visit.waiting)
-        return visit
-
-    def _new_visit(
-        self,
-        ingress_id: str,
-        request_id: str,
-        terms: Terms,
-        entered: float,
-        seconds_left: float,
-        now: float,
-    ) -> Visit:
-        self._order += 1
-        return Visit(
-            request_id=request_id,
-            ingress_id=ingress_id,
-            key=self._quotas.key(terms, now),
-            terms=terms,
-            entered=entered,
-            deadline=now + seconds_left,
-            own_deadline=False,
-            order=self._order,
-        )
-
-    def _enqueue(self, visit: Visit) -> None:
-        self._ingresses[visit.ingress_id].visits[visit.request_id] = visit
-        self._sequences.update(visit.waiting)
-        visit.key.sequences += len(visit.waiting)
-        self._queue.add(visit)
-        self._waits.add(visit.entered, visit)
-        self._deadlines.add(visit.deadline, visit)
 
     def _make_room(self, visit: Visit, now: float) -> bool:
         """Whether what waits fits the queue; visits that give way to this one are refused."""
@@ -297,7 +234,7 @@ class Admission:
         """Undo everything for a visit that is not let in after all."""
         for sequence in list(visit.sequences.values()):
             held = sequence.state is State.HELD
-            replica = self._drop(sequence, now)
+            replica = self._roster.drop(sequence, now)
             if held:
                 self._granted -= 1
                 self._queue.charge(visit, -sequence.tokens)
@@ -305,7 +242,7 @@ class Admission:
                 replica.breaker.ended(sequence.sequence_id)
 
     def _retry_after(self, visit: Visit) -> int:
-        """Seconds until what waits before the visit has drained, and as much as it asks for."""
+        """Seconds until what waits in its band and those before it has drained, it included."""
         rate = self._meter.rate()
         tokens = self._queue.ahead_of(visit.terms.priority)
         return retry_after(tokens / rate if rate else None)
@@ -315,7 +252,7 @@ class Admission:
     def _place_all(self, now: float) -> None:
         """Place all that can be placed, in order: moving sequences, then the queue."""
         places, self._stale = self._places, False
-        if not self._moving and not self._queue.sequences:
+        if not self._roster.moving and not self._queue.sequences:
             return
         places.begin(now)
         if not places.has_places():
@@ -331,7 +268,7 @@ class Admission:
 
         for sequence in places.pinned(-math.inf):
             try_place(sequence, True)
-        for sequence in list(self._moving.values()):
+        for sequence in list(self._roster.moving.values()):
             if not places.has_room(-math.inf):
                 break
             try_place(sequence, True)
@@ -339,7 +276,7 @@ class Admission:
 
     def _grant(self, sequence: Waiter, replica: Replica, now: float) -> None:
         visit, waited = sequence.visit, sequence.state is State.WAITING
-        self._unwait(sequence)
+        self._roster.unwait(sequence)
         self._places.hold(sequence, replica.replica_id, now)
         visit.placed = True
         self._granted += 1
@@ -348,60 +285,36 @@ class Admission:
             if visit is not self._entering:
                 self._meter.drained(sequence.tokens)
         grant = Grant(sequence_id=sequence.sequence_id, replica_id=replica.replica_id)
-        self._ingresses[visit.ingress_id].answers[sequence.sequence_id] = grant
-
-    def _unwait(self, sequence: Waiter) -> None:
-        """Take the sequence out of wherever it waits."""
-        self._queue.remove(sequence)
-        self._moving.pop(sequence.sequence_id, None)
-        self._places.unpin(sequence)
+        self._roster.ingresses[visit.ingress_id].answers[sequence.sequence_id] = grant
 
     # Running and leaving.
 
     def _move(self, ingress_id: str, move: Move, now: float) -> None:
-        if (sequence := self._known(ingress_id, move.sequence_id)) is None:
-            self._answer_refusal(ingress_id, (move.sequence_id,), unknown())
+        if (sequence := self._roster.find(ingress_id, move.sequence_id)) is None:
+            self._roster.refuse(ingress_id, (move.sequence_id,), unknown())
             return
         if sequence.state is State.MOVING and sequence.avoid == move.lost:
             return  # said twice
-        self._blame(move, self._places.release(sequence, now), now)
-        self._start_moving(sequence, move, now)
-
-    def _blame(self, move: Move, replica: Replica | None, now: float) -> None:
-        if replica is None:
-            return
-        if move.blame and replica.replica_id == move.lost:
-            replica.breaker.failed(move.sequence_id, now)
-        else:
-            replica.breaker.ended(move.sequence_id)
-
-    def _start_moving(self, sequence: Waiter, move: Move, now: float) -> None:
-        visit = sequence.visit
-        self._ingresses[visit.ingress_id].answers.pop(move.sequence_id, None)
-        self._unwait(sequence)
-        visit.placed = True
-        sequence.state, sequence.avoid = State.MOVING, move.lost
-        visit.deadline = now + move.seconds_left
-        self._moving[sequence.sequence_id] = sequence
-        self._deadlines.add(visit.deadline, visit)
+        self._roster.blame(move, self._places.release(sequence, now), now)
+        self._roster.start_moving(sequence, move, now)
 
     def _landed(self, ingress_id: str, landed: Landed, now: float) -> None:
-        sequence = self._known(ingress_id, landed.sequence_id)
+        sequence = self._roster.find(ingress_id, landed.sequence_id)
         if sequence is None or sequence.replica_id == landed.replica_id:
             return
-        self._ingresses[ingress_id].answers.pop(landed.sequence_id, None)
+        self._roster.ingresses[ingress_id].answers.pop(landed.sequence_id, None)
         if (granted := self._places.release(sequence, now)) is not None:
             granted.breaker.ended(landed.sequence_id)
-        self._unwait(sequence)
+        self._roster.unwait(sequence)
         self._places.hold(sequence, landed.replica_id, now)
         sequence.visit.placed = True
 
     def _leave(self, ingress_id: str, leave: Leave, now: float) -> None:
-        if (sequence := self._known(ingress_id, leave.sequence_id)) is None:
+        if (sequence := self._roster.find(ingress_id, leave.sequence_id)) is None:
             return
         ask, visit, used = sequence.ask, sequence.visit, leave.used_tokens
         had_place = sequence.state is not State.WAITING
-        if (replica := self._drop(sequence, now)) is not None:
+        if (replica := self._roster.drop(sequence, now)) is not None:
             if leave.failed:
                 replica.breaker.failed(leave.sequence_id, now)
             elif used >= min(ask.prompt_tokens + 1, ask.charge):  # it has done what it should
@@ -412,21 +325,6 @@ class Admission:
             self._queue.charge(visit, used - ask.kv_tokens)
         visit.key.charge(0, min(0, used - ask.charge), now)
 
-    def _drop(self, sequence: Waiter, now: float, *, runs_on: bool = False) -> Replica | None:
-        """Forget a sequence and its answers; returns the replica that held it."""
-        visit = sequence.visit
-        ingress = self._ingresses[visit.ingress_id]
-        self._unwait(sequence)
-        replica = self._places.release(sequence, now, runs_on=runs_on)
-        ingress.answers.pop(sequence.sequence_id, None)
-        del self._sequences[sequence.sequence_id]
-        del visit.sequences[sequence.sequence_id]
-        visit.key.sequences -= 1
-        visit.key.idle_since = now
-        if not visit.sequences:
-            del ingress.visits[visit.request_id]
-        return replica
-
     # Refusing.
 
     def _refuse(self, visit: Visit, refused: Refused, now: float) -> None:
@@ -435,78 +333,6 @@ class Admission:
         never = [s for s in waiting if s.state is State.WAITING]
         visit.key.charge(0 if visit.placed else -1, -sum(s.ask.charge for s in never), now)
         for sequence in waiting:
-            self._drop(sequence, now)
+            self._roster.drop(sequence, now)
         ids = tuple(sequence.sequence_id for sequence in waiting)
-        self._answer_refusal(visit.ingress_id, ids, refused)
-
-    def _answer_refusal(self, ingress_id: str, ids: tuple[str, ...], refused: Refused) -> None:
-        self._refused[refused.code] += len(ids)
-        self._ingresses[ingress_id].answers[ids[0]] = Refusal(
-            sequence_ids=ids,
-            code=refused.code,
-            message=refused.message,
-            retry_after_s=refused.retry_after_s,
-        )
-
-    # Ingresses that come and go.
-
-    def _forget(self, ingress_id: str, now: float, *, run_on: bool) -> None:
-        """Drop everything of an ingress. `run_on`: what it held may go on in the engines."""
-        for visit in list(self._ingresses[ingress_id].visits.values()):
-            for sequence in list(visit.sequences.values()):
-                if (replica := self._drop(sequence, now, runs_on=run_on)) is not None:
-                    replica.breaker.ended(sequence.sequence_id)
-
-    def _join(self, ingress_id: str, join: Join, now: float) -> None:
-        """What the ingress says replaces all that was known of it. It was let in before, so that
-        no limit keeps it out now."""
-        if ingress_id in self._ingresses:
-            self._forget(ingress_id, now, run_on=False)
-        is_new = ingress_id not in self._met
-        self._met[ingress_id] = now
-        self._ingresses[ingress_id] = _Ingress(now)
-        if is_new:  # else the buckets have it already
-            for spent in join.spent:
-                self._quotas.key(spent.terms, now).carry(spent, now)
-        for held in join.held:
-            self._places.hold(self._rejoin(ingress_id, held, now), held.replica_id, now)
-        for held, move in join.moving:
-            sequence = self._rejoin(ingress_id, held, now)
-            if is_new:
-                self._blame(move, self._places.replicas.get(move.lost), now)
-            self._start_moving(sequence, move, now)
-        for enter in join.waiting:
-            for ask in enter.asks:
-                self._drop_double(ask.sequence_id, now)
-            visit = self._visit(ingress_id, enter, now)
-            if (known := self._ingresses[ingress_id].visits.get(enter.request_id)) is not None:
-                visit.placed = known.placed
-                for sequence in visit.waiting.values():
-                    sequence.visit = known
-                known.waiting, visit = visit.waiting, known
-                visit.sequences.update(visit.waiting)
-                visit.entered, visit.own_deadline = now - enter.waited_s, enter.own_deadline
-            self._enqueue(visit)
-
-    def _rejoin(self, ingress_id: str, held: Held, now: float) -> Waiter:
-        """A sequence that has, or has had, a place under another owner."""
-        self._drop_double(held.ask.sequence_id, now)
-        visits = self._ingresses[ingress_id].visits
-        if (visit := visits.get(held.request_id)) is None:
-            visit = visits[held.request_id] = self._new_visit(
-                ingress_id, held.request_id, held.terms, now, held.seconds_left, now
-            )
-        visit.placed = True
-        visit.key.sequences += 1
-        sequence = Waiter(held.ask, visit)
-        visit.sequences[sequence.sequence_id] = self._sequences[sequence.sequence_id] = sequence
-        return sequence
-
-    def _drop_double(self, sequence_id: str, now: float) -> None:
-        """Of a sequence that two ingresses claim the last word counts."""
-        if (old := self._sequences.get(sequence_id)) is not None:
-            self._drop(old, now)
-
-
-def _is_waiting(visit: Visit) -> bool:
-    return any(sequence.state is not State.HELD for sequence in visit.sequences.values())
+        self._roster.refuse(visit.ingress_id, ids, refused)

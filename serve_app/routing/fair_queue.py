@@ -225,15 +225,22 @@ class FairQueue:
             flows = [flow for flow in self.bands[priority].flows.values() if flow.entries]
             for flow in flows:
                 left[flow] = (flow.tokens, len(flow.arrivals))
-            while flows:
+            same = priority == newcomer.terms.priority
+            while True:
+                if same:
+                    flows = [
+                        flow
+                        for flow in flows
+                        if flow is not own
+                        and (
+                            left[flow][0] / flow.weight > own.burden
+                            or (alone and left[flow][1] > 1)
+                        )
+                    ]
+                if not flows:
+                    break
                 flow = max(flows, key=lambda f: left[f][0] / f.weight)
                 tokens, requests = left[flow]
-                same = priority == newcomer.terms.priority
-                if same and (
-                    flow is own
-                    or not (tokens / flow.weight > own.burden or (alone and requests > 1))
-                ):
-                    return
                 victim = next(
                     (
                         visit

@@ -8,7 +8,7 @@ nothing but a count by reason.
 The limits. An address that sent too many wrong keys is refused without a comparison, so that
 guessing has a rate. An address from which a right key came keeps its access whatever else is tried
 from there: a gateway has one address for everybody behind it. Failures from elsewhere never refuse
-a right key. Where the address is not known (behind HAProxy), only the bound over all addresses
+a right key. Where the address is not known (a cluster's HAProxy), only the bound over all addresses
 holds.
 """
 

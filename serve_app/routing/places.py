@@ -62,7 +62,9 @@ class Replica:
     def is_fresh(self, now: float) -> bool:
         if self.gone or now - self.reported > MAX_AGE_S:
             return False
-        return not any(now - moment <= UNROUTED_S for moment in self.unrouted.values())
+        return not self.unrouted or all(
+            now - moment > UNROUTED_S for moment in self.unrouted.values()
+        )
 
     def can_ever_hold(self, sequence: Sequence) -> bool:
         """Whether it would fit if nothing else were there."""

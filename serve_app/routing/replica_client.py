@@ -20,6 +20,7 @@ another replica; one that no replica took for lack of room in `Overloaded`.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -141,7 +142,9 @@ class ReplicaClient:
             raise self._closed
         interrupt = Interrupt()
         stream = self._streams[request.request_id] = _Stream(interrupt, self._clock())
-        response = self._stream.remote(request)
+        # In a context of its own: Serve gives all calls that are made for one HTTP request one id,
+        # and its router forgets all but the first of those that it has not answered yet.
+        response = contextvars.Context().run(self._stream.remote, request)
         ended = False
         try:
             while True:

@@ -57,7 +57,7 @@ class Fleet:
         text = httpx.get(f"{self.served.url}/metrics", headers=headers, timeout=30).text
         head = 'intserve_engine_requests_running{replica="'
         told = [line.removeprefix(head) for line in text.splitlines() if line.startswith(head)]
-        numbers = {name: int(float(end[3:])) for name, _, end in (t.partition('"') for t in told)}
+        numbers = {name: int(float(end[2:])) for name, _, end in (t.partition('"') for t in told)}
         return {name: number for name, number in numbers.items() if name not in self.killed}
 
     def wait_idle(self) -> None:

@@ -123,6 +123,20 @@ def test_haproxy_takes_what_the_wrapper_writes(tmp_path: Path, host: str) -> Non
     assert "src 127.0.0.0/8 ::1 192.0.2.7/32 2001:db8::/32" in path.read_text()
 
 
+#: Set when the client of /flood has left.
+left = threading.Event()
+
+
+async def flood(receive: Receive, send: Send) -> None:
+    """Send until the client leaves."""
+    await receive()  # the request itself, which has no body
+    leaving = asyncio.create_task(receive())
+    while not leaving.done():
+        await send({"type": "http.response.body", "body": b"x" * 65_536, "more_body": True})
+        await asyncio.sleep(0)
+    left.set()
+
+
 async def tell(scope: Scope, receive: Receive, send: Send) -> None:
     """Says who asks; on /silent in two parts, between which it says nothing for 2.5 s."""
     start = {"type": "http.response.start", "status": 200, "headers": []}
@@ -131,6 +145,10 @@ async def tell(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
         await asyncio.sleep(2.5)
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        return
+    if scope["path"] == "/flood":
+        await send(start)
+        await flood(receive, send)
         return
     body = f"{scope['client'][0]} {scope['scheme']}".encode()
     await send(start)
@@ -203,6 +221,11 @@ def test_a_reverse_proxy_of_this_machine_is_believed(proxy: Running) -> None:
 def test_a_stream_that_is_silent_for_longer_than_clients_may_be_goes_on(proxy: Running) -> None:
     answer = httpx.get(f"{proxy.url}/silent", timeout=20)
     assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_client_that_takes_nothing_is_left(proxy: Running) -> None:
+    with Raw(proxy.port, head("/flood", method="GET", json=False)):
+        assert left.wait(20)
 
 
 def test_a_head_that_drips_is_ended(proxy: Running) -> None:

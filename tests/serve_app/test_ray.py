@@ -55,7 +55,7 @@ def url(serve_url: str, otlp: OtlpReceiver) -> Iterator[str]:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         config = make_config(
             echo=EchoOptions(ttft_s=0.02, itl_s=0.002),
-            ingress_replicas=2,
+            ingress={"replicas": 2},
             max_body_bytes=10_000,
             drain_s=2.0,
         )
@@ -135,6 +135,19 @@ def test_the_openai_client_gets_its_own_exceptions(client: OpenAI) -> None:
     with pytest.raises(openai.APIStatusError) as large:
         client.completions.create(model="echo", prompt="x" * 20_000)
     assert large.value.status_code == 413
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_choice_of_every_prompt_of_one_request_is_answered(url: str, stream: bool) -> None:
+    """Each is a call of its own to an engine replica."""
+    prompts = ["first", "the second"]
+    body = {"model": "echo", "prompt": prompts, "n": 3, "stream": stream}
+    answer = httpx.post(f"{url}/completions", json=body, timeout=30)
+    said = dict.fromkeys(range(6), "")
+    for item in read_sse(answer.text)[:-1] if stream else [answer.json()]:
+        for choice in item["choices"]:
+            said[choice["index"]] += choice["text"]
+    assert list(said.values()) == [text for text in prompts for _ in range(3)]
 
 
 async def test_concurrent_streams_do_not_mix(url: str) -> None:
@@ -257,7 +270,7 @@ async def test_overload_is_429_with_retry_after_and_health_still_answers(small_u
     for answer in refused:
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["code"] == "overloaded"
+        assert answer.json()["error"]["code"] == "queue_full"
     assert health.status_code == 200
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Any
 
@@ -170,8 +170,6 @@ class Simulation:
         self.at(self.now + 1.0, self._beat)
 
     def _reports(self) -> list[tuple[ReplicaStatus, float]]:
-        from dataclasses import replace
-
         return [
             (replace(status, request_ids=tuple(self._running[name])), 0.0)
             for name, status in self._statuses.items()

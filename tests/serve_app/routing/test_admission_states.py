@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from support.admissions import enter, seen, status
 
 from serve_app.routing.admission import Admission
@@ -240,6 +248,10 @@ class Ingresses(RuleBasedStateMachine):
         counts = {use.replica_id: use.held for use in stats.replicas if use.held}
         held = [a.replica for a in self.asked.values() if a.state == "held"]
         assert counts == {name: held.count(name) for name in set(held)}
+        tokens = {use.replica_id: use.kv_tokens_held for use in stats.replicas if use.held}
+        for name in tokens:
+            mine = [a for a in self.asked.values() if a.state == "held" and a.replica == name]
+            assert tokens[name] == sum(asked.tokens for asked in mine)
         waiting = [a for a in self.asked.values() if a.state == "waiting"]
         assert sum(queued.sequences for queued in stats.queued) == len(waiting)
         assert sum(queued.kv_tokens for queued in stats.queued) == sum(a.tokens for a in waiting)
@@ -272,10 +284,14 @@ class Ingresses(RuleBasedStateMachine):
             assert not stuck, "neither granted nor refused"
 
 
-TestIngresses = Ingresses.TestCase
-TestIngresses.settings = settings(
+SETTINGS = settings(
     max_examples=40,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.heavy
+def test_nothing_is_lost_said_twice_or_placed_without_room() -> None:
+    run_state_machine_as_test(Ingresses, settings=SETTINGS)

@@ -70,9 +70,9 @@ def test_check_says_whether_it_could_be_served_and_starts_nothing(
 ) -> None:
     settings, keys = tmp_path / "serve.yaml", tmp_path / "keys"
     with socket.create_server(("127.0.0.1", 0)) as taken:  # as by the service that runs
-        write_echo(settings, taken.getsockname()[1], itl_s=0.1)
+        write_echo(settings, http={"port": taken.getsockname()[1]})
         assert check("--config", str(settings)) == f"{settings}: valid, serves echo\n"
-    write_echo(settings, 8000, itl_s=0.1, keys={"file": str(keys)})
+    write_echo(settings, http={}, keys={"file": str(keys)})
     with pytest.raises(ConfigError, match=f"{keys} cannot be read"):
         check("--config", str(settings))
     local = str(root / "examples" / "serve" / "local.yaml")

@@ -21,7 +21,7 @@ base, model, key_file, output = sys.argv[1:]
 LONG: Any = {
     "api_base": base,
     "api_key": Path(key_file).read_text(),
-    "max_tokens": 800,
+    "max_tokens": 1500,
     "extra_body": {"ignore_eos": True},
 }
 CHAT: Any = LONG | {

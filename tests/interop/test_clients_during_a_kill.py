@@ -25,7 +25,7 @@ from support.serving import wait_for
 
 pytestmark = [pytest.mark.interop, pytest.mark.ray, pytest.mark.timeout(1800)]
 
-TOKENS = 800
+TOKENS = 1500
 QUESTIONS = ("greedy_stream", "seeded_stream", "greedy_whole")
 #: Beside the one that is killed there is always one that runs; more need not be waited for.
 ENOUGH = 2
@@ -141,8 +141,10 @@ def test_an_answer_is_that_of_an_undisturbed_run(done: dict[str, Any], question:
     assert disturbed["finish_reasons"] == ["length"]
     assert disturbed.get("num_ids", 1) == 1
     assert disturbed.get("roles", ["assistant"]) == ["assistant"]
-    text, number = disturbed.get("logprobs", (disturbed["text"], TOKENS))
-    assert (text, number) == (disturbed["text"], TOKENS)
+    if (
+        "logprobs" in disturbed
+    ):  # its tokens are more than the text, which leaves out control tokens
+        assert disturbed["logprobs"][1] == TOKENS
 
 
 def test_streamed_and_whole_answers_are_the_same_and_a_seeded_one_is_another(

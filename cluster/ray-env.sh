@@ -19,6 +19,8 @@ export RAY_SERVE_HAPROXY_BINARY_PATH="${RAY_SERVE_HAPROXY_BINARY_PATH:-$HOME/int
 # starts again, at every change of the ingresses: keep it above requests.timeout_s and pools' drain_s.
 export RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S="${RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S:-60}"
 export RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S="${RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S:-660}"
+# Seconds for HAProxy to be ready, of which Ray gives three times so many and then kills it.
+export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="${RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S:-30}"
 # Connections: as many as open files allow, two and a half each.
 intserve_files="$(ulimit -Hn)"
 if [ "$intserve_files" = unlimited ] || [ "$intserve_files" -gt 41160 ]; then intserve_files=41160; fi

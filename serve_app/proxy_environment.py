@@ -49,12 +49,11 @@ _HAPROXY, _THROUGHPUT = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIM
 #: replicas in throughput mode; `drain` calls ingresses from here. Not for Ray's processes.
 _SEPARATE_LOOP = "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"
 
-#: Seconds for which HAProxy waits for a client to send, or to take, its next byte; Ray's default is
-#: an hour. The time in which the service is silent does not count.
-_CLIENT_S = 60
 #: Seconds beyond the longest request after which HAProxy's old processes end, with all that they
 #: still hold: each change of the ingresses starts a new one. Ray's default ends streams at 120 s.
 _HARD_STOP_MARGIN_S = 60
+#: Seconds for a proxy to be ready at one look; HAProxy itself has 30 to start.
+_READY_S = 30
 #: Where free ports are looked for: between those of Ray's workers and those that Serve gives to
 #: ingresses, and below the kernel's own, which others get while Ray starts.
 _FREE_PORTS = range(20_000, 30_000)
@@ -199,10 +198,15 @@ def _haproxy_variables(config: ServeConfig, place: ProxyPlace) -> dict[str, str]
         "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
         "RAY_SERVE_HAPROXY_STATS_PORT": stats,
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": fallback,
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": _CLIENT_S,
+        # For a client to send, or to take, its next byte; Ray's default is an hour. The time in
+        # which the service is silent does not count.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": math.ceil(config.http.client_timeout_s),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": math.ceil(longest_s) + _HARD_STOP_MARGIN_S,
         "RAY_SERVE_HAPROXY_MAXCONN": max_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         "RAY_SERVE_HAPROXY_NBTHREAD": min(4, os.cpu_count() or 1),
+        # Ray kills a proxy that is not ready at the third look, each of 5 s: too early for one that
+        # starts HAProxy on a busy machine, and the service would not start.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": _READY_S,
         # Nobody else registers a replica that stops, so that it need not stay reachable.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": 0,
         haproxy_wrapper.METRICS_HOST: "127.0.0.1",

@@ -180,7 +180,13 @@ def module_names(source: Path) -> set[str]:
 
 
 #: Of Ray: exceptions, and names of what they are about.
-STARTS_NO_RAY = ("ray.exceptions", "ray.serve.exceptions", "ray.serve._private.common")
+STARTS_NO_RAY = (
+    "ray.exceptions",
+    "ray.serve.config",
+    "ray.serve.exceptions",
+    "ray.serve._private.common",
+    "ray.serve._private.haproxy",
+)
 
 
 def uses_ray(source: Path, root: Path) -> bool:

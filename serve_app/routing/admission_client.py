@@ -244,10 +244,16 @@ class AdmissionClient:
 
     async def run(self) -> None:
         """Talk with the owner until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._talk())
-            tasks.create_task(self._listen())
-            tasks.create_task(self._look())
+        while True:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._talk())
+                    tasks.create_task(self._listen())
+                    tasks.create_task(self._look())
+            except* Exception as errors:  # a bug; requests must not wait for ever because of it
+                log.error("the client of admission has failed; it starts again", exc_info=errors)
+                self._lose(self._epoch, errors)
+                await asyncio.sleep(RETRY_S)
 
     async def _talk(self) -> None:
         tries = 0

@@ -60,6 +60,10 @@ class Tracked:
     def waits(self) -> bool:
         return not self.outcome.done()
 
+    @property
+    def refused(self) -> bool:
+        return self.outcome.done() and isinstance(self.outcome.result(), ApiError)
+
 
 @dataclass(slots=True, eq=False)
 class _Spending:
@@ -150,13 +154,13 @@ class Ledger:
             tracked.visit.placed = True
 
     def refuse(self, sequence_ids: Iterable[str], error: ApiError) -> None:
-        """These sequences get no place: they are forgotten, and what they were charged is given
-        back, except to one that has run before."""
+        """These sequences get no place. What they were charged is given back, except to one that
+        has run before. Those of a request that never entered are forgotten; the others stay until
+        they leave, for `place` to tell."""
         for sequence_id in sequence_ids:
             tracked = self._sequences.get(sequence_id)
             if tracked is None or not tracked.waits:
                 continue
-            del self._sequences[sequence_id]
             visit = tracked.visit
             if tracked.lost is None:
                 visit.bucket.tokens -= tracked.ask.charge
@@ -165,6 +169,8 @@ class Ledger:
                 visit.decided.set_result(error)
                 visit.bucket.requests -= 1
                 self._visits.pop(visit.enter.request_id, None)
+            if visit.decided.done() and not visit.decided.cancelled() and visit.decided.result():
+                del self._sequences[sequence_id]
 
     def move(self, move: Move) -> Tracked | None:
         """The sequence has lost its place and waits for another."""
@@ -188,9 +194,10 @@ class Ledger:
         return True
 
     def leave(self, leave: Leave) -> bool:
-        """Forget the sequence and give back what it did not use; says whether it was known."""
+        """Forget the sequence and give back what it did not use; says whether the owner knows it
+        as well."""
         tracked = self._sequences.pop(leave.sequence_id, None)
-        if tracked is None:
+        if tracked is None or tracked.refused:
             return False
         tracked.visit.bucket.tokens -= max(0, tracked.ask.charge - leave.used_tokens)
         if not any(a.sequence_id in self._sequences for a in tracked.visit.enter.asks):
@@ -209,6 +216,8 @@ class Ledger:
         asking: dict[str, tuple[Visit, list[Ask]]] = {}
         for tracked in self._sequences.values():
             visit, left = tracked.visit, tracked.visit.deadline - now
+            if tracked.refused:
+                continue
             if tracked.lost is not None:
                 moving.append(
                     (
@@ -220,7 +229,7 @@ class Ledger:
                 asking.setdefault(visit.enter.request_id, (visit, []))[1].append(tracked.ask)
             else:
                 replica_id = tracked.outcome.result()
-                assert not isinstance(replica_id, ApiError)  # those are forgotten
+                assert not isinstance(replica_id, ApiError)
                 held.append(self._held(tracked, replica_id or "", left))
         waiting = [
             replace(

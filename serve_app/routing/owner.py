@@ -242,6 +242,7 @@ class OwnerChannel:
         self._settings = settings
         self._since = time.monotonic()
         self._handle: Any = None
+        self._finding: asyncio.Future[Any] | None = None
         self._told = False
 
     def configure(self, settings: AdmissionSection) -> None:
@@ -269,16 +270,13 @@ class OwnerChannel:
         return await self._call(lambda owner: owner.stats.remote())
 
     async def _call(self, call: Callable[[Any], Any], configure: bool = False) -> Any:
-        if self._handle is None:  # Ray asks the head for it, and blocks
-            self._handle = await asyncio.to_thread(
-                find_owner, self._app_name, self._settings, self._max_ongoing_requests
-            )
         try:
+            owner = self._handle or await self._find()
             if configure:
                 self._told = True
                 age_s = time.monotonic() - self._since
-                self._handle.configure.remote(self._settings, self._max_ongoing_requests, age_s)
-            return await call(self._handle)
+                owner.configure.remote(self._settings, self._max_ongoing_requests, age_s)
+            return await call(owner)
         except ActorDiedError as error:  # for good: the next call makes another
             self._handle = None
             raise OwnerLostError("the owner has ended") from error
@@ -288,3 +286,23 @@ class OwnerChannel:
             raise OwnerLostError("the owner refused") from error
         except RayError as error:
             raise OwnerLostError("the owner is away") from error
+
+    async def _find(self) -> Any:
+        """Make or find the owner: in a thread, because Ray asks the cluster's head for it and
+        blocks, and in one at a time, because that may take long."""
+        if self._finding is None:
+            self._finding = asyncio.ensure_future(
+                asyncio.to_thread(
+                    find_owner, self._app_name, self._settings, self._max_ongoing_requests
+                )
+            )
+        finding = self._finding
+        try:
+            self._handle = await asyncio.shield(finding)
+        except (RayError, RuntimeError, ValueError) as error:
+            log.error("the owner of admission cannot be made: %s", error)
+            raise OwnerLostError("there is no owner") from error
+        finally:
+            if finding.done():
+                self._finding = None
+        return self._handle

@@ -288,9 +288,14 @@ class Places:
     def pinned(self, band: float) -> list[Sequence]:
         """The sequences of this band that a replica is set aside for, and that now fit there or
         perhaps elsewhere."""
-        pins = [r for r in self._usable if r.pin is not None and r.pin_band == band]
-        elsewhere = bool(pins) and self.has_room(band)
-        return [r.pin for r in pins if r.pin is not None and (elsewhere or r.fits(r.pin))]
+        room, found = self.room(band), []
+        for replica in self._usable:
+            pin = replica.pin
+            if pin is None or replica.pin_band != band:
+                continue
+            if min(pin.ask.kv_tokens, pin.ask.charge) <= room or replica.fits(pin):
+                found.append(pin)
+        return found
 
     def has_pin(self, sequence: Sequence) -> bool:
         """Whether a replica is set aside for the sequence, or for another one of its key that

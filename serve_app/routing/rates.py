@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-#: What a `Retry-After` says at least and at most, in seconds.
-MIN_RETRY_S, MAX_RETRY_S = 1, 120
+#: What a `Retry-After` says at least and at most, in seconds. SDKs of OpenAI pay no heed to more.
+MIN_RETRY_S, MAX_RETRY_S = 1, 60
 #: Seconds of waiting over which the drain rate is averaged.
 WINDOW_S = 30.0
 

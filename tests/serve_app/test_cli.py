@@ -41,6 +41,13 @@ def test_a_port_in_use_is_one_sentence_before_anything_starts(root: Path) -> Non
     assert_mistake(done, f"cannot listen on 127.0.0.1:{port} (Address already in use)")
 
 
+@pytest.mark.heavy
+def test_an_access_log_that_cannot_be_written_is_one_sentence(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "access.jsonl"
+    done = run_cli(root, "--echo", "--port", str(free_port()), "--access-log", str(path))
+    assert_mistake(done, f"telemetry.access_log: {path} cannot be appended to (no such file or")
+
+
 def test_neither_engine_nor_echo_is_one_sentence(root: Path) -> None:
     assert_mistake(run_cli(root, "--port", "9"), "name an engine: --engine DIR, --echo")
 
@@ -63,9 +70,9 @@ def test_check_says_whether_it_could_be_served_and_starts_nothing(
 ) -> None:
     settings, keys = tmp_path / "serve.yaml", tmp_path / "keys"
     with socket.create_server(("127.0.0.1", 0)) as taken:  # as by the service that runs
-        write_echo(settings, taken.getsockname()[1], itl_s=0.1)
+        write_echo(settings, http={"port": taken.getsockname()[1]})
         assert check("--config", str(settings)) == f"{settings}: valid, serves echo\n"
-    write_echo(settings, 8000, itl_s=0.1, keys={"file": str(keys)})
+    write_echo(settings, http={}, keys={"file": str(keys)})
     with pytest.raises(ConfigError, match=f"{keys} cannot be read"):
         check("--config", str(settings))
     local = str(root / "examples" / "serve" / "local.yaml")

@@ -11,16 +11,26 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support.configs import make_config
 from support.foreground import answers_without_a_token
 from support.ports import free_port
 from support.raylets import Raylets
 
+from serve_app.proxy_environment import proxy_environment
+from serve_app.sections import EchoOptions
+
 pytestmark = pytest.mark.ray
+
+
+#: Where Serve lets ingresses listen for HAProxy.
+INGRESS_PORTS = range(30_000, 31_001)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Raylets]:
-    with Raylets(2, cpus=2) as raylets:
+    """Raylets with the environment of the default proxy, as ray-env.sh gives it to nodes."""
+    config = make_config(echo=EchoOptions(), port=free_port())
+    with proxy_environment(config), Raylets(2, cpus=2) as raylets:
         yield raylets
 
 
@@ -52,11 +62,12 @@ def test_a_service_on_several_raylets_answers_and_its_replicas_answer_nobody_wit
         assert answer.json()["choices"][0]["text"] == "over raylets"
 
         replicas = cluster.processes("ray::ServeReplica")
-        assert len(replicas) == 2
+        assert len(replicas) == 3, "one engine, two ingresses"
         for replica in replicas:
             ports = listening(replica)
-            assert len(ports) == 2, "Ray's own port, and Serve's"
-            for each in ports:
+            behind_haproxy = ports & set(INGRESS_PORTS)
+            assert len(ports - behind_haproxy) == 2, "Ray's own port, and Serve's"
+            for each in ports - behind_haproxy:
                 assert answers_without_a_token(each) == ["UNAUTHENTICATED", "UNIMPLEMENTED"]
     finally:
         process.send_signal(signal.SIGTERM)

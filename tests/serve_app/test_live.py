@@ -155,14 +155,13 @@ def test_a_live_key_changes_in_the_same_processes_and_any_other_brings_new_ones(
     assert deployed.replicas() == first
     assert deployed.post().status_code == 429
 
+    with pytest.raises(RuntimeError, match="unknown key 'prot'; remove or correct it"):
+        deployed.apply(args | {"prot": 1})
+    assert deployed.post().status_code == 429  # what runs, runs on
+
     deployed.apply(args)
     assert deployed.replicas() == first
     wait_for(lambda: deployed.post().status_code == 200)
-    assert deployed.complete() == 9
-
-    with pytest.raises(RuntimeError, match="unknown key 'prot'; remove or correct it"):
-        deployed.apply(args | {"prot": 1})  # what runs, runs on
-    assert deployed.replicas() == first
     assert deployed.complete() == 9
 
     deployed.apply(args | {"requests": {"default_max_tokens": 7}})

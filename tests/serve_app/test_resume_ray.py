@@ -163,7 +163,7 @@ def updated(url: str) -> list[BaseException | None]:
 
     async def update() -> list[BaseException | None]:
         async with httpx.AsyncClient(timeout=120) as client:
-            streams = await streams_under_way(client, url, 4)
+            streams = await streams_under_way(client, url, 4, 3 * LENGTH)
             deployed = asyncio.create_task(
                 asyncio.to_thread(deploy, replicas=1, surge_percent=100, drain_s=1.0)
             )

@@ -13,8 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import ray.exceptions
-from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import RayServeException
 
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
@@ -155,7 +154,7 @@ class LocalBroadcast:
 
     async def results_async(self, return_exceptions: bool) -> list[object]:
         if not self._replicas:
-            raise DeploymentUnavailableError(DeploymentID("engine", "app"))
+            raise RayServeException("no replica")
         return [one.status() for one in self._replicas]
 
 

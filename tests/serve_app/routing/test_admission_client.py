@@ -119,6 +119,41 @@ async def test_a_refusal_has_its_code_and_its_retry_after(clock: Clock) -> None:
     assert refused.value.retry_after_s is not None
 
 
+async def test_a_refusal_that_comes_before_anybody_waits_for_the_place_is_told_all_the_same(
+    clock: Clock,
+) -> None:
+    owner = LocalOwner(places=1, clock=clock, max_wait_s=0.1)
+    async with ingress(owner, clock) as client:
+        await enter(client)
+        request = visit(choices=2)
+        await client.enter(request)
+        await until(lambda: owner.queued() == 0)
+        await asyncio.sleep(0.05)
+        for ask in request.asks:
+            with pytest.raises(Overloaded) as refused:
+                await client.place(ask.sequence_id)
+            assert refused.value.code == "waited_too_long"
+            leave(client, ask.sequence_id, 0)
+        owner.replace()
+        await until(lambda: owner.held() == {"x": 1})
+        join = [m for _, ms in owner.exchanges for m in ms if isinstance(m, Join)][-1]
+        assert not join.waiting
+        assert sum(spent.tokens for spent in join.spent) == 20, "only of the one that runs"
+
+
+async def test_a_bug_on_the_way_is_no_end(
+    client: AdmissionClient, owner: LocalOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await enter(client)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "exchange", lambda *arguments: 1 / 0)
+        entering = asyncio.ensure_future(client.enter(visit()))
+        await asyncio.sleep(0.05)
+        assert not entering.done()
+    await entering
+    assert owner.held() == {"x": 2}
+
+
 @pytest.mark.parametrize("when", ["unsent", "sent", "queued", "placed"])
 async def test_a_request_that_is_cancelled_leaves(
     client: AdmissionClient, owner: LocalOwner, when: str

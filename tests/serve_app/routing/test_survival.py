@@ -37,7 +37,7 @@ from serve_app.telemetry.tracing import Telemetry
 pytestmark = pytest.mark.heavy
 
 #: Tokens of every answer here, at most.
-LENGTH = 8
+LENGTH = 6
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ async def test_a_sequence_that_loses_replica_after_replica_still_says_the_same(
     )
     async with two_replicas(models) as fleet:
         whole = joined(await read(fleet.fleet, request))
-        kill = fleet.before_message = KillAt(fleet, 1, each=3)
+        kill = fleet.before_message = KillAt(fleet, 1, each=2)
         events = await read(fleet.fleet, replace(request, request_id="killed"))
         assert kill.kills == 3
         assert joined(events) == whole

@@ -18,7 +18,7 @@ import httpx
 import pytest
 from ray import cloudpickle, serve
 from ray.serve import Application
-from support.configs import make_config
+from support.configs import make_config, nest
 from support.engines import make_engine
 from support.hostile import reseal
 from support.keys import make_keys
@@ -226,7 +226,7 @@ def test_a_replica_serves_only_the_engine_that_was_judged_and_signed(
     key = read_private_key(keys.private) if signed else None
     write_verdict(engine_dir, verdict(engine_dir), key)
     # As a `serve deploy` file has it.
-    args = {"engine": str(engine_dir), "require_signature": str(keys.public)}
+    args = nest(engine=engine_dir, require_signature=str(keys.public))
     config = ServeConfig.model_validate(args)
     app = build_with(config, partial(MarkingEngine, tmp_path, engine_digest))
     try:

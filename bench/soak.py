@@ -38,7 +38,7 @@ ECHO = EchoOptions(ttft_s=0.02, itl_s=0.005, max_running=24)
 KINDS = {
     "ingress": "ServeReplica:intserve:ingress",
     "engine": "ServeReplica:intserve:engine",
-    "owner of admission": "AdmissionOwner",
+    "owner of admission": "AdmissionActor",
     "Serve's controller": "ServeController",
     "HAProxy": "haproxy",
     "command": "serve_app",

@@ -35,7 +35,7 @@ class Running:
 
     def owner(self) -> list[int]:
         """The process that decides on admission."""
-        return named(self.pid, "AdmissionOwner")
+        return named(self.pid, "AdmissionActor")
 
     def controller(self) -> list[int]:
         return named(self.pid, "ServeController")

@@ -197,7 +197,7 @@ class AdmissionOwner:
             poll.set_result([])
 
 
-class _Actor(AdmissionOwner):
+class AdmissionActor(AdmissionOwner):
     """The owner as an actor of Ray's."""
 
     def end(self) -> None:
@@ -219,7 +219,7 @@ def find_owner(app_name: str, settings: AdmissionSection, max_ongoing_requests: 
     """The handle of the application's owner, which is made where there is none. Blocks for some
     milliseconds. Ray restarts the actor when it dies, on another node if need be, with the
     settings that it was made with; `configure` brings later ones."""
-    actor = ray.remote(_Actor).options(
+    actor = ray.remote(AdmissionActor).options(
         name=owner_name(app_name),
         namespace=NAMESPACE,
         get_if_exists=True,

@@ -24,8 +24,30 @@ ROOT = Path(__file__).resolve().parents[2]
 APP = "intserve"
 
 
+def _of_a_node(folder: Path, token: str) -> dict[str, str]:
+    """What cluster/ray-env.sh makes of the environment, with ports and folders of its own."""
+    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    ports = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
+    given = {
+        **inherited,
+        **{f"RAY_SERVE_{name}": str(free_port()) for name in ports},
+        "INTSERVE_PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_TOKEN": token,
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "serve_app" / "haproxy_wrapper.py"),
+        "RAY_TMPDIR": str(folder),
+        "RAY_worker_niceness": "0",
+    }
+    command = f". {ROOT / 'cluster' / 'ray-env.sh'} && env -0"
+    made = subprocess.run(["bash", "-c", command], env=given, capture_output=True, check=True)
+    lines = (line.partition("=") for line in made.stdout.decode().split("\0") if line)
+    return {name: value for name, _, value in lines}
+
+
 class Deployed:
-    """A cluster of one node for `serve deploy`. To be closed: a context."""
+    """A cluster of one node for `serve deploy`, with the proxy of production. To be closed: a
+    context."""
 
     def __init__(self, environment: dict[str, str] | None = None, cpus: int = 8) -> None:
         self.port = free_port()
@@ -33,16 +55,7 @@ class Deployed:
         self._dashboard = free_port()
         self._token = secrets.token_hex(32)
         self._folder = Path(tempfile.mkdtemp(prefix="r-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
-        inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        self._environment = {
-            **inherited,
-            "PYTHONPATH": str(ROOT),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": self._token,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
-            **(environment or {}),
-        }
+        self._environment = _of_a_node(self._folder, self._token) | (environment or {})
         ports = {name: free_port() for name in ("port", "dashboard-agent-listen-port")}
         arguments = [f"--{name}={number}" for name, number in ports.items()]
         self._log = (self._folder / "head.log").open("wb")

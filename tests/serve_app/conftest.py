@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +27,9 @@ def serve_url() -> Iterator[str]:
     own prefixes."""
     from serve_app.local import serve_running  # imports Ray, which not every run needs
 
+    # An ingress that an update stops stays reachable until HAProxy knows: that takes seconds. On a
+    # cluster it is half a minute.
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "8")
     config = make_config(echo=EchoOptions(), port=free_port())
     with serve_running(config, num_cpus=4):  # logical: replicas ask for fractions, and mostly idle
         yield f"http://127.0.0.1:{config.http.port}"

@@ -34,7 +34,7 @@ def _of_a_node(folder: Path, token: str) -> dict[str, str]:
         "INTSERVE_PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_TOKEN": token,
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "10",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "serve_app" / "haproxy_wrapper.py"),
         "RAY_TMPDIR": str(folder),
         "RAY_worker_niceness": "0",

@@ -28,7 +28,23 @@ from serve_app.proxy_environment import (
 )
 from serve_app.sections import EchoOptions
 
+#: As tests are collected in, before a service of theirs holds variables of its own.
+ENVIRONMENT = dict(os.environ)
+#: What a service holds; the shared one of other tests may run in this process.
+HELD = (
+    *("INTSERVE_HAPROXY", "INTSERVE_PYTHON", "RAY_SERVE_DIRECT_INGRESS", "RAY_SERVE_FALLBACK"),
+    *("RAY_SERVE_HAPROXY", "RAY_SERVE_HTTP_PROXY_CALLBACK", "RAY_SERVE_PROXY_READY"),
+)
+
 needs_haproxy = pytest.mark.skipif(not is_installed(), reason="HAProxy is not installed")
+
+
+@pytest.fixture(autouse=True)
+def outside_of_any_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(HELD)]:
+        monkeypatch.delenv(name)
+    for name, value in import_variables("haproxy" if is_installed() else "python").items():
+        monkeypatch.setenv(name, value)
 
 
 def settings(**more: Any) -> ServeConfig:
@@ -209,7 +225,7 @@ def test_a_ray_that_runs_already_keeps_its_own_environment() -> None:
 
 def test_the_tests_own_environment_is_that_of_the_default_proxy() -> None:
     wanted = import_variables("haproxy" if is_installed() else "python")
-    assert wanted.items() <= os.environ.items()
+    assert wanted.items() <= ENVIRONMENT.items()
 
 
 WRAPPED = {"RAY_SERVE_ENABLE_HA_PROXY": "1", haproxy_wrapper.WRAPPER: haproxy_wrapper.__file__}

@@ -150,6 +150,13 @@ def resumed(url: str) -> int:
     return int(metric(read_metrics(url), "intserve_resumes_total", outcome="resumed"))
 
 
+def is_idle(url: str) -> bool:
+    """Whether no engine holds a KV token or a request."""
+    text = read_metrics(url)
+    names = ("kv_tokens_used", "requests_running", "requests_waiting")
+    return bool(text) and not any(metric(text, f"intserve_engine_{n}") for n in names)
+
+
 def replicas_ready(url: str) -> int:
     try:
         headers = {"authorization": f"Bearer {KEYS[0]}"}
@@ -318,13 +325,8 @@ def clients_leave(folder: Path, rounds: int) -> Iterator[Fault]:
             for _ in range(rounds):
                 await asyncio.gather(*(leave() for _ in range(10)))
 
-        def idle() -> bool:
-            text = read_metrics(running.url)
-            names = ("kv_tokens_used", "requests_running", "requests_waiting")
-            return bool(text) and not any(metric(text, f"intserve_engine_{n}") for n in names)
-
         yield_fault = run_load(fault, Load(running.url, echo_question, 2), disturb, running.url)
-        seconds = asyncio.run(until(idle))
+        seconds = asyncio.run(until(lambda: is_idle(running.url)))
         yield_fault.recovery_s.append(seconds)
         yield_fault.note = f"KV tokens, running and waiting 0 after {seconds:.1f} s"
         if seconds >= NEVER_S:

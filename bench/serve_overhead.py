@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
@@ -34,7 +33,7 @@ from support.load import Outcome, complete
 from support.ports import free_port
 from support.processes import cpu_seconds, tree
 
-from bench.stacks.service import KEYS, service
+from bench.stacks.service import KEYS, service, started
 from serve_app.sections import EchoOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,9 +54,9 @@ class Row:
     answers: int
 
 
-def _wait_for_port(port: int, process: subprocess.Popen[str]) -> None:
+def _wait_for_port(port: int) -> None:
     end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
@@ -79,8 +78,8 @@ def running(stack: str, folder: Path) -> Iterator[tuple[str, int]]:
         assert collector.stdout is not None
         traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.stdout.readline().strip()}
         try:
-            with service(folder, traced, echo=echo, max_ongoing_requests=256) as started:
-                yield started.url, started.pid
+            with service(folder, traced, echo=echo, max_ongoing_requests=256) as ours:
+                yield ours.url, ours.pid
         finally:
             collector.terminate()
             collector.wait()
@@ -88,29 +87,10 @@ def running(stack: str, folder: Path) -> Iterator[tuple[str, int]]:
     port = free_port()
     module = {"floor": "bare", "baseline": "plain"}[stack]
     times = ["--ttft", str(TTFT_S), "--itl", str(ITL_S)]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    with (folder / f"{stack}.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"bench.stacks.{module}", "--port", str(port), *times],
-            cwd=ROOT,
-            env=environment | {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"},
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-        )
-    try:
-        assert process.stdout is not None
-        if not process.stdout.readline().startswith("serving"):
-            raise SystemExit(f"bench: {stack}: {(folder / f'{stack}.log').read_text()[-2000:]}")
-        _wait_for_port(port, process)
-        yield f"http://127.0.0.1:{port}", process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    command = ["-m", f"bench.stacks.{module}", "--port", str(port), *times]
+    with started(command, folder / f"{stack}.log", {"RAY_worker_niceness": "0"}) as pid:
+        _wait_for_port(port)
+        yield f"http://127.0.0.1:{port}", pid
 
 
 async def load(url: str, concurrency: int, rounds: int) -> list[Outcome]:

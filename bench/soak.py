@@ -27,9 +27,8 @@ from typing import Any
 
 from support.load import Outcome, complete
 from support.processes import memory_mb, open_files, title, tree
-from support.serving import metric
 
-from bench.fleet_faults import echo_question, read_metrics, until
+from bench.fleet_faults import echo_question, is_idle, until
 from bench.stacks.service import KEYS, Running, service
 from serve_app.sections import EchoOptions
 
@@ -168,12 +167,7 @@ def main() -> None:
         soak = Soak(running.url, given.minutes)
         asyncio.run(soak.run(running))
 
-        def idle() -> bool:
-            text = read_metrics(running.url)
-            names = ("kv_tokens_used", "requests_running", "requests_waiting")
-            return bool(text) and not any(metric(text, f"intserve_engine_{n}") for n in names)
-
-        idle_s = asyncio.run(until(idle, 30.0))
+        idle_s = asyncio.run(until(lambda: is_idle(running.url), 30.0))
     by_kind: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for taken in soak.samples:
         for kind, values in taken.items():

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,21 +42,19 @@ class Running:
 
 
 @contextmanager
-def service(
-    folder: Path, environment: Mapping[str, str] | None = None, **settings: Any
-) -> Iterator[Running]:
-    """Start the command with these settings (keywords of `nest`), and end it by SIGTERM.
+def started(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[int]:
+    """The process of `python COMMAND`, once it has said that it serves; ended by SIGTERM. It leads
+    a process group of its own.
 
     Raises:
         SystemExit: it does not serve; with the end of its log.
     """
-    port = free_port()
-    config, log = folder / "serve.yaml", folder / "serve.log"
-    config.write_text(yaml.safe_dump(nest(**{"port": port, "api_keys": KEYS, **settings})))
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with log.open("ab") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "serve_app", "--config", str(config)],
+            [sys.executable, *command],
             cwd=ROOT,
             env=inherited | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
             stdout=subprocess.PIPE,
@@ -67,11 +65,23 @@ def service(
     try:
         assert process.stdout is not None
         if not process.stdout.readline().startswith("serving"):
-            raise SystemExit(f"bench: the service did not start: {log.read_text()[-2000:]}")
-        yield Running(f"http://127.0.0.1:{port}", process.pid, log)
+            raise SystemExit(f"bench: {command[1]} did not start: {log.read_text()[-2000:]}")
+        yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def service(
+    folder: Path, environment: Mapping[str, str] | None = None, **settings: Any
+) -> Iterator[Running]:
+    """`python -m serve_app` with these settings (keywords of `nest`); as `started`."""
+    port = free_port()
+    config, log = folder / "serve.yaml", folder / "serve.log"
+    config.write_text(yaml.safe_dump(nest(**{"port": port, "api_keys": KEYS, **settings})))
+    with started(["-m", "serve_app", "--config", str(config)], log, environment) as pid:
+        yield Running(f"http://127.0.0.1:{port}", pid, log)

@@ -192,7 +192,7 @@ class ReplicaStatus:
     is true for an engine without an artifact, which has nothing to gate. `emulated` says that the
     figures that it judged are those of the target's arithmetic, emulated by another engine.
     `request_ids` are those that the replica works on; a later attempt at a sequence has the
-    sequence's id and `~ATTEMPT`. `draining` says that Serve is stopping it: it takes no newcomers.
+    sequence's id and `~ATTEMPT`.
     """
 
     replica_id: str
@@ -201,7 +201,6 @@ class ReplicaStatus:
     gated: bool
     emulated: bool = False
     request_ids: tuple[str, ...] = ()
-    draining: bool = False
 
 
 class EngineClient(Protocol):

@@ -175,7 +175,6 @@ class EngineReplica:
             gated=self._gated,
             emulated=self._emulated,
             request_ids=tuple(self._request_ids),
-            draining=self._departure.draining,
         )
 
     async def _send_heartbeats(self, still_running: Callable[[], None]) -> None:
@@ -183,12 +182,10 @@ class EngineReplica:
         called each time."""
         while self._watchdog.failure is None:
             still_running()
-            drained = self._departure.draining
             self._departure.note(await self._tell_ingresses("note_status", self._status()))
             if self._departure.overdue and not self._given_up.done():
                 self._end_streams()
-            if self._departure.draining == drained:
-                await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def _tell_ingresses(self, method: str, value: Any) -> list[object]:
         """Returns what those that were reached answer."""

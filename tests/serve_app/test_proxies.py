@@ -9,7 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.foreground import assert_mistake, leftovers, listening, run_cli, running, write_echo
+from support.foreground import (
+    assert_mistake,
+    haproxy_folders,
+    listening,
+    run_cli,
+    running,
+    write_echo,
+)
 from support.ports import free_port
 
 from serve_app.proxy_environment import is_installed
@@ -22,6 +29,7 @@ needs_haproxy = pytest.mark.skipif(not is_installed(), reason="HAProxy is not in
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_services_stand_side_by_side_and_one_ends_alone(root: Path, tmp_path: Path) -> None:
+    before = haproxy_folders()
     with contextlib.ExitStack() as both:
         services = []
         for number in range(2):
@@ -39,11 +47,11 @@ def test_two_services_stand_side_by_side_and_one_ends_alone(root: Path, tmp_path
         assert not places[0] & places[1]
         first.send_signal(signal.SIGTERM)
         assert first.wait(90) == 0
-        assert len(leftovers()) == 1
+        assert len(haproxy_folders() - before) == 1
         assert httpx.post(f"{url}/completions", json=body, timeout=60).status_code == 200
         second.send_signal(signal.SIGTERM)
         assert second.wait(90) == 0
-    assert leftovers() == []
+    assert haproxy_folders() <= before
 
 
 @needs_haproxy
@@ -53,10 +61,11 @@ def test_two_services_stand_side_by_side_and_one_ends_alone(root: Path, tmp_path
 def test_a_proxy_that_cannot_start_gives_the_reason(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = haproxy_folders()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", str(port))
         done = run_cli(root, "--echo", "--port", str(free_port()), timeout_s=200)
     assert_mistake(done, "the service did not start: HAProxy: ")
     assert f"cannot bind socket (Address already in use) for [127.0.0.1:{port}]" in done.stderr
-    assert leftovers() == []
+    assert haproxy_folders() <= before

@@ -29,8 +29,10 @@ from serve_app.errors import DeadlineExceeded, InvalidRequest
 from serve_app.openai.tokenizer import PromptText, Tokenizer
 from serve_app.routing.checks import ContextLimit, too_long
 
-#: Bytes of text of one request up to which it counts as short.
+#: Bytes of text of one request up to which it counts as short; and up to which it is encoded in
+#: the event loop, in less time than a thread takes to get Python's lock from a busy one.
 SHORT_BYTES = 64 << 10
+INLINE_BYTES = 1 << 10
 #: Bytes of the texts, of requests that are not short, that are encoded at one time. A longer text
 #: is encoded alone.
 MAX_BYTES = 4 << 20
@@ -163,6 +165,8 @@ class PromptEncoder:
             return []
         total = sum(_num_bytes(text.text, param) for text in texts)
         encode = partial(self._encode_all, texts, abandoned)
+        if total <= INLINE_BYTES:
+            return encode()
         if total <= SHORT_BYTES:
             return await self._in_thread(self._short, encode)
         held = await self._budget.acquire(total)

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -24,7 +24,7 @@ from serve_app.telemetry.request import Observation
 T = TypeVar("T")
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client leaves. The body must have been
     read. A server notices that by itself only while it sends.
 
@@ -37,7 +37,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     async def listen() -> None:
         nonlocal left
         try:
-            while (await request.receive())["type"] != "http.disconnect":
+            while (await receive())["type"] != "http.disconnect":
                 await asyncio.sleep(0)
         except Exception:
             return  # a connection that cannot be listened to; sending to it will tell
@@ -77,7 +77,9 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Around everything: a client that has left already ends this before the stream begins.
         try:
-            await super().__call__(scope, receive, send)
+            await while_connected(receive, self.stream_response(send))
+        except ClientDisconnect:
+            pass  # the observation says it
         finally:
             self._answer.merged.close()
             self._unread.end()

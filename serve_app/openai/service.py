@@ -210,7 +210,7 @@ class Service:
             answered = self._respond(
                 body, request_id, tenant, observation, deadline, own_s is not None
             )
-            return await while_connected(request, answered)
+            return await while_connected(request.receive, answered)
         except asyncio.CancelledError:
             observation.finish(None, status=499, disconnected=True)
             raise

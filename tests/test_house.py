@@ -47,6 +47,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "job": {"algorithms", "calibration", "reports", "workers"},
     },
     "serve_app": {
+        "autoscaling": {"routing"},
         "engines": set(),
         "routing": {"engines"},
         "telemetry": {"engines"},

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from deepseek.errors import ConfigError
 from deepseek.untrusted import UnusableFileError
 from deepseek.yaml_files import read_yaml_mapping
+from serve_app.http_sections import HttpSection, IngressSection
 from serve_app.key_forms import read_keys
 from serve_app.live import merged
 from serve_app.mistakes import MOVED, first_mistake
@@ -30,17 +31,16 @@ from serve_app.sections import (
     AdmissionSection,
     EchoOptions,
     EmbeddedOptions,
-    HttpSection,
-    IngressSection,
     KeysSection,
     Live,
     PoolSection,
     ReplicaLimits,
     RequestsSection,
     ResumeSection,
+    RoutingSection,
     TelemetrySection,
 )
-from serve_app.setting_types import ModelName, Seconds, Section
+from serve_app.setting_types import ModelName, PoolName, Seconds, Section
 
 __all__ = [
     "EchoOptions",
@@ -54,8 +54,6 @@ __all__ = [
 
 #: The pool that the command line's flags speak of, where no file names one.
 POOL = "default"
-
-PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 
 
 class ServeConfig(Section):
@@ -76,13 +74,16 @@ class ServeConfig(Section):
     admission: AdmissionSection = Field(
         default=AdmissionSection(), description="how requests wait for a place in an engine"
     )
+    routing: RoutingSection = Field(
+        default=RoutingSection(), description="which replica of its pool a request gets"
+    )
     resume: ResumeSection = Field(
         default=ResumeSection(), description="requests that outlive their replica"
     )
     pools: dict[PoolName, PoolSection] = Field(
         min_length=1,
-        description="the engines, by the pool's name; one pool",
-        json_schema_extra={"maxProperties": 1, "additionalProperties": False},
+        description="the engines, by the pool's name; all serve the same model",
+        json_schema_extra={"additionalProperties": False},
     )
     telemetry: TelemetrySection = Field(
         default=TelemetrySection(), description="what operators see beside the metrics"
@@ -121,8 +122,22 @@ class ServeConfig(Section):
 
     def _check_sections(self) -> None:
         """What sections say of each other. Raises ConfigError."""
-        if len(self.pools) > 1:
-            raise ConfigError(f"pools names {len(self.pools)} pools; keep one, more are not served")
+        for name, pool in self.pools.items():
+            where = f"pools.{name}.spill_over"
+            for other in pool.spill_over:
+                if other == name:
+                    raise ConfigError(f"{where} names the pool itself; remove it")
+                if other not in self.pools:
+                    known = ", ".join(self.pools)
+                    raise ConfigError(f"{where} names {other!r}, and the pools are {known}")
+            if len(set(pool.spill_over)) < len(pool.spill_over):
+                raise ConfigError(f"{where} names a pool twice; remove one")
+        kinds = {pool.engine.kind for pool in self.pools.values()}
+        if len(kinds) > 1:
+            raise ConfigError(
+                "pools has engines of the kinds echo and embedded, and all pools serve the same "
+                "model; keep one kind"
+            )
         # What was not written is no mistake: a default that is never reached does no harm.
         limit_s = self.requests.timeout_s
         for name, section, key in (
@@ -139,23 +154,32 @@ class ServeConfig(Section):
 
     @property
     def pool(self) -> PoolSection:
-        """The only pool."""
-        (pool,) = self.pools.values()
-        return pool
+        """The first pool: the only one of most services."""
+        return next(iter(self.pools.values()))
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Sequences that one replica holds at a time, by pool."""
+        return {name: pool.max_ongoing_requests for name, pool in self.pools.items()}
 
     @property
     def live(self) -> Live:
         """The sections that change without new replicas."""
-        return Live(requests=self.requests, admission=self.admission, resume=self.resume)
+        return Live(
+            requests=self.requests,
+            admission=self.admission,
+            routing=self.routing,
+            resume=self.resume,
+        )
 
-    @property
-    def drain_s(self) -> float:
-        """Seconds for which an engine replica that is to stop may finish its streams."""
-        return self.pool.drain_s if self.pool.drain_s is not None else self.requests.timeout_s
+    def drain_s(self, pool: PoolSection) -> float:
+        """Seconds for which a replica of this pool that is to stop may finish its streams."""
+        return pool.drain_s if pool.drain_s is not None else self.requests.timeout_s
 
     @property
     def served_name(self) -> str:
-        """The model's name in the API: as configured, else the engine directory's, else `echo`."""
+        """The model's name in the API: as configured, else that of the first pool's engine
+        directory, else `echo`."""
         if self.model_name is not None:
             return self.model_name
         directory = self.pool.directory
@@ -181,10 +205,16 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ServeConfig:
 
     Raises:
         ConfigError: unreadable, not YAML, or an unknown, missing or contradictory key, named; or
-            the file or the variable of API keys cannot be used.
+            the file or the variable of API keys cannot be used; or `overrides` speak of a pool and
+            the file has several.
     """
     raw = read_settings(path) if path is not None else {}
     pools = raw.get("pools")
+    if "pools" in overrides and isinstance(pools, dict) and len(pools) > 1:
+        raise ConfigError(
+            f"{path} has {len(pools)} pools, and flags of the engine or its gate speak of one; "
+            "change the file instead"
+        )
     if "pools" in overrides and isinstance(pools, dict) and len(pools) == 1:
         overrides = overrides | {"pools": {next(iter(pools)): overrides["pools"][POOL]}}
     try:

@@ -59,13 +59,17 @@ def _below(
 def _inner(
     place: str, field: dict[str, Any], schema: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The sections that a field holds: none, one, one for each kind, or one for each name."""
+    """The sections that a field holds: none, one (or null), one for each kind, or one for each
+    name."""
     for pattern in field.get("patternProperties", {}).values():
         yield from _inner(f"{place}.NAME", pattern, schema)
     if "$ref" in field:
         yield place, _resolved(field, schema)
     for kind in field.get("oneOf", ()):
         yield place, _resolved(kind, schema)
+    for choice in field.get("anyOf", ()):
+        if "$ref" in choice:
+            yield place, _resolved(choice, schema)
 
 
 def _resolved(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

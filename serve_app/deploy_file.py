@@ -16,6 +16,7 @@ from deepseek.errors import ConfigError
 from serve_app.config import ServeConfig
 from serve_app.live import merged, overlaid
 from serve_app.mistakes import first_mistake
+from serve_app.routing.candidates import INGRESS, engine_deployment
 
 IMPORT_PATH = "serve_app.app:build"
 
@@ -73,13 +74,15 @@ def _config(args: dict[str, Any], user_configs: dict[str, Any]) -> ServeConfig:
             raise ConfigError(
                 f"args: {place}: {file} is relative; write the path that it has on every node"
             )
+    engines = {engine_deployment(name): pool for name, pool in config.pools.items()}
     for name, user_config in user_configs.items():
-        if name not in ("ingress", "engine"):
-            raise ConfigError(f"there is no deployment {name!r}; there are ingress and engine")
+        if name != INGRESS and name not in engines:
+            known = ", ".join([INGRESS, *engines])
+            raise ConfigError(f"there is no deployment {name!r}; there are {known}")
         if not isinstance(user_config, dict):  # only other options, such as num_replicas
             continue
-        if name == "engine":
-            overlaid(name, config.pool.replica_limits, user_config)
+        if name != INGRESS:
+            overlaid(name, engines[name].replica_limits, user_config)
             continue
         overlaid(name, config.live, user_config)
         # What arguments and user_config say together must not contradict itself, either.

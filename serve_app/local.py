@@ -139,7 +139,7 @@ def _ask_ingresses(method: str) -> int:
     """Call a method of every ingress that gives its number of requests in flight; their sum."""
     from ray import serve
 
-    from serve_app.replica.replica import INGRESS
+    from serve_app.routing.candidates import INGRESS
 
     handle: Any = serve.get_deployment_handle(INGRESS, APP_NAME)
     answers = handle.broadcast(method).results(timeout_s=_CALL_S, return_exceptions=True)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 from serve_app.config import ServeConfig
@@ -45,14 +46,19 @@ def deploy_schema() -> dict[str, Any]:
     application, and the `user_config` of its deployments. The rest is Serve's."""
     definitions: dict[str, Any] = {}
     deployments = []
-    for name, model in (("ingress", Live), ("engine", ReplicaLimits)):
+    of_engines = {"pattern": "^engine-"}
+    named: tuple[tuple[dict[str, str], type[BaseModel]], ...] = (
+        ({"const": "ingress"}, Live),
+        (of_engines, ReplicaLimits),
+    )
+    for name, model in named:
         schema = model.model_json_schema(
             schema_generator=_WithoutTitles, ref_template="#/$defs/{model}"
         )
         definitions |= schema.pop("$defs", {})
         deployments.append(
             {
-                "if": {"properties": {"name": {"const": name}}, "required": ["name"]},
+                "if": {"properties": {"name": name}, "required": ["name"]},
                 "then": {"properties": {"user_config": schema}},
             }
         )
@@ -65,7 +71,7 @@ def deploy_schema() -> dict[str, Any]:
                 "deployments": {
                     "items": {
                         "required": ["name"],
-                        "properties": {"name": {"enum": ["ingress", "engine"]}},
+                        "properties": {"name": {"anyOf": [{"const": "ingress"}, of_engines]}},
                         "allOf": deployments,
                     },
                 },

@@ -7,7 +7,6 @@ change while the service runs (live.py); a change of any other needs new replica
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +15,13 @@ from pydantic import (
     Discriminator,
     Field,
     SecretStr,
+    StringConstraints,
     Tag,
     field_validator,
     model_validator,
 )
 
+from serve_app.autoscaling_settings import AutoscalingSection
 from serve_app.key_file import is_sendable
 from serve_app.setting_types import (
     Count,
@@ -28,16 +29,13 @@ from serve_app.setting_types import (
     Cpus,
     DirectoryPath,
     FilePath,
-    Host,
     LiveSection,
+    PoolName,
     Seconds,
     SecondsOrZero,
     Section,
     Tokens,
 )
-
-#: As browsers send it: an extension's scheme, too; no path and no slash at the end.
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 class EchoOptions(Section):
@@ -137,17 +135,33 @@ class ReplicaLimits(LiveSection):
 
 
 class PoolSection(Section):
-    """Engine replicas of one kind."""
+    """Engine replicas of one kind: their engine, how many, and which requests are theirs."""
 
     engine: EngineSection = Field(description="which engine, and its options")
     gate: GateSection = Field(
         default=GateSection(), description="what the artifact must show before it is served"
     )
-    replicas: Count = Field(default=1, description="engine replicas")
+    replicas: Count = Field(
+        default=1,
+        description="engine replicas; with `autoscaling`, those that the pool starts with",
+    )
+    autoscaling: AutoscalingSection | None = Field(
+        default=None, description="how the number of replicas follows the load; null keeps it"
+    )
     cpus: Cpus = Field(default=0.5, description="CPUs that Ray reserves for each replica")
     max_ongoing_requests: Count = Field(
         default=64,
         description="sequences that one replica holds at a time; the engine batches among them",
+    )
+    max_request_tokens: Tokens | None = Field(
+        default=None,
+        description="tokens of prompt and completion limit of the longest request that belongs "
+        "here; a request goes to the pool with the smallest limit that holds it. null: as many as "
+        "the engine holds",
+    )
+    spill_over: tuple[PoolName, ...] = Field(
+        default=(),
+        description="pools, in order, that get a request of this one while there is no room here",
     )
     replica_limits: ReplicaLimits = Field(
         default=ReplicaLimits(), description="limits inside one replica"
@@ -182,6 +196,20 @@ class PoolSection(Section):
     def _check(self) -> PoolSection:
         if self.engine.kind == "echo" and self.gate.require_signature is not None:
             raise ValueError("echo has no verdict that could be signed; remove require_signature")
+        holds = self.engine.max_model_len
+        if holds is not None and (self.max_request_tokens or 0) > holds:
+            raise ValueError(
+                f"max_request_tokens {self.max_request_tokens} is more than the engine's "
+                f"max_model_len {holds}; lower it, or raise that"
+            )
+        scaled = self.autoscaling
+        # What was not written is no mistake: the pool then starts with the nearest number.
+        if scaled is not None and "replicas" in self.model_fields_set:
+            if not scaled.min_replicas <= self.replicas <= scaled.max_replicas:
+                raise ValueError(
+                    f"replicas {self.replicas} is not between autoscaling.min_replicas "
+                    f"{scaled.min_replicas} and max_replicas {scaled.max_replicas}; correct it"
+                )
         return self
 
     @property
@@ -194,87 +222,10 @@ class PoolSection(Section):
         """The configured KV format, None: as built."""
         return self.engine.kv_cache if isinstance(self.engine, EmbeddedOptions) else None
 
-
-class HttpSection(Section):
-    """The endpoint: where it listens, who accepts connections, and what is refused at the door.
-
-    Under `serve deploy`, Serve's own `http_options` say host and port, and the environment of Ray
-    says what the proxy is: `host`, `port`, `proxy` and `metrics_port` have no effect there.
-    """
-
-    host: Host = Field(default="127.0.0.1", description="address to listen on")
-    port: int = Field(default=8000, ge=1, le=65535, description="port to listen on")
-    proxy: Literal["haproxy", "python"] = Field(
-        default="haproxy",
-        description="what accepts the clients' connections: HAProxy, or Serve's proxy in Python",
-    )
-    metrics_port: int | None = Field(
-        default=None,
-        ge=1,
-        le=65535,
-        description="HAProxy's own metrics, for Prometheus on this machine; null: a free port",
-    )
-    max_body_bytes: int = Field(
-        default=4 * 2**20,
-        ge=1,
-        description="longest request body, else 413; 163,840 token ids are about 1.1 MB",
-    )
-    body_timeout_s: Seconds = Field(
-        default=30.0, description="seconds for the body to arrive whole, else 408"
-    )
-    max_open_bodies: Count = Field(
-        default=512,
-        description="bodies that arrive at a time at each ingress; beyond, that of the slowest "
-        "sender is given up",
-    )
-    max_open_body_bytes: int = Field(
-        default=64 * 2**20,
-        ge=1,
-        description="bytes that have arrived of them at each ingress; beyond, likewise",
-    )
-    max_unread_bytes: int = Field(
-        default=64 * 2**20,
-        ge=1 << 16,
-        description="bytes of answers that clients have not read yet, at each ingress; beyond, the "
-        "stream with the most unread bytes is ended",
-    )
-    client_timeout_s: Seconds = Field(
-        default=60.0,
-        description="seconds after which a client that reads nothing of an answer is cut off",
-    )
-    details_access: Literal["open", "loopback", "key"] = Field(
-        default="loopback",
-        description="who is told what /health says beyond up or down, /version and /metrics: `key` "
-        "who has a key, `loopback` also a client on this machine, `open` everybody; without keys "
-        "everybody is",
-    )
-    allowed_origins: tuple[str, ...] = Field(
-        default=(),
-        description="origins (`https://chat.example.com`) whose web pages may use this service; "
-        "`*` is all",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> HttpSection:
-        if self.max_open_body_bytes < self.max_body_bytes:
-            raise ValueError(
-                f"max_open_body_bytes {self.max_open_body_bytes} has no room for one body of "
-                f"max_body_bytes {self.max_body_bytes}; raise it"
-            )
-        for origin in self.allowed_origins:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(
-                    f"allowed_origins holds {origin!r}; write an origin as browsers send it, in "
-                    "lower case and without a path: https://chat.example.com"
-                )
-        return self
-
-
-class IngressSection(Section):
-    """The replicas that speak HTTP."""
-
-    replicas: Count = Field(default=2, description="ingress replicas")
-    cpus: Cpus = Field(default=0.1, description="CPUs that Ray reserves for each replica")
+    @property
+    def most_replicas(self) -> int:
+        """As many replicas as it may ever have."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class KeyLimits(Section):
@@ -370,6 +321,34 @@ class AdmissionSection(LiveSection):
     )
 
 
+class RoutingSection(LiveSection):
+    """Which replica of its pool a request gets."""
+
+    affinity: bool = Field(
+        default=True,
+        description="send the requests of one session to the replica that had the last one, whose "
+        "KV cache may hold their beginning",
+    )
+    session_header: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")] | None = (
+        Field(
+            default="x-session-id",
+            description="header by which a client names a session; null reads none",
+        )
+    )
+    affinity_head_tokens: Tokens = Field(
+        default=256,
+        description="tokens at the head of a prompt that are the session where no header names "
+        "one, in whole KV pages; a shorter prompt is taken whole",
+    )
+    affinity_slack: float = Field(
+        default=0.2,
+        ge=0.0,
+        le=1.0,
+        description="how much fuller than the emptiest replica of its pool a session's may be, as "
+        "share of its places or KV, before another one gets the request",
+    )
+
+
 class ResumeSection(LiveSection):
     """Requests that outlive the replica that worked on them."""
 
@@ -407,6 +386,9 @@ class Live(LiveSection):
     )
     admission: AdmissionSection = Field(
         default=AdmissionSection(), description="how requests wait for a place in an engine"
+    )
+    routing: RoutingSection = Field(
+        default=RoutingSection(), description="which replica of its pool a request gets"
     )
     resume: ResumeSection = Field(
         default=ResumeSection(), description="requests that outlive their replica"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
 from deepseek.yaml_files import StrictModel
 
@@ -22,6 +22,8 @@ Tokens = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0, le=MAX_SECONDS)]
 SecondsOrZero = Annotated[float, Field(ge=0.0, le=MAX_SECONDS)]
 Cpus = Annotated[float, Field(ge=0.0)]
+#: A part of the name of a deployment, and of labels of metrics.
+PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 
 
 def _check_path(path: Path) -> Path:

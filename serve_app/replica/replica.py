@@ -32,6 +32,7 @@ from serve_app.live import LiveSettings
 from serve_app.replica.coalesce import coalesce, flush_interval
 from serve_app.replica.departure import Departure
 from serve_app.replica.watchdog import Watchdog, guard_event_loop
+from serve_app.routing.candidates import INGRESS
 from serve_app.routing.replica_client import HEARTBEAT_S, QUIET_S
 from serve_app.sections import ReplicaLimits
 from serve_app.telemetry.tracing import Telemetry
@@ -39,9 +40,6 @@ from serve_app.telemetry.tracing import Telemetry
 log = logging.getLogger("ray.serve")
 
 EngineFactory = Callable[[], Engine]
-
-#: The name of the deployment that receives the heartbeats.
-INGRESS = "ingress"
 
 #: Seconds for the last messages of a replica that gives up its engine to leave it, and for its
 #: spans. Then the process ends.

@@ -8,10 +8,16 @@ module by value, and with it the router's globals: what this module holds is one
 
 from __future__ import annotations
 
-#: The name of the deployment of engine replicas.
-ENGINE = "engine"
-
 _ids: dict[str, frozenset[str]] = {}
+
+
+#: The name of the deployment that speaks HTTP.
+INGRESS = "ingress"
+
+
+def engine_deployment(pool: str) -> str:
+    """The name of the deployment of a pool's engine replicas."""
+    return f"engine-{pool}"
 
 
 def note_candidates(deployment: str, replica_ids: frozenset[str]) -> None:

@@ -99,9 +99,26 @@ def test_what_yaml_reads_otherwise_than_it_looks_is_refused(
         ),
         ("pools: {My Pool: {engine: {kind: echo}}}\n", "pools.My Pool: is no name; use lower-case"),
         (
-            "pools: {a: {engine: {kind: echo}}, b: {engine: {kind: echo}}}\n",
-            "pools names 2 pools; keep one, more are not served",
+            "pools: {a: {engine: {kind: echo}, spill_over: [b]}}\n",
+            "pools.a.spill_over names 'b', and the pools are a",
         ),
+        (
+            "pools: {a: {engine: {kind: echo}, spill_over: [a]}}\n",
+            "pools.a.spill_over names the pool itself; remove it",
+        ),
+        (
+            "pools: {a: {engine: {kind: echo}, spill_over: [b, b]}, b: {engine: {kind: echo}}}\n",
+            "pools.a.spill_over names a pool twice; remove one",
+        ),
+        (
+            "pools: {a: {engine: {kind: echo}}, b: {engine: {kind: embedded, directory: e}}}\n",
+            "pools has engines of the kinds echo and embedded, and all pools serve the same model",
+        ),
+        (
+            "pools: {a: {engine: {kind: echo}, max_request_tokens: 5000}}\n",
+            "pools.a: max_request_tokens 5000 is more than the engine's max_model_len 4096; lower",
+        ),
+        (ECHO + 'routing: {session_header: "a b"}\n', "routing.session_header: "),
         ("pools: {}\n", "name an engine: --engine DIR, --echo, or pools.default.engine in a file"),
         ("pools:\n", "name an engine: --engine DIR, --echo, or pools.default.engine in a file"),
         (ECHO + "http:\n", "http: holds nothing; remove it, or write its keys below it"),
@@ -185,6 +202,13 @@ def test_flags_speak_of_the_only_pool_of_the_file_whatever_its_name(tmp_path: Pa
     config = load_config(file, {"pools": {"default": {"engine": engine}}})
     assert list(config.pools) == ["cpu"]
     assert (config.pool.replicas, config.pool.directory) == (3, Path("built"))
+
+
+def test_flags_of_an_engine_do_not_go_over_a_file_with_several_pools(tmp_path: Path) -> None:
+    file = write(tmp_path, "pools: {a: {engine: {kind: echo}}, b: {engine: {kind: echo}}}\n")
+    assert list(load_config(file, {"http": {"port": 80}}).pools) == ["a", "b"]
+    with pytest.raises(ConfigError, match="has 2 pools, and flags of the engine or its gate speak"):
+        load_config(file, {"pools": {"default": {"gate": {"allow_ungated": True}}}})
 
 
 def test_an_absent_file_is_an_error(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_arguments_and_user_configs_together_are_what_is_deployed() -> None:
     raw = deploy_file(
         {"requests": {"timeout_s": 60, "default_max_tokens": 7}},
         {"name": "ingress", "user_config": live},
-        {"name": "engine", "num_replicas": 3},
+        {"name": "engine-default", "num_replicas": 3},
     )
     assert is_deploy_file(raw)
     assert not is_deploy_file(raw["applications"][0]["args"])
@@ -58,8 +58,8 @@ def test_arguments_and_user_configs_together_are_what_is_deployed() -> None:
             "requests.timeout_s?",
         ),
         (
-            deploy_file(None, {"name": "engine", "user_config": {"max_flushes_per_s": 0}}),
-            "user_config of deployment engine: max_flushes_per_s: Input should be greater than 0",
+            deploy_file(None, {"name": "engine-default", "user_config": {"max_flushes_per_s": 0}}),
+            "user_config of deployment engine-default: max_flushes_per_s: Input should be greater than 0",
         ),
         (
             deploy_file(
@@ -67,11 +67,11 @@ def test_arguments_and_user_configs_together_are_what_is_deployed() -> None:
             ),
             "admission.max_wait_s 700 is longer than requests.timeout_s 600",
         ),
-        (deploy_file(None, {"name": "gateway"}), "there is no deployment 'gateway'; there are"),
+        (deploy_file(None, {"name": "gateway"}), "'gateway'; there are ingress, engine-default"),
         (deploy_file(import_path="other:app"), "no application has the import_path serve_app.app:"),
         (deploy_file(arg={}), "application intserve: unknown key 'arg'; did you mean args?"),
         (
-            deploy_file(None, {"name": "engine", "replicas": 2}),
+            deploy_file(None, {"name": "engine-default", "replicas": 2}),
             "deployments: unknown key 'replicas'; did you mean num_replicas?",
         ),
         (

@@ -19,9 +19,10 @@ from support.sockets import Raw, head
 from cluster.access import private_folder
 from serve_app.app import build
 from serve_app.config import EchoOptions
+from serve_app.http_sections import IngressSection
 from serve_app.proxy_environment import is_installed
 from serve_app.proxy_guard import MAX_HEAD_BYTES, MAX_SLOW_BODIES
-from serve_app.sections import IngressSection, KeysSection
+from serve_app.sections import KeysSection
 
 pytestmark = pytest.mark.ray
 

@@ -135,12 +135,15 @@ def test_a_live_key_changes_in_the_same_processes_and_any_other_brings_new_ones(
     }
     deployed.apply(args)
     first = deployed.replicas()
-    assert {name: len(found) for name, found in first.items()} == {"ingress": 1, "engine": 1}
+    assert {name: len(found) for name, found in first.items()} == {
+        "ingress": 1,
+        "engine-default": 1,
+    }
     assert deployed.complete() == 9
 
     live: dict[str, Any] = {"requests": {"default_max_tokens": 4}}
     ingress = {"name": "ingress", "user_config": live}
-    engine = {"name": "engine", "user_config": {"max_flushes_per_s": 100.0}}
+    engine = {"name": "engine-default", "user_config": {"max_flushes_per_s": 100.0}}
     deployed.apply(args, ingress, engine)
     assert deployed.replicas() == first
     assert deployed.complete() == 4

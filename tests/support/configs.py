@@ -8,15 +8,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from serve_app.config import ServeConfig
+from serve_app.http_sections import HttpSection
 from serve_app.sections import (
     AdmissionSection,
     EchoOptions,
     EmbeddedOptions,
     GateSection,
-    HttpSection,
     PoolSection,
     RequestsSection,
     ResumeSection,
+    RoutingSection,
     TelemetrySection,
 )
 
@@ -24,6 +25,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "http": HttpSection,
     "requests": RequestsSection,
     "admission": AdmissionSection,
+    "routing": RoutingSection,
     "resume": ResumeSection,
     "telemetry": TelemetrySection,
 }

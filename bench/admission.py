@@ -30,8 +30,9 @@ from serve_app.config import EchoOptions
 from serve_app.routing.admission_client import Admission, AdmissionClient, OpenAdmission
 from serve_app.routing.checks import entry
 from serve_app.routing.owner import OwnerChannel
+from serve_app.routing.owner_settings import OwnerSettings
 from serve_app.routing.tickets import Seen, Terms
-from serve_app.sections import AdmissionSection
+from serve_app.setting_types import POOL
 
 REPLICAS, PLACES, TTFT_S = 2, 256, 0.02
 
@@ -108,7 +109,7 @@ async def actor_cpu_s(channel: OwnerChannel) -> float:
 async def measure(arguments: argparse.Namespace) -> list[Row]:
     rows = []
     counts: Counter[str] = Counter()
-    channel = OwnerChannel("bench", AdmissionSection(), PLACES)
+    channel = OwnerChannel("bench", OwnerSettings(places={POOL: PLACES}))
     options = EchoOptions(ttft_s=TTFT_S, max_running=PLACES)
     async with (
         echo_fleet(REPLICAS, options) as open_fleet,

@@ -24,8 +24,9 @@ import typer
 from deepseek.cli import make_app, run
 from deepseek.errors import ConfigError
 from deepseek.text import printable
-from serve_app.config import POOL, ServeConfig, load_config, read_settings
+from serve_app.config import ServeConfig, load_config, read_settings
 from serve_app.deploy_file import check_deploy_file, is_deploy_file
+from serve_app.setting_types import POOL
 from serve_app.telemetry.travel import HEADERS_FILE, read_headers
 
 _HELP = """Serve an engine behind an OpenAI-compatible endpoint.
@@ -183,24 +184,18 @@ def _check_files(settings: ServeConfig) -> None:
     """Look at what replicas will read and write, while a mistake costs no start.
 
     Raises:
-        ArtifactError: what is to be served has not passed its gate, as far as its documents say.
+        ArtifactError: what is to be served has not passed its gate, as far as its documents say,
+            or pools serve different models.
         ConfigError: the headers of traces or the access log cannot be used.
     """
-    from serve_app.gating import admit
+    from serve_app.one_model import admit_pools
     from serve_app.telemetry.access_log import check_target
 
-    headers, pool = settings.telemetry.otlp_headers_file, settings.pool
+    headers = settings.telemetry.otlp_headers_file
     if headers is not None:
         read_headers({HEADERS_FILE: str(headers)})
     check_target(settings.telemetry.access_log)
-    if pool.directory is not None:
-        admit(
-            pool.directory,
-            kv_cache=pool.kv_cache,
-            allow_ungated=pool.gate.allow_ungated,
-            require_signature=pool.gate.require_signature,
-            depth="headers",
-        )
+    admit_pools(settings, depth="headers")
 
 
 def _text(path: Path | None) -> str | None:

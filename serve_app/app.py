@@ -1,4 +1,4 @@
-"""Builds the Serve application from a ServeConfig: two deployments, the ingress and the engine.
+"""Builds the Serve application from a ServeConfig: the ingress, and a deployment for each pool.
 
 Serve calls `build` for a `serve deploy` file with `import_path: serve_app.app:build`
 (examples/serve/fleet.yaml). `python -m serve_app` calls it through local.py. It only describes the
@@ -8,6 +8,7 @@ deployments; engines are made, and gates checked, inside the replicas.
 # No `from __future__ import annotations` here: Serve reads the class in `build`'s annotation to
 # turn a deploy file's `args` into a ServeConfig, and does not resolve a string.
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,8 @@ from cluster.connect import check_cluster, is_own_ray
 from serve_app.config import EchoOptions, PoolSection, ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.openai.ingress import Ingress
-from serve_app.replica.replica import INGRESS, EngineFactory, EngineReplica
-from serve_app.routing.candidates import ENGINE
+from serve_app.replica.replica import EngineFactory, EngineReplica
+from serve_app.routing.candidates import INGRESS, engine_deployment
 from serve_app.routing.router import ByTicket
 from serve_app.telemetry.travel import traveling_variables
 
@@ -31,17 +32,20 @@ _INGRESS_MAX_ONGOING = 4096
 #: that are left.
 _STOP_S = 5.0
 
+#: Serve's access log repeats for every request what the metrics count.
+_LOGGING = {"enable_access_log": False}
+
 #: Seconds that an ingress outlives the engines that Serve stops together with it.
 _TELL_CLIENTS_S = 5.0
 
 
-def engine_factory(config: ServeConfig) -> EngineFactory:
+def engine_factory(pool: PoolSection) -> EngineFactory:
     """The function that makes a replica's engine; it is pickled, and called in the replica."""
-    if isinstance(config.pool.engine, EchoOptions):
-        return partial(EchoEngine, config.pool.engine)
+    if isinstance(pool.engine, EchoOptions):
+        return partial(EchoEngine, pool.engine)
     from serve_app.engines.embedded import EmbeddedEngine  # brings torch
 
-    return partial(EmbeddedEngine, config.pool.engine)
+    return partial(EmbeddedEngine, pool.engine)
 
 
 def build(config: ServeConfig) -> Application:
@@ -51,39 +55,19 @@ def build(config: ServeConfig) -> Application:
         DeployError: the cluster has several nodes and asks nobody for a token.
     """
     check_cluster()
-    return build_with(config, engine_factory(config))
+    return _build(config, {name: engine_factory(pool) for name, pool in config.pools.items()})
 
 
 def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
-    """`build` with engines of the caller's; tests pass one that fails on purpose. An engine
-    directory in `config` must be gated, whatever `make_engine` makes."""
-    pool = config.pool
-    shared: dict[str, Any] = {
-        "graceful_shutdown_wait_loop_s": min(0.2, config.drain_s),
-        "health_check_period_s": pool.health_check_period_s,
-        "health_check_timeout_s": pool.health_check_timeout_s,
-        # Serve's access log repeats for every request what the metrics count.
-        "logging_config": {"enable_access_log": False},
-    }
+    """`build` with engines of the caller's in every pool; tests pass one that fails on purpose. An
+    engine directory in `config` must be gated, whatever `make_engine` makes."""
+    return _build(config, dict.fromkeys(config.pools, make_engine))
+
+
+def _build(config: ServeConfig, factories: Mapping[str, EngineFactory]) -> Application:
     variables = traveling_variables(config.telemetry.otlp_headers_file, inherited=is_own_ray())
-    engine = serve.deployment(
-        EngineReplica,
-        name=ENGINE,
-        num_replicas=pool.replicas,
-        # The owner of admission counts places and queues. Serve counts a request a moment longer,
-        # and must neither queue nor refuse one that has a place.
-        max_ongoing_requests=pool.max_ongoing_requests + _places_to_spare(pool),
-        max_queued_requests=_INGRESS_MAX_ONGOING,
-        request_router_config=RequestRouterConfig(
-            request_router_class=ByTicket, request_router_kwargs={"deployment": ENGINE}
-        ),
-        ray_actor_options=_actor_options(pool.cpus, variables),
-        # A deploy file may say more or less here, over what the replica gets below (live.py).
-        user_config=pool.replica_limits.model_dump(),
-        max_surge_percent=pool.surge_percent,
-        graceful_shutdown_timeout_s=config.drain_s + _STOP_S,
-        **shared,
-    )
+    pools = config.pools.values()
+    drain_s = max(config.drain_s(pool) for pool in pools)
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name=INGRESS,
@@ -94,10 +78,45 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         # An update starts the new ingress before the old one drains: there is always one to ask.
         max_surge_percent=100,
         # Where both stop, engines go first: their ingresses then tell the clients that are left.
-        graceful_shutdown_timeout_s=config.drain_s + _STOP_S + _TELL_CLIENTS_S,
-        **shared,
+        graceful_shutdown_timeout_s=drain_s + _STOP_S + _TELL_CLIENTS_S,
+        graceful_shutdown_wait_loop_s=min(0.2, drain_s),
+        health_check_period_s=min(pool.health_check_period_s for pool in pools),
+        health_check_timeout_s=max(pool.health_check_timeout_s for pool in pools),
+        logging_config=_LOGGING,
     )
-    replicas = engine.bind(
+    engines = {name: _engines(name, config, factories[name], variables) for name in config.pools}
+    app: Application = ingress.bind(config, engines)
+    return app
+
+
+def _engines(
+    name: str, config: ServeConfig, make_engine: EngineFactory, variables: dict[str, str]
+) -> Application:
+    """The engine replicas of one pool."""
+    pool, deployment = config.pools[name], engine_deployment(name)
+    drain_s = config.drain_s(pool)
+    engine = serve.deployment(
+        EngineReplica,
+        name=deployment,
+        **_autoscaling(name, pool, config),
+        # The owner of admission counts places and queues. Serve counts a request a moment longer,
+        # and must neither queue nor refuse one that has a place.
+        max_ongoing_requests=pool.max_ongoing_requests + _places_to_spare(pool),
+        max_queued_requests=_INGRESS_MAX_ONGOING,
+        request_router_config=RequestRouterConfig(
+            request_router_class=ByTicket, request_router_kwargs={"deployment": deployment}
+        ),
+        ray_actor_options=_actor_options(pool.cpus, variables),
+        # A deploy file may say more or less here, over what the replica gets below (live.py).
+        user_config=pool.replica_limits.model_dump(),
+        max_surge_percent=pool.surge_percent,
+        graceful_shutdown_timeout_s=drain_s + _STOP_S,
+        graceful_shutdown_wait_loop_s=min(0.2, drain_s),
+        health_check_period_s=pool.health_check_period_s,
+        health_check_timeout_s=pool.health_check_timeout_s,
+        logging_config=_LOGGING,
+    )
+    replicas: Application = engine.bind(
         make_engine,
         pool.directory,
         served_name=config.served_name,
@@ -105,11 +124,16 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
         allow_ungated=pool.gate.allow_ungated,
         require_signature=pool.gate.require_signature,
         max_step_s=pool.max_step_s,
-        drain_s=config.drain_s,
+        drain_s=drain_s,
         limits=pool.replica_limits,
+        pool=name,
     )
-    app: Application = ingress.bind(config, replicas)
-    return app
+    return replicas
+
+
+def _autoscaling(pool_name: str, pool: PoolSection, config: ServeConfig) -> dict[str, Any]:
+    """The options of a pool's deployment that say how many replicas it has."""
+    return {"num_replicas": pool.replicas}
 
 
 def _places_to_spare(pool: PoolSection) -> int:

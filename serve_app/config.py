@@ -40,7 +40,7 @@ from serve_app.sections import (
     RoutingSection,
     TelemetrySection,
 )
-from serve_app.setting_types import ModelName, PoolName, Seconds, Section
+from serve_app.setting_types import POOL, ModelName, PoolName, Seconds, Section
 
 __all__ = [
     "EchoOptions",
@@ -51,9 +51,6 @@ __all__ = [
     "load_config",
     "read_settings",
 ]
-
-#: The pool that the command line's flags speak of, where no file names one.
-POOL = "default"
 
 
 class ServeConfig(Section):

@@ -35,7 +35,8 @@ Depth = Literal["documents", "headers", "bytes"]
 class Admitted:
     """An engine directory that may be served: its digest, the arithmetic (the name of a target) and
     the KV format that it may be served with, whether its gate passed for them, and its documents as
-    they were verified against that digest. `emulated`: its figures were computed in the target's
+    they were verified against that digest. `source_fingerprint` names the model that it was made
+    from. `emulated`: its figures were computed in the target's
     arithmetic, by another engine than the target's own."""
 
     engine_digest: str
@@ -43,6 +44,7 @@ class Admitted:
     kv_cache: str
     gated: bool
     documents: Mapping[str, bytes]
+    source_fingerprint: str
     emulated: bool = False
 
     def check_started(
@@ -98,6 +100,7 @@ def admit(
         kv_cache=kv_cache or manifest.kv_cache,
         gated=True,
         documents=read_documents(engine_dir, manifest),
+        source_fingerprint=manifest.source_fingerprint,
     )
     try:
         verdict = require_passed(

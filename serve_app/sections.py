@@ -204,12 +204,12 @@ class PoolSection(Section):
             )
         scaled = self.autoscaling
         # What was not written is no mistake: the pool then starts with the nearest number.
-        if scaled is not None and "replicas" in self.model_fields_set:
-            if not scaled.min_replicas <= self.replicas <= scaled.max_replicas:
-                raise ValueError(
-                    f"replicas {self.replicas} is not between autoscaling.min_replicas "
-                    f"{scaled.min_replicas} and max_replicas {scaled.max_replicas}; correct it"
-                )
+        written = scaled is not None and "replicas" in self.model_fields_set
+        if written and not scaled.min_replicas <= self.replicas <= scaled.max_replicas:
+            raise ValueError(
+                f"replicas {self.replicas} is not between autoscaling.min_replicas "
+                f"{scaled.min_replicas} and max_replicas {scaled.max_replicas}; correct it"
+            )
         return self
 
     @property
@@ -294,7 +294,8 @@ class RequestsSection(LiveSection):
 
 
 class AdmissionSection(LiveSection):
-    """How requests wait for a place in an engine, over all ingress replicas together."""
+    """How requests wait for a place in an engine, over all ingress replicas together; those of
+    each pool by themselves."""
 
     max_queued_requests: CountOrZero = Field(
         default=128,

@@ -12,6 +12,8 @@ from deepseek.yaml_files import StrictModel
 
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9._-]{1,32})?")
 
+#: The pool of a service that names none, and that flags of the command line speak of.
+POOL = "default"
 #: Serve keeps counts in 32 bits, and some of them are added up.
 MAX_COUNT = 10**9
 #: 116 days. Clocks of Python and of the system end far beyond, with an OverflowError.

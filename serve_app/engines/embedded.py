@@ -111,6 +111,7 @@ class EmbeddedEngine:
                 "index_topk tokens attention is sparse, which it does not compute",
                 self._engine.max_model_len, self._engine.config.max_position_embeddings,
             )  # fmt: skip
+        cached_tokens = self._load.kv_tokens_total + identity.page_tokens  # with the page of zeros
         return EngineInfo(
             max_model_len=self._engine.max_model_len,
             kv_tokens_total=self._load.kv_tokens_total,
@@ -123,6 +124,7 @@ class EmbeddedEngine:
             max_running=options.max_batch_size,
             page_tokens=identity.page_tokens,
             continues=True,
+            kv_bytes_per_token=self._engine.allocated_bytes()["kv_cache"] / cached_tokens,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:

@@ -11,12 +11,13 @@ without running its constructor, so values are checked once, where the request i
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deepseek.engine.options import EngineLoad
 from deepseek.engine.request import FinishReason, SamplingParams, TokenLogprob, TopLogprob
+from serve_app.setting_types import POOL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +38,22 @@ class GenerateRequest:
     avoid: tuple[str, ...] = ()
     #: W3C trace context (`traceparent`, `tracestate`), empty when the request is not traced.
     trace_context: dict[str, str] = field(default_factory=dict)
+    #: The pools that may take it, its home first.
+    pools: tuple[str, ...] = (POOL,)
+    #: Names its session, where it has one: a digest, never what a client sent.
+    affinity: str = ""
+    #: When its HTTP request arrived, on the ingress's monotonic clock. No replica gets it.
+    arrived: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The request runs on this replica; before its first event from there. `attempt` counts from 1;
-    a later one goes on where the last replica ended."""
+    """The request runs on this replica, of this pool; before its first event from there. `attempt`
+    counts from 1; a later one goes on where the last replica ended."""
 
     replica_id: str
     attempt: int = 1
+    pool: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +133,8 @@ class EngineInfo:
     is that of the engine directory which was loaded, None for an adapter without one; `kv_cache` is
     the format of the KV pages in use, None for an adapter without any. `max_running` is the size of
     its batch, and `page_tokens` the tokens of a KV page: a sequence holds whole ones. `continues`
-    says that it honors `GenerateRequest.output_ids`.
+    says that it honors `GenerateRequest.output_ids`. `kv_bytes_per_token` are those of all layers,
+    None where nobody has counted them.
     """
 
     max_model_len: int
@@ -139,6 +148,7 @@ class EngineInfo:
     max_running: int | None = None
     page_tokens: int = 1
     continues: bool = False
+    kv_bytes_per_token: float | None = None
 
 
 class Engine(Protocol):
@@ -201,6 +211,7 @@ class ReplicaStatus:
     gated: bool
     emulated: bool = False
     request_ids: tuple[str, ...] = ()
+    pool: str = POOL
 
 
 class EngineClient(Protocol):
@@ -214,6 +225,11 @@ class EngineClient(Protocol):
         """The status of every live replica. Raises EngineUnavailable when there is none."""
         ...
 
-    async def info(self) -> EngineInfo:
-        """What is served; all replicas serve the same. Raises EngineUnavailable."""
+    async def infos(self, *, wait: bool = True) -> Mapping[str, EngineInfo]:
+        """What is served, by pool, as was heard last; all replicas of a pool serve the same. With
+        `wait` it is awaited for a while that any pool has told it.
+
+        Raises:
+            EngineUnavailable: none has, in vain.
+        """
         ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
@@ -19,17 +20,18 @@ from starlette.types import ASGIApp
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import ReplicaStatus
-from serve_app.gating import admit
 from serve_app.live import LiveSettings
+from serve_app.one_model import admit_pools
 from serve_app.openai.drain import Drain
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 from serve_app.proxy_environment import addresses_known
 from serve_app.routing.admission_client import AdmissionClient
-from serve_app.routing.candidates import ENGINE, candidates
+from serve_app.routing.candidates import candidates, engine_deployment
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.owner import OwnerChannel
+from serve_app.routing.owner_settings import OwnerSettings
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
 from serve_app.routing.sightings import Sightings
 from serve_app.telemetry.tracing import Telemetry
@@ -39,35 +41,37 @@ _LISTED_S = 2.0
 
 
 def load_tokenizer(config: ServeConfig) -> Tokenizer:
-    """The tokenizer that goes with the configured engine, which must be admitted (`gating.py`).
+    """The tokenizer that goes with the configured engines, which must be admitted (`gating.py`).
 
     Raises:
-        ArtifactError: it is not admitted, or has no tokenizer.
+        ArtifactError: one is not admitted, or has no tokenizer, or they are of different models.
     """
-    pool = config.pool
-    if pool.directory is None:
+    admitted = admit_pools(config)
+    directory = config.pool.directory
+    if directory is None:
         return ByteTokenizer()
-    admitted = admit(
-        pool.directory,
-        kv_cache=pool.kv_cache,
-        allow_ungated=pool.gate.allow_ungated,
-        require_signature=pool.gate.require_signature,
-    )
-    return HfTokenizer(pool.directory, admitted.documents)
+    return HfTokenizer(directory, next(iter(admitted.values())).documents)
+
+
+def _routed(pool: str) -> frozenset[str] | None:
+    """The replicas of a pool that Serve routes to, None where that is not known here."""
+    return candidates(engine_deployment(pool))
 
 
 class Ingress:
     """One HTTP server process of the application, with its metrics and its board of statuses."""
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
-    async def __init__(self, config: ServeConfig, engines: Any) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: ServeConfig, engines: Mapping[str, Any]
+    ) -> None:
+        """`engines` are the handles of the engine deployments, by pool."""
+        self._config = config
         self._context = serve.get_replica_context()
         self._board = StatusBoard()
         client = ReplicaClient(engines, self._board)
-        self._sightings = Sightings(lambda: candidates(ENGINE))
-        self._channel = OwnerChannel(
-            self._context.app_name, config.admission, config.pool.max_ongoing_requests
-        )
+        self._sightings = Sightings(_routed)
+        self._channel = OwnerChannel(self._context.app_name, OwnerSettings.of(config, config.live))
         self._admission = AdmissionClient(
             self._channel,
             self._context.replica_id.unique_id,
@@ -76,7 +80,12 @@ class Ingress:
         )
         self._sightings.changed = self._admission.replicas_changed
         self._fleet = Fleet(
-            client, self._admission, config.resume, self._count_resume, hopeless=self._is_hopeless
+            client,
+            self._admission,
+            config.resume,
+            self._count_resume,
+            hopeless=self._is_hopeless,
+            pool_of=self._board.pool_of,
         )
         self._drain = Drain(client.close)
         self._tasks = [
@@ -103,7 +112,7 @@ class Ingress:
             live = self._live.current
             self._service.reconfigure(live)
             self._fleet.settings = live.resume
-            self._channel.configure(live.admission)
+            self._channel.configure(OwnerSettings.of(self._config, live))
 
     def _count_resume(self, outcome: str) -> None:
         self._service.count_resume(outcome)
@@ -116,7 +125,7 @@ class Ingress:
         is not known here."""
         self._board.note(status)
         self._sightings.note(status)
-        routed = candidates(ENGINE)
+        routed = _routed(status.pool)
         return None if routed is None else status.replica_id in routed
 
     async def note_goodbye(self, replica_id: str) -> None:
@@ -143,7 +152,7 @@ class Ingress:
     async def _is_hopeless(self) -> bool:
         """Whether no engine will come for what waits here: Serve has taken this ingress off its
         list, which it says in no other way, and there is no engine left either."""
-        if candidates(ENGINE):
+        if any(_routed(pool) for pool in self._config.pools):
             return False
         peers = serve.get_deployment_handle(self._context.deployment, self._context.app_name)
         try:

@@ -24,8 +24,10 @@ from fastapi.responses import JSONResponse
 
 from deepseek import __version__
 from serve_app.errors import ApiError, EngineUnavailable
+from serve_app.openai.pool_details import describe_engines
 from serve_app.openai.service import Service
 from serve_app.routing.admission_client import AdmissionClient
+from serve_app.routing.admission_stats import PoolStats
 from serve_app.routing.keys import is_loopback
 from serve_app.telemetry.metrics import AdmissionGauges, render
 
@@ -57,6 +59,8 @@ def add_operations(app: FastAPI, service: Service, snapshots: Snapshots | None) 
             check_details(service, request)
         except ApiError:
             return JSONResponse(told)
+        order = list(service.config.pools)
+        ready.sort(key=lambda s: order.index(s.pool) if s.pool in order else len(order))
         info = ready[0].info
         told |= {
             "engine_replicas": len(ready),
@@ -65,9 +69,12 @@ def add_operations(app: FastAPI, service: Service, snapshots: Snapshots | None) 
             "artifact_digest": info.artifact_digest,
             "engine_digest": info.engine_digest,
             "kv_cache": info.kv_cache,
-            "gated": ready[0].gated,
-            "emulated": ready[0].emulated,
+            "gated": all(status.gated for status in ready),
+            "emulated": any(status.emulated for status in ready),
             "max_model_len": info.max_model_len,
+            "pools": describe_engines(
+                service.config, await service.engines.infos(wait=False), ready
+            ),
         }
         if isinstance(service.admission, AdmissionClient):
             told["admission"] = service.admission.describe()
@@ -116,8 +123,23 @@ async def _admission_gauges(service: Service) -> AdmissionGauges | None:
         kv_tokens=kv_tokens,
         oldest_wait_s=stats.oldest_wait_s,
         drain_tokens_per_s=stats.drain_tokens_per_s,
+        pools={pool.pool: _pool_gauges(pool) for pool in stats.pools},
         breakers={use.replica_id: _BREAKERS.get(use.breaker, 0.0) for use in stats.replicas},
     )
+
+
+def _pool_gauges(pool: PoolStats) -> dict[str, float | None]:
+    return {
+        "replicas_ready": pool.ready,
+        "waiting_sequences": pool.waiting,
+        "waiting_kv_tokens": pool.waiting_tokens,
+        "oldest_wait_seconds": pool.oldest_wait_s,
+        "running_sequences": pool.running,
+        "kv_share": pool.kv_share,
+        "places_share": pool.places_share,
+        "ttft_p90_seconds": pool.ttft_p90_s,
+        "itl_p90_seconds": pool.itl_p90_s,
+    }
 
 
 def _is_local(service: Service, request: Request) -> bool:

@@ -22,7 +22,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from serve_app.config import ServeConfig
-from serve_app.engines.protocol import EngineClient, EngineInfo, GenerateRequest
+from serve_app.engines.protocol import EngineClient, GenerateRequest
 from serve_app.errors import (
     ApiError,
     EngineUnavailable,
@@ -36,6 +36,7 @@ from serve_app.openai.echoed import EchoedPrompt
 from serve_app.openai.logprobs import LogprobStyle
 from serve_app.openai.obfuscation import obfuscate
 from serve_app.openai.own_deadline import own_deadline_s
+from serve_app.openai.pool_details import describe_pools
 from serve_app.openai.prompts import PromptEncoder
 from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.responses import EventStream, WholeAnswer, while_connected
@@ -53,6 +54,7 @@ from serve_app.routing.checks import (
     most_requests,
     to_sequences,
 )
+from serve_app.routing.homes import Pools, assign
 from serve_app.routing.key_watch import KeyWatch
 from serve_app.routing.keys import Keys
 from serve_app.routing.tenants import Tenant, read_tenants
@@ -115,7 +117,6 @@ class Service:
         self.access_log = None if target is None else AccessLog(target, self._note_lost_lines)
         self._sinks = Sinks(telemetry, self.metrics, self.access_log, ingress)
         self._addresses_known = addresses_known
-        self._info: EngineInfo | None = None
         self.started = int(time.time())
         self._parser = BodyParser(config.served_name)
         self.encoder = PromptEncoder(tokenizer)
@@ -208,7 +209,13 @@ class Service:
             body = await self._parser.parse(_BODIES[route], raw)
             check_model(body.model, self.config.served_name, tenant)
             answered = self._respond(
-                body, request_id, tenant, observation, deadline, own_s is not None
+                body,
+                request_id,
+                tenant,
+                observation,
+                deadline,
+                own_deadline=own_s is not None,
+                session=self._session(request),
             )
             return await while_connected(request.receive, answered)
         except asyncio.CancelledError:
@@ -230,20 +237,24 @@ class Service:
         observation: Observation,
         deadline: float,
         own_deadline: bool,
+        session: str | None,
     ) -> Response:
         live = self.live
         check_choices(body, most_requests(self.config, live.admission))
-        info = await self.engines.info()
-        prompts = await self._encode(body, ContextLimit.of(info), deadline)
+        pools = await self.pools()
+        prompts = await self._encode(body, pools.largest, deadline)
         requests = to_sequences(
             body,
             prompts,
             request_id=request_id,
-            info=info,
+            limit=pools.largest,
             vocab_size=self.tokenizer.vocab_size,
             default_max_tokens=live.requests.default_max_tokens,
             trace_context=observation.trace_context,
             cache_salt=tenant.cache_salt(body.cache_salt),
+        )
+        requests = assign(
+            requests, pools, live.routing, session=session, arrived=observation.arrived
         )
         check_prompt_logprobs(requests, live.requests.max_prompt_logprobs)
         form = await self._format(body, request_id, prompts, deadline)
@@ -262,7 +273,7 @@ class Service:
             tenant.terms(live.admission.key_limits),
             requests,
             reserved_output=live.admission.reserved_output,
-            page_tokens=info.page_tokens,
+            page_tokens=pools.page_tokens,
             seconds_left=deadline - asyncio.get_running_loop().time(),
             own_deadline=own_deadline,
         )
@@ -366,17 +377,35 @@ class Service:
         raw = await self.bodies.read(request, arrived=arrived, deadline=deadline)
         return await self._parser.run(parse, raw), deadline, tenant
 
-    async def model_card(self) -> dict[str, Any]:
-        """The model as /v1/models tells it, with vLLM's `max_model_len`.
+    async def pools(self) -> Pools:
+        """The pools as they are known now.
 
         Raises:
-            EngineUnavailable: no engine has ever been ready, so that its length is not known. It is
-                waited for a while, as generation does: an ingress may not have heard of one yet.
+            EngineUnavailable: nothing is known of any. It is waited for a while: an ingress may not
+                have heard of an engine yet.
         """
+        sections = self.config.pools
+        told = any(pool.max_request_tokens is not None for pool in sections.values())
+        return Pools.of(sections, await self.engines.infos(wait=not told))
+
+    def _session(self, request: Request) -> str | None:
+        """What the client calls its session."""
+        name = self.live.routing.session_header
+        return None if name is None else request.headers.get(name)
+
+    async def model_card(self) -> dict[str, Any]:
+        """The model as /v1/models tells it, with vLLM's `max_model_len`, and what each pool holds.
+
+        Raises:
+            EngineUnavailable: see `pools`.
+        """
+        pools = await self.pools()
         try:
-            self._info = (await self.engines.statuses())[0].info
+            statuses = await self.engines.statuses()
         except EngineUnavailable:
-            self._info = self._info or await self.engines.info()
+            statuses = []
+        infos = await self.engines.infos(wait=False)
+        known = [limit.tokens for limit in pools.limits.values() if limit is not None]
         return {
             "id": self.config.served_name,
             "object": "model",
@@ -384,5 +413,6 @@ class Service:
             "owned_by": "intserve",
             "root": self.config.served_name,
             "parent": None,
-            "max_model_len": self._info.max_model_len,
+            "max_model_len": max(known, default=None),
+            "pools": describe_pools(self.config, infos, statuses),
         }

@@ -96,7 +96,7 @@ def add_tokenizing(app: FastAPI, service: Service) -> None:
     async def tokenize(request: Request) -> Response:
         body, deadline, tenant = await service.read_plain(request, parse_tokenize)
         _check_model(body, service, tenant)
-        context = (await service.engines.info()).max_model_len
+        context = (await service.pools()).largest.tokens
         ids = await body.encode(service.encoder, deadline)
         work = functools.partial(_tokenized, ids, context, body, service.tokenizer)
         return _json(await service.encoder.run(work, len(ids), deadline))

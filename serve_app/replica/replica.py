@@ -25,16 +25,23 @@ from ray.serve.exceptions import RayServeException
 
 from deepseek.errors import ArtifactError
 from deepseek.text import printable
-from serve_app.engines.protocol import Engine, Event, GenerateRequest, Placed, ReplicaStatus
+from serve_app.engines.protocol import (
+    Engine,
+    Event,
+    GenerateRequest,
+    Placed,
+    ReplicaStatus,
+)
 from serve_app.errors import ApiError, EngineUnavailable, Overloaded, ReplicaLost
 from serve_app.gating import admit
 from serve_app.live import LiveSettings
 from serve_app.replica.coalesce import coalesce, flush_interval
 from serve_app.replica.departure import Departure
 from serve_app.replica.watchdog import Watchdog, guard_event_loop
-from serve_app.routing.candidates import INGRESS
+from serve_app.routing.candidates import INGRESS, engine_deployment
 from serve_app.routing.replica_client import HEARTBEAT_S, QUIET_S
 from serve_app.sections import ReplicaLimits
+from serve_app.setting_types import POOL
 from serve_app.telemetry.tracing import Telemetry
 
 log = logging.getLogger("ray.serve")
@@ -62,7 +69,8 @@ class EngineReplica:
     `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
     `served_name` is the model's name in the API; `max_step_s` the longest that a step may take;
     `drain_s` what streams have to end when Serve stops the replica, less than Serve gives it;
-    `limits` are those of the configuration, which Serve may change.
+    `limits` are those of the configuration, which Serve may change; `pool` is the one it belongs
+    to.
     """
 
     # Serve awaits a constructor that is a coroutine; mypy does not know such constructors.
@@ -78,6 +86,7 @@ class EngineReplica:
         max_step_s: float = 60.0,
         drain_s: float = 600.0,
         limits: ReplicaLimits | None = None,
+        pool: str = POOL,
     ) -> None:
         # Before an engine exists, so that no adapter has to know of gates.
         admitted, self._gated, self._emulated = None, True, False
@@ -92,7 +101,8 @@ class EngineReplica:
             )
             self._gated, self._emulated = admitted.gated, admitted.emulated
         self._telemetry = Telemetry.from_environment()
-        self._limits = LiveSettings("engine", limits or ReplicaLimits())
+        self._pool = pool
+        self._limits = LiveSettings(engine_deployment(pool), limits or ReplicaLimits())
         self._request_ids: set[str] = set()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._engine = make_engine()
@@ -142,14 +152,14 @@ class EngineReplica:
             raise Overloaded(f"{waiting} requests are waiting for this engine; retry later")
         self._request_ids.add(request.request_id)
         try:
-            with self._telemetry.generation(request, self._replica_id) as span:
+            with self._telemetry.generation(request, self._status()) as span:
                 events = coalesce(
                     self._engine.generate(request),
                     self._flush_interval_s,
                     self._given_up,
                     quiet_s=QUIET_S,
                 )
-                placed: tuple[Event, ...] = (Placed(self._replica_id),)
+                placed: tuple[Event, ...] = (Placed(self._replica_id, pool=self._pool),)
                 async with aclosing(events):
                     async for batch in events:
                         span.note(batch)
@@ -173,6 +183,7 @@ class EngineReplica:
             gated=self._gated,
             emulated=self._emulated,
             request_ids=tuple(self._request_ids),
+            pool=self._pool,
         )
 
     async def _send_heartbeats(self, still_running: Callable[[], None]) -> None:

@@ -13,18 +13,23 @@ import time
 from collections.abc import Callable, Sequence
 
 from serve_app.routing.admission_stats import AdmissionStats
-from serve_app.routing.places import Places, Replica
+from serve_app.routing.owner_settings import OwnerSettings
+from serve_app.routing.places import Places
 from serve_app.routing.quotas import REMEMBER_S
 from serve_app.routing.rates import DrainMeter, retry_after
+from serve_app.routing.recent import Recent
 from serve_app.routing.refusals import (
     Refused,
+    pool_empty,
     queue_full,
     too_late,
     too_long,
     unknown,
     waited_too_long,
 )
+from serve_app.routing.replica_room import Replica
 from serve_app.routing.roster import Roster
+from serve_app.routing.snapshot import snapshot
 from serve_app.routing.tickets import (
     Answer,
     Enter,
@@ -38,7 +43,6 @@ from serve_app.routing.tickets import (
 )
 from serve_app.routing.visits import Sequence as Waiter
 from serve_app.routing.visits import State, Visit
-from serve_app.sections import AdmissionSection
 
 #: Seconds of silence after which an ingress is forgotten.
 SILENT_S = 5.0
@@ -53,25 +57,25 @@ class Admission:
 
     def __init__(
         self,
-        settings: AdmissionSection,
-        max_ongoing_requests: int,
+        settings: OwnerSettings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._places = Places(max_ongoing_requests)
+        self._places = Places(settings.places, settings.routing.affinity_slack)
         self._roster = Roster(self._places)
         self._queue = self._roster.queue
-        self._meter = DrainMeter()
+        self._meters: dict[str, DrainMeter] = {}  # by pool
+        self._recent = Recent()
         self._entering: Visit | None = None
         self._stale = False  # whether something has happened since the last round of placing
         self._granted = 0
         self._pruned_at = self._ticked_at = clock()
 
-    def configure(self, settings: AdmissionSection, max_ongoing_requests: int) -> None:
+    def configure(self, settings: OwnerSettings) -> None:
         """Other settings. What has been let in stays; a smaller queue only lets less in."""
         self._settings = settings
-        self._places.configure(max_ongoing_requests)
+        self._places.configure(settings.places, settings.routing.affinity_slack)
         self._place_all(self._now())
 
     # What ingresses say.
@@ -127,9 +131,9 @@ class Admission:
         for visit in self._roster.deadlines.due(now):
             if visit.deadline <= now:
                 self._refuse(visit, too_late(), now)
-        for visit in self._roster.waits.due(now - self._settings.max_wait_s):
-            seconds = self._retry_after(visit)
-            self._refuse(visit, waited_too_long(self._settings.max_wait_s, seconds), now)
+        max_wait_s = self._settings.admission.max_wait_s
+        for visit in list(self._roster.waits.due(now - max_wait_s)):
+            self._end_wait(visit, max_wait_s, now)
         self._places.tick(now)
         if now - self._pruned_at >= REMEMBER_S:
             self._pruned_at = now
@@ -141,24 +145,25 @@ class Admission:
 
     def stats(self) -> AdmissionStats:
         """A snapshot, for metrics."""
-        now = self._clock()
-        visits = [v for ingress in self._roster.ingresses.values() for v in ingress.visits.values()]
-        entered = [visit.entered for visit in visits if visit.waiting]
-        return AdmissionStats(
-            queued=tuple(self._queue.stats()),
-            moving=len(self._roster.moving),
-            replicas=tuple(self._places.stats(now)),
-            ingresses=len(self._roster.ingresses),
-            oldest_wait_s=max(0.0, now - min(entered, default=now)),
-            drain_tokens_per_s=self._meter.rate(),
+        rates = [rate for meter in self._meters.values() if (rate := meter.rate()) is not None]
+        return snapshot(
+            self._roster,
+            self._recent,
+            self._clock(),
             granted=self._granted,
-            refused=tuple(sorted(self._roster.refused.items())),
+            drain_tokens_per_s=sum(rates) if rates else None,
         )
 
     def _now(self) -> float:
         now = self._clock()
-        self._meter.advance(now, self._queue.sequences > 0)
+        for pool, queue in self._queue.by_pool.items():
+            self._meter(pool).advance(now, queue.sequences > 0)
         return now
+
+    def _meter(self, pool: str) -> DrainMeter:
+        if (meter := self._meters.get(pool)) is None:
+            meter = self._meters[pool] = DrainMeter()
+        return meter
 
     def _handle(self, ingress_id: str, message: Message, now: float) -> None:
         match message:
@@ -198,6 +203,11 @@ class Admission:
             self._entering = visit
             self._place_all(now)
             self._entering = None
+            if visit.home in self._settings.refuses and not self._places.ready(visit.pools, now):
+                refused = pool_empty(visit.home, self._retry_after(visit))
+                self._take_back(visit, now)
+                self._recent.note("turned_away", visit.home, 1.0, now)
+                raise refused
             if visit.waiting and not self._make_room(visit, now):
                 refused = queue_full(self._retry_after(visit))
                 self._take_back(visit, now)
@@ -211,7 +221,7 @@ class Admission:
 
     def _make_room(self, visit: Visit, now: float) -> bool:
         """Whether what waits fits the queue; visits that give way to this one are refused."""
-        settings, queue = self._settings, self._queue
+        settings, queue = self._settings.admission, self._queue.of(visit.home)
         sequences = queue.sequences - settings.max_queued_requests
         tokens = 0
         # An empty queue takes one request whatever its tokens: it would never be let in otherwise.
@@ -242,9 +252,10 @@ class Admission:
                 replica.breaker.ended(sequence.sequence_id)
 
     def _retry_after(self, visit: Visit) -> int:
-        """Seconds until what waits in its band and those before it has drained, it included."""
-        rate = self._meter.rate()
-        tokens = self._queue.ahead_of(visit.terms.priority)
+        """Seconds until what waits for its pool in its band and those before it has drained, it
+        included."""
+        rate = self._meter(visit.home).rate()
+        tokens = self._queue.of(visit.home).ahead_of(visit.terms.priority)
         return retry_after(tokens / rate if rate else None)
 
     # Placing.
@@ -258,8 +269,8 @@ class Admission:
         if not places.has_places():
             return
 
-        def try_place(sequence: Waiter, is_head: bool) -> bool:
-            if (replica := places.choose(sequence)) is not None:
+        def try_place(sequence: Waiter, is_head: bool, pools: tuple[str, ...]) -> bool:
+            if (replica := places.choose(sequence, pools)) is not None:
                 self._grant(sequence, replica, now)
                 return True
             if is_head and not places.has_pin(sequence):
@@ -267,11 +278,11 @@ class Admission:
             return False
 
         for sequence in places.pinned(-math.inf):
-            try_place(sequence, True)
+            try_place(sequence, True, sequence.ask.pools)
         for sequence in list(self._roster.moving.values()):
             if not places.has_room(-math.inf):
                 break
-            try_place(sequence, True)
+            try_place(sequence, True, sequence.ask.pools)
         self._queue.place(try_place, places.has_room, places.pinned)
 
     def _grant(self, sequence: Waiter, replica: Replica, now: float) -> None:
@@ -283,7 +294,7 @@ class Admission:
         if waited:
             self._queue.charge(visit, sequence.tokens)
             if visit is not self._entering:
-                self._meter.drained(sequence.tokens)
+                self._meter(visit.home).drained(sequence.tokens)
         grant = Grant(sequence_id=sequence.sequence_id, replica_id=replica.replica_id)
         self._roster.ingresses[visit.ingress_id].answers[sequence.sequence_id] = grant
 
@@ -313,6 +324,9 @@ class Admission:
         if (sequence := self._roster.find(ingress_id, leave.sequence_id)) is None:
             return
         ask, visit, used = sequence.ask, sequence.visit, leave.used_tokens
+        ran_in = self._places.pool_of(sequence)
+        self._recent.note("ttft", visit.home, leave.ttft_s, now)
+        self._recent.note("itl", ran_in or visit.home, leave.itl_s, now)
         had_place = sequence.state is not State.WAITING
         if (replica := self._roster.drop(sequence, now)) is not None:
             if leave.failed:
@@ -326,6 +340,18 @@ class Admission:
         visit.key.charge(0, min(0, used - ask.charge), now)
 
     # Refusing.
+
+    def _end_wait(self, visit: Visit, max_wait_s: float, now: float) -> None:
+        """The visit has waited for as long as any may: refuse it, unless a replica is being
+        started for it."""
+        if self._places.ready(visit.pools, now):
+            refused = waited_too_long(max_wait_s, self._retry_after(visit))
+        elif visit.home in self._settings.wakes_up - self._settings.refuses:
+            self._roster.waits.add(now, visit)
+            return
+        else:
+            refused = pool_empty(visit.home, self._retry_after(visit))
+        self._refuse(visit, refused, now)
 
     def _refuse(self, visit: Visit, refused: Refused, now: float) -> None:
         """Refuse what waits of a visit, and give back what was charged for what never ran."""

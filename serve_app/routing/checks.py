@@ -99,10 +99,26 @@ def too_long(limit: ContextLimit, param: str, num_tokens: int | None = None) -> 
     )
 
 
+def never_fits(limit: ContextLimit, num_tokens: int) -> InvalidRequest:
+    """The refusal of a request that no pool can ever hold."""
+    return InvalidRequest(
+        f"prompt and completion limit are {num_tokens} tokens together, and the {limit.holder} "
+        f"holds {limit.tokens}; shorten the prompt or ask for fewer tokens",
+        code="context_length_exceeded",
+    )
+
+
 def most_requests(config: ServeConfig, admission: AdmissionSection) -> int:
-    """Sequences that the service can hold at one time, running and waiting."""
-    pool = config.pool
-    return pool.replicas * pool.max_ongoing_requests + admission.max_queued_requests
+    """Sequences that the service can hold at one time of requests with one home, running and
+    waiting."""
+    running = {
+        name: pool.most_replicas * pool.max_ongoing_requests for name, pool in config.pools.items()
+    }
+    most = max(
+        running[name] + sum(running[other] for other in pool.spill_over)
+        for name, pool in config.pools.items()
+    )
+    return most + admission.max_queued_requests
 
 
 def check_choices(body: GenerationBody, most: int) -> None:
@@ -125,14 +141,14 @@ def check_choices(body: GenerationBody, most: int) -> None:
 
 
 def choose_max_tokens(
-    num_prompt_tokens: int, body: GenerationBody, default: int, info: EngineInfo
+    num_prompt_tokens: int, body: GenerationBody, default: int, limit: ContextLimit
 ) -> int:
     """Tokens to generate at most: as requested, or the default cut to what the context leaves.
 
     Raises:
         InvalidRequest: prompt and completion cannot fit, whatever else is running.
     """
-    limit, requested = ContextLimit.of(info), body.completion_limit
+    requested = body.completion_limit
     room = limit.tokens - num_prompt_tokens
     if room < (1 if requested != 0 else 0):
         raise too_long(limit, body.prompt_field, num_prompt_tokens)
@@ -154,7 +170,7 @@ def to_sequences(
     prompts: Sequence[Sequence[int]],
     *,
     request_id: str,
-    info: EngineInfo,
+    limit: ContextLimit,
     vocab_size: int,
     default_max_tokens: int,
     trace_context: dict[str, str],
@@ -173,7 +189,7 @@ def to_sequences(
         if not prompt:
             raise InvalidRequest(f"{field}: the prompt is empty; give a token", param=field)
         # The length first: it costs nothing, and bounds what the rest costs.
-        max_tokens = choose_max_tokens(len(prompt), body, default_max_tokens, info)
+        max_tokens = choose_max_tokens(len(prompt), body, default_max_tokens, limit)
         check_token_ids(prompt, vocab_size, field)
         prompt_ids = tuple(prompt)
         for choice in range(body.num_choices):
@@ -214,6 +230,8 @@ def entry(
                 prompt_tokens=prompt,
                 output_tokens=whole - prompt,
                 charge=prompt + limit,
+                pools=request.pools,
+                affinity=request.affinity,
             )
         )
     return Enter(

@@ -1,4 +1,4 @@
-"""Requests that wait for places: who is next.
+"""Requests that wait for places in one pool: who is next.
 
 Bands go strictly by priority. Within a band API keys share tokens by deficit round robin
 (M. Shreedhar and G. Varghese, Efficient Fair Queuing using Deficit Round Robin, SIGCOMM 1995), in
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 
 from serve_app.routing.admission_stats import QueuedOfKey
@@ -119,12 +120,14 @@ class Band:
 
 
 class FairQueue:
-    """All that wait for their first place. `sequences` and `tokens` are what waits in all."""
+    """All that wait for their first place in one pool. `sequences` and `tokens` are what waits in
+    all; `spilling` says how many of the sequences may run in each other pool, too."""
 
     def __init__(self) -> None:
         self.bands: dict[int, Band] = {}
         self.sequences = 0
         self.tokens = 0
+        self.spilling: Counter[str] = Counter()
 
     def _flow(self, visit: Visit) -> tuple[Band, Flow]:
         priority, name = visit.terms.priority, visit.terms.name
@@ -147,6 +150,8 @@ class FairQueue:
         flow.tokens += visit.waiting_tokens
         self.tokens += visit.waiting_tokens
         self.sequences += len(visit.waiting)
+        for pool in visit.pools[1:]:
+            self.spilling[pool] += len(visit.waiting)
         if was_empty:
             band.activate(flow)
 
@@ -159,6 +164,10 @@ class FairQueue:
         flow.tokens -= sequence.tokens
         self.tokens -= sequence.tokens
         self.sequences -= 1
+        for pool in visit.pools[1:]:
+            self.spilling[pool] -= 1
+            if not self.spilling[pool]:
+                del self.spilling[pool]
         if not visit.waiting:
             del flow.entries[bisect_left(flow.entries, (visit.rank,))]
             del flow.arrivals[visit.request_id]
@@ -173,29 +182,26 @@ class FairQueue:
 
     def place(
         self,
+        priority: int,
         try_place: Callable[[Sequence, bool], bool],
-        has_room: Callable[[float], bool],
-        pinned: Callable[[float], Iterable[Sequence]],
+        has_room: Callable[[], bool],
     ) -> None:
-        """One round of placing: offer sequences in order to `try_place`, while there is room for
-        their band. `try_place` removes and charges what it places. It is told which sequences are
-        the heads of their keys, and has a replica set aside for those that it cannot place.
-        `pinned` are the sequences of a band that have one set aside: they come first.
+        """One round of placing in one band: offer sequences in order to `try_place`, while there is
+        room for them. `try_place` removes and charges what it places. It is told which sequences
+        are the heads of their keys, and has a replica set aside for those that it cannot place.
 
         A key whose head is blocked keeps its turn. A few requests behind the head are tried
         meanwhile, and the other keys.
         """
-        for priority in sorted(self.bands):
-            band = self.bands[priority]
-            for sequence in pinned(priority):
-                try_place(sequence, True)
-            blocked: list[Flow] = []
-            while has_room(priority) and (flow := band.first()) is not None:
-                if not self._place_one(flow, try_place):
-                    heappop(band.heap)
-                    blocked.append(flow)
-            for flow in blocked:
-                heappush(band.heap, (flow.round, flow.turn, flow))
+        if (band := self.bands.get(priority)) is None:
+            return
+        blocked: list[Flow] = []
+        while has_room() and (flow := band.first()) is not None:
+            if not self._place_one(flow, try_place):
+                heappop(band.heap)
+                blocked.append(flow)
+        for flow in blocked:
+            heappush(band.heap, (flow.round, flow.turn, flow))
 
     @staticmethod
     def _place_one(flow: Flow, try_place: Callable[[Sequence, bool], bool]) -> bool:
@@ -265,14 +271,15 @@ class FairQueue:
             for flow in item.flows.values()
         )
 
-    def stats(self) -> Iterator[QueuedOfKey]:
-        """What waits, by band and key."""
+    def stats(self, pool: str) -> Iterator[QueuedOfKey]:
+        """What waits, by band and key; `pool` is the one whose queue this is."""
         for priority in sorted(self.bands):
             for name, flow in sorted(self.bands[priority].flows.items()):
                 if flow.entries:
                     yield QueuedOfKey(
                         key=name,
                         priority=priority,
+                        pool=pool,
                         requests=len(flow.entries),
                         sequences=sum(len(visit.waiting) for _, visit in flow.entries),
                         kv_tokens=flow.tokens,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -64,7 +64,8 @@ async def never() -> bool:
 class Fleet:
     """Implements `EngineClient`. `settings` may be replaced while it serves. `count` is called once
     for each replica that a sequence loses; `hopeless` says that no replica will ever come, and is
-    asked every `look_s` seconds while a sequence waits for another place."""
+    asked every `look_s` seconds while a sequence waits for another place; `pool_of` gives the pool
+    of a replica, None where it is not known."""
 
     def __init__(
         self,
@@ -75,12 +76,14 @@ class Fleet:
         *,
         hopeless: Callable[[], Awaitable[bool]] = never,
         look_s: float = LOOK_S,
+        pool_of: Callable[[str], str | None] = lambda replica_id: None,
     ) -> None:
         self._replicas = replicas
         self._admission = admission
         self._count = count
         self._hopeless = hopeless
         self._look_s = look_s
+        self._pool_of = pool_of
         self._failures: WeakValueDictionary[str, Failures] = WeakValueDictionary()
         self.settings = settings
 
@@ -98,7 +101,8 @@ class Fleet:
                 loss: Done | ApiError | None = None
                 events = self._replicas.generate(progress.send(place))
                 if place is not None:  # now: the replica's own word comes with its first tokens
-                    yield Placed(place, progress.attempt)
+                    pool = self._pool_of(place) or progress.home
+                    yield Placed(place, progress.attempt, pool)
                 try:
                     async with aclosing(events):
                         async for event in events:
@@ -134,7 +138,13 @@ class Fleet:
             failed = True
             raise
         finally:
-            leave = Leave(sequence_id=sequence_id, used_tokens=progress.used_tokens, failed=failed)
+            leave = Leave(
+                sequence_id=sequence_id,
+                used_tokens=progress.used_tokens,
+                failed=failed,
+                ttft_s=progress.ttft_s,
+                itl_s=progress.itl_s,
+            )
             self._admission.leave(leave)
 
     async def _move(
@@ -162,7 +172,7 @@ class Fleet:
             seconds_left=wait_s + _GRACE_S,
         )
         try:
-            if progress.num_output and not (await self.info()).continues:
+            if progress.num_output and not await self._continues(progress.pools):
                 return "excluded", None
             return "resumed", await self._another_place(move, wait_s)
         except asyncio.CancelledError:
@@ -172,6 +182,11 @@ class Fleet:
             return "late", None
         except (TimeoutError, Overloaded, EngineUnavailable):
             return "no_replica", None
+
+    async def _continues(self, pools: tuple[str, ...]) -> bool:
+        """Whether the engines of these pools go on with the tokens of others."""
+        infos = await self.infos(wait=False)
+        return all(infos[pool].continues for pool in pools if pool in infos)
 
     async def _another_place(self, move: Move, wait_s: float) -> str | None:
         """Raises TimeoutError when there is none in time, and what `Admission.move` raises."""
@@ -191,8 +206,8 @@ class Fleet:
     async def statuses(self) -> list[ReplicaStatus]:
         return await self._replicas.statuses()
 
-    async def info(self) -> EngineInfo:
-        return await self._replicas.info()
+    async def infos(self, *, wait: bool = True) -> Mapping[str, EngineInfo]:
+        return await self._replicas.infos(wait=wait)
 
 
 def _blames(loss: Done | ApiError) -> bool:

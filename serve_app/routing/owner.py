@@ -24,8 +24,8 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from serve_app.routing.admission import Admission, UnknownIngress
 from serve_app.routing.admission_client import OwnerLostError
 from serve_app.routing.admission_stats import AdmissionStats
+from serve_app.routing.owner_settings import OwnerSettings
 from serve_app.routing.tickets import WIRE_VERSION, Answer, Join, Message, Seen
-from serve_app.sections import AdmissionSection
 
 log = logging.getLogger("ray.serve")
 
@@ -46,12 +46,11 @@ class AdmissionOwner:
 
     def __init__(
         self,
-        settings: AdmissionSection,
-        max_ongoing_requests: int,
+        settings: OwnerSettings,
         clock: Callable[[], float] = time.monotonic,
         settle_s: float = SETTLE_S,
     ) -> None:
-        self.admission = Admission(settings, max_ongoing_requests, clock)
+        self.admission = Admission(settings, clock)
         self._clock = clock
         self._settle_s = settle_s
         self._configured = clock() - 1e9
@@ -110,14 +109,12 @@ class AdmissionOwner:
             del self._polls[ingress_id]
         return poll.result() if poll.done() else []
 
-    async def configure(
-        self, settings: AdmissionSection, max_ongoing_requests: int, age_s: float
-    ) -> None:
+    async def configure(self, settings: OwnerSettings, age_s: float) -> None:
         """Take in settings that are `age_s` old, unless newer ones are known. Idempotent."""
         moment = self._clock() - age_s
         if moment > self._configured:
             self._configured = moment
-            self.admission.configure(settings, max_ongoing_requests)
+            self.admission.configure(settings)
             self._deliver()
 
     async def stats(self) -> AdmissionStats:
@@ -215,7 +212,7 @@ def owner_name(app_name: str) -> str:
     return f"admission:{app_name}:{WIRE_VERSION}"
 
 
-def find_owner(app_name: str, settings: AdmissionSection, max_ongoing_requests: int) -> Any:
+def find_owner(app_name: str, settings: OwnerSettings) -> Any:
     """The handle of the application's owner, which is made where there is none. Blocks for some
     milliseconds. Ray restarts the actor when it dies, on another node if need be, with the
     settings that it was made with; `configure` brings later ones."""
@@ -228,24 +225,21 @@ def find_owner(app_name: str, settings: AdmissionSection, max_ongoing_requests: 
         max_task_retries=0,
         num_cpus=0,
     )
-    return actor.remote(settings, max_ongoing_requests)
+    return actor.remote(settings)
 
 
 class OwnerChannel:
     """Implements `Channel` over the owner's actor, and keeps it to this ingress's settings."""
 
-    def __init__(
-        self, app_name: str, settings: AdmissionSection, max_ongoing_requests: int
-    ) -> None:
+    def __init__(self, app_name: str, settings: OwnerSettings) -> None:
         self._app_name = app_name
-        self._max_ongoing_requests = max_ongoing_requests
         self._settings = settings
         self._since = time.monotonic()
         self._handle: Any = None
         self._finding: asyncio.Future[Any] | None = None
         self._told = False
 
-    def configure(self, settings: AdmissionSection) -> None:
+    def configure(self, settings: OwnerSettings) -> None:
         """Settings that hold from now on; the owner gets them with the next exchange."""
         self._settings, self._since, self._told = settings, time.monotonic(), False
 
@@ -275,7 +269,7 @@ class OwnerChannel:
             if configure:
                 self._told = True
                 age_s = time.monotonic() - self._since
-                owner.configure.remote(self._settings, self._max_ongoing_requests, age_s)
+                owner.configure.remote(self._settings, age_s)
             return await call(owner)
         except ActorDiedError as error:  # for good: the next call makes another
             self._handle = None
@@ -292,9 +286,7 @@ class OwnerChannel:
         blocks, and in one at a time, because that may take long."""
         if self._finding is None:
             self._finding = asyncio.ensure_future(
-                asyncio.to_thread(
-                    find_owner, self._app_name, self._settings, self._max_ongoing_requests
-                )
+                asyncio.to_thread(find_owner, self._app_name, self._settings)
             )
         finding = self._finding
         try:

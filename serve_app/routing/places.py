@@ -5,6 +5,9 @@ from grants, not from heartbeats, which are late. Heartbeats say which replicas 
 they are, and which sequences run there that nobody here holds: *ghosts*, of an ingress that has
 died or of another owner. Those occupy places for as long as they are reported.
 
+A sequence looks for room in its pools in order, and in a pool first in the replica that had its
+session last, unless that is much fuller than the emptiest one.
+
 A sequence that fits nowhere now *pins* the replica that will have room for it soonest: sequences of
 its band and below get nothing there until it has its place.
 """
@@ -12,106 +15,53 @@ its band and below get nothing there until it has its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.routing.admission_stats import ReplicaUse
-from serve_app.routing.breaker import Breaker
+from serve_app.routing.replica_room import FORGET_S, Replica
+from serve_app.routing.sessions import Sessions
 from serve_app.routing.visits import Sequence, State
 
-#: Age in seconds of its status at which a replica gets nothing more.
-MAX_AGE_S = 5.0
 #: Seconds that a replica may go on reporting a sequence that has left, before it is a ghost.
 LEAVING_S = 3.0
-#: Seconds for which a silent replica, and that one has said goodbye, is remembered.
-FORGET_S = 60.0
-#: Seconds for which an ingress is believed that Serve does not route to a replica: it says so
-#: every second while that is so.
-UNROUTED_S = 2.5
-
-
-class Replica:
-    """One replica. Known by name alone until its first status arrives."""
-
-    def __init__(self, replica_id: str, now: float) -> None:
-        self.replica_id = replica_id
-        self.reported = -math.inf  # when its newest status was true
-        self.gone = False
-        self.unrouted: dict[str, float] = {}  # ingress that says so -> when
-        self.forget_at = now + FORGET_S
-        self.places = 0
-        self.max_running: float = math.inf
-        self.max_model_len = 0
-        self.kv_total = 0
-        self.held: dict[str, int] = {}  # sequence -> KV tokens
-        self.kv_held = 0
-        self.ghosts: dict[str, None] = {}
-        self.kv_ghosts = 0
-        self.left: dict[str, float] = {}  # sequence -> when it left
-        self.free_places = 0
-        self.free_kv = 0
-        self.breaker = Breaker()
-        self.pin: Sequence | None = None
-        self.pin_band = math.inf
-
-    def count(self) -> None:
-        """Compute what is free from what is held."""
-        self.free_places = self.places - len(self.held) - len(self.ghosts)
-        self.free_kv = self.kv_total - self.kv_held - self.kv_ghosts
-
-    def is_fresh(self, now: float) -> bool:
-        if self.gone or now - self.reported > MAX_AGE_S:
-            return False
-        return not self.unrouted or all(
-            now - moment > UNROUTED_S for moment in self.unrouted.values()
-        )
-
-    def can_ever_hold(self, sequence: Sequence) -> bool:
-        """Whether it would fit if nothing else were there."""
-        limit = min(self.max_model_len, self.kv_total)
-        return sequence.ask.charge <= limit and sequence.avoid != self.replica_id
-
-    def need(self, sequence: Sequence) -> int:
-        """KV tokens that the sequence takes here: whole pages, but never more than all."""
-        return min(sequence.tokens, self.kv_total)
-
-    def fits(self, sequence: Sequence) -> bool:
-        room = self.free_places > 0 and self.need(sequence) <= self.free_kv
-        return room and self.can_ever_hold(sequence)
-
-    def used_share(self) -> float:
-        """The larger of the shares of KV and of places that are taken."""
-        return 1.0 - min(self.free_kv / self.kv_total, self.free_places / self.places)
-
-    def departures(self, sequence: Sequence) -> float:
-        """How long until the sequence fits, in units of one sequence's stay: the sequences that
-        must leave first, of all that are there."""
-        there = max(1, len(self.held) + len(self.ghosts))
-        mean = max(1.0, (self.kv_held + self.kv_ghosts) / there)
-        missing = math.ceil((self.need(sequence) - self.free_kv) / mean)
-        return max(missing, 1 - self.free_places) / there
 
 
 class Places:
-    """All replicas. `usable` is set for one round of placing by `begin`."""
+    """All replicas of all pools. `max_ongoing_requests` are the places of one replica, by pool;
+    `slack` is how much fuller than the emptiest the replica of a session may be. Which replicas
+    may be used is set for one round of placing by `begin`."""
 
-    def __init__(self, max_ongoing_requests: int) -> None:
-        self._max_ongoing = max_ongoing_requests
+    def __init__(self, max_ongoing_requests: Mapping[str, int], slack: float = 0.0) -> None:
+        self._max_ongoing = dict(max_ongoing_requests)
+        self._slack = slack
+        self.sessions = Sessions()
         self.replicas: dict[str, Replica] = {}
-        self._usable: list[Replica] = []
-        self._rooms: dict[float, int] = {}  # `room` of each band, until something changes
+        self._now = 0.0  # of this round
+        self._usable: dict[str, list[Replica]] = {}
+        self._rooms: dict[tuple[float, str], int] = {}  # `room`, until something changes
 
     # What is there.
 
-    def configure(self, max_ongoing_requests: int) -> None:
-        """Another number of places per replica. Who has one keeps it."""
-        self._max_ongoing = max_ongoing_requests
+    @property
+    def pools(self) -> set[str]:
+        """The pools that are configured or of which replicas have reported."""
+        return self._max_ongoing.keys() | {r.pool for r in self.replicas.values() if r.pool}
+
+    def configure(self, max_ongoing_requests: Mapping[str, int], slack: float) -> None:
+        """Other numbers of places per replica. Who has one keeps it. A pool that is configured no
+        more keeps its number for the replicas that still drain."""
+        self._max_ongoing |= max_ongoing_requests
+        self._slack = slack
         for replica in self.replicas.values():
             self._size(replica)
 
     def _size(self, replica: Replica) -> None:
         if replica.reported > -math.inf:
-            replica.places = int(min(self._max_ongoing, replica.max_running))
+            # A pool that this owner has not been told of yet is one that begins.
+            most = self._max_ongoing.get(replica.pool, min(self._max_ongoing.values(), default=1))
+            replica.places = int(min(most, replica.max_running))
         replica.count()
 
     def _get(self, replica_id: str, now: float) -> Replica:
@@ -126,7 +76,7 @@ class Places:
         if replica.gone or at < replica.reported:
             return
         replica.reported = at
-        info = status.info
+        replica.pool, info = status.pool, status.info
         replica.max_running = math.inf if info.max_running is None else info.max_running
         replica.max_model_len, replica.kv_total = info.max_model_len, info.kv_tokens_total
         left = replica.left
@@ -167,12 +117,22 @@ class Places:
             if not replica.held and now >= replica.forget_at:
                 self._unpin(replica)
                 del self.replicas[replica.replica_id]
+        self.sessions.prune(now)
 
     def can_ever_hold(self, sequence: Sequence) -> bool:
-        """Whether some known replica would hold it if nothing else were there; true while none is
-        known. A silent one counts: it may come back."""
+        """Whether some known replica of its pools would hold it if nothing else were there; true
+        while one of them has none that is known. A silent one counts: it may come back."""
         known = [r for r in self.replicas.values() if not r.gone and r.reported > -math.inf]
-        return not known or any(replica.can_ever_hold(sequence) for replica in known)
+        empty = set(sequence.ask.pools) - {replica.pool for replica in known}
+        return bool(empty) or any(
+            replica.pool in sequence.ask.pools and replica.can_ever_hold(sequence)
+            for replica in known
+        )
+
+    def ready(self, pools: Iterable[str], now: float) -> int:
+        """The replicas of these pools that may get sequences."""
+        names = set(pools)
+        return sum(r.pool in names and r.is_fresh(now) for r in self.replicas.values())
 
     # Who holds what.
 
@@ -186,8 +146,11 @@ class Places:
         if replica.ghosts.pop(sequence_id, self) is None:  # it was a ghost; no longer
             replica.kv_ghosts = max(0, replica.kv_ghosts - kv) if replica.ghosts else 0
         replica.breaker.sent(sequence_id, now)
-        if not replica.breaker.takes(now) and replica in self._usable:
-            self._usable.remove(replica)  # it is being tried out with this one
+        usable = self._usable.get(replica.pool, [])
+        if not replica.breaker.takes(now) and replica in usable:
+            usable.remove(replica)  # it is being tried out with this one
+        pool = replica.pool or sequence.ask.pools[0]
+        self.sessions.note(sequence.ask.affinity, pool, replica_id, now)
         replica.count()
         self._rooms.clear()
         self.unpin(sequence)
@@ -210,72 +173,119 @@ class Places:
         replica.count()
         return replica
 
+    def pool_of(self, sequence: Sequence) -> str:
+        """The pool of the replica that it is held in, empty where that is not known."""
+        replica = self.replicas.get(sequence.replica_id or "")
+        return replica.pool if replica is not None else ""
+
     # Placing.
 
     def begin(self, now: float) -> None:
         """Look which replicas may get sequences now. Called before `choose` and `pin`."""
-        usable: list[Replica] = []
-        broken: list[Replica] = []
+        self._now = now
+        usable: dict[str, list[Replica]] = {}
+        broken: dict[str, list[Replica]] = {}
         for replica in self.replicas.values():
             if replica.is_fresh(now):
-                closed = replica.breaker.open_until is None
-                (usable if closed or replica.breaker.takes(now) else broken).append(replica)
+                takes = replica.breaker.open_until is None or replica.breaker.takes(now)
+                (usable if takes else broken).setdefault(replica.pool, []).append(replica)
             elif replica.pin is not None:
                 self._unpin(replica)
-        for replica in broken:
-            self._unpin(replica)
-        if not usable and broken and all(r.breaker.state(now) == "open" for r in broken):
-            probed = min(broken, key=lambda r: r.breaker.open_until or now)
-            probed.breaker.half_open(now)
-            usable = [probed]
+        for pool, failing in broken.items():
+            for replica in failing:
+                self._unpin(replica)
+            if pool not in usable and all(r.breaker.state(now) == "open" for r in failing):
+                probed = min(failing, key=lambda r: r.breaker.open_until or now)
+                probed.breaker.half_open(now)
+                usable[pool] = [probed]
         self._usable = usable
         self._rooms.clear()
 
+    def _all_usable(self) -> Iterator[Replica]:
+        return chain.from_iterable(self._usable.values())
+
     def has_places(self) -> bool:
         """Whether any replica has a place for anything at all."""
-        return any(replica.free_places > 0 for replica in self._usable)
+        return any(replica.free_places > 0 for replica in self._all_usable())
 
-    def has_room(self, band: float) -> bool:
-        """Whether anything of this band could be placed."""
-        return self.room(band) >= 0
+    def has_room(self, band: float, pools: Iterable[str] | None = None) -> bool:
+        """Whether anything of this band could be placed in these pools, None: in any."""
+        return any(
+            self.room(band, pool) >= 0 for pool in (self._usable if pools is None else pools)
+        )
 
-    def room(self, band: float) -> int:
-        """The most KV tokens that are free in one replica which takes something of this band; -1
-        where there is none."""
-        if (room := self._rooms.get(band)) is None:
+    def room(self, band: float, pool: str) -> int:
+        """The most KV tokens that are free in one replica of the pool which takes something of this
+        band; -1 where there is none."""
+        if (room := self._rooms.get((band, pool))) is None:
             room = -1
-            for replica in self._usable:
+            for replica in self._usable.get(pool, ()):
                 if replica.free_places > 0 and replica.pin_band > band and replica.free_kv > room:
                     room = max(0, replica.free_kv)
-            self._rooms[band] = room
+            self._rooms[band, pool] = room
         return room
 
-    def choose(self, sequence: Sequence) -> Replica | None:
+    def choose(self, sequence: Sequence, pools: Iterable[str] | None = None) -> Replica | None:
+        """The replica for the sequence, of the first of these pools (None: all of its own, in
+        order) that has room: the one of its session, else the least used."""
+        for pool in sequence.ask.pools if pools is None else pools:
+            if (best := self._least_used(sequence, pool)) is not None:
+                return self._of_session(sequence, best) or best
+        return None
+
+    def _takes(self, replica: Replica, sequence: Sequence) -> bool:
+        """Whether there is room for the sequence now, which nothing else is to get."""
+        need = min(sequence.ask.kv_tokens, replica.kv_total)
+        if replica.free_places <= 0 or replica.free_kv < need:
+            return False
+        if replica.pin_band <= sequence.band and replica.pin is not sequence:
+            return False
+        return replica.can_ever_hold(sequence)
+
+    def _least_used(self, sequence: Sequence, pool: str) -> Replica | None:
         """The replica with room for the sequence whose used share is least; ties go to the fewest
         held, then to the lowest id. A replica that is being tried out is a moving sequence's last
         choice: it has lost one already."""
-        ask, band, best, best_rank = sequence.ask, sequence.band, None, None
-        moving, tokens = sequence.state is State.MOVING, ask.kv_tokens
-        if sequence.pinned is None and min(tokens, ask.charge) > self.room(band):
+        ask, best, best_rank = sequence.ask, None, None
+        if sequence.pinned is None and min(ask.kv_tokens, ask.charge) > self.room(
+            sequence.band, pool
+        ):
             return None  # most are told so: rounds of placing end with those that do not fit
-        for replica in self._usable:
-            if replica.free_places <= 0 or replica.free_kv < min(tokens, replica.kv_total):
+        for replica in self._usable.get(pool, ()):
+            if not self._takes(replica, sequence):
                 continue
-            if replica.pin_band <= band and replica.pin is not sequence:
-                continue
-            if not replica.can_ever_hold(sequence):
-                continue
-            doubtful = moving and replica.breaker.open_until is not None
+            doubtful = _is_doubtful(replica, sequence)
             rank = (doubtful, replica.used_share(), len(replica.held), replica.replica_id)
             if best_rank is None or rank < best_rank:
                 best, best_rank = replica, rank
         return best
 
+    def _of_session(self, sequence: Sequence, best: Replica) -> Replica | None:
+        """The replica of the pool of `best` that had the sequence's session last, if it may have
+        this one, too."""
+        if not sequence.ask.affinity:
+            return None
+        found = self.sessions.find(sequence.ask.affinity, best.pool, self._now)
+        for replica in self._usable.get(best.pool, ()) if found is not None else ():
+            if replica.replica_id == found:
+                fuller = replica.used_share() - best.used_share()
+                if fuller > self._slack or not self._takes(replica, sequence):
+                    return None
+                return None if _is_doubtful(replica, sequence) else replica
+        return None
+
     def pin(self, sequence: Sequence) -> bool:
         """Set the replica aside that will fit the sequence soonest, of those that are not set aside
-        for its band or a higher one; returns whether there was one."""
+        for its band or a higher one; returns whether there was one. It is one of its home, or of
+        the first other pool that can hold it where the home has none."""
         band = sequence.band
-        free = [r for r in self._usable if r.pin_band > band and r.can_ever_hold(sequence)]
+        for pool in sequence.ask.pools:
+            able = [r for r in self._usable.get(pool, ()) if r.can_ever_hold(sequence)]
+            if able:
+                break
+        else:
+            return False
+        free = [replica for replica in able if replica.pin_band > band]
         if not free:
             return False
         replica = min(free, key=lambda r: (r.departures(sequence), r.replica_id))
@@ -288,18 +298,19 @@ class Places:
     def pinned(self, band: float) -> list[Sequence]:
         """The sequences of this band that a replica is set aside for, and that now fit there or
         perhaps elsewhere."""
-        room, found = self.room(band), []
-        for replica in self._usable:
+        found = []
+        for replica in self._all_usable():
             pin = replica.pin
             if pin is None or replica.pin_band != band:
                 continue
+            room = max(self.room(band, pool) for pool in pin.ask.pools)
             if min(pin.ask.kv_tokens, pin.ask.charge) <= room or replica.fits(pin):
                 found.append(pin)
         return found
 
     def has_pin(self, sequence: Sequence) -> bool:
         """Whether a replica is set aside for the sequence, or for another one of its key that
-        waits in its band: one is enough, lest a key of long prompts hold up the fleet."""
+        waits in its band for its pool: one is enough, lest a key of long prompts hold it up."""
         if sequence.pinned is not None:
             return True
         if sequence.state is State.MOVING:
@@ -309,7 +320,8 @@ class Places:
             replica.pin is not None
             and replica.pin_band == terms.priority
             and replica.pin.visit.terms.name == terms.name
-            for replica in self._usable
+            and replica.pin.visit.home == sequence.visit.home
+            for replica in self._all_usable()
         )
 
     def unpin(self, sequence: Sequence) -> None:
@@ -328,6 +340,7 @@ class Places:
         return [
             ReplicaUse(
                 replica_id=replica.replica_id,
+                pool=replica.pool,
                 fresh=replica.is_fresh(now),
                 held=len(replica.held),
                 ghosts=len(replica.ghosts),
@@ -341,3 +354,8 @@ class Places:
             for _, replica in sorted(self.replicas.items())
             if replica.reported > -math.inf
         ]
+
+
+def _is_doubtful(replica: Replica, sequence: Sequence) -> bool:
+    """Whether a sequence that has lost a replica should rather not try this one out."""
+    return sequence.state is State.MOVING and replica.breaker.open_until is not None

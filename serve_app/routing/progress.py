@@ -46,7 +46,7 @@ class Progress:
         sampling = request.sampling
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
-        self._request = replace(request, sampling=sampling)
+        self._request = replace(request, sampling=sampling, arrived=None)
         self._clock = clock
         self._failures = failures
         self._refusals = 0
@@ -59,6 +59,9 @@ class Progress:
         #: Seconds in queue, prefill and decode with the replicas that were lost, as seen from here.
         self._lost_s = [0.0, 0.0, 0.0]
         self._sent_s = self._first_s = self._last_s = 0.0
+        self._arrived_s = request.arrived
+        self._began_s: float | None = None
+        self._newest_s = 0.0
 
     @property
     def num_output(self) -> int:
@@ -75,6 +78,32 @@ class Progress:
     def used_tokens(self) -> int:
         """Prompt and completion; 0 where it never ran."""
         return len(self._request.prompt_ids) + self.num_output if self.attempt else 0
+
+    @property
+    def home(self) -> str:
+        """The pool that it belongs to."""
+        return self._request.pools[0]
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """The pools that it may run in."""
+        return self._request.pools
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From the arrival of its HTTP request to its first token, over all replicas; None before
+        that, or where its arrival is not known."""
+        if self._began_s is None or self._arrived_s is None:
+            return None
+        return self._began_s - self._arrived_s
+
+    @property
+    def itl_s(self) -> float | None:
+        """The mean time between its tokens, over all replicas; None before the second one."""
+        num_intervals = self.num_output - 1
+        if self._began_s is None or num_intervals < 1:
+            return None
+        return (self._newest_s - self._began_s) / num_intervals
 
     def send(self, place: str | None) -> GenerateRequest:
         """The request for the next replica: `place`, where one was granted. Its id differs from
@@ -103,13 +132,16 @@ class Progress:
         self._heard = True
         if isinstance(event, Placed):
             self.replica_id = event.replica_id
-            return Placed(event.replica_id, self.attempt)
+            return replace(event, attempt=self.attempt)
         if isinstance(event, PromptLogprobs):
             sampling = replace(self._request.sampling, prompt_logprobs=None)
             self._request = replace(self._request, sampling=sampling)
         elif isinstance(event, Tokens):
             if self._first_s == self._sent_s:
                 self._first_s = self._last_s
+            if event.token_ids:
+                self._newest_s = self._last_s
+                self._began_s = self._last_s if self._began_s is None else self._began_s
             self._output_ids += event.token_ids
             self._num_shown += len(event.text)
         elif self.attempt > 1:

@@ -59,6 +59,14 @@ def waited_too_long(max_wait_s: float, retry_after_s: int) -> Refused:
     )
 
 
+def pool_empty(pool: str, retry_after_s: int) -> Refused:
+    return Refused(
+        "engine_unavailable",
+        f"no engine of pool {pool} is ready; retry in {retry_after_s} s",
+        retry_after_s,
+    )
+
+
 def too_late() -> Refused:
     return Refused(
         "deadline_exceeded", "the request's deadline passed before an engine had room for it"

@@ -1,9 +1,10 @@
 """The client of the engine replicas: the actor hop as the ingress sees it.
 
-A request goes through a Serve deployment handle, which picks a replica; Ray's exceptions become
-ours. Status comes the other way: every replica sends a heartbeat to every ingress. Asking a replica
-for it would queue behind the requests that it works on, and a full service could not report its own
-health. The ingress (openai/ingress.py) makes the client; replica/replica.py is the other side.
+A request goes through the Serve deployment handle of its pool, which picks a replica; Ray's
+exceptions become ours. Status comes the other way: every replica sends a heartbeat to every
+ingress. Asking a replica for it would queue behind the requests that it works on, and a full
+service could not report its own health. The ingress (openai/ingress.py) makes the client;
+replica/replica.py is the other side.
 
 Whether a stream is alive is never judged by its tokens: a queued request or the prefill of a long
 prompt is silent for long. A replica sends an empty message meanwhile, so that a stream without any
@@ -23,7 +24,7 @@ import asyncio
 import contextvars
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,16 +58,24 @@ class StatusBoard:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._statuses: dict[str, tuple[float, ReplicaStatus]] = {}  # id -> arrival time, status
+        #: What each pool serves, as was heard last; kept when its replicas go.
+        self.infos: dict[str, EngineInfo] = {}
         self._arrived = asyncio.Event()
 
     def note(self, status: ReplicaStatus) -> None:
         """Take in a heartbeat."""
         self._statuses[status.replica_id] = (self._clock(), status)
+        self.infos[status.pool] = status.info
         self._arrived.set()
 
     def remove(self, replica_id: str) -> None:
         """Forget a replica that says goodbye; it has no streams, or has ended them itself."""
         self._statuses.pop(replica_id, None)
+
+    def pool_of(self, replica_id: str) -> str | None:
+        """The pool of a replica, None where it is not known any more."""
+        known = self._statuses.get(replica_id)
+        return None if known is None else known[1].pool
 
     def fresh(self) -> list[ReplicaStatus]:
         """The statuses that are at most MAX_AGE_S old."""
@@ -101,16 +110,15 @@ class StatusBoard:
         oldest = self._clock() - age_s
         return [status for arrived, status in self._statuses.values() if arrived >= oldest]
 
-    async def first(self) -> ReplicaStatus:
-        """Any fresh status; waits up to PATIENCE_S for one. Raises EngineUnavailable."""
+    async def first(self) -> None:
+        """Wait up to PATIENCE_S until any pool is known. Raises EngineUnavailable."""
         try:
             async with asyncio.timeout(PATIENCE_S):
-                while not (fresh := self.fresh()):
+                while not self.infos:
                     self._arrived.clear()
                     await self._arrived.wait()
         except TimeoutError:
             raise EngineUnavailable("no engine replica is ready; retry later") from None
-        return fresh[0]
 
 
 @dataclass(slots=True)
@@ -124,16 +132,22 @@ class _Stream:
 
 
 class ReplicaClient:
-    """Implements `EngineClient` over a Serve deployment handle. `watch` must run beside it."""
+    """Implements `EngineClient` over Serve's deployment handles, by pool. `watch` must run beside
+    it."""
 
     def __init__(
-        self, handle: Any, board: StatusBoard, clock: Callable[[], float] = time.monotonic
+        self,
+        handles: Mapping[str, Any],
+        board: StatusBoard,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._handle = handle
-        self._stream = handle.options(stream=True, method_name="generate")
+        self._handles = handles
+        self._generate = {
+            pool: handle.options(stream=True, method_name="generate")
+            for pool, handle in handles.items()
+        }
         self._board = board
         self._clock = clock
-        self._info: EngineInfo | None = None
         self._streams: dict[str, _Stream] = {}
         self._closed: ApiError | None = None
 
@@ -144,7 +158,8 @@ class ReplicaClient:
         stream = self._streams[request.request_id] = _Stream(interrupt, self._clock())
         # In a context of its own: Serve gives all calls that are made for one HTTP request one id,
         # and its router forgets all but the first of those that it has not answered yet.
-        response = contextvars.Context().run(self._stream.remote, request)
+        generate = self._generate[self._pool_for(request)]
+        response = contextvars.Context().run(generate.remote, request)
         ended = False
         try:
             while True:
@@ -165,6 +180,15 @@ class ReplicaClient:
             del self._streams[request.request_id]
             if not ended:  # cancelling a request that Serve refused raises the refusal again
                 response.cancel()
+
+    def _pool_for(self, request: GenerateRequest) -> str:
+        """The pool of the replica that admission chose; where it chose none, or that is gone, the
+        first of the request's own with a replica."""
+        chosen = None if request.replica_id is None else self._board.pool_of(request.replica_id)
+        if chosen in self._generate:
+            return chosen
+        ready = {status.pool for status in self._board.fresh()}
+        return next((pool for pool in request.pools if pool in ready), request.pools[0])
 
     def close(self, error: ApiError) -> None:
         """End every stream with `error`, and those that are still to come."""
@@ -209,25 +233,30 @@ class ReplicaClient:
             await asyncio.sleep(every_s)
             if self._board.unheard_s <= 2 * HEARTBEAT_S:
                 continue
-            try:
-                async with asyncio.timeout(HEARTBEAT_S):
-                    call = self._handle.broadcast("report")
-                    answers = await call.results_async(return_exceptions=True)
-            except (serve_exceptions.RayServeException, ray.exceptions.RayError, TimeoutError):
-                continue
-            for answer in answers:
-                if isinstance(answer, ReplicaStatus):
-                    await note(answer)
+            await asyncio.gather(*(_ask_one(handle, note) for handle in self._handles.values()))
 
     async def statuses(self) -> list[ReplicaStatus]:
         if not (fresh := self._board.fresh()):
             raise EngineUnavailable("no engine replica is ready; retry later")
         return fresh
 
-    async def info(self) -> EngineInfo:
-        if self._info is None:
-            self._info = (await self._board.first()).info
-        return self._info
+    async def infos(self, *, wait: bool = True) -> Mapping[str, EngineInfo]:
+        if wait:
+            await self._board.first()
+        return self._board.infos
+
+
+async def _ask_one(handle: Any, note: Callable[[ReplicaStatus], Awaitable[object]]) -> None:
+    """Ask the replicas of one pool for their statuses."""
+    try:
+        async with asyncio.timeout(HEARTBEAT_S):
+            call = handle.broadcast("report")
+            answers = await call.results_async(return_exceptions=True)
+    except (serve_exceptions.RayServeException, ray.exceptions.RayError, TimeoutError):
+        return
+    for answer in answers:
+        if isinstance(answer, ReplicaStatus):
+            await note(answer)
 
 
 def translate(error: Exception) -> Exception:

@@ -10,10 +10,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from serve_app.routing.agenda import Agenda
-from serve_app.routing.fair_queue import FairQueue
-from serve_app.routing.places import Places, Replica
+from serve_app.routing.places import Places
+from serve_app.routing.pool_queues import PoolQueues
 from serve_app.routing.quotas import Quotas
 from serve_app.routing.refusals import Refused
+from serve_app.routing.replica_room import Replica
 from serve_app.routing.tickets import Answer, Enter, Held, Join, Move, Refusal, Terms
 from serve_app.routing.visits import Sequence, State, Visit
 
@@ -32,7 +33,7 @@ class Roster:
 
     def __init__(self, places: Places) -> None:
         self.places = places
-        self.queue = FairQueue()
+        self.queue = PoolQueues()
         self.quotas = Quotas()
         self.ingresses: dict[str, Ingress] = {}
         self.met: dict[str, float] = {}  # ingress -> when it was last heard
@@ -55,6 +56,7 @@ class Roster:
         visit = self._new_visit(
             ingress_id, enter.request_id, enter.terms, now - enter.waited_s, enter.seconds_left, now
         )
+        visit.pools = enter.asks[0].pools if enter.asks else visit.pools
         visit.own_deadline = enter.own_deadline
         for ask in enter.asks:
             visit.waiting[ask.sequence_id] = Sequence(ask, visit)
@@ -192,6 +194,7 @@ class Roster:
             visit = visits[held.request_id] = self._new_visit(
                 ingress_id, held.request_id, held.terms, now, held.seconds_left, now
             )
+            visit.pools = held.ask.pools
         visit.placed = True
         visit.key.sequences += 1
         sequence = Sequence(held.ask, visit)

@@ -15,12 +15,12 @@ from serve_app.routing.tickets import Seen
 
 
 class Sightings:
-    """The heartbeats of the last seconds. `routed` gives the ids that Serve routes to, None where
-    that is not known; `changed` is called when replicas come or go."""
+    """The heartbeats of the last seconds. `routed` gives the ids of a pool that Serve routes to,
+    None where that is not known; `changed` is called when replicas come or go."""
 
     def __init__(
         self,
-        routed: Callable[[], frozenset[str] | None],
+        routed: Callable[[str], frozenset[str] | None],
         changed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -29,7 +29,7 @@ class Sightings:
         self._clock = clock
         self._statuses: dict[str, tuple[float, ReplicaStatus]] = {}
         self._gone: dict[str, float] = {}
-        self._last_routed: frozenset[str] | None = None
+        self._last_routed: dict[str, frozenset[str] | None] = {}
 
     def note(self, status: ReplicaStatus) -> None:
         """Take in a heartbeat."""
@@ -37,7 +37,7 @@ class Sightings:
             return  # it was under way when the replica said goodbye
         new = status.replica_id not in self._statuses
         self._statuses[status.replica_id] = self._clock(), status
-        if new or self._routed() != self._last_routed:
+        if new or self._routed(status.pool) != self._last_routed.get(status.pool):
             self.changed()
 
     def goodbye(self, replica_id: str) -> None:
@@ -51,9 +51,14 @@ class Sightings:
         now = self._clock()
         self._statuses = {k: v for k, v in self._statuses.items() if now - v[0] <= MAX_AGE_S}
         self._gone = {k: v for k, v in self._gone.items() if now - v <= 2 * MAX_AGE_S}
-        self._last_routed = routed = self._routed()
+        pools = {status.pool for _, status in self._statuses.values()}
+        self._last_routed = routed = {pool: self._routed(pool) for pool in pools}
         return Seen(
             statuses=tuple((status, now - moment) for moment, status in self._statuses.values()),
             gone=tuple(self._gone),
-            unrouted=tuple(k for k in self._statuses if routed is not None and k not in routed),
+            unrouted=tuple(
+                replica_id
+                for replica_id, (_, status) in self._statuses.items()
+                if (listed := routed[status.pool]) is not None and replica_id not in listed
+            ),
         )

@@ -14,10 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serve_app.engines.protocol import ReplicaStatus
+from serve_app.setting_types import POOL
 
 #: Rises with every change of these forms, so that ingresses of two versions, which run together
 #: during an update, never talk to one owner.
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +38,16 @@ class Terms:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
     """One sequence that wants a place: KV tokens of its prompt, and set aside for its output.
-    `charge` is what its key's token rate is charged: prompt and the whole completion limit."""
+    `charge` is what its key's token rate is charged: prompt and the whole completion limit. `pools`
+    may take it: its home, where it waits, then those that it may spill over to, in order; they are
+    the same for all sequences of a request. `affinity` names its session, a digest."""
 
     sequence_id: str
     prompt_tokens: int
     output_tokens: int
     charge: int
+    pools: tuple[str, ...] = (POOL,)
+    affinity: str = ""
 
     @property
     def kv_tokens(self) -> int:
@@ -85,11 +90,15 @@ class Landed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leave:
     """A sequence has ended, or wants no place any more. `used_tokens` are prompt and completion as
-    counted, 0 where it never ran; `failed` blames its replica."""
+    counted, 0 where it never ran; `failed` blames its replica. `ttft_s` is the time from the HTTP
+    request's arrival to the first token, `itl_s` the mean time between tokens, both as the ingress
+    saw them; None where there was none."""
 
     sequence_id: str
     used_tokens: int
     failed: bool = False
+    ttft_s: float | None = None
+    itl_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

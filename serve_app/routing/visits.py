@@ -10,6 +10,7 @@ from enum import Enum
 
 from serve_app.routing.quotas import Key
 from serve_app.routing.tickets import Ask, Terms
+from serve_app.setting_types import POOL
 
 
 class State(Enum):
@@ -33,6 +34,8 @@ class Visit:
     deadline: float
     own_deadline: bool
     order: int
+    #: Where it may run; the first is its home, in whose queue it waits.
+    pools: tuple[str, ...] = (POOL,)
     sequences: dict[str, Sequence] = field(default_factory=dict)
     #: Those that wait for their first place, in the order of choices.
     waiting: dict[str, Sequence] = field(default_factory=dict)
@@ -40,6 +43,10 @@ class Visit:
     placed: bool = False
     #: Order within its key; set when it is queued.
     rank: tuple[int, float, float, int] = (0, 0.0, 0.0, 0)
+
+    @property
+    def home(self) -> str:
+        return self.pools[0]
 
     @property
     def waiting_tokens(self) -> int:

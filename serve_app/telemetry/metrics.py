@@ -44,13 +44,13 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
     ),
     "gen_ai_server_time_to_first_token_seconds": (
         "histogram",
-        _BY_MODEL,
+        (*_BY_MODEL, "pool"),
         (*_TTFT, 20.0, 40.0, 80.0, *_LONG),
         "Time from the request's arrival to its first token, at the ingress.",
     ),
     "gen_ai_server_time_per_output_token_seconds": (
         "histogram",
-        _BY_MODEL,
+        (*_BY_MODEL, "pool"),
         (*_PER_TOKEN, 1.0, 2.5, 5.0, 10.0),
         "Mean time between the tokens of one choice after its first, in the engine.",
     ),
@@ -62,7 +62,7 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
     ),
     "intserve_admission_queue_seconds": (
         "histogram",
-        (),
+        ("pool",),
         (*_TTFT, 20.0, 40.0, 80.0, *_LONG),
         "Time that a sequence waited for its first place in an engine.",
     ),
@@ -114,14 +114,17 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
     ),
 }
 
+_OF_REPLICA = ("replica", "pool")
+
 #: name -> (labels, help); one value per engine replica, read when a scrape asks.
 ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
-    "intserve_engine_requests_running": (("replica",), "Requests in the engine's batch."),
-    "intserve_engine_requests_waiting": (("replica",), "Requests waiting inside the engine."),
-    "intserve_engine_kv_tokens_used": (("replica",), "Tokens whose KV is held."),
-    "intserve_engine_kv_tokens_capacity": (("replica",), "Tokens whose KV could be held."),
+    "intserve_engine_requests_running": (_OF_REPLICA, "Requests in the engine's batch."),
+    "intserve_engine_requests_waiting": (_OF_REPLICA, "Requests waiting inside the engine."),
+    "intserve_engine_kv_tokens_used": (_OF_REPLICA, "Tokens whose KV is held."),
+    "intserve_engine_kv_tokens_capacity": (_OF_REPLICA, "Tokens whose KV could be held."),
+    "intserve_engine_kv_bytes_per_token": (_OF_REPLICA, "Bytes of one token's KV, all layers."),
     "intserve_engine_info": (
-        ("replica", "engine", "recipe", "artifact_digest", "kv_cache", "gated", "emulated"),
+        (*_OF_REPLICA, "engine", "recipe", "artifact_digest", "kv_cache", "gated", "emulated"),
         "What is served, always 1; gated is false when the accuracy gate was overridden, emulated "
         "true when it judged an emulation of the engine's target.",
     ),
@@ -150,16 +153,32 @@ ADMISSION_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+#: name after `intserve_pool_` -> help; of the owner of admission, too, by pool.
+POOL_METRICS: dict[str, str] = {
+    "replicas_ready": "Engine replicas that may get requests.",
+    "waiting_sequences": "Sequences that wait for a place and belong to this pool.",
+    "waiting_kv_tokens": "KV tokens that those ask for.",
+    "oldest_wait_seconds": "Time that the longest waiting one has waited.",
+    "running_sequences": "Sequences that have a place in it.",
+    "kv_share": "Part of its KV that is taken.",
+    "places_share": "Part of its places that is taken.",
+    "ttft_p90_seconds": "Time to the first token of nine of ten requests of the last 45 seconds.",
+    "itl_p90_seconds": "Time between tokens of nine of ten requests of the last 45 seconds.",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionGauges:
     """What the owner of admission says of itself. `sequences` and `kv_tokens` wait, by priority;
-    `breakers` are 0, 0.5 or 1 by replica; `drain_tokens_per_s` is None until it was measured."""
+    `breakers` are 0, 0.5 or 1 by replica; `drain_tokens_per_s` is None until it was measured.
+    `pools` has the values of POOL_METRICS by pool; None is not shown."""
 
     sequences: Mapping[int, int]
     kv_tokens: Mapping[int, int]
     oldest_wait_s: float
     drain_tokens_per_s: float | None
     breakers: Mapping[str, float]
+    pools: Mapping[str, Mapping[str, float | None]]
 
 
 class RequestMetrics:
@@ -246,14 +265,20 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
     }
     for status in replicas:
         load, info = status.load, status.info
-        values = {"requests_running": load.running, "requests_waiting": load.waiting}
-        values["kv_tokens_used"] = load.kv_tokens_used
-        values["kv_tokens_capacity"] = load.kv_tokens_total
+        values: dict[str, float | None] = {
+            "requests_running": load.running,
+            "requests_waiting": load.waiting,
+            "kv_tokens_used": load.kv_tokens_used,
+            "kv_tokens_capacity": load.kv_tokens_total,
+            "kv_bytes_per_token": info.kv_bytes_per_token,
+        }
+        labels = [status.replica_id, status.pool]
         for name, value in values.items():
-            families[f"intserve_engine_{name}"].add_metric([status.replica_id], value)
+            if value is not None:
+                families[f"intserve_engine_{name}"].add_metric(labels, value)
         families["intserve_engine_info"].add_metric(
             [
-                status.replica_id,
+                *labels,
                 info.engine,
                 info.recipe,
                 info.artifact_digest,
@@ -281,6 +306,12 @@ def _admission_families(gauges: AdmissionGauges) -> Iterator[Metric]:
                 family.add_metric([str(label)], number)
         elif value is not None:
             family.add_metric([], value)
+        yield family
+    for name, text in POOL_METRICS.items():
+        family = GaugeMetricFamily(f"intserve_pool_{name}", text, labels=("pool",))
+        for pool, of_pool in gauges.pools.items():
+            if (figure := of_pool[name]) is not None:
+                family.add_metric([pool], figure)
         yield family
 
 

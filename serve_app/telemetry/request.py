@@ -32,11 +32,13 @@ _MAX_REPLICAS = 16
 
 @dataclass(slots=True)
 class _Choice:
-    """Where a choice runs: the last attempt, its replica and since when (on the clock of spans),
-    the tokens that had come before it, and in how many parts, each from one replica, they come."""
+    """Where a choice runs: the last attempt, its replica and pool and since when (on the clock of
+    spans), the tokens that had come before it, and in how many parts, each from one replica, they
+    come."""
 
     attempt: int = 0
     replica_id: str = ""
+    pool: str = ""
     placed_ns: int = 0
     seam: int = 0
     num_parts: int = 1
@@ -100,6 +102,7 @@ class Observation:
         self._num_streamed = 0
         self._choices: dict[int, _Choice] = {}
         self._replicas: list[str] = []
+        self._pool: str | None = None
         self._resumes = 0
         self._finished = False
         self._span = sinks.telemetry.start_server_span(
@@ -117,6 +120,11 @@ class Observation:
         if caller.key is not None:
             self._span.set_attribute("intserve.key", caller.key)
         self._metrics.in_flight(+1)
+
+    @property
+    def arrived(self) -> float:
+        """When it arrived, on the monotonic clock."""
+        return self._times.arrived
 
     @property
     def trace_context(self) -> dict[str, str]:
@@ -166,6 +174,9 @@ class Observation:
         if placed.replica_id not in self._replicas:
             self._replicas.append(placed.replica_id)
             self._span.set_attribute("intserve.replica_id", placed.replica_id)
+        if placed.pool:
+            self._pool = placed.pool
+            self._span.set_attribute("intserve.pool", placed.pool)
         choice = self._choices.setdefault(index, _Choice())
         before, choice.attempt = choice.attempt, max(choice.attempt, placed.attempt)
         if placed.attempt > max(before, 1):
@@ -187,7 +198,8 @@ class Observation:
         if not before and self._times.entered is not None:
             seconds = time.monotonic() - self._times.entered
             self._times.queue_s = max(seconds, self._times.queue_s or 0.0)
-            self._metrics.observe("intserve_admission_queue_seconds", seconds)
+            self._metrics.observe("intserve_admission_queue_seconds", seconds, placed.pool)
+        choice.pool = placed.pool
         choice.replica_id, choice.placed_ns = placed.replica_id, time.time_ns()
 
     def event(self, index: int, event: Event) -> None:
@@ -200,12 +212,13 @@ class Observation:
         elif isinstance(event, Tokens):
             self._num_streamed += len(event.token_ids)
             if self._times.first_token_s is None:
-                self._note_first_token()
+                self._note_first_token(self._pool_of(index))
 
     def _observe_pace(self, index: int, done: Done) -> None:
         """Mean time per token, in the engines: `decode_s` has no pause between two replicas in it,
         nor has the number of intervals."""
         parts = self._choices[index].num_parts if index in self._choices else 1
+        pool = self._pool_of(index)
         num_intervals = done.completion_tokens - parts
         if done.reason in ("stop", "length") and num_intervals > 0:
             self._metrics.observe(
@@ -213,14 +226,22 @@ class Observation:
                 done.decode_s / num_intervals,
                 self._operation,
                 self._model,
+                pool,
             )
 
-    def _note_first_token(self) -> None:
+    def _pool_of(self, index: int) -> str:
+        return self._choices[index].pool if index in self._choices else ""
+
+    def _note_first_token(self, pool: str) -> None:
         seconds = time.monotonic() - self._times.arrived
         self._times.first_token_s = seconds
         self._span.set_attribute("gen_ai.response.time_to_first_chunk", seconds)
         self._metrics.observe(
-            "gen_ai_server_time_to_first_token_seconds", seconds, self._operation, self._model
+            "gen_ai_server_time_to_first_token_seconds",
+            seconds,
+            self._operation,
+            self._model,
+            pool,
         )
 
     def finish(self, error: ApiError | None, *, status: int, disconnected: bool = False) -> None:
@@ -271,6 +292,7 @@ class Observation:
         return {
             **_head(self._sinks, self._request_id, self._caller, self._route),
             "model": self._model or None,
+            "pool": self._pool,
             "status": status,
             "outcome": outcome,
             "error": code,

@@ -45,7 +45,7 @@ from opentelemetry.util.types import Attributes
 from starlette.datastructures import Headers
 
 from deepseek.errors import ConfigError
-from serve_app.engines.protocol import Done, Event, GenerateRequest
+from serve_app.engines.protocol import Done, Event, GenerateRequest, ReplicaStatus
 from serve_app.telemetry.travel import read_headers
 
 _W3C = TraceContextTextMapPropagator()
@@ -158,10 +158,11 @@ class Telemetry:
 
     @contextmanager
     def generation(
-        self, request: GenerateRequest, replica_id: str = ""
+        self, request: GenerateRequest, replica: ReplicaStatus | None = None
     ) -> Iterator[GenerationSpan]:
-        """Trace one choice in the replica, from its request to its last event."""
-        span = GenerationSpan(self.tracer, request, replica_id)
+        """Trace one choice in the replica, which is as its status says, from its request to its
+        last event."""
+        span = GenerationSpan(self.tracer, request, replica)
         try:
             yield span
         except BaseException as error:
@@ -196,6 +197,22 @@ def trace_id(span: Span) -> str | None:
     return f"{context.trace_id:032x}" if context.is_valid else None
 
 
+def _replica_attributes(replica: ReplicaStatus | None) -> dict[str, Any]:
+    """Which replica, of which pool, and the format and use of its KV cache as a choice arrives."""
+    if replica is None:
+        return {}
+    info, load = replica.info, replica.load
+    attributes = {
+        "intserve.replica_id": replica.replica_id,
+        "intserve.pool": replica.pool,
+        "intserve.kv_cache": info.kv_cache,
+        "intserve.kv_bytes_per_token": info.kv_bytes_per_token,
+        "intserve.kv_tokens_used": load.kv_tokens_used,
+        "intserve.kv_tokens_total": load.kv_tokens_total,
+    }
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
 def set_error(span: Span, kind: str) -> None:
     span.set_attribute("error.type", kind)
     span.set_status(Status(StatusCode.ERROR))
@@ -204,7 +221,9 @@ def set_error(span: Span, kind: str) -> None:
 class GenerationSpan:
     """The span `engine.generate`, and the spans of its phases once `Done` gives their times."""
 
-    def __init__(self, tracer: Tracer, request: GenerateRequest, replica_id: str) -> None:
+    def __init__(
+        self, tracer: Tracer, request: GenerateRequest, replica: ReplicaStatus | None
+    ) -> None:
         self._tracer = tracer
         self._start_ns = time.time_ns()
         self._span = tracer.start_span(
@@ -213,7 +232,7 @@ class GenerationSpan:
             start_time=self._start_ns,
             attributes={
                 "intserve.request_id": request.request_id,
-                "intserve.replica_id": replica_id,
+                **_replica_attributes(replica),
                 "gen_ai.usage.input_tokens": len(request.prompt_ids),
                 "gen_ai.request.max_tokens": request.sampling.max_tokens,
             },

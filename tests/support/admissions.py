@@ -9,6 +9,7 @@ from typing import Any
 from deepseek.engine.options import EngineLoad
 from serve_app.engines.protocol import EngineInfo, ReplicaStatus
 from serve_app.routing.admission import Admission
+from serve_app.routing.owner_settings import OwnerSettings
 from serve_app.routing.tickets import (
     Answer,
     Ask,
@@ -23,7 +24,8 @@ from serve_app.routing.tickets import (
     Seen,
     Terms,
 )
-from serve_app.sections import AdmissionSection
+from serve_app.sections import AdmissionSection, RoutingSection
+from serve_app.setting_types import POOL
 
 #: The ingress of a test that needs only one.
 INGRESS = "ingress-1"
@@ -37,6 +39,7 @@ def status(
     max_model_len: int | None = None,
     used: int = 0,
     request_ids: tuple[str, ...] = (),
+    pool: str = POOL,
 ) -> ReplicaStatus:
     """A heartbeat of a replica with room for `kv` KV tokens."""
     info = EngineInfo(
@@ -49,7 +52,12 @@ def status(
     )
     load = EngineLoad(running=len(request_ids), waiting=0, kv_tokens_used=used, kv_tokens_total=kv)
     return ReplicaStatus(
-        replica_id=replica_id, info=info, load=load, gated=True, request_ids=request_ids
+        replica_id=replica_id,
+        info=info,
+        load=load,
+        gated=True,
+        request_ids=request_ids,
+        pool=pool,
     )
 
 
@@ -57,11 +65,23 @@ def seen(*statuses: ReplicaStatus, age_s: float = 0.0, gone: tuple[str, ...] = (
     return Seen(statuses=tuple((item, age_s) for item in statuses), gone=gone)
 
 
-def ask(sequence_id: str, tokens: int = 100, output: int | None = None) -> Ask:
+def ask(
+    sequence_id: str,
+    tokens: int = 100,
+    output: int | None = None,
+    *,
+    pools: tuple[str, ...] = (POOL,),
+    affinity: str = "",
+) -> Ask:
     """Of `tokens` KV tokens, half of them prompt unless `output` says otherwise."""
     output = tokens // 2 if output is None else output
     return Ask(
-        sequence_id=sequence_id, prompt_tokens=tokens - output, output_tokens=output, charge=tokens
+        sequence_id=sequence_id,
+        prompt_tokens=tokens - output,
+        output_tokens=output,
+        charge=tokens,
+        pools=pools,
+        affinity=affinity,
     )
 
 
@@ -74,12 +94,16 @@ def enter(
     seconds_left: float = 600.0,
     own_deadline: bool = False,
     waited_s: float = 0.0,
+    pools: tuple[str, ...] = (POOL,),
+    affinity: str = "",
 ) -> Enter:
     """A request whose sequences are `ID-0`, `ID-1`, ..."""
     return Enter(
         request_id=request_id,
         terms=Terms(name=key) if isinstance(key, str) else key,
-        asks=tuple(ask(f"{request_id}-{i}", tokens) for i in range(n)),
+        asks=tuple(
+            ask(f"{request_id}-{i}", tokens, pools=pools, affinity=affinity) for i in range(n)
+        ),
         seconds_left=seconds_left,
         own_deadline=own_deadline,
         waited_s=waited_s,
@@ -113,12 +137,16 @@ class Office:
     def __init__(
         self,
         *replicas: ReplicaStatus,
-        places: int = 4,
+        places: int | dict[str, int] = 4,
         ingresses: Sequence[str] = (INGRESS,),
+        slack: float = 0.2,
+        more: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         self.now = 1000.0
-        self.places = places
+        self.places = places if isinstance(places, dict) else {POOL: places}
+        self.routing = RoutingSection(affinity_slack=slack)
+        self.more = more or {}
         self.settings = AdmissionSection(**settings)
         self.replicas = {item.replica_id: item for item in replicas}
         self.ingresses = list(ingresses)
@@ -128,7 +156,10 @@ class Office:
         self.report()
 
     def new_owner(self) -> Admission:
-        self.admission = Admission(self.settings, self.places, lambda: self.now)
+        settings = OwnerSettings(
+            admission=self.settings, routing=self.routing, places=self.places, **self.more
+        )
+        self.admission = Admission(settings, lambda: self.now)
         return self.admission
 
     def report(self) -> None:

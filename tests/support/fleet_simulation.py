@@ -14,6 +14,7 @@ from typing import Any
 
 from serve_app.engines.protocol import ReplicaStatus
 from serve_app.routing.admission import Admission
+from serve_app.routing.owner_settings import OwnerSettings
 from serve_app.routing.tickets import (
     Answer,
     Ask,
@@ -26,6 +27,7 @@ from serve_app.routing.tickets import (
     Terms,
 )
 from serve_app.sections import AdmissionSection
+from serve_app.setting_types import POOL
 
 #: Tokens per second of a sequence.
 SPEED = 50.0
@@ -62,7 +64,7 @@ class Simulation:
         self,
         replicas: dict[str, ReplicaStatus],
         *,
-        places: int = 8,
+        places: int | dict[str, int] = 8,
         obey: bool = False,
         seed: int = 0,
         **settings: Any,
@@ -76,7 +78,13 @@ class Simulation:
         self._count = 0
         self._running: dict[str, set[str]] = {name: set() for name in replicas}
         self._by_sequence: dict[str, Call] = {}
-        self.admission = Admission(AdmissionSection(**settings), places, lambda: self.now)
+        self.admission = Admission(
+            OwnerSettings(
+                admission=AdmissionSection(**settings),
+                places=places if isinstance(places, dict) else {POOL: places},
+            ),
+            lambda: self.now,
+        )
         self._answers(self.admission.take("i", [Join()]))
         self._beat()
         self._tick()

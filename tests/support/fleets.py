@@ -33,6 +33,7 @@ from serve_app.routing.fleet import Fleet
 from serve_app.routing.replica_client import HEARTBEAT_S, ReplicaClient, StatusBoard
 from serve_app.routing.tickets import Leave, Move
 from serve_app.sections import ResumeSection
+from serve_app.setting_types import POOL
 
 #: What a stream raises when its replica's process is gone: over Ray's own calls, and over gRPC.
 GONE: tuple[Callable[[], Exception], ...] = (
@@ -177,7 +178,7 @@ class LocalFleet:
         self.now = 1000.0
         self.replicas = {name: LocalReplica(name, engine) for name, engine in engines.items()}
         self.board = StatusBoard(clock=lambda: self.now)
-        self.client = ReplicaClient(self, self.board, clock=lambda: self.now)
+        self.client = ReplicaClient({POOL: self}, self.board, clock=lambda: self.now)
         self.admission = admission or OpenAdmission()
         self.fleet = Fleet(
             self.client, self.admission, settings or ResumeSection(), **fleet_options

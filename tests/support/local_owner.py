@@ -14,8 +14,10 @@ from serve_app.engines.protocol import EngineInfo, ReplicaStatus
 from serve_app.routing.admission import UnknownIngress
 from serve_app.routing.admission_client import AdmissionClient, OwnerLostError
 from serve_app.routing.owner import AdmissionOwner
+from serve_app.routing.owner_settings import OwnerSettings
 from serve_app.routing.tickets import Answer, Ask, Enter, Message, Seen, Terms
 from serve_app.sections import AdmissionSection
+from serve_app.setting_types import POOL
 
 _numbers = itertools.count()
 
@@ -66,8 +68,10 @@ class LocalOwner:
     """The way to an owner in this process; implements `Channel` for any number of ingresses."""
 
     def __init__(self, *, places: int, clock: Clock, settle_s: float = 0.02, **settings: Any):
-        self._settings = AdmissionSection(**settings)
-        self._places, self._clock, self._settle_s = places, clock, settle_s
+        self._settings = OwnerSettings(
+            admission=AdmissionSection(**settings), places={POOL: places}
+        )
+        self._clock, self._settle_s = clock, settle_s
         #: The calls of `exchange`, as (ingress, messages).
         self.exchanges: list[tuple[str, Sequence[Message]]] = []
         #: Answers of the next so many calls do not arrive; the messages do.
@@ -79,9 +83,7 @@ class LocalOwner:
     def replace(self) -> None:
         """The owner dies; another one takes its place, and knows nothing."""
         self.generation = object()
-        self.owner = AdmissionOwner(
-            self._settings, self._places, self._clock, settle_s=self._settle_s
-        )
+        self.owner = AdmissionOwner(self._settings, self._clock, settle_s=self._settle_s)
 
     def held(self) -> dict[str, int]:
         """Sequences that have places, by replica, as the owner knows them."""

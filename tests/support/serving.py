@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import httpx
@@ -26,6 +26,7 @@ from serve_app.errors import EngineUnavailable, Overloaded
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, Tokenizer
+from serve_app.setting_types import POOL
 from serve_app.telemetry.tracing import Telemetry
 
 
@@ -59,8 +60,12 @@ class LocalEngines:
         return [ReplicaStatus(replica_id="local", info=info, load=self.engine.load(), gated=True)]
 
     async def info(self) -> EngineInfo:
+        """What the engine told when it started."""
         self._info = self._info or await self.engine.start()
         return self._info
+
+    async def infos(self, *, wait: bool = True) -> Mapping[str, EngineInfo]:
+        return {POOL: await self.info()}
 
 
 class FaultyEngine(EchoEngine):

@@ -19,6 +19,7 @@ from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer
 from serve_app.routing.replica_client import ReplicaClient, StatusBoard
+from serve_app.setting_types import POOL
 from serve_app.telemetry.tracing import Telemetry
 
 BODY: dict[str, Any] = {"model": "echo", "prompt": "hello there"}
@@ -33,7 +34,7 @@ async def make(itl_s: float) -> tuple[httpx.AsyncClient, Drain]:
     board = StatusBoard()
     info = await engine.start()
     board.note(ReplicaStatus(replica_id="a", info=info, load=engine.load(), gated=True))
-    engines = ReplicaClient(LocalHandle(engine), board)
+    engines = ReplicaClient({POOL: LocalHandle(engine)}, board)
     drain = Drain(engines.close)
     app = make_app(Service(config, ByteTokenizer(), engines, Telemetry(None)), drain=drain)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

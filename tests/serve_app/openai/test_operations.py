@@ -22,7 +22,7 @@ UP = {"status": "ok"}
 DETAILS = {
     *("status", "engine_replicas", "engine", "engine_digest", "recipe", "artifact_digest"),
     *("kv_cache", "gated", "emulated"),
-    "max_model_len",
+    *("max_model_len", "pools"),
 }
 KEY = {"authorization": "Bearer one"}
 LOCAL, AWAY = "127.0.0.1", "192.0.2.9"
@@ -38,7 +38,7 @@ class Gone(LocalEngines):
 class Never(Gone):
     """Nor has any been."""
 
-    async def info(self) -> Any:
+    async def infos(self, *, wait: bool = True) -> Any:
         raise EngineUnavailable("no engine replica is ready; retry later")
 
 

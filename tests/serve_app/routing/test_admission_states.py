@@ -18,8 +18,10 @@ from hypothesis.stateful import (
 from support.admissions import enter, seen, status
 
 from serve_app.routing.admission import Admission
+from serve_app.routing.owner_settings import OwnerSettings
 from serve_app.routing.tickets import Answer, Enter, Grant, Held, Join, Leave, Move
 from serve_app.sections import AdmissionSection
+from serve_app.setting_types import POOL
 
 INGRESSES = ("i1", "i2")
 PLACES, MAX_WAIT_S = 3, 20.0
@@ -60,7 +62,8 @@ class Ingresses(RuleBasedStateMachine):
 
     def new_owner(self) -> None:
         section = AdmissionSection(max_queued_requests=12, max_wait_s=MAX_WAIT_S)
-        self.admission = Admission(section, PLACES, lambda: self.now)
+        settings = OwnerSettings(admission=section, places={POOL: PLACES})
+        self.admission = Admission(settings, lambda: self.now)
         for ingress in INGRESSES:
             self.say(ingress, self.join(ingress))
 

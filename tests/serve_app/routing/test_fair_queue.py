@@ -58,7 +58,8 @@ class Line:
             taken.append(sequence.visit.request_id)
             return True
 
-        self.queue.place(try_place, lambda band: not taken, lambda band: ())
+        for priority in sorted(self.queue.bands):
+            self.queue.place(priority, try_place, lambda: not taken)
         return taken[0] if taken else None
 
     def shares(self, tokens: int) -> dict[str, int]:

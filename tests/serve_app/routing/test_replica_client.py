@@ -20,6 +20,7 @@ from serve_app.routing.replica_client import (
     ReplicaClient,
     StatusBoard,
 )
+from serve_app.setting_types import POOL
 
 
 async def test_a_replica_that_sends_no_heartbeat_is_forgotten() -> None:
@@ -76,7 +77,7 @@ async def test_streams_without_a_message_are_lost_with_the_replica_that_holds_th
 
     board = StatusBoard(clock=lambda: now)
     handle = LocalHandle(engine)
-    client = ReplicaClient(handle, board, clock=lambda: now)
+    client = ReplicaClient({POOL: handle}, board, clock=lambda: now)
     streams = {name: client.generate(make_request(name=name)) for name in ("on-a", "on-b")}
     beat("a")
     waits = {name: asyncio.create_task(anext(stream)) for name, stream in streams.items()}
@@ -102,7 +103,7 @@ async def test_a_stream_that_goes_quiet_is_lost_whatever_the_heartbeats_say() ->
     now = 100.0
     engine = SilentEngine(EchoOptions())
     board = StatusBoard(clock=lambda: now)
-    client = ReplicaClient(LocalHandle(engine), board, clock=lambda: now)
+    client = ReplicaClient({POOL: LocalHandle(engine)}, board, clock=lambda: now)
     stream = client.generate(make_request(name="r"))
     await anext(stream)
     now += 2 * SILENT_S  # its reader was slow, and not the replica
@@ -167,7 +168,7 @@ async def test_a_replica_that_says_goodbye_takes_no_queued_request_with_it() -> 
 
 async def test_a_closed_client_ends_streams_and_starts_none() -> None:
     engine = SilentEngine(EchoOptions())
-    client = ReplicaClient(LocalHandle(engine), StatusBoard())
+    client = ReplicaClient({POOL: LocalHandle(engine)}, StatusBoard())
     stream = client.generate(make_request(name="open"))
     await anext(stream)
     wait = asyncio.create_task(anext(stream))

@@ -72,7 +72,7 @@ def test_an_ingress_tells_what_it_hears_and_what_serve_does_not_route_to() -> No
     now, changes = 100.0, []
     note_candidates("told", frozenset({"a", "b"}))
     sightings = Sightings(
-        lambda: candidates("told"), lambda: changes.append(None), clock=lambda: now
+        lambda pool: candidates("told"), lambda: changes.append(None), clock=lambda: now
     )
     sightings.seen()
     for name in "abc":

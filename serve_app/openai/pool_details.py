@@ -1,0 +1,55 @@
+"""What /v1/models and /health say of the pools, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serve_app.config import ServeConfig
+from serve_app.engines.protocol import EngineInfo, ReplicaStatus
+from serve_app.routing.homes import limit_of
+
+
+def describe_pools(
+    config: ServeConfig, infos: Mapping[str, EngineInfo], statuses: Sequence[ReplicaStatus]
+) -> dict[str, dict[str, Any]]:
+    """What the longest request of each pool may have, and its KV: format, bytes of a token over all
+    layers, and the tokens in use and in all of the replicas that are ready. What no engine has told
+    yet is null."""
+    return {name: _describe(name, config, infos.get(name), statuses) for name in config.pools}
+
+
+def _describe(
+    name: str, config: ServeConfig, info: EngineInfo | None, statuses: Sequence[ReplicaStatus]
+) -> dict[str, Any]:
+    limit = limit_of(config.pools[name], info)
+    loads = [status.load for status in statuses if status.pool == name]
+    return {
+        "replicas": len(loads),
+        "max_request_tokens": None if limit is None else limit.tokens,
+        "kv_cache": None if info is None else info.kv_cache,
+        "kv_bytes_per_token": None if info is None else info.kv_bytes_per_token,
+        "kv_tokens_used": sum(load.kv_tokens_used for load in loads),
+        "kv_tokens_total": sum(load.kv_tokens_total for load in loads),
+    }
+
+
+def describe_engines(
+    config: ServeConfig, infos: Mapping[str, EngineInfo], statuses: Sequence[ReplicaStatus]
+) -> dict[str, dict[str, Any]]:
+    """`describe_pools` with what the replicas of each pool serve, for operators."""
+    told = describe_pools(config, infos, statuses)
+    for name, info in infos.items():
+        if name in told:
+            ready = [status for status in statuses if status.pool == name]
+            told[name] |= {
+                "engine": info.engine,
+                "recipe": info.recipe,
+                "artifact_digest": info.artifact_digest,
+                "engine_digest": info.engine_digest,
+                "gated": all(status.gated for status in ready) if ready else None,
+                "emulated": any(status.emulated for status in ready) if ready else None,
+                "max_model_len": info.max_model_len,
+                "spill_over": list(config.pools[name].spill_over),
+            }
+    return told

@@ -193,7 +193,7 @@ def kill_engines(
     async def disturb() -> None:
         for _ in range(fault.rounds):
             await asyncio.sleep(draw.uniform(0.3, 1.5))
-            victims = running.replicas("engine")
+            victims = running.replicas("engine-default")
             os.kill(draw.choice(victims), signal.SIGKILL)
             await until(lambda: replicas_ready(running.url) < replicas, 10.0)
             fault.recovery_s.append(await until(lambda: replicas_ready(running.url) >= replicas))
@@ -245,7 +245,7 @@ def engine_stopped(folder: Path, rounds: int) -> Iterator[Fault]:
         async def disturb() -> None:
             for _ in range(fault.rounds):
                 await asyncio.sleep(1.0)
-                victim = random.Random(3).choice(running.replicas("engine"))
+                victim = random.Random(3).choice(running.replicas("engine-default"))
                 os.kill(victim, signal.SIGSTOP)
                 try:
                     await until(lambda: replicas_ready(running.url) < 3, 20.0)
@@ -367,7 +367,7 @@ def scaling(folder: Path, rounds: int) -> Iterator[Fault]:
     with Deployed(cpus=16) as cluster:
         args = nest(echo=ECHO, api_keys=KEYS, replicas=2)
         for name, deployment, numbers in (
-            ("engine replicas 2, 4, 2", "engine", (4, 2)),
+            ("engine replicas 2, 4, 2", "engine-default", (4, 2)),
             ("HAProxy reloads: ingress replicas 2, 3, 2", "ingress", (3, 2)),
         ):
             cluster.deploy(args)

@@ -36,7 +36,7 @@ ECHO = EchoOptions(ttft_s=0.02, itl_s=0.005, max_running=24)
 #: Kind of process -> words of its title.
 KINDS = {
     "ingress": "ServeReplica:intserve:ingress",
-    "engine": "ServeReplica:intserve:engine",
+    "engine": "ServeReplica:intserve:engine-default",
     "owner of admission": "AdmissionActor",
     "Serve's controller": "ServeController",
     "HAProxy": "haproxy",

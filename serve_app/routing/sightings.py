@@ -37,7 +37,8 @@ class Sightings:
             return  # it was under way when the replica said goodbye
         new = status.replica_id not in self._statuses
         self._statuses[status.replica_id] = self._clock(), status
-        if new or self._routed(status.pool) != self._last_routed.get(status.pool):
+        routed = self._routed(status.pool)
+        if new or self._last_routed.get(status.pool, routed) != routed:
             self.changed()
 
     def goodbye(self, replica_id: str) -> None:

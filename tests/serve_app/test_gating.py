@@ -128,7 +128,7 @@ def test_a_replica_of_an_ungated_directory_refuses_to_start_whichever_engine_it_
     try:
         with pytest.raises(RuntimeError):
             serve.run(app, name="refused", route_prefix="/refused")
-        message = serve.status().applications["refused"].deployments["engine"].message
+        message = serve.status().applications["refused"].deployments["engine-default"].message
     finally:
         serve.delete("refused")
     assert "ArtifactError" in message
@@ -233,7 +233,7 @@ def test_a_replica_serves_only_the_engine_that_was_judged_and_signed(
         with pytest.raises(RuntimeError):
             serve.run(app, name="unsigned", route_prefix="/unsigned")
         deployments = serve.status().applications["unsigned"].deployments
-        message = deployments["engine"].message
+        message = deployments["engine-default"].message
     finally:
         serve.delete("unsigned")
         (engine_dir / "gate.json.sig").unlink(missing_ok=True)
@@ -323,7 +323,7 @@ def test_a_replica_asks_the_door_about_the_kv_format_that_it_is_to_use(
     try:
         with pytest.raises(RuntimeError):
             serve.run(app, name="other-kv", route_prefix="/other-kv")
-        message = serve.status().applications["other-kv"].deployments["engine"].message
+        message = serve.status().applications["other-kv"].deployments["engine-default"].message
     finally:
         serve.delete("other-kv")
     assert "judges bf16 KV pages, but int8 ones would be served" in message

@@ -15,12 +15,12 @@ from pydantic import BaseModel
 from referencing import Registry, Resource
 
 from deepseek.errors import ConfigError
-from serve_app import sections
+from serve_app import autoscaling_settings, http_sections, sections
 from serve_app.config import ServeConfig
 from serve_app.mistakes import MOVED
 from serve_app.schema import PAGES, config_schema, deploy_schema
 
-EXAMPLES = ("local.yaml", "node.yaml", "fleet.yaml")
+EXAMPLES = ("local.yaml", "node.yaml", "pools.yaml", "fleet.yaml")
 ECHO = {"pools": {"default": {"engine": {"kind": "echo"}}}}
 
 
@@ -51,7 +51,11 @@ def test_a_table_that_was_edited_is_made_anew(root: Path) -> None:
 
 def models(model: type[BaseModel]) -> set[type[BaseModel]]:
     """The model and every model that its keys hold."""
-    return {model} | {getattr(sections, name) for name in config_schema()["$defs"]}
+    modules = (sections, http_sections, autoscaling_settings)
+    names = config_schema()["$defs"]
+    found = {getattr(module, name) for module in modules for name in names if hasattr(module, name)}
+    assert {one.__name__ for one in found} == set(names)
+    return {model} | found
 
 
 def test_every_key_says_what_it_means() -> None:
@@ -89,7 +93,7 @@ def test_no_page_names_a_key_by_a_name_that_it_has_no_more(root: Path) -> None:
             assert not words & gone, page
 
 
-@pytest.mark.parametrize("name", ["local.yaml", "node.yaml"])
+@pytest.mark.parametrize("name", ["local.yaml", "node.yaml", "pools.yaml"])
 def test_an_example_is_valid_and_names_the_schema(
     name: str, examples: dict[str, Any], root: Path
 ) -> None:
@@ -146,7 +150,7 @@ def test_serve_makes_our_settings_of_an_examples_arguments(
     [
         {},
         {"pools": {}},
-        {"pools": {"a": ECHO["pools"]["default"], "b": ECHO["pools"]["default"]}},
+        {"pools": {"a": ECHO["pools"]["default"] | {"spill_over": ["No Name"]}}},
         {"pools": {"My Pool": ECHO["pools"]["default"]}},
         {"pools": {"default": {"engine": {"directory": "x"}}}},
         {"pools": {"default": {"engine": {"kind": "embedded"}}}},

@@ -187,8 +187,11 @@ async def test_a_model_card_tells_the_length_as_vllm_does_once_it_is_known() -> 
         (card,) = (await asking.get("/v1/models")).json()["data"]
         expected = {"id": "a/b", "root": "a/b", "parent": None, "max_model_len": 99}
         assert {name: card[name] for name in expected} == expected
-        service.engines = Gone(EchoEngine(EchoOptions()))
-        assert (await asking.get("/v1/models/a/b")).json() == card, "known from before"
+        assert card["pools"]["default"]["replicas"] == 1
+        service.engines = Gone(EchoEngine(EchoOptions(max_model_len=99)))
+        later = (await asking.get("/v1/models/a/b")).json()
+        assert later["pools"]["default"]["replicas"] == 0
+        assert later | {"pools": card["pools"]} == card, "known from before"
 
 
 async def test_a_model_card_waits_for_an_engine_of_which_this_ingress_has_not_heard_yet() -> None:

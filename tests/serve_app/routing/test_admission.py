@@ -9,7 +9,9 @@ from support.admissions import INGRESS, Office, enter, granted, held, refused, s
 
 from serve_app.errors import CODES
 from serve_app.routing.admission import UnknownIngress
+from serve_app.routing.owner_settings import OwnerSettings
 from serve_app.routing.tickets import Join, Landed, Leave, Move, Refusal, Spent, Terms
+from serve_app.setting_types import POOL
 
 
 def retry(answers: list) -> int:  # type: ignore[type-arg]
@@ -170,7 +172,7 @@ def test_without_replicas_requests_wait_and_are_bounded() -> None:
     office.wait(9.0)
     assert office.later() == []
     office.wait(1.2)
-    assert refused(office.later()) == {"a-0": "waited_too_long", "a-1": "waited_too_long"}
+    assert refused(office.later()) == {"a-0": "engine_unavailable", "a-1": "engine_unavailable"}
 
 
 # The queue.
@@ -255,7 +257,8 @@ def test_other_settings_hold_at_once_and_throw_nobody_out() -> None:
     office = Office(status("r1"), places=1, max_queued_requests=5)
     for i in range(3):
         office.enter(f"a{i}")
-    office.admission.configure(office.settings.model_copy(update={"max_queued_requests": 1}), 2)
+    fewer = office.settings.model_copy(update={"max_queued_requests": 1})
+    office.admission.configure(OwnerSettings(admission=fewer, places={POOL: 2}))
     assert granted(office.later()) == {"a1-0": "r1"}
     assert office.admission.stats().queued[0].sequences == 1
     assert refused(office.enter("b")) == {"b-0": "queue_full"}

@@ -35,7 +35,10 @@ async def test_a_replica_that_sends_no_heartbeat_is_forgotten() -> None:
         for name in ("old", "new")
     )
     board.note(old)
-    assert await waiting == old
+    await waiting
+    assert board.infos == {POOL: info}
+    assert board.pool_of("old") == POOL
+    assert board.pool_of("unknown") is None
     now += MAX_AGE_S
     board.note(new)
     assert board.fresh() == [old, new]

@@ -45,8 +45,9 @@ GONE: tuple[Callable[[], Exception], ...] = (
 class LocalReplica:
     """One engine as a replica's process: `streams` are the responses that read from it."""
 
-    def __init__(self, replica_id: str, engine: Engine) -> None:
+    def __init__(self, replica_id: str, engine: Engine, pool: str = POOL) -> None:
         self.replica_id = replica_id
+        self.pool = pool
         self.engine = engine
         self.info: EngineInfo | None = None
         self.streams: set[LocalStream] = set()
@@ -69,14 +70,16 @@ class LocalReplica:
             load=self.engine.load(),
             gated=True,
             request_ids=tuple(stream.request.request_id for stream in self.streams),
+            pool=self.pool,
         )
 
 
 class LocalStream:
     """What `ReplicaClient` uses of a Serve response; each event is a message."""
 
-    def __init__(self, replicas: LocalFleet, request: GenerateRequest) -> None:
+    def __init__(self, replicas: LocalFleet, request: GenerateRequest, pool: str) -> None:
         self.request = request
+        self._pool = pool
         self.num_tokens = len(request.output_ids)
         self._fleet = replicas
         self._replica: LocalReplica | None = None
@@ -101,7 +104,7 @@ class LocalStream:
             self._task.cancel()
 
     async def _run(self) -> None:
-        replica = self._replica = await self._fleet.route(self.request)
+        replica = self._replica = await self._fleet.route(self.request, self._pool)
         replica.streams.add(self)
         replica.received.append(self.request)
         try:
@@ -137,7 +140,7 @@ class LocalStream:
         self._put(self._place(self._replica))
 
     def _place(self, replica: LocalReplica) -> tuple[Event, ...]:
-        placed = () if self._placed else (Placed(replica.replica_id),)
+        placed = () if self._placed else (Placed(replica.replica_id, pool=replica.pool),)
         self._placed = True
         return placed
 
@@ -159,8 +162,27 @@ class LocalBroadcast:
         return [one.status() for one in self._replicas]
 
 
+class LocalHandle:
+    """What `ReplicaClient` uses of the handle of one pool's deployment."""
+
+    def __init__(self, replicas: LocalFleet, pool: str) -> None:
+        self._fleet = replicas
+        self._pool = pool
+
+    def options(self, **_: Any) -> LocalHandle:
+        return self
+
+    def remote(self, request: GenerateRequest) -> LocalStream:
+        return LocalStream(self._fleet, request, self._pool)
+
+    def broadcast(self, method: str) -> LocalBroadcast:
+        assert method == "report"
+        return LocalBroadcast(self._fleet.of_pool(self._pool))
+
+
 class LocalFleet:
-    """N replicas, and `fleet` over them.
+    """N replicas, and `fleet` over them. `pools` says which replicas are of which pool; all others
+    are of the default one.
 
     `before_message` may be replaced: it is called with the replica, the stream and the event before
     each message leaves, and may throw a switch. `stream.num_tokens` counts the sequence's tokens
@@ -173,37 +195,37 @@ class LocalFleet:
         *,
         admission: Admission | None = None,
         settings: ResumeSection | None = None,
+        pools: Mapping[str, str] | None = None,
         **fleet_options: Any,
     ) -> None:
         self.now = 1000.0
-        self.replicas = {name: LocalReplica(name, engine) for name, engine in engines.items()}
+        of = pools or {}
+        self.replicas = {
+            name: LocalReplica(name, engine, of.get(name, POOL)) for name, engine in engines.items()
+        }
+        handles = {pool: LocalHandle(self, pool) for pool in {POOL, *of.values()}}
         self.board = StatusBoard(clock=lambda: self.now)
-        self.client = ReplicaClient({POOL: self}, self.board, clock=lambda: self.now)
+        self.client = ReplicaClient(handles, self.board, clock=lambda: self.now)
         self.admission = admission or OpenAdmission()
         self.fleet = Fleet(
-            self.client, self.admission, settings or ResumeSection(), **fleet_options
+            self.client,
+            self.admission,
+            settings or ResumeSection(),
+            pool_of=self.board.pool_of,
+            **fleet_options,
         )
         self.before_message: Callable[[LocalReplica, LocalStream, Event], None] = (
             lambda replica, stream, event: None
         )
         self._changed = asyncio.Event()
 
-    # What ReplicaClient uses of a handle.
+    def of_pool(self, pool: str) -> list[LocalReplica]:
+        return [one for one in self.replicas.values() if one.pool == pool]
 
-    def options(self, **_: Any) -> LocalFleet:
-        return self
-
-    def remote(self, request: GenerateRequest) -> LocalStream:
-        return LocalStream(self, request)
-
-    def broadcast(self, method: str) -> LocalBroadcast:
-        assert method == "report"
-        return LocalBroadcast(list(self.replicas.values()))
-
-    async def route(self, request: GenerateRequest) -> LocalReplica:
+    async def route(self, request: GenerateRequest, pool: str) -> LocalReplica:
         """As the router of the service: the named replica, else the least busy of those that are
         not avoided, else any; waits while none is listed."""
-        while not (listed := [one for one in self.replicas.values() if one.listed]):
+        while not (listed := [one for one in self.of_pool(pool) if one.listed]):
             self._changed.clear()
             await self._changed.wait()
         for ranked in (

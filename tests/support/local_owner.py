@@ -67,10 +67,16 @@ def visit(
 class LocalOwner:
     """The way to an owner in this process; implements `Channel` for any number of ingresses."""
 
-    def __init__(self, *, places: int, clock: Clock, settle_s: float = 0.02, **settings: Any):
-        self._settings = OwnerSettings(
-            admission=AdmissionSection(**settings), places={POOL: places}
-        )
+    def __init__(
+        self,
+        *,
+        places: int | dict[str, int],
+        clock: Clock,
+        settle_s: float = 0.02,
+        **settings: Any,
+    ) -> None:
+        of_pools = places if isinstance(places, dict) else {POOL: places}
+        self._settings = OwnerSettings(admission=AdmissionSection(**settings), places=of_pools)
         self._clock, self._settle_s = clock, settle_s
         #: The calls of `exchange`, as (ingress, messages).
         self.exchanges: list[tuple[str, Sequence[Message]]] = []

@@ -259,13 +259,15 @@ async def test_metric_names_and_labels_are_these() -> None:
     frozen = {
         "gen_ai_server_request_duration_seconds": "gen_ai_operation_name gen_ai_request_model "
         "error_type",
-        "gen_ai_server_time_to_first_token_seconds": "gen_ai_operation_name gen_ai_request_model",
-        "gen_ai_server_time_per_output_token_seconds": "gen_ai_operation_name gen_ai_request_model",
+        "gen_ai_server_time_to_first_token_seconds": "gen_ai_operation_name gen_ai_request_model "
+        "pool",
+        "gen_ai_server_time_per_output_token_seconds": "gen_ai_operation_name "
+        "gen_ai_request_model pool",
         "intserve_access_log_dropped_total": "",
         "intserve_admission_exchanges_total": "",
         "intserve_admission_joins_total": "",
         "intserve_admission_messages_total": "",
-        "intserve_admission_queue_seconds": "",
+        "intserve_admission_queue_seconds": "pool",
         "intserve_resumes_total": "outcome",
         "intserve_unread_bytes": "",
         "intserve_requests_total": "gen_ai_operation_name outcome",
@@ -273,11 +275,13 @@ async def test_metric_names_and_labels_are_these() -> None:
         "intserve_key_reload_failed": "",
         "intserve_tokens_total": "kind",
         "intserve_requests_in_flight": "",
-        "intserve_engine_requests_running": "replica",
-        "intserve_engine_requests_waiting": "replica",
-        "intserve_engine_kv_tokens_used": "replica",
-        "intserve_engine_kv_tokens_capacity": "replica",
-        "intserve_engine_info": "replica engine recipe artifact_digest kv_cache gated emulated",
+        "intserve_engine_requests_running": "replica pool",
+        "intserve_engine_requests_waiting": "replica pool",
+        "intserve_engine_kv_tokens_used": "replica pool",
+        "intserve_engine_kv_tokens_capacity": "replica pool",
+        "intserve_engine_kv_bytes_per_token": "replica pool",
+        "intserve_engine_info": "replica pool engine recipe artifact_digest kv_cache gated "
+        "emulated",
     }
     table = {name: " ".join(labels) for name, (_, labels, _, _) in REQUEST_METRICS.items()}
     table |= {name: " ".join(labels) for name, (labels, _) in ENGINE_METRICS.items()}

@@ -29,6 +29,7 @@ FIELDS = {
     *("time", "request_id", "ingress", "key", "address", "method", "route", "model", "status"),
     *("outcome", "error", "stream", "choices", "prompt_tokens", "completion_tokens"),
     *("cached_tokens", "queue_s", "ttft_s", "duration_s", "replicas", "resumes", "trace_id"),
+    "pool",
 }
 
 

@@ -20,7 +20,8 @@ from serve_app.config import EchoOptions
 from serve_app.engines.protocol import Done, Placed, Tokens
 from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer
-from serve_app.routing.admission_stats import AdmissionStats, QueuedOfKey, ReplicaUse
+from serve_app.routing.admission_stats import AdmissionStats, PoolStats, QueuedOfKey, ReplicaUse
+from serve_app.setting_types import POOL
 from serve_app.telemetry.metrics import RequestMetrics
 from serve_app.telemetry.request import Caller, Observation, Sinks
 from serve_app.telemetry.tracing import Telemetry
@@ -169,7 +170,13 @@ def use(replica_id: str, breaker: str) -> ReplicaUse:
     numbers = dict.fromkeys(("held", "ghosts", "places"), 0)
     tokens = dict.fromkeys(("kv_tokens_held", "kv_tokens_ghosts", "kv_tokens_total"), 0)
     return ReplicaUse(
-        replica_id=replica_id, fresh=True, breaker=breaker, reserved=False, **numbers, **tokens
+        replica_id=replica_id,
+        pool=POOL,
+        fresh=True,
+        breaker=breaker,
+        reserved=False,
+        **numbers,
+        **tokens,
     )
 
 
@@ -180,7 +187,9 @@ async def test_what_the_owner_of_admission_says_is_told_by_band_and_by_replica()
     async def stats() -> AdmissionStats:
         return AdmissionStats(
             queued=tuple(
-                QueuedOfKey(key=key, priority=band, requests=1, sequences=n, kv_tokens=10 * n)
+                QueuedOfKey(
+                    key=key, priority=band, pool=POOL, requests=1, sequences=n, kv_tokens=10 * n
+                )
                 for key, band, n in keys
             ),
             moving=0,
@@ -190,6 +199,20 @@ async def test_what_the_owner_of_admission_says_is_told_by_band_and_by_replica()
             drain_tokens_per_s=None,
             granted=0,
             refused=(),
+            pools=(
+                PoolStats(
+                    pool=POOL,
+                    ready=3,
+                    waiting=8,
+                    waiting_tokens=80,
+                    oldest_wait_s=1.5,
+                    running=5,
+                    kv_share=0.25,
+                    places_share=0.5,
+                    ttft_p90_s=2.5,
+                    itl_p90_s=None,
+                ),
+            ),
         )
 
     service.admission_stats = stats
@@ -200,6 +223,11 @@ async def test_what_the_owner_of_admission_says_is_told_by_band_and_by_replica()
     assert metric(text, "intserve_admission_oldest_wait_seconds") == 1.5
     breakers = [metric(text, "intserve_breaker_open", replica=name) for name in "abc"]
     assert breakers == [1.0, 0.5, 0.0]
+    expected = {"replicas_ready": 3, "waiting_sequences": 8, "waiting_kv_tokens": 80}
+    expected |= {"oldest_wait_seconds": 1.5, "running_sequences": 5, "kv_share": 0.25}
+    expected |= {"places_share": 0.5, "ttft_p90_seconds": 2.5}
+    assert expected == {n: metric(text, f"intserve_pool_{n}", pool=POOL) for n in expected}
+    assert "intserve_pool_itl_p90_seconds{" not in text, "nothing was measured"
     assert "key-three" not in text, "keys are as many as a user makes"
 
 

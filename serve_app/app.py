@@ -67,7 +67,7 @@ def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
 def _build(config: ServeConfig, factories: Mapping[str, EngineFactory]) -> Application:
     variables = traveling_variables(config.telemetry.otlp_headers_file, inherited=is_own_ray())
     pools = config.pools.values()
-    drain_s = max(config.drain_s(pool) for pool in pools)
+    drain_s = config.longest_drain_s
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name=INGRESS,

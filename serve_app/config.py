@@ -174,6 +174,11 @@ class ServeConfig(Section):
         return pool.drain_s if pool.drain_s is not None else self.requests.timeout_s
 
     @property
+    def longest_drain_s(self) -> float:
+        """The longest of these."""
+        return max(map(self.drain_s, self.pools.values()))
+
+    @property
     def served_name(self) -> str:
         """The model's name in the API: as configured, else that of the first pool's engine
         directory, else `echo`."""

@@ -193,7 +193,7 @@ def _haproxy_variables(config: ServeConfig, place: ProxyPlace) -> dict[str, str]
     if config.http.metrics_port is not None:
         metrics = config.http.metrics_port
         check_port("127.0.0.1", metrics, "choose another http.metrics_port")
-    longest_s = max(config.requests.timeout_s, config.drain_s)
+    longest_s = max(config.requests.timeout_s, config.longest_drain_s)
     ours = {
         "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
         "RAY_SERVE_HAPROXY_STATS_PORT": stats,

@@ -204,12 +204,13 @@ class PoolSection(Section):
             )
         scaled = self.autoscaling
         # What was not written is no mistake: the pool then starts with the nearest number.
-        written = scaled is not None and "replicas" in self.model_fields_set
-        if written and not scaled.min_replicas <= self.replicas <= scaled.max_replicas:
-            raise ValueError(
-                f"replicas {self.replicas} is not between autoscaling.min_replicas "
-                f"{scaled.min_replicas} and max_replicas {scaled.max_replicas}; correct it"
-            )
+        if scaled is not None and "replicas" in self.model_fields_set:
+            least, most = scaled.min_replicas, scaled.max_replicas
+            if not least <= self.replicas <= most:
+                raise ValueError(
+                    f"replicas {self.replicas} is not between autoscaling.min_replicas {least} and "
+                    f"max_replicas {most}; correct it"
+                )
         return self
 
     @property

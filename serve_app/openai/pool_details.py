@@ -7,7 +7,7 @@ from typing import Any
 
 from serve_app.config import ServeConfig
 from serve_app.engines.protocol import EngineInfo, ReplicaStatus
-from serve_app.routing.homes import limit_of
+from serve_app.routing.homes import Pools, limit_of
 
 
 def describe_pools(
@@ -31,6 +31,29 @@ def _describe(
         "kv_bytes_per_token": None if info is None else info.kv_bytes_per_token,
         "kv_tokens_used": sum(load.kv_tokens_used for load in loads),
         "kv_tokens_total": sum(load.kv_tokens_total for load in loads),
+    }
+
+
+def model_card(
+    config: ServeConfig,
+    pools: Pools,
+    infos: Mapping[str, EngineInfo],
+    statuses: Sequence[ReplicaStatus],
+    *,
+    created: int,
+) -> dict[str, Any]:
+    """The model in OpenAI's form, with vLLM's `max_model_len`, which is the largest that is known,
+    and our `pools`."""
+    known = [limit.tokens for limit in pools.limits.values() if limit is not None]
+    return {
+        "id": config.served_name,
+        "object": "model",
+        "created": created,
+        "owned_by": "intserve",
+        "root": config.served_name,
+        "parent": None,
+        "max_model_len": max(known, default=None),
+        "pools": describe_pools(config, infos, statuses),
     }
 
 

@@ -36,7 +36,7 @@ from serve_app.openai.echoed import EchoedPrompt
 from serve_app.openai.logprobs import LogprobStyle
 from serve_app.openai.obfuscation import obfuscate
 from serve_app.openai.own_deadline import own_deadline_s
-from serve_app.openai.pool_details import describe_pools
+from serve_app.openai.pool_details import model_card
 from serve_app.openai.prompts import PromptEncoder
 from serve_app.openai.requests import AnyRequest, BodyParser, ChatRequest, CompletionRequest
 from serve_app.openai.responses import EventStream, WholeAnswer, while_connected
@@ -405,14 +405,4 @@ class Service:
         except EngineUnavailable:
             statuses = []
         infos = await self.engines.infos(wait=False)
-        known = [limit.tokens for limit in pools.limits.values() if limit is not None]
-        return {
-            "id": self.config.served_name,
-            "object": "model",
-            "created": self.started,
-            "owned_by": "intserve",
-            "root": self.config.served_name,
-            "parent": None,
-            "max_model_len": max(known, default=None),
-            "pools": describe_pools(self.config, infos, statuses),
-        }
+        return model_card(self.config, pools, infos, statuses, created=self.started)

@@ -7,7 +7,7 @@ whatever else runs: its capacity is its places. Everything that is random comes 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Any
@@ -43,7 +43,10 @@ class Call:
     limit: int
     output: int
     arrived: float
+    pools: tuple[str, ...] = (POOL,)
+    session: str = ""
     granted: float | None = None
+    replica_id: str | None = None
     done: float | None = None
     refusals: list[tuple[float, Refusal]] = field(default_factory=list)
 
@@ -58,7 +61,8 @@ class Call:
 
 
 class Simulation:
-    """`obey`: clients come back after the Retry-After of a 429."""
+    """`obey`: clients come back after the Retry-After of a 429. `affinity`: the owner is told their
+    sessions."""
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class Simulation:
         *,
         places: int | dict[str, int] = 8,
         obey: bool = False,
+        affinity: bool = True,
         seed: int = 0,
         **settings: Any,
     ) -> None:
@@ -74,6 +79,7 @@ class Simulation:
         self.calls: list[Call] = []
         self._statuses = replicas
         self._obey = obey
+        self._affinity = affinity
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._running: dict[str, set[str]] = {name: set() for name in replicas}
@@ -99,9 +105,27 @@ class Simulation:
             action()
         self.now = until
 
-    def call(self, terms: Terms, prompt: int, output: int, limit: int | None = None) -> Call:
+    def call(
+        self,
+        terms: Terms,
+        prompt: int,
+        output: int,
+        limit: int | None = None,
+        *,
+        pools: tuple[str, ...] = (POOL,),
+        session: str = "",
+    ) -> Call:
         """Send a request now."""
-        call = Call(f"c{len(self.calls)}", terms, prompt, limit or output, output, self.now)
+        call = Call(
+            f"c{len(self.calls)}",
+            terms,
+            prompt,
+            limit or output,
+            output,
+            self.now,
+            pools=pools,
+            session=session,
+        )
         self.calls.append(call)
         self._send(call)
         return call
@@ -114,15 +138,18 @@ class Simulation:
         start: float = 0.0,
         end: float = 1e9,
         reserve: float = 1.0,
+        pools: tuple[str, ...] = (POOL,),
+        sessions: Sequence[str] = ("",),
     ) -> None:
         """Poisson arrivals; `size` gives prompt and output tokens; what is asked for is `reserve`
-        times the output."""
+        times the output. Each is of one of the `sessions`."""
 
         def arrive() -> None:
             if self.now >= end:
                 return
             prompt, output = size(self.random)
-            self.call(terms, prompt, output, round(output * reserve))
+            session = self.random.choice(sessions) if len(sessions) > 1 else sessions[0]
+            self.call(terms, prompt, output, round(output * reserve), pools=pools, session=session)
             self.at(self.now + self.random.expovariate(per_s), arrive)
 
         self.at(start + self.random.expovariate(per_s), arrive)
@@ -143,6 +170,8 @@ class Simulation:
             prompt_tokens=call.prompt,
             output_tokens=call.limit,
             charge=call.prompt + call.limit,
+            pools=call.pools,
+            affinity=call.session if self._affinity else "",
         )
         enter = Enter(request_id=sequence_id, terms=call.terms, asks=(ask,), seconds_left=600.0)
         self._answers(self.admission.take("i", [enter]))
@@ -156,7 +185,7 @@ class Simulation:
 
     def _start(self, grant: Grant) -> None:
         call, running = self._by_sequence[grant.sequence_id], self._running[grant.replica_id]
-        call.granted = self.now
+        call.granted, call.replica_id = self.now, grant.replica_id
         running.add(grant.sequence_id)
 
         def finish() -> None:

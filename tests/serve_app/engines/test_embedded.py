@@ -21,6 +21,7 @@ from support.serving import LocalEngines, client_of, metric, wait_for
 from deepseek.artifact.engine_manifest import read_documents, read_engine_manifest
 from deepseek.engine.detokenizer import engine_tokenizer
 from deepseek.engine.engine import LLMEngine
+from deepseek.engine.kv_cache import token_bytes
 from deepseek.engine.options import EngineOptions
 from deepseek.engine.request import Request, SamplingParams, StepOutput
 from deepseek.errors import ArtifactError, RequestError
@@ -298,6 +299,8 @@ async def test_requests_run_together_and_abort_ends_one_of_them(settings: ServeC
     engine = EmbeddedEngine(settings.pool.engine)
     info = await engine.start()
     assert info.max_model_len == 1024
+    model = engine._engine.config
+    assert info.kv_bytes_per_token == token_bytes(model, "bf16"), "of all layers"
     endless = engine.generate(asked("endless", max_tokens=1000))
     await anext(endless)
     produced, done = await consume(engine, asked("short"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -51,6 +52,10 @@ class Asked:
 class Ingresses(RuleBasedStateMachine):
     """Two ingresses, an owner that may die, three engines that may go."""
 
+    #: The pool of each engine, and what a request may say of pools.
+    pools: ClassVar = dict.fromkeys(SIZES, POOL)
+    routes: tuple[tuple[str, ...], ...] = ((POOL,),)
+
     @initialize()
     def start(self) -> None:
         self.now = 100.0
@@ -62,7 +67,8 @@ class Ingresses(RuleBasedStateMachine):
 
     def new_owner(self) -> None:
         section = AdmissionSection(max_queued_requests=12, max_wait_s=MAX_WAIT_S)
-        settings = OwnerSettings(admission=section, places={POOL: PLACES})
+        places = dict.fromkeys(self.pools.values(), PLACES)
+        settings = OwnerSettings(admission=section, places=places)
         self.admission = Admission(settings, lambda: self.now)
         for ingress in INGRESSES:
             self.say(ingress, self.join(ingress))
@@ -126,12 +132,14 @@ class Ingresses(RuleBasedStateMachine):
                 if isinstance(answer, Grant):
                     assert answer.replica_id != asked.lost
                     assert answer.replica_id in self.alive
+                    ask = asked.request.asks[asked.index]
+                    assert self.pools[answer.replica_id] in ask.pools
                     if not asked.placed:
                         assert self.now - asked.arrived <= MAX_WAIT_S + 1.0 or self.runs(asked)
                     asked.state, asked.replica, asked.placed = "held", answer.replica_id, True
                 else:
                     asked.state, asked.replica = "refused", None
-                    if answer.code == "waited_too_long":
+                    if answer.code in ("waited_too_long", "engine_unavailable"):
                         assert not self.runs(asked)
                         assert self.now - asked.arrived >= MAX_WAIT_S
 
@@ -148,7 +156,8 @@ class Ingresses(RuleBasedStateMachine):
     def status(self, name: str):  # type: ignore[no-untyped-def]
         mine = {k: a for k, a in self.asked.items() if a.state == "held" and a.replica == name}
         used = sum(a.tokens for a in mine.values())
-        return status(name, kv=SIZES[name], used=used, request_ids=tuple(mine))
+        pool = self.pools[name]
+        return status(name, kv=SIZES[name], used=used, request_ids=tuple(mine), pool=pool)
 
     @rule(
         ingress=st.sampled_from(INGRESSES),
@@ -156,10 +165,29 @@ class Ingresses(RuleBasedStateMachine):
         tokens=st.sampled_from([20, 90, 140, 280, 700]),
         n=st.integers(1, 3),
         deadline=st.sampled_from([3.0, 100.0]),
+        session=st.sampled_from(["", "x", "y"]),
+        data=st.data(),
     )
-    def ask(self, ingress: str, key: str, tokens: int, n: int, deadline: float) -> None:
+    def ask(
+        self,
+        ingress: str,
+        key: str,
+        tokens: int,
+        n: int,
+        deadline: float,
+        session: str,
+        data: st.DataObject,
+    ) -> None:
         self.count += 1
-        request = enter(f"q{self.count}", key, tokens=tokens, n=n, seconds_left=deadline)
+        request = enter(
+            f"q{self.count}",
+            key,
+            tokens=tokens,
+            n=n,
+            seconds_left=deadline,
+            pools=data.draw(st.sampled_from(self.routes)),
+            affinity=session,
+        )
         for index, item in enumerate(request.asks):
             self.asked[item.sequence_id] = Asked(
                 ingress, request, index, self.now, self.now + deadline
@@ -270,12 +298,15 @@ class Ingresses(RuleBasedStateMachine):
             for use in self.admission.stats().replicas
             if use.fresh and not use.reserved and use.replica_id in self.alive
         ]
-        heads: dict[str, Asked] = {}
+        heads: dict[tuple[str, str], Asked] = {}  # by home and key
         for asked in self.asked.values():  # in order of arrival
             if asked.state == "waiting":
-                heads.setdefault(asked.request.terms.name, asked)
+                home = asked.request.asks[0].pools[0]
+                heads.setdefault((home, asked.request.terms.name), asked)
         for asked in heads.values():
             for use in open_to_all:
+                if use.pool not in asked.request.asks[0].pools:
+                    continue
                 free = use.kv_tokens_total - use.kv_tokens_held - use.kv_tokens_ghosts
                 has_place = use.held + use.ghosts < use.places
                 assert not (has_place and asked.tokens <= free), "a head that fits waits"
@@ -295,6 +326,24 @@ SETTINGS = settings(
 )
 
 
+class IngressesOfTwoPools(Ingresses):
+    """The same with two pools, each of which may be left empty."""
+
+    pools: ClassVar = {"r1": "a", "r2": "a", "r3": "b"}
+    routes = (("a",), ("b",), ("a", "b"), ("b", "a"))
+
+    @invariant()
+    def figures_of_the_pools_are_those_of_their_requests(self) -> None:
+        if not hasattr(self, "asked"):
+            return
+        for of_pool in self.admission.stats().pools:
+            mine = [a for a in self.asked.values() if a.request.asks[0].pools[0] == of_pool.pool]
+            waiting = [a for a in mine if a.state in ("waiting", "moving")]
+            assert of_pool.waiting == len(waiting)
+            assert of_pool.waiting_tokens == sum(a.tokens for a in waiting)
+
+
 @pytest.mark.heavy
-def test_nothing_is_lost_said_twice_or_placed_without_room() -> None:
-    run_state_machine_as_test(Ingresses, settings=SETTINGS)
+@pytest.mark.parametrize("machine", [Ingresses, IngressesOfTwoPools])
+def test_nothing_is_lost_said_twice_or_placed_without_room(machine: type[Ingresses]) -> None:
+    run_state_machine_as_test(machine, settings=SETTINGS)

@@ -2,7 +2,9 @@
 
     options.py     how an engine runs, what it serves, how busy it is
     request.py     requests, step outputs, sequences
-    scheduler.py   which tokens run next (no tensors)      pages.py     who owns which KV page
+    limits.py      what a request must fulfill             tracked.py   a request under way
+    scheduler.py   which tokens run next (no tensors)      pages.py     who uses which KV page
+    prefix.py      which pages hold which beginnings       runner.py    a step's tensors
     batch.py       the tokens of one step as tensors       kv_cache.py  the paged latent cache
     model.py       the forward pass: attention.py, moe.py, rope.py
     arithmetic.py  what is rounded where: as the engine itself, or as a target

@@ -43,7 +43,7 @@ def check(scheduler: Scheduler, schedule: Schedule) -> None:
     owned = [page for s in scheduler.running for page in s.pages]
     assert len(owned) == len(set(owned)) == pool.num_pages - pool.num_free
     assert ZERO_PAGE not in owned
-    assert set(owned).isdisjoint(pool.free_pages)
+    assert set(owned).isdisjoint(pool.blank_pages)
     assert not any(s.pages for s in scheduler.waiting)
     assert len({id(chunk.sequence) for chunk in schedule.chunks}) == len(schedule.chunks)
     for chunk in schedule.chunks:

@@ -21,7 +21,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -114,12 +114,21 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
     ),
 }
 
-#: name -> (labels, help); one value per engine replica, read when a scrape asks.
+#: name -> (labels, help); of every engine replica, read when a scrape asks. Of its counters, which
+#: end in `_total`, those of a replica that is replaced begin anew.
 ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     "intserve_engine_requests_running": (("replica",), "Requests in the engine's batch."),
     "intserve_engine_requests_waiting": (("replica",), "Requests waiting inside the engine."),
     "intserve_engine_kv_tokens_used": (("replica",), "Tokens whose KV is held."),
     "intserve_engine_kv_tokens_capacity": (("replica",), "Tokens whose KV could be held."),
+    "intserve_engine_kv_tokens_cached": (
+        ("replica",),
+        "Tokens whose KV no request uses, kept for prompts that begin alike; they count as free.",
+    ),
+    "intserve_engine_prompt_tokens_total": (
+        ("replica", "source"),
+        "Prompt tokens of the requests that have started: computed, or found in the prefix cache.",
+    ),
     "intserve_engine_info": (
         ("replica", "engine", "recipe", "artifact_digest", "kv_cache", "gated", "emulated"),
         "What is served, always 1; gated is false when the accuracy gate was overridden, emulated "
@@ -240,8 +249,10 @@ class _JoinedCollector(Collector):
 
 
 def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
-    families = {
-        name: GaugeMetricFamily(name, text, labels=labels)
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {
+        name: (CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily)(
+            name, text, labels=labels
+        )
         for name, (labels, text) in ENGINE_METRICS.items()
     }
     for status in replicas:
@@ -249,8 +260,12 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
         values = {"requests_running": load.running, "requests_waiting": load.waiting}
         values["kv_tokens_used"] = load.kv_tokens_used
         values["kv_tokens_capacity"] = load.kv_tokens_total
+        values["kv_tokens_cached"] = load.kv_tokens_cached
         for name, value in values.items():
             families[f"intserve_engine_{name}"].add_metric([status.replica_id], value)
+        prompt_tokens = families["intserve_engine_prompt_tokens_total"]
+        prompt_tokens.add_metric([status.replica_id, "computed"], load.computed_prompt_tokens)
+        prompt_tokens.add_metric([status.replica_id, "cache"], load.cached_prompt_tokens)
         families["intserve_engine_info"].add_metric(
             [
                 status.replica_id,

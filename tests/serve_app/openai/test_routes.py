@@ -277,6 +277,8 @@ async def test_metric_names_and_labels_are_these() -> None:
         "intserve_engine_requests_waiting": "replica",
         "intserve_engine_kv_tokens_used": "replica",
         "intserve_engine_kv_tokens_capacity": "replica",
+        "intserve_engine_kv_tokens_cached": "replica",
+        "intserve_engine_prompt_tokens_total": "replica source",
         "intserve_engine_info": "replica engine recipe artifact_digest kv_cache gated emulated",
     }
     table = {name: " ".join(labels) for name, (_, labels, _, _) in REQUEST_METRICS.items()}

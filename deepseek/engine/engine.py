@@ -9,31 +9,21 @@ free by then. Prompts and outputs are never logged.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from deepseek.artifact.engine_manifest import UNQUANTIZED
 from deepseek.artifact.stored_model import StoredModel
-from deepseek.engine.arithmetic import EMBEDDED, Arithmetic
-from deepseek.engine.detokenizer import (
-    Detokenizer,
-    Tokenizer,
-    engine_tokenizer,
-    load_tokenizer,
-)
+from deepseek.engine.arithmetic import Arithmetic
+from deepseek.engine.detokenizer import Detokenizer, Tokenizer
 from deepseek.engine.kv_cache import LatentCache, check_cache_format
 from deepseek.engine.limits import RequestLimits
-from deepseek.engine.linear import Kernels
 from deepseek.engine.model import Model
+from deepseek.engine.opening import Opened, open_checkpoint, open_directory, open_stored
 from deepseek.engine.options import EngineIdentity, EngineLoad, EngineOptions
-from deepseek.engine.packed import load_packed
-from deepseek.engine.packing import pack_tensors, schemes_of
 from deepseek.engine.pages import PagePool
 from deepseek.engine.prefix import root_key
 from deepseek.engine.prompt_scores import LogprobNamer
@@ -51,9 +41,6 @@ from deepseek.engine.scheduler import Chunk, Scheduler
 from deepseek.engine.tracked import Tracked
 from deepseek.errors import DeployError, RequestError
 from deepseek.kv_layout import kv_layout
-from deepseek.source.checkpoint import CheckpointReader
-from deepseek.stop_tokens import FILE as GENERATION_FILE
-from deepseek.stop_tokens import merge_stop_tokens, stop_token_ids
 
 LOG = logging.getLogger(__name__)
 
@@ -128,27 +115,7 @@ class LLMEngine:
             DeployError: the engine cannot run with these options.
         """
         options = options or EngineOptions()
-        packed = load_packed(engine_dir)
-        manifest = packed.manifest
-        model = Model(packed.config, manifest.schemes, packed.tensors, _kernels(options))
-        identity = EngineIdentity(
-            recipe=manifest.recipe,
-            artifact_digest=manifest.artifact_digest,
-            engine_digest=manifest.digest,
-            kv_cache=options.kv_cache or manifest.kv_cache,
-            page_tokens=options.page_tokens or packed.fields.page_tokens,
-        )
-        directory, documents = Path(engine_dir), packed.documents
-        return cls(
-            model,
-            identity,
-            options,
-            tokenizer=engine_tokenizer(directory, documents),
-            end_token_ids=merge_stop_tokens(
-                documents.get(GENERATION_FILE), directory / GENERATION_FILE, packed.config
-            ),
-            clock=clock,
-        )
+        return cls._of(open_directory(Path(engine_dir), options), options, clock)
 
     @classmethod
     def from_checkpoint(
@@ -164,23 +131,7 @@ class LLMEngine:
             CheckpointError: the checkpoint is incomplete or damaged.
         """
         options = options or EngineOptions()
-        source = CheckpointReader(source_dir)
-        model = Model(source.config, schemes_of(source), pack_tensors(source), _kernels(options))
-        identity = EngineIdentity(
-            recipe=UNQUANTIZED,
-            artifact_digest=source.fingerprint,
-            engine_digest=None,
-            kv_cache=options.kv_cache or "bf16",
-            page_tokens=options.page_tokens or 16,
-        )
-        return cls(
-            model,
-            identity,
-            options,
-            tokenizer=load_tokenizer(source_dir),
-            end_token_ids=stop_token_ids(source_dir, source.config),
-            clock=clock,
-        )
+        return cls._of(open_checkpoint(source_dir, options), options, clock)
 
     @classmethod
     def from_stored(
@@ -203,14 +154,23 @@ class LLMEngine:
         """
         assert identity.arithmetic == arithmetic.name, identity.arithmetic
         options = options or EngineOptions()
-        kernels = _kernels(options, arithmetic)
-        model = Model(stored.config, schemes_of(stored), pack_tensors(stored), kernels)
         return cls(
-            model,
+            open_stored(stored, arithmetic, options),
             identity,
             options,
             tokenizer=tokenizer,
             end_token_ids=end_token_ids,
+            clock=clock,
+        )
+
+    @classmethod
+    def _of(cls, opened: Opened, options: EngineOptions, clock: Callable[[], float]) -> LLMEngine:
+        return cls(
+            opened.model,
+            opened.identity,
+            options,
+            tokenizer=opened.tokenizer,
+            end_token_ids=opened.end_token_ids,
             clock=clock,
         )
 
@@ -414,12 +374,3 @@ class LLMEngine:
     def _poison(self) -> None:
         if self._options.poison_free_pages:
             self._runner.cache.poison(self._pool.blank_pages)
-
-
-def _kernels(options: EngineOptions, arithmetic: Arithmetic = EMBEDDED) -> Kernels:
-    all_but_one = max(1, len(os.sched_getaffinity(0)) - 1)
-    torch.set_num_threads(options.num_threads or min(torch.get_num_threads(), all_but_one))
-    kernels = Kernels.detect(batch_invariant=options.batch_invariant, arithmetic=arithmetic)
-    if options.batch_invariant and not kernels.is_batch_invariant:
-        LOG.warning("this CPU's GEMM is not batch invariant; tokens may depend on the batch")
-    return kernels

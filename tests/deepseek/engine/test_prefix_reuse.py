@@ -213,6 +213,14 @@ def test_scoring_reads_no_cached_page_and_leaves_none(small: Open) -> None:
     assert reused.current_load().kv_tokens_cached == 3 * 16
 
 
+def test_a_prompt_that_generates_nothing_is_found_and_ends(small: Open) -> None:
+    engine = small()
+    for count in (0, 32):
+        [output] = run(engine, [request("a", text(48), 0)])["a"]
+        assert (output.finish_reason, output.completion_tokens) == ("length", 0)
+        assert output.cached_tokens == count
+
+
 def test_an_engine_without_the_cache_finds_and_keeps_nothing(small: Open) -> None:
     engine = small(prefix_cache=False)
     for _ in range(2):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -58,7 +59,8 @@ class PrefixTable:
     def __init__(self) -> None:
         self._pages: dict[bytes, int] = {}
         self._entries: dict[int, Entry] = {}  # in order of registration: parents before children
-        self._idle: dict[int, None] = {}  # in order of eviction
+        # In order of eviction. A dict would look through what was removed to find its first key.
+        self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_idle(self) -> int:

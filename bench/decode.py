@@ -80,7 +80,7 @@ def open_contenders(
     reference: Path, engines: list[Path], max_batch: int, transformers: bool
 ) -> dict[str, Contender]:
     """Load every contender, by name."""
-    options = EngineOptions(max_batch_size=max(max_batch, 16))
+    options = EngineOptions(max_batch_size=max(max_batch, 16), prefix_cache=False)
     contenders: dict[str, Contender] = {
         "unquantized": decode_with_engine(LLMEngine.from_checkpoint(reference, options))
     }

@@ -21,6 +21,7 @@ COMMANDS = (
     "bench/decode.py --reference examples/tiny-deepseek-v3"
     " --engine runs/bench/int8/engine --engine runs/bench/int4/engine",
     "bench/linear_formats.py --threads 1",
+    "bench/prefix_reuse.py",
     "bench/serve_overhead.py",
     "bench/drain.py",
     "bench/long_prompts.py",

@@ -119,7 +119,7 @@ def run_evaluate(
     check_apart(output, engine_dir, "the engine")
     check_apart(output, reference_dir, "the reference")
     built = read_engine(engine_dir)
-    options = EngineOptions(kv_cache=settings.kv_cache, num_threads=settings.num_threads)
+    options = _engine_options(settings.kv_cache, settings)
     kv_cache = check_kv_format(built.target, settings.kv_cache or built.kv_cache)
     no_speed = _why_no_speed(built, settings, is_reference(reference_dir))
     speed: tuple[DecodeSpeed, ...] = ()
@@ -287,9 +287,12 @@ def _why_no_speed(built: BuiltEngine, settings: Settings, is_stored: bool) -> st
 
 def _load_source(directory: Path, settings: Settings) -> LLMEngine:
     """The source's own engine: unquantized, on BF16 pages."""
-    return LLMEngine.from_checkpoint(
-        directory, EngineOptions(kv_cache="bf16", num_threads=settings.num_threads)
-    )
+    return LLMEngine.from_checkpoint(directory, _engine_options("bf16", settings))
+
+
+def _engine_options(kv_cache: CacheFormat | None, settings: Settings) -> EngineOptions:
+    """Every token of what is judged is computed for it."""
+    return EngineOptions(kv_cache=kv_cache, num_threads=settings.num_threads, prefix_cache=False)
 
 
 def _load_text(

@@ -75,6 +75,11 @@ class EmbeddedOptions(Section):
         default=None,
         description="format of KV pages; another one than the gate judged counts as ungated",
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="keep the KV pages of finished requests until their room is needed, for "
+        "requests of the same key that begin with the same tokens",
+    )
     max_batch_size: Count | None = Field(default=None, description="sequences of one step")
     max_batched_tokens: Count | None = Field(default=None, description="tokens of one step")
     num_threads: Count | None = Field(default=None, description="CPU threads of one replica")

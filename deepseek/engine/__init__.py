@@ -2,14 +2,16 @@
 
     options.py     how an engine runs, what it serves, how busy it is
     request.py     requests, step outputs, sequences
-    scheduler.py   which tokens run next (no tensors)      pages.py     who owns which KV page
+    limits.py      what a request must fulfill             tracked.py   a request under way
+    scheduler.py   which tokens run next (no tensors)      pages.py     who uses which KV page
+    prefix.py      which pages hold which beginnings       runner.py    a step's tensors
     batch.py       the tokens of one step as tensors       kv_cache.py  the paged latent cache
     model.py       the forward pass: attention.py, moe.py, rope.py
     arithmetic.py  what is rounded where: as the engine itself, or as a target
     linear.py      the kernels, one class per weight format; a native extension goes here
     emulated.py    linears that round as a target's kernels do (target_inputs.py: their inputs)
     sampler.py     logits -> tokens                        detokenizer.py  tokens -> text
-    engine.py      the step loop over all of these
+    engine.py      the step loop over all of these         opening.py   what an engine is made of
 
     packed_layout.py  which tensors an engine holds, and their bytes, from config and schemes
     packing.py        source or artifact -> those tensors

@@ -9,34 +9,24 @@ free by then. Prompts and outputs are never logged.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from deepseek.artifact.engine_manifest import UNQUANTIZED
 from deepseek.artifact.stored_model import StoredModel
-from deepseek.engine.arithmetic import EMBEDDED, Arithmetic
-from deepseek.engine.batch import Span, make_batch
-from deepseek.engine.continuation import check_continuation, check_seed
-from deepseek.engine.detokenizer import (
-    Detokenizer,
-    Tokenizer,
-    engine_tokenizer,
-    load_tokenizer,
-)
+from deepseek.engine.arithmetic import Arithmetic
+from deepseek.engine.detokenizer import Detokenizer, Tokenizer
 from deepseek.engine.kv_cache import LatentCache, check_cache_format
-from deepseek.engine.linear import Kernels
+from deepseek.engine.limits import RequestLimits
 from deepseek.engine.model import Model
+from deepseek.engine.opening import Opened, open_checkpoint, open_directory, open_stored
 from deepseek.engine.options import EngineIdentity, EngineLoad, EngineOptions
-from deepseek.engine.packed import load_packed
-from deepseek.engine.packing import pack_tensors, schemes_of
 from deepseek.engine.pages import PagePool
-from deepseek.engine.prompt_scores import LogprobNamer, score_chunk
+from deepseek.engine.prefix import root_key
+from deepseek.engine.prompt_scores import LogprobNamer
 from deepseek.engine.request import (
     FinishReason,
     Request,
@@ -45,14 +35,12 @@ from deepseek.engine.request import (
     StepOutput,
     TokenLogprob,
 )
-from deepseek.engine.sampler import Choice, Draw, choose
-from deepseek.engine.scheduler import Chunk, Schedule, Scheduler
+from deepseek.engine.runner import Runner
+from deepseek.engine.sampler import Choice
+from deepseek.engine.scheduler import Chunk, Scheduler
 from deepseek.engine.tracked import Tracked
 from deepseek.errors import DeployError, RequestError
 from deepseek.kv_layout import kv_layout
-from deepseek.source.checkpoint import CheckpointReader
-from deepseek.stop_tokens import FILE as GENERATION_FILE
-from deepseek.stop_tokens import merge_stop_tokens, stop_token_ids
 
 LOG = logging.getLogger(__name__)
 
@@ -84,7 +72,6 @@ class LLMEngine:
         self._end_token_ids = end_token_ids or frozenset(config.eos_token_ids)
         self.failure: Exception | None = None
         self._options = options
-        self._model = model
         self._clock = clock
         model_len = options.max_model_len or config.dense_context
         if model_len > config.dense_context:
@@ -96,7 +83,14 @@ class LLMEngine:
         layout = kv_layout(
             identity.arithmetic, check_cache_format(identity.kv_cache), sparse=config.has_indexer
         )
-        self._cache = LatentCache(config, layout, num_pages, identity.page_tokens)
+        cache = LatentCache(config, layout, num_pages, identity.page_tokens)
+        self._runner = Runner(model, cache)
+        self._limits = RequestLimits(
+            max_model_len=self.max_model_len,
+            vocab_size=config.vocab_size,
+            has_tokenizer=tokenizer is not None,
+            is_cut_to_dense=self.is_cut_to_dense,
+        )
         self._scheduler = Scheduler(
             self._pool,
             max_batch_size=options.max_batch_size,
@@ -121,27 +115,7 @@ class LLMEngine:
             DeployError: the engine cannot run with these options.
         """
         options = options or EngineOptions()
-        packed = load_packed(engine_dir)
-        manifest = packed.manifest
-        model = Model(packed.config, manifest.schemes, packed.tensors, _kernels(options))
-        identity = EngineIdentity(
-            recipe=manifest.recipe,
-            artifact_digest=manifest.artifact_digest,
-            engine_digest=manifest.digest,
-            kv_cache=options.kv_cache or manifest.kv_cache,
-            page_tokens=options.page_tokens or packed.fields.page_tokens,
-        )
-        directory, documents = Path(engine_dir), packed.documents
-        return cls(
-            model,
-            identity,
-            options,
-            tokenizer=engine_tokenizer(directory, documents),
-            end_token_ids=merge_stop_tokens(
-                documents.get(GENERATION_FILE), directory / GENERATION_FILE, packed.config
-            ),
-            clock=clock,
-        )
+        return cls._of(open_directory(Path(engine_dir), options), options, clock)
 
     @classmethod
     def from_checkpoint(
@@ -157,23 +131,7 @@ class LLMEngine:
             CheckpointError: the checkpoint is incomplete or damaged.
         """
         options = options or EngineOptions()
-        source = CheckpointReader(source_dir)
-        model = Model(source.config, schemes_of(source), pack_tensors(source), _kernels(options))
-        identity = EngineIdentity(
-            recipe=UNQUANTIZED,
-            artifact_digest=source.fingerprint,
-            engine_digest=None,
-            kv_cache=options.kv_cache or "bf16",
-            page_tokens=options.page_tokens or 16,
-        )
-        return cls(
-            model,
-            identity,
-            options,
-            tokenizer=load_tokenizer(source_dir),
-            end_token_ids=stop_token_ids(source_dir, source.config),
-            clock=clock,
-        )
+        return cls._of(open_checkpoint(source_dir, options), options, clock)
 
     @classmethod
     def from_stored(
@@ -196,14 +154,23 @@ class LLMEngine:
         """
         assert identity.arithmetic == arithmetic.name, identity.arithmetic
         options = options or EngineOptions()
-        kernels = _kernels(options, arithmetic)
-        model = Model(stored.config, schemes_of(stored), pack_tensors(stored), kernels)
         return cls(
-            model,
+            open_stored(stored, arithmetic, options),
             identity,
             options,
             tokenizer=tokenizer,
             end_token_ids=end_token_ids,
+            clock=clock,
+        )
+
+    @classmethod
+    def _of(cls, opened: Opened, options: EngineOptions, clock: Callable[[], float]) -> LLMEngine:
+        return cls(
+            opened.model,
+            opened.identity,
+            options,
+            tokenizer=opened.tokenizer,
+            end_token_ids=opened.end_token_ids,
             clock=clock,
         )
 
@@ -224,17 +191,21 @@ class LLMEngine:
         return self._scheduler.num_preemptions
 
     def current_load(self) -> EngineLoad:
-        used = self._pool.num_pages - self._pool.num_free
+        pool, scheduler = self._pool, self._scheduler
         return EngineLoad(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            kv_tokens_used=used * self._pool.page_tokens,
-            kv_tokens_total=self._pool.capacity_tokens,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_tokens_used=(pool.num_pages - pool.num_free) * pool.page_tokens,
+            kv_tokens_total=pool.capacity_tokens,
+            kv_tokens_cached=pool.prefixes.num_idle * pool.page_tokens,
+            cached_prompt_tokens=scheduler.num_cached_tokens,
+            computed_prompt_tokens=scheduler.num_uncached_tokens,
         )
 
     def allocated_bytes(self) -> dict[str, int]:
         """Bytes held, by inventory group and "kv_cache"; see `packed_layout.planned_bytes`."""
-        return self._model.allocated_bytes | {"kv_cache": self._cache.num_bytes}
+        runner = self._runner
+        return runner.model.allocated_bytes | {"kv_cache": runner.cache.num_bytes}
 
     def add_request(self, request: Request) -> None:
         """Accept a request; from here on it ends in exactly one final output. One that its
@@ -243,13 +214,16 @@ class LLMEngine:
         Raises:
             RequestError: it can never be served, or its id is in use.
         """
-        self._check(request)
+        if request.request_id in self._tracked:
+            raise RequestError(f"request id {request.request_id!r} is in use; choose another")
+        self._limits.check(request)
         sampling = request.sampling
         seed = sampling.seed
         sequence = Sequence(
             request,
             arrived_s=self._clock(),
             seed=secrets.randbits(64) if seed is None else seed,
+            prefix_root=self._prefix_root(request),
         )
         detokenizer = None
         if self.tokenizer is not None:
@@ -288,7 +262,7 @@ class LLMEngine:
             if chunk.sequence.scheduled_s is None:
                 chunk.sequence.scheduled_s = started_s
         try:
-            choices, scores = self._compute(schedule)
+            choices, scores = self._runner.compute(schedule)
         except Exception as error:  # every failure ends its requests and shows in health checks
             LOG.exception("a step of %d tokens failed", schedule.num_tokens)
             self.failure = error
@@ -312,18 +286,18 @@ class LLMEngine:
         self._poison()
         return outputs
 
-    @torch.inference_mode()
     def score(self, token_ids: Tensor) -> Tensor:
         """Logits f32 [T, V] after each of the tokens int64 [T], computed with the kernels, KV pages
         and KV format of generation, in chunks of `max_batched_tokens`. The pages are free again
-        when it returns.
+        when it returns. It computes every token, whatever prefixes there are, and leaves none; but
+        it may take the pages of some.
 
         Raises:
             RequestError: the text is empty or longer than the engine's limit, or running requests
                 hold the pages that it needs.
         """
         tokens = token_ids.tolist()
-        self._check_tokens(tokens, "text", limit=self.max_model_len)
+        self._limits.check_tokens(tokens, "text")
         request = Request(
             request_id="score", prompt_ids=tuple(tokens), sampling=SamplingParams(max_tokens=1)
         )
@@ -334,48 +308,14 @@ class LLMEngine:
                 f"{self._pool.num_free} are free; wait for the running requests"
             )
         try:
-            self._cache.clear(self._pool.grow(sequence, len(tokens)))
+            new_pages = self._pool.grow(sequence, len(tokens))
             size = self._options.max_batched_tokens
             starts = range(0, len(tokens), size)
             chunks = [Chunk(sequence, s, min(size, len(tokens) - s)) for s in starts]
-            return torch.cat([self._model.logits(self._forward([c])[0]) for c in chunks])
+            return self._runner.score(chunks, new_pages)
         finally:
             self._pool.release(sequence)
             self._poison()
-
-    @torch.inference_mode()
-    def _compute(
-        self, schedule: Schedule
-    ) -> tuple[dict[str, Choice | None], list[list[Choice] | None]]:
-        """Run the step -> the next token of every request whose chunk chooses one, and the scores
-        of each chunk's prompt tokens; None in either place for logits that are not finite."""
-        self._cache.clear(schedule.new_pages)
-        chunks = schedule.chunks
-        hidden, last_rows = self._forward(chunks)
-        ends = list(zip(chunks, last_rows, strict=True))
-        choosing = [(chunk, row) for chunk, row in ends if chunk.chooses]
-        rows = torch.tensor([row for _, row in choosing], dtype=torch.int64)
-        draws = [
-            Draw(chunk.sequence.request.sampling, chunk.sequence.seed, chunk.stop)
-            for chunk, _ in choosing
-        ]
-        choices = choose(self._model.logits(hidden.index_select(0, rows)), draws)
-        names = [chunk.sequence.request.request_id for chunk, _ in choosing]
-        scores = [
-            score_chunk(chunk, hidden[row + 1 - chunk.length : row + 1], self._model.logits)
-            for chunk, row in ends
-        ]
-        return dict(zip(names, choices, strict=True)), scores
-
-    def _forward(self, chunks: list[Chunk]) -> tuple[Tensor, list[int]]:
-        """Final hidden states f32 [T, hidden] of the chunks' tokens; a chunk's rows are consecutive
-        and end at its place in the list."""
-        spans = [
-            Span(chunk.sequence.tokens(chunk.start, chunk.stop), chunk.start, chunk.sequence.pages)
-            for chunk in chunks
-        ]
-        batch = make_batch(spans, self._pool.page_tokens)
-        return self._model.forward(batch, self._cache), batch.last_rows
 
     def _add_scores(self, sequence: Sequence, scores: list[Choice]) -> None:
         """Keep the logprobs of the prompt's next tokens."""
@@ -394,11 +334,12 @@ class LLMEngine:
         logprobs = () if choice.logprob is None else (self._namer.name_last(sequence, choice),)
         if reason is not None:
             return self._end(tracked, reason, (choice.token_id,), text, logprobs)
-        return self._output(tracked, None, (choice.token_id,), text, logprobs)
+        return tracked.output(self._clock(), None, (choice.token_id,), text, logprobs)
 
     def _fail(self, sequence: Sequence, error: str, *, retryable: bool = False) -> StepOutput:
         """End a request in an error. Output that is not finite is not retryable: the same weights
-        compute the same elsewhere."""
+        compute the same elsewhere. What it has computed goes to nobody else."""
+        self._pool.forget(sequence)
         return self._end(self._tracked_of(sequence), "error", error=error, retryable=retryable)
 
     def _tracked_of(self, sequence: Sequence) -> Tracked:
@@ -420,80 +361,16 @@ class LLMEngine:
         del self._tracked[sequence.request.request_id]
         if reason == "abort" and tracked.detokenizer is not None:
             text = tracked.detokenizer.flush()
-        return self._output(tracked, reason, token_ids, text, logprobs, error, retryable)
+        return tracked.output(self._clock(), reason, token_ids, text, logprobs, error, retryable)
 
-    def _output(
-        self,
-        tracked: Tracked,
-        reason: FinishReason | None,
-        token_ids: tuple[int, ...],
-        text: str,
-        logprobs: tuple[TokenLogprob, ...],
-        error: str | None = None,
-        retryable: bool = False,
-    ) -> StepOutput:
-        sequence = tracked.sequence
-        text, tracked.unshown = tracked.unshown + text, ""
-        queue_s, prefill_s, decode_s = sequence.phases(self._clock())
-        prompt_logprobs = None
-        if tracked.prompt_logprobs is not None and reason not in ("abort", "error"):
-            prompt_logprobs, tracked.prompt_logprobs = tuple(tracked.prompt_logprobs), None
-        return StepOutput(
-            request_id=sequence.request.request_id,
-            token_ids=token_ids,
-            text=text,
-            logprobs=logprobs,
-            finish_reason=reason,
-            prompt_tokens=len(sequence.request.prompt_ids),
-            completion_tokens=len(sequence.output_ids),
-            queue_s=queue_s,
-            prefill_s=prefill_s,
-            decode_s=decode_s,
-            error=error,
-            retryable=retryable,
-            prompt_logprobs=prompt_logprobs,
-        )
-
-    def _check(self, request: Request) -> None:
-        if request.request_id in self._tracked:
-            raise RequestError(f"request id {request.request_id!r} is in use; choose another")
-        least = min(1, request.sampling.max_tokens)  # the room that a completion needs
-        self._check_tokens(request.prompt_ids, "prompt", limit=self.max_model_len - least)
-        if request.sampling.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, which this engine has not")
-        check_continuation(
-            request.sampling, request.output_ids, request.num_shown, self.config.vocab_size
-        )
-        check_seed(request.sampling, request.output_ids)
-        total = len(request.prompt_ids) + len(request.output_ids)
-        if total > self.max_model_len:
-            raise RequestError(
-                f"the prompt and output_ids have {total} tokens together, but this engine takes at "
-                f"most {self.max_model_len}; give the output_ids of an engine with the same limit"
-            )
-
-    def _check_tokens(self, tokens: tuple[int, ...] | list[int], what: str, limit: int) -> None:
-        if not tokens:
-            raise RequestError(f"the {what} is empty; give at least one token")
-        if len(tokens) > limit:
-            raise RequestError(
-                f"the {what} has {len(tokens)} tokens, but this engine takes at most {limit}"
-                + (" (it has no sparse attention)" if self.is_cut_to_dense else "")
-                + "; shorten it"
-            )
-        vocabulary = self.config.vocab_size
-        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise RequestError(f"the {what} holds a token id outside 0..{vocabulary - 1}")
+    def _prefix_root(self, request: Request) -> bytes | None:
+        """None where the request computes all of its tokens, and for itself: a prompt's logprobs
+        need all of its logits, and say of no token what another request has computed."""
+        if not self._options.prefix_cache or request.sampling.prompt_logprobs is not None:
+            return None
+        digest = self.identity.engine_digest or self.identity.artifact_digest
+        return root_key(request.cache_salt, digest, self.identity.kv_cache)
 
     def _poison(self) -> None:
         if self._options.poison_free_pages:
-            self._cache.poison(self._pool.free_pages)
-
-
-def _kernels(options: EngineOptions, arithmetic: Arithmetic = EMBEDDED) -> Kernels:
-    all_but_one = max(1, len(os.sched_getaffinity(0)) - 1)
-    torch.set_num_threads(options.num_threads or min(torch.get_num_threads(), all_but_one))
-    kernels = Kernels.detect(batch_invariant=options.batch_invariant, arithmetic=arithmetic)
-    if options.batch_invariant and not kernels.is_batch_invariant:
-        LOG.warning("this CPU's GEMM is not batch invariant; tokens may depend on the batch")
-    return kernels
+            self._runner.cache.poison(self._pool.blank_pages)

@@ -24,6 +24,9 @@ class EngineOptions:
     Ray): a thread that loses its core stalls all others at the next OpenMP barrier, for
     milliseconds at a time.
 
+    `prefix_cache` keeps the full KV pages of requests until their room is needed, and gives them to
+    later requests of the same salt whose tokens begin alike (prefix.py).
+
     `batch_invariant` makes greedy tokens independent of the batch, bit for bit; FP32 products of
     fewer than four rows become slower (linear.py). `poison_free_pages` is for tests.
 
@@ -38,6 +41,7 @@ class EngineOptions:
     max_batch_size: int = 16
     max_batched_tokens: int = 512
     num_threads: int | None = None
+    prefix_cache: bool = True
     batch_invariant: bool = True
     poison_free_pages: bool = False
 
@@ -73,9 +77,15 @@ class EngineIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """Numbers of sequences and of KV tokens (in whole KV pages) now."""
+    """Numbers of sequences and of KV tokens (in whole KV pages) now. Used are those of running
+    sequences, each page once; `kv_tokens_cached` are those that nobody uses and that could be found
+    again, which count as free. Of the prompts that started since the engine did, the tokens found
+    computed and the rest."""
 
     running: int
     waiting: int
     kv_tokens_used: int
     kv_tokens_total: int
+    kv_tokens_cached: int = 0
+    cached_prompt_tokens: int = 0
+    computed_prompt_tokens: int = 0

@@ -70,6 +70,7 @@ class Request:
 
     `output_ids` are tokens that an engine of the same model has generated for it already, and
     `num_shown` the characters of their text that were passed on: the engine goes on from there.
+    Prefixes that are computed already are shared only among requests of equal `cache_salt`.
     """
 
     request_id: str
@@ -77,6 +78,7 @@ class Request:
     sampling: SamplingParams
     output_ids: tuple[int, ...] = ()
     num_shown: int = 0
+    cache_salt: str = ""
 
 
 class TopLogprob(NamedTuple):
@@ -114,8 +116,9 @@ class StepOutput:
     `text` may lag behind `token_ids`, because the detokenizer holds text back until it is final.
     Counts are totals so far; times are seconds spent in each phase so far. `prompt_logprobs` comes
     once, when the prompt is computed, to a request that asks for it: an entry per prompt token, the
-    first one None, because nothing predicts it. `retryable` says of an error that another engine
-    may succeed where this one failed: a step failed, and not this request.
+    first one None, because nothing predicts it. `cached_tokens` of the prompt were found computed
+    when the request first ran. `retryable` says of an error that another engine may succeed where
+    this one failed: a step failed, and not this request.
     """
 
     request_id: str
@@ -128,6 +131,7 @@ class StepOutput:
     queue_s: float
     prefill_s: float
     decode_s: float
+    cached_tokens: int = 0
     error: str | None = None
     retryable: bool = False
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
@@ -138,9 +142,12 @@ class Sequence:
     """A request under way. The latents of its first `num_computed` tokens are in its KV `pages`.
 
     The page pool gives it pages and takes them back (pages.py). After a preemption `num_computed`
-    is 0 again and the tokens generated so far are computed anew, like a longer prompt; a request
-    that another engine began starts like that. The logprobs of the first `num_scored` prompt tokens
-    are known; a preemption loses none of them.
+    is 0 again and the tokens generated so far are computed anew, like a longer prompt, but for the
+    pages that are still found; a request that another engine began starts like that. The logprobs
+    of the first `num_scored` prompt tokens are known; a preemption loses none of them.
+
+    `prefix_root` begins the keys of its pages (prefix.py); None shares no pages. `page_keys` are
+    those made so far. `num_cached` tokens were found computed when it first ran, None before that.
     """
 
     request: Request
@@ -152,6 +159,9 @@ class Sequence:
     seed: int = 0
     scheduled_s: float | None = None
     first_token_s: float | None = None
+    prefix_root: bytes | None = None
+    page_keys: list[bytes] = field(default_factory=list)
+    num_cached: int | None = None
 
     def __post_init__(self) -> None:
         assert self.request.prompt_ids
@@ -160,6 +170,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and output together."""
         return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """Prompt tokens that were found computed when it first ran."""
+        return min(self.num_cached or 0, len(self.request.prompt_ids))
 
     @property
     def num_to_compute(self) -> int:

@@ -9,6 +9,9 @@ room; nothing overtakes.
 When pages run out, the youngest running sequence gives all of its own back and waits at the front
 of the queue; its tokens are computed anew later (recompute, not swap: latents are cheap to make and
 the cache is on the same memory anyway). The oldest is never preempted, so something always ends.
+
+A sequence that starts takes the pages that hold its beginning already (prefix.py). Those that
+nobody uses count as free until then, and are handed out like any other.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ class Scheduler:
     """Queues of sequences over a pool of pages.
 
     `max_batched_tokens` bounds the tokens of one step, `max_batch_size` the sequences that run at
-    once. `num_preemptions` counts since the start.
+    once. `num_preemptions` counts since the start; so do the prompt tokens of the requests that
+    started, those that were found computed (`num_cached_tokens`) and the rest.
     """
 
     def __init__(self, pool: PagePool, *, max_batch_size: int, max_batched_tokens: int) -> None:
@@ -69,6 +73,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
+        self.num_cached_tokens = 0
+        self.num_uncached_tokens = 0
         self._max_batch_size = max_batch_size
         self._max_batched_tokens = max_batched_tokens
 
@@ -104,7 +110,7 @@ class Scheduler:
     def advance(self, step: Schedule) -> None:
         """Record that every chunk of the step has been computed."""
         for chunk in step.chunks:
-            chunk.sequence.num_computed = chunk.stop
+            self.pool.record(chunk.sequence, chunk.stop)
 
     def _schedule_decode(self, sequence: Sequence, step: Schedule) -> None:
         while self.pool.missing(sequence, sequence.num_tokens) > self.pool.num_free:
@@ -130,18 +136,33 @@ class Scheduler:
         """
         sequence = self.waiting[0]
         budget = self._max_batched_tokens - step.num_tokens
-        needed = min(self.pool.pages_for(sequence.num_tokens + 1), self.pool.num_pages)
+        if budget < 1 or len(self.running) >= self._max_batch_size:
+            return False
+        found = self.pool.find(sequence)
+        total = min(self.pool.pages_for(sequence.num_tokens + 1), self.pool.num_pages)
+        needed = total - sum(self.pool.num_users(page) > 0 for page in found)
         promised = sum(self.pool.missing(other, other.num_tokens + 1) for other in self.running)
-        room = self.pool.num_free - promised
-        if budget < 1 or len(self.running) >= self._max_batch_size or needed > room:
+        if needed > self.pool.num_free - promised:
             return False
         self.running.append(self.waiting.popleft())
+        self.pool.share(sequence, found)
+        self._count(sequence)
         self._append(sequence, min(sequence.num_to_compute, budget), step)
         return True
+
+    def _count(self, sequence: Sequence) -> None:
+        """Count a request's prompt once, also where it is preempted and starts again."""
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+            cached = sequence.cached_prompt_tokens
+            self.num_cached_tokens += cached
+            self.num_uncached_tokens += len(sequence.request.prompt_ids) - cached
 
     def _append(self, sequence: Sequence, length: int, step: Schedule) -> None:
         start = sequence.num_computed
         step.new_pages += self.pool.grow(sequence, start + length)
+        written = sequence.pages[start // self.pool.page_tokens]
+        assert self.pool.num_users(written) == 1, "a shared page would be written"
         step.chunks.append(Chunk(sequence, start, length))
 
     def _preempt_youngest(self, step: Schedule) -> Sequence:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from deepseek.engine.continuation import unshown_text
 from deepseek.engine.detokenizer import Detokenizer
-from deepseek.engine.request import FinishReason, Sequence, TokenLogprob
+from deepseek.engine.request import FinishReason, Sequence, StepOutput, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -63,6 +63,40 @@ class Tracked:
             text += detokenizer.flush()
             reason = "stop" if detokenizer.stopped else reason
         return reason, text
+
+    def output(
+        self,
+        now_s: float,
+        reason: FinishReason | None,
+        token_ids: tuple[int, ...] = (),
+        text: str = "",
+        logprobs: tuple[TokenLogprob, ...] = (),
+        error: str | None = None,
+        retryable: bool = False,
+    ) -> StepOutput:
+        """What is told of the request now, counts and times included."""
+        sequence = self.sequence
+        text, self.unshown = self.unshown + text, ""
+        queue_s, prefill_s, decode_s = sequence.phases(now_s)
+        prompt_logprobs = None
+        if self.prompt_logprobs is not None and reason not in ("abort", "error"):
+            prompt_logprobs, self.prompt_logprobs = tuple(self.prompt_logprobs), None
+        return StepOutput(
+            request_id=sequence.request.request_id,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            prompt_tokens=len(sequence.request.prompt_ids),
+            completion_tokens=len(sequence.output_ids),
+            queue_s=queue_s,
+            prefill_s=prefill_s,
+            decode_s=decode_s,
+            cached_tokens=sequence.cached_prompt_tokens,
+            error=error,
+            retryable=retryable,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     def _stop_reason(self, token_id: int) -> FinishReason | None:
         sequence = self.sequence

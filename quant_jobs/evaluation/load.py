@@ -1,16 +1,18 @@
 """Latency and throughput of a running service: short closed loops of streamed completions.
 
 `concurrency` clients each send the next prompt when their last has ended. Prompts are different
-pieces of the reference's text where it has enough, so that no cache of prompts helps; generation is
-greedy and ignores the end token, so that every request generates the same number. One request per
-client comes first and is not counted. This is no load test: it says how fast the service is when
-nobody else asks, and `Served.on_loopback` whether client and server shared a machine.
+pieces of the reference's text where it has enough, and each request has a `cache_salt` of its own
+where the service takes one, so that no cache of prompts helps; generation is greedy and ignores the
+end token, so that every request generates the same number. One request per client comes first and
+is not counted. This is no load test: it says how fast the service is when nobody else asks, and
+`Served.on_loopback` whether client and server shared a machine.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import itertools
+import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -60,6 +62,7 @@ async def measure_load(
     if not generated:
         return ()
     prompts = _prompts(reference)
+    asker = _Asker(client, identity, generated)
     points = []
     with make_progress() as progress:
         task = progress.add_task("load", total=sum(concurrencies) * (ROUNDS + 1))
@@ -67,7 +70,7 @@ async def measure_load(
         async def one(rounds: int) -> list[Timing]:
             timings = []
             for _ in range(rounds):
-                timings.append(await _complete(client, identity, next(prompts), generated))
+                timings.append(await asker.complete(next(prompts)))
                 progress.advance(task)
             return timings
 
@@ -98,32 +101,53 @@ def _prompts(reference: Reference) -> Iterator[list[int]]:
     return itertools.cycle(pieces.tolist())
 
 
-async def _complete(
-    client: ServiceClient, identity: Identity, prompt: list[int], generated: int
-) -> Timing:
-    body = {
-        "model": identity.model,
-        "prompt": prompt,
-        "max_tokens": generated,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    sent_s = time.perf_counter()
+class _Asker:
+    """Asks a service for completions that share no prefix with any other."""
 
-    async def read(response: httpx.Response) -> Timing:
-        return await _read_stream(client.url, response, sent_s)
+    def __init__(self, client: ServiceClient, identity: Identity, generated: int) -> None:
+        self._client = client
+        self._identity = identity
+        self._generated = generated
+        self._takes_salts = True
 
-    try:
-        return await client.ask("POST", "/v1/completions", body, read)
-    except RefusedError as error:
-        if error.status not in (400, 422):
-            raise
-        raise ServiceError(
-            f"{client.url} refuses to stream {generated} tokens ({error.status}: {error.reason}); "
-            "measure no speed with --decode-tokens 0"
-        ) from error
+    async def complete(self, prompt: list[int]) -> Timing:
+        """Raises:
+        ServiceError: see `measure_load`.
+        """
+        if self._takes_salts:
+            try:
+                return await self._stream(prompt, {"cache_salt": secrets.token_hex(16)})
+            except RefusedError as error:
+                if error.status not in (400, 422):
+                    raise
+                self._takes_salts = False  # seen before anything is counted
+        try:
+            return await self._stream(prompt, {})
+        except RefusedError as error:
+            if error.status not in (400, 422):
+                raise
+            raise ServiceError(
+                f"{self._client.url} refuses to stream {self._generated} tokens ({error.status}: "
+                f"{error.reason}); measure no speed with --decode-tokens 0"
+            ) from error
+
+    async def _stream(self, prompt: list[int], salt: dict[str, str]) -> Timing:
+        body = {
+            "model": self._identity.model,
+            "prompt": prompt,
+            "max_tokens": self._generated,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **salt,
+        }
+        sent_s = time.perf_counter()
+
+        async def read(response: httpx.Response) -> Timing:
+            return await _read_stream(self._client.url, response, sent_s)
+
+        return await self._client.ask("POST", "/v1/completions", body, read)
 
 
 async def _read_stream(url: str, response: httpx.Response, sent_s: float) -> Timing:

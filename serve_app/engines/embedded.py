@@ -269,6 +269,7 @@ def _engine_options(config: EmbeddedOptions) -> EngineOptions:
         "max_batch_size": config.max_batch_size,
         "max_batched_tokens": config.max_batched_tokens,
         "num_threads": config.num_threads,
+        "prefix_cache": config.prefix_cache,
     }
     return EngineOptions(**{name: value for name, value in given.items() if value is not None})
 
@@ -281,6 +282,7 @@ def _to_engine(request: GenerateRequest) -> Request:
         sampling=request.sampling,
         output_ids=request.output_ids,
         num_shown=request.num_shown,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -294,6 +296,7 @@ def _to_events(output: StepOutput) -> Iterator[Event]:
             output.finish_reason,
             output.prompt_tokens,
             output.completion_tokens,
+            cached_tokens=output.cached_tokens,
             queue_s=output.queue_s,
             prefill_s=output.prefill_s,
             decode_s=output.decode_s,

@@ -1,4 +1,5 @@
-"""Events of one stream that wait: joined where they may be, and what they cost in memory.
+"""Events of one stream that wait: joined where they may be, and what they cost in memory; and what
+the last ones of several choices say together.
 
 The replica joins what is ready for one message (replica/coalesce.py), the ingress what a client has
 not read yet (openai/stream.py).
@@ -7,7 +8,7 @@ not read yet (openai/stream.py).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from deepseek.engine.request import TokenLogprob
 from serve_app.engines.protocol import Event, PromptLogprobs, Tokens
@@ -38,6 +39,17 @@ def _join(run: Sequence[Tokens]) -> list[Event]:
     token_ids = tuple(token for tokens in run for token in tokens.token_ids)
     logprobs = tuple(item for tokens in run for item in tokens.logprobs)
     return [Tokens(token_ids, "".join(tokens.text for tokens in run), logprobs)]
+
+
+def cached_prompt_tokens(by_choice: Mapping[int, int], num_choices: int) -> int:
+    """Tokens of a request's prompts that were found computed, from what each choice found; every
+    prompt has `num_choices`, one after the other. Of a prompt the least counts: what its other
+    choices found in addition is what this request itself had computed."""
+    by_prompt: dict[int, int] = {}
+    for index, found in by_choice.items():
+        prompt = index // num_choices
+        by_prompt[prompt] = min(found, by_prompt.get(prompt, found))
+    return sum(by_prompt.values())
 
 
 def event_bytes(event: object) -> int:

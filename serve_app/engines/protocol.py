@@ -101,8 +101,9 @@ def _named(
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The final event: every accepted request gets exactly one. `queue_s`, `prefill_s` and
-    `decode_s` are the seconds spent in each phase; `error` is set when `reason` is "error".
+    """The final event: every accepted request gets exactly one. `cached_tokens` of the prompt were
+    found computed (a prefix cache). `queue_s`, `prefill_s` and `decode_s` are the seconds spent in
+    each phase; `error` is set when `reason` is "error".
 
     `retryable` tells an error of the engine (a step failed, whatever it computed) from one of the
     request (its own output is not finite, and would not be elsewhere): another replica may go on

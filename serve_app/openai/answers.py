@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deepseek.engine.request import TokenLogprob
+from serve_app.engines.events import cached_prompt_tokens
 from serve_app.engines.protocol import Done, Tokens
 from serve_app.openai.echoed import EchoedPrompt
 from serve_app.openai.logprobs import LogprobStyle, TextLogprobs
@@ -44,9 +45,11 @@ class ChoiceState:
 
 
 class Format(Protocol):
-    """How one endpoint writes its answers. `prefix` begins the answer's id."""
+    """How one endpoint writes its answers. `prefix` begins the answer's id; a prompt has
+    `num_choices`."""
 
     prefix: str
+    num_choices: int
 
     def choice(self, index: int) -> ChoiceState:
         """A choice that has nothing yet."""
@@ -69,15 +72,17 @@ class Format(Protocol):
         ...
 
 
-def usage(choices: list[ChoiceState], prompt_tokens: int) -> dict[str, Any]:
-    """Token counts of the whole request. A prompt counts once, however many choices it has."""
-    done = [choice.done for choice in choices if choice.done is not None]
-    completion = sum(item.completion_tokens for item in done)
+def usage(choices: list[ChoiceState], prompt_tokens: int, num_choices: int) -> dict[str, Any]:
+    """Token counts of the whole request. A prompt counts once, however many choices it has:
+    `num_choices`."""
+    done = {choice.index: choice.done for choice in choices if choice.done is not None}
+    completion = sum(item.completion_tokens for item in done.values())
+    cached = {index: item.cached_tokens for index, item in done.items()}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
-        "prompt_tokens_details": {"cached_tokens": max((d.cached_tokens for d in done), default=0)},
+        "prompt_tokens_details": {"cached_tokens": cached_prompt_tokens(cached, num_choices)},
     }
 
 
@@ -100,10 +105,10 @@ class _Base:
         self._created = int(time.time())
         self._style = style
         self._echoes = echoes
-        self._num_choices = num_choices
+        self.num_choices = num_choices
 
     def choice(self, index: int) -> ChoiceState:
-        echo = self._echoes[index // self._num_choices] if self._echoes else None
+        echo = self._echoes[index // self.num_choices] if self._echoes else None
         return ChoiceState(index, echo)
 
     def envelope(self, *, streamed: bool) -> dict[str, Any]:

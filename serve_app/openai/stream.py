@@ -320,7 +320,7 @@ class Answer:
         return {
             **self.form.envelope(streamed=False),
             "choices": [self.form.whole(choice, reason) for choice, reason in done],
-            "usage": usage(self.choices, prompt_tokens),
+            "usage": usage(self.choices, prompt_tokens, self.form.num_choices),
             **self.form.extras(self.choices),
         }
 
@@ -381,7 +381,8 @@ class Answer:
                 return
             yield _frame({**envelope, "choices": [piece]})
         if include_usage:
-            yield _frame({**envelope, "choices": [], "usage": usage(self.choices, prompt_tokens)})
+            counts = usage(self.choices, prompt_tokens, self.form.num_choices)
+            yield _frame({**envelope, "choices": [], "usage": counts})
         yield b"data: [DONE]\n\n"
 
 

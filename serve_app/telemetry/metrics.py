@@ -21,7 +21,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -122,13 +122,22 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
 
 _OF_REPLICA = ("replica", "pool")
 
-#: name -> (labels, help); one value per engine replica, read when a scrape asks.
+#: name -> (labels, help); of every engine replica, read when a scrape asks. Of its counters, which
+#: end in `_total`, those of a replica that is replaced begin anew.
 ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     "intserve_engine_requests_running": (_OF_REPLICA, "Requests in the engine's batch."),
     "intserve_engine_requests_waiting": (_OF_REPLICA, "Requests waiting inside the engine."),
     "intserve_engine_kv_tokens_used": (_OF_REPLICA, "Tokens whose KV is held."),
     "intserve_engine_kv_tokens_capacity": (_OF_REPLICA, "Tokens whose KV could be held."),
     "intserve_engine_kv_bytes_per_token": (_OF_REPLICA, "Bytes of one token's KV, all layers."),
+    "intserve_engine_kv_tokens_cached": (
+        _OF_REPLICA,
+        "Tokens whose KV no request uses, kept for prompts that begin alike; they count as free.",
+    ),
+    "intserve_engine_prompt_tokens_total": (
+        (*_OF_REPLICA, "source"),
+        "Prompt tokens of the requests that have started: computed, or found in the prefix cache.",
+    ),
     "intserve_engine_info": (
         (*_OF_REPLICA, "engine", "recipe", "artifact_digest", "kv_cache", "gated", "emulated"),
         "What is served, always 1; gated is false when the accuracy gate was overridden, emulated "
@@ -265,8 +274,10 @@ class _JoinedCollector(Collector):
 
 
 def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
-    families = {
-        name: GaugeMetricFamily(name, text, labels=labels)
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {
+        name: (CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily)(
+            name, text, labels=labels
+        )
         for name, (labels, text) in ENGINE_METRICS.items()
     }
     for status in replicas:
@@ -276,12 +287,16 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
             "requests_waiting": load.waiting,
             "kv_tokens_used": load.kv_tokens_used,
             "kv_tokens_capacity": load.kv_tokens_total,
+            "kv_tokens_cached": load.kv_tokens_cached,
             "kv_bytes_per_token": info.kv_bytes_per_token,
         }
         labels = [status.replica_id, status.pool]
         for name, value in values.items():
             if value is not None:
                 families[f"intserve_engine_{name}"].add_metric(labels, value)
+        prompt_tokens = families["intserve_engine_prompt_tokens_total"]
+        prompt_tokens.add_metric([*labels, "computed"], load.computed_prompt_tokens)
+        prompt_tokens.add_metric([*labels, "cache"], load.cached_prompt_tokens)
         families["intserve_engine_info"].add_metric(
             [
                 *labels,

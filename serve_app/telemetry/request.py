@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 
+from serve_app.engines.events import cached_prompt_tokens
 from serve_app.engines.protocol import Done, Event, GenerateRequest, Placed, Tokens
 from serve_app.errors import ApiError, code_label
 from serve_app.telemetry.access_log import AccessLog
@@ -99,6 +100,8 @@ class Observation:
         self._times = _Times()
         self._reasons: list[str] = []
         self._tokens = {"input": 0, "cached_input": 0, "output": 0}
+        self._cached: dict[int, int] = {}
+        self._num_choices = 1  # per prompt
         self._num_streamed = 0
         self._choices: dict[int, _Choice] = {}
         self._replicas: list[str] = []
@@ -145,6 +148,7 @@ class Observation:
         whatever that number is."""
         self._model = model
         self._tokens["input"] = num_prompt_tokens
+        self._num_choices = num_choices
         self._described = {"stream": streamed, "choices": len(requests)}
         sampling = requests[0].sampling
         self._span.update_name(f"{self._operation} {model}")
@@ -206,7 +210,7 @@ class Observation:
         """Record an event of a choice on its way to the client."""
         if isinstance(event, Done):
             self._reasons.append(event.reason)
-            self._tokens["cached_input"] += event.cached_tokens
+            self._cached[index] = event.cached_tokens
             self._tokens["output"] += event.completion_tokens
             self._observe_pace(index, event)
         elif isinstance(event, Tokens):
@@ -256,6 +260,7 @@ class Observation:
         outcome = "disconnected" if disconnected else "ok" if error is None else code_label(error)
         # A choice that was cut short has told no counts of its own.
         self._tokens["output"] = max(self._tokens["output"], self._num_streamed)
+        self._tokens["cached_input"] = cached_prompt_tokens(self._cached, self._num_choices)
         self._span.set_attributes(
             {
                 "http.response.status_code": status,

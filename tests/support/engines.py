@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from support.page_checks import check_engine
 from support.synthetic import quantize_plainly
 
 from deepseek.artifact.reader import ArtifactReader
@@ -32,22 +33,33 @@ def make_engine(source: Path, recipe: str, base: Path) -> Path:
     return output
 
 
-def request(request_id: str, prompt: Iterable[int], max_tokens: int = 8, **sampling) -> Request:
+def request(
+    request_id: str, prompt: Iterable[int], max_tokens: int = 8, *, salt: str = "", **sampling
+) -> Request:
     """Greedy and deaf to the end token unless told otherwise."""
     given = {"temperature": 0.0, "ignore_eos": True, "max_tokens": max_tokens} | sampling
     return Request(
-        request_id=request_id, prompt_ids=tuple(prompt), sampling=SamplingParams(**given)
+        request_id=request_id,
+        prompt_ids=tuple(prompt),
+        sampling=SamplingParams(**given),
+        cache_salt=salt,
     )
 
 
-def run(engine: LLMEngine, requests: Iterable[Request] = ()) -> dict[str, list[StepOutput]]:
-    """Add the requests, step until nothing is left, and return every request's outputs."""
+def run(
+    engine: LLMEngine,
+    requests: Iterable[Request] = (),
+    check: Callable[[LLMEngine], None] = check_engine,
+) -> dict[str, list[StepOutput]]:
+    """Add the requests, step until nothing is left, and return every request's outputs. `check`
+    looks at the engine after each step."""
     for item in requests:
         engine.add_request(item)
     outputs: dict[str, list[StepOutput]] = {}
     while engine.has_work:
         for output in engine.step():
             outputs.setdefault(output.request_id, []).append(output)
+        check(engine)
     return outputs
 
 

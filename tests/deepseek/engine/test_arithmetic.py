@@ -161,7 +161,7 @@ def test_memory_is_that_of_the_embedded_engine(tiny_model: Path, base: Path) -> 
 def test_a_kv_format_has_the_layout_of_the_target(tiny_model: Path, base: Path) -> None:
     directory = make_engine(tiny_model, "int8", base)
     layouts = {
-        target: open_as(target, directory, "fp8")._cache.layout
+        target: open_as(target, directory, "fp8")._runner.cache.layout
         for target in ("trtllm", "vllm", "sglang", "embedded")
     }
     assert layouts == {

@@ -30,9 +30,13 @@ PROMPT = [(41 * i) % 1900 + 100 for i in range(50)]
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> LLMEngine:
-    """Shared by tests that leave it idle."""
+    """Shared by tests that leave it idle. Each request computes all of its tokens."""
     options = EngineOptions(
-        max_kv_tokens=4096, max_model_len=512, max_batch_size=40, poison_free_pages=True
+        max_kv_tokens=4096,
+        max_model_len=512,
+        max_batch_size=40,
+        poison_free_pages=True,
+        prefix_cache=False,
     )
     return LLMEngine.from_checkpoint(tiny_model, options)
 
@@ -40,9 +44,9 @@ def engine(tiny_model: Path) -> LLMEngine:
 def another(engine: LLMEngine, model: Any = None, **options: Any) -> LLMEngine:
     """An engine of the same model, or of a fake one, with cache and scheduler of its own."""
     return LLMEngine(
-        model or engine._model,
+        model or engine._runner.model,
         engine.identity,
-        EngineOptions(poison_free_pages=True, **options),
+        EngineOptions(poison_free_pages=True, prefix_cache=False, **options),
         tokenizer=engine.tokenizer,
         end_token_ids=engine._end_token_ids,
     )
@@ -146,7 +150,7 @@ class Writer:
         assert isinstance(tokenizer, Tokenizer)
         self.script = tokenizer.encode(text, add_special_tokens=False).ids
         self.end = next(iter(like._end_token_ids))
-        self.model = Scripted(like._model, len(INPUT), [*self.script, self.end])
+        self.model = Scripted(like._runner.model, len(INPUT), [*self.script, self.end])
         self.engine = another(like, self.model, max_kv_tokens=4096, max_batch_size=64)
 
     def run(self, **sampling: Any) -> tuple[Request, list[StepOutput]]:
@@ -308,7 +312,7 @@ def test_half_a_character_or_of_a_stop_string_was_not_passed_on(writer: Writer) 
 
 
 def test_without_a_tokenizer_tokens_go_on_and_have_no_text(engine: LLMEngine) -> None:
-    bare = LLMEngine(engine._model, engine.identity, EngineOptions(max_kv_tokens=512))
+    bare = LLMEngine(engine._runner.model, engine.identity, EngineOptions(max_kv_tokens=512))
     asked = request("a", PROMPT, 10, logprobs=1)
     outputs = run(bare, [asked])["a"]
     check_continued(bare, splits(asked, outputs), answer(outputs))

@@ -28,7 +28,7 @@ def restored_threads() -> Iterator[None]:
 
 
 def open_engine(tiny_model: Path, recipe: str | None, base: Path, **options) -> LLMEngine:
-    given = EngineOptions(**options)
+    given = EngineOptions(prefix_cache=False, **options)  # every token is computed
     if recipe is None:
         return LLMEngine.from_checkpoint(tiny_model, given)
     return LLMEngine.load(make_engine(tiny_model, recipe, base), given)

@@ -138,7 +138,7 @@ class _Spoiled:
     """A model whose logits are not finite where it scores: every call but those of one row."""
 
     def __init__(self, engine: LLMEngine) -> None:
-        self._model = engine._model
+        self._model = engine._runner.model
         self.config = self._model.config
         self.allocated_bytes = self._model.allocated_bytes
         self.forward = self._model.forward
@@ -165,9 +165,9 @@ def test_only_a_slice_of_the_logits_exists_at_a_time(
     engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    logits = engine._model.logits
+    logits = engine._runner.model.logits
     monkeypatch.setattr(
-        engine._model, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden)
+        engine._runner.model, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden)
     )
     run(engine, [request("a", PROMPT * 3, 1, prompt_logprobs=0)])
     assert max(rows) == prompt_scores.SLICE

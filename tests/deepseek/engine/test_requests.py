@@ -20,10 +20,11 @@ from deepseek.errors import DeployError, RequestError
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> LLMEngine:
-    """Shared by tests that leave it idle; free pages hold NaN."""
-    return LLMEngine.from_checkpoint(
-        tiny_model, EngineOptions(poison_free_pages=True, max_kv_tokens=2048, max_model_len=512)
+    """Shared by tests that leave it idle; free pages hold NaN, and no request finds another's."""
+    options = EngineOptions(
+        poison_free_pages=True, max_kv_tokens=2048, max_model_len=512, prefix_cache=False
     )
+    return LLMEngine.from_checkpoint(tiny_model, options)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def test_poison_reaches_the_logits_if_a_page_is_read_that_is_not_owned(
     engine.add_request(request("a", range(5, 45)))
     engine.step()
     owned = engine._scheduler.running[0].pages
-    engine._cache.poison(owned[:1])
+    engine._runner.cache.poison(owned[:1])
     [output] = engine.step()
     assert (output.finish_reason, output.error) == ("error", "the model's output is not finite")
     assert not output.retryable  # the same weights compute the same elsewhere
@@ -87,7 +88,7 @@ def test_every_end_token_stops_unless_it_is_ignored(engine: LLMEngine) -> None:
     assert text(mine) == engine.tokenizer.decode(chosen[:at])  # an end token has no text
 
     eos = LLMEngine(
-        engine._model,
+        engine._runner.model,
         engine.identity,
         EngineOptions(max_kv_tokens=512, max_model_len=512),
         end_token_ids=frozenset({1, chosen[at]}),
@@ -279,7 +280,7 @@ def test_a_failing_step_ends_its_requests_in_errors_and_frees_their_pages(
     engine: LLMEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     failing = LLMEngine(
-        Failing(engine._model, at=3),
+        Failing(engine._runner.model, at=3),
         engine.identity,
         EngineOptions(max_kv_tokens=512, max_model_len=512, max_batch_size=2),
     )
@@ -296,7 +297,7 @@ def test_a_failing_step_ends_its_requests_in_errors_and_frees_their_pages(
 def test_phases_are_timed_by_the_clock_that_is_passed_in(engine: LLMEngine) -> None:
     now = itertools.count()
     timed = LLMEngine(
-        engine._model,
+        engine._runner.model,
         engine.identity,
         EngineOptions(max_kv_tokens=512, max_model_len=512, max_batch_size=1),
         clock=lambda: float(next(now)),

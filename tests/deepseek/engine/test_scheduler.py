@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+from support.page_checks import check_pages
 
-from deepseek.engine.pages import ZERO_PAGE, PagePool
+from deepseek.engine.pages import PagePool
 from deepseek.engine.request import Request, SamplingParams, Sequence
 from deepseek.engine.scheduler import Schedule, Scheduler
 
@@ -40,11 +41,7 @@ def step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
 def check(scheduler: Scheduler, schedule: Schedule) -> None:
     """What holds in every step."""
     pool = scheduler.pool
-    owned = [page for s in scheduler.running for page in s.pages]
-    assert len(owned) == len(set(owned)) == pool.num_pages - pool.num_free
-    assert ZERO_PAGE not in owned
-    assert set(owned).isdisjoint(pool.free_pages)
-    assert not any(s.pages for s in scheduler.waiting)
+    check_pages(pool, scheduler.running, scheduler.waiting)
     assert len({id(chunk.sequence) for chunk in schedule.chunks}) == len(schedule.chunks)
     for chunk in schedule.chunks:
         assert chunk.start == chunk.sequence.num_computed

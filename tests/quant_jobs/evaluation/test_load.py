@@ -43,6 +43,34 @@ def test_load_counts_what_was_generated_after_one_request_per_client(
         assert point.tokens_per_s == pytest.approx(point.generated_tokens / point.seconds)
 
 
+def test_no_two_requests_of_a_load_share_a_prefix(
+    service: ScoredService, reference: Reference
+) -> None:
+    with running(service) as url:
+        run_load(url, reference, 1)
+        run_load(url, reference, 1)
+    salts = [body["cache_salt"] for body in service.bodies]
+    assert len(set(salts)) == len(salts) == 2 * 3 * 5
+
+
+def test_a_service_that_knows_no_salts_is_measured_without(
+    service: ScoredService, reference: Reference
+) -> None:
+    service.faults = [refuse(400, "unknown field cache_salt")]
+    with running(service) as url:
+        one, two = run_load(url, reference, 1)
+    assert [point.requests for point in (one, two)] == [4, 8]
+    assert ["cache_salt" in body for body in service.bodies] == [True, *[False] * 15]
+
+
+def test_a_service_that_refuses_to_stream_is_one_sentence(
+    service: ScoredService, reference: Reference
+) -> None:
+    service.faults = [refuse(400, "no streams"), refuse(400, "no streams")]
+    with running(service) as url, pytest.raises(ServiceError, match="no streams.*decode-tokens 0"):
+        run_load(url, reference, 1)
+
+
 @pytest.mark.parametrize(
     ("stream", "says"),
     [

@@ -280,6 +280,8 @@ async def test_metric_names_and_labels_are_these() -> None:
         "intserve_engine_kv_tokens_used": "replica pool",
         "intserve_engine_kv_tokens_capacity": "replica pool",
         "intserve_engine_kv_bytes_per_token": "replica pool",
+        "intserve_engine_kv_tokens_cached": "replica pool",
+        "intserve_engine_prompt_tokens_total": "replica pool source",
         "intserve_engine_info": "replica pool engine recipe artifact_digest kv_cache gated "
         "emulated",
     }

@@ -1,16 +1,18 @@
 """How many replicas a pool should have: a latency-target law, with the use of KV and places.
 
-    load  = worst of  p90 TTFT / target, p90 ITL / target, longest wait / target   (at most 2)
-    use   = worst of  KV in use / its target, places taken / theirs, in replicas: the demand
+    load    = worst of  p90 TTFT / target, p90 ITL / target, longest wait / target   (at most 2)
+    demand  = worst of  KV in use / its target, places taken / theirs, in replicas
 
-Latency says that a pool is slow, use says how much it has to carry. Both are averaged over a window
-and compared with one pair of thresholds, between which nothing moves: a use just at its target is
-the load `scale_up_at`. Replicas that still load count as partial capacity. The latency that the
-loaded ones show is multiplied by their share of all; use is divided by all; and of the excess of
-either over the threshold only a part counts until one window after the last has come.
+Latency says that a pool is slow, demand says how much it has to carry. Both are averaged over a
+window and compared with one pair of thresholds, between which nothing moves: a demand of all the
+replicas is the load `scale_up_at`. Replicas that still load count as partial capacity. A latency is
+multiplied by the part of the replicas that was loaded when it was so, demand is divided by all of
+them, and of the excess over the threshold only a part counts until one window after the last has
+come.
 
 The pool grows by as much as the excess says, at most by `max_growth` within `up_period_s`. It
-shrinks by one, and only where the rest would not be near the threshold again.
+shrinks by one, and only where the rest would not be near the threshold again. What the engine shows
+while little of it is in use is its own latency (`State.floor`), which no number of replicas lowers.
 
 `LatencyPolicy.decide` is a pure function of its arguments: it has no clock, knows no Ray, and
 returns the state that it wants to see at the next call. Decision 0020 says why.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from serve_app.autoscaling.measures import Averages, Terms, averages, terms, use
 from serve_app.autoscaling.signals import (
     Cause,
     Decision,
@@ -32,8 +35,6 @@ from serve_app.autoscaling.signals import (
 )
 from serve_app.autoscaling_settings import AutoscalingSection
 
-#: A latency beyond twice its target says no more than twice.
-_WORST_LATENCY = 2.0
 #: Seconds between two samples, or a twentieth of a short window; calls may be closer together.
 _SAMPLE_S = 1.0
 #: The most seconds that a call counts as idle time since the one before: whoever was stopped for
@@ -41,28 +42,27 @@ _SAMPLE_S = 1.0
 _LONGEST_TICK_S = 15.0
 #: Part of a window that samples must cover before the pool may shrink.
 _COVERED = 0.8
+#: Periods of a step down after which replicas that still load are no longer waited for.
+_PATIENCE = 5.0
+#: Seconds in which a floor that is too low by now has mostly risen to what is seen.
+_FLOOR_S = 3600.0
+#: How far above the floor a latency is still the engine's own: to start replicas, to give one up.
+_OWN_UP, _OWN_DOWN = 2.0, 1.25
 
 
 @dataclass(frozen=True, slots=True)
-class _Term:
-    """One thing that may be too much: its value and target, for the sentence."""
+class _View:
+    """What one decision looks at."""
 
-    cause: Cause
-    load: float
-    says: str
+    signals: Signals
+    state: State
+    now: Terms
+    mean: Averages
 
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """Averages over the window, and the terms of now. `slow` are latencies, `full` are uses."""
-
-    latency: float
-    #: The latency times the replicas that were ready when it was so.
-    carried: float
-    demand: float
-    demand_now: float
-    slow: _Term | None
-    full: _Term | None
+    @property
+    def own(self) -> float:
+        """The load that the engine's own latency is; 0: not known."""
+        return self.state.floor or 0.0
 
 
 class LatencyPolicy:
@@ -81,8 +81,9 @@ class LatencyPolicy:
             held = self._bounded(clean(signals).provisioned)
             return Decision(desired=held, cause="blind", reason="holds: there is no time"), state
         signals = clean(signals)
-        state = self._seen(signals, state.at(signals.now_s))
-        decision = self._decide(signals, state)
+        now = terms(signals, self.settings)
+        state = self._seen(signals, now, state.at(signals.now_s))
+        decision = self._decide(signals, now, state)
         now_s, moved = signals.now_s, decision.desired - signals.provisioned
         if moved > 0:
             state = replace(state, last_up_s=now_s, moves=state.moves + 1)
@@ -90,7 +91,7 @@ class LatencyPolicy:
             state = replace(state, last_down_s=now_s, moves=state.moves + 1)
         return decision, state
 
-    def _decide(self, signals: Signals, state: State) -> Decision:
+    def _decide(self, signals: Signals, now: Terms, state: State) -> Decision:
         have = signals.provisioned
         if have != self._bounded(have):
             few = have < self.settings.min_replicas
@@ -106,8 +107,8 @@ class LatencyPolicy:
         if have == 1 and self._may_end(signals, state):
             reason = f"goes from 1 to 0: no request for {state.idle_s:.0f} s"
             return Decision(desired=0, cause="idle", reason=reason, load=0.0, demand=0.0)
-        load = self._load(signals, state)
-        return self._grown(signals, state, load) or self._shrunk(signals, state, load)
+        view = _View(signals, state, now, averages(signals, state, self.settings.window_s))
+        return self._grown(view) or self._shrunk(view)
 
     def _from_zero(self, signals: Signals) -> Decision:
         if not signals.asked_for:
@@ -122,152 +123,136 @@ class LatencyPolicy:
             and state.idle_s >= self.settings.idle_s
         )
 
-    def _grown(self, signals: Signals, state: State, load: _Load) -> Decision | None:
+    def _grown(self, view: _View) -> Decision | None:
         """The decision to grow, or None."""
-        limits, have = self.settings, signals.provisioned
-        trust = limits.warmup_trust if self._warming_up(signals, state) else 1.0
-        # What the loaded replicas suffer, as if those on their way carried their part already.
-        slow = _trusted(load.carried / have, limits.scale_up_at, trust)
-        full = _trusted(limits.scale_up_at * load.demand / have, limits.scale_up_at, trust)
-        worst, term = (full, load.full) if full >= slow else (slow, load.slow)
+        limits, signals, have = self.settings, view.signals, view.signals.provisioned
+        trust = limits.warmup_trust if self._warming_up(signals, view.state) else 1.0
+        slow = 0.0 if self._is_engines_own(view) else view.mean.carried
+        slow = _trusted(slow, limits.scale_up_at, trust)
+        full = _trusted(limits.scale_up_at * view.mean.demand / have, limits.scale_up_at, trust)
+        worst, term = (full, view.now.full) if full >= slow else (slow, view.now.slow)
         if worst <= limits.scale_up_at or term is None:
             return None
         wanted = max(have + 1, math.ceil(have * worst / limits.scale_up_at - 1e-9))
-        if term is load.slow and trust < 1.0 and load.full is not None:
+        if term is view.now.slow and trust < 1.0 and view.now.full is not None:
             # How slow it is says little of how many it takes: no more than what is asked of the
             # pool makes likely.
-            wanted = max(have, min(wanted, math.ceil(load.demand / max(trust, 0.1))))
-        desired = min(wanted, self._reachable(signals, state), limits.max_replicas)
+            wanted = max(have, min(wanted, math.ceil(view.mean.demand / max(trust, 0.1))))
+        desired = min(wanted, self._reachable(signals, view.state), limits.max_replicas)
         if desired <= have:
             held_by = self._held_by(have) if wanted > have else "those that load should suffice"
             reason = f"holds {have}: {term.says}, load {worst:.2f}, but {held_by}"
-            return _decision(have, term.cause, reason, load, worst)
+            return _decision(have, term.cause, reason, view, worst)
         reason = (
             f"goes from {have} to {desired}: {term.says}, load {worst:.2f} is above "
             f"{limits.scale_up_at:.2f}{_loading(signals)}"
         )
         if desired < wanted:
             reason += f"; {wanted} wanted, but {self._held_by(desired)}"
-        return _decision(desired, term.cause, reason, load, worst)
+        return _decision(desired, term.cause, reason, view, worst)
 
-    def _shrunk(self, signals: Signals, state: State, load: _Load) -> Decision:
+    def _shrunk(self, view: _View) -> Decision:
         """The decision to give one replica up, or to stay."""
-        limits, have, now_s = self.settings, signals.provisioned, signals.now_s
-        # Only loaded replicas carry anything: where those alone have too little to do, one that
-        # still loads is not needed either.
-        demand = max(load.demand, load.demand_now)
-        worst = max(load.latency, limits.scale_up_at * demand / max(1, signals.ready))
-        if load.slow:
-            worst = max(worst, load.slow.load)
-        term = max((t for t in (load.slow, load.full) if t), key=lambda t: t.load, default=None)
+        limits, signals, have = self.settings, view.signals, view.signals.provisioned
+        slow, demand = view.mean.latency, view.mean.demand
+        if view.now.slow is not None:
+            slow = max(slow, view.now.slow.size)
+        if view.now.full is not None:
+            demand = max(demand, view.now.full.size)
+        if slow <= _OWN_DOWN * view.own and not signals.waiting:
+            slow = 0.0
+        # Only loaded replicas carry anything.
+        full = limits.scale_up_at * demand / max(1, signals.ready)
+        worst, term = (full, view.now.full) if full >= slow else (slow, view.now.slow)
         says = f"{term.says}, " if term else ""
-        stays = f"holds {have}: {says}load {worst:.2f}{_loading(signals)}"
+        held = f"holds {have}: {says}load {worst:.2f}{_loading(signals)}"
         if worst >= limits.scale_down_at:
-            return _decision(have, "calm", stays, load, worst)
-        left = limits.scale_up_at * demand / max(1, have - 1)
-        middle = (limits.scale_up_at + limits.scale_down_at) / 2
-        if have <= max(1, limits.min_replicas):
-            why_not = f"min_replicas is {limits.min_replicas}"
-            if limits.min_replicas == 0:
-                why_not = f"the last one stays until nobody asks for {limits.idle_s:.0f} s"
-        elif left > middle:
-            why_not = f"one fewer would have load {left:.2f}"
-        elif not self._covered(state, now_s):
-            why_not = f"it is not known for {limits.window_s:.0f} s yet"
-        elif signals.draining:
-            why_not = f"{signals.draining} still finish their streams"
-        elif (since := _since(now_s, state.last_up_s, state.last_down_s)) < limits.down_period_s:
-            why_not = f"it moved {since:.0f} s ago and takes a step each {limits.down_period_s:.0f}"
-        else:
-            reason = (
-                f"goes from {have} to {have - 1}: {says}load {worst:.2f} is below "
-                f"{limits.scale_down_at:.2f} for {limits.window_s:.0f} s"
-            )
-            return _decision(have - 1, "calm", reason, load, worst)
-        return _decision(have, "calm", f"{stays}; {why_not}", load, worst)
+            return _decision(have, "calm", held, view, worst)
+        if why_not := self._must_stay(view, slow, demand):
+            return _decision(have, "calm", f"{held}; {why_not}", view, worst)
+        reason = (
+            f"goes from {have} to {have - 1}: {says}load {worst:.2f} is below "
+            f"{limits.scale_down_at:.2f} for {limits.window_s:.0f} s"
+        )
+        return _decision(have - 1, "calm", reason, view, worst)
 
-    def _seen(self, signals: Signals, state: State) -> State:
+    def _must_stay(self, view: _View, slow: float, demand: float) -> str | None:
+        """Why a pool with little load keeps all its replicas; None: it need not."""
+        limits, signals, state = self.settings, view.signals, view.state
+        have, now_s = signals.provisioned, signals.now_s
+        if have <= max(1, limits.min_replicas):
+            if limits.min_replicas == 0:
+                return f"the last one stays until nobody asks for {limits.idle_s:.0f} s"
+            return f"min_replicas is {limits.min_replicas}"
+        # One fewer gives each of the rest more to carry, and what a latency is above the engine's
+        # own grows at least by as much.
+        fewer = have / (have - 1)
+        left = max(limits.scale_up_at * demand / (have - 1), _grown_above(view.own, slow, fewer))
+        if left > (limits.scale_up_at + limits.scale_down_at) / 2:
+            return f"one fewer would have load {left:.2f}"
+        if not self._covered(state, now_s):
+            return f"it is not known for {limits.window_s:.0f} s yet"
+        if signals.draining:
+            return f"{signals.draining} still finish their streams"
+        since_s = _since(now_s, state.last_up_s, state.last_down_s)
+        if since_s < limits.down_period_s:
+            return f"it moved {since_s:.0f} s ago and takes a step each {limits.down_period_s:.0f}"
+        if signals.starting:
+            patient = _since(now_s, state.last_up_s) < _PATIENCE * limits.down_period_s
+            return "they are waited for" if patient else None
+        if self._warming_up(signals, state):
+            return "the last has only just loaded"
+        return None
+
+    def _seen(self, signals: Signals, now: Terms, state: State) -> State:
         """The state with what the signals say in it."""
         now_s = signals.now_s
         ticked = 0.0 if state.last_seen_s is None else now_s - state.last_seen_s
+        ticked = min(ticked, _LONGEST_TICK_S)
         idle = signals.known and not signals.asked_for
-        idle_s = state.idle_s + min(ticked, _LONGEST_TICK_S) if idle else 0.0
-        starting_s = now_s if signals.starting else state.last_starting_s
-        state = replace(state, last_seen_s=now_s, last_starting_s=starting_s, idle_s=idle_s)
+        state = replace(
+            state,
+            last_seen_s=now_s,
+            last_starting_s=now_s if signals.starting else state.last_starting_s,
+            idle_s=state.idle_s + ticked if idle else 0.0,
+            floor=self._floor(signals, now, state.floor, ticked),
+        )
         kept = max(self.settings.window_s, self.settings.up_period_s)
         samples = tuple(s for s in state.samples if now_s - s.at_s <= kept)
         gap_s = min(_SAMPLE_S, self.settings.window_s / 20)
         if not samples or now_s - samples[-1].at_s >= gap_s or not _fits(samples[-1], signals):
-            slow, full = self._terms(signals) if signals.known else (None, None)
             sample = Sample(
                 at_s=now_s,
                 ready=signals.ready,
                 provisioned=signals.provisioned,
-                latency=slow.load if slow else None,
-                demand=full.load if full else None,
+                latency=now.slow.size if now.slow else None,
+                demand=now.full.size if now.full else None,
             )
             samples = (*samples, sample)
         return replace(state, samples=samples)
 
-    def _terms(self, signals: Signals) -> tuple[_Term | None, _Term | None]:
-        """The worst latency, by its load; and the fullest of KV and places, by its demand in
-        replicas."""
-        limits = self.settings
-        slow: list[_Term] = []
-        full: list[_Term] = []
-        use = self._use(signals)
-        own = use is not None and use < limits.own_latency_below and not signals.waiting
-        waited_s = signals.oldest_wait_s if signals.waiting else None
-        wait_target_s = limits.target_wait_s or limits.target_ttft_s
-        timed: tuple[tuple[Cause, str, float | None, float | None], ...] = (
-            ("ttft", "TTFT p90", signals.ttft_p90_s, limits.target_ttft_s),
-            ("itl", "ITL p90", signals.itl_p90_s, limits.target_itl_s),
-            ("wait", "longest wait", waited_s, wait_target_s),
-        )
-        for cause, name, value, target in timed:
-            if value is None or target is None or own:
-                continue
-            says = f"{name} {value:.3g} s of {target:.3g} s"
-            slow.append(_Term(cause, min(value / target, _WORST_LATENCY), says))
-        if signals.kv_share is not None and limits.target_kv_share is not None and signals.ready:
-            # Who waits will need what those that run have on average.
-            more = 1 + signals.waiting / signals.running if signals.running else 1.0
-            demand = signals.kv_share * signals.ready * more / limits.target_kv_share
-            says = f"KV {signals.kv_share:.0%} of {limits.target_kv_share:.0%}"
-            full.append(_Term("kv", demand, says))
-        if signals.places is not None and limits.target_places_share is not None:
-            asked = signals.running + signals.waiting
-            demand = asked / signals.places / limits.target_places_share
-            says = f"{signals.running} running and {signals.waiting} waiting"
-            full.append(_Term("places", demand, says))
-        if not signals.asked_for:
-            full.append(_Term("places", 0.0, "nobody asks"))
-        return (
-            max(slow, key=lambda term: term.load, default=None),
-            max(full, key=lambda term: term.load, default=None),
-        )
+    def _floor(
+        self, signals: Signals, now: Terms, floor: float | None, ticked_s: float
+    ) -> float | None:
+        """The least latency that was seen while little was in use; it rises slowly to what is seen
+        then, since engines and prompts change."""
+        if now.slow is None or not self._little_used(signals):
+            return floor
+        if floor is None or now.slow.size <= floor:
+            return now.slow.size
+        return floor + (now.slow.size - floor) * ticked_s / _FLOOR_S
 
-    def _use(self, signals: Signals) -> float | None:
-        """The share of KV or places in use, whichever is more; None: neither is known."""
-        uses = [signals.kv_share] if signals.kv_share is not None else []
-        if signals.places is not None and signals.ready:
-            uses.append(signals.running / (signals.places * signals.ready))
-        return max(uses, default=None)
+    def _little_used(self, signals: Signals) -> bool:
+        used = use(signals)
+        low = used is not None and used < self.settings.own_latency_below
+        return low and signals.running > 0 and not signals.waiting
 
-    def _load(self, signals: Signals, state: State) -> _Load:
-        slow, full = self._terms(signals)
-        samples = [s for s in state.samples if signals.now_s - s.at_s <= self.settings.window_s]
-        latencies = [s.latency for s in samples if s.latency is not None]
-        carried = [s.latency * s.ready for s in samples if s.latency is not None]
-        demands = [s.demand for s in samples if s.demand is not None]
-        return _Load(
-            latency=_mean(latencies),
-            carried=_mean(carried),
-            demand=_mean(demands),
-            demand_now=full.load if full else 0.0,
-            slow=slow if latencies else None,
-            full=full if demands else None,
-        )
+    def _is_engines_own(self, view: _View) -> bool:
+        """Whether the latency, where any is known, is what the engine has without any load."""
+        slow = view.now.slow
+        if slow is None:
+            return True
+        return self._little_used(view.signals) and slow.size <= _OWN_UP * view.own
 
     def _reachable(self, signals: Signals, state: State) -> int:
         """The most replicas that `max_growth` allows now, counted from the fewest there were."""
@@ -301,12 +286,15 @@ class LatencyPolicy:
         return max(self.settings.min_replicas, min(self.settings.max_replicas, replicas))
 
 
-def _decision(desired: int, cause: Cause, reason: str, load: _Load, worst: float) -> Decision:
-    return Decision(desired=desired, cause=cause, reason=reason, load=worst, demand=load.demand_now)
+def _decision(desired: int, cause: Cause, reason: str, view: _View, worst: float) -> Decision:
+    demand = view.now.full.size if view.now.full else None
+    return Decision(desired=desired, cause=cause, reason=reason, load=worst, demand=demand)
 
 
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0
+def _grown_above(own: float, load: float, factor: float) -> float:
+    """`load` with what it has above `own` multiplied."""
+    own = min(own, load)
+    return own + (load - own) * factor
 
 
 def _trusted(load: float, threshold: float, trust: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 #: What moved the pool, or kept it: the label of a metric.
@@ -85,7 +85,9 @@ class State:
     last_down_s: float | None = None
     last_starting_s: float | None = None
     idle_s: float = 0.0
-    moves: int = field(default=0)
+    #: The load that the engine's own latency is; None: it was never seen with little in use.
+    floor: float | None = None
+    moves: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A new mapping of plain values, which `from_json` reads."""
@@ -98,6 +100,7 @@ class State:
             "last_down_s": self.last_down_s,
             "last_starting_s": self.last_starting_s,
             "idle_s": self.idle_s,
+            "floor": self.floor,
             "moves": self.moves,
         }
 
@@ -116,6 +119,7 @@ class State:
                 last_down_s=_moment(given["last_down_s"]),
                 last_starting_s=_moment(given["last_starting_s"]),
                 idle_s=max(0.0, _number(given["idle_s"])),
+                floor=_moment(given["floor"]),
                 moves=int(_number(given["moves"])),
             )
         except (KeyError, TypeError, ValueError):

@@ -50,6 +50,9 @@ def traces(hours: float) -> tuple[Trace, ...]:
     def bursts(now_s: float) -> float:
         return 0.85 if now_s % 1800.0 >= 1200.0 else 0.15
 
+    def gaps(now_s: float) -> float:
+        return 0.5 if now_s % 2400.0 < 600.0 else 0.0
+
     return (
         Trace(name="poisson", says="constant rate", load=lambda _: 0.5, peak=0.5, lengths=usual),
         Trace(name="diurnal", says="a day's wave", load=diurnal, peak=0.85, lengths=usual),
@@ -58,6 +61,13 @@ def traces(hours: float) -> tuple[Trace, ...]:
             says="20 minutes of little, 10 of much",
             load=bursts,
             peak=0.85,
+            lengths=usual,
+        ),
+        Trace(
+            name="gaps",
+            says="10 minutes of half, 30 of nothing",
+            load=gaps,
+            peak=0.5,
             lengths=usual,
         ),
         Trace(

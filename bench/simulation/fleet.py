@@ -68,6 +68,8 @@ class Fleet:
         self._starting: list[int] = []
         self._draining: list[Replica] = []
         self._made = 0
+        #: Since when there has been any replica.
+        self._there_since_s = 0.0
         self._queue: deque[Request] = deque()
         self._first_tokens: deque[tuple[float, float]] = deque()
         self._gaps: deque[tuple[float, float]] = deque()
@@ -131,11 +133,7 @@ class Fleet:
         self._expire()
         while self._queue:
             request = self._queue[0]
-            best = min(
-                (replica for replica in self._ready if replica.has_room(request)),
-                key=lambda replica: (replica.held, replica.number),
-                default=None,
-            )
+            best = self._emptiest(request)
             if best is None:
                 return
             self._queue.popleft()
@@ -143,10 +141,21 @@ class Fleet:
             best.place(request, self._now_s)
             self._foresee(best)
 
+    def _emptiest(self, request: Request) -> Replica | None:
+        """The replica with room that holds the fewest requests; of those, the oldest."""
+        best, fewest = None, self.model.engine.places
+        for replica in self._ready:
+            if replica.held < fewest and replica.has_room(request):
+                best, fewest = replica, replica.held
+        return best
+
     def _expire(self) -> None:
         if not self._ready:
             return
-        while self._queue and self._now_s - self._queue[0].arrived_s > self.model.max_wait_s:
+        while self._queue:
+            since_s = max(self._queue[0].arrived_s, self._there_since_s)
+            if self._now_s - since_s <= self.model.max_wait_s:
+                return
             self._run.refused.append(self._queue.popleft())
 
     def _serve(self, replica: Replica) -> None:
@@ -226,6 +235,8 @@ class Fleet:
         if number not in self._starting:
             return  # given up before it was there
         self._starting.remove(number)
+        if not self._ready:
+            self._there_since_s = self._now_s
         self._ready.append(Replica(number, self.model.engine, self._now_s))
         self._note()
         self._place_all()

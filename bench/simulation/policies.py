@@ -49,7 +49,7 @@ class Ours:
 class ServeDefault:
     """`replica_queue_length_autoscaling_policy` of Ray 2.60 with what Serve applies around it.
 
-    After ray/serve/autoscaling_policy.py: `_core_replica_queue_length_policy`,
+    After the module `ray.serve.autoscaling_policy`: `_core_replica_queue_length_policy`,
     `_get_cold_start_scale_up_replicas`, `_apply_scaling_factors` (factors of one, the default) and
     `_apply_delay_logic`; the bounds after `DeploymentAutoscalingState.apply_bounds`. Delays are
     Serve's defaults (30 s up, 600 s down), and so is the mean over 30 s. The target is not: Serve's

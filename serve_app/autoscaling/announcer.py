@@ -3,6 +3,7 @@ that Ray collects on each node."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -28,7 +29,7 @@ class Announcer:
 
     def __init__(self, app_name: str, pool: str, metrics: Any = None) -> None:
         if metrics is None:
-            from ray.util import metrics
+            metrics = importlib.import_module("ray.util.metrics")
         self._where = f"{app_name}/{pool}" if app_name else pool
         self._tags = {"application": app_name, "pool": pool}
         labels = tuple(self._tags)

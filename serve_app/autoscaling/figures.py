@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from serve_app.autoscaling.signals import Signals
@@ -135,16 +136,19 @@ def signals_of(
 ) -> Signals:
     """What a policy is told: of `running` replicas that Serve routes to and the `target` that it
     works toward, and the figures of the owner, None where nobody has any."""
-    counts = {
-        "ready": min(running, target),
-        "starting": max(0, target - running),
-        "draining": max(0, running - target),
-    }
-    if figures is None:
-        return Signals(now_s=now_s, known=False, places=places, **counts)
-    return Signals(
+    alone = Signals(
         now_s=now_s,
-        **counts,
+        known=False,
+        ready=min(running, target),
+        starting=max(0, target - running),
+        draining=max(0, running - target),
+        places=places,
+    )
+    if figures is None:
+        return alone
+    return replace(
+        alone,
+        known=True,
         waiting=figures.waiting,
         waiting_tokens=figures.waiting_tokens,
         oldest_wait_s=figures.oldest_wait_s,
@@ -152,6 +156,5 @@ def signals_of(
         kv_share=figures.kv_share,
         ttft_p90_s=figures.ttft_p90_s,
         itl_p90_s=figures.itl_p90_s,
-        places=places,
         turned_away=getattr(figures, "turned_away", 0),
     )

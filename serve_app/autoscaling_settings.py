@@ -87,7 +87,7 @@ class AutoscalingSection(Section):
         ge=0.0,
         le=1.0,
         description="share of KV and places in use below which, with nobody waiting, a latency is "
-        "the engine's own: more replicas would not lower it, so it starts none",
+        "learned as the engine's own: more replicas would not lower it, so it starts none",
     )
     idle_s: Seconds = Field(
         default=600.0,

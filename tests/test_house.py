@@ -183,6 +183,7 @@ def module_names(source: Path) -> set[str]:
 #: Of Ray: exceptions, and names of what they are about.
 STARTS_NO_RAY = (
     "ray.exceptions",
+    "ray.serve.autoscaling_policy",
     "ray.serve.config",
     "ray.serve.exceptions",
     "ray.serve._private.common",

@@ -69,7 +69,7 @@ class Ingress:
         self._config = config
         self._context = serve.get_replica_context()
         self._board = StatusBoard()
-        client = ReplicaClient(engines, self._board)
+        client = ReplicaClient(engines, self._board, pool_of=self._pool_of)
         self._sightings = Sightings(_routed)
         self._channel = OwnerChannel(self._context.app_name, OwnerSettings.of(config, config.live))
         self._admission = AdmissionClient(
@@ -85,7 +85,7 @@ class Ingress:
             config.resume,
             self._count_resume,
             hopeless=self._is_hopeless,
-            pool_of=self._board.pool_of,
+            pool_of=self._pool_of,
         )
         self._drain = Drain(client.close)
         self._tasks = [
@@ -148,6 +148,12 @@ class Ingress:
     async def identify(self) -> str:
         """This replica's id."""
         return self._context.replica_id.unique_id
+
+    def _pool_of(self, replica_id: str) -> str | None:
+        """The pool of a replica, as its heartbeats say, or Serve before the first of them."""
+        heard = self._board.pool_of(replica_id)
+        listed = (pool for pool in self._config.pools if replica_id in (_routed(pool) or ()))
+        return heard or next(listed, None)
 
     async def _is_hopeless(self) -> bool:
         """Whether no engine will come for what waits here: Serve has taken this ingress off its

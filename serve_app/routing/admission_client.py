@@ -410,5 +410,8 @@ class AdmissionClient:
 
 def _refused(refusal: Refusal) -> ApiError:
     if refusal.code in _ERRORS:
-        return _ERRORS[refusal.code](refusal.message, code=refusal.code)
+        error = _ERRORS[refusal.code](refusal.message, code=refusal.code)
+        if error.retry_after_s is not None:  # of a kind that a later try may not meet
+            error.retry_after_s = refusal.retry_after_s
+        return error
     return Overloaded(refusal.message, code=refusal.code, retry_after_s=refusal.retry_after_s)

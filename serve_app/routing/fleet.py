@@ -100,16 +100,18 @@ class Fleet:
             while True:
                 loss: Done | ApiError | None = None
                 events = self._replicas.generate(progress.send(place))
+                told = ""
                 if place is not None:  # now: the replica's own word comes with its first tokens
-                    pool = self._pool_of(place) or progress.home
-                    yield Placed(place, progress.attempt, pool)
+                    told = self._pool_of(place) or progress.home
+                    yield Placed(place, progress.attempt, told)
                 try:
                     async with aclosing(events):
                         async for event in events:
                             if isinstance(event, Placed):
-                                if event.replica_id == place:
+                                if event.replica_id != place:
+                                    self._admission.landed(sequence_id, event.replica_id)
+                                elif event.pool in ("", told):
                                     continue
-                                self._admission.landed(sequence_id, event.replica_id)
                             if isinstance(event, Done) and event.retryable:
                                 loss = event
                                 break

@@ -35,6 +35,7 @@ class Places:
 
     def __init__(self, max_ongoing_requests: Mapping[str, int], slack: float = 0.0) -> None:
         self._max_ongoing = dict(max_ongoing_requests)
+        self._configured = set(max_ongoing_requests)
         self._slack = slack
         self.sessions = Sessions()
         self.replicas: dict[str, Replica] = {}
@@ -47,12 +48,13 @@ class Places:
     @property
     def pools(self) -> set[str]:
         """The pools that are configured or of which replicas have reported."""
-        return self._max_ongoing.keys() | {r.pool for r in self.replicas.values() if r.pool}
+        return self._configured | {r.pool for r in self.replicas.values() if r.pool}
 
     def configure(self, max_ongoing_requests: Mapping[str, int], slack: float) -> None:
         """Other numbers of places per replica. Who has one keeps it. A pool that is configured no
         more keeps its number for the replicas that still drain."""
         self._max_ongoing |= max_ongoing_requests
+        self._configured = set(max_ongoing_requests)
         self._slack = slack
         for replica in self.replicas.values():
             self._size(replica)

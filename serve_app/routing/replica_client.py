@@ -140,7 +140,12 @@ class ReplicaClient:
         handles: Mapping[str, Any],
         board: StatusBoard,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        pool_of: Callable[[str], str | None] | None = None,
     ) -> None:
+        """`pool_of` gives the pool of a replica, None where it is not known; by default the board
+        does."""
+        self._pool_of = pool_of or board.pool_of
         self._handles = handles
         self._generate = {
             pool: handle.options(stream=True, method_name="generate")
@@ -184,7 +189,7 @@ class ReplicaClient:
     def _pool_for(self, request: GenerateRequest) -> str:
         """The pool of the replica that admission chose; where it chose none, or that is gone, the
         first of the request's own with a replica."""
-        chosen = None if request.replica_id is None else self._board.pool_of(request.replica_id)
+        chosen = None if request.replica_id is None else self._pool_of(request.replica_id)
         if chosen in self._generate:
             return chosen
         ready = {status.pool for status in self._board.fresh()}

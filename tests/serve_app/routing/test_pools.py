@@ -15,6 +15,7 @@ from support.admissions import (
 )
 
 from serve_app.routing.admission_stats import PoolStats
+from serve_app.routing.owner_settings import OwnerSettings
 from serve_app.routing.recent import WINDOW_S
 from serve_app.routing.sessions import Sessions
 from serve_app.routing.tickets import Join, Leave, Refusal
@@ -273,6 +274,22 @@ def test_latencies_are_those_of_nine_of_ten_requests_of_the_last_seconds() -> No
     assert stats(office, "long").itl_p90_s == pytest.approx(0.09)
     office.now += WINDOW_S + 1
     assert stats(office, "short").ttft_p90_s is None
+
+
+def test_other_places_of_a_pool_hold_at_once_and_a_pool_that_is_gone_drains() -> None:
+    office = two_pools()
+    fill(office, "short", 4, SHORT)
+    fill(office, "long", 2, LONG)
+    for name, pools in (("s", SHORT), ("l", LONG)):
+        assert office.enter(name, pools=pools) == []
+    office.admission.configure(OwnerSettings(admission=office.settings, places={"short": 3}))
+    assert granted(office.later()) == {"s-0": "s1"}
+    assert granted(office.leave("long0-0")) == {"l-0": "l1"}
+    assert stats(office, "long").running == 2
+    del office.replicas["l1"]
+    office.leave("long1-0", "l-0")
+    office.wait(70.0)
+    assert [one.pool for one in office.admission.stats().pools] == ["short"]
 
 
 def test_a_pool_that_is_configured_has_figures_without_replicas() -> None:

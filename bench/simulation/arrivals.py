@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -80,6 +81,7 @@ def traces(hours: float) -> tuple[Trace, ...]:
     )
 
 
+@functools.cache
 def mean_lengths(lengths: Lengths, samples: int = 20_000) -> tuple[float, float]:
     """Mean tokens of a prompt and of an answer."""
     numbers = random.Random(0)

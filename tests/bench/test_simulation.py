@@ -114,6 +114,7 @@ def waits_of(replicas: int, places: int, share: float, count: int) -> list[float
     return [(request.placed_s or 0.0) - request.arrived_s for request in by_arrival]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("places", "share"), [(1, 0.5), (2, 0.6), (3, 0.6), (4, 0.6)])
 def test_without_prefill_and_at_constant_steps_it_is_the_queue_of_the_books(
     places: int, share: float
@@ -293,6 +294,7 @@ def test_a_trace_has_the_rate_that_it_says() -> None:
     assert came == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.heavy
 def test_the_command_prints_a_row_for_each_run(capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--hours", "0.05", "--nodes", "1", "2", "--traces", "poisson"]
     assert main(short) == 0

@@ -22,8 +22,9 @@ def test_a_stopped_replica_is_killed_though_others_may_drain_for_long(
 ) -> None:
     """Its successor needs the room that it holds, as a replica on GPUs does."""
     settings = tmp_path / "serve.yaml"
-    write_echo(settings, http={"port": free_port()})
-    with running(root, "--config", str(settings), "--replicas", "3") as (process, url):
+    pools = {"default": {"engine": {"kind": "echo"}, "replicas": 3}}
+    write_echo(settings, http={"port": free_port()}, pools=pools)
+    with running(root, "--config", str(settings)) as (process, url):
         (victim, *_) = named(process.pid, "ServeReplica:intserve:engine")
         os.kill(victim, signal.SIGSTOP)
         wait_for(lambda: victim not in named(process.pid, "ServeReplica:intserve:engine"), 120)

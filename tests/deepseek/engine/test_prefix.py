@@ -242,9 +242,9 @@ def test_what_may_be_wrong_is_found_no_more_nor_what_follows_it() -> None:
     assert serve(it, sequence("newer", good.request.prompt_ids)) == [("newer", 12, 1)]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_workload_of_shared_prefixes_gives_every_page_back(seed: int) -> None:
-    """500 requests with common beginnings in a cache that is too small; some are aborted, some of
+    """400 requests with common beginnings in a cache that is too small; some are aborted, some of
     another salt, some share nothing, some turn out wrong."""
     chance = random.Random(seed)
     it = scheduler(pages=chance.randint(16, 40), batch=5, tokens=chance.choice([9, 24]))
@@ -253,8 +253,8 @@ def test_any_workload_of_shared_prefixes_gives_every_page_back(seed: int) -> Non
     roots = [ROOT, ROOT, root_key("another", "digest", "bf16"), None]
     goals: dict[Sequence, int] = {}
     ended = arrived = 0
-    while ended < 500:
-        if arrived < 500 and len(goals) < 9 and chance.random() < 0.5:
+    while ended < 400:
+        if arrived < 400 and len(goals) < 9 and chance.random() < 0.5:
             head = chance.choice(heads)[: chance.randint(0, 40)]
             tail = [chance.randrange(50) for _ in range(chance.randint(1, 9))]
             item = sequence(str(arrived), [*head, *tail], chance.choice(roots))
@@ -273,4 +273,4 @@ def test_any_workload_of_shared_prefixes_gives_every_page_back(seed: int) -> Non
                 ended += 1
     assert it.pool.num_free == it.pool.num_pages
     assert it.num_preemptions > 0
-    assert it.num_cached_tokens > 500
+    assert it.num_cached_tokens > 400

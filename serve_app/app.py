@@ -17,6 +17,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from cluster.connect import check_cluster, is_own_ray
+from serve_app.autoscaling.serve_policy import autoscaling_options
 from serve_app.config import EchoOptions, PoolSection, ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.openai.ingress import Ingress
@@ -98,7 +99,7 @@ def _engines(
     engine = serve.deployment(
         EngineReplica,
         name=deployment,
-        **_autoscaling(name, pool, config),
+        **_autoscaling(name, pool),
         # The owner of admission counts places and queues. Serve counts a request a moment longer,
         # and must neither queue nor refuse one that has a place.
         max_ongoing_requests=pool.max_ongoing_requests + _places_to_spare(pool),
@@ -131,9 +132,16 @@ def _engines(
     return replicas
 
 
-def _autoscaling(pool_name: str, pool: PoolSection, config: ServeConfig) -> dict[str, Any]:
+def _autoscaling(pool_name: str, pool: PoolSection) -> dict[str, Any]:
     """The options of a pool's deployment that say how many replicas it has."""
-    return {"num_replicas": pool.replicas}
+    if pool.autoscaling is None:
+        return {"num_replicas": pool.replicas}
+    return autoscaling_options(
+        pool_name,
+        pool.autoscaling,
+        initial_replicas=pool.replicas,
+        places=pool.max_ongoing_requests,
+    )
 
 
 def _places_to_spare(pool: PoolSection) -> int:

@@ -186,6 +186,7 @@ STARTS_NO_RAY = (
     "ray.serve.autoscaling_policy",
     "ray.serve.config",
     "ray.serve.exceptions",
+    "ray.serve._private.build_app",
     "ray.serve._private.common",
     "ray.serve._private.haproxy",
 )

@@ -187,6 +187,7 @@ STARTS_NO_RAY = (
     "ray.serve.config",
     "ray.serve.exceptions",
     "ray.serve._private.common",
+    "ray.serve._private.config",
     "ray.serve._private.haproxy",
 )
 

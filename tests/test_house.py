@@ -188,6 +188,7 @@ STARTS_NO_RAY = (
     "ray.serve.exceptions",
     "ray.serve._private.build_app",
     "ray.serve._private.common",
+    "ray.serve._private.config",
     "ray.serve._private.haproxy",
 )
 

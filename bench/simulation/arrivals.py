@@ -41,6 +41,12 @@ def heavy(numbers: random.Random) -> tuple[float, float]:
     return math.ceil(prompt), math.ceil(output)
 
 
+def reading(numbers: random.Random) -> tuple[float, float]:
+    """Long prompts with short answers: prefill is all the work, and few places are taken."""
+    prompt = min(30_000.0, numbers.lognormvariate(math.log(6000.0), 0.5))
+    return math.ceil(prompt), math.ceil(numbers.lognormvariate(math.log(24.0), 0.3))
+
+
 def traces(hours: float) -> tuple[Trace, ...]:
     """The traces over so many hours; the diurnal one has one day in them."""
     day_s = hours * 3600.0
@@ -70,6 +76,13 @@ def traces(hours: float) -> tuple[Trace, ...]:
             load=gaps,
             peak=0.5,
             lengths=usual,
+        ),
+        Trace(
+            name="reading",
+            says="the wave with long prompts and short answers",
+            load=diurnal,
+            peak=0.85,
+            lengths=reading,
         ),
         Trace(
             name="heavy-tailed",

@@ -103,7 +103,7 @@ def plot(runs: dict[tuple[str, int, str], Run], horizon_s: float, path: Path) ->
         times = [time_s / 60.0 for time_s, _ in run.targets] + [horizon_s / 60.0]
         counts = [count for _, count in run.targets]
         panel.step(times, [*counts, counts[-1]], where="post", label=scaler, linewidth=1.0)
-        panel.set_title(f"{trace}, {nodes} nodes", fontsize=9)
+        panel.set_title(f"{trace}, {nodes} node{'s' * (nodes > 1)}", fontsize=9)
         panel.set_ylim(bottom=0)
     axes[0][0].legend(fontsize=7)
     figure.supxlabel("minutes")

@@ -227,6 +227,58 @@ def test_without_traffic_a_pool_with_latency_targets_alone_shrinks() -> None:
     assert settled(LatencyPolicy(only), 3).desired == 2
 
 
+def test_what_more_replicas_showed_before_a_step_down_makes_nobody_grow_after_it() -> None:
+    """Samples of three replicas count as they are for two, and not half as much again."""
+    steady = {"ttft_p90_s": 0.75, "running": 60, "places": 64, "kv_share": 0.1}
+    pool = Pool(LatencyPolicy(section()), lambda r, t: steady, ready=3)
+    pool.run(600)
+    assert [decision.desired for _, decision in pool.decisions] in ([], [2])
+
+
+def test_latency_above_the_engines_own_is_taken_to_grow_as_the_rest_gets_more() -> None:
+    busy = {"itl_p90_s": 0.0195, "running": 60, "places": 64}  # a load of 0.39
+    held = settled(LatencyPolicy(section()), 3, **busy)
+    assert held.desired == 3
+    assert "one fewer would have load 0.58" in held.reason
+    assert settled(LatencyPolicy(section(max_replicas=16)), 16, **busy).desired == 15
+
+
+def test_the_engines_own_latency_is_learned_and_keeps_no_replica() -> None:
+    """An ITL of 0.8 of its target that it has without any load, too."""
+    measured: dict[str, Any] = {"itl_p90_s": 0.04, "running": 4, "places": 64, "kv_share": 0.01}
+    pool = Pool(LatencyPolicy(section()), lambda r, t: measured, ready=3)
+    pool.run(600)
+    assert pool.provisioned == 1
+    assert pool.state.floor == pytest.approx(0.8)
+    measured |= {"itl_p90_s": 0.049, "running": 11}  # little more, of little use
+    assert set(pool.run(120)) == {1}
+    measured |= {"running": 40}  # now it is the load
+    assert max(pool.run(60)) == 2
+
+
+def test_the_floor_forgets_slowly_what_an_engine_no_longer_is() -> None:
+    measured: dict[str, Any] = {"itl_p90_s": 0.01, "running": 4, "places": 64, "kv_share": 0.01}
+    pool = Pool(LatencyPolicy(section()), lambda r, t: measured, tick_s=5.0)
+    pool.run(60)
+    measured |= {"itl_p90_s": 0.02}
+    pool.run(60)
+    assert pool.state.floor == pytest.approx(0.2, abs=0.01)
+    pool.run(5 * 3600)
+    assert pool.state.floor == pytest.approx(0.4, abs=0.01)
+
+
+def test_replicas_that_load_are_waited_for_and_watched_before_the_pool_shrinks() -> None:
+    pool = Pool(LatencyPolicy(section()), lambda r, t: SLOW if t < 1010.0 else CALM, load_s=300.0)
+    pool.run(290)
+    assert pool.provisioned == 2
+    assert "they are waited for" in pool.tick().reason
+    pool.run(20)
+    assert pool.ready == 2
+    assert "the last has only just loaded" in pool.tick().reason
+    pool.run(60)
+    assert pool.provisioned == 1
+
+
 # --- zero -----------------------------------------------------------------------------------------
 
 

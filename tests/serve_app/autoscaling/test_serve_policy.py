@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.config import DeploymentConfig
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from support.scaling import section
@@ -233,3 +234,16 @@ def test_what_serve_pickles_by_value_finds_the_modules_that_keep_state() -> None
     made = pickle.loads(config.policy.get_serialized_policy_def())
     assert made.__name__ == "ServePolicy"
     assert made.__call__.__globals__["Announcer"] is Announcer
+
+
+def test_the_options_survive_the_way_to_serves_controller() -> None:
+    """Zero delays and the arguments of the policy, as protobuf carries them."""
+    given = autoscaling_options("long", section(min_replicas=0), initial_replicas=1, places=16)
+    sent = DeploymentConfig(max_ongoing_requests=32, **given).to_proto_bytes()
+    config = DeploymentConfig.from_proto_bytes(sent).autoscaling_config
+    assert config is not None
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (0.0, 0.0)
+    assert config.downscale_to_zero_delay_s == 0.0
+    made = config.policy.get_policy()(**config.policy.policy_kwargs)
+    assert made._policy.settings == section(min_replicas=0)
+    assert made._places == 16

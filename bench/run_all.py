@@ -24,6 +24,7 @@ COMMANDS = (
     "bench/prefix_reuse.py",
     "bench/serve_overhead.py",
     "bench/drain.py",
+    "bench/pools.py",
     "bench/long_prompts.py",
     "bench/accuracy.py",
     "bench/kv_formats.py",

@@ -1,10 +1,11 @@
 """How fast a replica decodes and prefills: bytes over bandwidth, operations over peak rate, and
 what every layer costs besides.
 
-    seconds of a pass = dense + experts + attention + NVLink + network + fixed
+    seconds of a pass = dense + experts + attention + activations + NVLink + network + fixed
 
 Dense linears, experts and attention each take the longer of their bytes at the memory's speed and
-their operations at the tensor cores' (a roofline); what crosses GPUs is not overlapped with them.
+their operations at the tensor cores' (a roofline). Activations are written and read between kernels
+at the memory's speed, and what crosses GPUs is not overlapped with anything.
 Every layer has a fixed cost besides (launches, norms, routing, the latency of collectives), and
 every collective one more where it leaves the node. `cluster/work.py` counts bytes and operations;
 the constants of `Efficiency` are fitted on published figures (`cluster/fit.py`), and
@@ -30,15 +31,17 @@ from deepseek.recipe import Recipe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiency:
-    """The fitted constants. `memory` is the share of HBM bandwidth that a pass reads at, `decode`
-    and `prefill` the shares of the tensor cores' peak in a step and in a chunk, `link` the share of
-    NVLink's and the network's bandwidth; `layer_s` are the seconds that a layer costs besides, and
-    `hop_s` those of a collective that leaves the node. Larger shares and fewer seconds are never
-    slower."""
+    """The constants. `memory` is the share of HBM bandwidth that a pass reads at, `decode` and
+    `prefill` the shares of the tensor cores' peak in a step and in a chunk, `link` the share of
+    NVLink's and the network's bandwidth; `activation_bytes` are what kernels of a layer write and
+    read for one token, `layer_s` the seconds that a layer costs besides, and `hop_s` those of a
+    collective that leaves the node. All but `link` are fitted. Larger shares, fewer bytes and fewer
+    seconds are never slower."""
 
     memory: float
     decode: float
     prefill: float
+    activation_bytes: float
     link: float
     layer_s: float
     hop_s: float
@@ -51,6 +54,7 @@ class Seconds:
     dense: float
     experts: float
     attention: float
+    activations: float
     nvlink: float
     network: float
     fixed: float
@@ -61,6 +65,7 @@ class Seconds:
             "dense linears": self.dense,
             "routed experts": self.experts,
             "attention": self.attention,
+            "activations": self.activations,
             "NVLink": self.nvlink,
             "the network between nodes": self.network,
             "the fixed cost of layers": self.fixed,
@@ -81,13 +86,14 @@ def pass_seconds(
 ) -> Seconds:
     """The time of one pass. `compute` is the share of the tensor cores' peak that it reaches."""
 
+    memory = hardware.memory_bandwidth * efficiency.memory
+
     def part(part: Part) -> float:
-        read = part.bytes / (hardware.memory_bandwidth * efficiency.memory)
         computed = sum(
             number / (hardware.peak_tflops[form] * 1e12 * compute)
             for form, number in part.operations.items()
         )
-        return max(read, computed)
+        return max(part.bytes / memory, computed)
 
     def sent(num_bytes: float, bandwidth: float) -> float:
         return num_bytes / (bandwidth * efficiency.link) if num_bytes else 0.0
@@ -97,6 +103,7 @@ def pass_seconds(
         dense=part(work.dense),
         experts=part(work.experts),
         attention=part(work.attention),
+        activations=work.rows * work.layers * efficiency.activation_bytes / memory,
         nvlink=sent(work.nvlink_bytes, hardware.nvlink_bandwidth / 2),
         network=sent(work.network_bytes, hardware.network_bandwidth),
         fixed=work.layers * efficiency.layer_s + hops * efficiency.hop_s,
@@ -155,15 +162,16 @@ class ReplicaSpeed:
         return seconds + (self.chunk(rest, prompt / 2).total if rest else 0.0)
 
     def tpot_s(self, batch: float, isl: float, osl: float) -> float:
-        """Seconds per output token in a steady state: `batch` requests run, and for every token of
-        theirs isl/osl prompt tokens of their successors are prefilled between the steps. A running
-        sequence has isl + osl/2 tokens on average."""
-        prefill = batch * isl / osl / self.prefill_tokens_per_s(isl)
-        return self.decode_s(batch, isl + osl / 2) + prefill
+        """Seconds per output token of a request in a steady state of `batch` running requests: its
+        own steps, and between them the prompts of those that take the others' places, isl/osl
+        tokens for each of their tokens. A running sequence has isl + osl/2 tokens on average."""
+        others = max(0.0, batch - 1.0) * isl / osl
+        return self.decode_s(batch, isl + osl / 2) + others / self.prefill_tokens_per_s(isl)
 
     def output_tokens_per_s(self, batch: float, isl: float, osl: float) -> float:
         """Output tokens per second of the whole replica in that steady state."""
-        return batch / self.tpot_s(batch, isl, osl)
+        prompts = batch * isl / osl / self.prefill_tokens_per_s(isl)
+        return batch / (self.decode_s(batch, isl + osl / 2) + prompts)
 
     def max_batch(self, isl: int, osl: int) -> int:
         """Requests of isl + osl tokens that the KV cache holds at once, in whole pages."""
@@ -185,8 +193,8 @@ def replica_speed(
     """The speed of one replica of `config` under `recipe` on all of `machines`.
 
     Whole experts on every GPU unless `ep` says into how many groups of GPUs they are spread.
-    `target` decides the KV cache's layout. A pass prefills `chunk_tokens`, without it as many as the
-    planner's workspace is for, in every node where attention is split by sequences. `efficiency`
+    `target` decides the KV cache's layout. A pass prefills `chunk_tokens`, without it as many as
+    the planner's workspace is for, in every node where attention is split by sequences. `efficiency`
     are the fitted constants without it. The first call for a model and recipe takes a second,
     later ones microseconds.
 
@@ -242,5 +250,16 @@ def _kv_tokens(footprint: Footprint, layout: Layout, hardware: Hardware) -> int:
     return layout.gpus * replace(footprint, groups=groups).kv_tokens(hardware.usable_bytes)
 
 
+#: Share of a link's bandwidth: DeepEP reaches 726 of 900 GB/s of NVLink.
+#: https://github.com/deepseek-ai/DeepEP
+LINK = 0.8
 #: Fitted by `python -m cluster.fit` on the figures of `cluster/published.py`; a test refits.
-FITTED = Efficiency(memory=0.7, decode=0.5, prefill=0.3, link=0.7, layer_s=100e-6, hop_s=20e-6)
+FITTED = Efficiency(
+    memory=0.691,
+    decode=0.567,
+    prefill=0.78,
+    activation_bytes=1.8e6,
+    link=LINK,
+    layer_s=96.9e-6,
+    hop_s=47.2e-6,
+)

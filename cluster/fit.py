@@ -145,6 +145,18 @@ def rows() -> list[Row]:
     ]
 
 
+def covered(margin: float) -> float:
+    """The share of the fitted figures that come out no slower than predicted when the prediction is
+    made slower by `margin`."""
+    constants = Constants(FITTED, EARLY_LAYER_S)
+    fitted = [figure for figure in FIGURES if figure.role == "fit"]
+    held = 0
+    for figure in fitted:
+        faster = figure.value / predict(figure, constants)
+        held += (faster if figure.is_time else 1.0 / faster) <= 1.0 + margin
+    return held / len(fitted)
+
+
 def spread(errors: Iterable[float]) -> tuple[float, float]:
     """Median and largest size of errors."""
     sizes = sorted(abs(one) for one in errors)

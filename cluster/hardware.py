@@ -162,12 +162,37 @@ def parse_hardware(text: str) -> Machines:
         DeployError: the name is unknown, or the count is missing or neither 1, 2, 4 nor a multiple
             of 8.
     """
+    device, number = _parse(text)
+    if not device.is_gpu:
+        return Machines(device, 1)
+    if number is None:
+        raise DeployError(f"--hardware {text}: say how many, as in {GPUS_PER_NODE}x{device.name}")
+    if number not in (1, 2, 4) and (number == 0 or number % GPUS_PER_NODE):
+        raise DeployError(
+            f"--hardware {text}: {number} GPUs are neither part of one node (1, 2, 4) nor whole "
+            f"nodes of {GPUS_PER_NODE}"
+        )
+    return Machines(device, number)
+
+
+def parse_device(text: str) -> tuple[Hardware, int | None]:
+    """A device's name, and how many there are at most where that is said: `H200`, `16xH200`.
+
+    Raises:
+        DeployError: as `parse_hardware`, but that the number may be left out.
+    """
+    device, number = _parse(text)
+    return device, None if number is None else parse_hardware(text).count
+
+
+def _parse(text: str) -> tuple[Hardware, int | None]:
+    """The device, and the number before it."""
     match = re.fullmatch(r"(?:(\d+)x)?(\S+)", text.strip())
     count, name = (match[1], match[2]) if match else (None, text)
     if name.lower() == "cpu":
         if count not in (None, "1"):
             raise DeployError(f"--hardware {text}: the engine runs on one CPU host; write cpu")
-        return Machines(local_cpu(), 1)
+        return local_cpu(), 1
     gpus = {known.lower(): gpu for known, gpu in GPUS.items()}
     gpus |= {alias.lower(): GPUS[known] for alias, known in _ALIASES.items()}
     gpu = gpus.get(name.lower())
@@ -176,12 +201,4 @@ def parse_hardware(text: str) -> Machines:
             f"--hardware {text}: {name!r} is unknown; write COUNTxNAME with one of "
             f"{', '.join(GPUS)}, or cpu"
         )
-    if count is None:
-        raise DeployError(f"--hardware {text}: say how many, as in {GPUS_PER_NODE}x{gpu.name}")
-    number = int(count)
-    if number not in (1, 2, 4) and (number == 0 or number % GPUS_PER_NODE):
-        raise DeployError(
-            f"--hardware {text}: {number} GPUs are neither part of one node (1, 2, 4) nor whole "
-            f"nodes of {GPUS_PER_NODE}"
-        )
-    return Machines(gpu, number)
+    return gpu, None if count is None else int(count)

@@ -14,7 +14,6 @@ docs/roofline.md shows the errors. Nothing here ran on a GPU of ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -194,9 +193,9 @@ def replica_speed(
 
     Whole experts on every GPU unless `ep` says into how many groups of GPUs they are spread.
     `target` decides the KV cache's layout. A pass prefills `chunk_tokens`, without it as many as
-    the planner's workspace is for, in every node where attention is split by sequences. `efficiency`
-    are the fitted constants without it. The first call for a model and recipe takes a second,
-    later ones microseconds.
+    the planner's workspace is for, in every node where attention is split by sequences.
+    `efficiency` are the fitted constants without it. The first call for a model and recipe takes a
+    second, later ones microseconds.
 
     Raises:
         DeployError: the machines have no GPU, `ep` does not divide their number, or the target is

@@ -125,8 +125,9 @@ class Model:
     def one_pass(
         self, layout: Layout, tokens: float, here: float, attention: Part, sampled: float
     ) -> Pass:
-        """The work besides attention. `here` are the tokens that a GPU's dense linears see, `sampled` those that it has logits
-        of (none in a chunk: a prompt has one, which is nothing beside it)."""
+        """The work besides attention. `here` are the tokens that a GPU's dense linears see,
+        `sampled` those that it has logits of (none in a chunk: a prompt has one, which is nothing
+        beside it)."""
         config = self.config
         moe_layers = config.num_hidden_layers - config.first_k_dense_replace
         nvlink, network = _sent(config, layout, tokens, moe_layers)

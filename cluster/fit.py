@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 from cluster.built_bytes import RELEASE
@@ -95,9 +95,9 @@ def error(figure: Figure, constants: Constants) -> float:
     return predict(figure, constants) / figure.value - 1.0
 
 
-def fit(figures: Sequence[Figure]) -> Constants:
-    """The constants that fit best: a pattern search over their logarithms, from the same start
-    every time, until its step is below a percent."""
+def fit(figures: Sequence[Figure], near: Constants | None = None) -> Constants:
+    """The constants that fit best: a pattern search over their logarithms until its step is below
+    a percent, from the same start every time, or in small steps from `near`."""
     numbers = Counter(figure.source for figure in figures)
 
     def loss(logs: Sequence[float]) -> float:
@@ -108,7 +108,12 @@ def fit(figures: Sequence[Figure]) -> Constants:
             for figure in figures
         )
 
-    return _constants(_pattern_search(loss))
+    if near is None:
+        start, step = [first for first, _, _ in SEARCH.values()], 0.4
+    else:
+        known = {**asdict(near.efficiency), "early_layer_s": near.early_layer_s}
+        start, step = [known[name] for name in SEARCH], 0.1
+    return _constants(_pattern_search(loss, [math.log(value) for value in start], step))
 
 
 #: `early_layer_s` of the fit that `FITTED` comes from.
@@ -117,32 +122,36 @@ EARLY_LAYER_S = 293e-6
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure beside the roofline's answer. `left_out` is the error after a fit without the
-    figure's source; of figures that are not fitted on it is None."""
+    """One figure beside the roofline's answer. `left_out` and `source_left_out` are the errors
+    after a fit without the figure, and without all of its source; None of figures that are not
+    fitted on."""
 
     figure: Figure
     predicted: float
     error: float
     left_out: float | None
+    source_left_out: float | None
 
 
 def rows() -> list[Row]:
-    """All figures, with the constants of `cluster/roofline.py`. Fits once for every source."""
+    """All figures, with the constants of `cluster/roofline.py`. Fits once for every figure and
+    every source, some seconds."""
     fitted = [figure for figure in FIGURES if figure.role == "fit"]
+    constants = Constants(FITTED, EARLY_LAYER_S)
     without = {
-        source: fit([figure for figure in fitted if figure.source != source])
+        source: fit([figure for figure in fitted if figure.source != source], constants)
         for source in dict.fromkeys(figure.source for figure in fitted)
     }
-    constants = Constants(FITTED, EARLY_LAYER_S)
-    return [
-        Row(
-            figure,
-            predict(figure, constants),
-            error(figure, constants),
-            error(figure, without[figure.source]) if figure.role == "fit" else None,
-        )
-        for figure in FIGURES
-    ]
+    found = []
+    for figure in FIGURES:
+        left_out = source_left_out = None
+        if figure.role == "fit":
+            others = [other for other in fitted if other != figure]
+            left_out = error(figure, fit(others, constants))
+            source_left_out = error(figure, without[figure.source])
+        off = error(figure, constants)
+        found.append(Row(figure, predict(figure, constants), off, left_out, source_left_out))
+    return found
 
 
 def covered(margin: float) -> float:
@@ -171,12 +180,14 @@ def _constants(logs: Sequence[float]) -> Constants:
     return Constants(Efficiency(link=LINK, **found), early)
 
 
-def _pattern_search(loss: Callable[[Sequence[float]], float]) -> list[float]:
+def _pattern_search(
+    loss: Callable[[Sequence[float]], float], start: Sequence[float], step: float
+) -> list[float]:
     """The place of the smallest loss that is found by trying a step up and down in every
     direction, and halving the step when none is better."""
-    best = [math.log(start) for start, _, _ in SEARCH.values()]
+    best = list(start)
     limits = [(math.log(low), math.log(high)) for _, low, high in SEARCH.values()]
-    lowest, step = loss(best), 0.4
+    lowest = loss(best)
     while step > 0.005:
         improved = False
         for place, (low, high) in enumerate(limits):
@@ -192,20 +203,16 @@ def _pattern_search(loss: Callable[[Sequence[float]], float]) -> list[float]:
 
 
 def main() -> None:
-    """Print the constants, the table, and the medians."""
+    """Print the constants and the errors."""
     print(fit([figure for figure in FIGURES if figure.role == "fit"]))
-    found = rows()
-    for row in found:
+    for row in rows():
         figure = row.figure
-        left_out = "" if row.left_out is None else f"{row.left_out:+8.0%}"
+        errors = [row.error, row.left_out, row.source_left_out]
         print(
-            f"{figure.role:6}{figure.source:26}{figure.hardware:14}{figure.recipe:12}"
-            f"{figure.attention:4}{figure.batch:8.0f}{figure.isl:7}{figure.osl:6} "
-            f"{figure.metric:8}{figure.value:11.1f}{row.predicted:11.1f}{row.error:+8.0%}{left_out}"
+            f"{figure.role:6}{figure.source:26}{figure.hardware:14}{figure.metric:8}"
+            f"{figure.value:11.1f}{row.predicted:11.1f}",
+            *("" if one is None else f"{one:+.0%}" for one in errors),
         )
-    for role in ("fit", "check", "model"):
-        median, worst = spread(row.error for row in found if row.figure.role == role)
-        print(f"{role}: median {median:.0%}, largest {worst:.0%}")
 
 
 if __name__ == "__main__":

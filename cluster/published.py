@@ -144,12 +144,13 @@ _WIDE = Figure(
     recipe="released",
     attention="dp",
     metric="output",
-    value=22_282 * 9,
+    value=22_300 * 9,
     batch=72 * 256,
     isl=2000,
     osl=100,
     alone=True,
-    note="decode nodes; 256 requests a GPU as in SGLang #6017; two batches overlap",
+    note="decode nodes; 256 requests a GPU as in SGLang #6017; two batches overlap, 32 more copies "
+    "of experts",
 )
 _PRODUCTION = Figure(
     role="check",
@@ -225,6 +226,31 @@ FIGURES: tuple[Figure, ...] = (
         engine="not said which",
         value=31.2,
         note="the engine and the network are not named",
+    ),
+    replace(
+        _AWQ,
+        role="check",
+        metric="ttft",
+        isl=8192,
+        value=242.0,
+        note="2,048 and 4,096 tokens take 127 and 120 ms, as if a prefix cache had some of them",
+    ),
+    replace(
+        _TWO_NODES,
+        role="check",
+        metric="ttft",
+        isl=8192,
+        value=263.9,
+        note="1,024 tokens take 392 ms and 4,096 take 200 ms; a prefix cache likewise",
+    ),
+    replace(
+        _H200,
+        role="check",
+        metric="ttft",
+        isl=8192,
+        osl=1024,
+        value=474.3,
+        note="the mean TTFT of four at once, waits for each other included",
     ),
     _A100,
     replace(
@@ -334,7 +360,7 @@ FIGURES: tuple[Figure, ...] = (
         batch=1,
         osl=1,
         chunk=32 * 16_384,
-        note="prefill nodes; two batches overlap; 32 more copies of experts",
+        note="prefill nodes, likewise; chunks of 16,384 tokens a GPU are assumed",
     ),
     _PRODUCTION,
     replace(
@@ -402,7 +428,7 @@ NOT_COMPARED: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "2,200 tokens/s an H200, vLLM, wide EP",
-        "https://blog.vllm.ai/2025/12/17/large-scale-serving.html",
+        "https://llm-d.ai/blog/llm-d-v0.3-expanded-hardware-faster-perf-and-igw-ga",
         "batch, lengths and number of GPUs are not said",
     ),
     (
@@ -431,9 +457,9 @@ NOT_COMPARED: tuple[tuple[str, str, str], ...] = (
         "the cards and the rate of requests are not in what could be read",
     ),
     (
-        "TTFT of 120 to 242 ms for 4,096 and 8,192 tokens, 8xH100, vLLM AWQ",
-        _TENSTORRENT,
-        "34,000 tokens/s of BF16 arithmetic are 1.5 times the cards' peak: the prompts were cached",
+        "3,872 tokens/s of an HGX H200, NVIDIA NIM",
+        _GITHUB + "deepseek-ai/DeepSeek-R1/issues/507",
+        "told there as 3,800 and more; batch and lengths are not said",
     ),
     (
         "TPOT 12.2 ms, TTFT 574 ms for 10,240 tokens, SGLang W4AFP8",

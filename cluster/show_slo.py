@@ -90,25 +90,23 @@ def assumptions(fleet: Fleet) -> list[str]:
         "with errors in docs/roofline.md. Nothing was measured here.",
         f"Assumed: every time is {pct(MARGIN)} longer than predicted, which covers "
         f"{pct(covered(MARGIN))} of those figures; requests arrive at random (Poisson), all of one "
-        "length, with no prefix found in a cache and no speculation; the wait for a place is Erlang "
-        "C's over all places of the fleet, that for earlier prompts M/D/1's on one replica.",
+        "length, with no prefix found in a cache and no speculation; the wait for a place is "
+        "Erlang C's over all places of the fleet, that for earlier prompts M/D/1's on one replica.",
     ]
 
 
 def _table(fleets: Sequence[Fleet]) -> Table:
     table = Table()
     for name in ("recipe", "target", "layout"):
-        table.add_column(name)
-    for name in ("nodes", "replicas", "requests", "tpot", "full", "ttft"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("nodes", "tpot", "full", "ttft"):
+        table.add_column(name, justify="right", no_wrap=True)
     for fleet in fleets:
         table.add_row(
             fleet.plan.recipe,
             fleet.plan.target,
-            fleet.speed.layout.label,
+            f"{fleet.replicas:,} x {fleet.speed.layout.label}",
             f"{fleet.nodes:,}",
-            f"{fleet.replicas:,}",
-            f"{fleet.batch:,}",
             show_time(fleet.tpot_s),
             show_time(fleet.full_tpot_s),
             show_time(fleet.ttft_s),

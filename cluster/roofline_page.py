@@ -117,7 +117,7 @@ def _errors(found: list[Row]) -> Iterator[str]:
     yield from (
         "Outliers, as far as they can be explained:",
         "",
-        "- TensorRT-LLM's guide: of 5,120 requests 1,024 run at once, so that a part of the run has "
+        "- TensorRT-LLM's guide: of 5,120 requests 1,024 run at once, so that part of the run has "
         "less than full batches; that does not explain all of it.",
         "- LMSYS's H20 and 96 H100: kernels tuned for those cards and two batches that hide the "
         "links; this model has no overlap, and one share for all cards, though an H20's few tensor "

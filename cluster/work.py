@@ -146,13 +146,14 @@ class Model:
         size = 0.0
         operations: dict[str, float] = defaultdict(float)
         for group, weights in self.dense.items():
-            found = self.footprint.groups[group]
-            whole = found.values + found.scales
-            held = found.values_per_gpu + found.scales_per_gpu
-            held = whole if layout.attention == "dp" else held
-            size += held
+            held, split = self.footprint.groups[group], 1.0
+            if layout.attention == "dp":
+                size += held.values + held.scales
+            else:
+                size += held.values_per_gpu + held.scales_per_gpu
+                split = held.values_per_gpu / held.values
             for form, number in weights.items():
-                operations[form] += 2 * here * number * held / whole
+                operations[form] += 2 * here * number * split
         head = self.config.vocab_size * self.config.hidden_size
         head_share = head / layout.gpus
         if sampled:

@@ -10,8 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.fit import covered
-from cluster.slo import MARGIN, PERCENTILE, Fleet, Slo, Workload, show_time
+from cluster.slo import COVERED, MARGIN, PERCENTILE, Fleet, Slo, Workload, show_time
 from deepseek.cli import print_line
 
 
@@ -89,7 +88,7 @@ def assumptions(fleet: Fleet) -> list[str]:
         f"{used.hop_s * 1e6:.0f} us per collective between nodes; fitted on published figures, "
         "with errors in docs/roofline.md. Nothing was measured here.",
         f"Assumed: every time is {pct(MARGIN)} longer than predicted, which covers "
-        f"{pct(covered(MARGIN))} of those figures; requests arrive at random (Poisson), all of one "
+        f"{pct(COVERED)} of those figures; requests arrive at random (Poisson), all of one "
         "length, with no prefix found in a cache and no speculation; the wait for a place is "
         "Erlang C's over all places of the fleet, that for earlier prompts M/D/1's on one replica.",
     ]

@@ -26,8 +26,9 @@ from deepseek.untrusted import show_name
 
 #: Share of requests that must hold the TTFT; what the fleet's autoscaling looks at too.
 PERCENTILE = 0.9
-#: How much slower than the roofline's answer a replica is taken to be.
-MARGIN = 0.2
+#: How much slower than the roofline's answer a replica is taken to be, and the share of the fitted
+#: figures that are no slower than that (`covered` of `cluster/fit.py`; a test computes it).
+MARGIN, COVERED = 0.2, 0.88
 #: Largest replica that is tried, and most requests per second and nodes that make sense here.
 MAX_REPLICA_NODES = 4
 MAX_RPS = 100_000.0

@@ -14,6 +14,9 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="${RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO:
 # those behind the firewall (docs/security.md).
 export RAY_SERVE_ENABLE_HA_PROXY="${RAY_SERVE_ENABLE_HA_PROXY:-1}"
 export RAY_SERVE_THROUGHPUT_OPTIMIZED="${RAY_SERVE_THROUGHPUT_OPTIMIZED:-1}"
+# A replica that fails its health checks (a hang) is killed, instead of holding its GPUs for as long as
+# one that drains: its streams go on in another replica.
+export RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS="${RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS:-1}"
 export RAY_SERVE_HAPROXY_BINARY_PATH="${RAY_SERVE_HAPROXY_BINARY_PATH:-$HOME/intserve/serve_app/haproxy_wrapper.py}"
 # Seconds for which a client may neither send nor read; and for which streams live on when HAProxy
 # starts again, at every change of the ingresses: keep it above requests.timeout_s and pools' drain_s.

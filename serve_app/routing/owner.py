@@ -13,6 +13,7 @@ which an ingress that is still silent holds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -260,6 +261,14 @@ class OwnerChannel:
 
     async def wait(self, ingress_id: str, epoch: int, timeout_s: float) -> Sequence[Answer]:
         return await self._call(lambda owner: owner.wait.remote(ingress_id, epoch, timeout_s))
+
+    async def end_owner(self) -> None:
+        """Implements `Channel`. Ray ends the process, after 5 s with SIGKILL; the next call makes
+        another owner, because Ray would restart this one only once its process has ended."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with contextlib.suppress(RayError, ValueError):
+                await asyncio.to_thread(ray.kill, handle, no_restart=True)
 
     async def stats(self) -> AdmissionStats:
         """What the owner has now.

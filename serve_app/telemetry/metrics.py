@@ -112,6 +112,12 @@ REQUEST_METRICS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...] | None,
         "Times that the ingress told an owner all that it holds: once at its start, and whenever "
         "the owner had died or an answer was lost.",
     ),
+    "intserve_admission_hung_owners_total": (
+        "counter",
+        (),
+        None,
+        "Owners of admission that this ingress has ended because they answered nobody.",
+    ),
 }
 
 #: name -> (labels, help); one value per engine replica, read when a scrape asks.

@@ -115,6 +115,7 @@ def test_the_shared_environment_turns_on_serves_production_modes(
     out = done.stdout.splitlines()
     assert "RAY_SERVE_ENABLE_HA_PROXY=1" in out
     assert "RAY_USAGE_STATS_ENABLED=0" in out
+    assert "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS=1" in out, "else a hang keeps its GPUs"
     assert f"{CALLBACK_VARIABLE}={CALLBACK}" in out, "else nothing guards Serve's proxies"
     assert "RAY_SERVE_THROUGHPUT_OPTIMIZED=0" in out, "a value that is set must win"
     wrapper = f"{home['HOME']}/intserve/serve_app/{WRAPPER.name}"

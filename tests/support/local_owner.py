@@ -72,6 +72,8 @@ class LocalOwner:
         self.exchanges: list[tuple[str, Sequence[Message]]] = []
         #: Answers of the next so many calls do not arrive; the messages do.
         self.lost_answers = 0
+        #: Times that an ingress has ended the owner.
+        self.num_ended = 0
         self._runs = asyncio.Event()
         self._runs.set()
         self.replace()
@@ -103,6 +105,11 @@ class LocalOwner:
 
     def resume(self) -> None:
         self._runs.set()
+
+    async def end_owner(self) -> None:
+        self.num_ended += 1
+        self.replace()
+        self.resume()
 
     async def exchange(
         self, ingress_id: str, epoch: int, messages: Sequence[Message]

@@ -11,7 +11,7 @@ from support.local_owner import Clock, LocalOwner, ingress, visit
 
 from serve_app.errors import DeadlineExceeded, EngineUnavailable, Overloaded
 from serve_app.routing import admission_client
-from serve_app.routing.admission_client import OWNER_PATIENCE_S, AdmissionClient
+from serve_app.routing.admission_client import HUNG_S, OWNER_PATIENCE_S, AdmissionClient
 from serve_app.routing.tickets import Enter, Join, Landed, Leave, Move, Seen
 
 
@@ -254,6 +254,21 @@ async def test_an_owner_that_hangs_is_waited_for_and_all_goes_on_when_it_wakes(
     await entering
     assert await client.place(newcomer.asks[0].sequence_id) == "x"
     await until(lambda: owner.held() == {"x": 2})
+
+
+async def test_an_owner_that_hangs_for_long_is_ended_once_and_the_next_knows_all(
+    client: AdmissionClient, owner: LocalOwner, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission_client, "EXCHANGE_S", 0.05)
+    await enter(client)
+    owner.stop()
+    await asyncio.sleep(0.2)  # several exchanges are given up
+    assert owner.num_ended == 0
+    clock.added += HUNG_S
+    await until(lambda: owner.num_ended == 1)
+    await enter(client)
+    assert owner.held() == {"x": 2}, "the one of before, too"
+    assert owner.num_ended == 1
 
 
 async def test_without_an_owner_newcomers_and_waiters_end_in_503_and_holders_go_on(

@@ -33,7 +33,8 @@ class Hardware:
     (1.5 to 5 GB are reported); on a host, to the system and the server's other processes.
     `peak_tflops` is by number format (`fp16` also stands for bf16; INT8 counts operations); a
     format without tensor cores is absent. Bandwidths are bytes per second: `memory_bandwidth` of
-    HBM, `nvlink_bandwidth` of one GPU, both directions together, 0 without NVLink.
+    HBM, `nvlink_bandwidth` of one GPU, both directions together, 0 without NVLink, and
+    `network_bandwidth` of one GPU's share of the node's network, one direction.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Hardware:
     memory_bandwidth: float
     peak_tflops: dict[str, float]
     nvlink_bandwidth: float
+    network_bandwidth: float = 0.0
     host_memory_bytes: int = _HGX_HOST_BYTES
 
     @property
@@ -100,6 +102,7 @@ def _gpu(
     fp16: float,
     eight_bit: dict[str, float],
     nvlink: float,
+    network: float,
 ) -> Hardware:
     return Hardware(
         name=name,
@@ -109,23 +112,27 @@ def _gpu(
         memory_bandwidth=bandwidth,
         peak_tflops={"fp16": fp16, **eight_bit},
         nvlink_bandwidth=nvlink,
+        network_bandwidth=network,
     )
 
 
 _HOPPER = {"fp8": 1979.0, "int8": 1979.0}
 _H20 = {"fp8": 296.0, "int8": 296.0}
+#: One network adapter for each GPU: ConnectX-7 at 400 Gb/s in DGX H100 and H200 (their user
+#: guides), ConnectX-6 at 200 Gb/s in DGX A100. For H800 and H20 the same is assumed.
+_NDR, _HDR = 50e9, 25e9
 
 #: Profiles by name. Sources: NVIDIA data sheets H100 (2023), H200 (2024), A100 80GB (2021); the
 #: H800 is an H100 with NVLink cut to 400 GB/s, the H20 a Hopper with few SMs, full NVLink and HBM.
 GPUS: dict[str, Hardware] = {
     gpu.name: gpu
     for gpu in (
-        _gpu("H800-80GB", "sm90", 81559, 3.35e12, 989.0, _HOPPER, 400e9),
-        _gpu("H100-80GB", "sm90", 81559, 3.35e12, 989.0, _HOPPER, 900e9),
-        _gpu("H20-96GB", "sm90", 97871, 4.0e12, 148.0, _H20, 900e9),
-        _gpu("H20-141GB", "sm90", 143771, 4.8e12, 148.0, _H20, 900e9),
-        _gpu("H200-141GB", "sm90", 143771, 4.8e12, 989.0, _HOPPER, 900e9),
-        _gpu("A100-80GB", "sm80", 81920, 2.039e12, 312.0, {"int8": 624.0}, 600e9),
+        _gpu("H800-80GB", "sm90", 81559, 3.35e12, 989.0, _HOPPER, 400e9, _NDR),
+        _gpu("H100-80GB", "sm90", 81559, 3.35e12, 989.0, _HOPPER, 900e9, _NDR),
+        _gpu("H20-96GB", "sm90", 97871, 4.0e12, 148.0, _H20, 900e9, _NDR),
+        _gpu("H20-141GB", "sm90", 143771, 4.8e12, 148.0, _H20, 900e9, _NDR),
+        _gpu("H200-141GB", "sm90", 143771, 4.8e12, 989.0, _HOPPER, 900e9, _NDR),
+        _gpu("A100-80GB", "sm80", 81920, 2.039e12, 312.0, {"int8": 624.0}, 600e9, _HDR),
     )
 }
 _ALIASES = {"H200": "H200-141GB"}
@@ -155,12 +162,37 @@ def parse_hardware(text: str) -> Machines:
         DeployError: the name is unknown, or the count is missing or neither 1, 2, 4 nor a multiple
             of 8.
     """
+    device, number = _parse(text)
+    if not device.is_gpu:
+        return Machines(device, 1)
+    if number is None:
+        raise DeployError(f"--hardware {text}: say how many, as in {GPUS_PER_NODE}x{device.name}")
+    if number not in (1, 2, 4) and (number == 0 or number % GPUS_PER_NODE):
+        raise DeployError(
+            f"--hardware {text}: {number} GPUs are neither part of one node (1, 2, 4) nor whole "
+            f"nodes of {GPUS_PER_NODE}"
+        )
+    return Machines(device, number)
+
+
+def parse_device(text: str) -> tuple[Hardware, int | None]:
+    """A device's name, and how many there are at most where that is said: `H200`, `16xH200`.
+
+    Raises:
+        DeployError: as `parse_hardware`, but that the number may be left out.
+    """
+    device, number = _parse(text)
+    return device, None if number is None else parse_hardware(text).count
+
+
+def _parse(text: str) -> tuple[Hardware, int | None]:
+    """The device, and the number before it."""
     match = re.fullmatch(r"(?:(\d+)x)?(\S+)", text.strip())
     count, name = (match[1], match[2]) if match else (None, text)
     if name.lower() == "cpu":
         if count not in (None, "1"):
             raise DeployError(f"--hardware {text}: the engine runs on one CPU host; write cpu")
-        return Machines(local_cpu(), 1)
+        return local_cpu(), 1
     gpus = {known.lower(): gpu for known, gpu in GPUS.items()}
     gpus |= {alias.lower(): GPUS[known] for alias, known in _ALIASES.items()}
     gpu = gpus.get(name.lower())
@@ -169,12 +201,4 @@ def parse_hardware(text: str) -> Machines:
             f"--hardware {text}: {name!r} is unknown; write COUNTxNAME with one of "
             f"{', '.join(GPUS)}, or cpu"
         )
-    if count is None:
-        raise DeployError(f"--hardware {text}: say how many, as in {GPUS_PER_NODE}x{gpu.name}")
-    number = int(count)
-    if number not in (1, 2, 4) and (number == 0 or number % GPUS_PER_NODE):
-        raise DeployError(
-            f"--hardware {text}: {number} GPUs are neither part of one node (1, 2, 4) nor whole "
-            f"nodes of {GPUS_PER_NODE}"
-        )
-    return Machines(gpu, number)
+    return gpu, None if count is None else int(count)

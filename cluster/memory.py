@@ -161,6 +161,13 @@ class Tally:
             if kind.scheme is not None:
                 yield kind.group, kind.split, kind.shape, kind.scheme
 
+    def weights(self) -> Iterator[tuple[str, Scheme, int]]:
+        """Group, scheme and number of weights of the linears, by kind; the MTP layer's are of group
+        `mtp`."""
+        for kind, count in self._kinds:
+            if kind.scheme is not None:
+                yield kind.group, kind.scheme, math.prod(kind.shape) * count
+
     def gpu_footprint(
         self, tp: int, kv_format: KVFormat, *, target: str, mtp: bool = False
     ) -> Footprint:

@@ -1,5 +1,5 @@
-"""Generates pages of docs/: plans of the built-in recipes, and what each target loads; and the
-table of recipes in README.md, beside the folder of pages.
+"""Generates pages of docs/: plans of the built-in recipes, what each target loads, and the errors
+of the roofline; and the table of recipes in README.md, beside the folder of pages.
 
     python -m cluster.pages docs
 
@@ -16,6 +16,7 @@ from cluster.deployability_page import RECIPES, deployability_page
 from cluster.hardware import parse_hardware
 from cluster.plan import Plan, better_recipes, make_plan
 from cluster.readme_table import MARKERS, recipe_table
+from cluster.roofline_page import roofline_page
 from cluster.show import sentences
 from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import builtin_recipes, load_recipe
@@ -65,6 +66,11 @@ def _deployability() -> str:
     return "\n".join([_NOTICE, *deployability_page()])
 
 
+def _roofline() -> str:
+    """docs/roofline.md: predicted and published speeds, and what `plan --slo` assumes."""
+    return "\n".join([_NOTICE, *roofline_page()])
+
+
 def readme_with_table(readme: str) -> str:
     """README.md with the table of recipes between its markers made anew."""
     start, end = MARKERS
@@ -76,6 +82,7 @@ def readme_with_table(readme: str) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "plans.md": plans_page,
     "deployability.md": _deployability,
+    "roofline.md": _roofline,
 }
 
 

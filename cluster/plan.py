@@ -168,7 +168,7 @@ def better_recipes(plan: Plan, config: ModelConfig, recipes: Iterable[Recipe]) -
     if plan.good:
         return []
     good = []
-    for recipe in {_layout(recipe): recipe for recipe in reversed(list(recipes))}.values():
+    for recipe in distinct_recipes(recipes):
         other = make_plan(
             config,
             recipe,
@@ -183,6 +183,11 @@ def better_recipes(plan: Plan, config: ModelConfig, recipes: Iterable[Recipe]) -
         if other.good:
             good.append(other)
     return sorted(good, key=lambda other: (-round(other.footprint.weights / 1e8), other.recipe))
+
+
+def distinct_recipes(recipes: Iterable[Recipe]) -> list[Recipe]:
+    """The first of those that differ only in how they round, and therefore have one plan."""
+    return list({_layout(recipe): recipe for recipe in reversed(list(recipes))}.values())
 
 
 def _layout(recipe: Recipe) -> tuple[object, ...]:
@@ -211,12 +216,13 @@ def _check_context(
 
 def _counts_near(config: ModelConfig, count: int) -> list[int]:
     """The nearest usable numbers of GPUs below and above."""
-    usable = _usable_counts(config)
+    usable = usable_counts(config)
     below = [number for number in usable if number < count][-1:]
     return below + [number for number in usable if number > count][:1]
 
 
-def _usable_counts(config: ModelConfig) -> list[int]:
+def usable_counts(config: ModelConfig) -> list[int]:
+    """Numbers of GPUs that the attention heads can be split over, within a node or whole nodes."""
     heads = config.num_attention_heads
     counts = (1, 2, 4, *range(GPUS_PER_NODE, heads + 1, GPUS_PER_NODE))
     return [count for count in counts if count <= heads and heads % count == 0]
@@ -254,7 +260,7 @@ def _smallest_fit(
 ) -> SmallestFit | None:
     """The fewest GPUs of this type, in whole nodes or as given; None where no number suffices."""
     machines = asked.machines
-    counts = {count for count in _usable_counts(asked.config) if count % GPUS_PER_NODE == 0}
+    counts = {count for count in usable_counts(asked.config) if count % GPUS_PER_NODE == 0}
     counts = counts | {machines.count} if machines.hardware.is_gpu else {1}
     for count in sorted(counts):
         candidate = machines.with_count(count)

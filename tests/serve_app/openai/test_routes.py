@@ -264,6 +264,7 @@ async def test_metric_names_and_labels_are_these() -> None:
         "intserve_access_log_dropped_total": "",
         "intserve_admission_exchanges_total": "",
         "intserve_admission_joins_total": "",
+        "intserve_admission_hung_owners_total": "",
         "intserve_admission_messages_total": "",
         "intserve_admission_queue_seconds": "",
         "intserve_resumes_total": "outcome",

@@ -63,9 +63,10 @@ class StatusBoard:
         self._arrived = asyncio.Event()
 
     def note(self, status: ReplicaStatus) -> None:
-        """Take in a heartbeat."""
-        self._statuses[status.replica_id] = (self._clock(), status)
+        """Take in a heartbeat. One of an older version, without a pool, is an AttributeError: its
+        replica is in no deployment that there is a handle to."""
         self.infos[status.pool] = status.info
+        self._statuses[status.replica_id] = (self._clock(), status)
         self._arrived.set()
 
     def remove(self, replica_id: str) -> None:

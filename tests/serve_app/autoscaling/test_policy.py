@@ -173,6 +173,27 @@ def test_replicas_that_load_for_a_load_that_has_gone_are_given_up_one_by_one() -
     assert pool.provisioned == 1
 
 
+def test_while_replicas_load_only_a_part_of_the_excess_counts() -> None:
+    demand_of_8 = {"running": 410, "places": 64}
+    wanted = {
+        trust: settled(LatencyPolicy(section(warmup_trust=trust)), 3, starting=1, **demand_of_8)
+        for trust in (0.0, 0.5, 1.0)
+    }
+    assert {trust: decision.desired for trust, decision in wanted.items()} == {
+        0.0: 4,
+        0.5: 7,
+        1.0: 8,
+    }
+
+
+def test_while_replicas_load_latency_alone_asks_for_no_more_than_twice_the_demand() -> None:
+    slow = {"ttft_p90_s": 9.0, "running": 40, "places": 64}
+    held = settled(LatencyPolicy(section()), 2, starting=1, **slow)
+    assert held.desired == 3
+    assert "those that load should suffice" in held.reason
+    assert settled(LatencyPolicy(section()), 3, **slow).desired > 3
+
+
 # --- shrinking ------------------------------------------------------------------------------------
 
 
@@ -229,10 +250,12 @@ def test_without_traffic_a_pool_with_latency_targets_alone_shrinks() -> None:
 
 def test_what_more_replicas_showed_before_a_step_down_makes_nobody_grow_after_it() -> None:
     """Samples of three replicas count as they are for two, and not half as much again."""
-    steady = {"ttft_p90_s": 0.75, "running": 60, "places": 64, "kv_share": 0.1}
-    pool = Pool(LatencyPolicy(section()), lambda r, t: steady, ready=3)
-    pool.run(600)
-    assert [decision.desired for _, decision in pool.decisions] in ([], [2])
+    policy, state = LatencyPolicy(section()), State()
+    for tick in range(10):
+        signals = Signals(now_s=5.0 * tick, ready=3, running=60, itl_p90_s=0.0195)
+        _, state = policy.decide(signals, state)
+    decision, _ = policy.decide(replace(signals, now_s=51.0, ready=2), state)
+    assert decision.desired == 2
 
 
 def test_latency_above_the_engines_own_is_taken_to_grow_as_the_rest_gets_more() -> None:
@@ -308,6 +331,15 @@ def test_one_running_stream_keeps_the_last_replica() -> None:
     policy = LatencyPolicy(section(min_replicas=0, idle_s=60.0))
     pool = Pool(policy, lambda r, t: {"running": 1, "places": 64, "kv_share": 0.01})
     assert set(pool.run(1000)) == {1}
+
+
+def test_the_last_replica_waits_for_another_that_still_finishes_its_streams() -> None:
+    policy = LatencyPolicy(section(min_replicas=0, idle_s=60.0))
+    draining = 1
+    pool = Pool(policy, lambda r, t: NOBODY | {"draining": draining})
+    assert set(pool.run(200)) == {1}
+    draining = 0
+    assert pool.run(5)[-1] == 0
 
 
 def test_a_pool_with_a_minimum_of_one_never_goes_to_zero() -> None:
@@ -389,6 +421,7 @@ def test_a_clock_that_goes_back_neither_moves_it_nor_frees_it() -> None:
         "state",
         {},
         {"version": 0, "samples": "many"},
+        State(idle_s=5.0).to_json() | {"version": 0},
         {"version": 1},
         State().to_json() | {"samples": [[1.0, 2]]},
         State().to_json() | {"samples": [[1.0, 2, 2, "much", None]]},

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 from support.configs import make_config
-from support.fleets import LocalFleet
+from support.fleets import LocalFleet, after
 from support.local_owner import Clock, LocalOwner
 from support.serving import client_of, metric
 
@@ -105,7 +105,11 @@ async def serving(
     owner = LocalOwner(places=config.places, clock=clock)
 
     def seen() -> Seen:
-        return Seen(statuses=tuple((r.status(), 0.0) for r in fleet.replicas.values() if r.info))
+        known = [replica for replica in fleet.replicas.values() if replica.info is not None]
+        return Seen(
+            statuses=tuple((replica.status(), 0.0) for replica in known if replica.alive),
+            gone=tuple(replica.replica_id for replica in known if not replica.alive),
+        )
 
     admission = AdmissionClient(owner, "i", seen, clock=clock)
     fleet = LocalFleet(
@@ -165,6 +169,20 @@ async def test_a_full_pool_spills_over_into_the_one_that_it_names() -> None:
         for name in ("s1", "s2"):
             made.fleet.wake(name)
         assert {answer.status_code for answer in await asyncio.gather(*running)} == {200}
+
+
+async def test_a_stream_goes_on_in_its_own_pool_and_then_where_it_may_spill_over_to() -> None:
+    async with serving() as made:
+        for lost, taken in (("s1", ["s1", "s2"]), ("s2", ["s2", "l1"])):
+            made.service.admission.replicas_changed()  # type: ignore[attr-defined]
+            while any(name in made.owner.held() for name in KINDS):
+                await asyncio.sleep(0.01)
+            after(4, made.fleet, lambda fleet, name, lost=lost: fleet.die(lost))  # type: ignore[misc]
+            answer = await made.ask(8, 20)
+            assert answer.json()["choices"][0]["text"] == "a" * 20
+            assert made.ran_in() == taken
+        text = (await made.client.get("/metrics")).text
+        assert metric(text, "intserve_admission_queue_seconds_count", pool="standard") == 2
 
 
 async def test_a_session_is_its_header_or_the_head_of_its_prompt_and_belongs_to_a_tenant() -> None:

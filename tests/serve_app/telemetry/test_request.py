@@ -154,6 +154,22 @@ def test_the_mean_time_per_token_counts_no_pause_between_two_replicas(
     assert metric(metrics.snapshot(), f"{name}_count") == 1
 
 
+def test_what_a_request_measures_is_its_pools() -> None:
+    """Of a choice that goes on in another pool, the one where it ends."""
+    metrics = RequestMetrics()
+    seen = observation(metrics)
+    seen.placed(0, Placed("a", pool="short"), 0)
+    seen.event(0, Tokens((1, 2), "ab"))
+    seen.placed(0, Placed("b", 2, pool="long"), 2)
+    seen.event(0, Done("stop", 3, 10, decode_s=0.72))
+    seen.finish(None, status=200)
+    text = metrics.snapshot()
+    first, pace = "time_to_first_token_seconds_count", "time_per_output_token_seconds_count"
+    assert metric(text, f"gen_ai_server_{first}", pool="short") == 1
+    assert metric(text, f"gen_ai_server_{pace}", pool="long") == 1
+    assert metric(text, f"gen_ai_server_{pace}", pool="short") == 0
+
+
 def test_a_request_that_was_cut_short_is_charged_for_what_was_streamed() -> None:
     metrics = RequestMetrics()
     seen = observation(metrics)

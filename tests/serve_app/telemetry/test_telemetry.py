@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 from starlette.datastructures import Headers
+from support.admissions import status
 from support.serving import FaultyEngine, client_of, make_service
 
 from deepseek.engine.request import SamplingParams
@@ -215,6 +217,30 @@ def test_phases_lie_end_to_end_inside_the_generation(
     assert attributes(by_name["prefill"])["gen_ai.usage.input_tokens"] == 3
     assert attributes(by_name["prefill"])["intserve.tokens_computed"] == 2
     assert attributes(by_name["decode"])["gen_ai.usage.output_tokens"] == 5
+
+
+def test_a_generation_tells_its_pool_and_the_format_and_use_of_its_kv(
+    telemetry: Telemetry, spans: InMemorySpanExporter
+) -> None:
+    told = status("r7", kv=8000, used=1200, pool="long")
+    info = replace(told.info, kv_cache="int8", kv_bytes_per_token=644.0)
+    asked = GenerateRequest(
+        request_id="r-0", prompt_ids=(1,), sampling=SamplingParams(max_tokens=1)
+    )
+    for replica in (replace(told, info=info), told):
+        with telemetry.generation(asked, replica):
+            pass
+    quantized, plain = (attributes(span) for span in spans.get_finished_spans())
+    expected = {
+        "intserve.replica_id": "r7",
+        "intserve.pool": "long",
+        "intserve.kv_cache": "int8",
+        "intserve.kv_bytes_per_token": 644.0,
+        "intserve.kv_tokens_used": 1200,
+        "intserve.kv_tokens_total": 8000,
+    }
+    assert {name: quantized[name] for name in expected} == expected
+    assert "intserve.kv_cache" not in plain, "nothing is told that is not known"
 
 
 def test_a_client_that_left_is_no_error_and_a_failed_engine_is_one(

@@ -235,12 +235,13 @@ class Places:
                 return self._of_session(sequence, best) or best
         return None
 
-    def _takes(self, replica: Replica, sequence: Sequence) -> bool:
-        """Whether there is room for the sequence now, which nothing else is to get."""
-        need = min(sequence.ask.kv_tokens, replica.kv_total)
-        if replica.free_places <= 0 or replica.free_kv < need:
+    @staticmethod
+    def _takes(replica: Replica, sequence: Sequence, tokens: int, band: float) -> bool:
+        """Whether there is room for the sequence, which needs so many KV tokens and is placed with
+        this band, now, and nothing else is to get it."""
+        if replica.free_places <= 0 or replica.free_kv < min(tokens, replica.kv_total):
             return False
-        if replica.pin_band <= sequence.band and replica.pin is not sequence:
+        if replica.pin_band <= band and replica.pin is not sequence:
             return False
         return replica.can_ever_hold(sequence)
 
@@ -248,13 +249,12 @@ class Places:
         """The replica with room for the sequence whose used share is least; ties go to the fewest
         held, then to the lowest id. A replica that is being tried out is a moving sequence's last
         choice: it has lost one already."""
-        ask, best, best_rank = sequence.ask, None, None
-        if sequence.pinned is None and min(ask.kv_tokens, ask.charge) > self.room(
-            sequence.band, pool
-        ):
+        ask, band, best, best_rank = sequence.ask, sequence.band, None, None
+        tokens = ask.kv_tokens
+        if sequence.pinned is None and min(tokens, ask.charge) > self.room(band, pool):
             return None  # most are told so: rounds of placing end with those that do not fit
         for replica in self._usable.get(pool, ()):
-            if not self._takes(replica, sequence):
+            if not self._takes(replica, sequence, tokens, band):
                 continue
             doubtful = _is_doubtful(replica, sequence)
             rank = (doubtful, replica.used_share(), len(replica.held), replica.replica_id)
@@ -271,9 +271,10 @@ class Places:
         for replica in self._usable.get(best.pool, ()) if found is not None else ():
             if replica.replica_id == found:
                 fuller = replica.used_share() - best.used_share()
-                if fuller > self._slack or not self._takes(replica, sequence):
+                if fuller > self._slack or _is_doubtful(replica, sequence):
                     return None
-                return None if _is_doubtful(replica, sequence) else replica
+                tokens, band = sequence.ask.kv_tokens, sequence.band
+                return replica if self._takes(replica, sequence, tokens, band) else None
         return None
 
     def pin(self, sequence: Sequence) -> bool:

@@ -85,9 +85,10 @@ def _place_at_home(
     """Nothing is set aside for who may yet spill over."""
 
     def at_home(sequence: Sequence, is_head: bool) -> bool:
-        others = sequence.ask.pools[1:]
-        stays = is_head and not (others and has_room(priority, others))
-        return try_place(sequence, stays, sequence.ask.pools[:1])
+        pools = sequence.ask.pools
+        if len(pools) == 1:
+            return try_place(sequence, is_head, pools)
+        return try_place(sequence, is_head and not has_room(priority, pools[1:]), pools[:1])
 
     queue.place(priority, at_home, lambda: has_room(priority, (home,)))
 

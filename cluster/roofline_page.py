@@ -13,9 +13,10 @@ from cluster.fit import (
     spread,
 )
 from cluster.hardware import GPUS
-from cluster.published import NOT_COMPARED, Figure
+from cluster.published import Figure
 from cluster.roofline import FITTED, LINK
 from cluster.slo import MARGIN, PERCENTILE
+from cluster.uncompared import NOT_COMPARED
 
 _UNITS = {"tpot": "ms a token", "ttft": "ms", "output": "tokens/s", "prefill": "prompt tokens/s"}
 
@@ -161,11 +162,13 @@ def _table(found: list[Row], *, left_out: bool = False) -> Iterator[str]:
         if row.left_out is not None and row.source_left_out is not None:
             cells += [f"{row.left_out:+.0%}", f"{row.source_left_out:+.0%}"]
         yield f"| {' | '.join(cells)} |"
-    notes = {row.figure.note: row.figure.source for row in found if row.figure.note}
-    if notes:
-        yield ""
-        for note, source in notes.items():
-            yield f"- {source}: {note}."
+    notes: dict[str, list[str]] = {}
+    for row in found:
+        if row.figure.note and row.figure.note not in notes.get(row.figure.source, []):
+            notes.setdefault(row.figure.source, []).append(row.figure.note)
+    yield ""
+    for source, all_notes in notes.items():
+        yield f"- {source}: {'; '.join(all_notes)}."
 
 
 def _layout(figure: Figure) -> str:

@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from cluster.fit import EARLY_LAYER_S, SINCE, Constants, covered, error, fit, predict, spread
-from cluster.published import FIGURES, NOT_COMPARED, Figure
+from cluster.published import FIGURES, Figure
 from cluster.roofline import FITTED
 from cluster.slo import COVERED, MARGIN
+from cluster.uncompared import NOT_COMPARED
 
 FIT = [figure for figure in FIGURES if figure.role == "fit"]
 CONSTANTS = Constants(FITTED, EARLY_LAYER_S)

@@ -24,6 +24,7 @@ from cluster.built_bytes import RELEASE
 from cluster.hardware import parse_hardware
 from cluster.published import FIGURES, Figure
 from cluster.roofline import FITTED, LINK, Efficiency, ReplicaSpeed, replica_speed
+from cluster.work import Attention
 from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import load_recipe
 
@@ -154,16 +155,16 @@ def rows() -> list[Row]:
     return found
 
 
-def covered(margin: float) -> float:
-    """The share of the fitted figures that come out no slower than predicted when the prediction is
-    made slower by `margin`."""
+def needed_margin(attention: Attention) -> float:
+    """How much slower predictions must be made so that no fitted figure with attention split that
+    way is slower than predicted."""
     constants = Constants(FITTED, EARLY_LAYER_S)
-    fitted = [figure for figure in FIGURES if figure.role == "fit"]
-    held = 0
-    for figure in fitted:
-        faster = figure.value / predict(figure, constants)
-        held += (faster if figure.is_time else 1.0 / faster) <= 1.0 + margin
-    return held / len(fitted)
+    most = 0.0
+    for figure in FIGURES:
+        if figure.role == "fit" and figure.attention == attention:
+            ratio = predict(figure, constants) / figure.value
+            most = max(most, (1.0 / ratio if figure.is_time else ratio) - 1.0)
+    return most
 
 
 def spread(errors: Iterable[float]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 `fit` are measurements that `cluster/fit.py` fits on: the engine, the cards, the formats, the
 lengths and the batch are all stated. `check` are measurements that lack one of them or differ in
 something that the roofline does not have; they are compared, with what is missing, and not fitted.
-`model` are another model's answers, no measurements. `NOT_COMPARED` lists the rest, and why.
+`model` are another model's answers, no measurements. The rest is in `cluster/uncompared.py`.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ class Figure:
         return self.metric in ("tpot", "ttft")
 
 
-_GITHUB = "https://github.com/"
-_INFERENCEX = _GITHUB + "SemiAnalysisAI/InferenceX/issues/870"
-_TENSTORRENT = _GITHUB + "tenstorrent/tt-inference-server/issues/356"
-_TRTLLM = (
-    _GITHUB + "NVIDIA/TensorRT-LLM/blob/main/docs/source/blogs/"
+GITHUB = "https://github.com/"
+_INFERENCEX = GITHUB + "SemiAnalysisAI/InferenceX/issues/870"
+TENSTORRENT = GITHUB + "tenstorrent/tt-inference-server/issues/356"
+TRTLLM = (
+    GITHUB + "NVIDIA/TensorRT-LLM/blob/main/docs/source/blogs/"
     "Best_perf_practice_on_DeepSeek-R1_in_TensorRT-LLM.md"
 )
-_SGLANG = _GITHUB + "sgl-project/sglang/pull/"
-_GPUSTACK = _GITHUB + "gpustack/gpustack/blob/main/docs/performance-lab/deepseek-r1/h200.md"
+SGLANG = GITHUB + "sgl-project/sglang/pull/"
+_GPUSTACK = GITHUB + "gpustack/gpustack/blob/main/docs/performance-lab/deepseek-r1/h200.md"
 _DEEPSEEK = (
-    _GITHUB + "deepseek-ai/open-infra-index/blob/main/202502OpenSourceWeek/"
+    GITHUB + "deepseek-ai/open-infra-index/blob/main/202502OpenSourceWeek/"
     "day_6_one_more_thing_deepseekV3R1_inference_system_overview.md"
 )
 _LMSYS_96 = "https://lmsys.org/blog/2025-05-05-large-scale-ep/"
-_LMSYS_H20 = "https://lmsys.org/blog/2025-09-26-sglang-ant-group"
+LMSYS_H20 = "https://lmsys.org/blog/2025-09-26-sglang-ant-group"
 _AIC = "https://pypi.org/project/aiconfigurator/0.12.0/"
 
 
@@ -83,7 +83,7 @@ _H200 = Figure(
 _AWQ = Figure(
     role="fit",
     source="tt-inference-server #356",
-    url=_TENSTORRENT,
+    url=TENSTORRENT,
     engine="vLLM, AWQ",
     date="2025-07",
     hardware="8xH100-80GB",
@@ -106,7 +106,7 @@ _TWO_NODES = replace(
 _A100 = Figure(
     role="fit",
     source="SGLang #3922",
-    url=_SGLANG + "3922",
+    url=SGLANG + "3922",
     engine="SGLang, block INT8",
     date="2025-02",
     hardware="16xA100-80GB",
@@ -200,7 +200,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         role="fit",
         source="TensorRT-LLM guide",
-        url=_TRTLLM,
+        url=TRTLLM,
         engine="TensorRT-LLM",
         date="2025-09",
         hardware="8xH200",
@@ -256,7 +256,7 @@ FIGURES: tuple[Figure, ...] = (
     replace(
         _A100,
         source="SGLang #4287",
-        url=_SGLANG + "4287",
+        url=SGLANG + "4287",
         engine="SGLang, channel INT8",
         recipe="int8",
         value=38.30,
@@ -265,7 +265,7 @@ FIGURES: tuple[Figure, ...] = (
         _A100,
         role="check",
         source="SGLang #4323",
-        url=_SGLANG + "4323",
+        url=SGLANG + "4323",
         engine="SGLang, channel INT8",
         recipe="int8",
         value=37.89,
@@ -274,14 +274,14 @@ FIGURES: tuple[Figure, ...] = (
     replace(
         _A100,
         source="SGLang #4220",
-        url=_SGLANG + "4220",
+        url=SGLANG + "4220",
         hardware="8xH20-96GB",
         value=44.90,
     ),
     Figure(
         role="fit",
         source="SGLang #8118",
-        url=_SGLANG + "8118",
+        url=SGLANG + "8118",
         engine="SGLang, W4AFP8",
         date="2025-07",
         hardware="8xH20-96GB",
@@ -297,7 +297,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         role="fit",
         source="SGLang #15315",
-        url=_SGLANG + "15315",
+        url=SGLANG + "15315",
         engine="SGLang, W4AFP8, prefill apart",
         date="2025-12",
         hardware="8xH20-96GB",
@@ -340,7 +340,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         role="fit",
         source="LMSYS, H20",
-        url=_LMSYS_H20,
+        url=LMSYS_H20,
         engine="SGLang, prefill apart",
         date="2025-09",
         hardware="8xH20-96GB",
@@ -375,7 +375,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         role="check",
         source="SGLang #7762",
-        url=_SGLANG + "7762",
+        url=SGLANG + "7762",
         engine="SGLang, W4AFP8",
         date="2025-07",
         hardware="16xH20-96GB",
@@ -423,59 +423,5 @@ FIGURES: tuple[Figure, ...] = (
         batch=64,
         value=45.0,
         note="no measurement behind it",
-    ),
-)
-
-#: What can't be predicted: (what, where, why).
-NOT_COMPARED: tuple[tuple[str, str, str], ...] = (
-    (
-        "158 tokens/s, 8xH200, TensorRT-LLM, one request",
-        _TRTLLM,
-        "three tokens of the MTP layer a step; how many are accepted is not said",
-    ),
-    (
-        "2,200 tokens/s an H200, vLLM, wide EP",
-        "https://llm-d.ai/blog/llm-d-v0.3-expanded-hardware-faster-perf-and-igw-ga",
-        "batch, lengths and number of GPUs are not said",
-    ),
-    (
-        "5,700 output tokens/s a node, H20, SGLang, decode EP16",
-        _LMSYS_H20,
-        "the batch is not in what could be read",
-    ),
-    (
-        "3,342 (BF16, 32xA100), 4,450 (INT8) tokens/s at 128 requests/s, SGLang",
-        _SGLANG + "3730",
-        "lengths and batch are not said; the same of #3888, #3922, #4287 and #4323 at 128",
-    ),
-    (
-        "74 output tokens/s, 8xH20, SGLang W4AFP8, 64 at once",
-        _SGLANG + "7762",
-        "a user's report of a run that went wrong",
-    ),
-    (
-        "+56 % at 64 and +125 % at 128 of W4AFP8 over FP8, 8xH20, SGLang",
-        _SGLANG + "9508",
-        "a ratio without the figures",
-    ),
-    (
-        "TPOT 55.4, 41.5 and 44.7 ms (AWQ, GPTQ experts, GPTQ all), vLLM, ShareGPT",
-        _GITHUB + "IST-DASLab/MoE-Quant",
-        "the cards and the rate of requests are not in what could be read",
-    ),
-    (
-        "3,872 tokens/s of an HGX H200, NVIDIA NIM",
-        _GITHUB + "deepseek-ai/DeepSeek-R1/issues/507",
-        "told there as 3,800 and more; batch and lengths are not said",
-    ),
-    (
-        "TPOT 12.2 ms, TTFT 574 ms for 10,240 tokens, SGLang W4AFP8",
-        _SGLANG + "10027",
-        "the cards are not in what could be read",
-    ),
-    (
-        "TPOT 16 to 50 ms, INT8 and W4A8 on Atlas A3",
-        "https://docs.sglang.io/docs/hardware-platforms/ascend-npus/best_practice/deepseek_v3_2",
-        "no card that the planner has",
     ),
 )

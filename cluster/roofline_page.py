@@ -8,14 +8,14 @@ from cluster.fit import (
     EARLY_LAYER_S,
     SINCE,
     Row,
-    covered,
     rows,
     spread,
 )
 from cluster.hardware import GPUS
-from cluster.published import NOT_COMPARED, Figure
+from cluster.published import Figure
 from cluster.roofline import FITTED, LINK
-from cluster.slo import MARGIN, PERCENTILE
+from cluster.slo import MARGINS, PERCENTILE
+from cluster.uncompared import NOT_COMPARED
 
 _UNITS = {"tpot": "ms a token", "ttft": "ms", "output": "tokens/s", "prefill": "prompt tokens/s"}
 
@@ -145,13 +145,16 @@ def _errors(found: list[Row]) -> Iterator[str]:
 
 def _table(found: list[Row], *, left_out: bool = False) -> Iterator[str]:
     more = " without it | without its source |" if left_out else ""
-    yield f"| source | engine | replica | requests x tokens | published | predicted | error |{more}"
-    yield "|---|---|---|---|---:|---:|---:|" + "---:|---:|" * left_out
+    yield (
+        "| source | engine | replica | requests x tokens | published | predicted | error |"
+        f"{more} note |"
+    )
+    yield "|---|---|---|---|---:|---:|---:|" + "---:|---:|" * left_out + "---|"
     for row in found:
         figure = row.figure
         cells = [
             f"[{figure.source}]({figure.url})",
-            figure.engine,
+            f"{figure.engine}, {figure.date}",
             f"{figure.hardware}, `{figure.recipe}`, {_layout(figure)}",
             _lengths(figure),
             f"{_number(figure.value)} {_UNITS[figure.metric]}",
@@ -160,12 +163,7 @@ def _table(found: list[Row], *, left_out: bool = False) -> Iterator[str]:
         ]
         if row.left_out is not None and row.source_left_out is not None:
             cells += [f"{row.left_out:+.0%}", f"{row.source_left_out:+.0%}"]
-        yield f"| {' | '.join(cells)} |"
-    notes = {row.figure.note: row.figure.source for row in found if row.figure.note}
-    if notes:
-        yield ""
-        for note, source in notes.items():
-            yield f"- {source}: {note}."
+        yield f"| {' | '.join([*cells, figure.note])} |"
 
 
 def _layout(figure: Figure) -> str:
@@ -214,8 +212,11 @@ def _slo() -> Iterator[str]:
     yield "## What `plan --slo` assumes"
     yield ""
     yield from (
-        f"- Every time is {MARGIN:.0%} longer than predicted. {covered(MARGIN):.0%} of the fitted "
-        "figures are no slower than that.",
+        f"- Every time is longer than predicted by {MARGINS['tp']:.0%} with attention split by "
+        f"heads and {MARGINS['dp']:.0%} by requests: as much as in the fitted figure of that kind "
+        "that the fit is most optimistic about. By requests that is TensorRT-LLM's guide, the only "
+        "one with whole experts on a single node; it needs an engine that sends tokens to their "
+        "experts (DeepEP), and does not gather them all.",
         "- A replica runs at most as many requests as hold the TPOT even when all places are "
         "taken, as fit its KV cache, and as its workspace is planned for.",
         f"- The TTFT holds for {PERCENTILE:.0%} of the requests. It is the sum of the wait for a "

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.slo import COVERED, MARGIN, PERCENTILE, Fleet, Slo, Workload, show_time
+from cluster.slo import PERCENTILE, Fleet, Slo, Workload, show_time
 from deepseek.cli import print_line
 
 
@@ -30,7 +30,7 @@ def slo_json(
         "alternatives": [_fleet_json(fleet) for fleet in fleets[1:]],
         "assumptions": {
             "efficiency": asdict(best.speed.efficiency),
-            "margin": MARGIN,
+            "margin": best.margin,
             "ttft_percentile": PERCENTILE,
             "chunk_tokens": best.speed.chunk_tokens,
         },
@@ -87,10 +87,11 @@ def assumptions(fleet: Fleet) -> list[str]:
         f"MB of activations per token and layer, {used.layer_s * 1e6:.0f} us per layer, "
         f"{used.hop_s * 1e6:.0f} us per collective between nodes; fitted on published figures, "
         "with errors in docs/roofline.md. Nothing was measured here.",
-        f"Assumed: every time is {pct(MARGIN)} longer than predicted, which covers "
-        f"{pct(COVERED)} of those figures; requests arrive at random (Poisson), all of one "
-        "length, with no prefix found in a cache and no speculation; the wait for a place is "
-        "Erlang C's over all places of the fleet, that for earlier prompts M/D/1's on one replica.",
+        f"Assumed: every time is {pct(fleet.margin)} longer than predicted, as it is in the figure "
+        "of this kind of attention that the fit is most optimistic about; requests arrive at "
+        "random (Poisson), all of one length, with no prefix found in a cache and no speculation; "
+        "the wait for a place is Erlang C's over all places of the fleet, that for earlier prompts "
+        "M/D/1's on one replica.",
     ]
 
 

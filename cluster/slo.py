@@ -3,7 +3,7 @@
 Every recipe is tried on replicas of every size that a target loads it on, with attention split by
 heads and by sequences. Its batch limit is the largest at which even a full replica holds the TPOT;
 then replicas are added until the waits that `cluster/queueing.py` gives leave time for the TTFT.
-Speeds are the roofline's, made slower by `MARGIN`.
+Speeds are the roofline's, made slower by `MARGINS`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from deepseek.untrusted import show_name
 
 #: Share of requests that must hold the TTFT; what the fleet's autoscaling looks at too.
 PERCENTILE = 0.9
-#: How much slower than the roofline's answer a replica is taken to be, and the share of the fitted
-#: figures that are no slower than that (`covered` of `cluster/fit.py`; a test computes it).
-MARGIN, COVERED = 0.2, 0.88
+#: How much slower than the roofline's answer a replica is taken to be: as much as the figure that
+#: the fit is most optimistic about (`needed_margin` of `cluster/fit.py`; a test computes it).
+MARGINS: dict[Attention, float] = {"tp": 0.31, "dp": 0.55}
 #: Largest replica that is tried, and most requests per second and nodes that make sense here.
 MAX_REPLICA_NODES = 4
 MAX_RPS = 100_000.0
@@ -79,6 +79,10 @@ class Fleet:
     prefill_wait_s: float
     prefill_s: float
     limited_by: str
+
+    @property
+    def margin(self) -> float:
+        return MARGINS[self.speed.layout.attention]
 
     @property
     def nodes(self) -> int:
@@ -252,8 +256,8 @@ def _plans(
 def _fleet(plan: Plan, speed: ReplicaSpeed, slo: Slo, workload: Workload) -> Fleet | _Miss | None:
     """The fewest replicas, or why no number of them would do; None where not one request fits."""
     isl, osl = workload.isl, workload.osl
-    slower = 1.0 + MARGIN
     layout = speed.layout
+    slower = 1.0 + MARGINS[layout.attention]
     places = GPU_MAX_BATCH * (layout.gpus if layout.attention == "dp" else 1)
     most = min(speed.max_batch(isl, osl), places)
     if most < 1:
@@ -333,8 +337,9 @@ def _running(
     """Requests that run on one replica on average: those that arrive during one's own time, which
     depends on them again (Little's law, iterated from none)."""
     running, each = 1.0, workload.rps / replicas
+    slower = 1.0 + MARGINS[speed.layout.attention]
     for _ in range(100):
-        tpot = (1.0 + MARGIN) * speed.tpot_s(max(1.0, running), workload.isl, workload.osl)
+        tpot = slower * speed.tpot_s(max(1.0, running), workload.isl, workload.osl)
         found = min(float(batch), each * (prefill_s + workload.osl * tpot))
         if abs(found - running) < 1e-3 * running:
             break

@@ -212,9 +212,10 @@ class Places:
 
     def has_room(self, band: float, pools: Iterable[str] | None = None) -> bool:
         """Whether anything of this band could be placed in these pools, None: in any."""
-        return any(
-            self.room(band, pool) >= 0 for pool in (self._usable if pools is None else pools)
-        )
+        for pool in self._usable if pools is None else pools:  # often asked: `any` is slower
+            if self.room(band, pool) >= 0:
+                return True
+        return False
 
     def room(self, band: float, pool: str) -> int:
         """The most KV tokens that are free in one replica of the pool which takes something of this
@@ -306,7 +307,9 @@ class Places:
             pin = replica.pin
             if pin is None or replica.pin_band != band:
                 continue
-            room = max(self.room(band, pool) for pool in pin.ask.pools)
+            room = self.room(band, pin.ask.pools[0])
+            for pool in pin.ask.pools[1:]:
+                room = max(room, self.room(band, pool))
             if min(pin.ask.kv_tokens, pin.ask.charge) <= room or replica.fits(pin):
                 found.append(pin)
         return found

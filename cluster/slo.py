@@ -376,6 +376,9 @@ def _why_not(
 def show_time(seconds: float, *, up: bool = False) -> str:
     """`12.3ms`, `1.24s`, as `--slo` reads it; with `up` never less than it is."""
     unit, factor, digits = ("ms", 1e3, 1) if seconds < 1.0 else ("s", 1.0, 2)
+    if unit == "ms" and seconds >= 0.1:
+        digits = 0
     value = seconds * factor
     value = math.ceil(value * 10**digits) / 10**digits if up else value
-    return f"{value:.{digits}f}".rstrip("0").rstrip(".") + unit
+    shown = f"{value:.{digits}f}"
+    return (shown.rstrip("0").rstrip(".") if digits else shown) + unit

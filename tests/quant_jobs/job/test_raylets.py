@@ -74,6 +74,7 @@ def pair(shared_pair: Raylets) -> Raylets:
     return shared_pair
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_raylet_killed_in_the_middle_costs_no_byte_and_the_job_goes_on_with_those_left(
     pair: Raylets, model: SmallModel, tmp_path: Path

@@ -13,7 +13,7 @@ from support.tokenizers_of_others import KINDS, TEXT
 
 from serve_app.config import EchoOptions
 from serve_app.errors import DeadlineExceeded, InvalidRequest
-from serve_app.openai.prompts import MAX_BYTES, SHORT_BYTES, Budget, PromptEncoder
+from serve_app.openai.prompts import INLINE_BYTES, MAX_BYTES, SHORT_BYTES, Budget, PromptEncoder
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, PromptText
 from serve_app.routing.checks import ContextLimit
 
@@ -121,11 +121,19 @@ async def test_a_short_prompt_waits_for_no_long_one() -> None:
     long = [asyncio.create_task(encoder.encode(["x" * MAX_BYTES], LIMIT, deadline()))]
     long += [asyncio.create_task(encoder.encode(["x" * MAX_BYTES], LIMIT, deadline()))]
     await eventually(lambda: tokenizer.encoding == MAX_BYTES)
-    short = asyncio.create_task(encoder.encode(["hi"], LIMIT, deadline()))
-    await eventually(lambda: tokenizer.encoding == MAX_BYTES + 2)
+    size = INLINE_BYTES + 1
+    short = asyncio.create_task(encoder.encode(["x" * size], LIMIT, deadline()))
+    await eventually(lambda: tokenizer.encoding == MAX_BYTES + size)
     tokenizer.go.set()
-    assert await short == [[104, 105]]
+    assert await short == [[120] * 10]
     await asyncio.gather(*long)
+
+
+async def test_a_prompt_of_a_line_is_encoded_before_anything_else_runs() -> None:
+    encoding = asyncio.create_task(PromptEncoder(Watched()).encode(["hi"], LIMIT, deadline()))
+    await asyncio.sleep(0)
+    assert encoding.done(), "no thread had to get Python's lock for it"
+    assert encoding.result() == [[104, 105]]
 
 
 async def test_the_deadline_answers_at_once_and_the_text_counts_until_its_thread_ends() -> None:

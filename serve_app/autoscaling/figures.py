@@ -156,5 +156,5 @@ def signals_of(
         kv_share=figures.kv_share,
         ttft_p90_s=figures.ttft_p90_s,
         itl_p90_s=figures.itl_p90_s,
-        turned_away=getattr(figures, "turned_away", 0),
+        turned_away=figures.turned_away,
     )

@@ -171,13 +171,16 @@ def is_moment(value: object) -> bool:
         return False
 
 
+#: At most so many, or so much: floats count sums and products of such numbers exactly.
+_MOST = 2**32
+
+
 def _count(value: Any) -> int:
-    """At most so many that floats count sums and products of them exactly."""
-    return int(min(value, 2**32)) if _is_positive(value) else 0
+    return int(min(value, _MOST)) if _is_positive(value) else 0
 
 
 def _measure(value: Any) -> float | None:
-    return float(value) if is_moment(value) and value >= 0 else None
+    return float(min(value, _MOST)) if is_moment(value) and value >= 0 else None
 
 
 def _is_positive(value: Any) -> bool:

@@ -9,11 +9,29 @@ from typing import Any
 from serve_app.autoscaling.policy import LatencyPolicy
 from serve_app.autoscaling.signals import Decision, Signals, State
 from serve_app.autoscaling_settings import AutoscalingSection
+from serve_app.routing.admission_stats import PoolStats
 
 
 def section(**keys: Any) -> AutoscalingSection:
     """A section of at most eight replicas, unless `keys` say otherwise."""
     return AutoscalingSection.model_validate({"max_replicas": 8} | keys)
+
+
+def figures(**values: Any) -> PoolStats:
+    """What the owner of admission tells of a pool where nobody asks, but for `values`."""
+    calm: dict[str, Any] = {
+        "pool": "default",
+        "ready": 1,
+        "waiting": 0,
+        "waiting_tokens": 0,
+        "oldest_wait_s": 0.0,
+        "running": 0,
+        "kv_share": 0.0,
+        "places_share": 0.0,
+        "ttft_p90_s": None,
+        "itl_p90_s": None,
+    }
+    return PoolStats(**(calm | values))
 
 
 @dataclass

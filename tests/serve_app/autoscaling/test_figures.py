@@ -6,10 +6,10 @@ import gc
 import logging
 import queue
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.scaling import figures
 
 from serve_app.autoscaling.figures import STALE_S, FiguresReader, signals_of
 
@@ -85,11 +85,12 @@ def test_figures_that_are_old_are_none() -> None:
 
 
 def test_the_thread_ends_with_its_reader() -> None:
-    owner = Owner()
+    owner, others = Owner(), set(threading.enumerate())
     reader = FiguresReader(owner, period_s=0.001)
     reader.latest()
     owner.wait_for_question()
-    (thread,) = [t for t in threading.enumerate() if t.name == "intserve-autoscaling-figures"]
+    (thread,) = set(threading.enumerate()) - others
+    assert thread.name == "intserve-autoscaling-figures"
     del reader
     gc.collect()
     owner.answers.put(None)
@@ -110,7 +111,7 @@ def test_replicas_that_serve_works_toward_count_as_starting(
 
 
 def test_the_figures_reach_the_policy_as_they_are() -> None:
-    figures = SimpleNamespace(
+    shown = figures(
         waiting=3,
         waiting_tokens=900,
         oldest_wait_s=1.5,
@@ -120,7 +121,7 @@ def test_the_figures_reach_the_policy_as_they_are() -> None:
         itl_p90_s=None,
         turned_away=2,
     )
-    signals = signals_of(figures, now_s=1.0, running=1, target=1, places=8)
+    signals = signals_of(shown, now_s=1.0, running=1, target=1, places=8)
     assert (signals.waiting, signals.waiting_tokens, signals.oldest_wait_s) == (3, 900, 1.5)
     assert (signals.running, signals.kv_share, signals.turned_away) == (7, 0.25, 2)
     assert (signals.ttft_p90_s, signals.itl_p90_s, signals.places) == (0.5, None, 8)

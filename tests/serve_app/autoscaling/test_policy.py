@@ -468,6 +468,13 @@ anything = st.one_of(
 )
 
 
+def test_a_share_beyond_all_reason_stays_within_the_bounds_and_in_the_state() -> None:
+    told = Signals(now_s=1.0, ready=2, running=1, kv_share=1.4e308)
+    decision, state = LatencyPolicy(section()).decide(told, State())
+    assert decision.desired <= 8
+    assert State.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_whatever_it_is_told_it_answers_within_its_bounds(data: st.DataObject) -> None:

@@ -13,16 +13,10 @@ import pytest
 from ray.serve._private.config import DeploymentConfig
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
-from support.scaling import section
+from support.scaling import figures, section
 
 from serve_app.autoscaling.announcer import GAUGES, MOVES, Announcer
 from serve_app.autoscaling.serve_policy import POLICY, ServePolicy, autoscaling_options
-
-
-def figures(**values: Any) -> SimpleNamespace:
-    """As `PoolStats` has them: of a pool where nobody asks."""
-    calm = {"waiting": 0, "waiting_tokens": 0, "oldest_wait_s": 0.0, "running": 0, "kv_share": 0.0}
-    return SimpleNamespace(**(calm | {"ttft_p90_s": None, "itl_p90_s": None} | values))
 
 
 @dataclass

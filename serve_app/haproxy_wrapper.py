@@ -10,7 +10,8 @@ Ray wrote, then becomes HAProxy, with the same process id and arguments.
 
 Ray has no setting for what is done here. Its template opens the metrics, the statistics and the
 admin socket to everybody, waits without end for the head of a request that drips in, lets the
-kernel hold megabytes for a client that does not read, and passes clients' addresses on to nobody.
+kernel hold megabytes for a client that does not read, passes clients' addresses on to nobody, and
+misses that a client leaves while it waits for its answer.
 It is written for one template: where an expected line is missing, or a port opens that is not known
 here, HAProxy does not start. Starting it open would be worse.
 
@@ -62,6 +63,10 @@ _BUFFERS = [
     f"    tune.sndbuf.client {BUFFER_BYTES}",
     f"    tune.rcvbuf.server {BUFFER_BYTES}",
 ]
+#: Left out. HAProxy 2.8 moves a request's body through a pipe with it, and from then on does not
+#: read the client's side: `option abortonclose` sees no end, and a client that leaves before its
+#: answer begins holds its place until the answer is whole.
+_LEFT_OUT = "option splice-request"
 _ADMIN = re.compile(r"    stats socket (\S+) mode 666 level admin expose-fd listeners")
 _SECTION = re.compile(r"(global|defaults|frontend|backend|listen)\b.*")
 #: This machine, in HAProxy's words.
@@ -78,8 +83,8 @@ def place(host: str, port: str) -> str:
 
 
 def narrowed(configuration: str, environ: Mapping[str, str]) -> str:
-    """The configuration with closed ports, a private socket, a time for heads and addresses of
-    clients; unchanged if it is that already.
+    """The configuration with closed ports, a private socket, a time for heads, addresses of clients
+    and an eye on those that leave; unchanged if it is that already.
 
     Raises:
         UnknownTemplateError: it is not made of the template that is known here.
@@ -104,6 +109,8 @@ def narrowed(configuration: str, environ: Mapping[str, str]) -> str:
             lines += [line, *_BUFFERS]
             continue
         words = line.strip()
+        if words == _LEFT_OUT:
+            continue
         if words.startswith("stats socket"):
             match = _ADMIN.fullmatch(line)
             if match is None:

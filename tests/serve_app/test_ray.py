@@ -197,7 +197,7 @@ def test_one_streamed_request_is_one_trace_from_http_to_decode(
     assert all("hello there" not in str(span) for span in spans.values())
 
 
-@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_the_engine(url: str, stream: bool) -> None:
     def used() -> float:
         return metric(scrape(url), "intserve_engine_kv_tokens_used")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from support.configs import make_config
 from support.fleets import LocalFleet, after
 from support.local_owner import Clock, LocalOwner
@@ -155,6 +156,23 @@ async def test_the_prompts_of_one_request_run_in_the_pool_of_the_longest() -> No
         answer = await made.client.post("/v1/completions", json=body)
         assert answer.status_code == 200
         assert made.ran_in() == ["l1", "l1"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_names_its_pool_and_how_long_it_waited(stream: bool) -> None:
+    async with serving(places=1) as made:
+        made.fleet.hang("l1")
+        body = {"model": "echo", "prompt": "b" * 100, "max_tokens": 4, "stream": stream}
+        running = asyncio.create_task(made.client.post("/v1/completions", json=body))
+        while not made.owner.held():
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(made.client.post("/v1/completions", json=body))
+        await asyncio.sleep(0.3)
+        made.fleet.wake("l1")
+        answers = [await running, await waiting]
+        assert [answer.headers["x-intserve-pool"] for answer in answers] == ["long", "long"]
+        waited = [float(answer.headers["x-intserve-queue-seconds"]) for answer in answers]
+        assert waited[1] > waited[0]  # which found a place at once
 
 
 async def test_a_full_pool_spills_over_into_the_one_that_it_names() -> None:

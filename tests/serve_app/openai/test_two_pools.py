@@ -227,6 +227,28 @@ async def test_a_session_is_its_header_or_the_head_of_its_prompt_and_belongs_to_
         assert await digest("abcd", **named) == ""
 
 
+async def test_a_chat_is_known_by_its_first_question_in_every_turn() -> None:
+    async with serving() as made:
+
+        async def digest(*texts: str, system: str = "be brief", session: str = "") -> str:
+            roles = ["user", "assistant"] * len(texts)
+            turns = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+            messages = [{"role": "system", "content": system}, *turns]
+            body = {"model": "echo", "messages": messages, "max_tokens": 1}
+            headers = {"x-session-id": session} if session else {}
+            answer = await made.client.post("/v1/chat/completions", json=body, headers=headers)
+            assert answer.status_code == 200
+            (request,) = [q for r in made.fleet.replicas.values() for q in r.received]
+            made.ran_in()
+            return request.affinity
+
+        first = await digest("hi")
+        assert first == await digest("hi", "hello", "and then?")
+        assert first != await digest("hi there")
+        assert first != await digest("hi", system="be verbose")
+        assert first != await digest("hi", session="mine")
+
+
 async def test_the_next_turn_of_a_chat_meets_its_replica() -> None:
     async with serving(places=8) as made:
         assert (await made.ask(8, **{"x-session-id": "a"})).status_code == 200

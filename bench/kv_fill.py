@@ -44,8 +44,8 @@ app = make_app(__doc__ or "")
 
 FORMATS = ("bf16", "fp8", "int8")
 PAGE_TOKENS = 64
-#: Tokens of each answer.
-ANSWER = 64
+#: Tokens of each answer: more steps than all prompts that fit take to be computed.
+ANSWER = 256
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Filled:
 @app.command()
 def main(
     megabytes: Annotated[int, typer.Option(min=4, help="bytes of each cache, in MB")] = 64,
-    context: Annotated[int, typer.Option(min=128, help="tokens of a request, answer and all")] = (
+    context: Annotated[int, typer.Option(min=512, help="tokens of a request, answer and all")] = (
         2048
     ),
 ) -> None:

@@ -9,8 +9,8 @@
     processes.py  the processes below one: which there are, which died
     loading.py    what is told while an engine loads: bytes read, ranks that died
 
-Nothing else imports an engine. That environment has neither this project nor its packages. The files here import the standard
-library, msgspec and each other, relatively, and a backend imports its engine;
-`tests/test_house.py` keeps that. The process is started from the file `__main__.py`, and not from
-the folder, so that no file here hides a package of the same name.
+Nothing else imports an engine. That environment has neither this project nor its packages: what is
+here imports the standard library, msgspec and each other, relatively, and a backend imports its
+engine; `tests/test_house.py` keeps that. The process is started from the file `__main__.py`, and
+not from the folder, so that no file here hides a package of the same name.
 """

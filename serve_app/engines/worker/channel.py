@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -42,10 +42,10 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 class FrameReader(Generic[T]):
-    """Cuts what a socket brings into messages of the types `kinds`."""
+    """Cuts what a socket brings into messages of the types `kinds`, a union."""
 
-    def __init__(self, kinds: type[T]) -> None:
-        self._decoder = msgspec.msgpack.Decoder(kinds)
+    def __init__(self, kinds: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kinds)
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[T]:
@@ -78,21 +78,28 @@ class FrameReader(Generic[T]):
 class WorkerChannel(Generic[T]):
     """The worker's end. `send` may be called by every thread, `receive` by one."""
 
-    def __init__(self, sock: socket.socket, kinds: type[T]) -> None:
+    def __init__(self, sock: socket.socket, kinds: Any) -> None:
         self._socket = sock
-        self._reader = FrameReader(kinds)
+        self._reader: FrameReader[T] = FrameReader(kinds)
         self._lock = threading.Lock()
 
-    def send(self, messages: Iterable[msgspec.Struct]) -> None:
-        """Send messages in one write; blocks while the adapter does not read.
+    def send(self, messages: Iterable[msgspec.Struct], *, within_s: float | None = None) -> None:
+        """Send messages in one write; blocks while the adapter does not read, for `within_s`
+        seconds if that is given, and nothing can be sent after that.
 
         Raises:
-            OSError: the adapter has gone.
+            OSError: the adapter has gone, or did not read in time.
             ChannelError: a message is too large.
         """
         data = b"".join([encode(message) for message in messages])
-        with self._lock:
+        if not self._lock.acquire(timeout=-1 if within_s is None else within_s):
+            raise TimeoutError("another thread has been sending all the time")
+        try:
+            if within_s is not None:
+                self._socket.settimeout(within_s)
             self._socket.sendall(data)
+        finally:
+            self._lock.release()
 
     def receive(self) -> Iterator[T]:
         """The messages as they come, until the adapter closes its end or has gone.

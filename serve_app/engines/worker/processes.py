@@ -139,6 +139,13 @@ def is_alive(pid: int) -> bool:
     return process is not None and process.status is None
 
 
+def start_of(pid: int) -> int | None:
+    """When a process started, in ticks since the boot: tells it from a later one of its pid. None
+    where it has ended."""
+    process = _stat(pid)
+    return None if process is None or process.status is not None else process.started
+
+
 def _all() -> Iterator[Process]:
     for name in os.listdir("/proc"):
         if name.isdigit() and (process := _stat(int(name))) is not None:

@@ -27,6 +27,7 @@ from serve_app.engines.protocol import (
     EngineInfo,
     Event,
     GenerateRequest,
+    LoadProgress,
     PromptLogprobs,
     Tokens,
 )
@@ -126,6 +127,9 @@ class EmbeddedEngine:
             continues=True,
             kv_bytes_per_token=self._engine.allocated_bytes()["kv_cache"] / cached_tokens,
         )
+
+    def loading(self) -> LoadProgress | None:
+        return LoadProgress("loading the weights")
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         self._raise_if_failed()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,11 @@ async def answer_of(engine: RemoteEngine, request: GenerateRequest) -> tuple[str
     done = events[-1]
     assert isinstance(done, Done)
     return "".join(event.text for event in events if isinstance(event, Tokens)), done
+
+
+async def eventually(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    """Poll a condition on this loop until it holds."""
+    async with asyncio.timeout(timeout_s):
+        while not (value := condition()):
+            await asyncio.sleep(0.01)
+    return value

@@ -1,4 +1,4 @@
-"""GPUs, nodes and the plan's verdict, from a configuration and a table of nodes: no Ray is asked."""
+"""GPUs, nodes and the plan's verdict, from a configuration and a table of nodes; without Ray."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from deepseek.artifact.built_engine import BuiltEngine, read_engine
 from deepseek.artifact.documents import document_object
 from deepseek.artifact.engine_checks import (
+    ByteProgress,
     CheckReport,
     Origin,
     Original,
@@ -34,6 +35,7 @@ from deepseek.artifact.engine_checks import (
     check_same_config,
     check_schemes,
     read_target_manifest,
+    untold,
 )
 from deepseek.artifact.engine_manifest import ENGINE_FILE, EngineManifest
 from deepseek.artifact.layout import stored_layers
@@ -53,7 +55,11 @@ from deepseek.vllm.quant_config import vllm_quantization_config
 
 
 def check_engine(
-    directory: Path, *, artifact: ArtifactReader | None = None, digests: bool = True
+    directory: Path,
+    *,
+    artifact: ArtifactReader | None = None,
+    digests: bool = True,
+    progress: ByteProgress = untold,
 ) -> CheckReport:
     """Check an engine directory that was built for vLLM.
 
@@ -84,7 +90,9 @@ def check_engine(
     if digests:
         mapped = model.checkpoint.with_values()
         schemes = built.manifest.recipe.resolve(built.config) if built.manifest else {}
-        hashed, verified = check_digests(mapped, built, engine, _origins(schemes))
+        hashed, verified = check_digests(
+            mapped, built, engine, _origins(schemes), progress=progress
+        )
     if artifact is not None:
         check_same_config(directory, built, artifact)
         reference = artifact_layers(directory, engine, artifact)

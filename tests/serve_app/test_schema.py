@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from referencing import Registry, Resource
 
 from deepseek.errors import ConfigError
-from serve_app import autoscaling_settings, http_sections, sections
+from serve_app import autoscaling_settings, engine_sections, http_sections, sections
 from serve_app.config import ServeConfig
 from serve_app.mistakes import MOVED
 from serve_app.schema import PAGES, config_schema, deploy_schema
@@ -51,7 +51,7 @@ def test_a_table_that_was_edited_is_made_anew(root: Path) -> None:
 
 def models(model: type[BaseModel]) -> set[type[BaseModel]]:
     """The model and every model that its keys hold."""
-    modules = (sections, http_sections, autoscaling_settings)
+    modules = (sections, engine_sections, http_sections, autoscaling_settings)
     names = config_schema()["$defs"]
     found = {getattr(module, name) for module in modules for name in names if hasattr(module, name)}
     assert {one.__name__ for one in found} == set(names)

@@ -1,4 +1,4 @@
-"""How a worker is started: with which Python, and what it loads."""
+"""How a worker is started, what it loads, and how long it may take."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from deepseek.engine.detokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,24 +41,42 @@ class Deadlines:
     warm_up_s: float = 300.0
     ping_every_s: float = 5.0
     pong_s: float = 10.0
+    #: The engine's own health check, which may block.
+    health_s: float = 10.0
     quiet_s: float = 10.0
     canary_every_s: float = 30.0
     canary_s: float = 20.0
+    load_every_s: float = 1.0
     shutdown_s: float = 10.0
     #: From a kill to the last process that ends by it.
     kill_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStart:
-    """What `Start` says, checked, and what is known of the engine before it runs. `less_memory` are
-    arguments for a second try after it ran out of memory, with the words that tell both numbers."""
+class Plan:
+    """An engine before it runs: what it is, and the arguments of its constructor, both checked.
 
+    `less_memory` are the arguments of the second try after it ran out of memory, None where there
+    is none; `memory` are the numbers of the first and of the second, for sentences. Sizes are what
+    the arguments bound them by: an engine tells its own when it is ready.
+    """
+
+    directory: Path
+    engine: str
+    recipe: str
+    artifact_digest: str
+    engine_digest: str | None
+    kv_cache: str | None
+    weight_bytes: int
     arguments: Mapping[str, Any]
     max_model_len: int
-    kv_tokens_total: int
-    page_tokens: int
-    max_running: int
+    vocab_size: int
+    end_token_ids: frozenset[int]
+    tokenizer: Tokenizer | None
+    kv_tokens_total: int | None = None
+    page_tokens: int = 1
+    max_running: int = 256
+    kv_bytes_per_token: float | None = None
     engine_version: str | None = None
     less_memory: Mapping[str, Any] | None = None
-    memory_words: str = ""
+    memory: tuple[str, str] = ("", "")

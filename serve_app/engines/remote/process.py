@@ -65,6 +65,8 @@ class WorkerProcess:
         self.pid = self._process.pid
         self._told: dict[int, int | None] = {}
         self._gone = False
+        #: How it ended, None while it runs.
+        self.exit: str | None = None
         self._tail: deque[str] = deque(maxlen=_KEPT)
         self._exited = asyncio.Event()
         self._reader = threading.Thread(target=self._read_output, daemon=True)
@@ -129,8 +131,9 @@ class WorkerProcess:
         self._reader.join(timeout=0.5)  # its last words, unless a process below holds the pipe
 
         def tell() -> None:
+            self.exit = exit_words(code)
             self._exited.set()
-            ended(exit_words(code))
+            ended(self.exit)
 
         with contextlib.suppress(RuntimeError):  # the loop has ended with the replica
             loop.call_soon_threadsafe(tell)

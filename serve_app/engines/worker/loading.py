@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from .messages import Progress
 from .processes import (
     Process,
+    below_guardian,
     bytes_moved,
-    descendants,
     ended_words,
     is_disaster,
     is_rank,
@@ -24,7 +24,7 @@ from .processes import (
 )
 
 _LOOK_S = 0.2
-#: Looks after which a process is no short-lived helper that happens to run Python.
+#: Looks after which a process is no helper that lives for a moment, or is about to be waited for.
 _SETTLED = 5
 
 
@@ -54,6 +54,7 @@ class LoadingWatch(threading.Thread):
         self._moved: dict[tuple[int, int], int] = {}
         self._base = 0
         self._ranks: dict[int, _Rank] = {}
+        self._dead: dict[int, int] = {}
         self._told: Progress | None = None
 
     def report(self, progress: Progress) -> None:
@@ -70,7 +71,7 @@ class LoadingWatch(threading.Thread):
     def run(self) -> None:
         own = threading.get_native_id()
         while not self._over.wait(_LOOK_S):
-            processes = descendants(os.getpid())
+            processes = below_guardian()
             fault = self._look_for_deaths(processes)
             if fault is not None:
                 self._over.set()
@@ -103,9 +104,7 @@ class LoadingWatch(threading.Thread):
                     rank.looks += 1
                 elif is_rank(process.pid):
                     self._ranks[process.pid] = _Rank(process, rank_words(process.pid))
-            elif is_disaster(process.status) or (
-                process.status and rank is not None and rank.looks >= _SETTLED
-            ):
+            elif is_disaster(process.status) or self._is_left_dead(process):
                 words = f"process {process.pid}" if rank is None else rank.words
                 return f"{words} {ended_words(process.status)}"
         now = {process.pid for process in processes}
@@ -114,3 +113,8 @@ class LoadingWatch(threading.Thread):
             if rank.words.startswith("rank") and rank.looks >= _SETTLED:
                 return f"{rank.words} ended"  # its launcher has waited for it, and says nothing
         return None
+
+    def _is_left_dead(self, process: Process) -> bool:
+        """Whether a process has failed and nobody has asked how it ended for a while."""
+        self._dead[process.pid] = self._dead.get(process.pid, 0) + bool(process.status)
+        return self._dead[process.pid] >= _SETTLED

@@ -49,6 +49,12 @@ def descendants(root: int) -> list[Process]:
     return found
 
 
+def below_guardian() -> list[Process]:
+    """Of the worker, which is the guardian's child: every process that there is for its sake, those
+    included whose launcher has left them to the guardian."""
+    return [process for process in descendants(os.getppid()) if process.pid != os.getpid()]
+
+
 def command(pid: int) -> str:
     """The command line, its words joined by spaces; empty of a process that has ended."""
     return _read(f"/proc/{pid}/cmdline").replace("\0", " ").strip()

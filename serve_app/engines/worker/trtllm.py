@@ -14,14 +14,13 @@ import contextlib
 import importlib
 import inspect
 import math
-import os
 import queue
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from .backend import LoadError, Refused, RequestFailed
 from .messages import End, Generate, Load, Output, Progress, Ready, Score, Start
-from .processes import descendants, is_rank
+from .processes import below_guardian, is_rank
 from .trtllm_stats import merge_stats
 
 #: Seconds for its statistics to come; it waits itself for as long where there are none.
@@ -112,6 +111,8 @@ class TrtllmBackend:
             raise RequestFailed(str(error) or type(error).__name__) from error
         finally:
             del self._outputs[request.id]
+        if request.prompt_logprobs is not None and not told:
+            yield Output(request.id, [], prompt_scores=_prompt_scores(completion, request))
         yield End(
             request.id,
             finish_reason=getattr(completion, "finish_reason", None),
@@ -138,7 +139,7 @@ class TrtllmBackend:
         return await asyncio.to_thread(self._ask_health)
 
     def pids(self) -> list[int]:
-        return [p.pid for p in descendants(os.getpid()) if p.status is None and is_rank(p.pid)]
+        return [p.pid for p in below_guardian() if p.status is None and is_rank(p.pid)]
 
     def shutdown(self) -> None:
         self._llm.shutdown()
@@ -168,7 +169,7 @@ class TrtllmBackend:
             return None
         answer = ask()
         if isinstance(answer, dict):
-            answer = answer.get("max_tokens") or answer.get("num_tokens")
+            answer = answer.get("maxNumTokens")
         return answer if isinstance(answer, int) and answer > 0 else None
 
 

@@ -13,37 +13,21 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from deepseek.engine.limits import RequestLimits
 from deepseek.engine.logprob_names import LogprobNamer
-from deepseek.engine.options import EngineLoad
-from deepseek.errors import DeployError, RequestError
 from serve_app.engine_sections import RemoteOptions
-from serve_app.engines.protocol import Done, EngineInfo, Event, GenerateRequest, LoadProgress
+from serve_app.engines.protocol import Done, EngineInfo, Event, LoadProgress
 from serve_app.engines.remote.counts import Counts
 from serve_app.engines.remote.health import Pulse
 from serve_app.engines.remote.launch import Deadlines, Launch, Plan
 from serve_app.engines.remote.loading import Loader, Worker
 from serve_app.engines.remote.options import launch_of, plan_of
-from serve_app.engines.remote.text import Answer, to_worker
+from serve_app.engines.remote.text import Answer
 from serve_app.engines.stall import StallClock
 from serve_app.engines.worker import processes
-from serve_app.engines.worker.messages import (
-    Abort,
-    End,
-    Fatal,
-    FromWorker,
-    Generate,
-    Load,
-    Output,
-    Ping,
-    Pong,
-    Ready,
-    Stop,
-)
-from serve_app.errors import EngineUnavailable
 
 log = logging.getLogger("ray.serve")
 

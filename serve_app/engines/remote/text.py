@@ -16,7 +16,6 @@ from deepseek.engine.limits import RequestLimits
 from deepseek.engine.logprob_names import LogprobNamer
 from deepseek.engine.request import Choice, FinishReason, Sequence, TokenLogprob
 from deepseek.engine.tracked import Tracked
-from deepseek.errors import RequestError
 from serve_app.engines.protocol import Event, GenerateRequest
 from serve_app.engines.steps import to_engine, to_events
 from serve_app.engines.worker.messages import End, Generate, Output, Score

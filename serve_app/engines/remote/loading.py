@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepseek.errors import DeployError
@@ -44,19 +44,29 @@ _TELLING = ("error", "exception", "out of memory", "failed", "cannot", "abort")
 
 
 class Worker:
-    """A worker's process and the socket to it. What it says goes to `inbox` until `receive` is
-    set; so does, as a string, how it ended."""
+    """A worker's process and the socket to it. What it says goes to `inbox` until `listen` names
+    another place; so does, as a string, how it ended."""
 
     def __init__(self, launch: Launch) -> None:
         self.inbox: asyncio.Queue[FromWorker | str] = asyncio.Queue()
+        self._handle: Callable[[FromWorker | str], None] | None = None
         self.process = WorkerProcess(launch, lambda how: self._put(f"its process {how}"))
         self.channel: AdapterChannel
 
     async def connect(self) -> None:
         self.channel = await AdapterChannel.connect(self.process.socket, self._put, self._put)
 
+    def listen(self, handle: Callable[[FromWorker | str], None]) -> None:
+        """From now on call `handle` with what it says, first with what it has said."""
+        self._handle = handle
+        while not self.inbox.empty():
+            handle(self.inbox.get_nowait())
+
     def _put(self, item: FromWorker | str) -> None:
-        self.inbox.put_nowait(item)
+        if self._handle is not None:
+            self._handle(item)
+        else:
+            self.inbox.put_nowait(item)
 
     async def ending(self, what: str) -> str:
         """How it ended, of which `what` is the first sign: a socket closes a little sooner than

@@ -11,9 +11,7 @@ def launch_of(options: RemoteOptions) -> Launch:
     """The process that the options ask for."""
     if isinstance(options, TrtllmOptions):
         return launch_trtllm(options)
-    from serve_app.engines.remote.vllm import launch_vllm
-
-    return launch_vllm(options)
+    raise AssertionError(options.kind)
 
 
 def plan_of(options: RemoteOptions) -> Plan:
@@ -24,6 +22,4 @@ def plan_of(options: RemoteOptions) -> Plan:
     """
     if isinstance(options, TrtllmOptions):
         return plan_trtllm(options)
-    from serve_app.engines.remote.vllm import plan_vllm
-
-    return plan_vllm(options)
+    raise AssertionError(options.kind)

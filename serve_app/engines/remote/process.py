@@ -55,7 +55,7 @@ class WorkerProcess:
                 stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
-                env=worker_environment(os.environ) | launch.env,
+                env=worker_environment(os.environ) | dict(launch.env),
             )
         except OSError:
             self.socket.close()
@@ -170,7 +170,7 @@ def worker_environment(own: Mapping[str, str]) -> dict[str, str]:
 
 
 def exit_words(code: int) -> str:
-    """`was killed by SIGKILL`, `ended with exit code 1`. The guardian passes on its worker's end."""
+    """`was killed by SIGKILL`, `ended with exit code 1`: the guardian passes on its worker's."""
     number = -code if code < 0 else code - 128
     if code < 0 or code > 128:
         return f"was killed by {processes.signal_name(number)}"

@@ -100,7 +100,8 @@ class Answer:
         if self.reason is not None:
             return iter(())
         sequence, sampling = self._sequence, self._sequence.request.sampling
-        self._note_cached(output.cached_tokens)
+        if output.cached_tokens is not None:
+            sequence.num_cached = output.cached_tokens
         try:
             if output.prompt_scores is not None:
                 self._name_prompt(output.prompt_scores)
@@ -109,6 +110,9 @@ class Answer:
             self._require_prompt_logprobs()
             if sequence.first_token_s is None:
                 sequence.scheduled_s, sequence.first_token_s = sequence.arrived_s, now_s
+            if output.queue_s is not None:
+                began_s = sequence.arrived_s + output.queue_s
+                sequence.scheduled_s = min(began_s, sequence.first_token_s)
             if not sampling.max_tokens:  # its one token is of no use, the prompt was
                 self.reason, self.engine_ends = "length", True
                 return to_events(self._tracked.output(now_s, "length"))
@@ -122,10 +126,7 @@ class Answer:
         why, but for what it breaks off itself: that is an error, which another may not have."""
         if self.reason is not None:
             return iter(())
-        self._note_cached(end.cached_tokens)
         sequence, sampling = self._sequence, self._sequence.request.sampling
-        if end.queue_s is not None and sequence.first_token_s is not None:
-            sequence.scheduled_s = min(sequence.arrived_s + end.queue_s, sequence.first_token_s)
         if end.error is not None:
             return self.fail(end.error, now_s, retryable=end.fatal)
         word = end.finish_reason
@@ -203,10 +204,6 @@ class Answer:
         told = self._tracked.prompt_logprobs
         if told is not None and len(told) != self.prompt_tokens:
             raise _Unusable("the engine told no logprobs of the prompt")
-
-    def _note_cached(self, cached_tokens: int | None) -> None:
-        if cached_tokens is not None:
-            self._sequence.num_cached = cached_tokens
 
 
 class _Unusable(Exception):

@@ -29,8 +29,8 @@ from serve_app.engines.remote.launch import Launch, Plan
 
 #: Of the GPUs' memory, what the second try after out-of-memory takes of the first's share.
 _SECOND_TRY = 0.9
-#: Memory of the KV cache of vLLM's build for CPUs, unless VLLM_CPU_KVCACHE_SPACE says how many GiB.
-#: A share of the node's memory, which vllm.yaml has, would be taken from everything that runs there.
+#: Bytes of KV cache of vLLM's build for CPUs, unless VLLM_CPU_KVCACHE_SPACE says how many GiB: a
+#: share of the memory, which vllm.yaml asks for, would be taken from all else that runs there.
 _CPU_KV_BYTES = 1 << 30
 #: Tokens of a page where nothing else is said.
 _DEFAULT_PAGE = 16

@@ -145,20 +145,21 @@ class Failed(Message, kw_only=True):
 class Output(Message):
     """New tokens of a request, of one or several steps. `scores` has one entry per new token where
     logprobs were asked for. `prompt_scores` comes once, not after the first tokens, with one entry
-    per prompt token, the first one None. `cached_tokens` of the prompt were found computed."""
+    per prompt token, the first one None. `cached_tokens` of the prompt were found computed;
+    `queue_s` is what the engine says the request waited before it first ran."""
 
     id: int
     token_ids: list[int]
     scores: list[Score] | None = None
     prompt_scores: list[Score | None] | None = None
     cached_tokens: int | None = None
+    queue_s: float | None = None
 
 
 class End(Message):
     """No more comes of a request. `finish_reason` is the engine's own word. `error` is one
     sentence: of a request that the engine `refused` at once, of one that failed alone, or, with
-    `fatal`, of an engine that is dead. `queue_s` is what it says the request waited before it first
-    ran."""
+    `fatal`, of an engine that is dead."""
 
     id: int
     finish_reason: str | None = None
@@ -166,8 +167,6 @@ class End(Message):
     error: str | None = None
     refused: bool = False
     fatal: bool = False
-    cached_tokens: int | None = None
-    queue_s: float | None = None
 
 
 class Load(Message, kw_only=True):

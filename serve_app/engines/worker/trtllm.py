@@ -105,6 +105,7 @@ class TrtllmBackend:
                         scores=_scores(completion.logprobs, told, new, request) if scored else None,
                         prompt_scores=_prompt_scores(completion, request) if not told else None,
                         cached_tokens=cached,
+                        queue_s=_queue_s(completion),
                     )
                     told += len(new)
         except self._request_error as error:
@@ -117,8 +118,6 @@ class TrtllmBackend:
             request.id,
             finish_reason=getattr(completion, "finish_reason", None),
             stop_reason=getattr(completion, "stop_reason", None),
-            cached_tokens=cached,
-            queue_s=_queue_s(completion),
         )
 
     async def abort(self, request_id: int) -> None:

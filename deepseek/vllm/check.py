@@ -46,7 +46,7 @@ from deepseek.fused_loader.decode import compare
 from deepseek.fused_loader.loading import check_loading
 from deepseek.recipe import Scheme
 from deepseek.vllm.fields import LOADER, TARGET, VllmFields
-from deepseek.vllm.launch import KV_DTYPES, LAUNCH_FILE, faults, launch_of
+from deepseek.vllm.launch import KV_DTYPES, LAUNCH_FILE, Launch, faults, launch_of
 from deepseek.vllm.layout import stored_schemes, stored_tensors
 from deepseek.vllm.loadable import check_loadable
 from deepseek.vllm.loader import LoaderModel
@@ -85,7 +85,7 @@ def check_engine(
         lambda layer: stored_tensors(model.config, stored, layer, released=released),
         index_needed=True,
     )
-    _check_launch(directory, built, model.config, engine, mtp=mtp)
+    check_launch(directory, built, model.config, engine, mtp=mtp)
     hashed = verified = compared = 0
     if digests:
         mapped = model.checkpoint.with_values()
@@ -147,14 +147,20 @@ def check_config(
     return stored
 
 
-def _check_launch(
+def check_launch(
     directory: Path,
     built: BuiltEngine,
     config: ModelConfig,
     engine: EngineManifest,
     *,
     mtp: bool,
-) -> None:
+) -> Launch:
+    """Read vllm.yaml and check it against engine.json.
+
+    Raises:
+        ArtifactError, DeployError: it is absent, is no file of arguments, or has those of another
+            engine.
+    """
     path = directory / LAUNCH_FILE
     if LAUNCH_FILE not in built.documents:
         raise ArtifactError(f"{directory} has no {LAUNCH_FILE}; build again")
@@ -167,6 +173,7 @@ def _check_launch(
         context=config.max_position_embeddings,
     ):
         raise DeployError(f"{path}: {fault}")
+    return launch
 
 
 def _origins(schemes: Mapping[str, Scheme]) -> Origin:

@@ -6,7 +6,8 @@ whose `module` is the import path of the engine's package, None for the real one
 
 Errors say what they are about by their type. `LoadError` ends the loading in one sentence,
 `Refused` and `RequestFailed` end one request, and every other exception of `submit` means that the
-engine is dead.
+engine is dead. A backend whose processes print why they end may have a method `cause`, which gives
+that as a `LoadError` or None; a thread calls it when one of them has ended while it loads.
 """
 
 from __future__ import annotations

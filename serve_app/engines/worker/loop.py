@@ -147,8 +147,12 @@ class _Worker:
 
     def _lost_while_loading(self, what: str) -> None:
         """Called by the watch's thread: the constructor may never notice."""
-        error = f"{what} while the engine loaded"
-        _last_words(self._channel, Failed(phase="loading", error=error))
+        failed = Failed(phase="loading", error=f"{what} while the engine loaded")
+        ask = getattr(getattr(self, "_backend", None), "cause", None)
+        if ask is not None and (cause := ask()) is not None:
+            failed.error = f"{_sentence(cause)} ({what})"
+            failed.retry_with_less_memory = cause.out_of_memory
+        _last_words(self._channel, failed)
         _exit(NOT_LOADED)
 
     def _tell(self, progress: Progress) -> None:

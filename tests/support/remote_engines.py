@@ -7,13 +7,17 @@ import json
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from support.trtllm_doubles import DOUBLE_PATH, Double
 
 from serve_app.engine_sections import TrtllmOptions
 from serve_app.engines.protocol import Done, Event, GenerateRequest, Tokens
 from serve_app.engines.remote.engine import RemoteEngine
 from serve_app.engines.remote.launch import Deadlines, Launch, Plan
+from serve_app.engines.remote.options import launch_of
 
 SUPPORT = Path(__file__).parent
 END = 4  # a byte that no text has
@@ -60,6 +64,17 @@ def scripted(
         plan=lambda _: plan,
         deadlines=deadlines or Deadlines(kill_s=5.0),
     )
+
+
+def doubled(
+    directory: Path, double: Double, *, deadlines: Deadlines | None = None, **options: Any
+) -> RemoteEngine:
+    """TensorRT-LLM's adapter and worker with the double in place of `tensorrt_llm`."""
+    settings = TrtllmOptions(directory=directory, python=Path(sys.executable), **options)
+    launch = replace(
+        launch_of(settings), path=DOUBLE_PATH, env=double.env | {"OMP_NUM_THREADS": "1"}
+    )
+    return RemoteEngine(settings, launch, deadlines=deadlines)
 
 
 @asynccontextmanager

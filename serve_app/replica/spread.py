@@ -240,8 +240,8 @@ _END_S = 10.0
 class _NodeActor(NodeProcess):
     """`NodeProcess` in the actor that holds its node's GPUs."""
 
-    def __init__(self, options: VllmOptions, nodes: Nodes, rank: int) -> None:
-        super().__init__(options, nodes, rank, node_address())
+    def __init__(self, options: VllmOptions, nodes: Nodes, rank: int, **more: Any) -> None:
+        super().__init__(options, nodes, rank, node_address(), **more)
 
 
 def node_address() -> str:
@@ -251,8 +251,9 @@ def node_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def ray_nodes(options: VllmOptions, nodes: Nodes) -> list[RayNode]:
-    """An actor in each bundle of this replica's placement group but the first.
+def ray_nodes(options: VllmOptions, nodes: Nodes, **more: Any) -> list[RayNode]:
+    """An actor in each bundle of this replica's placement group but the first; `more` are arguments
+    of `NodeProcess`.
 
     Raises:
         DeployError: the group has another number of bundles.
@@ -274,7 +275,7 @@ def ray_nodes(options: VllmOptions, nodes: Nodes) -> list[RayNode]:
         actor = (
             ray.remote(_NodeActor)
             .options(num_cpus=0, num_gpus=bundle.get("GPU", 0), scheduling_strategy=strategy)
-            .remote(options, nodes, rank)
+            .remote(options, nodes, rank, **more)
         )
         made.append(RayNode(actor, f"the node of bundle {rank}"))
     return made

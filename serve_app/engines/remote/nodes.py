@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 from serve_app.engines.remote.launch import Launch, Plan
 
-
 #: Backend of the worker on the first node -> on every other one.
 _OF_OTHER_NODES = {"vllm": "vllm_node"}
 

@@ -67,6 +67,11 @@ class Reserved:
         bundles = tuple({k: v for k, v in bundle.items() if v} for bundle in made.bundles)
         return Placement(bundles, made.strategy)
 
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of one replica."""
+        return max(1, self.gpus // GPUS_PER_NODE)
+
     def deployment_options(self, actor_options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a Serve deployment; `actor_options` are those without GPUs."""
         actor = dict(actor_options)
@@ -103,6 +108,11 @@ def reserved(name: str, pool: PoolSection) -> Reserved:
         raise DeployError(
             f"pools.{name}: {gpus} GPUs are neither part of one node of {GPUS_PER_NODE} nor whole "
             "nodes; correct gpus, or the ranks of the engine"
+        )
+    if gpus > GPUS_PER_NODE and pool.staged is not None:
+        raise DeployError(
+            f"pools.{name}.engine.staged is for replicas on one node, and these have "
+            f"{gpus // GPUS_PER_NODE}; remove it"
         )
     return Reserved(gpus, pool.cpus, dict(pool.labels))
 

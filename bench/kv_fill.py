@@ -5,9 +5,9 @@
 A small model with DeepSeek-V3's latent (512 values and 64 of the rotary key per token and layer)
 and random weights. Every engine gets a cache of the same bytes and three times as many requests of
 `--context` tokens as BF16 has room for, each with a prompt of its own. A request that finds no room
-waits; nothing is preempted when admission is right. Prints a table, in Markdown: tokens that the
-bytes hold, requests that ran at once and their context at the fullest step, and the ratio to BF16.
-Fails when a request is not answered whole.
+waits; one that outgrows a full cache is preempted, and computed again later. Prints a table, in
+Markdown: tokens that the bytes hold, requests that ran at once and their context at the fullest
+step, and the ratio to BF16. Fails when a request is not answered whole.
 """
 
 from __future__ import annotations

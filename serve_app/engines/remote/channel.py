@@ -35,7 +35,7 @@ class AdapterChannel(asyncio.Protocol):
         """Take over the connected socket `sock`."""
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
-        _, channel = await loop.create_connection(lambda: cls(received, lost), sock=sock)
+        _, channel = await loop.create_unix_connection(lambda: cls(received, lost), sock=sock)
         return channel
 
     def send(self, message: msgspec.Struct) -> None:

@@ -14,8 +14,8 @@ from serve_app.engines.remote.launch import Plan
 from serve_app.engines.remote.text import Answer
 from serve_app.engines.worker.messages import Load, Ready
 
-#: Seconds for which the engine's figures count.
-_FRESH_S = 5.0
+#: Seconds for which the engine's figures count, and that they may be older than they seem.
+_FRESH_S, _LAG_S = 5.0, 1.5
 
 
 class Counts:
@@ -70,7 +70,9 @@ class Counts:
         waiting = min(waiting, len(answers) - len(begun))
         used = sum([pages[answer] for answer in begun])
         if told.kv_blocks_used is not None:
-            newer = sum([pages[a] for a, began_s in begun.items() if began_s > self._told_s])
+            newer = sum(
+                [pages[a] for a, began_s in begun.items() if began_s > self._told_s - _LAG_S]
+            )
             used = min(used, told.kv_blocks_used + newer)
         used *= self.page_tokens
         total = self._total or 0

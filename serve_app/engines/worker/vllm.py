@@ -101,7 +101,6 @@ class VllmBackend:
         prompt = self._tokens_input(request.prompt_ids, cache_salt=request.cache_salt or None)
         cached: int | None = None
         completion: Any = None
-        step: Any = None
         self._running += 1
         try:
             stream = self._engine.generate(
@@ -119,6 +118,7 @@ class VllmBackend:
                         scores=_scores(completion.logprobs, new, request.logprobs),
                         prompt_scores=scored,
                         cached_tokens=cached,
+                        queue_s=_queue_s(getattr(step, "metrics", None)),
                     )
         except self._client_errors as error:
             raise Refused(str(error) or type(error).__name__) from error
@@ -132,8 +132,6 @@ class VllmBackend:
             request.id,
             finish_reason=getattr(completion, "finish_reason", None),
             stop_reason=getattr(completion, "stop_reason", None),
-            cached_tokens=cached,
-            queue_s=_queue_s(getattr(step, "metrics", None)),
         )
 
     async def abort(self, request_id: int) -> None:
@@ -202,8 +200,9 @@ class VllmBackend:
         loggers = importlib.import_module(f"{name}.v1.metrics.loggers")
         self._check_known(args, start)
         backend = self
+        base: Any = loggers.StatLoggerBase
 
-        class Recorder(loggers.StatLoggerBase):  # type: ignore[misc]  # a class of the module
+        class Recorder(base):  # type: ignore[misc]  # a class of the module
             """Keeps what the scheduler says with each step."""
 
             def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from serve_app.engine_sections import RemoteOptions, TrtllmOptions
 from serve_app.engines.remote.launch import Launch, Plan
 from serve_app.engines.remote.trtllm import launch_trtllm, plan_trtllm
+from serve_app.engines.remote.vllm import launch_vllm, plan_vllm
 
 
 def launch_of(options: RemoteOptions) -> Launch:
     """The process that the options ask for."""
     if isinstance(options, TrtllmOptions):
         return launch_trtllm(options)
-    raise AssertionError(options.kind)
+    return launch_vllm(options)
 
 
 def plan_of(options: RemoteOptions) -> Plan:
@@ -22,4 +23,4 @@ def plan_of(options: RemoteOptions) -> Plan:
     """
     if isinstance(options, TrtllmOptions):
         return plan_trtllm(options)
-    raise AssertionError(options.kind)
+    return plan_vllm(options)

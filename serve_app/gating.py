@@ -79,9 +79,10 @@ def check_tensors(
 ) -> None:
     """Read the tensors of a directory whose loader does not verify them itself; raises as `admit`
     does."""
-    from deepseek.target_engine import check_directory, untold  # brings torch; an ingress has none
+    from deepseek.target_engine import check_directory  # brings torch, which an ingress has not
 
-    check_directory(engine_dir, target, digests=digests, progress=progress or untold)
+    told: dict[str, Callable[[int, int], None]] = {} if progress is None else {"progress": progress}
+    check_directory(engine_dir, target, digests=digests, **told)
 
 
 def admit(

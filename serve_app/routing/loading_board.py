@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+from deepseek.outputs import format_bytes
 from serve_app.engines.protocol import LoadingReplica
 from serve_app.errors import EngineUnavailable
 
@@ -68,17 +69,20 @@ class LoadingBoard:
 
 
 def summary(reports: Sequence[LoadingReplica]) -> str:
-    """`2 are loading (reading the weights, 42 %, about 130 s to go)`: the one that is furthest."""
+    """`2 are loading (reading the weights, 41.5 GB of 98.0 GB, about 130 s to go)`, as far as the
+    furthest is."""
     count = f"{len(reports)} are" if len(reports) > 1 else "1 is"
     furthest = min(reports, key=lambda r: (r.eta_s is None, r.eta_s or 0.0, -r.elapsed_s))
     return f"{count} loading ({describe(furthest)})"
 
 
 def describe(report: LoadingReplica) -> str:
-    """How far one replica is, for people: `reading the weights, 42 %, about 130 s to go`."""
+    """How far one replica is, for people: `reading the weights, 41.5 GB of 98.0 GB, about 130 s to
+    go`."""
     progress, words = report.progress, [report.progress.phase]
     if progress.total_bytes > 0:
-        words.append(f"{min(1.0, progress.done_bytes / progress.total_bytes):.0%}")
+        done = min(progress.done_bytes, progress.total_bytes)
+        words.append(f"{format_bytes(done)} of {format_bytes(progress.total_bytes)}")
     if report.eta_s is not None:
         words.append(f"about {report.eta_s:.0f} s to go")
     else:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from support.trtllm_doubles import DOUBLE_PATH, Double
 
 from serve_app.engine_sections import TrtllmOptions
 from serve_app.engines.protocol import Done, Event, GenerateRequest, Tokens
 from serve_app.engines.remote.engine import RemoteEngine
 from serve_app.engines.remote.launch import Deadlines, Launch, Plan
+from serve_app.engines.remote.options import launch_of
 
 SUPPORT = Path(__file__).parent
 END = 4  # a byte that no text has
@@ -61,6 +66,17 @@ def scripted(
     )
 
 
+def doubled(
+    directory: Path, double: Double, *, deadlines: Deadlines | None = None, **options: Any
+) -> RemoteEngine:
+    """TensorRT-LLM's adapter and worker with the double in place of `tensorrt_llm`."""
+    settings = TrtllmOptions(directory=directory, python=Path(sys.executable), **options)
+    launch = replace(
+        launch_of(settings), path=DOUBLE_PATH, env=double.env | {"OMP_NUM_THREADS": "1"}
+    )
+    return RemoteEngine(settings, launch, deadlines=deadlines)
+
+
 @asynccontextmanager
 async def running(engine: RemoteEngine) -> AsyncIterator[RemoteEngine]:
     try:
@@ -88,3 +104,11 @@ async def answer_of(engine: RemoteEngine, request: GenerateRequest) -> tuple[str
     done = events[-1]
     assert isinstance(done, Done)
     return "".join(event.text for event in events if isinstance(event, Tokens)), done
+
+
+async def eventually(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    """Poll a condition on this loop until it holds."""
+    async with asyncio.timeout(timeout_s):
+        while not (value := condition()):
+            await asyncio.sleep(0.01)
+    return value

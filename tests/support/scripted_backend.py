@@ -4,7 +4,8 @@ It runs in a worker's process of its own, never in a test's. Its arguments say w
 does, the first word of a prompt what becomes of a request. What it is told it writes down, one JSON
 line each, in the file `journal`.
 
-    constructor     ok | hang | die | raise | oom (above free fraction `oom_above`) | rank_dies | exit
+    constructor     ok, hang, die, exit, raise, refuse, rank_dies, slow,
+                    oom (where `free_fraction` is more than `oom_above`)
     prompt          refuse, fail, dead: an error of that kind    hang: no token ever
                     unnamed: no finish reason                    deaf: does not stop at its limit
                     cancelled: broken off                        block: the loop hangs
@@ -103,7 +104,7 @@ class Scripted:
             if request.id in self.aborted:
                 yield End(request.id, finish_reason="cancelled")
                 return
-            if word in ("hang", "frozen"):
+            if word == "hang" or os.path.exists(self.arguments.get("frozen", "")):
                 continue
             if word == "fail" and told:
                 raise RequestFailed("it failed alone")

@@ -14,8 +14,8 @@ from serve_app.engines.remote.launch import Plan
 from serve_app.engines.remote.text import Answer
 from serve_app.engines.worker.messages import Load, Ready
 
-#: Seconds for which the engine's figures count.
-_FRESH_S = 5.0
+#: Seconds for which the engine's figures count, and that they may be older than they seem.
+_FRESH_S, _LAG_S = 5.0, 1.5
 
 
 class Counts:
@@ -64,15 +64,15 @@ class Counts:
     def load(self, answers: Collection[Answer], now_s: float) -> EngineLoad:
         """Of the requests that the engine has now."""
         told = self._told if now_s - self._told_s <= _FRESH_S else Load()
-        unbegun = sum([not answer.has_begun for answer in answers])
-        waiting = max(0, len(answers) - self.max_running)
-        if told.waiting is not None:
-            waiting = told.waiting
-        waiting = min(waiting, unbegun)
-        page = self.page_tokens
-        used = sum([-(-answer.num_tokens // page) * page for answer in answers if answer.has_begun])
+        pages = {answer: -(-answer.num_tokens // self.page_tokens) for answer in answers}
+        begun = {a: a.began_s for a in answers if a.began_s is not None}
+        waiting = max(0, len(answers) - self.max_running) if told.waiting is None else told.waiting
+        waiting = min(waiting, len(answers) - len(begun))
+        used = sum([pages[answer] for answer in begun])
         if told.kv_blocks_used is not None:
-            used = min(used, told.kv_blocks_used * page)
+            newer = sum([pages[a] for a, began_s in begun.items() if began_s > self._told_s - _LAG_S])
+            used = min(used, told.kv_blocks_used + newer)
+        used *= self.page_tokens
         total = self._total or 0
         return EngineLoad(
             running=len(answers) - waiting,

@@ -1,9 +1,9 @@
 """The adapter of an engine that runs in a process of its own: implements `Engine`.
 
 Tokens come as ids and everything else of an answer is made here (text.py). A request is aborted
-once, when its client leaves or a stop string ends it; what the engine still sends of it is dropped.
+once, when its client leaves or a stop string ends it; what the engine still sends is dropped.
 When the worker, one of its ranks or the engine in it dies or hangs (health.py), every request ends
-in a retryable error, the processes are killed, and `check` raises: the replica ends and is replaced.
+in a retryable error, the processes are killed, and `check` raises: the replica is then replaced.
 """
 
 from __future__ import annotations
@@ -337,7 +337,7 @@ class RemoteEngine:
         elif isinstance(message, Fatal):
             self._fail(message.why)
         elif isinstance(message, str):
-            self._fail(message)
+            self._fail(message, has_ended=True)
         else:
             log.warning("the engine's worker said %s, late", type(message).__name__)
 
@@ -353,9 +353,9 @@ class RemoteEngine:
         if answer.reason is not None:
             self._abort(item)  # it goes on after the end that it was given
             return
-        begun = answer.has_begun
+        is_first = answer.began_s is None
         item.put(answer.take(output, now_s))
-        if answer.has_begun and not begun:
+        if is_first and answer.began_s is not None:
             self._counts.started(answer)
         if answer.reason is not None and not answer.engine_ends:
             self._abort(item)
@@ -370,7 +370,7 @@ class RemoteEngine:
             if end.error is not None:
                 self._fail(f"it failed on a request of its own: {end.error}")
             return
-        if end.refused and not answer.has_begun:
+        if end.refused and answer.began_s is None:
             item.put([RequestError(f"the engine refuses this request: {end.error}")])
             return
         item.put(answer.end(end, now_s))
@@ -415,19 +415,25 @@ class RemoteEngine:
                 return f"its rank process {pid} has ended"
         return None
 
-    def _fail(self, why: str) -> None:
-        """Give the engine up: tell every client, kill every process."""
+    def _fail(self, why: str, *, has_ended: bool = False) -> None:
+        """Give the engine up: tell every client, kill every process. Of a worker that has ended
+        it is told how, which is known a moment later."""
         if self._failure is not None or self._stopping:
             return
         self._failure = why
-        worker = self._worker
-        assert worker is not None
-        lines = "\n  ".join(["", *worker.process.last_lines[-10:]])
-        log.error("the engine is given up: %s. It said last:%s", why, lines)
         now = time.monotonic()
         for item in self._open.values():
             item.over.set()
             if item.answer is not None and item.answer.reason is None:
                 item.put(item.answer.fail(_FAILED, now, retryable=True))
-        worker.process.kill_at_once()
-        self._tasks.append(asyncio.create_task(worker.end(self._deadlines.kill_s)))
+        assert self._worker is not None
+        if not has_ended:
+            self._worker.process.kill_at_once()
+        self._tasks.append(asyncio.create_task(self._bury(self._worker, why, has_ended)))
+
+    async def _bury(self, worker: Worker, why: str, has_ended: bool) -> None:
+        if has_ended:
+            why = self._failure = await worker.ending(why)
+        lines = "\n  ".join(["", *worker.process.last_lines[-10:]])
+        log.error("the engine is given up: %s. It said last:%s", why, lines)
+        await worker.end(self._deadlines.kill_s)

@@ -15,13 +15,15 @@ class Launch:
     """The process of an engine. `python` is the interpreter of the engine's environment, `backend`
     the file of `serve_app/engines/worker` for it. `module` is the import path of the engine's
     package, None for the real one, found on the worker's sys.path or in `path`, which goes before
-    it. `env` is added to the worker's environment."""
+    it. `env` is added to the worker's environment, and each variable of `ports` with a TCP port
+    that is free now: engines that start on one node must not choose the same."""
 
     python: Path
     backend: str
     module: str | None = None
     path: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    ports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,7 +55,7 @@ class WorkerProcess:
                 stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
-                env=worker_environment(os.environ) | dict(launch.env),
+                env=worker_environment(os.environ) | free_ports(launch.ports) | dict(launch.env),
             )
         except OSError:
             self.socket.close()
@@ -167,6 +167,15 @@ def worker_environment(own: Mapping[str, str]) -> dict[str, str]:
     """The environment of a worker, of this process's."""
     kept = {name: value for name, value in own.items() if not name.startswith(_OWN)}
     return kept | {"PYTHONUNBUFFERED": "1", "PYTHONNOUSERSITE": "1"}
+
+
+def free_ports(names: Iterable[str]) -> dict[str, str]:
+    """A TCP port of this node for each name, all different, that nobody uses now."""
+    with contextlib.ExitStack() as stack:
+        sockets = {name: stack.enter_context(socket.socket()) for name in names}
+        for each in sockets.values():
+            each.bind(("127.0.0.1", 0))
+        return {name: str(each.getsockname()[1]) for name, each in sockets.items()}
 
 
 def exit_words(code: int) -> str:

@@ -86,9 +86,9 @@ class Answer:
         return self._sequence.num_tokens
 
     @property
-    def has_begun(self) -> bool:
-        """Whether the engine has given it a token."""
-        return self._sequence.first_token_s is not None
+    def began_s(self) -> float | None:
+        """When the engine gave it its first token."""
+        return self._sequence.first_token_s
 
     def replayed(self, now_s: float) -> Iterator[Event]:
         """The end of a request that the tokens end which it came with."""

@@ -47,7 +47,7 @@ _NOT_PASSED = ("otlp_traces_endpoint", "perf_metrics_max_requests", "print_iter_
 
 def launch_trtllm(options: TrtllmOptions) -> Launch:
     """The process of the environment that the options name."""
-    return Launch(python=options.python, backend="trtllm")
+    return Launch(python=options.python, backend="trtllm", ports=("MASTER_PORT",))
 
 
 def plan_trtllm(options: TrtllmOptions) -> Plan:

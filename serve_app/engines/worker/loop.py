@@ -50,6 +50,8 @@ from .processes import ended_words, is_alive, open_pidfd, rank_words, status_of
 STOPPED, LEFT, NOT_LOADED, DEAD = 0, 3, 4, 5
 #: Seconds for the last words to leave.
 _LAST_WORDS_S = 5.0
+#: Seconds for requests to end that are stopped because the engine is.
+_ABORTED_S = 1.0
 #: Seconds between two looks at the ranks where the kernel tells of no process that ends.
 _RANKS_S = 0.5
 
@@ -173,7 +175,7 @@ class _Worker:
             self._pong(message.n)
         elif isinstance(message, Stop):
             self._stopping = True
-            threading.Thread(target=self._stop, daemon=True).start()
+            self._spawn(self._stop())
         else:
             self._die("the adapter started this worker twice")
 
@@ -284,11 +286,18 @@ class _Worker:
 
     # The end.
 
-    def _stop(self) -> None:
-        """In a thread: an engine's shutdown may block for ever."""
+    async def _stop(self) -> None:
+        """Stop what runs, then the engine: in a thread, because that may block for ever."""
+        for request_id in list(self._running):
+            await self._abort(request_id)
+        end = time.monotonic() + _ABORTED_S
+        while self._running and time.monotonic() < end:
+            await asyncio.sleep(0.01)
         ending = threading.Thread(target=self._shut_down, daemon=True)
         ending.start()
-        ending.join(self._start.shutdown_s)
+        end = time.monotonic() + self._start.shutdown_s
+        while ending.is_alive() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
         if ending.is_alive():
             print(
                 f"the engine's shutdown has not returned in {self._start.shutdown_s:g} s; killed",

@@ -23,8 +23,9 @@ from .messages import End, Generate, Load, Output, Progress, Ready, Score, Start
 from .processes import below_guardian, is_rank
 from .trtllm_stats import merge_stats
 
-#: Seconds for its statistics to come; it waits itself for as long where there are none.
-_STATS_S = 0.2
+#: Seconds that it waits for statistics where there are none, and that one look may take: while it
+#: works there are always more.
+_IDLE_S, _STATS_S = 0.02, 0.3
 #: Most of its statistics that one look reads. It keeps 1000.
 _MOST_STATS = 1000
 
@@ -131,7 +132,7 @@ class TrtllmBackend:
         with contextlib.suppress(
             asyncio.TimeoutError, TimeoutError, asyncio.QueueEmpty, queue.Empty
         ):
-            await asyncio.wait_for(self._read_stats(found), timeout=5 * _STATS_S)
+            await asyncio.wait_for(self._read_stats(found), timeout=_STATS_S)
         return merge_stats(found, self._page_tokens)
 
     async def healthy(self) -> str | None:
@@ -144,7 +145,7 @@ class TrtllmBackend:
         self._llm.shutdown()
 
     async def _read_stats(self, found: list[Any]) -> None:
-        async for item in self._llm.get_stats_async(timeout=_STATS_S):
+        async for item in self._llm.get_stats_async(timeout=_IDLE_S):
             found.append(item)
             if len(found) >= _MOST_STATS:
                 return

@@ -227,14 +227,20 @@ def released(node: NodeRoom, holders: Sequence[Holder]) -> NodeRoom:
 def _warn_of_growth(
     config: ServeConfig, needs: Mapping[str, Reserved], nodes: Sequence[NodeRoom]
 ) -> None:
-    """Say so where a pool may grow beyond what there is: it grows as far as it can."""
+    """Say so where a pool may grow beyond what there is: it grows as far as it can, and an update
+    that must start a replica first waits for ever."""
     empty = [replace(node, free=node.total) for node in nodes]
     for demand in demands(config, needs):
-        most = config.pools[demand.pool].most_replicas
-        if most > demand.replicas:
-            grown = replace(demand, replicas=most)
-            if (sentence := shortage([grown], empty, ())) is not None:
-                log.warning("as many replicas as autoscaling.max_replicas: %s", sentence)
+        pool = config.pools[demand.pool]
+        surge = -(-demand.replicas * pool.surge_percent // 100)
+        for what, replicas in (
+            ("as many replicas as autoscaling.max_replicas", pool.most_replicas),
+            ("an update with this surge_percent would not end", demand.replicas + surge),
+        ):
+            if replicas > demand.replicas:
+                grown = replace(demand, replicas=replicas)
+                if (sentence := shortage([grown], empty, ())) is not None:
+                    log.warning("%s: %s", what, sentence)
 
 
 def _check_plan(

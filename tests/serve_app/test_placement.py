@@ -203,3 +203,7 @@ def test_a_pool_that_may_outgrow_the_cluster_starts_with_a_warning(
     scaled = {"min_replicas": 1, "max_replicas": 3}
     check_room(config("trtllm", trtllm, autoscaling=scaled), [node("n1", **H800)], [])
     assert "as many replicas as autoscaling.max_replicas: pool default needs 12 GPUs" in caplog.text
+    caplog.clear()
+    two = config("trtllm", trtllm, replicas=2, surge_percent=10)
+    check_room(two, [node("n1", **H800)], [])
+    assert "an update with this surge_percent would not end: pool default needs 12" in caplog.text

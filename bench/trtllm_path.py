@@ -18,10 +18,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -30,23 +28,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil  # type: ignore[import-untyped]
-import yaml
-from support.engine_environments import make_double_environment
 from support.load import Outcome, complete
-from support.ports import free_port
-from support.raylets import Raylets, use_token
-from support.serving import metric
-from support.trtllm_doubles import Double
 from support.wider import widen
 
-from serve_app.config import ServeConfig
-from serve_app.proxy_environment import proxy_environment
+from bench.stacks.trtllm import MODEL, RANKS, GpuService, left_behind, trtllm_service
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v3"
-RANKS, NODES = 8, 3
+NODES = 3
 TOKENS, STREAMS = 96, 6
 #: Seconds of a step of the double: a stream lasts for five.
 STEP_S = 0.05
@@ -114,24 +103,19 @@ def make_engine(output: Path, report: Report) -> Path:
     return engine
 
 
-def settings(engine: Path, python: Path, port: int) -> dict[str, Any]:
-    """A service of two to three replicas, which grows in seconds instead of minutes."""
-    quick = {"window_s": 4.0, "up_period_s": 4.0, "down_period_s": 4.0}
-    pool = {
-        "engine": {"kind": "trtllm", "directory": str(engine), "python": str(python)},
-        "labels": {"hardware": "H800-80GB"},
-        "replicas": 2,
-        "cpus": 1.0,
-        "max_ongoing_requests": 4,
-        "autoscaling": {"min_replicas": 2, "max_replicas": NODES, "target_ttft_s": 1.0,
-                        "target_itl_s": None, **quick},
-    }  # fmt: skip
-    return {
-        "model_name": "tiny-w4a8",
-        "http": {"port": port},
-        "ingress": {"replicas": 1, "cpus": 0.1},
-        "pools": {"default": pool},
-    }
+#: A service that grows within seconds instead of minutes.
+POOL = {
+    "max_ongoing_requests": 4,
+    "autoscaling": {
+        "min_replicas": 2,
+        "max_replicas": NODES,
+        "target_ttft_s": 1.0,
+        "target_itl_s": None,
+        "window_s": 4.0,
+        "up_period_s": 4.0,
+        "down_period_s": 4.0,
+    },
+}
 
 
 def body(index: int, tokens: int = TOKENS) -> dict[str, Any]:
@@ -139,36 +123,7 @@ def body(index: int, tokens: int = TOKENS) -> dict[str, Any]:
     draw = random.Random(index)
     prompt = [draw.randrange(10, 2000) for _ in range(12)]
     greedy = {"temperature": 0.0, "ignore_eos": True}
-    return {"model": "tiny-w4a8", "prompt": prompt, "max_tokens": tokens, **greedy}
-
-
-class Service:
-    """`python -m serve_app` on the cluster, and what can be seen of it."""
-
-    def __init__(self, url: str, cluster: Raylets) -> None:
-        self.url = url
-        self._cluster = cluster
-
-    def metrics(self) -> str:
-        try:
-            return httpx.get(f"{self.url}/metrics", timeout=10).text
-        except httpx.HTTPError:
-            return ""
-
-    @property
-    def ready(self) -> int:
-        return int(metric(self.metrics(), "intserve_pool_replicas_ready", pool="default"))
-
-    @property
-    def resumed(self) -> int:
-        return int(metric(self.metrics(), "intserve_resumes_total", outcome="resumed"))
-
-    def workers(self) -> list[int]:
-        """Processes of engines, without their ranks and guardians."""
-        found = []
-        for replica in self._cluster.processes("ray::ServeReplica:intserve:engine-default"):
-            found += [child.pid for child in psutil.Process(replica).children()]
-        return found
+    return {"model": MODEL, "prompt": prompt, "max_tokens": tokens, **greedy}
 
 
 async def until(condition: Callable[[], bool], what: str) -> float:
@@ -185,22 +140,22 @@ async def until(condition: Callable[[], bool], what: str) -> float:
     return time.monotonic() - began
 
 
-async def ask(service: Service, numbers: range) -> list[Outcome]:
+async def ask(service: GpuService, numbers: range) -> list[Outcome]:
     return list(await asyncio.gather(*(complete(service.url, body(n)) for n in numbers)))
 
 
-async def watch_a_death(service: Service, report: Report) -> None:
+async def watch_a_death(service: GpuService, report: Report) -> None:
     """The same streams twice: undisturbed, and with the engine of one replica killed."""
     numbers = range(STREAMS)
     expected = await ask(service, numbers)
     asked = asyncio.create_task(ask(service, numbers))
     await asyncio.sleep(1.5)
     victim = service.workers()[0]
-    say(f"SIGKILL of the engine's process {victim}, {STREAMS} streams under way")
+    say(f"SIGKILL of the engine's process of one replica, {STREAMS} streams under way")
     killed = time.monotonic()
-    os.kill(victim, signal.SIGKILL)
+    victim.kill()
     outcomes = await asked
-    await until(lambda: victim not in service.workers() and service.ready == 2, "a successor")
+    await until(lambda: len(set(service.workers()) - {victim}) == service.ready == 2, "a successor")
     report.recovery_s = time.monotonic() - killed
     report.streams = len(outcomes)
     report.complete = sum(
@@ -214,7 +169,7 @@ async def watch_a_death(service: Service, report: Report) -> None:
     )
 
 
-async def watch_growth(service: Service, report: Report) -> None:
+async def watch_growth(service: GpuService, report: Report) -> None:
     """More clients than two replicas have places, until there are three; then nobody."""
     busy, outcomes = True, []
 
@@ -238,63 +193,16 @@ async def watch_growth(service: Service, report: Report) -> None:
 
 def serve(engine: Path, output: Path, report: Report) -> None:
     """Three nodes, the service on them, and what is done to it."""
-    python, port = make_double_environment(output / "environment"), free_port()
-    raw = settings(engine, python, port)
-    (output / "serve.yaml").write_text(yaml.safe_dump(raw))
-    double = Double(output, strict="record")
-    double.switch(step_s=STEP_S)
-    os.environ.update(double.env)  # nodes, replicas and engines inherit it
-    use_token()
-    with (
-        proxy_environment(ServeConfig.model_validate(raw)),
-        Raylets(0, cpus=2) as cluster,
-        (output / "serve.log").open("wb") as log,
-    ):
-        for _ in range(NODES):
-            cluster.add_node(gpus=RANKS, labels={"hardware": "H800-80GB"})
-        say(
-            f"\n{NODES} Ray nodes of {RANKS} logical GPUs\n$ python -m serve_app --config serve.yaml"
-        )
-        began = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serve_app", "--config", str(output / "serve.yaml")],
-            cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": cluster.address},
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            if not (line := process.stdout.readline()).startswith("serving"):
-                raise SystemExit(f"bench: it does not serve; see {output / 'serve.log'}")
-            report.ready_s = time.monotonic() - began
-            say(f"{line.strip()} ({report.ready_s:.0f} s)")
-            service = Service(f"http://127.0.0.1:{port}", cluster)
-            asyncio.run(until(lambda: service.ready == 2, "the second replica"))
-            processes = [psutil.Process(pid) for pid in service.workers()]
-            asyncio.run(watch_a_death(service, report))
-            asyncio.run(watch_growth(service, report))
-            processes += [psutil.Process(pid) for pid in service.workers()]
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=120)
-        report.violations = double.violations
-        report.left_behind = left_behind(output)
-
-
-def left_behind(output: Path) -> list[str]:
-    """Processes of this run's environment and its ranks that are still there."""
-    end = time.monotonic() + 10.0
-    while True:
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if words and words[0].startswith(str(output)):
-                found.append(" ".join(words)[:120])
-        if not found or time.monotonic() > end:
-            return found
-        time.sleep(0.2)
+    say(f"\n{NODES} Ray nodes of {RANKS} logical GPUs\n$ python -m serve_app --config serve.yaml")
+    began = time.monotonic()
+    with trtllm_service(engine, output, NODES, {"step_s": STEP_S}, **POOL) as service:
+        report.ready_s = time.monotonic() - began
+        say(f"serving {MODEL} after {report.ready_s:.0f} s, nodes included")
+        asyncio.run(until(lambda: service.ready == 2, "the second replica"))
+        asyncio.run(watch_a_death(service, report))
+        asyncio.run(watch_growth(service, report))
+    report.violations = service.double.violations
+    report.left_behind = left_behind(output)
 
 
 def main() -> int:

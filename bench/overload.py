@@ -34,7 +34,7 @@ from typing import Any
 from support.load import Outcome, complete
 
 from bench.stacks.service import KEYS, service
-from serve_app.sections import EchoOptions
+from serve_app.engine_sections import EchoOptions
 
 TTFT_S, ITL_S, TOKENS, PLACES, REPLICAS = 0.05, 0.01, 64, 8, 2
 MAX_WAIT_S = 2.0

@@ -33,7 +33,7 @@ from support.engines import make_engine
 from support.load import Outcome, complete
 
 from bench.stacks.service import KEYS, ROOT, service
-from serve_app.sections import EchoOptions
+from serve_app.engine_sections import EchoOptions
 
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v3"
 SHORT, LONG, SHORT_LIMIT = (32, 16), (900, 64), 128

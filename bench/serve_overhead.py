@@ -37,7 +37,7 @@ from support.ports import free_port
 from support.processes import cpu_seconds, tree
 
 from bench.stacks.service import KEYS, service, started
-from serve_app.sections import EchoOptions
+from serve_app.engine_sections import EchoOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 TTFT_S, ITL_S, TOKENS = 0.02, 0.01, 64

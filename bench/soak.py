@@ -30,7 +30,7 @@ from support.processes import memory_mb, open_files, title, tree
 
 from bench.fleet_faults import echo_question, is_idle, until
 from bench.stacks.service import KEYS, Running, service
-from serve_app.sections import EchoOptions
+from serve_app.engine_sections import EchoOptions
 
 ECHO = EchoOptions(ttft_s=0.02, itl_s=0.005, max_running=24)
 #: Kind of process -> words of its title.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from deepseek.artifact.engine_checks import CheckReport
+from deepseek.artifact.engine_checks import ByteProgress, CheckReport, untold
 from deepseek.artifact.engine_manifest import (
     CacheFormat,
     EngineManifest,
@@ -49,7 +49,12 @@ class Check(Protocol):
     """A room's `check_engine`."""
 
     def __call__(
-        self, directory: Path, *, artifact: ArtifactReader | None = None, digests: bool = True
+        self,
+        directory: Path,
+        *,
+        artifact: ArtifactReader | None = None,
+        digests: bool = True,
+        progress: ByteProgress = untold,
     ) -> CheckReport: ...
 
 
@@ -88,16 +93,19 @@ def check_kv_format(target: str, kv_cache: str) -> CacheFormat:
     return kv_cache  # type: ignore[return-value]  # `kv_layout` knows no other
 
 
-def check_directory(directory: Path, target: str, *, digests: bool) -> None:
+def check_directory(
+    directory: Path, target: str, *, digests: bool, progress: ByteProgress = untold
+) -> None:
     """Check an engine directory as its target's loader reads it: documents, names, types and
-    shapes; with `digests` every byte. The embedded engine verifies all of its own when it loads.
+    shapes; with `digests` every byte, of which `progress` gets the number. The embedded engine
+    verifies all of its own when it loads.
 
     Raises:
         ArtifactError, DeployError, ConfigError: its loader would not load it, or would load
             something else.
     """
     if target in CHECKS:
-        CHECKS[target](directory, digests=digests)
+        CHECKS[target](directory, digests=digests, progress=progress)
 
 
 def load_as_target(directory: Path, options: EngineOptions | None = None) -> LLMEngine:

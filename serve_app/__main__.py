@@ -164,7 +164,7 @@ def main(
     stdout = sys.stdout
     try:
         # stdout holds our one line; what Ray prints there goes to stderr.
-        with redirect_stdout(sys.stderr), serving(settings) as url:
+        with redirect_stdout(sys.stderr), serving(settings, report=_report) as url:
             signals.install()  # Ray replaces the handler of SIGTERM while it starts
             name = printable(settings.served_name)
             try:
@@ -186,16 +186,22 @@ def _check_files(settings: ServeConfig) -> None:
     Raises:
         ArtifactError: what is to be served has not passed its gate, as far as its documents say,
             or pools serve different models.
-        ConfigError: the headers of traces or the access log cannot be used.
+        ConfigError: the headers of traces, the access log or an engine's Python cannot be used.
+        DeployError: a replica of these engines can be placed nowhere.
     """
     from serve_app.one_model import admit_pools
+    from serve_app.placement import check_python, reserved
     from serve_app.telemetry.access_log import check_target
 
     headers = settings.telemetry.otlp_headers_file
     if headers is not None:
         read_headers({HEADERS_FILE: str(headers)})
     check_target(settings.telemetry.access_log)
+    for name, pool in settings.pools.items():
+        check_python(name, pool.engine)
     admit_pools(settings, depth="headers")
+    for name, pool in settings.pools.items():
+        reserved(name, pool)
 
 
 def _text(path: Path | None) -> str | None:

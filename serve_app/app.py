@@ -17,13 +17,22 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from cluster.connect import check_cluster, is_own_ray
+from deepseek.artifact.engine_manifest import read_engine_manifest
 from serve_app.autoscaling.serve_policy import autoscaling_options
-from serve_app.config import EchoOptions, PoolSection, ServeConfig
+from serve_app.config import (
+    EchoOptions,
+    EmbeddedOptions,
+    PoolSection,
+    ServeConfig,
+    VllmOptions,
+)
 from serve_app.engines.echo import EchoEngine
 from serve_app.openai.ingress import Ingress
+from serve_app.placement import check_this_cluster, reserved, tensor_ranks
 from serve_app.replica.replica import EngineFactory, EngineReplica
 from serve_app.routing.candidates import INGRESS, engine_deployment
 from serve_app.routing.router import ByTicket
+from serve_app.staged import EngineOf
 from serve_app.telemetry.travel import traveling_variables
 
 #: The ingress never queues: it must stay free to answer 429. Serve's own cap is a last resort.
@@ -33,6 +42,9 @@ _INGRESS_MAX_ONGOING = 4096
 #: that are left.
 _STOP_S = 5.0
 
+#: Constructors of an engine on GPUs that may fail before the service counts as failed.
+_HEAVY_TRIES = 2
+
 #: Serve's access log repeats for every request what the metrics count.
 _LOGGING = {"enable_access_log": False}
 
@@ -40,23 +52,48 @@ _LOGGING = {"enable_access_log": False}
 _TELL_CLIENTS_S = 5.0
 
 
-def engine_factory(pool: PoolSection) -> EngineFactory:
-    """The function that makes a replica's engine; it is pickled, and called in the replica."""
-    if isinstance(pool.engine, EchoOptions):
-        return partial(EchoEngine, pool.engine)
-    from serve_app.engines.embedded import EmbeddedEngine  # brings torch
+def engine_factory(pool: PoolSection, num_nodes: int = 1) -> EngineFactory:
+    """The function that makes a replica's engine; it is pickled, and called in the replica. An
+    engine of `num_nodes` has as many bundles of a placement group.
 
-    return partial(EmbeddedEngine, pool.engine)
+    Raises:
+        ArtifactError: vLLM's number of ranks is that of a directory which is no engine.
+    """
+    options = pool.engine
+    if isinstance(options, EchoOptions):
+        return partial(EchoEngine, options)
+    if isinstance(options, EmbeddedOptions):
+        from serve_app.engines.embedded import EmbeddedEngine  # brings torch
+
+        return EngineOf(EmbeddedEngine, options)
+    from serve_app.engines.remote.engine import RemoteEngine
+
+    if isinstance(options, VllmOptions):
+        ranks = tensor_ranks(options, read_engine_manifest(options.directory))
+        options = options.model_copy(update={"tensor_parallel_size": ranks})
+        if num_nodes > 1:
+            from serve_app.replica.spread import SpreadEngine, node_address, ray_nodes
+
+            spread = partial(SpreadEngine, count=num_nodes, address=node_address, others=ray_nodes)
+            return EngineOf(spread, options)
+    return EngineOf(RemoteEngine, options)
 
 
 def build(config: ServeConfig) -> Application:
-    """The application of one configuration; Serve parses the `args` of a deploy file into it.
+    """The application of one configuration; Serve parses the `args` of a deploy file into it. Where
+    it replaces one that runs, what that one's replicas hold counts as free.
 
     Raises:
-        DeployError: the cluster has several nodes and asks nobody for a token.
+        ArtifactError, DeployError: the cluster has several nodes and asks nobody for a token, or
+            its nodes have no room for the replicas (placement.py).
     """
     check_cluster()
-    return _build(config, {name: engine_factory(pool) for name, pool in config.pools.items()})
+    check_this_cluster(config)
+    factories = {
+        name: engine_factory(pool, reserved(name, pool).num_nodes)
+        for name, pool in config.pools.items()
+    }
+    return _build(config, factories)
 
 
 def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:
@@ -95,6 +132,7 @@ def _engines(
 ) -> Application:
     """The engine replicas of one pool."""
     pool, deployment = config.pools[name], engine_deployment(name)
+    need = reserved(name, pool)
     drain_s = config.drain_s(pool)
     engine = serve.deployment(
         EngineReplica,
@@ -107,7 +145,9 @@ def _engines(
         request_router_config=RequestRouterConfig(
             request_router_class=ByTicket, request_router_kwargs={"deployment": deployment}
         ),
-        ray_actor_options=_actor_options(pool.cpus, variables),
+        **need.deployment_options(_actor_options(pool.cpus, variables)),
+        # A load of minutes that failed is tried once more, not twice for each replica.
+        **({"max_constructor_retry_count": _HEAVY_TRIES} if need.gpus else {}),
         # A deploy file may say more or less here, over what the replica gets below (live.py).
         user_config=pool.replica_limits.model_dump(),
         max_surge_percent=pool.surge_percent,
@@ -124,6 +164,7 @@ def _engines(
         kv_cache=pool.kv_cache,
         allow_ungated=pool.gate.allow_ungated,
         require_signature=pool.gate.require_signature,
+        staged=pool.staged,
         max_step_s=pool.max_step_s,
         drain_s=drain_s,
         limits=pool.replica_limits,

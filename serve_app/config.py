@@ -23,14 +23,13 @@ from pydantic import Field, ValidationError, model_validator
 from deepseek.errors import ConfigError
 from deepseek.untrusted import UnusableFileError
 from deepseek.yaml_files import read_yaml_mapping
+from serve_app.engine_sections import EchoOptions, EmbeddedOptions, TrtllmOptions, VllmOptions
 from serve_app.http_sections import HttpSection, IngressSection
 from serve_app.key_forms import read_keys
 from serve_app.live import merged
 from serve_app.mistakes import MOVED, first_mistake
 from serve_app.sections import (
     AdmissionSection,
-    EchoOptions,
-    EmbeddedOptions,
     KeysSection,
     Live,
     PoolSection,
@@ -48,6 +47,8 @@ __all__ = [
     "PoolSection",
     "ReplicaLimits",
     "ServeConfig",
+    "TrtllmOptions",
+    "VllmOptions",
     "load_config",
     "read_settings",
 ]
@@ -130,9 +131,10 @@ class ServeConfig(Section):
             if len(set(pool.spill_over)) < len(pool.spill_over):
                 raise ConfigError(f"{where} names a pool twice; remove one")
         kinds = {pool.engine.kind for pool in self.pools.values()}
-        if len(kinds) > 1:
+        if len(kinds) > 1 and "echo" in kinds:
+            other = ", ".join(sorted(kinds - {"echo"}))
             raise ConfigError(
-                "pools has engines of the kinds echo and embedded, and all pools serve the same "
+                f"pools has engines of the kinds echo and {other}, and all pools serve the same "
                 "model; keep one kind"
             )
         # What was not written is no mistake: a default that is never reached does no harm.

@@ -100,7 +100,8 @@ def _values(field: dict[str, Any]) -> str:
     if "$ref" in field or "oneOf" in field:
         return "section"
     if "patternProperties" in field:
-        return "sections by name"
+        (inner,) = field["patternProperties"].values()
+        return "sections by name" if "$ref" in inner else f"{_values(inner)} by name"
     if "const" in field:
         return f"`{field['const']}`"
     if "enum" in field:
@@ -120,4 +121,4 @@ def _default(key: str, field: dict[str, Any], section: dict[str, Any]) -> str:
     if key in section.get("required", ()):
         return "required"
     value = field.get("default")
-    return "its keys'" if isinstance(value, dict) else f"`{json.dumps(value)}`"
+    return "its keys'" if value and isinstance(value, dict) else f"`{json.dumps(value)}`"

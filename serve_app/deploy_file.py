@@ -108,4 +108,5 @@ def _paths(section: BaseModel, above: str = "") -> Iterator[tuple[str, Path]]:
             yield from _paths(value, f"{place}.")
         elif isinstance(value, dict):
             for key, inner in value.items():
-                yield from _paths(inner, f"{place}.{key}.")
+                if isinstance(inner, BaseModel):
+                    yield from _paths(inner, f"{place}.{key}.")

@@ -16,7 +16,7 @@ types and shapes before Ray starts, and every byte in the replica before its eng
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -70,6 +70,21 @@ class Admitted:
                 )
 
 
+def check_tensors(
+    engine_dir: Path,
+    target: str,
+    *,
+    digests: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Read the tensors of a directory whose loader does not verify them itself; raises as `admit`
+    does."""
+    from deepseek.target_engine import check_directory  # brings torch, which an ingress has not
+
+    told: dict[str, Callable[[int, int], None]] = {} if progress is None else {"progress": progress}
+    check_directory(engine_dir, target, digests=digests, **told)
+
+
 def admit(
     engine_dir: Path,
     *,
@@ -77,11 +92,13 @@ def admit(
     allow_ungated: bool = False,
     require_signature: Path | None = None,
     depth: Depth = "documents",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Admitted:
     """Check that the gate passed for exactly this engine, on KV pages of the format `kv_cache`
     (None: as it was built), and that the directory holds this engine and nothing else.
     `require_signature` is the PEM file of the public key that the verdict must be signed with.
-    `depth` is how far the tensors of a loader are read that does not verify them itself.
+    `depth` is how far the tensors of a loader are read that does not verify them itself, and
+    `progress` gets the bytes that were read, and those in all.
 
     Raises:
         ArtifactError: the directory is no engine, or a file in it is not the engine's; or its gate
@@ -91,9 +108,7 @@ def admit(
     """
     manifest = read_engine_manifest(engine_dir)
     if depth != "documents":
-        from deepseek.target_engine import check_directory  # brings torch, which an ingress has not
-
-        check_directory(engine_dir, manifest.target, digests=depth == "bytes")
+        check_tensors(engine_dir, manifest.target, digests=depth == "bytes", progress=progress)
     admitted = Admitted(
         engine_digest=manifest.digest,
         arithmetic=manifest.target,  # each target's engines are computed by that target

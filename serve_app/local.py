@@ -19,6 +19,7 @@ from typing import Any
 from cluster.connect import connect
 from deepseek.errors import DeployError
 from serve_app.config import ServeConfig
+from serve_app.load_watch import LoadWatch
 from serve_app.proxy_environment import check_port, proxy_environment
 
 __all__ = ["APP_NAME", "check_port", "drain", "serve_running", "serving"]
@@ -37,15 +38,19 @@ _PROXY_S = 0.5
 
 
 @contextmanager
-def serving(config: ServeConfig) -> Iterator[str]:
+def serving(
+    config: ServeConfig, *, report: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
     """Start the service and give its URL once it is healthy. Leaving the context stops what was
-    started; `drain` lets open streams end before.
+    started; `drain` lets open streams end before. `report` gets lines that say how far engines are
+    which take long to load.
 
     Raises:
         DeployError: as `serve_running`; or the engine did not start; says why.
     """
     with serve_running(config):
-        _deploy(config)
+        with LoadWatch(_loading_replicas, report):
+            _deploy(config)
         http = config.http
         host = f"[{http.host}]" if ":" in http.host else http.host
         yield f"http://{host}:{http.port}/v1"
@@ -144,6 +149,17 @@ def _ask_ingresses(method: str) -> int:
     handle: Any = serve.get_deployment_handle(INGRESS, APP_NAME)
     answers = handle.broadcast(method).results(timeout_s=_CALL_S, return_exceptions=True)
     return sum(answer for answer in answers if isinstance(answer, int))
+
+
+def _loading_replicas() -> list[Any]:
+    """The engine replicas that load, as the ingresses know; none while there is no ingress."""
+    from ray import serve
+
+    from serve_app.routing.candidates import INGRESS
+
+    handle: Any = serve.get_deployment_handle(INGRESS, APP_NAME)
+    answers = handle.broadcast("loading").results(timeout_s=_CALL_S, return_exceptions=True)
+    return next((answer for answer in answers if isinstance(answer, list)), [])
 
 
 def _deploy(config: ServeConfig) -> None:

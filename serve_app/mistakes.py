@@ -57,6 +57,8 @@ _MISSING = {
     "pools": "name an engine: --engine DIR, --echo, or pools.default.engine in a file",
     "engine": "is missing; add {kind: embedded, directory: DIR} or {kind: echo}",
     "directory": "is missing; name the engine directory that `build` made",
+    "python": "is missing; name the Python of the engine's environment, which `make engine-env` "
+    "makes",
 }
 
 
@@ -91,7 +93,12 @@ def first_mistake(error: ValidationError, model: type[BaseModel], given: Any) ->
             return f"{place}: holds nothing; remove it, or write its keys below it"
         return f"{place}: must be a mapping of keys to values"
     message = _WORDS.get(kind) or first["msg"].removeprefix("Value error, ")
-    if path and path[-1] == "[key]":
+    if path and path[-1] == "[key]" and "labels" in path[:-2]:
+        place = ".".join(path[:-1])
+        message = "is no name of a label of nodes; write one as in `ray start --labels=NAME=VALUE`"
+    elif path[-2:-1] == ["labels"] and kind == "string_pattern_mismatch":
+        message = "is no value of a label of nodes; write letters, digits, '-', '_' and '.'"
+    elif path and path[-1] == "[key]":
         place = ".".join(path[:-1])
         message = "is no name; use lower-case letters, digits and hyphens, at most 40"
     return f"{place}: {message}" if place else message

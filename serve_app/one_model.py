@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from deepseek.artifact.documents import COPIED_FILES
 from deepseek.errors import ArtifactError
-from serve_app.config import ServeConfig
+from serve_app.config import PoolSection, ServeConfig
+from serve_app.engine_sections import DIRECTORY_KINDS
 from serve_app.gating import Admitted, Depth, admit
 
 
@@ -33,8 +34,22 @@ def admit_pools(config: ServeConfig, depth: Depth = "documents") -> dict[str, Ad
             require_signature=pool.gate.require_signature,
             depth=depth,
         )
+        check_kind(name, pool, admitted[name])
     check_same(admitted)
     return admitted
+
+
+def check_kind(name: str, pool: PoolSection, admitted: Admitted) -> None:
+    """Raises ArtifactError unless the directory was built for the kind of engine that the pool
+    has."""
+    kind, target = pool.engine.kind, admitted.arithmetic
+    if kind != target:
+        served = target in DIRECTORY_KINDS
+        remedy = f"write kind: {target}, or build" if served else "build"
+        raise ArtifactError(
+            f"pools.{name}.engine: {pool.directory} was built for {target}, and the kind is "
+            f"{kind}; {remedy} with --target {kind}"
+        )
 
 
 def check_same(admitted: Mapping[str, Admitted]) -> None:

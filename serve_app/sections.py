@@ -8,97 +8,33 @@ change while the service runs (live.py); a change of any other needs new replica
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
-    ConfigDict,
-    Discriminator,
     Field,
     SecretStr,
     StringConstraints,
-    Tag,
     field_validator,
     model_validator,
 )
 
 from serve_app.autoscaling_settings import AutoscalingSection
+from serve_app.engine_sections import EchoOptions, EngineSection
 from serve_app.key_file import is_sendable
 from serve_app.setting_types import (
     Count,
     CountOrZero,
     Cpus,
-    DirectoryPath,
     FilePath,
+    Gpus,
+    LabelName,
+    LabelValue,
     LiveSection,
     PoolName,
     Seconds,
-    SecondsOrZero,
     Section,
     Tokens,
 )
-
-
-class EchoOptions(Section):
-    """The echo engine: says the prompt back, one token (a byte) at a time. It has no model."""
-
-    # The default is for code that makes one; a file must say it.
-    model_config = ConfigDict(json_schema_extra={"required": ["kind"]})
-
-    kind: Literal["echo"] = Field(default="echo", description="selects this engine")
-    ttft_s: SecondsOrZero = Field(default=0.0, description="seconds to the first token")
-    itl_s: SecondsOrZero = Field(default=0.0, description="seconds between tokens")
-    max_running: Count = Field(default=256, description="sequences that run at a time")
-    max_model_len: int = Field(
-        default=4096, ge=2, description="tokens of the longest request, completion included"
-    )
-    kv_tokens: Tokens | None = Field(
-        default=None,
-        description="KV tokens that it says to have; null: `max_running` of the longest requests",
-    )
-
-
-class EmbeddedOptions(Section):
-    """The embedded engine, which runs on CPUs. A setting that is null keeps what the engine was
-    built with, or its default."""
-
-    model_config = ConfigDict(json_schema_extra={"required": ["kind", "directory"]})
-
-    kind: Literal["embedded"] = Field(default="embedded", description="selects this engine")
-    directory: DirectoryPath = Field(
-        description="engine directory that `build` made, at the same path on each node"
-    )
-    max_model_len: Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="tokens of the longest request, completion included"
-    )
-    kv_tokens: Tokens | None = Field(default=None, description="size of the KV cache, in tokens")
-    kv_cache: Literal["bf16", "fp8", "int8"] | None = Field(
-        default=None,
-        description="format of KV pages; another one than the gate judged counts as ungated",
-    )
-    prefix_cache: bool = Field(
-        default=True,
-        description="keep the KV pages of finished requests until their room is needed, for "
-        "requests of the same key that begin with the same tokens",
-    )
-    max_batch_size: Count | None = Field(default=None, description="sequences of one step")
-    max_batched_tokens: Count | None = Field(default=None, description="tokens of one step")
-    num_threads: Count | None = Field(default=None, description="CPU threads of one replica")
-
-
-def _kind(given: Any) -> Any:
-    return given.get("kind") if isinstance(given, dict) else getattr(given, "kind", None)
-
-
-EngineSection = Annotated[
-    Annotated[EmbeddedOptions, Tag("embedded")] | Annotated[EchoOptions, Tag("echo")],
-    Discriminator(
-        _kind,
-        custom_error_type="engine_kind",
-        custom_error_message=(
-            "kind must be embedded or echo; write {kind: embedded, directory: DIR} or {kind: echo}"
-        ),
-    ),
-]
 
 
 class GateSection(Section):
@@ -154,6 +90,17 @@ class PoolSection(Section):
         default=None, description="how the number of replicas follows the load; null keeps it"
     )
     cpus: Cpus = Field(default=0.5, description="CPUs that Ray reserves for each replica")
+    gpus: Gpus | None = Field(
+        default=None,
+        description="GPUs that Ray reserves for each replica; null: one for each rank of a "
+        "`trtllm` or `vllm` engine, none for others. 0 reserves none",
+    )
+    labels: dict[LabelName, LabelValue] = Field(
+        default={},
+        description="labels that a node must have to get replicas of this pool, as `ray start "
+        "--labels` gave it: `{hardware: H800-80GB}`",
+        json_schema_extra={"additionalProperties": False},
+    )
     max_ongoing_requests: Count = Field(
         default=64,
         description="sequences that one replica holds at a time; the engine batches among them",
@@ -221,12 +168,17 @@ class PoolSection(Section):
     @property
     def directory(self) -> Path | None:
         """The engine directory, None for an engine without an artifact."""
-        return self.engine.directory if isinstance(self.engine, EmbeddedOptions) else None
+        return None if isinstance(self.engine, EchoOptions) else self.engine.directory
 
     @property
     def kv_cache(self) -> str | None:
         """The configured KV format, None: as built."""
-        return self.engine.kv_cache if isinstance(self.engine, EmbeddedOptions) else None
+        return None if isinstance(self.engine, EchoOptions) else self.engine.kv_cache
+
+    @property
+    def staged(self) -> Path | None:
+        """Where the nodes may have copies of the directory, `{node}` in it."""
+        return None if isinstance(self.engine, EchoOptions) else self.engine.staged
 
     @property
     def most_replicas(self) -> int:

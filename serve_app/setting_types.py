@@ -24,6 +24,15 @@ Tokens = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0, le=MAX_SECONDS)]
 SecondsOrZero = Annotated[float, Field(ge=0.0, le=MAX_SECONDS)]
 Cpus = Annotated[float, Field(ge=0.0)]
+#: More than any replica is placed over.
+MAX_GPUS = 1024
+Gpus = Annotated[int, Field(ge=0, le=MAX_GPUS)]
+#: Ray's own rules for labels of nodes (`ray start --labels`); a value is compared as it is.
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+LabelName = Annotated[
+    str, StringConstraints(pattern=rf"^([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_LABEL}$")
+]
+LabelValue = Annotated[str, StringConstraints(pattern=rf"^{_LABEL}$")]
 #: A part of the name of a deployment, and of labels of metrics.
 PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 

@@ -88,6 +88,36 @@ def test_rooms_import_each_other_one_way(package: str, root: Path) -> None:
         assert allowed, f"{here} may not import {there}: {names[0]}"
 
 
+#: What a worker's process has besides its own folder: it runs in an engine's environment.
+WORKER_HAS = {*sys.stdlib_module_names, "msgspec"}
+#: A backend's file -> the engine that it imports.
+BACKENDS = {"trtllm.py": {"tensorrt_llm"}, "vllm.py": {"vllm"}}
+
+
+def test_a_worker_imports_the_standard_library_msgspec_and_its_own_folder(root: Path) -> None:
+    sources = sorted((root / "serve_app/engines/worker").glob("*.py"))
+    assert sources
+    for source in sources:
+        allowed = WORKER_HAS | BACKENDS.get(source.name, set())
+        wrong = imported_modules(source) - allowed
+        assert not wrong, f"{source.relative_to(root)} imports {sorted(wrong)}"
+        far = [
+            node.module
+            for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.level > 1
+        ]
+        assert not far, f"{source.relative_to(root)} imports {far} from outside its folder"
+
+
+def test_only_a_worker_imports_an_engine_of_others(root: Path) -> None:
+    engines = {name for names in BACKENDS.values() for name in names}
+    for package in FORBIDDEN:
+        for source in sorted((root / package).rglob("*.py")):
+            if source.parent.name != "worker":
+                wrong = imported_modules(source) & engines
+                assert not wrong, f"{source.relative_to(root)} imports {sorted(wrong)}"
+
+
 def test_a_circle_of_rooms_is_seen_and_so_is_a_file_of_the_hall(tmp_path: Path) -> None:
     for name, text in {
         "config.py": "import json\n",

@@ -16,9 +16,9 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from deepseek.engine.request import SamplingParams
+from serve_app.engine_sections import EchoOptions
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import Done, GenerateRequest, Tokens
-from serve_app.sections import EchoOptions
 
 
 def make_app(engine: EchoEngine) -> Starlette:

@@ -20,9 +20,9 @@ from fastapi.responses import StreamingResponse
 from ray import serve
 
 from deepseek.engine.request import SamplingParams
+from serve_app.engine_sections import EchoOptions
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import Done, Event, GenerateRequest, Tokens
-from serve_app.sections import EchoOptions
 
 api = FastAPI(
     telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False}

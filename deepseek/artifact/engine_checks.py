@@ -17,7 +17,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +50,12 @@ _THREADS = min(8, os.cpu_count() or 1)
 _READ_BYTES = 1 << 20
 
 Fields = TypeVar("Fields", bound=BaseModel)
+#: Gets the bytes that are done, and those in all. Called from threads, one at a time.
+ByteProgress = Callable[[int, int], None]
+
+
+def untold(done: int, total: int) -> None:
+    """A `ByteProgress` for nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,9 +349,11 @@ def check_digests(
     engine: EngineManifest,
     origin: Origin,
     diagnose: Diagnosis = lambda tensor, original, expected, artifact: "",
+    progress: ByteProgress = untold,
 ) -> tuple[int, int]:
     """Verify every tensor that can be verified against intserve.json, and every file against
-    engine.json; the bytes that were hashed and the number of tensors.
+    engine.json; the bytes that were hashed and the number of tensors. `progress` gets the bytes of
+    the files that are done, and of all.
 
     Raises:
         ArtifactError: one differs; the sentence names the tensor, and what was done to it where
@@ -374,9 +382,14 @@ def check_digests(
             )
         return file.num_bytes, verified
 
+    hashed = verified = 0
+    progress(0, engine.num_bytes)
     with ThreadPoolExecutor(_THREADS) as pool:
-        results = list(pool.map(check_file, sorted(keys)))
-    return sum(size for size, _ in results), sum(count for _, count in results)
+        for done in as_completed([pool.submit(check_file, name) for name in sorted(keys)]):
+            size, count = done.result()
+            hashed, verified = hashed + size, verified + count
+            progress(hashed, engine.num_bytes)
+    return hashed, verified
 
 
 def artifact_layers(

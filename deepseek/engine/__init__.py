@@ -11,6 +11,7 @@
     linear.py      the kernels, one class per weight format; a native extension goes here
     emulated.py    linears that round as a target's kernels do (target_inputs.py: their inputs)
     sampler.py     logits -> tokens                        detokenizer.py  tokens -> text
+    prompt_scores.py  logprobs of a prompt                 logprob_names.py  and their texts
     engine.py      the step loop over all of these         opening.py   what an engine is made of
 
     packed_layout.py  which tensors an engine holds, and their bytes, from config and schemes

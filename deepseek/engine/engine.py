@@ -21,13 +21,14 @@ from deepseek.engine.arithmetic import Arithmetic
 from deepseek.engine.detokenizer import Detokenizer, Tokenizer
 from deepseek.engine.kv_cache import LatentCache, check_cache_format
 from deepseek.engine.limits import RequestLimits
+from deepseek.engine.logprob_names import LogprobNamer
 from deepseek.engine.model import Model
 from deepseek.engine.opening import Opened, open_checkpoint, open_directory, open_stored
 from deepseek.engine.options import EngineIdentity, EngineLoad, EngineOptions
 from deepseek.engine.pages import PagePool
 from deepseek.engine.prefix import root_key
-from deepseek.engine.prompt_scores import LogprobNamer
 from deepseek.engine.request import (
+    Choice,
     FinishReason,
     Request,
     SamplingParams,
@@ -36,7 +37,6 @@ from deepseek.engine.request import (
     TokenLogprob,
 )
 from deepseek.engine.runner import Runner
-from deepseek.engine.sampler import Choice
 from deepseek.engine.scheduler import Chunk, Scheduler
 from deepseek.engine.tracked import Tracked
 from deepseek.errors import DeployError, RequestError

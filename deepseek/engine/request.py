@@ -81,6 +81,18 @@ class Request:
     cache_salt: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One chosen or given token. Log-probabilities are natural, of the raw distribution; `logprob`
+    is None when not asked for, `top` holds (token id, log-probability), best first, and `rank` is
+    the number of tokens that are at least as likely."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
+
+
 class TopLogprob(NamedTuple):
     """One alternative at a position. Fields as in `TokenLogprob`."""
 

@@ -14,7 +14,8 @@ from deepseek.engine.batch import Span, make_batch
 from deepseek.engine.kv_cache import LatentCache
 from deepseek.engine.model import Model
 from deepseek.engine.prompt_scores import score_chunk
-from deepseek.engine.sampler import Choice, Draw, choose
+from deepseek.engine.request import Choice
+from deepseek.engine.sampler import Draw, choose
 from deepseek.engine.scheduler import Chunk, Schedule
 
 

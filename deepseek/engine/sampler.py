@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepseek.engine.request import SamplingParams
+from deepseek.engine.request import Choice, SamplingParams
 
 _MASK = (1 << 64) - 1
 
@@ -26,18 +26,6 @@ class Draw:
     sampling: SamplingParams
     seed: int
     position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One chosen or given token. Log-probabilities are natural, of the raw distribution; `logprob`
-    is None when not asked for, `top` holds (token id, log-probability), best first, and `rank` is
-    the number of tokens that are at least as likely."""
-
-    token_id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    rank: int | None = None
 
 
 def choose(logits: Tensor, draws: Items[Draw]) -> list[Choice | None]:

@@ -64,6 +64,16 @@ class Tracked:
             reason = "stop" if detokenizer.stopped else reason
         return reason, text
 
+    def finish(self, reason: FinishReason) -> tuple[FinishReason, str]:
+        """End a request for a reason that no token tells: an engine of another kind says so, or it
+        is aborted. Returns the reason and the text that was held back; a stop string in it counts.
+        """
+        detokenizer = self.detokenizer
+        if detokenizer is None or detokenizer.stopped:
+            return reason, ""
+        text = detokenizer.flush()
+        return ("stop" if detokenizer.stopped and reason == "length" else reason), text
+
     def output(
         self,
         now_s: float,

@@ -26,6 +26,7 @@ from torch import Tensor
 from deepseek.artifact.built_engine import BuiltEngine, read_engine
 from deepseek.artifact.documents import document_object
 from deepseek.artifact.engine_checks import (
+    ByteProgress,
     CheckReport,
     Original,
     RankLoad,
@@ -37,6 +38,7 @@ from deepseek.artifact.engine_checks import (
     check_same_config,
     check_schemes,
     read_target_manifest,
+    untold,
 )
 from deepseek.artifact.engine_manifest import ENGINE_FILE, EngineManifest
 from deepseek.artifact.layout import stored_layers
@@ -64,7 +66,11 @@ _CHANGED = (
 
 
 def check_engine(
-    directory: Path | str, *, artifact: ArtifactReader | None = None, digests: bool = True
+    directory: Path | str,
+    *,
+    artifact: ArtifactReader | None = None,
+    digests: bool = True,
+    progress: ByteProgress = untold,
 ) -> CheckReport:
     """Check a directory of target transformers. Without `digests` its tensors are not read, so that
     a directory that was just built can be checked at once. With `artifact` every parameter is
@@ -100,7 +106,7 @@ def check_engine(
             for tensor in stored_tensors(model.config, stored, layer).values()
         }
         origin = _origins(schemes, stored, shapes)
-        hashed, verified = check_digests(mapped, built, engine, origin)
+        hashed, verified = check_digests(mapped, built, engine, origin, progress=progress)
     if artifact is not None:
         check_same_config(directory, built, artifact, changed=_CHANGED)
         reference = artifact_layers(directory, engine, artifact)

@@ -22,6 +22,7 @@ from pathlib import Path
 from deepseek.artifact.built_engine import BuiltEngine, read_engine
 from deepseek.artifact.documents import document_object
 from deepseek.artifact.engine_checks import (
+    ByteProgress,
     CheckReport,
     artifact_layers,
     check_digests,
@@ -32,6 +33,7 @@ from deepseek.artifact.engine_checks import (
     check_same_config,
     check_schemes,
     read_target_manifest,
+    untold,
 )
 from deepseek.artifact.engine_manifest import ENGINE_FILE, EngineManifest
 from deepseek.artifact.layout import stored_layers
@@ -59,7 +61,11 @@ from deepseek.sglang.quant_config import sglang_quantization_config
 
 
 def check_engine(
-    directory: Path, *, artifact: ArtifactReader | None = None, digests: bool = True
+    directory: Path,
+    *,
+    artifact: ArtifactReader | None = None,
+    digests: bool = True,
+    progress: ByteProgress = untold,
 ) -> CheckReport:
     """Check an engine directory that was built for SGLang.
 
@@ -98,7 +104,9 @@ def check_engine(
     hashed = verified = compared = 0
     if digests:
         schemes = built.manifest.recipe.resolve(built.config) if built.manifest else {}
-        hashed, verified = check_digests(mapped, built, engine, origins(schemes, stored))
+        hashed, verified = check_digests(
+            mapped, built, engine, origins(schemes, stored), progress=progress
+        )
     if artifact is not None:
         check_same_config(directory, built, artifact)
         layers = artifact_layers(directory, engine, artifact)

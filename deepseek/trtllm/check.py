@@ -19,11 +19,13 @@ from pathlib import Path
 
 from deepseek.artifact.built_engine import read_engine
 from deepseek.artifact.engine_checks import (
+    ByteProgress,
     CheckReport,
     artifact_layers,
     check_digests,
     check_headers,
     check_same_config,
+    untold,
 )
 from deepseek.artifact.layout import stored_layers
 from deepseek.artifact.reader import ArtifactReader
@@ -42,7 +44,11 @@ from deepseek.trtllm.loader_decode import compare
 
 
 def check_engine(
-    directory: Path, *, artifact: ArtifactReader | None = None, digests: bool = True
+    directory: Path,
+    *,
+    artifact: ArtifactReader | None = None,
+    digests: bool = True,
+    progress: ByteProgress = untold,
 ) -> CheckReport:
     """Check an engine directory that was built for TensorRT-LLM.
 
@@ -73,7 +79,9 @@ def check_engine(
     hashed = verified = compared = 0
     if digests:
         schemes = built.manifest.recipe.resolve(built.config) if built.manifest else {}
-        hashed, verified = check_digests(mapped, built, engine, origins(schemes, stored), diagnose)
+        hashed, verified = check_digests(
+            mapped, built, engine, origins(schemes, stored), diagnose, progress=progress
+        )
     if artifact is not None:
         check_same_config(directory, built, artifact)
         reference = artifact_layers(directory, engine, artifact)

@@ -22,6 +22,7 @@ from pathlib import Path
 from deepseek.artifact.built_engine import BuiltEngine, read_engine
 from deepseek.artifact.documents import document_object
 from deepseek.artifact.engine_checks import (
+    ByteProgress,
     CheckReport,
     Origin,
     Original,
@@ -34,6 +35,7 @@ from deepseek.artifact.engine_checks import (
     check_same_config,
     check_schemes,
     read_target_manifest,
+    untold,
 )
 from deepseek.artifact.engine_manifest import ENGINE_FILE, EngineManifest
 from deepseek.artifact.layout import stored_layers
@@ -44,7 +46,7 @@ from deepseek.fused_loader.decode import compare
 from deepseek.fused_loader.loading import check_loading
 from deepseek.recipe import Scheme
 from deepseek.vllm.fields import LOADER, TARGET, VllmFields
-from deepseek.vllm.launch import KV_DTYPES, LAUNCH_FILE, faults, launch_of
+from deepseek.vllm.launch import KV_DTYPES, LAUNCH_FILE, Launch, faults, launch_of
 from deepseek.vllm.layout import stored_schemes, stored_tensors
 from deepseek.vllm.loadable import check_loadable
 from deepseek.vllm.loader import LoaderModel
@@ -53,7 +55,11 @@ from deepseek.vllm.quant_config import vllm_quantization_config
 
 
 def check_engine(
-    directory: Path, *, artifact: ArtifactReader | None = None, digests: bool = True
+    directory: Path,
+    *,
+    artifact: ArtifactReader | None = None,
+    digests: bool = True,
+    progress: ByteProgress = untold,
 ) -> CheckReport:
     """Check an engine directory that was built for vLLM.
 
@@ -79,12 +85,14 @@ def check_engine(
         lambda layer: stored_tensors(model.config, stored, layer, released=released),
         index_needed=True,
     )
-    _check_launch(directory, built, model.config, engine, mtp=mtp)
+    check_launch(directory, built, model.config, engine, mtp=mtp)
     hashed = verified = compared = 0
     if digests:
         mapped = model.checkpoint.with_values()
         schemes = built.manifest.recipe.resolve(built.config) if built.manifest else {}
-        hashed, verified = check_digests(mapped, built, engine, _origins(schemes))
+        hashed, verified = check_digests(
+            mapped, built, engine, _origins(schemes), progress=progress
+        )
     if artifact is not None:
         check_same_config(directory, built, artifact)
         reference = artifact_layers(directory, engine, artifact)
@@ -139,14 +147,20 @@ def check_config(
     return stored
 
 
-def _check_launch(
+def check_launch(
     directory: Path,
     built: BuiltEngine,
     config: ModelConfig,
     engine: EngineManifest,
     *,
     mtp: bool,
-) -> None:
+) -> Launch:
+    """Read vllm.yaml and check it against engine.json.
+
+    Raises:
+        ArtifactError, DeployError: it is absent, is no file of arguments, or has those of another
+            engine.
+    """
     path = directory / LAUNCH_FILE
     if LAUNCH_FILE not in built.documents:
         raise ArtifactError(f"{directory} has no {LAUNCH_FILE}; build again")
@@ -159,6 +173,7 @@ def _check_launch(
         context=config.max_position_embeddings,
     ):
         raise DeployError(f"{path}: {fault}")
+    return launch
 
 
 def _origins(schemes: Mapping[str, Scheme]) -> Origin:

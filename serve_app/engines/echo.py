@@ -28,6 +28,7 @@ from serve_app.engines.protocol import (
     EngineInfo,
     Event,
     GenerateRequest,
+    LoadProgress,
     PromptLogprobs,
     Tokens,
 )
@@ -46,6 +47,9 @@ class EchoEngine:
         self._waiting = 0
         self._running: dict[str, int] = {}
         self._aborted: set[str] = set()
+
+    def loading(self) -> LoadProgress | None:
+        return None
 
     async def start(self) -> EngineInfo:
         return EngineInfo(

@@ -13,14 +13,13 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineLoad, EngineOptions
-from deepseek.engine.request import Request, StepOutput
 from deepseek.errors import RequestError
 from serve_app.config import EmbeddedOptions
 from serve_app.engines.protocol import (
@@ -28,10 +27,12 @@ from serve_app.engines.protocol import (
     EngineInfo,
     Event,
     GenerateRequest,
+    LoadProgress,
     PromptLogprobs,
     Tokens,
 )
 from serve_app.engines.stall import StallClock
+from serve_app.engines.steps import to_engine, to_events
 from serve_app.errors import EngineUnavailable
 
 log = logging.getLogger("ray.serve")
@@ -126,6 +127,9 @@ class EmbeddedEngine:
             continues=True,
             kv_bytes_per_token=self._engine.allocated_bytes()["kv_cache"] / cached_tokens,
         )
+
+    def loading(self) -> LoadProgress | None:
+        return LoadProgress("loading the weights")
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         self._raise_if_failed()
@@ -228,7 +232,7 @@ class EmbeddedEngine:
 
     def _add(self, request: GenerateRequest) -> None:
         try:
-            self._engine.add_request(_to_engine(request))
+            self._engine.add_request(to_engine(request))
         except RequestError as error:
             refusal: list[tuple[str, Event | Exception]] = [(request.request_id, error)]
             self._post(self._deliver, refusal)
@@ -236,7 +240,7 @@ class EmbeddedEngine:
     def _step(self) -> None:
         items: list[tuple[str, Event | Exception]] = []
         for output in self._engine.step():
-            items.extend((output.request_id, event) for event in _to_events(output))
+            items.extend((output.request_id, event) for event in to_events(output))
         if items:  # one callback per step, not one per request
             self._post(self._deliver, items)
 
@@ -272,34 +276,3 @@ def _engine_options(config: EmbeddedOptions) -> EngineOptions:
         "prefix_cache": config.prefix_cache,
     }
     return EngineOptions(**{name: value for name, value in given.items() if value is not None})
-
-
-def _to_engine(request: GenerateRequest) -> Request:
-    """The request without what only the service needs (its trace context, its place)."""
-    return Request(
-        request_id=request.request_id,
-        prompt_ids=request.prompt_ids,
-        sampling=request.sampling,
-        output_ids=request.output_ids,
-        num_shown=request.num_shown,
-        cache_salt=request.cache_salt,
-    )
-
-
-def _to_events(output: StepOutput) -> Iterator[Event]:
-    if output.prompt_logprobs is not None:
-        yield PromptLogprobs(output.prompt_logprobs)
-    if output.token_ids or output.text:
-        yield Tokens(output.token_ids, output.text, output.logprobs)
-    if output.finish_reason is not None:
-        yield Done(
-            output.finish_reason,
-            output.prompt_tokens,
-            output.completion_tokens,
-            cached_tokens=output.cached_tokens,
-            queue_s=output.queue_s,
-            prefill_s=output.prefill_s,
-            decode_s=output.decode_s,
-            error=output.error,
-            retryable=output.retryable,
-        )

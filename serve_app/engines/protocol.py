@@ -152,15 +152,31 @@ class EngineInfo:
     kv_bytes_per_token: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far an engine is on its way to serve. `phase` is for people ("reading the weights");
+    `done_bytes` of `total_bytes` of it are done, where that is known: both 0 where it is not."""
+
+    phase: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
 class Engine(Protocol):
     """One model behind one replica. All methods are called on the replica's event loop."""
 
     async def start(self) -> EngineInfo:
-        """Load the model. Awaited once, before anything else.
+        """Load the model. Awaited once, before anything else but `loading`.
 
         Raises:
-            IntServeError: the model cannot be loaded; says why.
+            IntServeError: the model cannot be loaded; says why, and names the tensor, the argument
+                or the rank that it failed on.
         """
+        ...
+
+    def loading(self) -> LoadProgress | None:
+        """How far `start` is, None where nothing is known of it. Cheap: called once a second while
+        `start` is awaited."""
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -213,6 +229,23 @@ class ReplicaStatus:
     emulated: bool = False
     request_ids: tuple[str, ...] = ()
     pool: str = POOL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingReplica:
+    """What an engine replica that does not serve yet reports about itself, in place of heartbeats.
+
+    `elapsed_s` are the seconds since it began, `eta_s` those that are left of this phase, None
+    where nobody can say. `node` is Ray's id of its node. `failure` is why it has given up.
+    """
+
+    replica_id: str
+    progress: LoadProgress
+    elapsed_s: float
+    eta_s: float | None = None
+    pool: str = POOL
+    node: str = ""
+    failure: str | None = None
 
 
 class EngineClient(Protocol):

@@ -19,7 +19,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from starlette.types import ASGIApp
 
 from serve_app.config import ServeConfig
-from serve_app.engines.protocol import ReplicaStatus
+from serve_app.engines.protocol import LoadingReplica, ReplicaStatus
 from serve_app.live import LiveSettings
 from serve_app.one_model import admit_pools
 from serve_app.openai.drain import Drain
@@ -103,6 +103,7 @@ class Ingress:
             ingress=self._context.replica_id.unique_id,
         )
         self._service.admission_stats = self._channel.stats
+        self._service.loading = self._board.loading
         self._key_watch = self._service.watch_keys()
         self._live = LiveSettings(self._context.deployment, config.live)
 
@@ -127,6 +128,14 @@ class Ingress:
         self._sightings.note(status)
         routed = _routed(status.pool)
         return None if routed is None else status.replica_id in routed
+
+    async def note_loading(self, report: LoadingReplica) -> None:
+        """Take in how far an engine replica is that does not serve yet."""
+        self._board.note_loading(report)
+
+    async def loading(self) -> list[LoadingReplica]:
+        """The engine replicas that load, as this ingress knows."""
+        return self._board.loading.reports()
 
     async def note_goodbye(self, replica_id: str) -> None:
         """An engine replica ends, or gives up its engine: it answers nothing more."""

@@ -2,8 +2,12 @@
 
     GET, HEAD /health    200 or 503; recipe, digest and replicas for those who may see details
     GET, POST /ping      the same for platforms that call it so (SageMaker, vLLM's clients)
+    GET, HEAD /live      200 while this ingress answers, whatever the engines do
     GET /version         details
     GET /metrics         details: Prometheus text
+
+/health and /ping say whether a request would find an engine; while engines load they are a 503
+that says how far those are. Nothing needs to be restarted then: that is what /live is for.
 
 Details are for clients with a key, and by default for clients on this machine
 (`http.details_access`). Without any key configured they are for everybody. routes.py adds
@@ -23,8 +27,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from deepseek import __version__
+from serve_app.engines.protocol import ReplicaStatus
 from serve_app.errors import ApiError, EngineUnavailable
-from serve_app.openai.pool_details import describe_engines
+from serve_app.openai.pool_details import describe_engines, describe_loading
 from serve_app.openai.service import Service
 from serve_app.routing.admission_client import AdmissionClient
 from serve_app.routing.admission_stats import PoolStats
@@ -53,12 +58,20 @@ def add_operations(app: FastAPI, service: Service, snapshots: Snapshots | None) 
     """Add the endpoints. `snapshots` None means that this ingress is alone."""
 
     async def health(request: Request) -> Response:
-        ready = await service.engines.statuses()
         told: dict[str, Any] = {"status": "ok"}
+        down: EngineUnavailable | None = None
+        ready: list[ReplicaStatus] = []
+        try:
+            ready = await service.engines.statuses()
+        except EngineUnavailable as error:
+            down, told = error, error.body()
         try:
             check_details(service, request)
         except ApiError:
-            return JSONResponse(told)
+            return _health(told, down)
+        told |= _not_ready(service)
+        if down is not None:
+            return _health(told, down)
         order = list(service.config.pools)
         ready.sort(key=lambda s: order.index(s.pool) if s.pool in order else len(order))
         info = ready[0].info
@@ -78,10 +91,13 @@ def add_operations(app: FastAPI, service: Service, snapshots: Snapshots | None) 
         }
         if isinstance(service.admission, AdmissionClient):
             told["admission"] = service.admission.describe()
-        return JSONResponse(told)
+        return _health(told, None)
 
     async def ping() -> Response:
         await service.engines.statuses()
+        return JSONResponse({"status": "ok"})
+
+    async def live() -> Response:
         return JSONResponse({"status": "ok"})
 
     async def tell_version(request: Request) -> Response:
@@ -96,12 +112,30 @@ def add_operations(app: FastAPI, service: Service, snapshots: Snapshots | None) 
             replicas = []  # the request metrics are still worth a scrape
         texts = await snapshots() if snapshots else {"0": service.metrics.snapshot()}
         gauges = await _admission_gauges(service)
-        return Response(render(texts, replicas, gauges), media_type="text/plain; version=0.0.4")
+        text = render(texts, replicas, gauges, service.loading.reports())
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     app.add_api_route("/health", health, methods=["GET", "HEAD"])
     app.add_api_route("/ping", ping, methods=["GET", "HEAD", "POST"])
+    app.add_api_route("/live", live, methods=["GET", "HEAD"])
     app.add_api_route("/version", tell_version, methods=["GET"])
     app.add_api_route("/metrics", metrics, methods=["GET"])
+
+
+def _health(told: dict[str, Any], down: EngineUnavailable | None) -> Response:
+    if down is None:
+        return JSONResponse(told)
+    return JSONResponse(told, down.status, down.headers())
+
+
+def _not_ready(service: Service) -> dict[str, Any]:
+    """The replicas that load, and why the last one of a pool gave up; nothing where all is well."""
+    told: dict[str, Any] = {}
+    if reports := service.loading.reports():
+        told["loading"] = [describe_loading(report) for report in reports]
+    if service.loading.failures:
+        told["load_failures"] = dict(service.loading.failures)
+    return told
 
 
 async def _admission_gauges(service: Service) -> AdmissionGauges | None:

@@ -1,4 +1,4 @@
-"""What /v1/models and /health say of the pools, by name."""
+"""What /v1/models and /health say of the pools, by name, and of the replicas that load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve_app.config import ServeConfig
-from serve_app.engines.protocol import EngineInfo, ReplicaStatus
+from serve_app.engines.protocol import EngineInfo, LoadingReplica, ReplicaStatus
 from serve_app.routing.homes import Pools, limit_of
 
 
@@ -54,6 +54,22 @@ def model_card(
         "parent": None,
         "max_model_len": max(known, default=None),
         "pools": describe_pools(config, infos, statuses),
+    }
+
+
+def describe_loading(report: LoadingReplica) -> dict[str, Any]:
+    """A replica that does not serve yet; bytes and seconds left where they are known."""
+    progress = report.progress
+    known = progress.total_bytes > 0
+    return {
+        "replica": report.replica_id,
+        "pool": report.pool,
+        "node": report.node,
+        "phase": progress.phase,
+        "done_bytes": progress.done_bytes if known else None,
+        "total_bytes": progress.total_bytes if known else None,
+        "elapsed_s": round(report.elapsed_s, 1),
+        "eta_s": None if report.eta_s is None else round(report.eta_s, 1),
     }
 
 

@@ -57,6 +57,7 @@ from serve_app.routing.checks import (
 from serve_app.routing.homes import Pools, assign
 from serve_app.routing.key_watch import KeyWatch
 from serve_app.routing.keys import Keys
+from serve_app.routing.loading_board import LoadingBoard
 from serve_app.routing.tenants import Tenant, read_tenants
 from serve_app.routing.tickets import Enter, Leave
 from serve_app.sections import Live
@@ -101,6 +102,8 @@ class Service:
         self.admission = admission or OpenAdmission()
         #: Asks the owner of admission for its figures; None where there is no owner.
         self.admission_stats: Callable[[], Awaitable[AdmissionStats]] | None = None
+        #: The engine replicas that do not serve yet.
+        self.loading = LoadingBoard()
         self.live = config.live
         self.keys = Keys(read_tenants(config.keys))
         self.bodies = BodyReader(

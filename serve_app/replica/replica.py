@@ -16,32 +16,37 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from deepseek.errors import ArtifactError
 from deepseek.text import printable
 from serve_app.engines.protocol import (
     Engine,
+    EngineInfo,
     Event,
     GenerateRequest,
+    LoadProgress,
     Placed,
     ReplicaStatus,
 )
 from serve_app.errors import ApiError, EngineUnavailable, Overloaded, ReplicaLost
-from serve_app.gating import admit
+from serve_app.gating import Admitted
 from serve_app.live import LiveSettings
 from serve_app.replica.coalesce import coalesce, flush_interval
 from serve_app.replica.departure import Departure
+from serve_app.replica.loading import Loading
 from serve_app.replica.watchdog import Watchdog, guard_event_loop
 from serve_app.routing.candidates import INGRESS, engine_deployment
 from serve_app.routing.replica_client import HEARTBEAT_S, QUIET_S
 from serve_app.sections import ReplicaLimits
 from serve_app.setting_types import POOL
+from serve_app.staged import admit_for_loading, engine_at
 from serve_app.telemetry.tracing import Telemetry
 
 log = logging.getLogger("ray.serve")
@@ -67,7 +72,8 @@ class EngineReplica:
     `allow_ungated` does not override that, when the gate judged other KV pages than those of the
     format `kv_cache` (None: as built), or when the verdict is not signed with the key of the file
     `require_signature`. `engine_dir` None serves no artifact (echo): it has nothing to gate.
-    `served_name` is the model's name in the API; `max_step_s` the longest that a step may take;
+    `staged` is where the nodes may have copies of that directory (staged.py). `served_name` is the
+    model's name in the API; `max_step_s` the longest that a step may take;
     `drain_s` what streams have to end when Serve stops the replica, less than Serve gives it;
     `limits` are those of the configuration, which Serve may change; `pool` is the one it belongs
     to.
@@ -83,41 +89,39 @@ class EngineReplica:
         kv_cache: str | None,
         allow_ungated: bool,
         require_signature: Path | None = None,
+        staged: Path | None = None,
         max_step_s: float = 60.0,
         drain_s: float = 600.0,
         limits: ReplicaLimits | None = None,
         pool: str = POOL,
     ) -> None:
-        # Before an engine exists, so that no adapter has to know of gates.
-        admitted, self._gated, self._emulated = None, True, False
-        if engine_dir is not None:
-            admitted = await asyncio.to_thread(  # it may read hundreds of gigabytes
-                admit,
-                engine_dir,
-                kv_cache=kv_cache,
-                allow_ungated=allow_ungated,
-                require_signature=require_signature,
-                depth="bytes",
-            )
-            self._gated, self._emulated = admitted.gated, admitted.emulated
+        self._gated, self._emulated = True, False
         self._telemetry = Telemetry.from_environment()
         self._pool = pool
         self._limits = LiveSettings(engine_deployment(pool), limits or ReplicaLimits())
         self._request_ids: set[str] = set()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
-        self._engine = make_engine()
-        self._info = await self._engine.start()
-        if engine_dir is not None and admitted is not None:
-            try:
-                admitted.check_started(
+        node = ray.get_runtime_context().get_node_id()
+        loading = Loading(self._replica_id, pool=pool, node=node)
+        async with loading.told(partial(self._tell_ingresses, "note_loading"), self._load_progress):
+            admitted = None
+            if engine_dir is not None:
+                # Before an engine exists, so that no adapter has to know of gates; in a thread,
+                # because it may read hundreds of gigabytes.
+                admitted, chosen = await asyncio.to_thread(
+                    admit_for_loading,
                     engine_dir,
-                    engine_digest=self._info.engine_digest,
-                    arithmetic=self._info.engine,
-                    kv_cache=self._info.kv_cache,
+                    staged,
+                    node=node,
+                    kv_cache=kv_cache,
+                    allow_ungated=allow_ungated,
+                    require_signature=require_signature,
+                    progress=loading.note,
                 )
-            except ArtifactError:
-                await self._engine.shutdown()
-                raise
+                self._gated, self._emulated = admitted.gated, admitted.emulated
+                make_engine = engine_at(make_engine, chosen)
+            self._engine = make_engine()
+            self._info = await self._start_engine(engine_dir, admitted)
         if not self._gated:  # once more, below everything that the engine logged while it loaded
             log.warning("UNGATED: %s has not passed its accuracy gate", printable(served_name))
         self._watchdog = Watchdog(self._engine, max_step_s=max_step_s)
@@ -128,6 +132,27 @@ class EngineReplica:
             asyncio.create_task(self._send_heartbeats(guard_event_loop(max_step_s + _BLOCK_S))),
             asyncio.create_task(self._watchdog.run(self._give_up)),
         ]
+
+    async def _start_engine(self, engine_dir: Path | None, admitted: Admitted | None) -> EngineInfo:
+        """Start the engine, and check that it is the one that was admitted. What does not start
+        leaves nothing behind."""
+        try:
+            info = await self._engine.start()
+            if engine_dir is not None and admitted is not None:
+                admitted.check_started(
+                    engine_dir,
+                    engine_digest=info.engine_digest,
+                    arithmetic=info.engine,
+                    kv_cache=info.kv_cache,
+                )
+            return info
+        except BaseException:
+            await self._engine.shutdown()
+            raise
+
+    def _load_progress(self) -> LoadProgress | None:
+        """What the engine says of its start; None before there is one."""
+        return self._engine.loading() if hasattr(self, "_engine") else None
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take in what Serve says of the limits that change while it serves (live.py)."""

@@ -32,9 +32,16 @@ import ray.exceptions
 from ray.serve import exceptions as serve_exceptions
 
 from deepseek.errors import RequestError
-from serve_app.engines.protocol import EngineInfo, Event, GenerateRequest, ReplicaStatus
+from serve_app.engines.protocol import (
+    EngineInfo,
+    Event,
+    GenerateRequest,
+    LoadingReplica,
+    ReplicaStatus,
+)
 from serve_app.errors import ApiError, EngineUnavailable, Overloaded, ReplicaLost
 from serve_app.routing.interrupt import Interrupt
+from serve_app.routing.loading_board import LoadingBoard
 
 #: Seconds between heartbeats, and the age in seconds at which a silent replica counts as gone.
 HEARTBEAT_S = 1.0
@@ -60,6 +67,8 @@ class StatusBoard:
         self._statuses: dict[str, tuple[float, ReplicaStatus]] = {}  # id -> arrival time, status
         #: What each pool serves, as was heard last; kept when its replicas go.
         self.infos: dict[str, EngineInfo] = {}
+        #: The replicas that do not serve yet.
+        self.loading = LoadingBoard(clock)
         self._arrived = asyncio.Event()
 
     def note(self, status: ReplicaStatus) -> None:
@@ -67,11 +76,18 @@ class StatusBoard:
         replica is in no deployment that there is a handle to."""
         self.infos[status.pool] = status.info
         self._statuses[status.replica_id] = (self._clock(), status)
+        self.loading.ready(status.replica_id, status.pool)
         self._arrived.set()
+
+    def note_loading(self, report: LoadingReplica) -> None:
+        """Take in how far a replica is that loads; what comes after its heartbeats is late."""
+        if report.replica_id not in self._statuses:
+            self.loading.note(report)
 
     def remove(self, replica_id: str) -> None:
         """Forget a replica that says goodbye; it has no streams, or has ended them itself."""
         self._statuses.pop(replica_id, None)
+        self.loading.gone(replica_id)
 
     def pool_of(self, replica_id: str) -> str | None:
         """The pool of a replica, None where it is not known any more."""
@@ -119,7 +135,7 @@ class StatusBoard:
                     self._arrived.clear()
                     await self._arrived.wait()
         except TimeoutError:
-            raise EngineUnavailable("no engine replica is ready; retry later") from None
+            raise self.loading.unavailable() from None
 
 
 @dataclass(slots=True)
@@ -243,7 +259,7 @@ class ReplicaClient:
 
     async def statuses(self) -> list[ReplicaStatus]:
         if not (fresh := self._board.fresh()):
-            raise EngineUnavailable("no engine replica is ready; retry later")
+            raise self._board.loading.unavailable()
         return fresh
 
     async def infos(self, *, wait: bool = True) -> Mapping[str, EngineInfo]:

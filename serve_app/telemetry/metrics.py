@@ -25,7 +25,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from serve_app.engines.protocol import ReplicaStatus
+from serve_app.engines.protocol import LoadingReplica, ReplicaStatus
 
 _DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -145,6 +145,15 @@ ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
 }
 
+#: name -> help; of every engine replica that does not serve yet, by replica, pool and phase. What
+#: is not known is not shown.
+LOADING_METRICS: dict[str, str] = {
+    "intserve_loading_seconds": "Seconds since the replica began to load.",
+    "intserve_loading_done_bytes": "Bytes of this phase that are done.",
+    "intserve_loading_expected_bytes": "Bytes of this phase in all.",
+    "intserve_loading_eta_seconds": "Seconds that are left of this phase.",
+}
+
 #: name -> (labels, help); of the owner of admission, read when a scrape asks. One label value per
 #: band or replica: keys are as many as a user makes.
 ADMISSION_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -252,10 +261,12 @@ class _JoinedCollector(Collector):
         snapshots: Mapping[str, str],
         replicas: Iterable[ReplicaStatus],
         admission: AdmissionGauges | None,
+        loading: Iterable[LoadingReplica],
     ) -> None:
         self._snapshots = snapshots
         self._replicas = replicas
         self._admission = admission
+        self._loading = loading
 
     def collect(self) -> Iterator[Metric]:
         joined: dict[str, Metric] = {}
@@ -269,6 +280,7 @@ class _JoinedCollector(Collector):
                     target.add_sample(sample.name, labels, sample.value)
         yield from joined.values()
         yield from _engine_families(self._replicas)
+        yield from _loading_families(self._loading)
         if self._admission is not None:
             yield from _admission_families(self._admission)
 
@@ -312,6 +324,26 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
     yield from families.values()
 
 
+def _loading_families(reports: Iterable[LoadingReplica]) -> Iterator[Metric]:
+    families = {
+        name: GaugeMetricFamily(name, text, labels=(*_OF_REPLICA, "phase"))
+        for name, text in LOADING_METRICS.items()
+    }
+    for report in reports:
+        progress, known = report.progress, report.progress.total_bytes > 0
+        values: dict[str, float | None] = {
+            "seconds": report.elapsed_s,
+            "done_bytes": progress.done_bytes if known else None,
+            "expected_bytes": progress.total_bytes if known else None,
+            "eta_seconds": report.eta_s,
+        }
+        for name, value in values.items():
+            if value is not None:
+                labels = [report.replica_id, report.pool, progress.phase]
+                families[f"intserve_loading_{name}"].add_metric(labels, value)
+    yield from families.values()
+
+
 def _admission_families(gauges: AdmissionGauges) -> Iterator[Metric]:
     values: dict[str, Mapping[Any, float] | float | None] = {
         "intserve_admission_queued_sequences": gauges.sequences,
@@ -340,9 +372,10 @@ def render(
     snapshots: Mapping[str, str],
     replicas: Iterable[ReplicaStatus],
     admission: AdmissionGauges | None = None,
+    loading: Iterable[LoadingReplica] = (),
 ) -> bytes:
-    """The Prometheus text of all ingresses (id -> snapshot), of all engine replicas, and of the
-    owner of admission, None where there is none or it does not answer."""
+    """The Prometheus text of all ingresses (id -> snapshot), of all engine replicas, those that
+    load apart, and of the owner of admission, None where there is none or it does not answer."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_JoinedCollector(snapshots, list(replicas), admission))
+    registry.register(_JoinedCollector(snapshots, list(replicas), admission, list(loading)))
     return generate_latest(registry)

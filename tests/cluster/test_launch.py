@@ -16,6 +16,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
+from cluster.engine_verdict import hardware_of
 from serve_app import haproxy_wrapper
 from serve_app.config import ServeConfig
 from serve_app.haproxy_wrapper import METRICS_HOST
@@ -83,6 +84,19 @@ def test_ray_start_knows_every_option_in_cluster_yaml(launcher: dict[str, Any]) 
         words = shlex.split(launcher[where][-1].partition("ray start")[2])
         assert words
         assert {word.partition("=")[0] for word in words} <= known
+
+
+def test_nodes_with_gpus_say_which_so_that_pools_can_ask_for_them(
+    launcher: dict[str, Any], manifests: dict[str, dict[str, Any]], root: Path
+) -> None:
+    example = yaml.safe_load((root / "examples/serve/trtllm.yaml").read_text(encoding="utf-8"))
+    (application,) = example["applications"]
+    wanted = {tuple(pool["labels"].items()) for pool in application["args"]["pools"].values()}
+    ((label,),) = wanted
+    assert f"--labels={'='.join(label)}" in launcher["worker_start_ray_commands"][-1]
+    workers = cluster_spec(manifests["raycluster.yaml"])["workerGroupSpecs"]
+    assert workers[0]["rayStartParams"]["labels"] == "=".join(label)
+    assert hardware_of(dict([label])) is not None, "a plan knows these GPUs"
 
 
 def source(root: Path, **environment: str) -> subprocess.CompletedProcess[str]:

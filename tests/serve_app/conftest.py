@@ -10,7 +10,7 @@ from support.configs import make_config
 from support.otlp import OtlpReceiver
 from support.ports import free_port
 
-from serve_app.sections import EchoOptions
+from serve_app.engine_sections import EchoOptions
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from support.foreground import answers_without_a_token
 from support.ports import free_port
 from support.raylets import Raylets
 
+from serve_app.engine_sections import EchoOptions
 from serve_app.proxy_environment import proxy_environment
-from serve_app.sections import EchoOptions
 
 pytestmark = pytest.mark.ray
 

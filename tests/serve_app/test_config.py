@@ -91,13 +91,38 @@ def test_what_yaml_reads_otherwise_than_it_looks_is_refused(
         ("pools: {default: {}}\n", "pools.default.engine: is missing; add {kind: embedded, dir"),
         (
             "pools: {default: {engine: runs/engine}}\n",
-            "pools.default.engine: kind must be embedded or echo; write {kind: embedded, direct",
+            "pools.default.engine: kind must be embedded, trtllm, vllm or echo; write {kind: embed",
         ),
         (
             "pools: {default: {engine: {kind: embedded}}}\n",
             "pools.default.engine.directory: is missing; name the engine directory that `build`",
         ),
         ("pools: {My Pool: {engine: {kind: echo}}}\n", "pools.My Pool: is no name; use lower-case"),
+        (
+            "pools: {default: {engine: {kind: trtllm, directory: e}}}\n",
+            "pools.default.engine.python: is missing; name the Python of the engine's environment",
+        ),
+        (
+            "pools: {default: {engine: {kind: trtllm, directory: e, python: p, kv_tokens: 1}}}\n",
+            "unknown key 'pools.default.engine.kv_tokens'",
+        ),
+        (
+            "pools: {default: {engine: {kind: vllm, directory: e, python: p, kv_cache: int8}}}\n",
+            "pools.default.engine.kv_cache: Input should be 'bf16' or 'fp8'",
+        ),
+        (
+            "pools: {default: {engine: {kind: echo}, labels: {a b: c}}}\n",
+            "pools.default.labels.a b: is no name of a label of nodes; write one as in `ray start",
+        ),
+        (
+            'pools: {default: {engine: {kind: echo}, labels: {hardware: "in(a,b)"}}}\n',
+            "pools.default.labels.hardware: is no value of a label of nodes; write letters, digits",
+        ),
+        (
+            "pools: {a: {engine: {kind: echo}}, b: {engine: {kind: trtllm, directory: e, "
+            "python: p}}}\n",
+            "pools has engines of the kinds echo and trtllm, and all pools serve the same model",
+        ),
         (
             "pools: {a: {engine: {kind: echo}, spill_over: [b]}}\n",
             "pools.a.spill_over names 'b', and the pools are a",

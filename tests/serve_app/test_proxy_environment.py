@@ -18,6 +18,7 @@ from support.ports import free_port
 from deepseek.errors import DeployError
 from serve_app import haproxy_wrapper, proxy_environment
 from serve_app.config import ServeConfig
+from serve_app.engine_sections import EchoOptions
 from serve_app.proxy_environment import (
     addresses_known,
     available,
@@ -26,7 +27,6 @@ from serve_app.proxy_environment import (
     is_installed,
     max_connections,
 )
-from serve_app.sections import EchoOptions
 
 #: As tests are collected in, before a service of theirs holds variables of its own.
 ENVIRONMENT = dict(os.environ)

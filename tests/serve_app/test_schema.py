@@ -15,12 +15,12 @@ from pydantic import BaseModel
 from referencing import Registry, Resource
 
 from deepseek.errors import ConfigError
-from serve_app import autoscaling_settings, http_sections, sections
+from serve_app import autoscaling_settings, engine_sections, http_sections, sections
 from serve_app.config import ServeConfig
 from serve_app.mistakes import MOVED
 from serve_app.schema import PAGES, config_schema, deploy_schema
 
-EXAMPLES = ("local.yaml", "node.yaml", "pools.yaml", "fleet.yaml")
+EXAMPLES = ("local.yaml", "node.yaml", "pools.yaml", "fleet.yaml", "trtllm.yaml")
 ECHO = {"pools": {"default": {"engine": {"kind": "echo"}}}}
 
 
@@ -51,7 +51,7 @@ def test_a_table_that_was_edited_is_made_anew(root: Path) -> None:
 
 def models(model: type[BaseModel]) -> set[type[BaseModel]]:
     """The model and every model that its keys hold."""
-    modules = (sections, http_sections, autoscaling_settings)
+    modules = (sections, engine_sections, http_sections, autoscaling_settings)
     names = config_schema()["$defs"]
     found = {getattr(module, name) for module in modules for name in names if hasattr(module, name)}
     assert {one.__name__ for one in found} == set(names)
@@ -115,7 +115,7 @@ def validate(instance: Any, schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["fleet.yaml", "rayservice.yaml"])
+@pytest.mark.parametrize("name", ["fleet.yaml", "trtllm.yaml", "rayservice.yaml"])
 def test_serve_makes_our_settings_of_an_examples_arguments(
     name: str, examples: dict[str, Any]
 ) -> None:
@@ -149,6 +149,11 @@ def test_serve_makes_our_settings_of_an_examples_arguments(
     "given",
     [
         {},
+        {"pools": {"a": {"engine": {"kind": "trtllm", "directory": "x"}}}},
+        {"pools": {"a": {"engine": {"kind": "vllm", "directory": "x", "python": "p", "tp": 8}}}},
+        {"pools": {"a": ECHO["pools"]["default"] | {"gpus": -1}}},
+        {"pools": {"a": ECHO["pools"]["default"] | {"labels": {"a b": "c"}}}},
+        {"pools": {"a": ECHO["pools"]["default"] | {"labels": {"a": "!b"}}}},
         {"pools": {}},
         {"pools": {"a": ECHO["pools"]["default"] | {"spill_over": ["No Name"]}}},
         {"pools": {"My Pool": ECHO["pools"]["default"]}},

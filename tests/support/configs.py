@@ -8,11 +8,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from serve_app.config import ServeConfig
+from serve_app.engine_sections import EchoOptions, EmbeddedOptions
 from serve_app.http_sections import HttpSection
 from serve_app.sections import (
     AdmissionSection,
-    EchoOptions,
-    EmbeddedOptions,
     GateSection,
     PoolSection,
     RequestsSection,

@@ -41,8 +41,16 @@ def environment(tool: str) -> Path:
             words.append("--no-deps")
         subprocess.run([*words, "--requirement", pins], check=True)
 
-    folder = _made_once(tool, pins.read_bytes() + sys.version.encode(), install)
+    folder = _made_once(tool, _pinned(pins) + sys.version.encode(), install)
     return folder / "bin" / "python"
+
+
+def _pinned(pins: Path) -> bytes:
+    """A file of pins, and those that it includes (`-r OTHER.txt`)."""
+    content = pins.read_bytes()
+    included = (line.removeprefix("-r ") for line in content.decode().splitlines())
+    others = (name for name in included if (pins.parent / name).is_file())
+    return content + b"".join(_pinned(pins.parent / name) for name in others)
 
 
 def node_environment() -> Path:

@@ -13,6 +13,7 @@ from support.sockets import Raw, head, listening
 from deepseek import __version__
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
+from serve_app.engines.protocol import LoadingReplica, LoadProgress
 from serve_app.errors import EngineUnavailable
 from serve_app.openai.routes import make_app
 from serve_app.openai.service import Service
@@ -166,6 +167,68 @@ async def test_up_and_down_are_a_status_without_a_key(method: str, path: str) ->
     if method != "HEAD":
         assert up.json() == UP
         assert down.json()["error"]["code"] == "engine_unavailable"
+
+
+async def test_a_replica_that_loads_is_told_of_and_the_ingress_is_alive() -> None:
+    service = make_service(api_keys=["one"], details_access="key")
+    service.engines = Gone(EchoEngine(EchoOptions()))
+    service.loading.note(
+        LoadingReplica(
+            replica_id="r",
+            progress=LoadProgress("reading", 30, 120),
+            elapsed_s=10.04,
+            eta_s=30.0,
+            node="abc",
+        )
+    )
+    service.loading.note(
+        LoadingReplica(
+            replica_id="s",
+            progress=LoadProgress("starting"),
+            elapsed_s=1.0,
+            pool="long",
+            failure="rank 3 died",
+        )
+    )
+    async with client(service, AWAY) as asking:
+        assert (await asking.get("/live")).json() == UP
+        assert (await asking.head("/live")).status_code == 200
+        bare = await asking.get("/health")
+        assert (bare.status_code, set(bare.json())) == (503, {"error"})
+        full = await asking.get("/health", headers=KEY)
+        assert (full.status_code, full.headers["retry-after"]) == (503, "5")
+        assert full.json()["error"]["code"] == "engine_unavailable"
+        assert full.json()["load_failures"] == {"long": "rank 3 died"}
+        assert full.json()["loading"] == [
+            {
+                "replica": "r",
+                "pool": "default",
+                "node": "abc",
+                "phase": "reading",
+                "done_bytes": 30,
+                "total_bytes": 120,
+                "elapsed_s": 10.0,
+                "eta_s": 30.0,
+            }
+        ]
+        told = (await asking.get("/metrics", headers=KEY)).text
+    labels = {"replica": "r", "pool": "default", "phase": "reading"}
+    assert metric(told, "intserve_loading_done_bytes", **labels) == 30
+    assert metric(told, "intserve_loading_expected_bytes", **labels) == 120
+    assert metric(told, "intserve_loading_eta_seconds", **labels) == 30
+    assert metric(told, "intserve_loading_seconds", **labels) == 10.04
+
+
+async def test_health_is_up_while_more_replicas_load() -> None:
+    service = make_service()
+    progress = LoadProgress("reading")
+    service.loading.note(LoadingReplica(replica_id="r", progress=progress, elapsed_s=1.0))
+    async with client(service, LOCAL) as asking:
+        health = await asking.get("/health")
+    assert health.status_code == 200
+    assert health.json()["status"] == "ok"
+    (told,) = health.json()["loading"]
+    assert (told["replica"], told["done_bytes"], told["eta_s"]) == ("r", None, None)
 
 
 async def test_metrics_are_told_while_no_engine_is_ready() -> None:

@@ -1,0 +1,146 @@
+"""vLLM's side of the adapter: what it is started with, read from the engine directory, checked, and
+made ours.
+
+The directory is checked as `build --check` does it, but for its tensors, and vllm.yaml is read
+strictly (deepseek/vllm/launch.py). What the adapter relies on is then set, whatever the file says.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from deepseek.artifact.built_engine import BuiltEngine, read_engine
+from deepseek.artifact.engine_checks import read_target_manifest
+from deepseek.artifact.engine_manifest import EngineManifest
+from deepseek.engine.detokenizer import engine_tokenizer
+from deepseek.engine.request import MAX_LOGPROBS
+from deepseek.errors import DeployError
+from deepseek.stop_tokens import FILE as GENERATION_FILE
+from deepseek.stop_tokens import merge_stop_tokens
+from deepseek.vllm.check import check_config, check_launch
+from deepseek.vllm.fields import LOADER, TARGET, VllmFields
+from deepseek.vllm.launch import KV_DTYPES, LAUNCH_FILE
+from deepseek.vllm.launch import Launch as LaunchFile
+from deepseek.vllm.loadable import check_loadable, require_ranks
+from serve_app.engine_sections import VllmOptions
+from serve_app.engines.remote.launch import Launch, Plan
+
+#: Of the GPUs' memory, what the second try after out-of-memory takes of the first's share.
+_SECOND_TRY = 0.9
+#: Bytes of KV cache of vLLM's build for CPUs, unless VLLM_CPU_KVCACHE_SPACE says how many GiB: a
+#: share of the memory, which vllm.yaml asks for, would be taken from all else that runs there.
+_CPU_KV_BYTES = 1 << 30
+#: Tokens of a page where nothing else is said.
+_DEFAULT_PAGE = 16
+#: Arguments that the adapter relies on. Without a tokenizer it needs none of ours, and every
+#: request names the tokens that end it. A health check goes before what waits.
+_OURS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "trust_remote_code": False,
+    "generation_config": "vllm",
+    "enable_prefix_caching": True,
+    "scheduling_policy": "priority",
+    "max_logprobs": MAX_LOGPROBS,
+    "logprobs_mode": "raw_logprobs",
+    "seed": 0,
+    "disable_log_stats": True,
+    "enable_log_requests": False,
+}
+
+
+def launch_vllm(options: VllmOptions) -> Launch:
+    """The process of the environment that the options name."""
+    ready_s = math.ceil(options.load_timeout_s)
+    return Launch(
+        python=options.python,
+        backend="vllm",
+        env={"VLLM_ENGINE_READY_TIMEOUT_S": str(ready_s)},  # of its own, which is 600
+    )
+
+
+def plan_vllm(options: VllmOptions) -> Plan:
+    """Read the engine directory of `options`, without its tensors.
+
+    Raises:
+        ArtifactError: it is no engine for vLLM, or damaged.
+        DeployError: its arguments cannot be served, or an option contradicts them.
+    """
+    directory = options.directory
+    path = directory / LAUNCH_FILE
+    engine, fields = read_target_manifest(directory, TARGET, LOADER, VllmFields)
+    built = read_engine(directory)
+    check_config(directory, built, engine, fields)
+    mtp = fields.mtp == "kept"
+    file = check_launch(directory, built, built.config, engine, mtp=mtp)
+    tp = _tensor_ranks(options, built, engine, mtp=mtp)
+    max_model_len = _max_model_len(options, file, path)
+    max_running = options.max_batch_size or file.max_num_seqs
+    kv_cache = options.kv_cache or engine.kv_cache
+    arguments = file.model_dump(mode="json", exclude_none=True) | _OURS
+    arguments |= {
+        "tensor_parallel_size": tp,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
+        "enable_expert_parallel": file.enable_expert_parallel and tp > 1,
+        "kv_cache_dtype": KV_DTYPES[kv_cache],
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_running,
+        "max_num_batched_tokens": max(file.max_num_batched_tokens, max_running),
+    }
+    if options.cpu:
+        del arguments["gpu_memory_utilization"]
+        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_BYTES}
+        less = {"kv_cache_memory_bytes": _CPU_KV_BYTES // 2}
+    else:
+        share = file.gpu_memory_utilization
+        less = {"gpu_memory_utilization": round(share * _SECOND_TRY, 4)}
+    return Plan(
+        directory=directory,
+        engine=engine.target,
+        recipe=engine.recipe,
+        artifact_digest=engine.artifact_digest,
+        engine_digest=engine.digest,
+        kv_cache=kv_cache,
+        weight_bytes=engine.num_bytes,
+        arguments=arguments,
+        max_model_len=max_model_len,
+        vocab_size=built.config.vocab_size,
+        end_token_ids=merge_stop_tokens(
+            built.documents.get(GENERATION_FILE), directory / GENERATION_FILE, built.config
+        ),
+        tokenizer=engine_tokenizer(directory, built.documents),
+        page_tokens=_DEFAULT_PAGE,
+        max_running=max_running,
+        engine_version=fields.engine_version,
+        less_memory=arguments | less,
+        memory=(_words(arguments), _words(arguments | less)),
+    )
+
+
+def _tensor_ranks(
+    options: VllmOptions, built: BuiltEngine, engine: EngineManifest, *, mtp: bool
+) -> int:
+    """Ranks that share each layer. The files are the same for any number, if it divides them."""
+    tp = options.tensor_parallel_size or engine.ranks.tp
+    if tp != engine.ranks.tp:
+        ranks = require_ranks(tp, tp if engine.ranks.ep > 1 else 1)
+        check_loadable(built.config, engine.schemes, ranks, mtp=mtp)
+    return tp
+
+
+def _max_model_len(options: VllmOptions, file: LaunchFile, path: Path) -> int:
+    if options.max_model_len is None:
+        return file.max_model_len
+    if options.max_model_len > file.max_model_len:
+        raise DeployError(
+            f"max_model_len {options.max_model_len} exceeds the {file.max_model_len} tokens of "
+            f"{path}; lower it, or build with --context {options.max_model_len}"
+        )
+    return options.max_model_len
+
+
+def _words(arguments: dict[str, Any]) -> str:
+    if "gpu_memory_utilization" in arguments:
+        return f"gpu_memory_utilization {arguments['gpu_memory_utilization']:g}"
+    return f"{arguments['kv_cache_memory_bytes'] / (1 << 30):g} GiB of KV cache"

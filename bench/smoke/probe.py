@@ -3,9 +3,10 @@ of ours on its path:
 
     python probe.py JOB.json ANSWERS.json
 
-JOB has `directory`, `arguments` of the constructor, `prompt` (token ids), `end_id`, `sampling` (what
-the worker sends, by name) and `question_s` (seconds for one question). ANSWERS is written anew after
-every question, so that a hang shows which one. An answer that could not be had is {"error": ...}.
+JOB has `directory`, `arguments` of the constructor, `prompt` (token ids), `end_id`, `sampling`
+(what the worker sends, by name) and `question_s` (seconds for one question). ANSWERS is written
+anew after every question, so that a hang shows which one. An answer that could not be had is
+{"error": ...}.
 """
 
 from __future__ import annotations

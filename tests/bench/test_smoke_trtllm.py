@@ -182,7 +182,7 @@ def test_a_prefix_that_hangs_says_where(
 
     double.switch(tokens_stop=True)
     answers = smoke_trtllm.ask_prefix(
-        plan, options, layers=2, timeout_s=20.0, folder=tmp_path, question_s=0.2
+        plan, options, layers=2, timeout_s=12.0, folder=tmp_path, question_s=0.2
     )
     found = judge(answers, "1.2.1")
     assert verdict_of("members", found).outcome == "held"

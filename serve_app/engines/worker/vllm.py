@@ -92,7 +92,6 @@ class VllmBackend:
         prompt = self._tokens_input(request.prompt_ids, cache_salt=request.cache_salt or None)
         cached: int | None = None
         completion: Any = None
-        step: Any = None
         self._running += 1
         try:
             stream = self._engine.generate(
@@ -110,6 +109,7 @@ class VllmBackend:
                         scores=_scores(completion.logprobs, new, request.logprobs),
                         prompt_scores=scored,
                         cached_tokens=cached,
+                        queue_s=_queue_s(step.metrics),
                     )
         except self._client_errors as error:
             raise Refused(str(error) or type(error).__name__) from error
@@ -123,8 +123,6 @@ class VllmBackend:
             request.id,
             finish_reason=getattr(completion, "finish_reason", None),
             stop_reason=getattr(completion, "stop_reason", None),
-            cached_tokens=cached,
-            queue_s=_queue_s(getattr(step, "metrics", None)),
         )
 
     async def abort(self, request_id: int) -> None:

@@ -52,8 +52,9 @@ _LOGGING = {"enable_access_log": False}
 _TELL_CLIENTS_S = 5.0
 
 
-def engine_factory(pool: PoolSection) -> EngineFactory:
-    """The function that makes a replica's engine; it is pickled, and called in the replica.
+def engine_factory(pool: PoolSection, num_nodes: int = 1) -> EngineFactory:
+    """The function that makes a replica's engine; it is pickled, and called in the replica. An
+    engine of `num_nodes` has as many bundles of a placement group.
 
     Raises:
         ArtifactError: vLLM's number of ranks is that of a directory which is no engine.
@@ -70,6 +71,11 @@ def engine_factory(pool: PoolSection) -> EngineFactory:
     if isinstance(options, VllmOptions):
         ranks = tensor_ranks(options, read_engine_manifest(options.directory))
         options = options.model_copy(update={"tensor_parallel_size": ranks})
+        if num_nodes > 1:
+            from serve_app.replica.spread import SpreadEngine, node_address, ray_nodes
+
+            spread = partial(SpreadEngine, count=num_nodes, address=node_address, others=ray_nodes)
+            return EngineOf(spread, options)
     return EngineOf(RemoteEngine, options)
 
 
@@ -83,7 +89,11 @@ def build(config: ServeConfig) -> Application:
     """
     check_cluster()
     check_this_cluster(config)
-    return _build(config, {name: engine_factory(pool) for name, pool in config.pools.items()})
+    factories = {
+        name: engine_factory(pool, reserved(name, pool).num_nodes)
+        for name, pool in config.pools.items()
+    }
+    return _build(config, factories)
 
 
 def build_with(config: ServeConfig, make_engine: EngineFactory) -> Application:

@@ -67,6 +67,11 @@ class Reserved:
         bundles = tuple({k: v for k, v in bundle.items() if v} for bundle in made.bundles)
         return Placement(bundles, made.strategy)
 
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of one replica."""
+        return max(1, self.gpus // GPUS_PER_NODE)
+
     def deployment_options(self, actor_options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a Serve deployment; `actor_options` are those without GPUs."""
         actor = dict(actor_options)
@@ -103,6 +108,11 @@ def reserved(name: str, pool: PoolSection) -> Reserved:
         raise DeployError(
             f"pools.{name}: {gpus} GPUs are neither part of one node of {GPUS_PER_NODE} nor whole "
             "nodes; correct gpus, or the ranks of the engine"
+        )
+    if gpus > GPUS_PER_NODE and pool.staged is not None:
+        raise DeployError(
+            f"pools.{name}.engine.staged is for replicas on one node, and these have "
+            f"{gpus // GPUS_PER_NODE}; remove it"
         )
     return Reserved(gpus, pool.cpus, dict(pool.labels))
 
@@ -217,14 +227,20 @@ def released(node: NodeRoom, holders: Sequence[Holder]) -> NodeRoom:
 def _warn_of_growth(
     config: ServeConfig, needs: Mapping[str, Reserved], nodes: Sequence[NodeRoom]
 ) -> None:
-    """Say so where a pool may grow beyond what there is: it grows as far as it can."""
+    """Say so where a pool may grow beyond what there is: it grows as far as it can, and an update
+    that must start a replica first waits for ever."""
     empty = [replace(node, free=node.total) for node in nodes]
     for demand in demands(config, needs):
-        most = config.pools[demand.pool].most_replicas
-        if most > demand.replicas:
-            grown = replace(demand, replicas=most)
-            if (sentence := shortage([grown], empty, ())) is not None:
-                log.warning("as many replicas as autoscaling.max_replicas: %s", sentence)
+        pool = config.pools[demand.pool]
+        surge = -(-demand.replicas * pool.surge_percent // 100)
+        for what, replicas in (
+            ("as many replicas as autoscaling.max_replicas", pool.most_replicas),
+            ("an update with this surge_percent would not end", demand.replicas + surge),
+        ):
+            if replicas > demand.replicas:
+                grown = replace(demand, replicas=replicas)
+                if (sentence := shortage([grown], empty, ())) is not None:
+                    log.warning("%s: %s", what, sentence)
 
 
 def _check_plan(

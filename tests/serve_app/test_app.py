@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pytest
+from ray import cloudpickle
 from ray.serve._private.build_app import build_app
 from support.configs import make_config
+from support.vllm_builds import build_vllm_engine, make_vllm_artifact
 
-from serve_app.app import build_with
-from serve_app.config import EchoOptions, ServeConfig
+from serve_app.app import build_with, engine_factory
+from serve_app.config import EchoOptions, EmbeddedOptions, ServeConfig, VllmOptions
 from serve_app.engines.echo import EchoEngine
+from serve_app.staged import EngineOf
 
 
 def deployments(config: ServeConfig) -> dict[str, Any]:
@@ -17,6 +23,15 @@ def deployments(config: ServeConfig) -> dict[str, Any]:
     app = build_with(config, lambda: EchoEngine(EchoOptions()))
     built = build_app(app, name="x", make_deployment_handle=lambda one, _: f"handle of {one.name}")
     return {one.name: one for one in built.deployments}
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine for vLLM, of two ranks."""
+    root = tmp_path_factory.mktemp("vllm")
+    make_vllm_artifact(root, "int8")
+    build_vllm_engine(root / "int8", root / "engine", tp=2)
+    return root / "engine"
 
 
 def pool(**more: Any) -> dict[str, Any]:
@@ -55,3 +70,46 @@ def test_each_pool_is_a_deployment_with_limits_of_its_own() -> None:
     assert made["ingress"]._deployment_config.graceful_shutdown_timeout_s > (
         long._deployment_config.graceful_shutdown_timeout_s
     )
+
+
+def test_a_replica_with_gpus_is_a_placement_group_and_its_constructor_fails_twice_at_most(
+    vllm: Path,
+) -> None:
+    engine = {"kind": "vllm", "directory": str(vllm), "python": "/p", "staged": "/local/{node}"}
+    given = {"engine": engine, "cpus": 2, "labels": {"hardware": "H800-80GB"}}
+    config = ServeConfig.model_validate({"pools": {"default": given}})
+    made = deployments(config)["engine-default"]
+    replica = made._replica_config
+    assert replica.ray_actor_options == {"num_cpus": 2.0, "num_gpus": 2.0}
+    assert replica.placement_group_bundles == [{"GPU": 2.0, "CPU": 2.0}]
+    assert replica.placement_group_strategy == "STRICT_PACK"
+    assert replica.placement_group_bundle_label_selector == [{"hardware": "H800-80GB"}]
+    assert made._deployment_config.max_constructor_retry_count == 2
+    assert made.init_kwargs["staged"] == Path("/local/{node}")
+    echo = deployments(make_config(echo=EchoOptions()))["engine-default"]
+    assert echo._replica_config.placement_group_bundles is None
+    assert echo._deployment_config.max_constructor_retry_count > 2
+
+
+def test_what_makes_an_engine_knows_its_directory_and_travels_to_the_replica(vllm: Path) -> None:
+    from serve_app.engines.embedded import EmbeddedEngine
+    from serve_app.engines.remote.engine import RemoteEngine
+    from serve_app.replica.spread import SpreadEngine
+
+    def factory(engine: dict[str, Any], num_nodes: int = 1) -> Any:
+        config = ServeConfig.model_validate({"pools": {"default": {"engine": engine}}})
+        return cloudpickle.loads(cloudpickle.dumps(engine_factory(config.pool, num_nodes)))
+
+    options = EmbeddedOptions(directory=Path("e"))
+    made = factory({"kind": "embedded", "directory": "e"})
+    assert made == EngineOf(EmbeddedEngine, options)
+    remote = {"kind": "vllm", "directory": str(vllm), "python": "/p"}
+    made = factory(remote)
+    assert made.make is RemoteEngine
+    assert isinstance(made.options, VllmOptions)
+    assert made.options.tensor_parallel_size == 2, "as it was built"
+    trtllm = factory({"kind": "trtllm", "directory": "d", "python": "/p"})
+    assert trtllm.make is RemoteEngine
+    spread = factory(remote | {"tensor_parallel_size": 16}, 2)
+    assert isinstance(spread.make, partial)
+    assert (spread.make.func, spread.make.keywords["count"]) == (SpreadEngine, 2)

@@ -18,7 +18,7 @@ from deepseek.errors import ArtifactError
 from serve_app.__main__ import app
 from serve_app.config import EchoOptions, ServeConfig
 from serve_app.gating import Admitted
-from serve_app.one_model import admit_pools, check_same
+from serve_app.one_model import admit_pools, check_kind, check_same
 
 ADMITTED = Admitted(
     engine_digest="e",
@@ -46,6 +46,27 @@ def pass_gate(directory: Path, kv_cache: str) -> None:
         reasons=(),
     )
     write_verdict(directory, verdict)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "says"),
+    [
+        ("embedded", "trtllm", "write kind: trtllm, or build with --target embedded"),
+        ("vllm", "trtllm", "write kind: trtllm, or build with --target vllm"),
+        ("trtllm", "sglang", "build with --target trtllm"),
+    ],
+)
+def test_a_directory_of_another_target_than_the_pools_kind_is_refused(
+    kind: str, target: str, says: str
+) -> None:
+    engine = {"kind": kind, "directory": "/d"} | ({} if kind == "embedded" else {"python": "/p"})
+    pool = ServeConfig.model_validate({"pools": {"a": {"engine": engine}}}).pool
+    with pytest.raises(ArtifactError) as caught:
+        check_kind("a", pool, replace(ADMITTED, arithmetic=target))
+    assert str(caught.value) == (
+        f"pools.a.engine: /d was built for {target}, and the kind is {kind}; {says}"
+    )
+    check_kind("a", pool, replace(ADMITTED, arithmetic=kind))
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,11 @@ def test_vllm_over_two_nodes_has_a_bundle_on_each_and_tensorrt_llm_none(
         ({}, {"gpus": 8}, "pools.default.gpus is 8, and the engine in {} has 2 ranks, each on a G"),
         ({"cpu": True}, {"gpus": 2}, "pools.default.gpus is 2, and engine.cpu says that its envi"),
         ({"tensor_parallel_size": 12}, {}, "pools.default: 12 GPUs are neither part of one node"),
+        (
+            {"tensor_parallel_size": 16, "staged": "/local/engine"},
+            {},
+            "pools.default.engine.staged is for replicas on one node, and these have 2; remove it",
+        ),
     ],
 )
 def test_a_number_of_gpus_that_cannot_be_is_refused(
@@ -198,3 +203,7 @@ def test_a_pool_that_may_outgrow_the_cluster_starts_with_a_warning(
     scaled = {"min_replicas": 1, "max_replicas": 3}
     check_room(config("trtllm", trtllm, autoscaling=scaled), [node("n1", **H800)], [])
     assert "as many replicas as autoscaling.max_replicas: pool default needs 12 GPUs" in caplog.text
+    caplog.clear()
+    two = config("trtllm", trtllm, replicas=2, surge_percent=10)
+    check_room(two, [node("n1", **H800)], [])
+    assert "an update with this surge_percent would not end: pool default needs 12" in caplog.text

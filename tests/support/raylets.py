@@ -43,7 +43,8 @@ def use_token() -> None:
 
 
 class Raylets:
-    """A head without CPUs and `nodes` nodes of `cpus` CPUs each. To be closed: a context.
+    """A head without CPUs and `nodes` nodes of `cpus` CPUs each. To be closed: a context. GPUs are
+    logical: Ray counts them and gives them out, and there are none.
 
     Make and close it in the main thread: the kernel ends a raylet with the thread that started it,
     which is what cleans up after a test that was killed.
@@ -86,9 +87,14 @@ class Raylets:
         """Nodes that were not killed, the head apart."""
         return len(self._nodes)
 
-    def add_node(self) -> None:
+    def add_node(self, *, gpus: int = 0, labels: dict[str, str] | None = None) -> None:
         """One more node; returns when Ray lists it."""
-        node = self._cluster.add_node(num_cpus=self._cpus, object_store_memory=OBJECT_STORE_BYTES)
+        more: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
+        if labels:
+            more["labels"] = labels
+        node = self._cluster.add_node(
+            num_cpus=self._cpus, object_store_memory=OBJECT_STORE_BYTES, **more
+        )
         self._nodes.append(node)
 
     @property

@@ -6,6 +6,7 @@ line each, in the file `journal`.
 
     constructor     ok, hang, die, exit, raise, refuse, rank_dies, slow,
                     oom (where `free_fraction` is more than `oom_above`)
+    walk            the next token depends on the last one, not on the prompt
     prompt          refuse, fail, dead: an error of that kind    hang: no token ever
                     unnamed: no finish reason                    deaf: does not stop at its limit
                     cancelled: broken off                        block: the loop hangs
@@ -24,6 +25,12 @@ from typing import Any
 
 from intserve_worker.backend import LoadError, Refused, RequestFailed
 from intserve_worker.messages import End, Generate, Load, Output, Progress, Ready, Score, Start
+
+
+def walk(token: int) -> int:
+    """The byte after a byte, where tokens depend on the last one alone: a continued answer is then
+    the rest of the undisturbed one."""
+    return 97 + (token * 7 + 3) % 26
 
 
 def make(module: str | None) -> Scripted:
@@ -98,6 +105,7 @@ class Scripted:
         told = 0
         limit = 10**9 if word == "deaf" else request.max_tokens
         per_step = self.arguments.get("per_step", 1)
+        last = request.prompt_ids[-1]
         ends = set(request.stop_token_ids) | (set() if request.ignore_eos else set(request.end_ids))
         while told < limit:
             await asyncio.sleep(self.arguments.get("step_s", 0.0))
@@ -114,7 +122,14 @@ class Scripted:
                 yield End(request.id, finish_reason="cancelled")
                 return
             prompt = request.prompt_ids
-            new = [prompt[(told + i) % len(prompt)] for i in range(min(per_step, limit - told))]
+            count = min(per_step, limit - told)
+            if self.arguments.get("walk"):
+                new = []
+                for _ in range(count):
+                    last = walk(last)
+                    new.append(last)
+            else:
+                new = [prompt[(told + i) % len(prompt)] for i in range(count)]
             stop = next((i for i, token in enumerate(new) if token in ends), None)
             new = new if stop is None else new[: stop + 1]
             told += len(new)

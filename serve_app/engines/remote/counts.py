@@ -70,7 +70,9 @@ class Counts:
         waiting = min(waiting, len(answers) - len(begun))
         used = sum([pages[answer] for answer in begun])
         if told.kv_blocks_used is not None:
-            newer = sum([pages[a] for a, began_s in begun.items() if began_s > self._told_s - _LAG_S])
+            newer = sum(
+                [pages[a] for a, began_s in begun.items() if began_s > self._told_s - _LAG_S]
+            )
             used = min(used, told.kv_blocks_used + newer)
         used *= self.page_tokens
         total = self._total or 0

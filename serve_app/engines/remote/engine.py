@@ -9,12 +9,10 @@ in a retryable error, the processes are killed, and `check` raises: the replica 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
@@ -29,15 +27,13 @@ from serve_app.engines.remote.health import Pulse
 from serve_app.engines.remote.launch import Deadlines, Launch, Plan
 from serve_app.engines.remote.loading import Loader, Worker
 from serve_app.engines.remote.options import launch_of, plan_of
+from serve_app.engines.remote.requests import Requests
 from serve_app.engines.remote.text import Answer, to_worker
-from serve_app.engines.stall import StallClock
 from serve_app.engines.worker import processes
 from serve_app.engines.worker.messages import (
-    Abort,
     End,
     Fatal,
     FromWorker,
-    Generate,
     Load,
     Output,
     Ping,
@@ -56,33 +52,10 @@ _FIGURES_S = 3.0
 _EXIT_S = 2.0
 #: Prompts of the requests before the first one of a client, in tokens, and their answers.
 _WARM_UP = ((1, 1), (512, 4))
-#: Token of prompts that say nothing.
-_TOKEN = 1
 #: Salt of requests that have none: engines differ in what an empty one means.
 _NO_SALT = "intserve"
 #: What a client reads of an engine that failed, as of the embedded one.
 _FAILED = "the engine failed while it worked on this request; retry"
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """One request in the worker. `answer` None is one of our own, whose end sets `over`. `ended`:
-    its client has been told the end; `aborted`: the worker has been told to stop it."""
-
-    number: int
-    answer: Answer | None
-    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
-    over: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: bool = False
-    aborted: bool = False
-
-    def put(self, items: Iterable[Event | Exception]) -> None:
-        """Tell the client, unless it has been told the end."""
-        for item in items:
-            if self.ended:
-                return
-            self.ended = isinstance(item, Done | Exception)
-            self.events.put_nowait(item)
 
 
 class RemoteEngine:
@@ -108,10 +81,7 @@ class RemoteEngine:
         self._loader: Loader | None = None
         self._worker: Worker | None = None
         self._pids: dict[int, int | None] = {}
-        self._open: dict[int, _Request] = {}
-        self._named: dict[str, _Request] = {}
-        self._numbers = itertools.count(1)
-        self._stall = StallClock()
+        self._requests = Requests(self._send, ())
         self._counts = Counts()
         self._failure: str | None = None
         self._stopping = False
@@ -122,6 +92,7 @@ class RemoteEngine:
         self._loader = Loader(plan, self._launch, self._deadlines)
         self._worker, ready = await self._loader.load()
         self._pids = {pid: processes.start_of(pid) for pid in ready.pids}
+        self._requests = Requests(self._send, plan.end_token_ids)
         self._counts.ready(plan, ready)
         self._limits = RequestLimits(
             max_model_len=min(plan.max_model_len, ready.max_model_len or plan.max_model_len),
@@ -159,7 +130,7 @@ class RemoteEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         self._raise_if_failed()
-        if request.request_id in self._named:
+        if request.request_id in self._requests.named:
             raise RequestError(f"request id {request.request_id!r} is in use; choose another")
         answer = Answer(
             request,
@@ -173,9 +144,9 @@ class RemoteEngine:
             for event in answer.replayed(time.monotonic()):
                 yield event
             return
-        item = _Request(next(self._numbers), answer)
-        self._named[request.request_id] = item
-        self._submit(
+        item = self._requests.new(answer)
+        self._requests.named[request.request_id] = item
+        self._requests.submit(
             item,
             to_worker(
                 request,
@@ -194,30 +165,29 @@ class RemoteEngine:
                 if isinstance(told, Done):
                     return
         finally:
-            del self._named[request.request_id]
+            del self._requests.named[request.request_id]
             if not (item.ended and answer.engine_ends):
-                self._abort(item)
+                self._requests.abort(item)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
-            item = self._named.get(request_id)
+            item = self._requests.named.get(request_id)
             if item is not None and item.answer is not None and not item.ended:
                 item.put(item.answer.abort(time.monotonic()))
-                self._abort(item)
+                self._requests.abort(item)
 
     def load(self) -> EngineLoad:
-        answers = [item.answer for item in self._open.values() if item.answer is not None]
-        return self._counts.load(answers, time.monotonic())
+        return self._counts.load(self._requests.answers, time.monotonic())
 
     async def check(self) -> None:
         self._raise_if_failed()
 
     def stalled_s(self) -> float:
-        return self._stall.stalled_s()
+        return self._requests.stall.stalled_s()
 
     async def shutdown(self) -> None:
         self._stopping = True
-        for item in self._open.values():
+        for item in self._requests:
             item.put([EngineUnavailable("the engine that held this request is stopping; retry")])
         for task in self._tasks:
             if self._failure is None:
@@ -240,46 +210,6 @@ class RemoteEngine:
         if self._failure is not None:
             raise EngineUnavailable("the engine has failed and is being replaced; retry later")
 
-    # What goes to the worker.
-
-    def _submit(self, item: _Request, message: Generate) -> None:
-        self._open[item.number] = item
-        self._stall.submitted()
-        self._stall.taken()
-        self._send(message)
-
-    def _abort(self, item: _Request) -> None:
-        """Tell the worker to stop a request, once, unless it has told its end."""
-        if not item.aborted and item.number in self._open:
-            item.aborted = True
-            self._send(Abort(item.number))
-
-    def _send(self, message: msgspec.Struct) -> None:
-        if self._worker is not None:
-            self._worker.channel.send(message)
-
-    async def _ask(self, prompt_ids: list[int], max_tokens: int, salt: str) -> None:
-        """Have the engine compute something for us; returns when that has ended."""
-        item = _Request(next(self._numbers), None)
-        self._submit(
-            item,
-            Generate(
-                id=item.number,
-                prompt_ids=prompt_ids,
-                max_tokens=max_tokens,
-                temperature=0.0,
-                top_p=1.0,
-                top_k=0,
-                seed=None,
-                ignore_eos=True,
-                end_ids=sorted(self._plan.end_token_ids),
-                stop_token_ids=[],
-                cache_salt=salt,
-                priority=1.0,
-            ),
-        )
-        await item.over.wait()
-
     async def _warm_up(self) -> None:
         """Have it compute a short and a longer prompt, so that no client waits for what an engine
         does at its first request. Its first figures come with them.
@@ -294,7 +224,7 @@ class RemoteEngine:
                 for length, answer in _WARM_UP:
                     room = min(length, self._limits.max_model_len - answer)
                     if room > 0 and self._failure is None:
-                        await self._ask([_TOKEN] * room, answer, salt)
+                        await self._requests.ask(room, answer, salt)
         except TimeoutError as error:
             self._failure = "warm-up"
             raise self._unready(
@@ -313,6 +243,10 @@ class RemoteEngine:
                 self._counts.assume(most)
                 break
             await asyncio.sleep(0.05)
+
+    def _send(self, message: msgspec.Struct) -> None:
+        if self._worker is not None:
+            self._worker.channel.send(message)
 
     def _unready(self, what: str) -> DeployError:
         return DeployError(f"{self._plan.directory} does not serve in {self._plan.engine}: {what}")
@@ -343,28 +277,27 @@ class RemoteEngine:
 
     def _progress(self, now_s: float) -> None:
         self._pulse.progress(now_s)
-        self._stall.stepped(has_work=bool(self._open))
+        self._requests.progress()
 
     def _take(self, output: Output, now_s: float) -> None:
-        item = self._open.get(output.id)
+        item = self._requests.get(output.id)
         if item is None or item.answer is None:
             return
         answer = item.answer
         if answer.reason is not None:
-            self._abort(item)  # it goes on after the end that it was given
+            self._requests.abort(item)  # it goes on after the end that it was given
             return
         is_first = answer.began_s is None
         item.put(answer.take(output, now_s))
         if is_first and answer.began_s is not None:
             self._counts.started(answer)
         if answer.reason is not None and not answer.engine_ends:
-            self._abort(item)
+            self._requests.abort(item)
 
     def _end(self, end: End, now_s: float) -> None:
-        item = self._open.pop(end.id, None)
+        item = self._requests.close(end.id)
         if item is None:
             return
-        item.over.set()
         answer = item.answer
         if answer is None:
             if end.error is not None:
@@ -395,7 +328,7 @@ class RemoteEngine:
             number = self._pulse.next_ping(now)
             if number is not None:
                 self._send(Ping(number))
-            if self._pulse.needs_canary(now, has_work=bool(self._open)):
+            if self._pulse.needs_canary(now, has_work=bool(self._requests)):
                 canary = asyncio.create_task(self._send_canary())
             fault = self._pulse.fault(now) or self._dead_rank()
             if fault is not None:
@@ -405,7 +338,7 @@ class RemoteEngine:
 
     async def _send_canary(self) -> None:
         """One token of one token, under a salt of its own: unsalted ones have crashed engines."""
-        await self._ask([_TOKEN], 1, f"intserve-canary-{secrets.token_hex(8)}")
+        await self._requests.ask(1, 1, f"intserve-canary-{secrets.token_hex(8)}")
         self._pulse.canary_ended(time.monotonic())
 
     def _dead_rank(self) -> str | None:
@@ -422,7 +355,7 @@ class RemoteEngine:
             return
         self._failure = why
         now = time.monotonic()
-        for item in self._open.values():
+        for item in self._requests:
             item.over.set()
             if item.answer is not None and item.answer.reason is None:
                 item.put(item.answer.fail(_FAILED, now, retryable=True))

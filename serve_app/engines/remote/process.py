@@ -49,7 +49,7 @@ class WorkerProcess:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._process = subprocess.Popen(
-                [str(launch.python), "-P", str(WORKER), str(theirs.fileno()), str(os.getpid())],
+                [str(launch.python), str(WORKER), str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -9,6 +9,7 @@ minutes. What the adapter relies on is then set, whatever the file says.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def plan_trtllm(options: TrtllmOptions) -> Plan:
         log.warning("%s: %s", path, warning)
     args = llm_args_of(built.documents[LLM_ARGS_FILE], fields.engine_version, where=str(path))
     _check_one_node(args, path)
+    check_gpus(args.tensor_parallel_size or 1, os.environ)
     max_model_len = _max_model_len(
         options, args.max_seq_len or 0, built.config.max_position_embeddings, path
     )
@@ -113,6 +115,24 @@ def _check_one_node(args: LlmArgs, path: Path) -> None:
         raise DeployError(
             f"{path}: {ranks} ranks on nodes of {per_node} GPUs need more than one node, but the "
             "ranks of a replica are processes of one; build for at most that many, or use vllm"
+        )
+
+
+def check_gpus(ranks: int, environ: Mapping[str, str]) -> None:
+    """Check that this process sees as many GPUs as there are ranks. Ray shows an actor those that
+    it reserves, and none to an actor that reserves none; without a word of it nothing is known.
+
+    Raises:
+        DeployError: it sees fewer.
+    """
+    shown = environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is None:
+        return
+    there = len([name for name in shown.split(",") if name.strip() not in ("", "-1")])
+    if there < ranks:
+        raise DeployError(
+            f"the engine has {ranks} ranks, but its replica sees {there} GPUs "
+            f"(CUDA_VISIBLE_DEVICES {shown!r}); give its pool gpus: {ranks}"
         )
 
 

@@ -21,7 +21,7 @@ from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens
 from deepseek.vllm.check import check_config, check_launch
 from deepseek.vllm.fields import LOADER, TARGET, VllmFields
-from deepseek.vllm.launch import GPUS_PER_NODE, KV_DTYPES, LAUNCH_FILE
+from deepseek.vllm.launch import KV_DTYPES, LAUNCH_FILE
 from deepseek.vllm.launch import Launch as LaunchFile
 from deepseek.vllm.loadable import check_loadable, require_ranks
 from serve_app.engine_sections import VllmOptions
@@ -75,7 +75,6 @@ def plan_vllm(options: VllmOptions) -> Plan:
     mtp = fields.mtp == "kept"
     file = check_launch(directory, built, built.config, engine, mtp=mtp)
     tp = _tensor_ranks(options, built, engine, mtp=mtp)
-    _check_one_node(tp * options.pipeline_parallel_size, directory)
     max_model_len = _max_model_len(options, file, path)
     max_running = options.max_batch_size or file.max_num_seqs
     kv_cache = options.kv_cache or engine.kv_cache
@@ -128,14 +127,6 @@ def _tensor_ranks(
         ranks = require_ranks(tp, tp if engine.ranks.ep > 1 else 1)
         check_loadable(built.config, engine.schemes, ranks, mtp=mtp)
     return tp
-
-
-def _check_one_node(ranks: int, directory: Path) -> None:
-    if ranks > GPUS_PER_NODE:
-        raise DeployError(
-            f"{directory}: {ranks} ranks need more than the {GPUS_PER_NODE} GPUs of one node, and "
-            "the engine's process starts ranks on its own node only; build for at most that many"
-        )
 
 
 def _max_model_len(options: VllmOptions, file: LaunchFile, path: Path) -> int:

@@ -1,8 +1,9 @@
-"""Starts a worker: `python -P .../worker/__main__.py DESCRIPTOR REPLICA`.
+"""Starts a worker: `python .../worker/__main__.py DESCRIPTOR REPLICA`.
 
 DESCRIPTOR is an inherited Unix socket, REPLICA the pid of the process that started this one. This
 file makes a package of its folder, because nothing of the project can be imported here. An engine's
-own launcher may import it again in its processes, under another name: then it does nothing.
+own launcher may run it again in its processes, under another name: then it only takes the folder
+off the path, where Python has put it, because `vllm.py` here is not vLLM.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import os
 import sys
 
 PACKAGE = "intserve_worker"
+FOLDER = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != FOLDER]
 
 
 def make_package() -> None:
     """Let the files beside this one be imported as `intserve_worker.NAME`."""
-    folder = os.path.dirname(os.path.abspath(__file__))
     spec = importlib.util.spec_from_file_location(
-        PACKAGE, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
+        PACKAGE, os.path.join(FOLDER, "__init__.py"), submodule_search_locations=[FOLDER]
     )
     assert spec is not None
     assert spec.loader is not None

@@ -74,7 +74,7 @@ def greedy(name: str, max_tokens: int = 12, *, seed: int = 0, **sampling: Any) -
 
 async def idle(engine: RemoteEngine) -> None:
     """Nothing is left in the engine, by its own figures too."""
-    await eventually(lambda: not engine._open)
+    await eventually(lambda: not engine._requests)
     await eventually(lambda: engine._counts._told.kv_blocks_used in (0, None))
 
 
@@ -115,7 +115,7 @@ async def test_6298_10879_a_client_that_leaves_frees_its_blocks(
         await stream.aclose()
     else:
         first = asyncio.ensure_future(anext(stream))
-        await eventually(lambda: serving.engine._open)
+        await eventually(lambda: serving.engine._requests)
         await asyncio.sleep(0.02)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -450,7 +450,7 @@ async def test_13777_ten_thousand_requests_leave_the_worker_as_it_was(
         before = memory_kb(worker)
         await many(20_000)
         assert memory_kb(worker) < before * 1.05
-        assert not engine._open
+        assert not engine._requests
     assert double.violations == []
 
 

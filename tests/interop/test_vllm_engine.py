@@ -47,7 +47,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 #: Held-out texts and prompts behind them, and tokens of a greedy answer.
 TEXTS, TEXT_TOKENS, PROMPTS, PROMPT_TOKENS, ANSWER = 4, 256, 8, 48, 32
 #: Nats by which BF16 may put another token first.
-NEAR_TIE = 0.15
+NEAR_TIE = 0.1
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,6 @@ def test_it_reports_to_nobody_and_talks_to_its_own_node_only(running: Running) -
         assert wanted in variables
     assert not [name for name in variables if name.startswith((b"OTEL_", b"RAY_"))]
     for pid in engines:
-        print(pid, words(pid), sockets(pid))
         assert not [peer for _, peer in sockets(pid) if peer not in (NOBODY, "127.0.0.1")]
 
 

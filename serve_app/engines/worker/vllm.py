@@ -59,6 +59,27 @@ class VllmBackend:
 
     async def start(self, start: Start, report: Callable[[Progress], None]) -> Ready:
         """Blocks the loop until the engine is there, which takes minutes."""
+        version = self._prepare(start, report)
+        self._construct(start)
+        await self._engine.get_supported_tasks()  # cached: `submit` never waits for it
+        self._said.forget()
+        config = self._engine.vllm_config
+        self._blocks = _positive(config.cache_config, "num_gpu_blocks")
+        self._block_tokens = _positive(config.cache_config, "block_size")
+        return Ready(
+            engine_version=version,
+            max_model_len=_positive(config.model_config, "max_model_len"),
+            kv_tokens_total=_positive(config.cache_config, "kv_cache_size_tokens"),
+            page_tokens=self._block_tokens,
+            max_running=_positive(config.scheduler_config, "max_num_seqs"),
+        )
+
+    def _prepare(self, start: Start, report: Callable[[Progress], None]) -> str:
+        """Import vLLM in the environment that it needs; returns its version.
+
+        Raises:
+            LoadError: it is another version than the directory was built for.
+        """
         os.environ.update(_ENVIRONMENT)
         self._said.tee()
         report(Progress(phase="importing", total=start.weight_bytes))
@@ -73,19 +94,7 @@ class VllmBackend:
         if self._platform.is_cpu():
             os.environ.update(_ON_CPU)
         report(Progress(phase="weights", total=start.weight_bytes))
-        self._construct(start)
-        await self._engine.get_supported_tasks()  # cached: `submit` never waits for it
-        self._said.forget()
-        config = self._engine.vllm_config
-        self._blocks = _positive(config.cache_config, "num_gpu_blocks")
-        self._block_tokens = _positive(config.cache_config, "block_size")
-        return Ready(
-            engine_version=version,
-            max_model_len=_positive(config.model_config, "max_model_len"),
-            kv_tokens_total=_positive(config.cache_config, "kv_cache_size_tokens"),
-            page_tokens=self._block_tokens,
-            max_running=_positive(config.scheduler_config, "max_num_seqs"),
-        )
+        return version
 
     async def submit(self, request: Generate) -> AsyncGenerator[Output | End, None]:
         """W3C headers are not passed on: its tracer is off, and would say so for every request."""
@@ -109,7 +118,7 @@ class VllmBackend:
                         scores=_scores(completion.logprobs, new, request.logprobs),
                         prompt_scores=scored,
                         cached_tokens=cached,
-                        queue_s=_queue_s(step.metrics),
+                        queue_s=_queue_s(getattr(step, "metrics", None)),
                     )
         except self._client_errors as error:
             raise Refused(str(error) or type(error).__name__) from error
@@ -189,12 +198,11 @@ class VllmBackend:
         args = importlib.import_module(f"{name}.engine.arg_utils").AsyncEngineArgs
         engine = importlib.import_module(f"{name}.v1.engine.async_llm").AsyncLLM
         loggers = importlib.import_module(f"{name}.v1.metrics.loggers")
-        unknown = sorted(start.arguments.keys() - args.__dataclass_fields__.keys())
-        if unknown:
-            raise LoadError(f"this vLLM does not know the argument {unknown[0]}; remove it")
+        self._check_known(args, start)
         backend = self
+        base: Any = loggers.StatLoggerBase
 
-        class Recorder(loggers.StatLoggerBase):  # type: ignore[misc]  # a class of the module
+        class Recorder(base):  # type: ignore[misc]  # a class of the module
             """Keeps what the scheduler says with each step."""
 
             def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
@@ -217,6 +225,11 @@ class VllmBackend:
                 raise cause from error
             words = f"{type(error).__name__}: {error}"
             raise LoadError(words, out_of_memory=is_out_of_memory(words)) from error
+
+    def _check_known(self, args: Any, start: Start) -> None:
+        unknown = sorted(start.arguments.keys() - args.__dataclass_fields__.keys())
+        if unknown:
+            raise LoadError(f"this vLLM does not know the argument {unknown[0]}; remove it")
 
     def _sampling(self, request: Generate) -> Any:
         """Nothing is left to a default of its own, and no text is made. The tokens that end a text

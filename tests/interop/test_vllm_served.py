@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from support.processes import holding, named
+from support.processes import named
 from support.served import Served, serving_command
 from support.serving import metric, wait_for
 from support.vllm_engines import bf16_directories, vllm_options
@@ -35,23 +35,15 @@ class Fleet:
     served: Served
     log: Path
 
-    def metrics(self) -> str:
-        headers = {"authorization": f"Bearer {self.served.key}"}
-        return httpx.get(f"{self.served.url}/metrics", headers=headers, timeout=30).text
-
     def running(self) -> dict[str, int]:
-        """Requests in the batch of each replica."""
-        head = 'intserve_engine_requests_running{replica="'
-        lines = [line.removeprefix(head) for line in self.metrics().splitlines() if head in line]
-        return {line.partition('"')[0]: int(float(line.rpartition(" ")[2])) for line in lines}
+        return self.served.running()
 
     def cores(self) -> list[int]:
         """The engine cores of all replicas."""
         return named(self.served.pid, "VLLM::EngineCore")
 
     def core_of(self, replica: str) -> int:
-        [process] = holding(self.served.pid, f"replica_intserve_engine_{replica}.log")
-        [core] = named(process, "VLLM::EngineCore")
+        [core] = named(self.served.replica_process(replica), "VLLM::EngineCore")
         return core
 
     def wait_idle(self) -> None:
@@ -178,17 +170,16 @@ def shared(first: list[Any], second: list[Any]) -> int:
 
 def test_a_client_that_leaves_ends_its_request(fleet: Fleet) -> None:
     fleet.wait_idle()
-    before = metric(fleet.metrics(), "intserve_tokens_total", kind="output")
+    before = fleet.served.generated_tokens()
     fleet.stream(question(fleet, [5, 6, 7], 1000), lambda: True, after=5)
     fleet.wait_idle()
-    generated = metric(fleet.metrics(), "intserve_tokens_total", kind="output") - before
-    assert 5 <= generated < 1000
+    assert 5 <= fleet.served.generated_tokens() - before < 1000
 
 
 def test_the_service_says_what_it_serves(fleet: Fleet) -> None:
     fleet.wait_idle()
-    text = fleet.metrics()
-    assert metric(text, "intserve_engine_kv_tokens_total") > 0
+    text = fleet.served.metrics()
+    assert metric(text, "intserve_engine_kv_tokens_capacity") > 0
     headers = {"authorization": f"Bearer {fleet.served.key}"}
     models = httpx.get(f"{fleet.served.url}/v1/models", headers=headers).json()["data"]
     assert models[0]["max_model_len"] == 1024

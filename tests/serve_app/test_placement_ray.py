@@ -89,6 +89,8 @@ class Placed:
             self._process.wait(60)
         finally:
             self._process.kill()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
 
 
 @pytest.fixture

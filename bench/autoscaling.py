@@ -122,6 +122,7 @@ async def from_zero(url: str, seen: Seen) -> None:
     end, began = asyncio.Event(), time.monotonic()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(watch(url, seen, began, end))
+        await until(seen, 1)  # it starts with one, which nobody asks
         await until(seen, 0)
         outcome = await complete(url, body(TOKENS), key=KEYS[0])
         seen.streams, seen.wrong = 1, int(not is_right(outcome, TOKENS))

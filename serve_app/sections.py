@@ -296,8 +296,8 @@ class RoutingSection(LiveSection):
     )
     affinity_head_tokens: Tokens = Field(
         default=256,
-        description="tokens at the head of a prompt that are the session where no header names "
-        "one, in whole KV pages; a shorter prompt is taken whole",
+        description="tokens at the head of a prompt of /v1/completions that are the session where "
+        "no header names one, in whole KV pages; a shorter prompt is taken whole",
     )
     affinity_slack: float = Field(
         default=0.2,

@@ -31,7 +31,12 @@ class Origins:
             allow_origins=allowed,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),  # OpenAI's browser client sends a dozen of its own
-            expose_headers=("Retry-After", "X-Request-Id"),
+            expose_headers=(
+                "Retry-After",
+                "X-Request-Id",
+                "X-IntServe-Pool",
+                "X-IntServe-Queue-Seconds",
+            ),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

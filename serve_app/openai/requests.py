@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -242,6 +243,10 @@ class _Generation(_Body):
         return SamplingParams(**passed | rewritten)
 
 
+#: Characters of a message by which a conversation is known.
+_OPENING = 16_384
+
+
 class ChatRequest(_Generation):
     messages: Annotated[tuple[Message, ...], PlainValidator(read_messages)]
     logprobs: bool | None = None
@@ -267,6 +272,16 @@ class ChatRequest(_Generation):
     def conversation(self) -> list[dict[str, str]]:
         """Messages as chat templates take them."""
         return [{"role": m.template_role, "content": m.text} for m in self.messages]
+
+    def opening(self) -> str:
+        """What every later turn of this conversation begins with, and seldom another one: its
+        messages up to the first of the user, each cut to what is quick to hash."""
+        opening = []
+        for message in self.messages:
+            opening.append([message.template_role, message.text[:_OPENING]])
+            if message.template_role == "user":
+                break
+        return json.dumps(opening)
 
 
 class CompletionRequest(_Generation):

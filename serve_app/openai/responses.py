@@ -66,7 +66,7 @@ class EventStream(StreamingResponse):
         observation: Observation,
         unread: Unread,
     ) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **observation.headers}
         super().__init__(chunks, headers=headers, media_type="text/event-stream")
         self._answer = answer
         self._observation = observation
@@ -105,7 +105,7 @@ class WholeAnswer(Response):
     """One JSON object."""
 
     def __init__(self, text: bytes, observation: Observation, unread: Unread) -> None:
-        super().__init__(text, media_type="application/json")
+        super().__init__(text, headers=observation.headers, media_type="application/json")
         self._observation = observation
         self._unread = unread
 

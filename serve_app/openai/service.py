@@ -257,7 +257,12 @@ class Service:
             cache_salt=tenant.cache_salt(body.cache_salt),
         )
         requests = assign(
-            requests, pools, live.routing, session=session, arrived=observation.arrived
+            requests,
+            pools,
+            live.routing,
+            session=session,
+            opening=body.opening() if isinstance(body, ChatRequest) else None,
+            arrived=observation.arrived,
         )
         check_prompt_logprobs(requests, live.requests.max_prompt_logprobs)
         form = await self._format(body, request_id, prompts, deadline)

@@ -85,16 +85,18 @@ def assign(
     routing: RoutingSection,
     *,
     session: str | None,
+    opening: str | None = None,
     arrived: float | None = None,
 ) -> list[GenerateRequest]:
     """The sequences of one request with their pools, which are those of the longest one, and their
-    sessions. `session` is what the client's header says; raises as `Pools.route`."""
+    sessions. `session` is what the client's header says, `opening` how a chat begins; raises as
+    `Pools.route`."""
     route = pools.route(max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests))
     return [
         replace(
             request,
             pools=route,
-            affinity=session_of(request, routing, session, pools.page_tokens),
+            affinity=session_of(request, routing, session, opening, pools.page_tokens),
             arrived=arrived,
         )
         for request in requests
@@ -102,14 +104,21 @@ def assign(
 
 
 def session_of(
-    request: GenerateRequest, routing: RoutingSection, session: str | None, page_tokens: int
+    request: GenerateRequest,
+    routing: RoutingSection,
+    session: str | None,
+    opening: str | None,
+    page_tokens: int,
 ) -> str:
-    """The digest of a request's session, empty where it has none: of the header, or of the whole KV
-    pages at the head of its prompt. Tenants share no session, as they share no KV page."""
+    """The digest of a request's session, empty where it has none: of the header, of how its chat
+    begins, or of the whole KV pages at the head of a prompt without roles. Tenants share no
+    session, as they share no KV page."""
     if not routing.affinity:
         return ""
     if session:
         named = b"header\0" + session.encode("utf-8", "surrogateescape")
+    elif opening is not None:
+        named = b"chat\0" + opening.encode("utf-8", "surrogatepass")
     else:
         head = max(page_tokens, routing.affinity_head_tokens)
         length = min(len(request.prompt_ids), head) // page_tokens * page_tokens

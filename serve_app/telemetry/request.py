@@ -134,6 +134,15 @@ class Observation:
         """W3C trace context of the span, for the actor hop."""
         return propagate(self._span)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer: its pool, and the seconds for which it waited for a place there,
+        a replica that had to be started included. Known once a choice is placed."""
+        told = {} if self._pool is None else {"x-intserve-pool": self._pool}
+        if self._times.queue_s is not None:
+            told["x-intserve-queue-seconds"] = f"{self._times.queue_s:.3f}"
+        return told
+
     def describe(
         self,
         requests: Sequence[GenerateRequest],

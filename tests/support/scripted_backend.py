@@ -47,13 +47,14 @@ class Scripted:
     def write(self, what: str, **fields: Any) -> None:
         if "journal" in self.arguments:
             with open(self.arguments["journal"], "a", encoding="utf-8") as file:
-                file.write(json.dumps({"what": what, **fields}) + "\n")
+                file.write(json.dumps({"what": what, "pid": os.getpid(), **fields}) + "\n")
 
     async def start(self, start: Start, report: Callable[[Progress], None]) -> Ready:
         self.arguments = arguments = start.arguments
-        self.write("start", pid=os.getpid(), arguments=arguments)
+        self.write("start", arguments=arguments)
         for _ in range(arguments.get("ranks", 0)):
             self.ranks.append(subprocess.Popen(["sleep", "600"]))
+        self.write("ranks", pids=self.pids())
         report(Progress(phase="weights", total=start.weight_bytes))
         match arguments.get("constructor", "ok"):
             case "hang":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 
@@ -35,7 +36,7 @@ class AdapterChannel(asyncio.Protocol):
         """Take over the connected socket `sock`."""
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
-        _, channel = await loop.create_connection(lambda: cls(received, lost), sock=sock)
+        _, channel = await loop.create_unix_connection(lambda: cls(received, lost), sock=sock)
         return channel
 
     def send(self, message: msgspec.Struct) -> None:
@@ -52,8 +53,7 @@ class AdapterChannel(asyncio.Protocol):
     # asyncio calls these.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its type
 
     def data_received(self, data: bytes) -> None:
         try:

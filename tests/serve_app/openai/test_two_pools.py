@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from support.configs import make_config
 from support.fleets import LocalFleet, after
 from support.local_owner import Clock, LocalOwner
@@ -157,6 +158,23 @@ async def test_the_prompts_of_one_request_run_in_the_pool_of_the_longest() -> No
         assert made.ran_in() == ["l1", "l1"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_names_its_pool_and_how_long_it_waited(stream: bool) -> None:
+    async with serving(places=1) as made:
+        made.fleet.hang("l1")
+        body = {"model": "echo", "prompt": "b" * 100, "max_tokens": 4, "stream": stream}
+        running = asyncio.create_task(made.client.post("/v1/completions", json=body))
+        while not made.owner.held():
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(made.client.post("/v1/completions", json=body))
+        await asyncio.sleep(0.3)
+        made.fleet.wake("l1")
+        answers = [await running, await waiting]
+        assert [answer.headers["x-intserve-pool"] for answer in answers] == ["long", "long"]
+        waited = [float(answer.headers["x-intserve-queue-seconds"]) for answer in answers]
+        assert waited[1] > waited[0]  # which found a place at once
+
+
 async def test_a_full_pool_spills_over_into_the_one_that_it_names() -> None:
     async with serving(places=1) as made:
         for name in ("s1", "s2"):
@@ -207,6 +225,28 @@ async def test_a_session_is_its_header_or_the_head_of_its_prompt_and_belongs_to_
         routing = live.routing.model_copy(update={"affinity": False})
         made.service.reconfigure(live.model_copy(update={"routing": routing}))
         assert await digest("abcd", **named) == ""
+
+
+async def test_a_chat_is_known_by_its_first_question_in_every_turn() -> None:
+    async with serving() as made:
+
+        async def digest(*texts: str, system: str = "be brief", session: str = "") -> str:
+            roles = ["user", "assistant"] * len(texts)
+            turns = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+            messages = [{"role": "system", "content": system}, *turns]
+            body = {"model": "echo", "messages": messages, "max_tokens": 1}
+            headers = {"x-session-id": session} if session else {}
+            answer = await made.client.post("/v1/chat/completions", json=body, headers=headers)
+            assert answer.status_code == 200
+            (request,) = [q for r in made.fleet.replicas.values() for q in r.received]
+            made.ran_in()
+            return request.affinity
+
+        first = await digest("hi")
+        assert first == await digest("hi", "hello", "and then?")
+        assert first != await digest("hi there")
+        assert first != await digest("hi", system="be verbose")
+        assert first != await digest("hi", session="mine")
 
 
 async def test_the_next_turn_of_a_chat_meets_its_replica() -> None:

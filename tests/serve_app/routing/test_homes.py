@@ -96,7 +96,7 @@ def test_the_head_of_a_prompt_is_hashed_in_whole_pages() -> None:
     routing = RoutingSection(affinity_head_tokens=20)
 
     def session(text: str, page_tokens: int = 8) -> str:
-        return session_of(make_request(text), routing, None, page_tokens)
+        return session_of(make_request(text), routing, None, None, page_tokens)
 
     assert session("a" * 16 + "bcd") == session("a" * 16) != session("a" * 15 + "b")
     assert session("a" * 15) == session("a" * 8) != session("a" * 16)
@@ -107,7 +107,7 @@ def test_the_head_of_a_prompt_is_hashed_in_whole_pages() -> None:
 def test_a_header_of_any_form_is_a_session() -> None:
     request = make_request("x")
     names = ("a", "\u00e9", "x" * 9000, "\udce9")
-    found = {session_of(request, RoutingSection(), name, 1) for name in names}
+    found = {session_of(request, RoutingSection(), name, None, 1) for name in names}
     assert {len(one) for one in found} == {32}
     assert len(found) == len(names)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import uvloop
 from support.remote_engines import (
     END,
     answer_of,
@@ -227,3 +228,13 @@ async def test_a_token_that_the_model_has_not_ends_the_request(tmp_path: Path) -
         assert (await answer_of(engine, request))[1].reason == "length"
         with pytest.raises(RequestError, match=r"0\.\.119"):
             await answer_of(engine, make_request("zz"))
+
+
+def test_an_engine_serves_on_uvloop_too_which_serve_runs_replicas_on(tmp_path: Path) -> None:
+    async def serve() -> tuple[str, Done]:
+        async with running(scripted(tmp_path, ranks=1)) as engine:
+            return await answer_of(engine, make_request("hello", max_tokens=3))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        text, done = runner.run(serve())
+    assert (text, done.reason) == ("hel", "length")

@@ -223,7 +223,7 @@ class RemoteEngine:
             async with asyncio.timeout(self._deadlines.warm_up_s):
                 for length, answer in _WARM_UP:
                     room = min(length, self._limits.max_model_len - answer)
-                    if room > 0:
+                    if room > 0 and self._failure is None:
                         await self._requests.ask(room, answer, salt)
         except TimeoutError as error:
             self._failure = "warm-up"

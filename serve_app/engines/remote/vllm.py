@@ -52,11 +52,15 @@ _OURS: dict[str, Any] = {
 
 def launch_vllm(options: VllmOptions) -> Launch:
     """The process of the environment that the options name."""
-    ready_s = math.ceil(options.load_timeout_s)
     return Launch(
         python=options.python,
         backend="vllm",
-        env={"VLLM_ENGINE_READY_TIMEOUT_S": str(ready_s)},  # of its own, which is 600
+        env={
+            # Of its own, which is 600.
+            "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(options.load_timeout_s)),
+            # Ranks of one node; without it vLLM looks for an address that others could reach.
+            "VLLM_HOST_IP": "127.0.0.1",
+        },
     )
 
 

@@ -7,8 +7,10 @@ engine has the same tensors, and is the reference.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -44,6 +46,8 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]
 
 #: Held-out texts and prompts behind them, and tokens of a greedy answer.
 TEXTS, TEXT_TOKENS, PROMPTS, PROMPT_TOKENS, ANSWER = 4, 256, 8, 48, 32
+#: Nats by which BF16 may put another token first.
+NEAR_TIE = 0.1
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,27 @@ def words(pid: int) -> str:
         return ""
 
 
+NOBODY = "0.0.0.0"
+
+
+def sockets(pid: int) -> list[tuple[str, str]]:
+    """Own and other address of each TCP socket of a process."""
+    own = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            own.add(os.readlink(entry))
+    found = []
+    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if f"socket:[{fields[9]}]" in own:
+            here, there = (
+                socket.inet_ntoa(bytes.fromhex(address.partition(":")[0])[::-1])
+                for address in fields[1:3]
+            )
+            found.append((here, there))
+    return found
+
+
 def ask(name: str, prompt: Any, max_tokens: int = ANSWER, **more: Any) -> GenerateRequest:
     """Greedy and deaf to the end token unless told otherwise."""
     own = {key: more.pop(key) for key in ("output_ids", "num_shown", "cache_salt") if key in more}
@@ -138,7 +163,7 @@ def test_it_says_what_it_is(running: Running, directories: tuple[Path, Path]) ->
     assert info.engine_digest == plan_vllm(vllm_options(directories[0])).engine_digest
 
 
-def test_its_greedy_answers_begin_as_those_of_the_embedded_engine(
+def test_every_token_of_its_greedy_answers_is_the_embedded_engines_best_or_a_near_tie(
     running: Running,
     reference: LLMEngine,
     held_out: tuple[list[list[int]], list[list[int]]],
@@ -146,16 +171,18 @@ def test_its_greedy_answers_begin_as_those_of_the_embedded_engine(
 ) -> None:
     prompts = held_out[1]
     outputs = run(reference, [request_of(str(n), row, ANSWER) for n, row in enumerate(prompts)])
-    agreed = []
+    agreed, behind = [], []
     for number, prompt in enumerate(prompts):
         ids, text, done = told(running.events(ask(f"greedy-{number}", prompt)))
         assert (done.reason, done.completion_tokens, len(ids)) == ("length", ANSWER, ANSWER)
         assert running.tokenizer.decode(ids, skip_special_tokens=True).startswith(text.rstrip("�"))
         agreed.append(common(ids, tokens(outputs[str(number)])))
+        rows = reference.score(torch.tensor(prompt + ids)).log_softmax(-1)[len(prompt) - 1 : -1]
+        behind += (rows.max(-1).values - rows.gather(-1, torch.tensor(ids)[:, None])[:, 0]).tolist()
     record_property("greedy tokens that agree", agreed)
-    print(f"\ngreedy: {agreed} of {ANSWER} tokens agree from the start")
-    assert sum(length == ANSWER for length in agreed) >= PROMPTS - 2  # near ties
-    assert sum(agreed) >= 0.85 * PROMPTS * ANSWER
+    print(f"\ngreedy: {agreed} of {ANSWER} tokens agree; furthest behind {max(behind):.4f} nats")
+    assert sum(length == ANSWER for length in agreed) >= PROMPTS - 3
+    assert max(behind) < NEAR_TIE
 
 
 def test_its_logprobs_diverge_from_the_embedded_engine_by_no_more_than_bf16_does(
@@ -263,28 +290,33 @@ def test_a_client_that_leaves_aborts_in_vllm(running: Running) -> None:
     wait_for(lambda: running.engine.load().running == 0, 30)
     running.loop.run(leave())
 
-    async def quiet() -> bool:
-        """Whether the engine itself says that nothing runs, and does no further step."""
-        counts = running.engine._counts
-        for _ in range(100):
-            before = counts.steps
-            await asyncio.sleep(2.5)
-            load = running.engine.load()
-            if (load.running, load.waiting, load.kv_tokens_used) == (0, 0, 0):
-                return counts.steps == before or before is None
-        return False
+    counts = running.engine._counts
 
-    assert running.loop.run(quiet())
+    async def steps() -> int | None:
+        return counts._told.steps
+
+    async def rest() -> None:
+        await asyncio.sleep(3)  # its figures come each second
+
+    running.loop.run(rest())
+    before = running.loop.run(steps())
+    running.loop.run(rest())
+    assert running.loop.run(steps()) == before
+    assert before is not None
+    load = running.engine.load()
+    assert (load.running, load.waiting, load.kv_tokens_used) == (0, 0, 0)
 
 
-def test_it_reports_to_nobody_and_its_tracer_is_off(running: Running) -> None:
+def test_it_reports_to_nobody_and_talks_to_its_own_node_only(running: Running) -> None:
     engines = [pid for pid in children() if "VLLM" in words(pid)]
     assert len(engines) == 2  # the engine core and one rank
+    helper = next(pid for pid in tree(os.getpid()) if "resource_tracker" in words(pid))
+    variables = Path(f"/proc/{helper}/environ").read_bytes().split(b"\0")
+    for wanted in (b"VLLM_NO_USAGE_STATS=1", b"DO_NOT_TRACK=1", b"HF_HUB_OFFLINE=1"):
+        assert wanted in variables
+    assert not [name for name in variables if name.startswith((b"OTEL_", b"RAY_"))]
     for pid in engines:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        for wanted in (b"VLLM_NO_USAGE_STATS=1", b"DO_NOT_TRACK=1", b"HF_HUB_OFFLINE=1"):
-            assert wanted in variables
-        assert not [name for name in variables if name.startswith((b"OTEL_", b"RAY_"))]
+        assert not [peer for _, peer in sockets(pid) if peer not in (NOBODY, "127.0.0.1")]
 
 
 @pytest.mark.parametrize("victim", ["core", "rank"])

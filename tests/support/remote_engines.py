@@ -91,11 +91,15 @@ def journal(directory: Path, what: str | None = None) -> list[dict[str, Any]]:
     path = directory / "journal"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     own = {
-        line["id"]
+        (line["pid"], line["id"])
         for line in lines
         if line["what"] == "request" and line["cache_salt"].startswith("intserve-")
     }
-    return [line for line in lines if line.get("id") not in own and what in (None, line["what"])]
+    return [
+        line
+        for line in lines
+        if (line["pid"], line.get("id")) not in own and what in (None, line["what"])
+    ]
 
 
 async def answer_of(engine: RemoteEngine, request: GenerateRequest) -> tuple[str, Done]:

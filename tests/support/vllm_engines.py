@@ -1,4 +1,4 @@
-"""The example model in BF16 as an engine directory for vLLM and as one of ours, and an adapter whose
+"""The example model in BF16 as an engine directory for vLLM and as one of ours; an adapter whose
 event loop runs in a thread."""
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
     launch.py    how a worker is started, and how long things may take
     options.py   which file here plans which kind of engine
     trtllm.py    what TensorRT-LLM is started with, checked before it starts
+    vllm.py      what vLLM is started with, likewise
     loading.py   from the start of the process until the engine is ready
     health.py    pings, canaries and stalls: when an engine is given up
 

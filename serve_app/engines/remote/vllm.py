@@ -52,11 +52,15 @@ _OURS: dict[str, Any] = {
 
 def launch_vllm(options: VllmOptions) -> Launch:
     """The process of the environment that the options name."""
-    ready_s = math.ceil(options.load_timeout_s)
     return Launch(
         python=options.python,
         backend="vllm",
-        env={"VLLM_ENGINE_READY_TIMEOUT_S": str(ready_s)},  # of its own, which is 600
+        env={
+            # Of its own, which is 600.
+            "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(options.load_timeout_s)),
+            # Ranks of one node; without it vLLM looks for an address that others could reach.
+            "VLLM_HOST_IP": "127.0.0.1",
+        },
     )
 
 
@@ -91,7 +95,7 @@ def plan_vllm(options: VllmOptions) -> Plan:
     if options.cpu:
         del arguments["gpu_memory_utilization"]
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_BYTES}
-        less = {"kv_cache_memory_bytes": _CPU_KV_BYTES // 2}
+        less: dict[str, float] = {"kv_cache_memory_bytes": _CPU_KV_BYTES // 2}
     else:
         share = file.gpu_memory_utilization
         less = {"gpu_memory_utilization": round(share * _SECOND_TRY, 4)}

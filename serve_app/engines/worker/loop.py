@@ -48,6 +48,8 @@ from .processes import ended_words, is_alive, open_pidfd, rank_words, status_of
 
 #: Exit codes: orderly, nobody listens any more, the engine did not load, the engine is dead.
 STOPPED, LEFT, NOT_LOADED, DEAD = 0, 3, 4, 5
+#: Most characters of what an exception says.
+_SENTENCE = 2000
 #: Seconds for the last words to leave.
 _LAST_WORDS_S = 5.0
 #: Seconds for requests to end that are stopped because the engine is.
@@ -195,7 +197,7 @@ class _Worker:
             end = End(request.id, error=_sentence(error))
         except Exception as error:  # whatever else it raises: the engine is dead
             traceback.print_exc()
-            self._die(f"{type(error).__name__}: {_sentence(error)}")
+            self._die(_with_causes(error))
         state.ended = True
         del self._running[request.id]
         self._put(end or End(request.id))
@@ -316,9 +318,7 @@ class _Worker:
             self._channel,
             Failed(
                 phase="loading",
-                error=_sentence(error)
-                if isinstance(error, LoadError)
-                else f"{type(error).__name__}: {_sentence(error)}",
+                error=_sentence(error) if isinstance(error, LoadError) else _with_causes(error),
                 retry_with_less_memory=getattr(error, "out_of_memory", False)
                 or is_out_of_memory(error),
             ),
@@ -353,7 +353,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _sentence(error: BaseException) -> str:
     """The message of an exception in one line of bounded length, the name of its type without."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:2000] or type(error).__name__
+    return " ".join(lines)[:_SENTENCE] or type(error).__name__
+
+
+def _with_causes(error: BaseException) -> str:
+    """What an exception says, and what those say that it came from: an engine's constructor tells
+    that a rank failed, and only the cause why."""
+    told: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None and len(told) < 4:
+        words = f"{type(seen).__name__}: {_sentence(seen)}"
+        if not any(_sentence(seen) in other for other in told):
+            told.append(words)
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return ", because of ".join(told)[:_SENTENCE]
 
 
 def _last_words(channel: Channel, *messages: msgspec.Struct) -> None:

@@ -24,6 +24,7 @@ Environment of the process that imports it:
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -35,13 +36,11 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 print(f"[TensorRT-LLM] TensorRT LLM version: {__version__}", file=sys.stdout, flush=True)
 
 
+_PLACES = {"LLM": "llm", "SamplingParams": "sampling"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
-        from tensorrt_llm.llm import LLM
-
-        return LLM
-    if name == "SamplingParams":
-        from tensorrt_llm.sampling import SamplingParams
-
-        return SamplingParams
-    raise AttributeError(f"module 'tensorrt_llm' has no attribute {name!r}")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'tensorrt_llm' has no attribute {name!r}")
+    globals()[name] = getattr(importlib.import_module(f"tensorrt_llm.{_PLACES[name]}"), name)
+    return globals()[name]

@@ -7,6 +7,7 @@ another project is named.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -83,6 +84,8 @@ class Faults:
 
 
 _NAMES = frozenset(field.name for field in dataclasses.fields(Faults))
+_FIRST = os.environ.get("TRTLLM_DOUBLE_FAULTS", "{}")
+_CONTROL = os.environ.get("TRTLLM_DOUBLE_CONTROL")
 _seen: tuple[Any, Faults] | None = None
 
 
@@ -93,22 +96,17 @@ def current() -> Faults:
         ValueError: an unknown fault.
     """
     global _seen
-    path = os.environ.get("TRTLLM_DOUBLE_CONTROL")
-    text = os.environ.get("TRTLLM_DOUBLE_FAULTS", "{}")
     stamp: Any = None
-    if path is not None:
-        try:
-            status = os.stat(path)
+    if _CONTROL is not None:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(_CONTROL)
             stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        except FileNotFoundError:
-            path = None
-    key = (text, path, stamp)
-    if _seen is None or _seen[0] != key:
-        given = json.loads(text)
-        if path is not None:
-            with open(path, encoding="utf-8") as file:
+    if _seen is None or _seen[0] != stamp:
+        given = json.loads(_FIRST)
+        if _CONTROL is not None and stamp is not None:
+            with open(_CONTROL, encoding="utf-8") as file:
                 given |= json.load(file)
         if unknown := given.keys() - _NAMES:
             raise ValueError(f"no faults of the double: {sorted(unknown)}")
-        _seen = (key, Faults(**given))
+        _seen = (stamp, Faults(**given))
     return _seen[1]

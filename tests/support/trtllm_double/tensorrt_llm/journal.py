@@ -13,6 +13,8 @@ import sys
 import time
 from typing import Any
 
+_PATH = os.environ.get("TRTLLM_DOUBLE_JOURNAL")
+_STRICT = os.environ.get("TRTLLM_DOUBLE_STRICT", "exit")
 #: Exit status of a process that misused the double.
 EXIT_STATUS = 86
 
@@ -24,11 +26,10 @@ class Violation(BaseException):
 
 def record(event: str, **fields: Any) -> None:
     """Append one event; without a journal, do nothing."""
-    path = os.environ.get("TRTLLM_DOUBLE_JOURNAL")
-    if path is None:
+    if _PATH is None:
         return
     line = json.dumps({"event": event, "pid": os.getpid(), "at": time.monotonic(), **fields})
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(_PATH, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.write(descriptor, f"{line}\n".encode())
     finally:
@@ -43,9 +44,8 @@ def violate(kind: str, message: str, *, refused: bool = False, **fields: Any) ->
         Violation: if it says `raise`, and the real one takes it in silence.
     """
     record("violation", kind=kind, message=message, **fields)
-    how = os.environ.get("TRTLLM_DOUBLE_STRICT", "exit")
-    if how == "raise" and not refused:
+    if _STRICT == "raise" and not refused:
         raise Violation(f"{kind}: {message}")
-    if how == "exit":
+    if _STRICT == "exit":
         print(f"tensorrt_llm double: {kind}: {message}", file=sys.stderr, flush=True)
         os._exit(EXIT_STATUS)

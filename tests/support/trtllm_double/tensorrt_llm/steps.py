@@ -170,11 +170,12 @@ class Steps:
         if self.fatal is not None:
             output.deliver(Response(error=self.fatal))
             return
+        self._pending[output.request_id] = _Pending(output)
         if switches.unsalted_canary_crash and len(prompt) == 1 and not salt:
             self._ranks.kill()
             raise RuntimeError("a rank has ended: index out of range in the KV cache manager")
         if prompt[0] == switches.request_error_token:
-            output.deliver(Response(error=RequestError("Default logits processor failed")))
+            self._refuse(output, "Default logits processor failed")
             return
         room = self._engine.max_model_len - len(prompt)
         if room < 1 and switches.too_long_hangs:
@@ -203,15 +204,18 @@ class Steps:
         try:
             self._engine.add_request(request)
         except EngineRefusal as error:
-            output.deliver(Response(error=RequestError(str(error))))
+            self._refuse(output, str(error))
             return
-        self._pending[output.request_id] = _Pending(output)
         if switches.empty_outputs:
             output.deliver(Response(no_outputs=True))
         block = self._args.kv_cache_config.tokens_per_block
         event = stats.stored_event(self._events_made, prompt, block, salt or "")
         if event["data"]["blocks"]:
             self._event(event["data"])
+
+    def _refuse(self, output: RequestOutput, why: str) -> None:
+        del self._pending[output.request_id]
+        output.deliver(Response(error=RequestError(why)))
 
     def _event(self, data: dict[str, Any]) -> None:
         self.events.put({"event_id": self._events_made, "data": data})

@@ -21,18 +21,13 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
 
 from cluster.access import LocalToken, check_welcome, private_folder, refuse_open_cluster
-from cluster.hardware import GPUS_PER_NODE
 from deepseek.errors import DeployError, first_line
 
 #: How long a Ray head may take to accept a connection.
 PROBE_TIMEOUT_S = 10.0
-
-Strategy = Literal["SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
 
 class RayConnection:
@@ -188,38 +183,6 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Arguments of `ray.util.placement_group`, or of a Serve deployment's placement group."""
-
-    bundles: tuple[dict[str, float], ...]
-    strategy: Strategy
-
-
-def worker_placement(num_workers: int, *, cpus: float = 1, gpus: float = 0) -> Placement:
-    """One bundle per quantize worker, spread over the nodes: workers read their shares of the
-    source over different network links, and the loss of a node costs as few workers as possible."""
-    assert num_workers > 0, "a job has at least one worker"
-    bundle = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
-    return Placement(tuple(dict(bundle) for _ in range(num_workers)), "SPREAD")
-
-
-def engine_placement(num_gpus: int, *, cpus_per_node: float = 8) -> Placement:
-    """Bundles of one engine replica: one per node, with all the GPUs that it takes there.
-
-    Tensor parallelism up to 8 stays inside one node (STRICT_PACK), on NVLink. Above, the replica
-    takes whole nodes, one bundle per node (STRICT_SPREAD): TP-16 is two bundles of 8 GPUs. The
-    replica's actor runs in bundle 0. Without GPUs there is one CPU bundle.
-    """
-    if num_gpus <= GPUS_PER_NODE:
-        gpus = {"GPU": float(num_gpus)} if num_gpus else {}
-        return Placement(({**gpus, "CPU": float(cpus_per_node)},), "STRICT_PACK")
-    assert num_gpus % GPUS_PER_NODE == 0, "more than one node is whole nodes"
-    bundle = {"GPU": float(GPUS_PER_NODE), "CPU": float(cpus_per_node)}
-    num_nodes = num_gpus // GPUS_PER_NODE
-    return Placement(tuple(dict(bundle) for _ in range(num_nodes)), "STRICT_SPREAD")
 
 
 def _probe(address: str) -> None:

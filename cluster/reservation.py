@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.connect import Placement
+from cluster.bundles import Placement
 
 #: Resources are compared with this much to spare: Ray counts in ten-thousandths.
 _EPSILON = 1e-4

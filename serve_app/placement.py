@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.connect import Placement, engine_placement
+from cluster.bundles import Placement, engine_placement
 from cluster.hardware import GPUS_PER_NODE
 from cluster.reservation import Demand, Holder, NodeRoom, shortage
 from deepseek.artifact.built_engine import BuiltEngine, read_engine

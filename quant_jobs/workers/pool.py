@@ -25,7 +25,7 @@ from ray.exceptions import RayTaskError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.connect import worker_placement
+from cluster.bundles import worker_placement
 from deepseek.errors import IntServeError
 from quant_jobs.ray_losses import LOSS_ERRORS, cause_of, cluster_total, is_loss
 from quant_jobs.workers.actor import QuantizeWorker

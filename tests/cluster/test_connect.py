@@ -14,7 +14,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from cluster.connect import Placement, connect, engine_placement, worker_placement
+from cluster.bundles import Placement, engine_placement, worker_placement
+from cluster.connect import connect
 from deepseek.errors import DeployError
 
 pytestmark = pytest.mark.ray

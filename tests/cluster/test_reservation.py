@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.connect import Placement, engine_placement
+from cluster.bundles import Placement, engine_placement
 from cluster.reservation import Demand, Holder, NodeRoom, shortage
 
 H800 = {"hardware": "H800-80GB"}

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-#: `(Worker_TP3 pid=12) ERROR 11-26 20:46:32 [file.py:953] ` before a line of a log.
+#: `(Worker_TP3 pid=12) ERROR 11-26 20:46:32 [parallel_state:953] ` before a line of a log.
 _HEAD = re.compile(r"^\(([\w-]+) pid=(\d+)\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
 #: The last line of a traceback, or a line of a log that names an exception at its beginning.
 _ERROR = re.compile(r"^(?:[a-z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Interrupt|Exit)): (.+)")

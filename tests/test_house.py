@@ -212,6 +212,7 @@ def module_names(source: Path) -> set[str]:
 
 #: Of Ray: exceptions, and names of what they are about.
 STARTS_NO_RAY = (
+    "ray.cloudpickle",
     "ray.exceptions",
     "ray.serve.autoscaling_policy",
     "ray.serve.config",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray import cloudpickle
+import ray.cloudpickle as cloudpickle
 from ray.serve._private.build_app import build_app
 from support.configs import make_config
 from support.vllm_builds import build_vllm_engine, make_vllm_artifact

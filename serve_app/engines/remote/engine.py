@@ -263,7 +263,8 @@ class RemoteEngine:
             self._progress(now)
         elif isinstance(message, Load):
             if self._counts.told(message, now):
-                self._progress(now)
+                self._pulse.stepped(now)
+                self._requests.progress()
         elif isinstance(message, Pong):
             self._pulse.pong(message.n)
             if not message.healthy:

@@ -16,10 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from support.environments import INTEROP, environment, node_environment
-from support.processes import holding
 from support.served import Served, serving_command
 from support.serving import wait_for
 
@@ -53,11 +51,7 @@ class Fleet:
 
     def running(self) -> dict[str, int]:
         """Requests in the batch of each replica that has said so lately, killed ones left out."""
-        headers = {"authorization": f"Bearer {self.served.key}"}
-        text = httpx.get(f"{self.served.url}/metrics", headers=headers, timeout=30).text
-        head = 'intserve_engine_requests_running{replica="'
-        told = [line.removeprefix(head) for line in text.splitlines() if line.startswith(head)]
-        numbers = {name: int(float(end[2:])) for name, _, end in (t.partition('"') for t in told)}
+        numbers = self.served.running()
         return {name: number for name, number in numbers.items() if name not in self.killed}
 
     def wait_idle(self) -> None:
@@ -66,7 +60,7 @@ class Fleet:
     def kill_the_one_that_answers(self) -> None:
         wait_for(lambda: sum(self.running().values()) == 1, 60)
         [busy] = [name for name, number in self.running().items() if number]
-        [pid] = holding(self.served.pid, f"replica_intserve_engine_{busy}.log")
+        pid = self.served.replica_process(busy)
         self.killed.append(busy)
         os.kill(pid, signal.SIGKILL)
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from serve_app.config import ServeConfig
-from serve_app.engine_sections import EchoOptions, EmbeddedOptions
+from serve_app.engine_sections import EchoOptions, EmbeddedOptions, RemoteOptions
 from serve_app.http_sections import HttpSection
 from serve_app.sections import (
     AdmissionSection,
@@ -34,15 +34,16 @@ def nest(
     *,
     engine: Path | str | None = None,
     echo: EchoOptions | None = None,
+    remote: RemoteOptions | None = None,
     api_keys: tuple[Any, ...] = (),
     **settings: Any,
 ) -> dict[str, Any]:
-    """The content of a configuration file with one pool of `engine` (embedded) or `echo`. Any
-    further keyword is a key of the engine, of the pool, of the gate, or of another section; whole
-    sections pass as they are."""
-    assert (engine is None) != (echo is None)
-    if echo is not None:
-        engine_section = echo.model_dump()
+    """The content of a configuration file with one pool of `engine` (embedded), `echo` or `remote`.
+    Any further keyword is a key of an embedded engine, of the pool, of the gate, or of another
+    section; whole sections pass as they are."""
+    assert sum(given is not None for given in (engine, echo, remote)) == 1
+    if engine is None:
+        engine_section = (echo or remote).model_dump(mode="json", exclude_none=True)  # type: ignore[union-attr]
     else:
         engine_section = {"kind": "embedded", "directory": str(engine)}
         engine_section |= _take(settings, EmbeddedOptions)

@@ -4,7 +4,7 @@ It runs in a worker's process of its own, never in a test's. Its arguments say w
 does, the first word of a prompt what becomes of a request. What it is told it writes down, one JSON
 line each, in the file `journal`.
 
-    constructor     ok, hang, die, exit, raise, refuse, rank_dies, slow,
+    constructor     ok, hang, die, exit, raise, rank_fails, refuse, rank_dies, slow,
                     oom (where `free_fraction` is more than `oom_above`)
     walk            the next token depends on the last one, not on the prompt
     prompt          refuse, fail, dead: an error of that kind    hang: no token ever
@@ -66,6 +66,9 @@ class Scripted:
                 os._exit(1)
             case "raise":
                 raise ValueError("LLM got invalid argument: tensor_paralel_size")
+            case "rank_fails":
+                lost = AttributeError("'Linear' object has no attribute 'weight_scale'")
+                raise RuntimeError("Executor worker returned error") from lost
             case "refuse":
                 raise LoadError("the environment has version 2, not 1; make it anew")
             case "oom":
@@ -179,6 +182,9 @@ class Scripted:
                 return "it says so"
             if word == "silent":
                 await asyncio.sleep(600)
+        return None
+
+    def cause(self) -> LoadError | None:
         return None
 
     def pids(self) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import httpx
 import yaml
 from support.configs import nest
 from support.ports import free_port
+from support.processes import holding
 from support.serving import metric
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,11 +53,25 @@ class Served:
         )
         return dict(answer.raise_for_status().json())
 
+    def metrics(self) -> str:
+        """What /metrics says."""
+        headers = {"authorization": f"Bearer {self.key}"}
+        return httpx.get(f"{self.url}/metrics", headers=headers, timeout=30).text
+
     def generated_tokens(self) -> int:
         """What the service counted since it started."""
-        headers = {"authorization": f"Bearer {self.key}"}
-        text = httpx.get(f"{self.url}/metrics", headers=headers, timeout=30).text
-        return int(metric(text, "intserve_tokens_total", kind="output"))
+        return int(metric(self.metrics(), "intserve_tokens_total", kind="output"))
+
+    def running(self) -> dict[str, int]:
+        """Requests in the batch of each replica that has said so lately."""
+        line = re.compile(r'intserve_engine_requests_running\{.*replica="(\w+)".*\} ([0-9.]+)')
+        found = map(line.fullmatch, self.metrics().splitlines())
+        return {match[1]: int(float(match[2])) for match in found if match}
+
+    def replica_process(self, replica: str, pool: str = "default") -> int:
+        """The process of an engine replica."""
+        [pid] = holding(self.pid, f"replica_intserve_engine-{pool}_{replica}.log")
+        return pid
 
 
 @contextlib.contextmanager

@@ -318,23 +318,29 @@ class RemoteEngine:
     # Its life and its end.
 
     async def _watch(self) -> None:
-        """Ping it, send canaries, and give it up when it is dead or hangs."""
+        """Ping it, send canaries, and give it up when it is dead or hangs; when nobody watches it
+        any more, too."""
         limits = self._deadlines
         look_s = min(_LOOK_S, *(s / 4 for s in (limits.quiet_s, limits.canary_s, limits.pong_s)))
         canary: asyncio.Task[None] | None = None
-        while self._failure is None:
-            await asyncio.sleep(look_s)
-            now = time.monotonic()
-            number = self._pulse.next_ping(now)
-            if number is not None:
-                self._send(Ping(number))
-            if self._pulse.needs_canary(now, has_work=bool(self._requests)):
-                canary = asyncio.create_task(self._send_canary())
-            fault = self._pulse.fault(now) or self._dead_rank()
-            if fault is not None:
-                self._fail(fault)
-        if canary is not None:
-            canary.cancel()
+        try:
+            while self._failure is None:
+                await asyncio.sleep(look_s)
+                now = time.monotonic()
+                number = self._pulse.next_ping(now)
+                if number is not None:
+                    self._send(Ping(number))
+                if self._pulse.needs_canary(now, has_work=bool(self._requests)):
+                    canary = asyncio.create_task(self._send_canary())
+                fault = self._pulse.fault(now) or self._dead_rank()
+                if fault is not None:
+                    self._fail(fault)
+        except Exception as error:
+            log.exception("the watch over the engine failed")
+            self._fail(f"the watch over it failed ({type(error).__name__})")
+        finally:
+            if canary is not None:
+                canary.cancel()
 
     async def _send_canary(self) -> None:
         """One token of one token, under a salt of its own: unsalted ones have crashed engines."""

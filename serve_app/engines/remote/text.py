@@ -16,6 +16,7 @@ from deepseek.engine.limits import RequestLimits
 from deepseek.engine.logprob_names import LogprobNamer
 from deepseek.engine.request import Choice, FinishReason, Sequence, TokenLogprob
 from deepseek.engine.tracked import Tracked
+from deepseek.errors import RequestError
 from serve_app.engines.protocol import Event, GenerateRequest
 from serve_app.engines.steps import to_engine, to_events
 from serve_app.engines.worker.messages import End, Generate, Output, Score
@@ -47,6 +48,11 @@ class Answer:
         tracked = to_engine(request)
         limits.check(tracked)
         sampling = request.sampling
+        if not sampling.max_tokens and len(request.prompt_ids) >= limits.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(request.prompt_ids)} tokens, but this engine scores at most "
+                f"{limits.max_model_len - 1}: it generates one token after them; shorten it"
+            )
         self._vocab_size = limits.vocab_size
         self._namer = namer
         self._sequence = Sequence(tracked, arrived_s=now_s)

@@ -104,7 +104,7 @@ class LoadingWatch(threading.Thread):
                     rank.looks += 1
                 elif is_rank(process.pid):
                     self._ranks[process.pid] = _Rank(process, rank_words(process.pid))
-            elif is_disaster(process.status) or self._is_left_dead(process):
+            elif self._is_left_dead(process) or (rank is not None and is_disaster(process.status)):
                 words = f"process {process.pid}" if rank is None else rank.words
                 return f"{words} {ended_words(process.status)}"
         now = {process.pid for process in processes}

@@ -48,6 +48,8 @@ from .processes import ended_words, is_alive, open_pidfd, rank_words, status_of
 
 #: Exit codes: orderly, nobody listens any more, the engine did not load, the engine is dead.
 STOPPED, LEFT, NOT_LOADED, DEAD = 0, 3, 4, 5
+#: Most characters of what an exception says.
+_SENTENCE = 2000
 #: Seconds for the last words to leave.
 _LAST_WORDS_S = 5.0
 #: Seconds for requests to end that are stopped because the engine is.
@@ -98,13 +100,18 @@ class _Worker:
     def __init__(self, channel: Channel, start: Start) -> None:
         self._channel = channel
         self._start = start
-        self._backend: Backend
+        self._backend: Backend | None = None
         self._running: dict[int, _Running] = {}
         self._unsent: list[msgspec.Struct] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._health: asyncio.Task[None] | None = None
         self._health_since = 0.0
         self._stopping = False
+
+    @property
+    def _engine(self) -> Backend:
+        assert self._backend is not None, "nothing is asked of an engine that was not made"
+        return self._backend
 
     async def serve(self, received: Iterator[ToWorker]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -118,15 +125,15 @@ class _Worker:
             self._tell(progress)
 
         try:
-            self._backend = _make_backend(self._start)
-            ready = await self._backend.start(self._start, report)
+            backend = self._backend = _make_backend(self._start)
+            ready = await backend.start(self._start, report)
         except BaseException as error:
             watch.end()
             traceback.print_exc()
             self._fail(error)
         watch.end()
         if not ready.pids:
-            ready.pids = self._backend.pids()
+            ready.pids = backend.pids()
         self._ready = True
         for pid in ready.pids:
             self._watch_rank(pid)
@@ -150,8 +157,7 @@ class _Worker:
     def _lost_while_loading(self, what: str) -> None:
         """Called by the watch's thread: the constructor may never notice."""
         failed = Failed(phase="loading", error=f"{what} while the engine loaded")
-        ask = getattr(getattr(self, "_backend", None), "cause", None)
-        if ask is not None and (cause := ask()) is not None:
+        if self._backend is not None and (cause := self._backend.cause()) is not None:
             failed.error = f"{_sentence(cause)} ({what})"
             failed.retry_with_less_memory = cause.out_of_memory
         _last_words(self._channel, failed)
@@ -183,7 +189,7 @@ class _Worker:
         state = self._running[request.id]
         end: End | None = None
         try:
-            async with aclosing(self._backend.submit(request)) as items:
+            async with aclosing(self._engine.submit(request)) as items:
                 async for item in items:
                     if isinstance(item, End):
                         end = item
@@ -195,7 +201,7 @@ class _Worker:
             end = End(request.id, error=_sentence(error))
         except Exception as error:  # whatever else it raises: the engine is dead
             traceback.print_exc()
-            self._die(f"{type(error).__name__}: {_sentence(error)}")
+            self._die(_with_causes(error))
         state.ended = True
         del self._running[request.id]
         self._put(end or End(request.id))
@@ -206,7 +212,7 @@ class _Worker:
             return
         state.aborted = True
         try:
-            await self._backend.abort(request_id)
+            await self._engine.abort(request_id)
         except Exception as error:
             traceback.print_exc()
             self._die(f"an abort failed with {type(error).__name__}: {_sentence(error)}")
@@ -223,7 +229,7 @@ class _Worker:
 
     async def _ask_health(self) -> None:
         try:
-            why = await self._backend.healthy()
+            why = await self._engine.healthy()
         except Exception as error:
             why = f"its health check raised {type(error).__name__}: {_sentence(error)}"
         if why is not None:
@@ -235,7 +241,7 @@ class _Worker:
         while True:
             await asyncio.sleep(self._start.load_every_s)
             try:
-                load = await self._backend.load()
+                load = await self._engine.load()
             except Exception as error:
                 if not warned:
                     print(f"the engine's figures cannot be read: {error!r}", file=sys.stderr)
@@ -307,7 +313,7 @@ class _Worker:
 
     def _shut_down(self) -> None:
         try:
-            self._backend.shutdown()
+            self._engine.shutdown()
         except BaseException:
             traceback.print_exc()
 
@@ -316,9 +322,7 @@ class _Worker:
             self._channel,
             Failed(
                 phase="loading",
-                error=_sentence(error)
-                if isinstance(error, LoadError)
-                else f"{type(error).__name__}: {_sentence(error)}",
+                error=_sentence(error) if isinstance(error, LoadError) else _with_causes(error),
                 retry_with_less_memory=getattr(error, "out_of_memory", False)
                 or is_out_of_memory(error),
             ),
@@ -353,7 +357,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _sentence(error: BaseException) -> str:
     """The message of an exception in one line of bounded length, the name of its type without."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:2000] or type(error).__name__
+    return " ".join(lines)[:_SENTENCE] or type(error).__name__
+
+
+def _with_causes(error: BaseException) -> str:
+    """What an exception says, and what those say that it came from: an engine's constructor tells
+    that a rank failed, and only the cause why."""
+    told: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None and len(told) < 4:
+        words = f"{type(seen).__name__}: {_sentence(seen)}"
+        if not any(_sentence(seen) in other for other in told):
+            told.append(words)
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return ", because of ".join(told)[:_SENTENCE]
 
 
 def _last_words(channel: Channel, *messages: msgspec.Struct) -> None:

@@ -169,6 +169,8 @@ async def test_what_does_not_fit_is_refused_before_the_engine(tmp_path: Path) ->
         for prompt, words in (("x" * 1024, "at most 1023"), ("", "empty")):
             with pytest.raises(RequestError, match=words):
                 await answer_of(engine, make_request(prompt))
+        with pytest.raises(RequestError, match="scores at most 1023"):
+            await answer_of(engine, make_request("x" * 1024, max_tokens=0))
         text, done = await answer_of(engine, make_request("x" * 1020, max_tokens=100))
         assert (text, done.reason) == ("x" * 4, "length")  # as many as the context has room for
     assert [line["max_tokens"] for line in journal(tmp_path, "request")] == [4]

@@ -36,6 +36,11 @@ async def fails(engine: RemoteEngine) -> str:
     ("arguments", "words"),
     [
         ({"constructor": "raise"}, "ValueError: LLM got invalid argument: tensor_paralel_size"),
+        (
+            {"constructor": "rank_fails"},
+            "RuntimeError: Executor worker returned error, because of AttributeError: 'Linear' "
+            "object has no attribute 'weight_scale'",
+        ),
         ({"constructor": "refuse"}, "the environment has version 2, not 1; make it anew"),
         ({"constructor": "die"}, "its process was killed by SIGKILL while it loaded, which the"),
         (

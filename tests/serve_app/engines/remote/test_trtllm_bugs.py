@@ -444,7 +444,7 @@ async def test_13777_ten_thousand_requests_leave_the_worker_as_it_was(
                 await answer_of(engine, greedy(f"{number}", 1, seed=number % 7))
 
         async def many(first: int) -> None:
-            await asyncio.gather(*(some(first + 1000 * i, 250) for i in range(16)))
+            await asyncio.gather(*(some(first + 1000 * i, 320) for i in range(16)))
 
         await many(0)
         before = memory_kb(worker)

@@ -33,15 +33,15 @@ _OUT_OF_MEMORY = (
 )
 #: Characters of a line that are looked at, and errors that are kept.
 _LINE, _KEPT = 2000, 16
-#: Seconds for the last words of a process that has ended to arrive.
 _LATE_S = 0.5
 
 
 class Said:
-    """Reads what this process and those below it print from now on; `cause` is the first error
-    since."""
+    """Reads what this process and those below it print from `tee` on; `cause` is the first error
+    since. `late_s` is for the last words of a process that has ended to arrive."""
 
-    def __init__(self) -> None:
+    def __init__(self, late_s: float = _LATE_S) -> None:
+        self._late_s = late_s
         self._errors: list[tuple[str, str]] = []
         self._rest = b""
 
@@ -57,7 +57,7 @@ class Said:
     def cause(self) -> tuple[str, bool] | None:
         """The first error that is told, with the process that told it, and whether it says that
         memory ran out; None without any."""
-        time.sleep(_LATE_S)
+        time.sleep(self._late_s)
         for who, what in self._errors:
             said = f"{who}: {what}" if who else what
             return said, is_out_of_memory(what)

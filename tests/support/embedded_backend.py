@@ -80,6 +80,9 @@ class Embedded:
         await self.engine.check()
         return None
 
+    def cause(self) -> None:
+        return None
+
     def pids(self) -> list[int]:
         return []
 

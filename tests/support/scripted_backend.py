@@ -184,6 +184,9 @@ class Scripted:
                 await asyncio.sleep(600)
         return None
 
+    def cause(self) -> LoadError | None:
+        return None
+
     def pids(self) -> list[int]:
         return [rank.pid for rank in self.ranks]
 

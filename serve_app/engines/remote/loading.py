@@ -234,4 +234,9 @@ class Loader:
         )
 
     def _error(self, what: str) -> DeployError:
+        if "No module named" in what:
+            what += (
+                f"; name the Python that `make engine-env TARGET={self._plan.engine}` makes, not "
+                f"{self._launch.python}"
+            )
         return DeployError(f"{self._plan.directory} did not load in {self._plan.engine}: {what}")

@@ -69,6 +69,11 @@ class Backend(Protocol):
         caller waits for a while only, and does not ask again before it has answered."""
         ...
 
+    def cause(self) -> LoadError | None:
+        """What its processes said of why one of them has ended; None where nothing was heard.
+        Called by another thread while `start` is on."""
+        ...
+
     def pids(self) -> list[int]:
         """Its rank processes, whose end is the engine's end."""
         ...

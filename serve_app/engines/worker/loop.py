@@ -100,13 +100,18 @@ class _Worker:
     def __init__(self, channel: Channel, start: Start) -> None:
         self._channel = channel
         self._start = start
-        self._backend: Backend
+        self._backend: Backend | None = None
         self._running: dict[int, _Running] = {}
         self._unsent: list[msgspec.Struct] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._health: asyncio.Task[None] | None = None
         self._health_since = 0.0
         self._stopping = False
+
+    @property
+    def _engine(self) -> Backend:
+        assert self._backend is not None, "nothing is asked of an engine that was not made"
+        return self._backend
 
     async def serve(self, received: Iterator[ToWorker]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -120,15 +125,15 @@ class _Worker:
             self._tell(progress)
 
         try:
-            self._backend = _make_backend(self._start)
-            ready = await self._backend.start(self._start, report)
+            backend = self._backend = _make_backend(self._start)
+            ready = await backend.start(self._start, report)
         except BaseException as error:
             watch.end()
             traceback.print_exc()
             self._fail(error)
         watch.end()
         if not ready.pids:
-            ready.pids = self._backend.pids()
+            ready.pids = backend.pids()
         self._ready = True
         for pid in ready.pids:
             self._watch_rank(pid)
@@ -152,8 +157,7 @@ class _Worker:
     def _lost_while_loading(self, what: str) -> None:
         """Called by the watch's thread: the constructor may never notice."""
         failed = Failed(phase="loading", error=f"{what} while the engine loaded")
-        ask = getattr(getattr(self, "_backend", None), "cause", None)
-        if ask is not None and (cause := ask()) is not None:
+        if self._backend is not None and (cause := self._backend.cause()) is not None:
             failed.error = f"{_sentence(cause)} ({what})"
             failed.retry_with_less_memory = cause.out_of_memory
         _last_words(self._channel, failed)
@@ -185,7 +189,7 @@ class _Worker:
         state = self._running[request.id]
         end: End | None = None
         try:
-            async with aclosing(self._backend.submit(request)) as items:
+            async with aclosing(self._engine.submit(request)) as items:
                 async for item in items:
                     if isinstance(item, End):
                         end = item
@@ -208,7 +212,7 @@ class _Worker:
             return
         state.aborted = True
         try:
-            await self._backend.abort(request_id)
+            await self._engine.abort(request_id)
         except Exception as error:
             traceback.print_exc()
             self._die(f"an abort failed with {type(error).__name__}: {_sentence(error)}")
@@ -225,7 +229,7 @@ class _Worker:
 
     async def _ask_health(self) -> None:
         try:
-            why = await self._backend.healthy()
+            why = await self._engine.healthy()
         except Exception as error:
             why = f"its health check raised {type(error).__name__}: {_sentence(error)}"
         if why is not None:
@@ -237,7 +241,7 @@ class _Worker:
         while True:
             await asyncio.sleep(self._start.load_every_s)
             try:
-                load = await self._backend.load()
+                load = await self._engine.load()
             except Exception as error:
                 if not warned:
                     print(f"the engine's figures cannot be read: {error!r}", file=sys.stderr)
@@ -309,7 +313,7 @@ class _Worker:
 
     def _shut_down(self) -> None:
         try:
-            self._backend.shutdown()
+            self._engine.shutdown()
         except BaseException:
             traceback.print_exc()
 

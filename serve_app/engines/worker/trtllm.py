@@ -138,6 +138,10 @@ class TrtllmBackend:
     async def healthy(self) -> str | None:
         return await asyncio.to_thread(self._ask_health)
 
+    def cause(self) -> LoadError | None:
+        """Its ranks say what they say in its constructor's exception, or nothing."""
+        return None
+
     def pids(self) -> list[int]:
         return [p.pid for p in below_guardian() if p.status is None and is_rank(p.pid)]
 

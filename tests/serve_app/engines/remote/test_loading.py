@@ -15,7 +15,7 @@ from support.remote_engines import eventually, journal, running, scripted, scrip
 from deepseek.errors import DeployError
 from serve_app.engine_sections import TrtllmOptions
 from serve_app.engines.remote.engine import RemoteEngine
-from serve_app.engines.remote.launch import Deadlines, Launch
+from serve_app.engines.remote.launch import Deadlines
 from serve_app.engines.remote.process import worker_environment
 from serve_app.engines.worker import processes
 
@@ -95,14 +95,29 @@ async def test_out_of_memory_is_tried_once_more_with_less(tmp_path: Path) -> Non
     assert len(journal(tmp_path, "start")) == 2
 
 
-async def test_a_python_that_cannot_be_started_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (None, "cannot be started (No such file or directory)"),
+        (f'exec {sys.executable} -S "$@"', "No module named 'msgspec'"),
+        (f'exec {sys.executable} "$@"', "No module named 'tensorrt_llm'"),
+    ],
+)
+async def test_a_python_that_is_none_of_the_engines_is_named(
+    tmp_path: Path, script: str | None, words: str
+) -> None:
+    python = tmp_path / "python"
+    if script is not None:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o700)
     engine = RemoteEngine(
-        TrtllmOptions(directory=tmp_path, python=Path(sys.executable)),
-        Launch(python=tmp_path / "none", backend="x"),
+        TrtllmOptions(directory=tmp_path, python=python),
         plan=lambda _: scripted_plan(tmp_path),
     )
     message = await fails(engine)
+    assert words in message
     assert "make engine-env TARGET=trtllm" in message
+    assert str(python) in message
 
 
 async def test_progress_is_told_while_it_loads_and_after(tmp_path: Path) -> None:

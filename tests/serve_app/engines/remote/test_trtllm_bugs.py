@@ -11,6 +11,9 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -386,6 +389,44 @@ async def test_16404_ranks_that_left_their_session_end_too(directory: Path, tmp_
         assert engine._worker is not None
         os.kill(engine._worker.process.pid, signal.SIGKILL)  # even without the guardian
         await eventually(lambda: not any(processes.is_alive(pid) for pid in ranks), 5.0)
+
+
+_REPLICA = """
+import asyncio, os, sys
+from pathlib import Path
+from support.remote_engines import doubled
+from support.trtllm_doubles import Double
+
+async def main():
+    engine = doubled(Path(sys.argv[1]), Double(Path(sys.argv[2])))
+    await engine.start()
+    print(engine._worker.process.pid, *engine._pids, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_16404_no_rank_survives_the_replica_that_is_killed(
+    directory: Path, tmp_path: Path, root: Path
+) -> None:
+    double = Double(tmp_path)
+    double.switch(orphan_ranks=True)
+    replica = subprocess.Popen(
+        [sys.executable, "-c", _REPLICA, str(directory), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"},
+    )
+    with replica:
+        assert replica.stdout is not None
+        pids = [int(pid) for pid in replica.stdout.readline().split()]
+        assert set(double.rank_pids) < set(pids)
+        replica.kill()
+    deadline = time.monotonic() + 5.0
+    while any(processes.is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.slow

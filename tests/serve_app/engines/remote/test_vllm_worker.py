@@ -103,9 +103,10 @@ def test_a_client_that_leaves_and_a_stop_string_abort_once_and_an_ended_request_
 
 
 def test_a_refused_or_failed_request_harms_no_other_and_a_dead_engine_ends_all(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
+        caplog.set_level(logging.INFO)
         async with running(doubled(tmp_path / "fine")) as engine:
             with pytest.raises(RequestError, match="not to its taste"):
                 await answer_of(engine, ask(REFUSED))
@@ -121,6 +122,8 @@ def test_a_refused_or_failed_request_harms_no_other_and_a_dead_engine_ends_all(
                 await engine.check()
 
     run(main())
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("the engine is dead: " in line and "has died" in line for line in lines)
 
 
 @pytest.mark.parametrize(

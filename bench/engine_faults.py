@@ -44,44 +44,39 @@ GONE_S = 60.0
 Harm = Callable[[GpuService, random.Random], list[psutil.Process]]
 
 
-def family(worker: psutil.Process) -> list[psutil.Process]:
-    """A worker, its guardian, and its ranks."""
-    return [worker.parent(), worker, *worker.children(recursive=True)]
+def family(chain: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Guardians, worker and ranks."""
+    return [*chain, *chain[-1].children(recursive=True)]
 
 
-def kill_worker(service: GpuService, draw: random.Random) -> list[psutil.Process]:
-    victim = draw.choice(service.workers())
-    processes = family(victim)
-    victim.kill()
-    return processes
+def on_chain(index: int, act: Callable[[psutil.Process], None]) -> Harm:
+    """Harm that comes to the outer guardian (0), the inner one (1) or the worker (2)."""
+
+    def harm(service: GpuService, draw: random.Random) -> list[psutil.Process]:
+        chain = draw.choice(service.chains())
+        processes = family(chain)
+        act(chain[index])
+        return processes
+
+    return harm
+
+
+kill_worker = on_chain(2, psutil.Process.kill)
 
 
 def kill_replica(service: GpuService, draw: random.Random) -> list[psutil.Process]:
-    victim = draw.choice(service.workers())
-    processes = family(victim)
-    replica = processes[0].parent()
+    chain = draw.choice(service.chains())
+    replica = chain[0].parent()
+    processes = [replica, *family(chain)]
     replica.kill()
-    return [replica, *processes]
-
-
-def kill_guardian(service: GpuService, draw: random.Random) -> list[psutil.Process]:
-    processes = family(draw.choice(service.workers()))
-    processes[0].kill()
-    return processes
-
-
-def stop_worker(service: GpuService, draw: random.Random) -> list[psutil.Process]:
-    victim = draw.choice(service.workers())
-    processes = family(victim)
-    victim.suspend()
     return processes
 
 
 def signal_rank(number: signal.Signals) -> Harm:
     def harm(service: GpuService, draw: random.Random) -> list[psutil.Process]:
-        victim = draw.choice(service.workers())
-        processes = family(victim)
-        draw.choice(ranks_of(victim)).send_signal(number)
+        chain = draw.choice(service.chains())
+        processes = family(chain)
+        draw.choice(ranks_of(chain[-1])).send_signal(number)
         return processes
 
     return harm
@@ -89,13 +84,14 @@ def signal_rank(number: signal.Signals) -> Harm:
 
 @dataclass(frozen=True)
 class Row:
-    """A fault: what is wrong with the double all the while, and what is done each round. `after`
-    holds from the harm until the first process has gone: what a successor meets."""
+    """A fault: what is wrong with the double until the harm has shown, and what is done each round.
+    `after` is what a successor meets first; `lasts`: what is wrong is so all the while."""
 
     name: str
     harm: Harm
     faults: dict[str, Any]
     after: dict[str, Any] | None = None
+    lasts: bool = False
 
 
 ROWS = (
@@ -106,14 +102,16 @@ ROWS = (
         {"rank_death": "fatal"}),
     Row("rank stopped (#9628)", signal_rank(signal.SIGSTOP), {}),
     Row("rank stopped, health check blocks", signal_rank(signal.SIGSTOP), {"health_hangs": True}),
-    Row("engine stopped (SIGSTOP)", stop_worker, {}),
+    Row("engine stopped (SIGSTOP)", on_chain(2, psutil.Process.suspend), {}),
     Row("replica killed (#16404)", kill_replica, {}),
     Row("replica killed, ranks in sessions of their own (#16404)", kill_replica,
-        {"orphan_ranks": True}),
-    Row("guardian killed", kill_guardian, {}),
+        {"orphan_ranks": True}, lasts=True),
+    Row("outer guardian killed", on_chain(0, psutil.Process.kill), {}),
+    Row("inner guardian killed", on_chain(1, psutil.Process.kill), {}),
     Row("engine killed, its successor's rank dies while it loads (#17578)", kill_worker, {},
         {"die_before_ready": 3}),
-    Row("engine killed, shutdown never returns (#16312)", kill_worker, {"shutdown": "hang"}),
+    Row("engine killed, shutdown never returns (#16312)", kill_worker, {"shutdown": "hang"},
+        lasts=True),
 )  # fmt: skip
 
 
@@ -162,6 +160,8 @@ def run_row(row: Row, rounds: int, service: GpuService) -> Fault:
                 service.double.switch(**always, **row.after)
             gone_s.append(await until(lambda: not alive(harmed), GONE_S))  # noqa: B023
             began = time.monotonic()
+            if not row.lasts and row.after is None:
+                service.double.switch(step_s=STEP_S)
             if row.after is not None:
                 failures = len(service.double.events("ranks"))
                 await until(lambda: len(service.double.events("ranks")) > failures, BACK_S)  # noqa: B023

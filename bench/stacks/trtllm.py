@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from serve_app.proxy_environment import proxy_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "tiny-w4a8"
+#: In the command line of guardians and workers.
+WORKER = "engines/worker/__main__.py"
 RANKS, LABELS = 8, {"hardware": "H800-80GB"}
 
 
@@ -67,13 +69,27 @@ class GpuService:
         found = self.cluster.processes("ray::ServeReplica:intserve:engine-default")
         return [psutil.Process(pid) for pid in found]
 
-    def guardians(self) -> list[psutil.Process]:
-        """The parents of workers, one in each replica."""
-        return [child for replica in self.replicas() for child in replica.children()]
+    def chains(self) -> list[list[psutil.Process]]:
+        """Of each replica that has started its engine: the outer guardian, the inner one, and the
+        worker, which imports `tensorrt_llm`."""
+        found = []
+        for replica in self.replicas():
+            chain: list[psutil.Process] = []
+            below = replica
+            while below is not None and len(chain) < 3:
+                with suppress(psutil.NoSuchProcess):
+                    started = [p for p in below.children() if WORKER in " ".join(p.cmdline())]
+                    chain += started[:1]
+                    below = started[0] if started else None
+                    continue
+                break
+            if len(chain) == 3:
+                found.append(chain)
+        return found
 
     def workers(self) -> list[psutil.Process]:
         """The processes that import `tensorrt_llm`, one in each replica."""
-        return [child for guardian in self.guardians() for child in guardian.children()]
+        return [chain[-1] for chain in self.chains()]
 
     def free_gpus(self) -> int:
         """Logical GPUs that Ray has reserved for nobody."""

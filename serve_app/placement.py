@@ -6,7 +6,7 @@ the GPUs of the first bundle, because Ray takes CUDA_VISIBLE_DEVICES from an act
 the engine's process inherits it.
 
 `Reserved` needs no cluster, and `check_room` a table of its nodes. What is not of the service is in
-`cluster/`: the layout of bundles (connect.py), the table (node_table.py), what is short
+`cluster/`: the layout of bundles (bundles.py), the table (node_table.py), what is short
 (reservation.py), the plan (engine_verdict.py).
 """
 

@@ -88,11 +88,11 @@ def shortage(
     free = {node.node_id: dict(node.free) for node in nodes}
     taken: list[Holder] = list(holders)
     for demand in sorted(demands, key=lambda d: (-_largest(d), -len(d.labels))):
-        placed = 0
+        placed, before, held = 0, {name: dict(room) for name, room in free.items()}, list(taken)
         while placed < demand.replicas:
             chosen = _place(demand, nodes, free)
             if chosen is None:
-                return _sentence(demand, placed, nodes, free, taken)
+                return _sentence(demand, placed, nodes, free, before, held)
             for node_id, bundle in zip(chosen, demand.placement.bundles, strict=True):
                 for name, amount in bundle.items():
                     free[node_id][name] = free[node_id].get(name, 0.0) - amount
@@ -134,10 +134,11 @@ def _sentence(
     demand: Demand,
     placed: int,
     nodes: Sequence[NodeRoom],
+    left: Mapping[str, Resources],
     free: Mapping[str, Resources],
     holders: Sequence[Holder],
 ) -> str:
-    """Why `demand` gets no more than `placed` replicas."""
+    """Why `demand` gets no more than `placed` replicas. `left` is what they leave of `free`."""
     there = [node for node in nodes if node.has(demand.labels)]
     key = f"pools.{demand.pool}"
     if not there:
@@ -157,7 +158,7 @@ def _sentence(
             f"{len(there)} {demand.where} has {_amount(most, kind)}; use larger nodes, or lower "
             f"{key}.{kind.lower()}s or what its engine was built for"
         )
-    kind = _short(bundles[0], [free[node.node_id] for node in able])
+    kind = _short(bundles[0], [left[node.node_id] for node in able])
     needed = bundles[0].get(kind, 0.0) * len(bundles) * demand.replicas
     sentence = (
         f"pool {demand.pool} needs {_amount(needed, kind)} on {demand.where}: {demand.replicas} "
@@ -170,9 +171,9 @@ def _sentence(
     if spread < demand.replicas:
         count = f"{len(there)} {_plural(len(there), 'node')}"
         return f"{sentence}, and there are {_amount(total, kind)} on {count}; {lower}add nodes"
-    left = sum(free[node.node_id].get(kind, 0.0) for node in there)
+    now = sum(free[node.node_id].get(kind, 0.0) for node in there)
     return (
-        f"{sentence}; {_amount(total, kind)} are there and {left:g} are free"
+        f"{sentence}; {_amount(total, kind)} are there and {now:g} are free"
         f"{_held(there, kind, holders)}; stop what holds them, {lower}add nodes"
     ).replace("them, add", "them or add")
 

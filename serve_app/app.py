@@ -30,9 +30,9 @@ from serve_app.engines.echo import EchoEngine
 from serve_app.openai.ingress import Ingress
 from serve_app.placement import check_this_cluster, reserved, tensor_ranks
 from serve_app.replica.replica import EngineFactory, EngineReplica
+from serve_app.replica.staged import EngineOf
 from serve_app.routing.candidates import INGRESS, engine_deployment
 from serve_app.routing.router import ByTicket
-from serve_app.staged import EngineOf
 from serve_app.telemetry.travel import traveling_variables
 
 #: The ingress never queues: it must stay free to answer 429. Serve's own cap is a last resort.

@@ -41,12 +41,12 @@ from serve_app.live import LiveSettings
 from serve_app.replica.coalesce import coalesce, flush_interval
 from serve_app.replica.departure import Departure
 from serve_app.replica.loading import Loading
+from serve_app.replica.staged import admit_for_loading, engine_at
 from serve_app.replica.watchdog import Watchdog, guard_event_loop
 from serve_app.routing.candidates import INGRESS, engine_deployment
 from serve_app.routing.replica_client import HEARTBEAT_S, QUIET_S
 from serve_app.sections import ReplicaLimits
 from serve_app.setting_types import POOL
-from serve_app.staged import admit_for_loading, engine_at
 from serve_app.telemetry.tracing import Telemetry
 
 log = logging.getLogger("ray.serve")

@@ -145,8 +145,9 @@ ENGINE_METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
 }
 
-#: name -> help; of every engine replica that does not serve yet, by replica, pool and phase. What
-#: is not known is not shown.
+OF_LOADING = (*_OF_REPLICA, "phase")
+#: name -> help; of every engine replica that does not serve yet, with these labels. What is not
+#: known is not shown.
 LOADING_METRICS: dict[str, str] = {
     "intserve_loading_seconds": "Seconds since the replica began to load.",
     "intserve_loading_done_bytes": "Bytes of this phase that are done.",
@@ -326,7 +327,7 @@ def _engine_families(replicas: Iterable[ReplicaStatus]) -> Iterator[Metric]:
 
 def _loading_families(reports: Iterable[LoadingReplica]) -> Iterator[Metric]:
     families = {
-        name: GaugeMetricFamily(name, text, labels=(*_OF_REPLICA, "phase"))
+        name: GaugeMetricFamily(name, text, labels=OF_LOADING)
         for name, text in LOADING_METRICS.items()
     }
     for report in reports:

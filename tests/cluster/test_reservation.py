@@ -90,10 +90,9 @@ def test_small_replicas_do_not_take_the_whole_node_that_a_large_one_needs() -> N
                 Holder("n1", "actor Frugal", {"CPU": 1.0}),
             ],
             "pool default needs 16 GPUs on nodes labeled hardware=H800-80GB: 2 replicas of 8 GPUs "
-            "on one node; 24 GPUs are there and 3 are free (placement group train holds 8 GPUs on "
-            "node n2 (10.0.0.2), pool default holds 8 GPUs on node n1 (10.0.0.1), actor Notebook "
-            "holds 5 GPUs on node n3 (10.0.0.3)); stop what holds them, lower "
-            "pools.default.replicas to 1 or add nodes",
+            "on one node; 24 GPUs are there and 11 are free (placement group train holds 8 GPUs on "
+            "node n2 (10.0.0.2), actor Notebook holds 5 GPUs on node n3 (10.0.0.3)); stop what "
+            "holds them, lower pools.default.replicas to 1 or add nodes",
         ),
         (
             [demand(1, gpus=16, labels={})],

@@ -15,7 +15,7 @@ from support.vllm_builds import build_vllm_engine, make_vllm_artifact
 from serve_app.app import build_with, engine_factory
 from serve_app.config import EchoOptions, EmbeddedOptions, ServeConfig, VllmOptions
 from serve_app.engines.echo import EchoEngine
-from serve_app.staged import EngineOf
+from serve_app.replica.staged import EngineOf
 
 
 def deployments(config: ServeConfig) -> dict[str, Any]:

@@ -22,6 +22,8 @@ def used_codes(root: Path) -> set[str]:
                 assert isinstance(node.value, ast.Constant | ast.Name | ast.Attribute), source
                 if isinstance(node.value, ast.Constant):
                     codes.add(str(node.value.value))
+            elif source.parent.name == "worker":
+                continue  # whose `Refused` is an engine's, and has no code
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Refused":
                 assert isinstance(node.args[0], ast.Constant), source
                 codes.add(str(node.args[0].value))

@@ -24,6 +24,8 @@ from serve_app.placement import check_python, check_room, released, reserved
 
 H800 = {"hardware": "H800-80GB"}
 
+pytestmark = pytest.mark.heavy  # two small models are built
+
 
 @pytest.fixture(scope="module")
 def trtllm(tmp_path_factory: pytest.TempPathFactory) -> Path:

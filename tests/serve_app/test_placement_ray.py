@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from support.configs import make_config
+from support.deployed import Deployed
 from support.ports import free_port
 from support.raylets import Raylets
 from support.serving import metric, wait_for
@@ -89,6 +91,8 @@ class Placed:
             self._process.wait(60)
         finally:
             self._process.kill()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
 
 
 @pytest.fixture
@@ -204,3 +208,11 @@ def test_a_replica_on_two_nodes_has_a_process_and_gpus_on_each_and_ends_as_one(
     assert sorted(node for _, node, _ in placed.ask("table")["held"]) == sorted([first, second])
     placed.ask("delete")
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started("other")))
+
+
+@pytest.mark.slow
+def test_serve_deploy_is_told_what_is_short() -> None:
+    pool = {"engine": {"kind": "echo"}, "gpus": 8, "labels": {"hardware": "H800-80GB"}}
+    says = "pools.default.labels: no node of the cluster is labeled hardware=H800-80GB; there are 1"
+    with Deployed() as deployed, pytest.raises(RuntimeError, match=re.escape(says)):
+        deployed.deploy({"pools": {"default": pool}})

@@ -13,7 +13,7 @@ from support.serving import FaultyEngine, LocalEngines, client_of, make_service,
 from serve_app.config import EchoOptions
 from serve_app.engines.echo import EchoEngine
 from serve_app.errors import EngineUnavailable
-from serve_app.telemetry.metrics import ENGINE_METRICS, REQUEST_METRICS
+from serve_app.telemetry.metrics import ENGINE_METRICS, LOADING_METRICS, OF_LOADING, REQUEST_METRICS
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -285,9 +285,14 @@ async def test_metric_names_and_labels_are_these() -> None:
         "intserve_engine_prompt_tokens_total": "replica pool source",
         "intserve_engine_info": "replica pool engine recipe artifact_digest kv_cache gated "
         "emulated",
+        "intserve_loading_seconds": "replica pool phase",
+        "intserve_loading_done_bytes": "replica pool phase",
+        "intserve_loading_expected_bytes": "replica pool phase",
+        "intserve_loading_eta_seconds": "replica pool phase",
     }
     table = {name: " ".join(labels) for name, (_, labels, _, _) in REQUEST_METRICS.items()}
     table |= {name: " ".join(labels) for name, (labels, _) in ENGINE_METRICS.items()}
+    table |= dict.fromkeys(LOADING_METRICS, " ".join(OF_LOADING))
     assert table == frozen
 
     async with client_of(make_service()) as client:

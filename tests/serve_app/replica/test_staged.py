@@ -15,7 +15,7 @@ from quant_jobs.targets.staging import PLACEHOLDER
 from serve_app.config import EchoOptions, EmbeddedOptions
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import Engine, LoadProgress
-from serve_app.staged import NODE, EngineOf, admit_for_loading, engine_at
+from serve_app.replica.staged import NODE, EngineOf, admit_for_loading, engine_at
 
 
 @pytest.fixture(scope="module")

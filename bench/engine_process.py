@@ -24,6 +24,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from support.behind_worker import behind_worker
 from support.engines import make_engine
@@ -101,7 +102,7 @@ async def compare(
     directory: Path, concurrency: list[int], rounds: int, requests: int, tokens: int
 ) -> dict[int, dict[str, list[Sample]]]:
     """The samples of both, by concurrency; both are loaded from the beginning to the end."""
-    settings = {"max_batch_size": BATCH, "num_threads": 1, "kv_cache": "bf16"}
+    settings: dict[str, Any] = {"max_batch_size": BATCH, "num_threads": 1, "kv_cache": "bf16"}
     engines: dict[str, Engine] = {
         IN_PROCESS: EmbeddedEngine(
             EmbeddedOptions(directory=directory, max_model_len=MAX_MODEL_LEN, **settings)

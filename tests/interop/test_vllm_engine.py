@@ -39,6 +39,7 @@ from serve_app.engines.protocol import (
     Tokens,
 )
 from serve_app.engines.remote.engine import RemoteEngine
+from serve_app.engines.remote.launch import Deadlines
 from serve_app.engines.remote.vllm import plan_vllm
 from serve_app.errors import EngineUnavailable
 
@@ -319,12 +320,16 @@ def test_it_reports_to_nobody_and_talks_to_its_own_node_only(running: Running) -
         assert not [peer for _, peer in sockets(pid) if peer not in (NOBODY, "127.0.0.1")]
 
 
-@pytest.mark.parametrize("victim", ["core", "rank"])
-def test_a_killed_process_of_vllm_ends_requests_so_that_another_replica_goes_on(
-    directories: tuple[Path, Path], victim: str
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [("core", signal.SIGKILL), ("rank", signal.SIGKILL), ("core", signal.SIGSTOP)],
+)
+def test_a_process_of_vllm_that_is_killed_or_hangs_ends_requests_so_that_others_go_on(
+    directories: tuple[Path, Path], victim: str, number: signal.Signals
 ) -> None:
     loop = LoopThread()
-    engine = RemoteEngine(vllm_options(directories[0]))
+    hurried = Deadlines(quiet_s=3.0, canary_s=8.0)
+    engine = RemoteEngine(vllm_options(directories[0]), deadlines=hurried)
     before = set(children())
 
     async def read() -> list[Event]:
@@ -333,7 +338,7 @@ def test_a_killed_process_of_vllm_ends_requests_so_that_another_replica_goes_on(
             events.append(event)
             if len(events) == 5:
                 own = [pid for pid in children() if pid not in before and "VLLM" in words(pid)]
-                os.kill(own[0 if victim == "core" else -1], signal.SIGKILL)
+                os.kill(own[0 if victim == "core" else -1], number)
         return events
 
     try:
@@ -343,7 +348,7 @@ def test_a_killed_process_of_vllm_ends_requests_so_that_another_replica_goes_on(
         assert (done.reason, done.retryable) == ("error", True)
         with pytest.raises(EngineUnavailable):
             loop.run(engine.check())
-        wait_for(lambda: set(children()) <= before, 10)
+        wait_for(lambda: set(children()) <= before, 20)
     finally:
         loop.run(engine.shutdown())
         loop.close()

@@ -14,7 +14,7 @@ from support.environments import environment
 from support.synthetic import quantize_plainly
 
 from deepseek.artifact.reader import ArtifactReader
-from deepseek.recipe import Recipe, Rule
+from deepseek.recipe import GateLimits, Recipe, Rule
 from quant_jobs.build import run_build
 from quant_jobs.build_options import BuildOptions
 from quant_jobs.targets.embedded import pack_engine
@@ -27,7 +27,7 @@ BF16 = Recipe(
     name="bf16",
     description="BF16 throughout.",
     rules=(Rule(match="*", weights="bf16"),),
-    gate={"max_perplexity_ratio": 1.01, "max_mean_kl": 0.01, "min_top1": 0.98},
+    gate=GateLimits(max_perplexity_ratio=1.01, max_mean_kl=0.01, min_top1=0.98),
 )
 MAX_MODEL_LEN = 1024
 

@@ -52,11 +52,15 @@ _OURS: dict[str, Any] = {
 
 def launch_vllm(options: VllmOptions) -> Launch:
     """The process of the environment that the options name."""
-    ready_s = math.ceil(options.load_timeout_s)
     return Launch(
         python=options.python,
         backend="vllm",
-        env={"VLLM_ENGINE_READY_TIMEOUT_S": str(ready_s)},  # of its own, which is 600
+        env={
+            # Of its own, which is 600.
+            "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(options.load_timeout_s)),
+            # Ranks of one node; without it vLLM looks for an address that others could reach.
+            "VLLM_HOST_IP": "127.0.0.1",
+        },
     )
 
 
@@ -88,6 +92,7 @@ def plan_vllm(options: VllmOptions) -> Plan:
         "max_num_seqs": max_running,
         "max_num_batched_tokens": max(file.max_num_batched_tokens, max_running),
     }
+    less: dict[str, Any]
     if options.cpu:
         del arguments["gpu_memory_utilization"]
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_BYTES}

@@ -45,6 +45,7 @@ from .messages import (
     ToWorker,
 )
 from .processes import ended_words, is_alive, open_pidfd, rank_words, status_of
+from .said import drain
 
 #: Exit codes: orderly, nobody listens any more, the engine did not load, the engine is dead.
 STOPPED, LEFT, NOT_LOADED, DEAD = 0, 3, 4, 5
@@ -381,4 +382,5 @@ def _last_words(channel: Channel, *messages: msgspec.Struct) -> None:
 def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
+    drain()
     os._exit(code)

@@ -6,13 +6,16 @@ What is told there, one line of a traceback of a rank, is what a person needs.
 
 from __future__ import annotations
 
+import array
+import fcntl
 import os
 import re
+import termios
 import threading
 import time
 from collections.abc import Iterator
 
-#: `(Worker_TP3 pid=12) ERROR 11-26 20:46:32 [file.py:953] ` before a line of a log.
+#: `(Worker_TP3 pid=12) ERROR 11-26 20:46:32 [FILE:LINE] ` before a line of a log.
 _HEAD = re.compile(r"^\(([\w-]+) pid=(\d+)\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
 #: The last line of a traceback, or a line of a log that names an exception at its beginning.
 _ERROR = re.compile(r"^(?:[a-z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Interrupt|Exit)): (.+)")
@@ -33,15 +36,19 @@ _OUT_OF_MEMORY = (
 )
 #: Characters of a line that are looked at, and errors that are kept.
 _LINE, _KEPT = 2000, 16
-#: Seconds for the last words of a process that has ended to arrive.
 _LATE_S = 0.5
+#: Seconds for what this process printed itself to be passed on before it ends.
+_DRAIN_S = 0.5
+#: Reading ends of the pipes of this process.
+_PIPES: list[int] = []
 
 
 class Said:
-    """Reads what this process and those below it print from now on; `cause` is the first error
-    since."""
+    """Reads what this process and those below it print from `tee` on; `cause` is the first error
+    since. `late_s` is for the last words of a process that has ended to arrive."""
 
-    def __init__(self) -> None:
+    def __init__(self, late_s: float = _LATE_S) -> None:
+        self._late_s = late_s
         self._errors: list[tuple[str, str]] = []
         self._rest = b""
 
@@ -52,12 +59,13 @@ class Said:
         for number in (1, 2):
             os.dup2(writer, number)
         os.close(writer)
+        _PIPES.append(reader)
         threading.Thread(target=self._pass_on, args=(reader, out), daemon=True).start()
 
     def cause(self) -> tuple[str, bool] | None:
         """The first error that is told, with the process that told it, and whether it says that
         memory ran out; None without any."""
-        time.sleep(_LATE_S)
+        time.sleep(self._late_s)
         for who, what in self._errors:
             said = f"{who}: {what}" if who else what
             return said, is_out_of_memory(what)
@@ -87,6 +95,16 @@ class Said:
             view = memoryview(data)
             while view:
                 view = view[os.write(out, view) :]
+
+
+def drain() -> None:
+    """Wait until what was printed is passed on, before `os._exit` ends the thread that does it."""
+    deadline = time.monotonic() + _DRAIN_S
+    for reader in _PIPES:
+        left = array.array("i", [1])
+        while left[0] and time.monotonic() < deadline:
+            fcntl.ioctl(reader, termios.FIONREAD, left)
+            time.sleep(0.01)  # also for what the thread has taken and not written yet
 
 
 def is_out_of_memory(sentence: str) -> bool:

@@ -55,7 +55,13 @@ app = make_app(__doc__ or "")
 
 
 def ask_prefix(
-    plan: Plan, options: TrtllmOptions, *, layers: int, timeout_s: float, folder: Path
+    plan: Plan,
+    options: TrtllmOptions,
+    *,
+    layers: int,
+    timeout_s: float,
+    folder: Path,
+    question_s: float = 120.0,
 ) -> dict[str, Any]:
     """What `tensorrt_llm` answers over the first layers of a directory; see probe.py."""
     job, answers = folder / "probe-job.json", folder / "probe-answers.json"
@@ -67,6 +73,7 @@ def ask_prefix(
             "prompt": list(range(2, 26)),
             "end_id": min(plan.end_token_ids),
             "sampling": sampling_names(),
+            "question_s": question_s,
         },
     )
     answers.unlink(missing_ok=True)

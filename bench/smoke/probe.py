@@ -3,9 +3,10 @@ of ours on its path:
 
     python probe.py JOB.json ANSWERS.json
 
-JOB has `directory`, `arguments` of the constructor, `prompt` (token ids), `end_id` and `sampling`
-(what the worker sends, by name). ANSWERS is written anew after every question, so that a hang shows
-which one. An answer that could not be had is {"error": ...}.
+JOB has `directory`, `arguments` of the constructor, `prompt` (token ids), `end_id`, `sampling`
+(what the worker sends, by name) and `question_s` (seconds for one question). ANSWERS is written
+anew after every question, so that a hang shows which one. An answer that could not be had is
+{"error": ...}.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-#: Seconds for one question, and tokens of an answer.
-QUESTION_S = 120.0
+#: Tokens of an answer.
 TOKENS = 6
 
 
@@ -266,7 +266,7 @@ async def answer(probe: Probe, write: Callable[[str, Any], None]) -> None:
     for name in QUESTIONS:
         question: Callable[[], Awaitable[Any]] = getattr(probe, name)
         try:
-            write(name, await asyncio.wait_for(question(), QUESTION_S))
+            write(name, await asyncio.wait_for(question(), probe.job["question_s"]))
         except Exception as error:
             write(name, {"error": _words(error)})
 

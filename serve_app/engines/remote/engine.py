@@ -195,7 +195,11 @@ class RemoteEngine:
             else:
                 await task  # which kills
         worker = self._worker
-        if worker is None or self._failure is not None:
+        if worker is None:
+            if self._loader is not None:
+                await self._loader.stop()
+            return
+        if self._failure is not None:
             return
         worker.channel.send(Stop())
         if await worker.process.wait(self._deadlines.shutdown_s + _EXIT_S):
@@ -263,7 +267,8 @@ class RemoteEngine:
             self._progress(now)
         elif isinstance(message, Load):
             if self._counts.told(message, now):
-                self._progress(now)
+                self._pulse.stepped(now)
+                self._requests.progress()
         elif isinstance(message, Pong):
             self._pulse.pong(message.n)
             if not message.healthy:

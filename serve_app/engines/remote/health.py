@@ -2,8 +2,10 @@
 
 Three things prove three things: a pong that the worker's loop runs, a token that the engine
 computes, and a canary, one request of one token, that it still takes requests. An engine with work
-is only asked for a canary when it makes no progress. A canary that waits behind a full batch which
-goes on is no fault. Times are seconds of the caller's clock; nothing here waits.
+is only asked for a canary when no token comes. A canary that waits behind a full batch which goes
+on is no fault. One that waits while the engine says that it does steps, but gives nobody a token,
+may wait behind a long prompt, and is waited for longer: engines were seen to step for ever and
+schedule nothing. Times are seconds of the caller's clock; nothing here waits.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ class Pulse:
     def __init__(self, deadlines: Deadlines, now_s: float) -> None:
         self._deadlines = deadlines
         self._progress_s = now_s
+        self._stepped_s = now_s
         self._pinged_s = now_s
         self._unanswered: int | None = None
         self._num_pings = 0
@@ -24,8 +27,12 @@ class Pulse:
         self._canary_end_s = now_s
 
     def progress(self, now_s: float) -> None:
-        """It has computed something."""
-        self._progress_s = now_s
+        """It has given a token, or ended a request."""
+        self._progress_s = self._stepped_s = now_s
+
+    def stepped(self, now_s: float) -> None:
+        """It says that it has done a step."""
+        self._stepped_s = now_s
 
     def pong(self, number: int) -> None:
         """Its loop has answered a ping."""
@@ -62,10 +69,10 @@ class Pulse:
         if self._unanswered is not None and silent_s > self._deadlines.pong_s:
             return f"its process has not answered for {silent_s:.0f} s"
         if self._canary_s is not None:
+            limits = self._deadlines
             silent_s = now_s - max(self._canary_s, self._progress_s)
-            if silent_s > self._deadlines.canary_s:
-                return (
-                    f"it has computed nothing for {silent_s:.0f} s, not even the one token of a "
-                    "health check"
-                )
+            steps = now_s - self._stepped_s <= limits.canary_s
+            if silent_s > (limits.canary_in_steps_s if steps else limits.canary_s):
+                doing = "has done steps and computed nothing" if steps else "has computed nothing"
+                return f"it {doing} for {silent_s:.0f} s, not even the one token of a health check"
         return None

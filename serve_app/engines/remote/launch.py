@@ -31,8 +31,9 @@ class Deadlines:
     """How long things may take, in seconds, and thereby how soon a fault is noticed.
 
     A process that dies is noticed at once. A worker whose loop hangs: within `ping_every_s` and
-    `pong_s`. An engine that hangs: it makes no progress for `quiet_s`, or is idle for
-    `canary_every_s`, and then does not answer one request of one token within `canary_s`.
+    `pong_s`. An engine that hangs: it gives no token for `quiet_s`, or is idle for
+    `canary_every_s`, and then does not answer one request of one token within `canary_s`; within
+    `canary_in_steps_s` where it says that it does steps all the while.
     """
 
     #: From the start of the process to its first message.
@@ -48,6 +49,7 @@ class Deadlines:
     quiet_s: float = 10.0
     canary_every_s: float = 30.0
     canary_s: float = 20.0
+    canary_in_steps_s: float = 120.0
     load_every_s: float = 1.0
     shutdown_s: float = 10.0
     #: From a kill to the last process that ends by it.

@@ -1,8 +1,8 @@
 """The processes of one worker: started, heard, and killed to the last one.
 
-The guardian (worker/guardian.py) is this process's child, in a session of its own, and does the
-killing as long as it lives. Behind it stand the process group and the pids that the worker has
-told: nothing survives a guardian that is killed either.
+The outer guardian (worker/guardian.py) is this process's child, in a session of its own, and does
+the killing as long as it lives. Behind it stand the inner one, the process group, and the pids that
+the worker has told.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Ends every process of an engine when its worker or its replica has ended, however they ended.
 
-The guardian is the worker's parent and the replica's child. It does nothing but wait, so that
-neither an engine which hangs in native code nor one that is out of memory can hold it up. It is the
-subreaper of all processes below: rank processes come to it when the worker is killed. If the
-guardian itself is killed, the kernel kills the worker, and the replica kills the rest.
+    replica > outer guardian > inner guardian > worker > ranks ...
+
+A guardian does nothing but wait, so that neither an engine which hangs in native code nor one that
+is out of memory can hold it up. Both are subreapers: processes below whose parents end come to
+them, also those of a launcher that has made a session of its own. There are two because Ray kills
+the children of an actor that it kills: the inner one then still sees the replica end, and the outer
+one sees the inner one end.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterable
+from typing import NoReturn
 
 from .processes import become_subreaper, descendants, die_with_parent, open_pidfd
 
@@ -24,34 +29,47 @@ _GONE_S = 10.0
 
 
 def fork_guarded(replica: int, close: int) -> None:
-    """Return in a child process, the worker. The calling process becomes its guardian and never
-    returns: it ends with the worker's exit code, 128 + N for signal N, after everything below it.
-    `close` is the worker's descriptor; `replica` is the process that started this one."""
+    """Return in a process below, the worker. The calling process becomes the outer guardian and
+    never returns: it ends with the worker's exit code, 128 + N for signal N, after everything below
+    it. `close` is the worker's descriptor; `replica` is the process that started this one."""
+    outer = os.getpid()
+    inner = _fork()
+    if inner:
+        os.close(close)
+        _guard(inner, [replica])
     guardian = os.getpid()
+    worker = _fork()
+    if worker:
+        os.close(close)
+        _guard(worker, [outer, replica])
+    die_with_parent(guardian)
+
+
+def _fork() -> int:
+    """Fork, as a subreaper; 0 in the child."""
     become_subreaper()
-    replica_fd = open_pidfd(replica)
-    worker = os.fork()
-    if worker == 0:
-        if replica_fd is not None:
-            os.close(replica_fd)
-        die_with_parent(guardian)
-        return
-    os.close(close)
+    sys.stdout.flush()
+    return os.fork()
+
+
+def _guard(child: int, above: list[int]) -> NoReturn:
+    """Wait until the child has ended, or any process of `above`, the first of which is the parent;
+    then end everything below, and this process."""
     wake, told = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: os.write(told, b"."))
     poll = select.poll()
-    for descriptor in (replica_fd, open_pidfd(worker), wake):
+    watched = {open_pidfd(pid): pid for pid in above}
+    for descriptor in (*watched, open_pidfd(child), wake):
         if descriptor is not None:
             poll.register(descriptor, select.POLLIN)
     status = 0
-    while os.getppid() == replica:
-        ready = poll.poll(_LOOK_S * 1000)
-        ended, status = os.waitpid(worker, os.WNOHANG)
-        if ended or any(descriptor in (replica_fd, wake) for descriptor, _ in ready):
+    while os.getppid() == above[0]:
+        ready = {descriptor for descriptor, _ in poll.poll(_LOOK_S * 1000)}
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended or wake in ready or ready & watched.keys():
             break
     end_descendants()
-    sys.stdout.flush()
     os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 
@@ -69,7 +87,11 @@ def end_descendants() -> None:
             pids = ", ".join(str(process.pid) for process in left)
             print(f"processes {pids} were killed and have not ended", file=sys.stderr)
             return
-        for process in left:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process.pid, signal.SIGKILL)
+        _kill(process.pid for process in left)
         time.sleep(0.01)
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)

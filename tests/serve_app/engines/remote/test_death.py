@@ -56,14 +56,20 @@ async def dies(engine: RemoteEngine, hurt: Callable[[], None], words: str) -> No
     await eventually(lambda: not any(processes.is_alive(pid) for pid in pids), 5.0)
 
 
-@pytest.mark.parametrize("who", ["worker", "guardian", "rank"])
+@pytest.mark.parametrize("who", ["worker", "outer guardian", "inner guardian", "rank"])
 async def test_a_process_that_is_killed_ends_the_engine_at_once(tmp_path: Path, who: str) -> None:
     async with running(scripted(tmp_path, ranks=2, step_s=0.01)) as engine:
         assert engine._worker is not None
-        guardian = engine._worker.process.pid
+        outer = engine._worker.process.pid
+        inner = processes.descendants(outer)[0].pid
         worker = journal(tmp_path, "start")[0]["pid"]
-        victim = {"worker": worker, "guardian": guardian, "rank": max(engine._pids)}[who]
-        words = {"worker": "SIGKILL", "guardian": "", "rank": f"process {victim}"}[who]
+        victim = {
+            "worker": worker,
+            "outer guardian": outer,
+            "inner guardian": inner,
+            "rank": max(engine._pids),
+        }[who]
+        words = f"process {victim}" if who == "rank" else "SIGKILL"
         await dies(engine, lambda: os.kill(victim, signal.SIGKILL), words)
 
 
@@ -169,7 +175,7 @@ from serve_app.engines.worker import processes
 async def main():
     engine = scripted(Path(sys.argv[1]), **eval(sys.argv[2]))
     asyncio.get_running_loop().create_task(engine.start())
-    while len(below := [p.pid for p in processes.descendants(os.getpid())]) < 5:
+    while len(below := [p.pid for p in processes.descendants(os.getpid())]) < 6:
         await asyncio.sleep(0.01)
     print(*below, flush=True)
     await asyncio.sleep(600)
@@ -178,11 +184,14 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("arguments", [{"ranks": 3}, {"ranks": 3, "constructor": "hang"}])
+@pytest.mark.heavy
+@pytest.mark.parametrize(("constructor", "guardian"), [("ok", None), ("hang", 0), ("ok", 1)])
 def test_no_process_survives_the_replica_that_is_killed(
-    tmp_path: Path, root: Path, arguments: dict[str, object]
+    tmp_path: Path, root: Path, constructor: str, guardian: int | None
 ) -> None:
-    """Serving or loading: its guardian notices."""
+    """Serving or loading, alone or together with one of its guardians: Ray kills the children of an
+    actor that it kills."""
+    arguments = {"ranks": 3, "constructor": constructor}
     replica = subprocess.Popen(
         [sys.executable, "-c", _REPLICA, str(tmp_path), repr(arguments)],
         stdout=subprocess.PIPE,
@@ -191,7 +200,9 @@ def test_no_process_survives_the_replica_that_is_killed(
     with replica:
         assert replica.stdout is not None
         pids = [int(pid) for pid in replica.stdout.readline().split()]
-        assert len(pids) == 5  # the guardian, the worker, three ranks
+        assert len(pids) == 6  # two guardians, the worker, three ranks
+        if guardian is not None:
+            os.kill(pids[guardian], signal.SIGKILL)
         replica.kill()
     deadline = time.monotonic() + 5.0
     while any(processes.is_alive(pid) for pid in pids):

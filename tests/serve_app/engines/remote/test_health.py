@@ -52,3 +52,23 @@ def test_a_canary_behind_a_batch_that_goes_on_is_no_fault() -> None:
         pulse.progress(now)
         assert pulse.fault(now + 14.0) is None
     assert pulse.fault(86.0) is not None
+
+
+def test_steps_without_a_token_are_believed_for_a_while_only() -> None:
+    pulse = Pulse(LIMITS, 0.0)
+    assert pulse.needs_canary(10.0, has_work=True)  # steps do not hold it back
+    for now in range(11, 130, 5):
+        pulse.stepped(float(now))
+        assert pulse.fault(now + 1.0) is None
+    pulse.stepped(131.0)
+    assert "has done steps and computed nothing for 121 s" in str(pulse.fault(131.0))
+    pulse.canary_ended(132.0)
+    assert pulse.fault(132.0) is None
+
+
+def test_steps_that_end_leave_the_canary_its_short_deadline() -> None:
+    pulse = Pulse(LIMITS, 0.0)
+    assert pulse.needs_canary(10.0, has_work=True)
+    pulse.stepped(29.0)
+    assert pulse.fault(48.0) is None
+    assert "it has computed nothing for 40 s" in str(pulse.fault(50.0))

@@ -25,7 +25,7 @@ from serve_app.engine_sections import EchoOptions
 from serve_app.engines.remote.launch import Deadlines
 from serve_app.engines.worker import processes
 
-pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 APP = "remote"
 PROMPT = "any prompt"
@@ -109,14 +109,15 @@ async def test_streams_outlive_it_and_nothing_of_it_is_left(
         await eventually(lambda: len(journal(folder, "request")) >= before + 6, 60.0)
         worker = busy_worker(folder, before)
         ranks = next(line["pids"] for line in journal(folder, "ranks") if line["pid"] == worker)
-        guardian = parent(worker)
+        inner = parent(worker)
+        guardian = parent(inner)
         replica = parent(guardian)
         await asyncio.sleep(0.5)
         pid = {"rank": ranks[0], "guardian": guardian, "replica": replica}.get(victim, worker)
         os.kill(pid, signal.SIGSTOP if victim.startswith("stopped") else signal.SIGKILL)
         for answer in await asyncio.gather(*streams):
             assert answer == (expected(), LENGTH)
-    left = [worker, guardian, replica, *ranks]
+    left = [worker, inner, guardian, replica, *ranks]
     await eventually(lambda: not any(processes.is_alive(pid) for pid in left), 15.0)
     # Serve starts another in its place.
     await eventually(lambda: len(journal(folder, "ranks")) > starts, 60.0)

@@ -195,7 +195,11 @@ class RemoteEngine:
             else:
                 await task  # which kills
         worker = self._worker
-        if worker is None or self._failure is not None:
+        if worker is None:
+            if self._loader is not None:
+                await self._loader.stop()
+            return
+        if self._failure is not None:
             return
         worker.channel.send(Stop())
         if await worker.process.wait(self._deadlines.shutdown_s + _EXIT_S):

@@ -95,6 +95,14 @@ class Loader:
         self._launch = launch
         self._deadlines = deadlines
         self.progress = LoadProgress(_PHASES["starting"])
+        self._worker: Worker | None = None
+        self._stopped = False
+
+    async def stop(self) -> None:
+        """End whatever is loading: `load` then raises."""
+        self._stopped = True
+        if self._worker is not None:
+            await self._worker.process.kill(self._deadlines.kill_s)
 
     async def load(self) -> tuple[Worker, Ready]:
         """Start a worker and wait until its engine is ready.
@@ -122,8 +130,10 @@ class Loader:
             ) from error
 
     async def _try(self, arguments: Mapping[str, Any]) -> tuple[Worker, Ready]:
+        if self._stopped:
+            raise self._error("it was stopped before it was ready")
         try:
-            worker = Worker(self._launch)
+            worker = self._worker = Worker(self._launch)
         except OSError as error:
             raise DeployError(
                 f"{self._launch.python} cannot be started ({error.strerror}); make the engine's "

@@ -96,7 +96,7 @@ def plan_vllm(options: VllmOptions) -> Plan:
     if options.cpu:
         del arguments["gpu_memory_utilization"]
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_BYTES}
-        less: dict[str, float] = {"kv_cache_memory_bytes": _CPU_KV_BYTES // 2}
+        less = {"kv_cache_memory_bytes": _CPU_KV_BYTES // 2}
     else:
         share = file.gpu_memory_utilization
         less = {"gpu_memory_utilization": round(share * _SECOND_TRY, 4)}

@@ -141,6 +141,19 @@ async def test_progress_is_told_while_it_loads_and_after(tmp_path: Path) -> None
     await engine.shutdown()
 
 
+async def test_a_replica_that_stops_while_its_engine_loads_leaves_no_process(
+    tmp_path: Path,
+) -> None:
+    engine = scripted(tmp_path, constructor="hang", ranks=2)
+    starting = asyncio.create_task(engine.start())
+    await eventually(lambda: journal(tmp_path, "ranks"))
+    pids = journal(tmp_path, "ranks")[0]["pids"]
+    await engine.shutdown()
+    assert not any(processes.is_alive(pid) for pid in pids)
+    with pytest.raises(DeployError, match="did not load"):
+        await starting
+
+
 async def test_two_engines_start_at_once_on_one_node(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "ab"]
     for folder in folders:

@@ -25,7 +25,7 @@ from serve_app.engine_sections import EchoOptions
 from serve_app.engines.remote.launch import Deadlines
 from serve_app.engines.worker import processes
 
-pytestmark = [pytest.mark.ray, pytest.mark.heavy, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 APP = "remote"
 PROMPT = "any prompt"

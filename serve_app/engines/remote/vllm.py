@@ -92,11 +92,10 @@ def plan_vllm(options: VllmOptions) -> Plan:
         "max_num_seqs": max_running,
         "max_num_batched_tokens": max(file.max_num_batched_tokens, max_running),
     }
-    less: dict[str, Any]
     if options.cpu:
         del arguments["gpu_memory_utilization"]
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_BYTES}
-        less = {"kv_cache_memory_bytes": _CPU_KV_BYTES // 2}
+        less: dict[str, Any] = {"kv_cache_memory_bytes": _CPU_KV_BYTES // 2}
     else:
         share = file.gpu_memory_utilization
         less = {"gpu_memory_utilization": round(share * _SECOND_TRY, 4)}

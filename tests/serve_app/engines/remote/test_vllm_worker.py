@@ -126,6 +126,7 @@ def test_a_refused_or_failed_request_harms_no_other_and_a_dead_engine_ends_all(
     assert any("the engine is dead: " in line and "has died" in line for line in lines)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("directory", "changes", "sentence"),
     [

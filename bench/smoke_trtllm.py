@@ -36,6 +36,7 @@ from bench.smoke.verdicts import Verdict, judge
 from deepseek.cli import make_app, run, show_lines
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.files import write_json
+from deepseek.tokenizer_file import parse_tokenizer
 from serve_app.engine_sections import TrtllmOptions
 from serve_app.engines.remote.engine import RemoteEngine
 from serve_app.engines.remote.launch import Deadlines, Plan
@@ -133,9 +134,9 @@ def text_ids(plan: Plan, text: Path) -> list[int]:
     Raises:
         DeployError: it has too few of them.
     """
-    assert plan.tokenizer is not None
+    tokenizer = parse_tokenizer((plan.directory / "tokenizer.json").read_bytes())
     words = text.read_text(encoding="utf-8")[:_CHARACTERS]
-    ids: list[int] = plan.tokenizer.encode(words, add_special_tokens=False).ids
+    ids: list[int] = tokenizer.encode(words, add_special_tokens=False).ids
     if len(ids) < 128:
         raise DeployError(f"{text} has {len(ids)} tokens; give at least 128")
     return ids
@@ -170,7 +171,9 @@ def main(
 ) -> None:
     if not python.exists():
         raise DeployError(f"{python} is not there; make it with `make engine-env TARGET=trtllm`")
-    options = TrtllmOptions(directory=directory, python=python, load_timeout_s=load_timeout_s)
+    options = TrtllmOptions(
+        directory=directory.absolute(), python=python.absolute(), load_timeout_s=load_timeout_s
+    )  # not resolved: an environment's Python is a link
     plan = plan_of(options)
     version = plan.engine_version
     if version is None:

@@ -44,6 +44,7 @@ def judge(answers: Answers, version: str) -> list[Verdict]:
     ]
     for step, number, name, decide in _STEPS:
         answer = answers.get(name)
+        outcome: Outcome
         if answer is None:
             outcome, seen = ("failed", "no answer: it hung or ended here or before")
         elif "error" in answer:

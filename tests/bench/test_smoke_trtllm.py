@@ -19,6 +19,7 @@ from bench import smoke_trtllm
 from bench.smoke import serving, verdicts
 from bench.smoke.serving import Smoke, Workload
 from bench.smoke.verdicts import Verdict, judge
+from deepseek.errors import DeployError
 from serve_app.engine_sections import TrtllmOptions
 from serve_app.engines.remote.options import plan_of
 
@@ -188,6 +189,14 @@ def test_a_prefix_that_hangs_says_where(
     assert verdict_of("members", found).outcome == "held"
     for step in ("streaming", "an abort", "logprobs", "shutdown"):
         assert verdict_of(step, found).outcome == "failed", step
+
+
+def test_an_environment_that_is_not_there_is_named(directory: Path, tmp_path: Path) -> None:
+    words = [str(directory), "--python", str(tmp_path / "none"), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(smoke_trtllm.app, words)
+    assert isinstance(done.exception, DeployError)
+    assert "make it with `make engine-env TARGET=trtllm`" in str(done.exception)
+    assert not (tmp_path / "out").exists()
 
 
 async def smoke_of(

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.heavy
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("double")
+    return tmp_path_factory.getbasetemp() / "trtllm"
 
 
 @pytest.fixture(scope="module")

@@ -172,6 +172,7 @@ def test_the_command_writes_table_answers_and_lock(
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 def test_a_prefix_that_hangs_says_where(
     directory: Path, python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +211,7 @@ async def smoke_of(
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 async def test_every_step_of_the_whole_engine_can_hold(directory: Path, tmp_path: Path) -> None:
     plan = plan_of(TrtllmOptions(directory=directory, python=Path(sys.executable)))
     ids = smoke_trtllm.text_ids(plan, smoke_trtllm.TEXT)
@@ -224,6 +226,7 @@ async def test_every_step_of_the_whole_engine_can_hold(directory: Path, tmp_path
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 async def test_every_step_of_the_whole_engine_can_fail(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

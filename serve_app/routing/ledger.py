@@ -237,6 +237,7 @@ class Ledger:
                 asks=tuple(asks),
                 seconds_left=visit.deadline - now,
                 waited_s=now - visit.arrived,
+                placed=visit.placed,
             )
             for visit, asks in asking.values()
         ]

@@ -177,8 +177,9 @@ class Roster:
             for ask in enter.asks:
                 self._drop_double(ask.sequence_id, now)
             visit = self.visit_of(ingress_id, enter, now)
+            visit.placed = enter.placed
             if (known := self.ingresses[ingress_id].visits.get(enter.request_id)) is not None:
-                visit.placed = known.placed
+                known.placed |= enter.placed
                 for sequence in visit.waiting.values():
                     sequence.visit = known
                 known.waiting, visit = visit.waiting, known

@@ -18,7 +18,7 @@ from serve_app.setting_types import POOL
 
 #: Rises with every change of these forms, so that ingresses of two versions, which run together
 #: during an update, never talk to one owner.
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +57,9 @@ class Ask:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enter:
     """A request wants places for its sequences. `seconds_left` until its deadline; `own_deadline`
-    says that the client set that deadline, and such requests go first within their key. `waited_s`
-    is what it waited before, under an owner that has died."""
+    says that the client set that deadline, and such requests go first within their key. Of a
+    request that is told to another owner, `waited_s` is what it has waited, and `placed` says that
+    some sequence of it has had a place, of which there may be no other trace."""
 
     request_id: str
     terms: Terms
@@ -66,6 +67,7 @@ class Enter:
     seconds_left: float
     own_deadline: bool = False
     waited_s: float = 0.0
+    placed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 from support.admissions import INGRESS, Office, enter, granted, held, refused, seen, status
@@ -463,6 +464,17 @@ def test_choices_that_wait_while_others_run_are_exempt_from_the_longest_wait_aft
     office.wait(4.0)
     assert office.later() == []
     assert granted(office.leave("a-0", used=100)) == {"a-1": "r1"}
+
+
+def test_a_choice_whose_mates_have_all_ended_is_exempt_from_the_longest_wait_after_a_join() -> None:
+    office = Office(status("r1"), places=1, max_wait_s=3.0)
+    request = enter("a", n=2)
+    rest = replace(request, asks=request.asks[1:], waited_s=9.0, placed=True)
+    office.new_owner()
+    office.say(Join(held=(held(enter("b"), "r1"),), waiting=(rest,)), seen(status("r1")))
+    office.wait(4.0)
+    assert office.later() == []
+    assert granted(office.leave("b-0", used=100)) == {"a-1": "r1"}
 
 
 def test_what_an_ingress_says_when_it_joins_again_replaces_what_was_known() -> None:

@@ -88,6 +88,7 @@ class Ingresses(RuleBasedStateMachine):
                     asks=tuple(a.request.asks[a.index] for a in group),
                     seconds_left=group[0].deadline - self.now,
                     waited_s=self.now - group[0].arrived,
+                    placed=self.runs(group[0]),
                 )
                 for request_id, group in waiting.items()
             ),

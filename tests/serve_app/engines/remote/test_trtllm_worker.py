@@ -124,9 +124,10 @@ def test_fewer_gpus_than_ranks_are_refused_before_the_engine_starts() -> None:
 def test_processes_below_one_are_found_and_told_apart() -> None:
     shell = subprocess.Popen(["sh", "-c", "sleep 600 & wait"])
     try:
-        while len(below := processes.descendants(os.getpid())) < 2:
+        while not (below := processes.descendants(shell.pid)):
             pass
-        child = next(p for p in below if p.parent == shell.pid)
+        (child,) = below
+        assert child.parent == shell.pid
         start = processes.start_of(child.pid)
         assert start == child.started
         os.kill(child.pid, signal.SIGKILL)

@@ -41,6 +41,8 @@ COMMANDS = (
     "bench/calibration_file.py",
     "bench/release.py",
     "bench/kill_rounds.py --rounds 20",
+    "bench/trtllm_path.py",
+    "bench/engine_faults.py",
     "bench/trtllm_ranks.py",
     "bench/pieces.py",
 )

@@ -7,7 +7,7 @@ import json
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +18,11 @@ from support.trtllm_doubles import (
     DOUBLE_PATH,
     VERSIONS,
     Double,
-    imported_double,
     make_trtllm_engine,
 )
-from support.trtllm_running import PROMPT, Make, Running, arguments, is_running, making
+from support.trtllm_running import PROMPT, Make, Running, arguments
 
 pytestmark = pytest.mark.heavy
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "trtllm"
-
-
-@pytest.fixture(scope="module")
-def directory(tiny_model: Path, folder: Path) -> Path:
-    """Nobody may change it."""
-    return make_trtllm_engine(tiny_model, folder, tp=2)
-
-
-@pytest.fixture
-def make(directory: Path, tmp_path: Path) -> Iterator[Make]:
-    with making(directory, tmp_path) as maker:
-        yield maker
-
-
-@pytest.fixture(scope="module", params=VERSIONS)
-def one_of_each(
-    request: pytest.FixtureRequest, directory: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    double = Double(tmp_path_factory.mktemp("shared"), request.param, "record")
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        imported_double(double, patch) as package,
-    ):
-        running = Running(double, package, directory)
-    yield running
-    running.llm.shutdown()
-    running.runner.close()
-    assert not [pid for pid in double.rank_pids if is_running(pid)]
-
-
-@pytest.fixture
-def shared(one_of_each: Running) -> Iterator[Running]:
-    """One LLM of each version, for tests that leave it whole."""
-    before = len(one_of_each.double.violations)
-    one_of_each.expected = []
-    yield one_of_each
-    one_of_each.double.switch()
-    assert one_of_each.double.violations[before:] == one_of_each.expected
 
 
 # What it is.
@@ -317,9 +273,9 @@ def test_a_keyword_that_it_has_not_is_a_value_error(shared: Running, directory: 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_argument_that_build_writes_is_taken(
-    version: str, tiny_model: Path, folder: Path, make: Make
+    version: str, tiny_model: Path, double_folder: Path, make: Make
 ) -> None:
-    built = make_trtllm_engine(tiny_model, folder / version, tp=1, version=version)
+    built = make_trtllm_engine(tiny_model, double_folder / version, tp=1, version=version)
     written = yaml.safe_load((built / "llm_args.yaml").read_text())
     running = make(version, arguments=written | {"tensor_parallel_size": 1})
     assert not running.double.violations

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +19,10 @@ from support.trtllm_doubles import (
     DOUBLE_PATH,
     VERSIONS,
     Double,
-    imported_double,
-    make_trtllm_engine,
 )
-from support.trtllm_running import Make, Running, in_thread, is_running, making, wait_until
+from support.trtllm_running import Make, Running, in_thread, is_running, wait_until
 
 pytestmark = pytest.mark.heavy
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "trtllm"
-
-
-@pytest.fixture(scope="module")
-def directory(tiny_model: Path, folder: Path) -> Path:
-    """Nobody may change it."""
-    return make_trtllm_engine(tiny_model, folder, tp=2)
-
-
-@pytest.fixture
-def make(directory: Path, tmp_path: Path) -> Iterator[Make]:
-    with making(directory, tmp_path) as maker:
-        yield maker
-
-
-@pytest.fixture(scope="module", params=VERSIONS)
-def one_of_each(
-    request: pytest.FixtureRequest, directory: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    double = Double(tmp_path_factory.mktemp("shared"), request.param, "record")
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        imported_double(double, patch) as package,
-    ):
-        running = Running(double, package, directory)
-    yield running
-    running.llm.shutdown()
-    running.runner.close()
-    assert not [pid for pid in double.rank_pids if is_running(pid)]
-
-
-@pytest.fixture
-def shared(one_of_each: Running) -> Iterator[Running]:
-    """One LLM of each version, for tests that leave it whole."""
-    before = len(one_of_each.double.violations)
-    one_of_each.expected = []
-    yield one_of_each
-    one_of_each.double.switch()
-    assert one_of_each.double.violations[before:] == one_of_each.expected
 
 
 # Faults of requests.

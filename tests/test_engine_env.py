@@ -46,7 +46,9 @@ def test_an_environment_is_the_wheel_that_directories_are_built_for_and_our_fram
 
 
 def make(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "MAKEFLAGS"}
+    # Under another make, as in `make test`, it would say which directory it enters.
+    makes = ("MAKE", "MFLAGS")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(makes)}
     return subprocess.run(
         ["make", "engine-env", *words],
         cwd=root, capture_output=True, text=True, env=environment, check=False,

@@ -86,11 +86,11 @@ def test_a_client_that_leaves_and_a_stop_string_abort_once_and_an_ended_request_
         caplog.set_level(logging.INFO)
         async with running(doubled(tmp_path / "fine")) as engine:
             await answer_of(engine, ask("hello", max_tokens=5))
-            async with aclosing(engine.generate(ask("gone", max_tokens=500))) as events:
+            async with aclosing(engine.generate(ask("gone", max_tokens=5000))) as events:
                 async for event in events:
                     if isinstance(event, Tokens):
                         break
-            text, done = await answer_of(engine, ask("abcdefgh", max_tokens=500, stop=("de",)))
+            text, done = await answer_of(engine, ask("abcdefgh", max_tokens=5000, stop=("de",)))
             assert (text, done.reason) == ("abc", "stop")
             await eventually(lambda: len(said_by_double(caplog)) >= 2)
             await asyncio.sleep(0.1)

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.artifact.built_engine import read_engine
-from deepseek.engine.detokenizer import engine_tokenizer
 from deepseek.errors import DeployError
-from deepseek.stop_tokens import FILE as GENERATION_FILE
-from deepseek.stop_tokens import merge_stop_tokens
 from deepseek.trtllm.check_files import check_args, check_config, read_trtllm_manifest
 from deepseek.trtllm.llm_args import KV_DTYPES, LLM_ARGS_FILE, llm_args_of
 from deepseek.trtllm.llm_schema import LlmArgs
 from serve_app.engine_sections import TrtllmOptions
 from serve_app.engines.remote.launch import Launch, Plan
+from serve_app.engines.remote.plans import context_of, plan_for
 
 log = logging.getLogger("ray.serve")
 
@@ -69,9 +67,8 @@ def plan_trtllm(options: TrtllmOptions) -> Plan:
     args = llm_args_of(built.documents[LLM_ARGS_FILE], fields.engine_version, where=str(path))
     _check_one_node(args, path)
     check_gpus(args.tensor_parallel_size or 1, os.environ)
-    max_model_len = _max_model_len(
-        options, args.max_seq_len or 0, built.config.max_position_embeddings, path
-    )
+    positions = built.config.max_position_embeddings
+    max_model_len = context_of(options, min(args.max_seq_len or positions, positions), path)
     arguments = args.model_dump(mode="json", exclude_unset=True)
     for name in _NOT_PASSED:
         arguments.pop(name, None)
@@ -80,21 +77,12 @@ def plan_trtllm(options: TrtllmOptions) -> Plan:
         cache["dtype"] = KV_DTYPES[str(options.kv_cache)]
     arguments |= _OURS | {"max_seq_len": max_model_len, "kv_cache_config": cache}
     less_cache = _less_cache(cache, max_model_len)
-    return Plan(
-        directory=directory,
-        engine=engine.target,
-        recipe=engine.recipe,
-        artifact_digest=engine.artifact_digest,
-        engine_digest=engine.digest,
-        kv_cache=options.kv_cache or engine.kv_cache,
-        weight_bytes=engine.num_bytes,
+    return plan_for(
+        options,
+        engine,
+        built,
         arguments=arguments,
         max_model_len=max_model_len,
-        vocab_size=built.config.vocab_size,
-        end_token_ids=merge_stop_tokens(
-            built.documents.get(GENERATION_FILE), directory / GENERATION_FILE, built.config
-        ),
-        tokenizer=engine_tokenizer(directory, built.documents),
         kv_tokens_total=cache.get("max_tokens"),
         page_tokens=cache.get("tokens_per_block") or _DEFAULT_BLOCK,
         max_running=args.max_batch_size or _DEFAULT_BATCH,
@@ -134,18 +122,6 @@ def check_gpus(ranks: int, environ: Mapping[str, str]) -> None:
             f"the engine has {ranks} ranks, but its replica sees {there} GPUs "
             f"(CUDA_VISIBLE_DEVICES {shown!r}); give its pool gpus: {ranks}"
         )
-
-
-def _max_model_len(options: TrtllmOptions, configured: int, positions: int, path: Path) -> int:
-    most = min(configured or positions, positions)
-    if options.max_model_len is None:
-        return most
-    if options.max_model_len > most:
-        raise DeployError(
-            f"max_model_len {options.max_model_len} exceeds the {most} tokens of {path}; lower it, "
-            "or build with a larger --max-seq-len"
-        )
-    return options.max_model_len
 
 
 def _less_cache(cache: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:

@@ -8,24 +8,19 @@ strictly (deepseek/vllm/launch.py). What the adapter relies on is then set, what
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from deepseek.artifact.built_engine import BuiltEngine, read_engine
 from deepseek.artifact.engine_checks import read_target_manifest
 from deepseek.artifact.engine_manifest import EngineManifest
-from deepseek.engine.detokenizer import engine_tokenizer
 from deepseek.engine.request import MAX_LOGPROBS
-from deepseek.errors import DeployError
-from deepseek.stop_tokens import FILE as GENERATION_FILE
-from deepseek.stop_tokens import merge_stop_tokens
 from deepseek.vllm.check import check_config, check_launch
 from deepseek.vllm.fields import LOADER, TARGET, VllmFields
 from deepseek.vllm.launch import KV_DTYPES, LAUNCH_FILE
-from deepseek.vllm.launch import Launch as LaunchFile
 from deepseek.vllm.loadable import check_loadable, require_ranks
 from serve_app.engine_sections import VllmOptions
 from serve_app.engines.remote.launch import Launch, Plan
+from serve_app.engines.remote.plans import context_of, plan_for
 
 #: Of the GPUs' memory, what the second try after out-of-memory takes of the first's share.
 _SECOND_TRY = 0.9
@@ -79,7 +74,7 @@ def plan_vllm(options: VllmOptions) -> Plan:
     mtp = fields.mtp == "kept"
     file = check_launch(directory, built, built.config, engine, mtp=mtp)
     tp = _tensor_ranks(options, built, engine, mtp=mtp)
-    max_model_len = _max_model_len(options, file, path)
+    max_model_len = context_of(options, file.max_model_len, path)
     max_running = options.max_batch_size or file.max_num_seqs
     kv_cache = options.kv_cache or engine.kv_cache
     arguments = file.model_dump(mode="json", exclude_none=True) | _OURS
@@ -99,21 +94,12 @@ def plan_vllm(options: VllmOptions) -> Plan:
     else:
         share = file.gpu_memory_utilization
         less = {"gpu_memory_utilization": round(share * _SECOND_TRY, 4)}
-    return Plan(
-        directory=directory,
-        engine=engine.target,
-        recipe=engine.recipe,
-        artifact_digest=engine.artifact_digest,
-        engine_digest=engine.digest,
-        kv_cache=kv_cache,
-        weight_bytes=engine.num_bytes,
+    return plan_for(
+        options,
+        engine,
+        built,
         arguments=arguments,
         max_model_len=max_model_len,
-        vocab_size=built.config.vocab_size,
-        end_token_ids=merge_stop_tokens(
-            built.documents.get(GENERATION_FILE), directory / GENERATION_FILE, built.config
-        ),
-        tokenizer=engine_tokenizer(directory, built.documents),
         page_tokens=_DEFAULT_PAGE,
         max_running=max_running,
         engine_version=fields.engine_version,
@@ -131,17 +117,6 @@ def _tensor_ranks(
         ranks = require_ranks(tp, tp if engine.ranks.ep > 1 else 1)
         check_loadable(built.config, engine.schemes, ranks, mtp=mtp)
     return tp
-
-
-def _max_model_len(options: VllmOptions, file: LaunchFile, path: Path) -> int:
-    if options.max_model_len is None:
-        return file.max_model_len
-    if options.max_model_len > file.max_model_len:
-        raise DeployError(
-            f"max_model_len {options.max_model_len} exceeds the {file.max_model_len} tokens of "
-            f"{path}; lower it, or build with --context {options.max_model_len}"
-        )
-    return options.max_model_len
 
 
 def _words(arguments: dict[str, Any]) -> str:

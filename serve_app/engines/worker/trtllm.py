@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import importlib
 import inspect
-import math
 import queue
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -22,6 +21,7 @@ from .backend import LoadError, Refused, RequestFailed
 from .messages import End, Generate, Load, Output, Progress, Ready, Score, Start
 from .processes import below_guardian, is_rank
 from .trtllm_stats import merge_stats
+from .values import checked_version, count, finite, positive
 
 #: Seconds that it waits for statistics where there are none, and that one look may take: while it
 #: works there are always more.
@@ -50,12 +50,7 @@ class TrtllmBackend:
         """Blocks the loop until the engine is there, which takes minutes."""
         report(Progress(phase="importing", total=start.weight_bytes))
         package = importlib.import_module(self._module)
-        version = str(getattr(package, "__version__", "unknown"))
-        if start.engine_version not in (None, version.partition("+")[0]):
-            raise LoadError(
-                f"the environment has TensorRT-LLM {version}, but the engine directory was built "
-                f"for {start.engine_version}; make the environment anew, or build for this version"
-            )
+        version = checked_version(package, "TensorRT-LLM", start)
         self._sampling_params = package.SamplingParams
         with contextlib.suppress(ImportError, AttributeError):
             errors = importlib.import_module(f"{self._module}.executor.utils")
@@ -68,10 +63,10 @@ class TrtllmBackend:
         self._page_tokens = kv.get("tokens_per_block")
         return Ready(
             engine_version=version,
-            max_model_len=_positive(getattr(self._llm, "args", None), "max_seq_len"),
+            max_model_len=positive(getattr(self._llm, "args", None), "max_seq_len"),
             kv_tokens_total=self._capacity(),
             page_tokens=self._page_tokens,
-            max_running=_positive(getattr(self._llm, "args", None), "max_batch_size"),
+            max_running=positive(getattr(self._llm, "args", None), "max_batch_size"),
         )
 
     async def submit(self, request: Generate) -> AsyncGenerator[Output | End, None]:
@@ -93,7 +88,7 @@ class TrtllmBackend:
         completion: Any = None
         try:
             async for step in output:
-                cached = _count(getattr(step, "cached_tokens", None), cached)
+                cached = count(getattr(step, "cached_tokens", None), cached)
                 outputs = getattr(step, "outputs", None)
                 if not outputs:
                     continue
@@ -219,7 +214,7 @@ def _scores(found: Any, told: int, tokens: list[int], request: Generate) -> list
 
 def _score(entry: Any, token: int, num_top: int) -> Score:
     if not hasattr(entry, "items"):
-        return Score(_finite(entry))
+        return Score(finite(entry))
     values = {int(key): _value(item) for key, item in entry.items()}
     chosen = entry.get(token)
     if chosen is None:
@@ -246,12 +241,7 @@ def _prompt_scores(completion: Any, request: Generate) -> list[Score | None] | N
 
 
 def _value(item: Any) -> float:
-    return _finite(getattr(item, "logprob", item))
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    return number if math.isfinite(number) else -9999.0
+    return finite(getattr(item, "logprob", item))
 
 
 def _queue_s(completion: Any) -> float | None:
@@ -263,12 +253,3 @@ def _queue_s(completion: Any) -> float | None:
     except (AttributeError, TypeError, ValueError):
         return None
     return seconds if 0.0 <= seconds < 1e6 else None
-
-
-def _count(value: Any, before: int | None) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else before
-
-
-def _positive(owner: Any, name: str) -> int | None:
-    value = getattr(owner, name, None)
-    return value if isinstance(value, int) and value > 0 else None

@@ -14,7 +14,6 @@ so the adapter looks.
 from __future__ import annotations
 
 import importlib
-import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
@@ -23,6 +22,7 @@ from .backend import LoadError, Refused, RequestFailed
 from .messages import End, Generate, Load, Output, Progress, Ready, Score, Start
 from .processes import below_guardian, is_rank
 from .said import Said, is_out_of_memory
+from .values import checked_version, count, finite, positive
 
 #: No reports to its makers, no look at a hub, no fork of a process that has threads.
 _ENVIRONMENT = {
@@ -64,14 +64,14 @@ class VllmBackend:
         await self._engine.get_supported_tasks()  # cached: `submit` never waits for it
         self._said.forget()
         config = self._engine.vllm_config
-        self._blocks = _positive(config.cache_config, "num_gpu_blocks")
-        self._block_tokens = _positive(config.cache_config, "block_size")
+        self._blocks = positive(config.cache_config, "num_gpu_blocks")
+        self._block_tokens = positive(config.cache_config, "block_size")
         return Ready(
             engine_version=version,
-            max_model_len=_positive(config.model_config, "max_model_len"),
-            kv_tokens_total=_positive(config.cache_config, "kv_cache_size_tokens"),
+            max_model_len=positive(config.model_config, "max_model_len"),
+            kv_tokens_total=positive(config.cache_config, "kv_cache_size_tokens"),
             page_tokens=self._block_tokens,
-            max_running=_positive(config.scheduler_config, "max_num_seqs"),
+            max_running=positive(config.scheduler_config, "max_num_seqs"),
         )
 
     def _prepare(self, start: Start, report: Callable[[Progress], None]) -> str:
@@ -84,12 +84,7 @@ class VllmBackend:
         self._said.tee()
         report(Progress(phase="importing", total=start.weight_bytes))
         package = importlib.import_module(self._module)
-        version = str(getattr(package, "__version__", "unknown"))
-        if start.engine_version not in (None, version.partition("+")[0]):
-            raise LoadError(
-                f"the environment has vLLM {version}, but the engine directory was built for "
-                f"{start.engine_version}; make the environment anew, or build for this version"
-            )
+        version = checked_version(package, "vLLM", start)
         self._import()
         if self._platform.is_cpu():
             os.environ.update(_ON_CPU)
@@ -107,7 +102,7 @@ class VllmBackend:
                 prompt, self._sampling(request), str(request.id), priority=_priority(request)
             )
             async for step in stream:
-                cached = _count(step.num_cached_tokens, cached)
+                cached = count(step.num_cached_tokens, cached)
                 completion = step.outputs[0]
                 new = [int(token) for token in completion.token_ids]
                 scored = _prompt_scores(step.prompt_logprobs, request)
@@ -292,26 +287,12 @@ def _score(entry: Mapping[int, Any], token: int, num_top: int) -> Score:
     """The entry holds the best tokens, and the chosen one where it is none of them."""
     if token not in entry:
         raise RequestFailed(f"vLLM's logprobs do not hold the token {token} that it chose")
-    values = {int(key): _finite(item.logprob) for key, item in entry.items()}
+    values = {int(key): finite(item.logprob) for key, item in entry.items()}
     best = sorted(values.items(), key=lambda item: (-item[1], item[0]))[:num_top]
-    return Score(values[token], _count(entry[token].rank, None), best)
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    return number if math.isfinite(number) else -9999.0
+    return Score(values[token], count(entry[token].rank, None), best)
 
 
 def _queue_s(metrics: Any) -> float | None:
     """Seconds from its arrival in the engine core to its first step, by one clock."""
     queued, scheduled = getattr(metrics, "queued_ts", 0.0), getattr(metrics, "scheduled_ts", 0.0)
     return scheduled - queued if 0.0 < queued <= scheduled else None
-
-
-def _count(value: Any, before: int | None) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else before
-
-
-def _positive(owner: Any, name: str) -> int | None:
-    value = getattr(owner, name, None)
-    return value if isinstance(value, int) and value > 0 else None

@@ -8,9 +8,6 @@ arithmetic and has a process for each rank.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,10 +25,10 @@ from support.raylets import Raylets, use_token
 from support.serving import metric
 from support.trtllm_doubles import Double
 
+from bench.stacks.service import started
 from serve_app.config import ServeConfig
 from serve_app.proxy_environment import proxy_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = "tiny-w4a8"
 #: In the command line of guardians and workers.
 WORKER = "engines/worker/__main__.py"
@@ -126,7 +123,7 @@ def trtllm_service(
         "ingress": {"replicas": 1, "cpus": 0.1},
         "pools": {"default": section},
     }
-    config, log_file = output / "serve.yaml", output / "serve.log"
+    config, log = output / "serve.yaml", output / "serve.log"
     config.write_text(yaml.safe_dump(raw))
     double = Double(output, strict="record")
     double.switch(**faults)
@@ -135,28 +132,16 @@ def trtllm_service(
     with (
         proxy_environment(ServeConfig.model_validate(raw)),
         Raylets(0, cpus=2) as cluster,
-        log_file.open("wb") as log,
     ):
         for _ in range(nodes):
             cluster.add_node(gpus=RANKS, labels=LABELS)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serve_app", "--config", str(config)],
-            cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": cluster.address},
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            if not process.stdout.readline().startswith("serving"):
-                raise SystemExit(f"bench: it does not serve; see {log_file}")
+        command = ["-m", "serve_app", "--config", str(config)]
+        with started(command, log, {"RAY_ADDRESS": cluster.address}) as pid:
             ray.init(cluster.address, log_to_driver=False, namespace="bench")
-            yield GpuService(f"http://127.0.0.1:{port}", double, cluster, process.pid, log_file)
-        finally:
-            ray.shutdown()
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=180)
+            try:
+                yield GpuService(f"http://127.0.0.1:{port}", double, cluster, pid, log)
+            finally:
+                ray.shutdown()
 
 
 def left_behind(output: Path, patience_s: float = 10.0) -> list[str]:

@@ -67,12 +67,12 @@ def serve_running(config: ServeConfig, *, num_cpus: int | None = None) -> Iterat
     with (
         proxy_environment(config, attached=_is_attached()) as place,
         connect(num_cpus=num_cpus) as ray_connection,
+        _quiet_serve(),
     ):
         import ray
         from ray import serve
 
         log.info(ray_connection.describe())
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         status = serve.status()
         if status.applications or status.proxies:
             raise DeployError(
@@ -95,6 +95,20 @@ def serve_running(config: ServeConfig, *, num_cpus: int | None = None) -> Iterat
                 serve.shutdown()
                 ray_connection.close()
             place.clean(node_id)
+
+
+@contextmanager
+def _quiet_serve() -> Iterator[None]:
+    """What Serve says in this process is warnings only; afterwards its logger is as before."""
+    import ray.serve  # noqa: F401 (its import sets the level)
+
+    logger = logging.getLogger("ray.serve")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _is_attached() -> bool:

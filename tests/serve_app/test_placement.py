@@ -201,7 +201,7 @@ def test_heads_that_ranks_cannot_share_are_told_by_their_key(vllm: Path) -> None
 def test_a_pool_that_may_outgrow_the_cluster_starts_with_a_warning(
     trtllm: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, logger="ray.serve")
     scaled = {"min_replicas": 1, "max_replicas": 3}
     check_room(config("trtllm", trtllm, autoscaling=scaled), [node("n1", **H800)], [])
     assert "as many replicas as autoscaling.max_replicas: pool default needs 12 GPUs" in caplog.text

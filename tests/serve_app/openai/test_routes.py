@@ -306,6 +306,7 @@ async def test_metric_names_and_labels_are_these() -> None:
 
 async def test_prompts_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
+    caplog.set_level("DEBUG", logger="ray.serve")
     service = make_service(FaultyEngine(EchoOptions()))
     async with client_of(service) as client:
         for prompt in ("bug CANARY", "late-bug CANARY", "overloaded CANARY", "failed CANARY"):

@@ -54,7 +54,7 @@ def test_the_configuration_names_a_nodes_copy_as_build_does() -> None:
 def test_the_copy_of_the_node_is_loaded_and_the_log_says_so(
     shared: Path, staged: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="ray.serve")
     chosen, told = choose(shared, staged)
     assert chosen == staged.parent.parent / "n1" / "engine"
     assert f"loading the copy on this node, {chosen}" in caplog.text

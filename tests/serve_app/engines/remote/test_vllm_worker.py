@@ -83,7 +83,7 @@ def test_a_client_that_leaves_and_a_stop_string_abort_once_and_an_ended_request_
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
-        caplog.set_level(logging.INFO)
+        caplog.set_level(logging.INFO, logger="ray.serve")
         async with running(doubled(tmp_path / "fine")) as engine:
             await answer_of(engine, ask("hello", max_tokens=5))
             async with aclosing(engine.generate(ask("gone", max_tokens=5000))) as events:
@@ -107,7 +107,7 @@ def test_a_refused_or_failed_request_harms_no_other_and_a_dead_engine_ends_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
-        caplog.set_level(logging.INFO)
+        caplog.set_level(logging.INFO, logger="ray.serve")
         async with running(doubled(tmp_path / "fine")) as engine:
             with pytest.raises(RequestError, match="not to its taste"):
                 await answer_of(engine, ask(REFUSED))

@@ -51,7 +51,10 @@ class Raylets:
     """
 
     def __init__(self, nodes: int, cpus: int = 1) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="r-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
+        base = os.environ.get("RAY_TMPDIR", "/tmp")
+        # The head writes its address there, wherever its own folder is, and does not make it.
+        Path(base, "ray").mkdir(exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="r-", dir=base))
         self._cpus = cpus
         self._nodes: list[Any] = []
         self._cluster = Cluster()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from deepseek.config import ModelConfig
@@ -43,7 +42,8 @@ class Layer:
 
 
 class Model:
-    """The whole model, from tensors in the layout "torch". `allocated_bytes` are the bytes of its tensors by inventory group.
+    """The whole model, from tensors in the layout "torch". `allocated_bytes` are the bytes of its
+    tensors by inventory group.
 
     Raises on construction:
         ArtifactError: a tensor is missing, left over, or of another shape or type.

@@ -18,7 +18,7 @@ import functools
 import importlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -31,7 +31,6 @@ from deepseek.engine.options import KernelChoice
 from deepseek.engine.packed_layout import (
     PackedLinear,
     absorbed_prefix,
-    absorbed_spec,
     head_linear,
     projections,
 )

@@ -163,7 +163,7 @@ def _load_tensors(path: Path, fields: EmbeddedFields, planned_bytes: int) -> dic
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, copied where it does not begin at a cache line.
 
-    A native kernel reads whole lines. `save_tensors` aligns every tensor that fills whole lines, so only small tensors
-    are copied.
+    A native kernel reads whole lines. `save_tensors` aligns every tensor that fills whole lines, so
+    only small tensors are copied.
     """
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

@@ -260,8 +260,10 @@ def to_torch_layout(
     for layer in range(config.num_hidden_layers):
         for suffix, shape in (("w_uk", (latent, key)), ("w_uv", (value, latent))):
             name = f"{absorbed_prefix(layer)}.{suffix}"
-            halves = [from_native(scheme, {"weight": h}, shape)["weight"].T.float() for h in
-                      _pop(tensors, name)]
+            halves = [
+                from_native(scheme, {"weight": h}, shape)["weight"].T.float()
+                for h in _pop(tensors, name)
+            ]
             converted[name] = torch.stack(halves)
     return tensors | converted
 

@@ -51,7 +51,9 @@ def token_kl(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
 def test_logits_match_transformers_also_beyond_the_original_context(
     kv_cache: str, tiny_model: Path, text_ids: torch.Tensor
 ) -> None:
-    engine = LLMEngine.from_checkpoint(tiny_model, EngineOptions(kv_cache=kv_cache, kernels="torch"))
+    engine = LLMEngine.from_checkpoint(
+        tiny_model, EngineOptions(kv_cache=kv_cache, kernels="torch")
+    )
     got, want = engine.score(text_ids), reference_logits(tiny_model, text_ids)
     assert got.shape == want.shape
     assert got.dtype == torch.float32
@@ -111,7 +113,8 @@ def test_other_shapes_and_constants_match_transformers(
     (tmp_path / "tokenizer.json").unlink()
     ids = torch.randint(0, 96, (120,), generator=torch.Generator().manual_seed(1))
     engine = LLMEngine.from_checkpoint(
-        tmp_path, EngineOptions(kv_cache="fp32", kernels="torch", max_batched_tokens=50, page_tokens=8)
+        tmp_path,
+        EngineOptions(kv_cache="fp32", kernels="torch", max_batched_tokens=50, page_tokens=8),
     )
     got, want = engine.score(ids), reference_logits(tmp_path, ids)
     assert relative_error(got, want) < 1e-5, f"{overrides}"
@@ -130,7 +133,8 @@ def test_within_index_topk_the_engine_is_transformers_deepseek_v3_2(
     (tmp_path / "tokenizer.json").unlink()
     ids = torch.randint(0, 96, (64,), generator=torch.Generator().manual_seed(1))
     engine = LLMEngine.from_checkpoint(
-        tmp_path, EngineOptions(kv_cache="fp32", kernels="torch", max_batched_tokens=50, page_tokens=8)
+        tmp_path,
+        EngineOptions(kv_cache="fp32", kernels="torch", max_batched_tokens=50, page_tokens=8),
     )
     assert engine.max_model_len == 64
     assert relative_error(engine.score(ids), reference_logits(tmp_path, ids)) < 1e-5

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from deepseek.artifact.engine_manifest import UNQUANTIZED
 from deepseek.artifact.stored_model import StoredModel
@@ -18,6 +15,7 @@ from deepseek.engine.model import Model
 from deepseek.engine.options import EngineIdentity, EngineOptions
 from deepseek.engine.packed import load_packed
 from deepseek.engine.packing import pack_tensors, schemes_of
+from deepseek.engine.process import prepare_process
 from deepseek.source.checkpoint import CheckpointReader
 from deepseek.stop_tokens import FILE as GENERATION_FILE
 from deepseek.stop_tokens import merge_stop_tokens, stop_token_ids
@@ -82,8 +80,7 @@ def open_stored(stored: StoredModel, arithmetic: Arithmetic, options: EngineOpti
 
 
 def _kernels(options: EngineOptions, arithmetic: Arithmetic = EMBEDDED) -> Kernels:
-    all_but_one = max(1, len(os.sched_getaffinity(0)) - 1)
-    torch.set_num_threads(options.num_threads or min(torch.get_num_threads(), all_but_one))
+    prepare_process(options.num_threads)
     kernels = Kernels.detect(batch_invariant=options.batch_invariant, arithmetic=arithmetic)
     if options.batch_invariant and not kernels.is_batch_invariant:
         LOG.warning("this CPU's GEMM is not batch invariant; tokens may depend on the batch")

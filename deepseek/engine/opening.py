@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from deepseek.artifact.engine_manifest import UNQUANTIZED
@@ -22,6 +20,7 @@ from deepseek.engine.native import NativeModel, find_isa
 from deepseek.engine.options import EngineIdentity, EngineOptions
 from deepseek.engine.packed import load_packed
 from deepseek.engine.packing import Packable, pack_tensors, schemes_of, to_torch_layout
+from deepseek.engine.process import prepare_process
 from deepseek.engine.runner import StepModel
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
@@ -100,8 +99,7 @@ def choose_kernels(options: EngineOptions, arithmetic: Arithmetic = EMBEDDED) ->
     Raises:
         DeployError: native kernels were asked for and are not built.
     """
-    all_but_one = max(1, len(os.sched_getaffinity(0)) - 1)
-    torch.set_num_threads(options.num_threads or min(torch.get_num_threads(), all_but_one))
+    prepare_process(options.num_threads)
     isa = find_isa(options.kernels) if arithmetic == EMBEDDED else None
     kernels = Kernels.detect(
         batch_invariant=options.batch_invariant and isa is None, arithmetic=arithmetic, isa=isa

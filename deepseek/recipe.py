@@ -29,7 +29,8 @@ WeightFormat = Literal[
 ]
 #: Activations entering the linear: none (weight-only), INT8 with one dynamic scale per token (per
 #: token and 128 channels beside `int8-block`), or FP8 e4m3 with one static scale per tensor,
-#: measured (`input_scale` of the artifact).
+#: measured (`input_scale` of the artifact). A product of INT8 activations and INT8 or INT4 codes is
+#: a sum of integers, which is what CPUs compute fastest.
 ActivationFormat = Literal["none", "int8", "fp8"]
 #: How a weight is rounded. `max` is round-to-nearest; the others read calibration statistics.
 Algorithm = Literal["max", "smoothquant", "awq", "gptq"]
@@ -48,7 +49,7 @@ MAX_MATCH_LENGTH, MAX_STARS = 256, 16
 
 #: Activation format -> the weight formats with which a target multiplies it.
 _ACTIVATIONS_NEED: dict[ActivationFormat, tuple[WeightFormat, ...]] = {
-    "int8": ("int8", "int8-block"),
+    "int8": ("int8", "int8-block", "int4", "int4-asym"),
     "fp8": ("int4",),
 }
 #: Setting -> the algorithm or clip that reads it.
@@ -137,8 +138,8 @@ class Scheme(StrictModel):
 
     @property
     def label(self) -> str:
-        """Short name for tables: `int4-g128`, `int8-a8`, `int8-block-a8`, `int4-g128-afp8`,
-        `source`."""
+        """Short name for tables: `int4-g128`, `int4-g128-a8`, `int8-a8`, `int8-block-a8`,
+        `int4-g128-afp8`, `source`."""
         group = f"-g{self.group_size}" if self.group_size else ""
         inputs = {"none": "", "int8": "-a8", "fp8": "-afp8"}[self.activations]
         return f"{self.weights}{group}{inputs}"

@@ -11,7 +11,7 @@ Formats (compressed-tensors 0.20): INT8 with INT8 activations is `int-quantized`
 `pack-quantized`, FP8 blocks are `float-quantized`; a mix is `mixed-precision` with the format named
 per group. INT8 without activations is packed too, because no loader takes plain int8 there. INT4
 with FP8 activations is packed with static per-tensor input activations, `input_scale` beside each
-weight.
+weight; INT4 with INT8 activations is packed with dynamic ones per token.
 
 Two things are there for SGLang, whose code looks nowhere else (`CompressedTensorsWNA16MoE`,
 `weight_block_size`); they came with form 3 of the manifest. The format at the top is
@@ -68,6 +68,15 @@ _FRAGMENTS_WITH_INDEXER = (
 
 #: Class of a linear module, as a target: only what no pattern names is matched by it.
 LINEAR_CLASS = "Linear"
+
+#: Inputs in INT8 with one scale per token, found while the engine runs.
+_INT8_TOKENS = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "dynamic": True,
+    "strategy": "token",
+}
 
 #: A linear as (layer, rest of its module name).
 _Place = tuple[int, str]
@@ -181,7 +190,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         case "int8" | "int8-asym":
             weights |= {"symmetric": scheme.is_symmetric, "strategy": "channel"}
             if scheme.activations == "int8":
-                inputs = weights | {"strategy": "token", "dynamic": True}
+                inputs = dict(_INT8_TOKENS)
             else:
                 form = "pack-quantized"
         case "int4" | "int4-asym":
@@ -192,7 +201,9 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
                 "group_size": scheme.group_size,
             }
             form = "pack-quantized"
-            if scheme.activations == "fp8":
+            if scheme.activations == "int8":
+                inputs = dict(_INT8_TOKENS)
+            elif scheme.activations == "fp8":
                 inputs = {
                     "num_bits": 8,
                     "type": "float",

@@ -8,6 +8,8 @@ engine's layout differs from the artifact's in these ways:
   CPU.
 - INT8 tiles lie by inputs: the codes of 128 inputs of all outputs, and their scales once per
   output, because a tile of one weight may end in the middle of 128 rows of fused ones.
+- INT4 codes that meet INT8 activations lie by groups, two to a byte, column 2 i in the low bits,
+  as code + 8, with the scales and zero points of all outputs beside each group.
 - Linears that share their input and their scheme are fused: `qkv_a_proj` (q_a and kv_a), and
   `gate_up_proj`. Where the schemes differ, they stay two.
 - kv_b_proj becomes the absorbed `w_uk` [H, n, R] and `w_uv` [H, R, v] in FP32, made from its
@@ -80,7 +82,8 @@ class PackedLinear:
         Raises:
             DeployError: the kernel cannot take the shape.
         """
-        if self.scheme.weights in ("int4", "int4-asym") and self.shape[0] % _INT4_ROWS:
+        is_tiled = self.scheme.group_size is not None and self.scheme.activations != "int8"
+        if is_tiled and self.shape[0] % _INT4_ROWS:
             raise DeployError(
                 f"{self.name} has {self.shape[0]} outputs; the embedded engine's INT4 kernel needs "
                 f"a multiple of {_INT4_ROWS}: give it int8 in the recipe"
@@ -96,6 +99,16 @@ def packed_shapes(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The tensors of the kernel of an [N, K] weight, by suffix: shape and dtype."""
     match scheme.weights:
+        case "int4" | "int4-asym" if scheme.activations == "int8":
+            assert scheme.group_size is not None
+            groups = num_inputs // scheme.group_size
+            by_group: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+                "codes": ((groups, num_outputs, scheme.group_size // 2), torch.uint8),
+                "scale": ((groups, num_outputs), torch.bfloat16),
+            }
+            if not scheme.is_symmetric:
+                by_group["zero_point"] = ((groups, num_outputs), torch.int8)
+            return by_group
         case "int4" | "int4-asym":
             assert scheme.group_size is not None
             groups = num_inputs // scheme.group_size

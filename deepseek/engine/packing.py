@@ -148,6 +148,13 @@ def _pack_linear(linear: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
     """Remove the members of one kernel's weight from `stored`, stack them along the outputs, and
     return them in the kernel's layout, by full name."""
     match linear.scheme.weights:
+        case "int4" | "int4-asym" if linear.scheme.activations == "int8":
+            popped = [(spec, stored.linears.pop(spec.module)) for spec in linear.members]
+            by_group = [_kernel_int4_a8(m, (s.shape[0], s.shape[1]), linear) for s, m in popped]
+            tensors = {
+                suffix: torch.cat([member[suffix] for member in by_group], dim=1)
+                for suffix in by_group[0]
+            }
         case "int4" | "int4-asym":
             popped = [(spec, stored.linears.pop(spec.module)) for spec in linear.members]
             members = [
@@ -205,6 +212,25 @@ def _kernel_int4(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple
         zero_point = unpack_zero_point(tensors["weight_zero_point"], shape[0])
         zero = (-zero_point.float() * scale.float()).to(scale.dtype)
     return codes, torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous()
+
+
+def _kernel_int4_a8(
+    tensors: Mapping[str, Tensor], shape: tuple[int, int], linear: PackedLinear
+) -> dict[str, Tensor]:
+    """Stored INT4 -> the tensors of `Int4DynamicLinear`: codes uint8 [K/g, N, g/2], two to a byte,
+    column 2 i in the low bits, as code + 8; scale BF16 and zero point int8, [K/g, N]."""
+    num_outputs, num_inputs = shape
+    unsigned = (unpack_int4(tensors["weight_packed"], num_inputs) + 8).view(torch.uint8)
+    pairs = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+    scale = tensors["weight_scale"]
+    by_group = {
+        "codes": pairs.view(num_outputs, scale.shape[1], -1).transpose(0, 1).contiguous(),
+        "scale": scale.T.contiguous(),
+    }
+    if not linear.scheme.is_symmetric:
+        zero_point = unpack_zero_point(tensors["weight_zero_point"], num_outputs)
+        by_group["zero_point"] = zero_point.T.contiguous()
+    return by_group
 
 
 def _kernel_int8_block(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,11 @@ def _common_fields(source: Source, kv_cache: str | None) -> dict[str, Any]:
 def _own_fields(source: Source, page_tokens: int) -> dict[str, Any]:
     """The fields of `EmbeddedFields` that are known before anything is packed."""
     check_page_tokens(page_tokens)
-    int4 = any(scheme.weights in ("int4", "int4-asym") for scheme in schemes_of(source).values())
+    # torch's INT4 operator has an order of its own for each; INT4 with INT8 inputs does without it.
+    int4 = any(
+        scheme.weights in ("int4", "int4-asym") and scheme.activations != "int8"
+        for scheme in schemes_of(source).values()
+    )
     return {
         "dtype": "float32",
         "page_tokens": page_tokens,

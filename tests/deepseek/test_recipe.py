@@ -137,7 +137,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         raw_recipe({"match": "*", "weights": "bf16", "activations": "int8"}),
-        "activations int8 need weights int8 or int8-block, not bf16",
+        "activations int8 need weights int8 or int8-block or int4 or int4-asym, not bf16",
     ),
     (
         raw_recipe({"match": "*", "weights": "int8-block"}),

@@ -300,11 +300,11 @@ class Int4Linear:
 
 
 class Int4DynamicLinear:
-    """Codes + 8, uint8 [K/g, N, g/2], column 2 i of a group in the low bits, scale BF16 [K/g, N] and
-    perhaps zero point int8 [K/g, N]; INT8 activations with a scale per token (W4A8).
+    """Codes + 8, uint8 [K/g, N, g/2], column 2 i of a group in the low bits, scale BF16 [K/g, N],
+    and perhaps zero point int8 [K/g, N]; INT8 activations with a scale per token (W4A8).
 
-    y = token_scale * (((0 + dot_0 scale_0) + dot_1 scale_1) + ...) in FP32, where dot_g is the exact
-    integer sum of group g, at most 127 * 15 * 128 < 2^18.
+    y = token_scale * (((0 + dot_0 scale_0) + dot_1 scale_1) + ...) in FP32, where dot_g is the
+    exact integer sum of group g, at most 127 * 15 * 128 < 2^18.
     """
 
     encoding: Encoding = "int8"

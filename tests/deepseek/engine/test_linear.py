@@ -225,8 +225,8 @@ def test_int8_tiles_give_the_same_bits_with_and_without_vnni(shape: tuple[int, i
 def test_int4_with_int8_inputs_has_the_bits_that_its_formula_says(
     weights_in: WeightFormat, group_size: int
 ) -> None:
-    """With and without VNNI, against a loop over the groups: exact sums of integers, a product and a
-    sum of FP32 numbers for each group in ascending order, and a last product."""
+    """With and without VNNI, against a loop over the groups: exact sums of integers, a product and
+    a sum of FP32 numbers for each group in ascending order, and a last product."""
     scheme = Scheme(weights=weights_in, group_size=group_size, activations="int8")
     weight, x = weights(48, 384), inputs(5, 384)
     weight[3] = 0.0
@@ -247,9 +247,8 @@ def test_int4_with_int8_inputs_has_the_bits_that_its_formula_says(
     for vnni in (False, True):
         linear, _ = pack([weight], scheme, vnni=vnni)
         assert torch.equal(forward(linear, x), expected), vnni
-    assert linear.num_bytes == sum(
-        math.prod(shape) * dtype.itemsize for shape, dtype in packed_shapes(scheme, 48, 384).values()
-    )
+    shapes = packed_shapes(scheme, 48, 384).values()
+    assert linear.num_bytes == sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 def test_an_outlier_among_the_inputs_costs_its_own_tile_only() -> None:

@@ -2,7 +2,8 @@
 
 There is one config group per scheme. Loaders find the group of a linear by matching its module name
 against the `targets` of each group, regular expressions that apply from the start of the name.
-Modules that stay in high precision are in `ignore`. The targets are derived from the resolved
+Modules that stay in high precision are in `ignore`, the head among them unless a rule of the recipe
+names it: then it is a target of its group, by name. The targets are derived from the resolved
 schemes, not from the text of the recipe, by a greedy cover, so that they are few and readable. Then
 they are checked against every linear of the model: each linear matches targets of its own group
 only, and nothing else matches any target.
@@ -36,7 +37,7 @@ from typing import Any
 
 from deepseek.artifact.manifest import FORMAT_VERSION
 from deepseek.config import ModelConfig
-from deepseek.inventory import ATTENTION_ROLES, expert_of, layer_of, tensors
+from deepseek.inventory import ATTENTION_ROLES, HEAD, expert_of, is_within, tensors
 from deepseek.recipe import Scheme
 
 #: Fragments of module names below `layers.N.`, widest first. None of them matches a module that is
@@ -78,8 +79,9 @@ _INT8_TOKENS = {
     "strategy": "token",
 }
 
-#: A linear as (layer, rest of its module name).
+#: A linear as (layer, rest of its module name). The head lies behind all layers.
 _Place = tuple[int, str]
+_HEAD_PLACE: _Place = (-1, HEAD)
 
 
 def quantization_config(
@@ -104,7 +106,7 @@ def quantization_config(
     order = sorted(places, key=lambda scheme: (-len(places[scheme]), scheme.label))
     for number, scheme in enumerate(order):
         groups[f"group_{number}"] = _group(scheme, _targets(places[scheme], all_places, fragments))
-    ignore = ["lm_head", "re:.*[.]mlp[.]gate"]
+    ignore = [*([] if HEAD in schemes else [HEAD]), "re:.*[.]mlp[.]gate"]
     if config.has_indexer:
         ignore.append("re:.*[.]indexer[.]weights_proj")
     if config.num_nextn_predict_layers:
@@ -140,7 +142,7 @@ def _groups_of_experts(
     found = {
         _as_stored(scheme)
         for module, scheme in schemes.items()
-        if expert_of(module) is not None and layer_of(module) < config.num_hidden_layers
+        if expert_of(module) is not None and is_within(module, config.num_hidden_layers)
     }
     return [f"group_{number}" for number, scheme in enumerate(order) if scheme in found]
 
@@ -170,6 +172,8 @@ def matches(target: str, name: str) -> bool:
 
 
 def _place(module: str) -> _Place:
+    if module == HEAD:
+        return _HEAD_PLACE
     layer, rest = module.removeprefix("model.layers.").split(".", 1)
     return int(layer), rest
 
@@ -257,7 +261,7 @@ def _targets(places: set[_Place], all_places: set[_Place], fragments: Iterable[s
             pattern = _layer_pattern(pure, set(by_layer)) + fragment + "$"
             candidates[pattern] = {place for place in matched if place[0] in pure}
     chosen: list[str] = []
-    rest = set(places)
+    rest = set(places) - {_HEAD_PLACE}
     while rest:
         best = max(candidates, key=lambda p: (len(candidates[p] & rest), -len(p), p), default=None)
         if best is None or not candidates[best] & rest:
@@ -265,7 +269,8 @@ def _targets(places: set[_Place], all_places: set[_Place], fragments: Iterable[s
             break
         chosen.append(best)
         rest -= candidates.pop(best)
-    return [f"re:{pattern}" for pattern in chosen]
+    named = [HEAD] if _HEAD_PLACE in places else []
+    return [f"re:{pattern}" for pattern in chosen] + named
 
 
 def _layer_pattern(layers: set[int], all_layers: set[int]) -> str:

@@ -25,6 +25,7 @@ from deepseek.engine.packed_layout import (
     PackedTensor,
     absorbed_prefix,
     absorbed_spec,
+    head_linear,
     packed_shapes,
     packed_tensors,
     projections,
@@ -111,8 +112,7 @@ class Model:
             for layer in range(config.num_hidden_layers)
         ]
         self._norm = kernels.round(weights.take("model.norm.weight"))
-        head = {"weight": weights.take("lm_head.weight")}
-        self._head = Projection([make_linear(Scheme(weights="bf16"), head, kernels)])
+        self._head = Projection(take_linears([head_linear(config, schemes)], weights, kernels))
         weights.finish()
         self.allocated_bytes = dict(weights.num_bytes)
 
@@ -213,16 +213,21 @@ class _Builder:
         return GatedMlp(gate_up, down, self._kernels)
 
     def _project(self, name: str) -> Projection:
-        return Projection(self._linears(self._projections[f"{self._prefix}.{name}"]))
-
-    def _linears(self, packed: Iterable[PackedLinear]) -> list[Linear]:
-        linears = []
-        for linear in packed:
-            suffixes = packed_shapes(linear.scheme, *linear.shape)
-            tensors = {suffix: self._weights.take(f"{linear.name}.{suffix}") for suffix in suffixes}
-            linears.append(make_linear(linear.scheme, tensors, self._kernels))
-        return linears
+        packed = self._projections[f"{self._prefix}.{name}"]
+        return Projection(take_linears(packed, self._weights, self._kernels))
 
     def _take(self, name: str) -> Tensor:
         """A parameter that is no linear, in the dtype of the arithmetic."""
         return self._kernels.round(self._weights.take(f"{self._prefix}.{name}"))
+
+
+def take_linears(
+    packed: Iterable[PackedLinear], weights: Weights, kernels: Kernels
+) -> list[Linear]:
+    """The kernels of these linears, which take their tensors."""
+    linears = []
+    for linear in packed:
+        suffixes = packed_shapes(linear.scheme, *linear.shape)
+        tensors = {suffix: weights.take(f"{linear.name}.{suffix}") for suffix in suffixes}
+        linears.append(make_linear(linear.scheme, tensors, kernels))
+    return linears

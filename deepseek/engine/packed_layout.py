@@ -4,8 +4,8 @@ packing.py makes exactly these tensors, model.py takes exactly these, and the pl
 bytes (`planned_bytes`), so planned and allocated bytes are equal. No tensor is made here. The
 engine's layout differs from the artifact's in these ways:
 
-- Weights in BF16 and in FP8 tiles, norms, router and head are FP32: the fastest exact product on a
-  CPU.
+- Weights in BF16 and in FP8 tiles, norms and router are FP32: the fastest exact product on a CPU. So
+  is the head, unless the recipe gives it a scheme: then it is a linear like any other.
 - INT8 tiles lie by inputs: the codes of 128 inputs of all outputs, and their scales once per
   output, because a tile of one weight may end in the middle of 128 rows of fused ones.
 - INT4 codes that meet INT8 activations lie by groups, two to a byte, column 2 i in the low bits,
@@ -35,10 +35,12 @@ from deepseek.engine.kv_cache import cache_bytes
 from deepseek.errors import DeployError
 from deepseek.formats import TILE
 from deepseek.inventory import (
+    HEAD,
     LATENT_READER,
     Group,
     TensorSpec,
     global_tensors,
+    head_spec,
     layer_inputs,
     layer_tensors,
     linears,
@@ -46,6 +48,7 @@ from deepseek.inventory import (
 from deepseek.kv_layout import kv_layout
 from deepseek.recipe import Scheme, source_scheme
 
+_BF16 = Scheme(weights="bf16")
 #: torch's INT4 operator works on tiles of this many outputs.
 _INT4_ROWS = 16
 
@@ -171,11 +174,20 @@ def absorbed_spec(config: ModelConfig, layer: int) -> TensorSpec:
     return next(spec for spec in linears(config, layer) if spec.role == LATENT_READER)
 
 
+def head_linear(config: ModelConfig, schemes: Mapping[str, Scheme]) -> PackedLinear:
+    """The language model's head."""
+    return PackedLinear(HEAD, (head_spec(config),), schemes.get(HEAD, _BF16))
+
+
 def plain_specs(config: ModelConfig, layer: int | None) -> list[TensorSpec]:
-    """The tensors that are not linears: norms and router; embeddings and head for `layer` None.
-    The indexer's are left out."""
+    """The tensors that are not linears: norms and router; the embedding and the last norm for
+    `layer` None. The indexer's are left out."""
     specs = global_tensors(config) if layer is None else layer_tensors(config, layer)
-    return [spec for spec in specs if spec.kind != "linear" and not spec.is_indexer]
+    return [
+        spec
+        for spec in specs
+        if spec.kind != "linear" and not spec.is_indexer and spec.module != HEAD
+    ]
 
 
 def packed_tensors(
@@ -196,6 +208,7 @@ def packed_tensors(
         is_table = spec.module == "model.embed_tokens"
         dtype = embedding_dtype if is_table else torch.float32
         packed[spec.name] = PackedTensor(spec.shape, dtype, spec.group)
+    packed |= head_linear(config, schemes).tensors()
     heads, latent = config.num_attention_heads, config.kv_lora_rank
     for layer in range(config.num_hidden_layers):
         for packed_linears in projections(config, layer, schemes).values():

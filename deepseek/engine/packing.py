@@ -23,6 +23,7 @@ from deepseek.engine.packed_layout import (
     PackedLinear,
     absorbed_prefix,
     absorbed_spec,
+    head_linear,
     packed_tensors,
     plain_specs,
     projections,
@@ -30,7 +31,7 @@ from deepseek.engine.packed_layout import (
 )
 from deepseek.errors import ArtifactError
 from deepseek.formats import TILE, decompress, int8_codes, unpack_int4, unpack_zero_point
-from deepseek.inventory import TensorSpec, layer_tensors, linears
+from deepseek.inventory import HEAD, TensorSpec, layer_tensors, linears
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
 
@@ -57,7 +58,7 @@ def pack_tensors(source: Packable, progress: Progress | None = None) -> dict[str
         DeployError: the engine has no kernel for a linear.
     """
     config, schemes = source.config, schemes_of(source)
-    packed = _pack_globals(source)
+    packed = _pack_globals(source, schemes)
     expected = packed_tensors(
         config, schemes, embedding_dtype=packed["model.embed_tokens.weight"].dtype
     )
@@ -119,7 +120,7 @@ def _read_layer(source: Packable, layer: int) -> _Stored:
     return _Stored(dequantized, {name: tensor.data for name, tensor in read.items()})
 
 
-def _pack_globals(source: Packable) -> dict[str, Tensor]:
+def _pack_globals(source: Packable, schemes: Mapping[str, Scheme]) -> dict[str, Tensor]:
     if isinstance(source, CheckpointReader):
         tensors = {name: tensor.data for name, tensor in source.read_globals().items()}
     else:
@@ -128,6 +129,12 @@ def _pack_globals(source: Packable) -> dict[str, Tensor]:
     for spec in plain_specs(source.config, None):
         tensor = tensors.pop(spec.name)
         packed[spec.name] = tensor if spec.module == "model.embed_tokens" else tensor.float()
+    head = head_linear(source.config, schemes)
+    if HEAD in schemes:
+        stored = pop_linear(tensors, HEAD, head.scheme)
+    else:
+        stored = {"dequantized": tensors.pop(f"{HEAD}.weight").float()}
+    packed |= _pack_linear(head, _Stored({HEAD: stored}, {}))
     assert not tensors, f"{next(iter(tensors))} left over"
     return packed
 

@@ -7,13 +7,14 @@ CPU, and that of an engine directory; native_layout.py says how its bytes lie. "
 PyTorch's operators on this CPU (torch_layout.py), for the slow reference and for the emulation of
 targets. They differ from the artifact's layout, and from each other, in these ways:
 
-- Weights in BF16 and in FP8 tiles, and the head, are BF16 in the native layout (a weight in FP8
-  tiles is rounded once more: 1.7e-3 relative, where the tiles' own error is 2.6e-2). In torch's
-  they are FP32, exact for BF16 and FP8: what tests compare with transformers.
+- Weights in BF16 and in FP8 tiles are BF16 in the native layout (a weight in FP8 tiles is rounded
+  once more: 1.7e-3 relative, where the tiles' own error is 2.6e-2). In torch's they are FP32, exact
+  for BF16 and FP8: what tests compare with transformers.
+- The head is BF16, unless the recipe gives it a scheme: then it is a linear like any other.
 - Norms, router and its bias are FP32.
 - In torch's layout INT8 tiles lie by inputs: the codes of 128 inputs of all outputs, and their
   scales once per output, because a tile of one weight may end in the middle of 128 rows of fused
-  ones.
+  ones; INT4 codes that meet INT8 activations lie by groups.
 - Linears that share their input and their scheme are fused: `qkv_a_proj` (q_a and kv_a), and
   `gate_up_proj`. Where the schemes differ, they stay two.
 - kv_b_proj becomes the absorbed `w_uk` and `w_uv`, made from its dequantized values in every
@@ -42,10 +43,12 @@ from deepseek.engine.native_layout import native_shapes
 from deepseek.errors import DeployError
 from deepseek.formats import TILE
 from deepseek.inventory import (
+    HEAD,
     LATENT_READER,
     Group,
     TensorSpec,
     global_tensors,
+    head_spec,
     layer_inputs,
     layer_tensors,
     linears,
@@ -58,8 +61,6 @@ Layout = Literal["native", "torch"]
 #: Suffix -> shape and dtype.
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-#: Module of the language model's head, and the scheme of what is not quantized.
-HEAD = "lm_head"
 _BF16 = Scheme(weights="bf16")
 #: torch's INT4 operator works on tiles of this many outputs.
 _INT4_ROWS = 16
@@ -97,8 +98,8 @@ class PackedLinear:
         Raises:
             DeployError: torch's kernel cannot take the shape; the native ones take any.
         """
-        is_int4 = self.scheme.weights in ("int4", "int4-asym")
-        if layout == "torch" and is_int4 and self.shape[0] % _INT4_ROWS:
+        is_tiled = self.scheme.group_size is not None and self.scheme.activations != "int8"
+        if layout == "torch" and is_tiled and self.shape[0] % _INT4_ROWS:
             raise DeployError(
                 f"{self.name} has {self.shape[0]} outputs; PyTorch's INT4 kernel needs a multiple "
                 f"of {_INT4_ROWS}: run with native kernels, or give it int8 in the recipe"
@@ -117,6 +118,16 @@ def packed_shapes(
     if layout == "native":
         return native_shapes(scheme, num_outputs, num_inputs)
     match scheme.weights:
+        case "int4" | "int4-asym" if scheme.activations == "int8":
+            assert scheme.group_size is not None
+            groups = num_inputs // scheme.group_size
+            by_group: Shapes = {
+                "codes": ((groups, num_outputs, scheme.group_size // 2), torch.uint8),
+                "scale": ((groups, num_outputs), torch.bfloat16),
+            }
+            if not scheme.is_symmetric:
+                by_group["zero_point"] = ((groups, num_outputs), torch.int8)
+            return by_group
         case "int4" | "int4-asym":
             assert scheme.group_size is not None
             groups = num_inputs // scheme.group_size
@@ -176,8 +187,7 @@ def projections(
 
 def head_linear(config: ModelConfig, schemes: Mapping[str, Scheme]) -> PackedLinear:
     """The language model's head."""
-    spec = next(spec for spec in global_tensors(config) if spec.module == HEAD)
-    return PackedLinear(HEAD, (spec,), schemes.get(HEAD, _BF16))
+    return PackedLinear(HEAD, (head_spec(config),), schemes.get(HEAD, _BF16))
 
 
 def absorbed_spec(config: ModelConfig, layer: int) -> TensorSpec:

@@ -36,7 +36,7 @@ from deepseek.engine.packed_layout import (
 from deepseek.engine.torch_layout import Plain, to_torch
 from deepseek.errors import ArtifactError
 from deepseek.formats import TILE, decompress, int8_codes, unpack_int4, unpack_zero_point
-from deepseek.inventory import TensorSpec, layer_tensors, linears
+from deepseek.inventory import HEAD, TensorSpec, layer_tensors, linears
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
 
@@ -65,7 +65,7 @@ def pack_tensors(
         DeployError: torch's kernel cannot take the shape of a linear.
     """
     config, schemes = source.config, schemes_of(source)
-    packed = _pack_globals(source, layout)
+    packed = _pack_globals(source, schemes, layout)
     expected = packed_tensors(
         config,
         schemes,
@@ -130,7 +130,9 @@ def _read_layer(source: Packable, layer: int) -> _Stored:
     return _Stored(dequantized, {name: tensor.data for name, tensor in read.items()})
 
 
-def _pack_globals(source: Packable, layout: Layout) -> dict[str, Tensor]:
+def _pack_globals(
+    source: Packable, schemes: Mapping[str, Scheme], layout: Layout
+) -> dict[str, Tensor]:
     if isinstance(source, CheckpointReader):
         tensors = {name: tensor.data for name, tensor in source.read_globals().items()}
     else:
@@ -139,8 +141,12 @@ def _pack_globals(source: Packable, layout: Layout) -> dict[str, Tensor]:
     for spec in plain_specs(source.config, None):
         tensor = tensors.pop(spec.name)
         packed[spec.name] = tensor if spec.module == "model.embed_tokens" else tensor.float()
-    head = head_linear(source.config, schemes_of(source))
-    packed |= _packed(head, {"weight": tensors.pop(f"{head.name}.weight")}, layout)
+    head = head_linear(source.config, schemes)
+    if HEAD in schemes:
+        stored = pop_linear(tensors, HEAD, head.scheme)
+    else:
+        stored = {"dequantized": tensors.pop(f"{HEAD}.weight")}
+    packed |= _pack_linear(head, _Stored({HEAD: stored}, {}), layout)
     assert not tensors, f"{next(iter(tensors))} left over"
     return packed
 

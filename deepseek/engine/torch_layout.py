@@ -31,6 +31,8 @@ def to_torch(scheme: Scheme, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that `make_linear` takes, by suffix as `packed_layout.packed_shapes` lists them
     for the layout "torch"."""
     match scheme.weights:
+        case "int4" | "int4-asym" if scheme.activations == "int8":
+            return _int4_by_group(plain)
         case "int4" | "int4-asym":
             tensors = _int4(plain)
             if "input_scale" in plain:
@@ -60,6 +62,21 @@ def _int4(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "packed": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
         "scale_zero": torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous(),
     }
+
+
+def _int4_by_group(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Codes + 8, uint8 [K/g, N, g/2], column 2 i of a group in the low bits; scale BF16 and zero
+    point int8, [K/g, N]."""
+    unsigned = (plain["codes"] + 8).view(torch.uint8)
+    pairs = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+    num_outputs, num_groups = plain["scale"].shape
+    tensors = {
+        "codes": pairs.view(num_outputs, num_groups, -1).transpose(0, 1).contiguous(),
+        "scale": plain["scale"].T.contiguous(),
+    }
+    if "zero_point" in plain:
+        tensors["zero_point"] = plain["zero_point"].T.contiguous()
+    return tensors
 
 
 def _int8_block(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:

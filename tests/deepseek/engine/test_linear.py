@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,9 +22,15 @@ from deepseek.engine.linear import (
 )
 from deepseek.engine.packed_layout import PackedLinear, packed_shapes
 from deepseek.engine.packing import _pack_linear, _Stored
-from deepseek.formats import compress, decompress, fake_quantize_fp8
+from deepseek.formats import (
+    compress,
+    decompress,
+    fake_quantize_fp8,
+    unpack_int4,
+    unpack_zero_point,
+)
 from deepseek.inventory import TensorSpec
-from deepseek.recipe import Scheme
+from deepseek.recipe import Scheme, WeightFormat
 
 SCHEMES = {
     "bf16": Scheme(weights="bf16"),
@@ -37,6 +45,10 @@ SCHEMES = {
     "int4-g128": Scheme(weights="int4", group_size=128),
     "int4-asym-g128": Scheme(weights="int4-asym", group_size=128),
     "int4-g128-afp8": Scheme(weights="int4", group_size=128, activations="fp8"),
+    "int4-g32-a8": Scheme(weights="int4", group_size=32, activations="int8"),
+    "int4-g128-a8-vnni": Scheme(weights="int4", group_size=128, activations="int8"),
+    "int4-asym-g64-a8": Scheme(weights="int4-asym", group_size=64, activations="int8"),
+    "int4-asym-g128-a8-vnni": Scheme(weights="int4-asym", group_size=128, activations="int8"),
 }
 #: Of the inputs below, whose largest is near 4.
 INPUT_SCALE = torch.tensor([4.0 / 448])
@@ -56,6 +68,10 @@ MAX_KERNEL_ERROR = {
     "int4-g128": 4e-3,
     "int4-asym-g128": 4e-3,
     "int4-g128-afp8": 3e-3,
+    "int4-g32-a8": 1e-6,
+    "int4-g128-a8-vnni": 1e-6,
+    "int4-asym-g64-a8": 1e-6,
+    "int4-asym-g128-a8-vnni": 1e-6,
 }
 #: Relative error of kernel and format together on Gaussian weights and activations.
 MAX_TOTAL_ERROR = {
@@ -71,6 +87,10 @@ MAX_TOTAL_ERROR = {
     "int4-g128": 0.16,
     "int4-asym-g128": 0.15,
     "int4-g128-afp8": 0.16,
+    "int4-g32-a8": 0.12,
+    "int4-g128-a8-vnni": 0.16,
+    "int4-asym-g64-a8": 0.13,
+    "int4-asym-g128-a8-vnni": 0.15,
 }
 
 
@@ -198,6 +218,37 @@ def test_int8_tiles_give_the_same_bits_with_and_without_vnni(shape: tuple[int, i
     with_vnni, _ = pack([weight], SCHEMES["int8-block-a8-vnni"], vnni=True)
     without, _ = pack([weight], SCHEMES["int8-block-a8"], vnni=False)
     assert torch.equal(forward(with_vnni, x), forward(without, x))
+
+
+@pytest.mark.parametrize("weights_in", ["int4", "int4-asym"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int4_with_int8_inputs_has_the_bits_that_its_formula_says(
+    weights_in: WeightFormat, group_size: int
+) -> None:
+    """With and without VNNI, against a loop over the groups: exact sums of integers, a product and
+    a sum of FP32 numbers for each group in ascending order, and a last product."""
+    scheme = Scheme(weights=weights_in, group_size=group_size, activations="int8")
+    weight, x = weights(48, 384), inputs(5, 384)
+    weight[3] = 0.0
+    stored = compress(weight, scheme)
+    codes = unpack_int4(stored["weight_packed"], 384).long()
+    if weights_in == "int4-asym":
+        zeros = unpack_zero_point(stored["weight_zero_point"], 48)
+        assert zeros.unique().numel() > 3
+        codes -= zeros.long().repeat_interleave(group_size, dim=1)
+    tokens = encode(x, ["int8"])["int8"]
+    assert tokens.scale is not None
+    total = torch.zeros(5, 48)
+    for group in range(384 // group_size):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        dots = tokens.data[:, columns].long() @ codes[:, columns].T
+        total = total + dots.float() * stored["weight_scale"][:, group].float()
+    expected = total * tokens.scale
+    for vnni in (False, True):
+        linear, _ = pack([weight], scheme, vnni=vnni)
+        assert torch.equal(forward(linear, x), expected), vnni
+    shapes = packed_shapes(scheme, 48, 384, layout="torch").values()
+    assert linear.num_bytes == sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 def test_an_outlier_among_the_inputs_costs_its_own_tile_only() -> None:

@@ -77,6 +77,7 @@ class LatentCache:
         self.layout = layout
         shape = (config.num_hidden_layers, num_pages + 1, page_tokens)
         latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
+        self.latent = latent
         parts: dict[KVLayout, list[tuple[int, torch.dtype]]] = {
             "bf16": [(latent + rope, torch.bfloat16)],
             "fp32": [(latent + rope, torch.float32)],
@@ -92,6 +93,12 @@ class LatentCache:
             torch.zeros((*shape, width), dtype=dtype)  # [L, P, S, width]
             for width, dtype in parts[layout]
         ]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The storage, [L, P, S, width] each, for kernels that read pages themselves: `int8` and
+        `fp8-tiles` have latents, scales and rotary keys, the other layouts one tensor."""
+        return self._tensors
 
     @property
     def num_bytes(self) -> int:

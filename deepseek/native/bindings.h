@@ -6,5 +6,6 @@
 namespace intserve {
 
 void bind_linears(nanobind::module_& m);  // bind_linears.cpp
+void bind_attention(nanobind::module_& m);  // bind_attention.cpp
 
 }  // namespace intserve

@@ -67,8 +67,8 @@ def cache_bytes(config: ModelConfig, layout: KVLayout, num_pages: int, page_toke
 
 
 class LatentCache:
-    """Storage for `num_pages` pages plus the zero page: `tensors` are [L, P, S, width] each, the
-    parts of a token in the order of the table above."""
+    """Storage for `num_pages` pages plus the zero page: `tensors` are [L, P, S, width] each. `int8`
+    and `fp8-tiles` have latents, scales and rotary keys, the other layouts one tensor."""
 
     def __init__(
         self, config: ModelConfig, layout: KVLayout, num_pages: int, page_tokens: int
@@ -93,12 +93,6 @@ class LatentCache:
             torch.zeros((*shape, width), dtype=dtype)  # [L, P, S, width]
             for width, dtype in parts[layout]
         ]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The storage, [L, P, S, width] each, for kernels that read pages themselves: `int8` and
-        `fp8-tiles` have latents, scales and rotary keys, the other layouts one tensor."""
-        return self._tensors
 
     @property
     def num_bytes(self) -> int:

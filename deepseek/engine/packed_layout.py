@@ -4,8 +4,8 @@ packing.py makes exactly these tensors, model.py takes exactly these, and the pl
 bytes (`planned_bytes`), so planned and allocated bytes are equal. No tensor is made here. The
 engine's layout differs from the artifact's in these ways:
 
-- Weights in BF16 and in FP8 tiles, norms and router are FP32: the fastest exact product on a CPU. So
-  is the head, unless the recipe gives it a scheme: then it is a linear like any other.
+- Weights in BF16 and in FP8 tiles, norms, router and head are FP32: the fastest exact product on a
+  CPU. A head that the recipe gives a scheme is a linear like any other.
 - INT8 tiles lie by inputs: the codes of 128 inputs of all outputs, and their scales once per
   output, because a tile of one weight may end in the middle of 128 rows of fused ones.
 - INT4 codes that meet INT8 activations lie by groups, two to a byte, column 2 i in the low bits,

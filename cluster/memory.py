@@ -199,7 +199,7 @@ class Tally:
         )
 
     def embedded_footprint(self, kv_format: KVFormat) -> Footprint:
-        """Bytes of the embedded engine on the CPU: FP32 compute, the kernels' own layouts."""
+        """Bytes of the embedded engine on the CPU with native kernels, whose layouts these are."""
         return Footprint(
             groups=self._packed_groups,
             mtp_loaded=False,

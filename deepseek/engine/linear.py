@@ -1,13 +1,14 @@
-"""The kernels of linears: one class per weight format; `make_linear` chooses the class.
+"""PyTorch's kernels of linears: one class per weight format; `make_linear` chooses the class.
 
-`make_linear` is where a native extension goes: return another class with the same three members
-(`encoding`, `num_bytes`, `matmul`), and nothing else in the engine changes. The formats themselves
-are deepseek/formats; model.py and moe.py call the kernels through `Projection`.
+They are the slow reference beside the native kernels, and compute where the extension was not
+built, or a target is emulated. The formats themselves are deepseek/formats; model.py and moe.py
+call the kernels through `Projection`.
 
 Measurements chose each kernel (bench/linear_formats.py). Per format, on CPUs without AMX:
 
-  f32       F.linear. BF16 products are 2 to 10 times slower than FP32 ones here, so weights in BF16
-            and in FP8 tiles are held in FP32.
+  f32       F.linear. Weights in BF16 and in FP8 tiles are held in FP32, which is exact: tests hold
+            these against transformers. (BF16 products are 2 to 10 times slower than FP32 ones on
+            some CPUs and 2 to 3 times faster on others.)
   int8      weight-only: `_weight_int8pack_mm` with BF16 activations, the only fast path of that
             operator (FP32 activations take a scalar loop, 100 times slower). Fastest of all at one
             token; slower than FP32 from about 64 tokens on. Its error is the rounding of
@@ -125,16 +126,33 @@ class RowRule:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Properties of this machine's kernels, and the arithmetic that they compute in.
-    `is_batch_invariant` is False also where batch invariance was not asked for."""
+    """The kernels that compute a step, and the arithmetic that they compute in.
+
+    `isa` names the instruction set of the native kernels, and is None where PyTorch's compute; the
+    other fields are of PyTorch's. `is_batch_invariant` is False also where batch invariance was not
+    asked for.
+    """
 
     rows: RowRule
     has_vnni: bool
     is_batch_invariant: bool
     arithmetic: Arithmetic = EMBEDDED
+    isa: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: `native (avx512)` or `torch`."""
+        return "torch" if self.isa is None else f"native ({self.isa})"
+
+    @property
+    def layout(self) -> Literal["native", "torch"]:
+        """How the tensors lie that they take."""
+        return "torch" if self.isa is None else "native"
 
     @classmethod
-    def detect(cls, *, batch_invariant: bool, arithmetic: Arithmetic = EMBEDDED) -> Kernels:
+    def detect(
+        cls, *, batch_invariant: bool, arithmetic: Arithmetic = EMBEDDED, isa: str | None = None
+    ) -> Kernels:
         """Ask torch about this CPU and, for batch invariance, probe its GEMM with the current
         number of threads. `arithmetic` is the one that the kernels emulate."""
         multiple = find_row_multiple(torch.get_num_threads()) if batch_invariant else None
@@ -143,6 +161,7 @@ class Kernels:
             has_vnni=torch.cpu._is_vnni_supported(),
             is_batch_invariant=multiple is not None,
             arithmetic=arithmetic,
+            isa=isa,
         )
 
     def round(self, x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def pack(weight: Tensor, scheme: Scheme) -> tuple[dict[str, Tensor], dict[str, T
     given = {"input_scale": INPUT_SCALE} if scheme.activations == "fp8" else {}
     stored = compress(weight, scheme, **given)
     linear = PackedLinear("m.a", (spec,), scheme)
-    packed = _pack_linear(linear, _Stored({"m.a": dict(stored)}, {}))
+    packed = _pack_linear(linear, _Stored({"m.a": dict(stored)}, {}), "torch")
     return stored, {name.removeprefix("m.a."): tensor for name, tensor in packed.items()}
 
 

@@ -1,4 +1,4 @@
-"""Each kernel against the slow reference: the decompressed weight times the input."""
+"""Each of PyTorch's kernels against the slow reference: the decompressed weight times the input."""
 
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ def pack(members: list[Tensor], scheme: Scheme, *, vnni: bool) -> tuple[Linear, 
     reference = torch.cat(
         [decompress(stored[s.module], scheme, (s.shape[0], s.shape[1])) for s in specs]
     )
-    packed = _pack_linear(PackedLinear("m.f", specs, scheme), _Stored(stored, {}))
+    packed = _pack_linear(PackedLinear("m.f", specs, scheme), _Stored(stored, {}), "torch")
     tensors = {name.removeprefix("m.f."): tensor for name, tensor in packed.items()}
-    shapes = packed_shapes(scheme, *reference.shape)
+    shapes = packed_shapes(scheme, *reference.shape, layout="torch")
     assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == shapes
     kernels = Kernels(RowRule(4), has_vnni=vnni, is_batch_invariant=True)
     return make_linear(scheme, tensors, kernels), reference
@@ -247,7 +247,7 @@ def test_int4_with_int8_inputs_has_the_bits_that_its_formula_says(
     for vnni in (False, True):
         linear, _ = pack([weight], scheme, vnni=vnni)
         assert torch.equal(forward(linear, x), expected), vnni
-    shapes = packed_shapes(scheme, 48, 384).values()
+    shapes = packed_shapes(scheme, 48, 384, layout="torch").values()
     assert linear.num_bytes == sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
@@ -305,7 +305,7 @@ def test_members_with_different_input_scales_share_the_largest() -> None:
         s.module: compress(w, scheme, input_scale=torch.tensor([scale]))
         for s, w, scale in zip(specs, members, (0.5, 0.25), strict=True)
     }
-    packed = _pack_linear(PackedLinear("m.f", specs, scheme), _Stored(stored, {}))
+    packed = _pack_linear(PackedLinear("m.f", specs, scheme), _Stored(stored, {}), "torch")
     assert packed["m.f.input_scale"].tolist() == [0.5]
 
 

@@ -40,6 +40,10 @@ MACHETE_OUTPUTS = (
 NO_INT4_A8_EXPERTS = (
     "its INT4 experts with INT8 inputs run on Arm CPUs only, from codes that are not packed"
 )
+WEIGHT_ONLY = (
+    "it chooses kernels of packed INT4 by the weight alone, and those that it takes leave INT8 "
+    "inputs unquantized"
+)
 NO_FORMAT = "its compressed-tensors loader has no scheme for it"
 NO_INDEXER = (
     "DeepSeek-V3.2 has a loader of its own there (vllm/models/deepseek_v32), of which this version "

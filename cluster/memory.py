@@ -271,7 +271,7 @@ def indexer_bytes_per_token_and_layer(config: ModelConfig) -> int:
 
 
 def _kind(spec: TensorSpec, schemes: Mapping[str, Scheme]) -> _Kind:
-    scheme = schemes[spec.module] if spec.kind == "linear" else None
+    scheme = schemes.get(spec.module)
     itemsize = 4 if spec.kind == "float32" else 2
     return _Kind(spec.group, spec.split, spec.shape, scheme, itemsize, _is_embedding(spec))
 

@@ -59,8 +59,8 @@ _SAME_INPUT = {role: roles[0] for roles in FUSED.values() for role in roles} | {
 }
 
 #: `linear` may be quantized; `high` stays in BF16 (router weight, embeddings, eh_proj, norms, and
-#: the head unless a recipe names it); `float32` is FP32 in the release: the router's correction bias,
-#: the indexer's norm.
+#: the head unless a recipe names it); `float32` is FP32 in the release: the router's correction
+#: bias, the indexer's norm.
 Kind = Literal["linear", "high", "float32"]
 
 

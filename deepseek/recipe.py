@@ -132,6 +132,12 @@ class Scheme(StrictModel):
         return not self.weights.endswith("-asym")
 
     @property
+    def is_packed(self) -> bool:
+        """Whether an artifact stores the codes as packed words: all but INT8 that meets INT8
+        activations."""
+        return self.is_quantized and (self.bits == 4 or self.activations == "none")
+
+    @property
     def bits(self) -> int:
         """Width of a code of a quantized weight."""
         assert self.is_quantized, self.weights
@@ -153,7 +159,7 @@ def source_scheme(config: ModelConfig) -> Scheme:
 
 #: Formats that the language model's head may have, `source` apart: a scale for each token of the
 #: vocabulary, or for groups of it. No tile lies within a token.
-_HEAD_FORMATS: tuple[WeightFormat, ...] = ("int8", "int8-asym", "int4", "int4-asym")
+_HEAD_FORMATS: tuple[WeightFormat, ...] = ("int8", "int4")
 
 
 class Rule(Scheme):
@@ -178,7 +184,7 @@ class Rule(Scheme):
             return self
         if self.weights not in _HEAD_FORMATS or self.activations == "fp8":
             raise ValueError(
-                f"{HEAD} may have weights source or {' or '.join(_HEAD_FORMATS)} with activations "
+                f"{HEAD} may have weights source, {' or '.join(_HEAD_FORMATS)}, with activations "
                 f"none or int8, not {self.label}"
             )
         if self.algorithm not in ("max", "gptq"):

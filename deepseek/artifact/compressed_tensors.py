@@ -3,7 +3,7 @@
 There is one config group per scheme. Loaders find the group of a linear by matching its module name
 against the `targets` of each group, regular expressions that apply from the start of the name.
 Modules that stay in high precision are in `ignore`, the head among them unless a rule of the recipe
-names it: then it is a target of its group, by name. The targets are derived from the resolved
+names it: then it is a target of its group. The targets are derived from the resolved
 schemes, not from the text of the recipe, by a greedy cover, so that they are few and readable. Then
 they are checked against every linear of the model: each linear matches targets of its own group
 only, and nothing else matches any target.
@@ -82,6 +82,8 @@ _INT8_TOKENS = {
 #: A linear as (layer, rest of its module name). The head lies behind all layers.
 _Place = tuple[int, str]
 _HEAD_PLACE: _Place = (-1, HEAD)
+#: A pattern, because transformers takes a group with a plain name for that of the experts.
+_HEAD_TARGET = f"re:{HEAD}$"
 
 
 def quantization_config(
@@ -269,7 +271,7 @@ def _targets(places: set[_Place], all_places: set[_Place], fragments: Iterable[s
             break
         chosen.append(best)
         rest -= candidates.pop(best)
-    named = [HEAD] if _HEAD_PLACE in places else []
+    named = [_HEAD_TARGET] if _HEAD_PLACE in places else []
     return [f"re:{pattern}" for pattern in chosen] + named
 
 

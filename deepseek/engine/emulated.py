@@ -15,8 +15,9 @@ batch. Rules, by weight format, with the kernels whose rules they are:
     int8, int8-asym  code - zero, the FP32 sum times the scale (Marlin, per channel), or the weight
                      rounded to BF16 first (fpA_intB)
     int8, W8A8       codes of both sides, exact integer sums, then both scales in FP32
-    int4, W4A8 INT8  codes of both sides: only the engine's own kernels multiply these (vLLM's do on
-                     Arm CPUs); transformers has the weight's values alone, as int4
+    int4, W4A8 INT8  as int4: only the engine's own kernels multiply codes of both sides. vLLM loads
+                     it and chooses its kernels by the weight, transformers dequantizes; the others
+                     refuse it
     int8-block       codes of both sides, exact sums per tile of 128, times both scales in FP32
     fp8-block        the dequantized input times the dequantized weight: the tiles' FP32 sums times
                      both scales, up to the order of FP32 additions
@@ -197,12 +198,15 @@ class Int4Weight:
 
 
 class Int4GroupWeight:
-    """The tensors of `Int4DynamicLinear`, by groups; values rounded to BF16."""
+    """The tensors of `Int4DynamicLinear`, by groups."""
 
     scale: Tensor | None = None
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+    def __init__(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, rounded: bool
+    ) -> None:
         self._codes, self._scale, self._zero_point = codes, scale, zero_point
+        self._rounded = rounded
         zero_bytes = 0 if zero_point is None else zero_point.nbytes
         self.num_bytes = codes.nbytes + scale.nbytes + zero_bytes
 
@@ -211,7 +215,8 @@ class Int4GroupWeight:
         if self._zero_point is not None:
             steps -= self._zero_point[..., None]
         steps *= self._scale[..., None].float()
-        return steps.transpose(0, 1).flatten(1).bfloat16().float()
+        values = steps.transpose(0, 1).flatten(1)
+        return values.bfloat16().float() if self._rounded else values
 
 
 def unpack_tiles(packed: Tensor, group_size: int) -> Tensor:
@@ -277,11 +282,10 @@ def _int4_linear(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels
 
 
 def _int4_values(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels) -> TargetLinear:
-    """INT4 with INT8 inputs, of which a target that dequantizes computes the weight's part."""
-    name = kernels.arithmetic.name
-    assert kernels.arithmetic.token_inputs == "none", f"{name} has no linear in {scheme.label}"
-    weight = Int4GroupWeight(tensors["codes"], tensors["scale"], tensors.get("zero_point"))
-    return TargetLinear(weight, keep_input, kernels)
+    """INT4 with INT8 inputs, of which every target computes the weight's part alone."""
+    stored = tensors["codes"], tensors["scale"], tensors.get("zero_point")
+    rounded = scheme.weights in kernels.arithmetic.rounded_weights
+    return TargetLinear(Int4GroupWeight(*stored, rounded=rounded), keep_input, kernels)
 
 
 def _int8_linear(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels) -> TargetLinear:

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Items
 import torch
 from torch import Tensor
 
-from deepseek import _native
+import deepseek._native as _native
 from deepseek.engine.batch import Span
 from deepseek.engine.kv_cache import LatentCache
 

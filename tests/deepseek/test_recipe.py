@@ -271,7 +271,8 @@ def test_the_head_stays_as_the_source_has_it_unless_a_rule_names_it() -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"weights": "fp8-block"}, "lm_head may have weights source or int8 or"),
+        ({"weights": "fp8-block"}, "lm_head may have weights source, int8 or int4, with"),
+        ({"weights": "int8-asym"}, "not int8-asym"),
         ({"weights": "bf16"}, "not bf16"),
         ({"weights": "int8-block", "activations": "int8"}, "not int8-block-a8"),
         ({"weights": "int4", "group_size": 128, "activations": "fp8"}, "not int4-g128-afp8"),

@@ -93,9 +93,7 @@ class Case:
         layer = self._calls % self.layers
         self._calls += 1
         begin = time.perf_counter()
-        attend(
-            self._native, layer, self._query, self._latent, self._key, self._spans, threads
-        )
+        attend(self._native, layer, self._query, self._latent, self._key, self._spans, threads)
         return time.perf_counter() - begin
 
 
@@ -135,7 +133,8 @@ def main() -> None:
                     )
                     rate = case.dots / seconds / options.threads
                     print(
-                        f"    {case.layout:10} {1e3 * seconds:9.3f} ms {seconds / floor:6.2f} x floor"
+                        f"    {case.layout:10} {1e3 * seconds:9.3f} ms "
+                        f"{seconds / floor:6.2f} x floor"
                         f" {rate / 1e9:6.2f} Gdot/s {case.page_bytes / seconds / 1e9:6.1f} GB/s"
                     )
 

@@ -84,14 +84,29 @@ struct Gemm {
     int64_t residual_stride;
 };
 
-// For the bindings: encode f32 [rows, inputs] and multiply, in one call of `threads` threads.
-struct LinearKernels {
+// Several products, in memory that all threads see.
+struct GemmList {
+    Gemm* gemms;
+    int64_t* first_task;  // [count], set by `count_tasks`
+    int64_t count, tasks;
+};
+
+// The functions below, for code that is compiled once (model.cpp), and for the bindings a whole call
+// of `threads` threads each: f32 [rows, inputs] to its encoding, and products of what is encoded.
+struct EncodeKernels {
+    void (*row)(const float* x, const Encoded& to, int64_t row, float input_scale);
     void (*encode)(int threads, const float* x, int64_t rows, float input_scale, const Encoded& to);
-    void (*gemms)(int threads, const Gemm* gemms, int64_t count);
+};
+struct LinearKernels {
+    void (*run_gemm)(Worker& worker, const Gemm& gemm);
+    void (*count_tasks)(GemmList& list, int threads);
+    void (*run_gemms)(Worker& worker, const GemmList& list);
+    void (*gemms)(int threads, GemmList& list);
 };
 
 }  // namespace intserve
 
+INTSERVE_KERNEL_TABLES(EncodeKernels, encode_kernels)
 INTSERVE_KERNEL_TABLES(LinearKernels, linear_kernels)
 
 #ifdef INTSERVE_ISA
@@ -104,12 +119,14 @@ void encode_row(const float* x, const Encoded& to, int64_t row, float input_scal
 void encode(Worker& worker, const float* x, int64_t stride, int64_t rows, float input_scale,
             const Encoded& to);
 
-// How many tasks a product is, and one of them. Tasks of one product are independent.
-int64_t gemm_tasks(const Gemm& gemm, int threads);
-void gemm_task(const Gemm& gemm, int threads, int64_t task);
+// One phase: one product. `gemm` may lie on each thread's own stack.
+void run_gemm(Worker& worker, const Gemm& gemm);
 
-// One phase: all tasks of all products. They may not depend on each other.
-void run_gemms(Worker& worker, const Gemm* gemms, int64_t count);
+// Prepare `list.gemms[0 .. list.count)` to run: one thread does so, in the phase that made them.
+void count_tasks(GemmList& list, int threads);
+
+// One phase: all products of the list. They may not depend on each other.
+void run_gemms(Worker& worker, const GemmList& list);
 
 }  // namespace intserve::INTSERVE_ISA
 #endif

@@ -117,7 +117,8 @@ def deployability_page() -> list[str]:
         *_recipe_table(TARGETS, "engine"),
         "",
         "`int4-gptq` and `int4-awq` load as `int4` does, `int4-all-gptq` and `int4-all-awq` as "
-        "`int4-all`: an algorithm changes values, not the layout. transformers dequantizes "
+        "`int4-all`, `int4-a8-gptq` as `int4-a8`: an algorithm changes values, not the layout. "
+        "transformers dequantizes "
         "everything, and what is built for it holds the values in a form that it reads: for "
         "looking and comparing, not for serving, so that the planner's `auto` does not choose it. "
         "What `build` refuses ran as the artifact, where that says why.",

@@ -9,7 +9,7 @@ import torch
 
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.engine.engine import LLMEngine
-from deepseek.recipe import load_recipe
+from deepseek.recipe import load_recipe, parse_recipe
 from quant_jobs.build import run_build
 from quant_jobs.evaluate import Settings, run_evaluate
 from quant_jobs.gate import run_gate
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.heavy
 
 
 def test_int4_a8_is_quantized_built_judged_and_admitted(tiny_model: Path, tmp_path: Path) -> None:
-    few = {"calibration": {"num_blocks": 4, "block_tokens": 128}}
-    recipe = load_recipe("int4-a8").model_copy(update=few)
-    recipe = type(recipe).model_validate(recipe.model_dump(mode="json"))
+    few = {"num_blocks": 4, "block_tokens": 128}
+    content = load_recipe("int4-a8").model_dump(mode="json") | {"calibration": few}
+    recipe = parse_recipe(content, where="test")
     checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
     run_quantize(tiny_model, recipe, tiny_model / "calibration.txt", checkpoint, workers=0)
     errors = ArtifactReader(checkpoint).manifest.record("globals").errors

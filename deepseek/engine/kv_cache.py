@@ -67,8 +67,8 @@ def cache_bytes(config: ModelConfig, layout: KVLayout, num_pages: int, page_toke
 
 
 class LatentCache:
-    """Storage for `num_pages` pages plus the zero page: `tensors` are [L, P, S, width] each, the
-    parts of a token in the order of the table above."""
+    """Storage for `num_pages` pages plus the zero page: `tensors` are [L, P, S, width] each. `int8`
+    and `fp8-tiles` have latents, scales and rotary keys, the other layouts one tensor."""
 
     def __init__(
         self, config: ModelConfig, layout: KVLayout, num_pages: int, page_tokens: int
@@ -77,6 +77,7 @@ class LatentCache:
         self.layout = layout
         shape = (config.num_hidden_layers, num_pages + 1, page_tokens)
         latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
+        self.latent = latent
         parts: dict[KVLayout, list[tuple[int, torch.dtype]]] = {
             "bf16": [(latent + rope, torch.bfloat16)],
             "fp32": [(latent + rope, torch.float32)],

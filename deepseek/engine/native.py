@@ -151,10 +151,7 @@ class NativeModel:
             num_tokens=num_tokens,
             num_spans=num_spans,
             table_width=pages.shape[1],
-            cache_layout=cache.layout,
-            cache=[_pointer(tensor, tensor.dtype, *tensor.shape) for tensor in cache.tensors],
-            num_pages=cache.tensors[0].shape[1],
-            page_tokens=cache.page_tokens,
+            cache=self._view(cache),
             hidden=_pointer(hidden, torch.float32, num_tokens, self.config.hidden_size),
             threads=torch.get_num_threads(),
         )
@@ -173,6 +170,14 @@ class NativeModel:
                 threads=torch.get_num_threads(),
             )
         return logits
+
+    def _view(self, cache: LatentCache) -> object:
+        """The cache as the extension sees it."""
+        pointers = [_pointer(tensor, tensor.dtype, *tensor.shape) for tensor in cache.tensors]
+        _, num_pages, page_tokens, _ = cache.tensors[0].shape
+        parts = pointers if len(pointers) == 3 else [*pointers, 0, 0]
+        widths = self.config.kv_lora_rank, self.config.qk_rope_head_dim
+        return self._module.CacheView(cache.layout, num_pages, page_tokens, *widths, *parts)
 
     def _add_layer(self, layer: int, schemes: Mapping[str, Scheme]) -> None:
         config, prefix = self.config, f"model.layers.{layer}"

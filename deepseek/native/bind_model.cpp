@@ -82,22 +82,17 @@ void bind_model(nb::module_& m) {
         .def(
             "forward",
             [](Model& model, uintptr_t tokens, uintptr_t spans, uintptr_t pages, int64_t num_tokens,
-               int64_t num_spans, int64_t table_width, const std::string& cache_layout,
-               const std::vector<uintptr_t>& cache, int64_t num_pages, int64_t page_tokens,
-               uintptr_t hidden, int threads) {
-                Step step{at<const int64_t>(tokens),
-                          at<const int32_t>(spans),
-                          at<const int32_t>(pages),
-                          num_tokens,
-                          num_spans,
-                          table_width,
-                          cache_of(model.shape(), cache_layout, cache, num_pages, page_tokens)};
+               int64_t num_spans, int64_t table_width, const CacheView& cache, uintptr_t hidden,
+               int threads) {
+                const Step step{at<const int64_t>(tokens), at<const int32_t>(spans),
+                                at<const int32_t>(pages),  num_tokens,
+                                num_spans,                 table_width,
+                                cache};
                 nb::gil_scoped_release release;
                 model.forward(step, at<float>(hidden), threads);
             },
             nb::kw_only(), "tokens"_a, "spans"_a, "pages"_a, "num_tokens"_a, "num_spans"_a,
-            "table_width"_a, "cache_layout"_a, "cache"_a, "num_pages"_a, "page_tokens"_a,
-            "hidden"_a, "threads"_a)
+            "table_width"_a, "cache"_a, "hidden"_a, "threads"_a)
         .def(
             "logits",
             [](Model& model, uintptr_t hidden, int64_t rows, uintptr_t logits, int threads) {

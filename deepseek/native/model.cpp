@@ -54,7 +54,7 @@ public:
     }
     void encode(const Projection& reader, const float* x, int64_t row) {
         for (size_t part = 0; part < reader.parts.size(); ++part)
-            encode_kernels().encode_row(x, of(reader, part), row, reader.parts[part].input_scale);
+            encode_kernels().row(x, of(reader, part), row, reader.parts[part].input_scale);
     }
 
 private:
@@ -121,6 +121,7 @@ struct Scratch {
     HeadActivations heads;
     Routing routing;
     Products absorb, unabsorb, gate_ups, downs;
+    GrowingMemory attention;
     std::vector<Buffer<float>> hidden;  // of each thread: one row
 };
 
@@ -344,7 +345,7 @@ void Model::Run::attend(Worker& worker, const Layer& layer, int number) {
         const float* query = queries + t * stride + h * head;
         float* scaled = m_.hidden[worker.thread].data();
         for (int64_t j = 0; j < s.nope; ++j) scaled[j] = query[j] * s.softmax_scale;
-        encode_kernels().encode_row(scaled, m_.heads.of(layer.w_uk, h), t, 0);
+        encode_kernels().row(scaled, m_.heads.of(layer.w_uk, h), t, 0);
         rotate(query + s.nope, t, s.softmax_scale, m_.absorbed.data() + i * cached + s.latent);
     });
     m_.absorb.run(worker);
@@ -358,7 +359,7 @@ void Model::Run::attend(Worker& worker, const Layer& layer, int number) {
         if (i == 0)
             prepare_heads(m_.unabsorb, layer.w_uv, m_.values.data(), s.value, worker.threads);
         const int64_t t = i / s.heads, h = i % s.heads;
-        encode_kernels().encode_row(m_.attended.data() + i * s.latent, m_.heads.of(layer.w_uv, h),
+        encode_kernels().row(m_.attended.data() + i * s.latent, m_.heads.of(layer.w_uv, h),
                                     t, 0);
     });
     m_.unabsorb.run(worker);
@@ -449,7 +450,8 @@ void Model::forward(const Step& step, float* hidden, int threads) {
         spans.push_back({first_row, count, start, step.pages + i * step.table_width});
         first_row += count;
     }
-    const AttentionPlan plan(step.cache, static_cast<int>(shape_.heads), std::move(spans), threads);
+    const AttentionPlan plan(step.cache, static_cast<int>(shape_.heads), std::move(spans), threads,
+                             scratch_->attention);
     Run run(*this, step, plan, hidden);
     run.reserve(threads);
     const int phases = 2 + static_cast<int>(layers_.size()) * (18 + AttentionPlan::kPhases);

@@ -53,4 +53,6 @@ NB_MODULE(_native, m) {
           nb::arg("late") = -1, nb::arg("failing_phase") = -1, nb::arg("failing") = -1,
           nb::call_guard<nb::gil_scoped_release>());
     intserve::bind_linears(m);
+    intserve::bind_attention(m);
+    intserve::bind_model(m);
 }

@@ -93,9 +93,7 @@ class Case:
         layer = self._calls % self.layers
         self._calls += 1
         begin = time.perf_counter()
-        attend(
-            self._native, layer, self._query, self._latent, self._key, self._spans, threads
-        )
+        attend(self._native, layer, self._query, self._latent, self._key, self._spans, threads)
         return time.perf_counter() - begin
 
 

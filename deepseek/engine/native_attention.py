@@ -13,7 +13,7 @@ from collections.abc import Sequence as Items
 import torch
 from torch import Tensor
 
-from deepseek import _native
+import deepseek._native as _native
 from deepseek.engine.batch import Span
 from deepseek.engine.kv_cache import LatentCache
 
@@ -59,7 +59,8 @@ class SpanTable:
         for number, span in enumerate(spans):
             count, pages = len(span.token_ids), torch.tensor(span.pages, dtype=torch.int32)
             assert len(pages) * cache.page_tokens >= span.stop, "a token has no page"
-            assert 0 < int(pages.min()) and int(pages.max()) < cache.num_pages
+            assert int(pages.min()) > 0
+            assert int(pages.max()) < cache.num_pages
             self.rows[number] = torch.tensor([first, count, span.start])
             self.pages[number, : len(pages)] = pages
             first += count

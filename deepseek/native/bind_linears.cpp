@@ -1,7 +1,8 @@
 // Bindings of the linears (linear.h), for tests and for the model that is built from Python.
-// deepseek/engine/native.py checks what comes here: addresses, shapes and types.
+// What comes here is checked before: addresses, shapes and types.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdlib>
@@ -18,13 +19,21 @@ namespace intserve {
 
 namespace {
 
-const char* const kFormats[] = {"bf16",       "int8", "int8-asym", "int8-a8",
-                                "int8-block", "int4", "int4-a8",   "int4-afp8"};
-
-Format format_of(const std::string& name) {
-    for (int i = 0; i < 8; ++i)
-        if (name == kFormats[i]) return static_cast<Format>(i);
-    throw std::invalid_argument("there is no native linear of format '" + name + "'");
+// The format of a scheme's label (deepseek/recipe.py): int8-a8, int4-asym-g128, int4-g32-a8, ...
+// Unquantized weights and FP8 tiles are held in BF16.
+Format format_of(const std::string& label) {
+    const auto ends = [&](const std::string& end) {
+        return label.size() >= end.size() &&
+               label.compare(label.size() - end.size(), end.size(), end) == 0;
+    };
+    if (label == "bf16" || label == "fp8-block") return Format::bf16;
+    if (label == "int8") return Format::int8;
+    if (label == "int8-asym") return Format::int8_asym;
+    if (label == "int8-a8") return Format::int8_a8;
+    if (label == "int8-block-a8") return Format::int8_block;
+    if (label.rfind("int4-", 0) == 0)
+        return ends("-afp8") ? Format::int4_fp8 : ends("-a8") ? Format::int4_a8 : Format::int4;
+    throw std::invalid_argument("there is no native linear for the scheme '" + label + "'");
 }
 
 struct Free {
@@ -93,18 +102,18 @@ void bind_linears(nb::module_& m) {
         .def(
             "__init__",
             [](Linear* self, const std::string& format, int64_t outputs, int64_t inputs,
-               int64_t group, uintptr_t codes, uintptr_t scale, uintptr_t zero, float input_scale) {
+               int64_t group, uintptr_t weight, uintptr_t scale, uintptr_t zero_point, float input_scale) {
                 new (self) Linear{format_of(format),
                                   outputs,
                                   inputs,
                                   group,
-                                  reinterpret_cast<const uint8_t*>(codes),
+                                  reinterpret_cast<const uint8_t*>(weight),
                                   reinterpret_cast<const uint8_t*>(scale),
-                                  reinterpret_cast<const uint8_t*>(zero),
+                                  reinterpret_cast<const uint8_t*>(zero_point),
                                   input_scale};
             },
             nb::kw_only(), nb::arg("format"), nb::arg("outputs"), nb::arg("inputs"),
-            nb::arg("group"), nb::arg("codes"), nb::arg("scale"), nb::arg("zero"),
+            nb::arg("group"), nb::arg("weight"), nb::arg("scale"), nb::arg("zero_point"),
             nb::arg("input_scale"))
         .def_ro("outputs", &Linear::outputs)
         .def_ro("inputs", &Linear::inputs);

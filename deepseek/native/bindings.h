@@ -7,5 +7,6 @@ namespace intserve {
 
 void bind_linears(nanobind::module_& m);  // bind_linears.cpp
 void bind_attention(nanobind::module_& m);  // bind_attention.cpp
+void bind_model(nanobind::module_& m);  // bind_model.cpp
 
 }  // namespace intserve

@@ -114,6 +114,6 @@ void encode(Worker& worker, const float* x, int64_t stride, int64_t rows, float 
     });
 }
 
-extern const EncodeKernels encode_kernels = {encode_rows};
+extern const EncodeKernels encode_kernels = {encode_row, encode_rows};
 
 }  // namespace intserve::INTSERVE_ISA

@@ -229,6 +229,6 @@ void run_gemms(Worker& worker, const GemmList& list) {
     });
 }
 
-extern const LinearKernels linear_kernels = {run_list};
+extern const LinearKernels linear_kernels = {run_gemm, count_tasks, run_gemms, run_list};
 
 }  // namespace intserve::INTSERVE_ISA

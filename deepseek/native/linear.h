@@ -91,12 +91,16 @@ struct GemmList {
     int64_t count, tasks;
 };
 
-// For the bindings: a whole call of `threads` threads each, f32 [rows, inputs] to its encoding, and
-// products of what is encoded.
+// The functions below, for code that is compiled once (model.cpp), and for the bindings a whole call
+// of `threads` threads each: f32 [rows, inputs] to its encoding, and products of what is encoded.
 struct EncodeKernels {
+    void (*row)(const float* x, const Encoded& to, int64_t row, float input_scale);
     void (*encode)(int threads, const float* x, int64_t rows, float input_scale, const Encoded& to);
 };
 struct LinearKernels {
+    void (*run_gemm)(Worker& worker, const Gemm& gemm);
+    void (*count_tasks)(GemmList& list, int threads);
+    void (*run_gemms)(Worker& worker, const GemmList& list);
     void (*gemms)(int threads, GemmList& list);
 };
 

@@ -54,4 +54,5 @@ NB_MODULE(_native, m) {
           nb::call_guard<nb::gil_scoped_release>());
     intserve::bind_linears(m);
     intserve::bind_attention(m);
+    intserve::bind_model(m);
 }

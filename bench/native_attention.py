@@ -133,9 +133,9 @@ def main() -> None:
                     )
                     rate = case.dots / seconds / options.threads
                     print(
-                        f"    {case.layout:10} {1e3 * seconds:9.3f} ms "
-                        f"{seconds / floor:6.2f} x floor"
-                        f" {rate / 1e9:6.2f} Gdot/s {case.page_bytes / seconds / 1e9:6.1f} GB/s"
+                        f"    {case.layout:10} {1e3 * seconds:9.3f} ms"
+                        f" {seconds / floor:6.2f} x floor {rate / 1e9:6.2f} Gdot/s"
+                        f" {case.page_bytes / seconds / 1e9:6.1f} GB/s"
                     )
 
 

@@ -65,7 +65,7 @@ def engine_factory(pool: PoolSection, num_nodes: int = 1) -> EngineFactory:
     if isinstance(options, EmbeddedOptions):
         from serve_app.engines.embedded import EmbeddedEngine  # brings torch
 
-        return EngineOf(EmbeddedEngine, options)
+        return EngineOf(partial(EmbeddedEngine, cpus=pool.cpus), options)
     from serve_app.engines.remote.engine import RemoteEngine
 
     if isinstance(options, VllmOptions):

@@ -77,7 +77,16 @@ class EmbeddedOptions(Section):
     )
     max_batch_size: Count | None = Field(default=None, description="sequences of one step")
     max_batched_tokens: Count | None = Field(default=None, description="tokens of one step")
-    num_threads: Count | None = Field(default=None, description="CPU threads of one replica")
+    num_threads: Count | None = Field(
+        default=None,
+        description="CPU threads of one replica; null: as many as the pool's `cpus`, or all cores "
+        "but one where those are less than one",
+    )
+    kernels: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="`native` is the compiled extension, `torch` the slow reference; `auto` takes "
+        "the extension where it was built",
+    )
 
 
 class TrtllmOptions(Section):

@@ -20,6 +20,7 @@ from typing import Any
 
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.options import EngineLoad, EngineOptions
+from deepseek.engine.process import num_cores, share_of_cores
 from deepseek.errors import RequestError
 from serve_app.config import EmbeddedOptions
 from serve_app.engines.protocol import (
@@ -77,6 +78,7 @@ class _Mailbox:
 class EmbeddedEngine:
     """Implements `Engine`. `start` must be awaited on the event loop that later generates.
 
+    `cpus` are what the replica has reserved: where the options say no number of threads, they do.
     `load` opens the engine directory; tests pass the `load` of an engine that fails.
     """
 
@@ -85,8 +87,11 @@ class EmbeddedEngine:
         options: EmbeddedOptions,
         load: Callable[[Path, EngineOptions], LLMEngine] = LLMEngine.load,
         join_s: float = JOIN_S,
+        *,
+        cpus: float | None = None,
     ) -> None:
         self._options = options
+        self._cpus = cpus
         self._open = load
         self._join_s = join_s
         self._directory = options.directory
@@ -98,7 +103,7 @@ class EmbeddedEngine:
 
     async def start(self) -> EngineInfo:
         self._loop = asyncio.get_running_loop()
-        options = _engine_options(self._options)
+        options = _engine_options(self._options, self._cpus)
         self._engine = await asyncio.to_thread(self._open, self._directory, options)
         self._load = self._engine.current_load()
         self._thread = threading.Thread(target=self._run_steps, name="engine-steps", daemon=True)
@@ -264,15 +269,25 @@ class EmbeddedEngine:
             )
 
 
-def _engine_options(config: EmbeddedOptions) -> EngineOptions:
-    """The configured options; a setting that is None keeps the engine's default."""
+def _engine_options(config: EmbeddedOptions, cpus: float | None) -> EngineOptions:
+    """The configured options; a setting that is None keeps the engine's default. `cpus` None: it
+    runs in no replica."""
+    num_threads = config.num_threads
+    if num_threads is None and cpus is not None:
+        num_threads = share_of_cores(cpus)
+        if num_threads < int(cpus):
+            log.warning(
+                "the replica reserves %g CPUs and may run on %d; the engine computes with %d "
+                "threads: lower cpus, or set engine.num_threads", cpus, num_cores(), num_threads,
+            )  # fmt: skip
     given: dict[str, Any] = {
         "kv_cache": config.kv_cache,
         "max_kv_tokens": config.kv_tokens,
         "max_model_len": config.max_model_len,
         "max_batch_size": config.max_batch_size,
         "max_batched_tokens": config.max_batched_tokens,
-        "num_threads": config.num_threads,
+        "num_threads": num_threads,
         "prefix_cache": config.prefix_cache,
+        "kernels": config.kernels,
     }
     return EngineOptions(**{name: value for name, value in given.items() if value is not None})

@@ -104,7 +104,9 @@ def test_what_makes_an_engine_knows_its_directory_and_travels_to_the_replica(vll
 
     options = EmbeddedOptions(directory=Path("e"))
     made = factory({"kind": "embedded", "directory": "e"})
-    assert made == EngineOf(EmbeddedEngine, options)
+    assert isinstance(made, EngineOf)
+    assert made.options == options
+    assert (made.make.func, made.make.keywords) == (EmbeddedEngine, {"cpus": 0.5})
     remote = {"kind": "vllm", "directory": str(vllm), "python": "/p"}
     made = factory(remote)
     assert made.make is RemoteEngine

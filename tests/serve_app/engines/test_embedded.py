@@ -19,6 +19,7 @@ from support.family import NAMES, Name, family_model
 from support.serving import LocalEngines, client_of, metric, wait_for
 
 from deepseek.artifact.engine_manifest import read_documents, read_engine_manifest
+from deepseek.engine import process
 from deepseek.engine.detokenizer import engine_tokenizer
 from deepseek.engine.engine import LLMEngine
 from deepseek.engine.kv_cache import token_bytes
@@ -28,8 +29,9 @@ from deepseek.errors import ArtifactError, RequestError
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.targets.embedded import pack_engine
 from serve_app.app import build
-from serve_app.config import ServeConfig
-from serve_app.engines.embedded import EmbeddedEngine
+from serve_app.config import EmbeddedOptions, ServeConfig
+from serve_app.engines import embedded
+from serve_app.engines.embedded import EmbeddedEngine, _engine_options
 from serve_app.engines.protocol import Done, GenerateRequest, Tokens
 from serve_app.errors import EngineUnavailable
 from serve_app.openai.service import Service
@@ -417,3 +419,17 @@ def test_a_tokenizer_config_that_cannot_be_used_is_one_sentence(
     config = json.dumps(json.loads(documents["tokenizer_config.json"]) | value).encode()
     with pytest.raises(ArtifactError, match="has a tokenizer that cannot be loaded"):
         HfTokenizer(engine_dir, documents | {"tokenizer_config.json": config})
+
+
+def test_threads_follow_the_cpus_that_the_replica_reserves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "num_cores", lambda: 4)
+    monkeypatch.setattr(embedded, "num_cores", lambda: 4)
+    options = EmbeddedOptions(directory=Path("e"))
+    chosen = {cpus: _engine_options(options, cpus).num_threads for cpus in (None, 0.5, 2.0)}
+    assert chosen == {None: None, 0.5: 3, 2.0: 2}
+    assert not caplog.records
+    assert _engine_options(options, 8.0).num_threads == 4
+    assert "reserves 8 CPUs and may run on 4" in caplog.text
+    assert _engine_options(options.model_copy(update={"num_threads": 1}), 8.0).num_threads == 1

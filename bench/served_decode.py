@@ -55,8 +55,8 @@ PROMPT, ANSWER = 128, 128
 REQUESTS = {1: 3, 4: 2, 16: 2}
 #: What a process of ours is, by words of its title; the first that fits.
 PARTS = (
-    ("replica", "ServeReplica:intserve:Engine"),
-    ("ingress", "ServeReplica:intserve:Ingress"),
+    ("replica", "ServeReplica:intserve:engine"),
+    ("ingress", "ServeReplica:intserve:ingress"),
     ("HAProxy", "haproxy"),
     ("admission", "AdmissionActor"),
 )

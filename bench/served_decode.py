@@ -1,7 +1,8 @@
 """The served path against the engine alone and against llama.cpp's own server, in one run.
 
     python bench/served_decode.py [--rounds 5] [--concurrency 1 --concurrency 4 --concurrency 16]
-        [--recipe int8] [--gguf q8_0] [--only REGEX] [--threads N] [--save FILE.json]
+        [--recipe int8] [--gguf q8_0] [--only REGEX] [--threads N] [--flushes N]
+        [--save FILE.json]
 
 All run the 706 M-parameter model "ds3" (bench/decoding/ds3.py) with the same number of threads:
 
@@ -98,6 +99,9 @@ def main(
     kind: Annotated[str, typer.Option("--gguf", help="Of llama-server's file.")] = "q8_0",
     only: Annotated[str, typer.Option(help="Regular expression: contenders that run.")] = "",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
+    flushes: Annotated[
+        float | None, typer.Option(help="Messages a second of our replica; default: as configured.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write all samples as JSON here.")] = None,
     ds3_cache: Annotated[Path, typer.Option("--ds3", help="Where the model is kept.")] = ds3.CACHE,
     llama_cache: Annotated[Path, typer.Option("--llama", help="Where llama.cpp is.")] = llama.CACHE,
@@ -113,7 +117,7 @@ def main(
         folder = Path(name)
         makers = {
             ENGINE: lambda: alone(engine, folder, threads, max(levels)),
-            OURS: lambda: served(engine, folder, threads, max(levels)),
+            OURS: lambda: served(engine, folder, threads, max(levels), flushes),
             LLAMA: lambda: llama_server(
                 kind, folder, threads, max(levels), ds3_cache, llama_cache, jobs
             ),
@@ -199,8 +203,10 @@ def alone(engine: Path, folder: Path, threads: int, batch: int) -> Iterator[Stac
 
 
 @contextmanager
-def served(engine: Path, folder: Path, threads: int, batch: int) -> Iterator[Stack]:
-    settings = {
+def served(
+    engine: Path, folder: Path, threads: int, batch: int, flushes: float | None
+) -> Iterator[Stack]:
+    settings: dict[str, object] = {
         "engine": engine,
         "allow_ungated": True,
         "model_name": "ds3",
@@ -211,6 +217,8 @@ def served(engine: Path, folder: Path, threads: int, batch: int) -> Iterator[Sta
         "kv_tokens": batch * (PROMPT + ANSWER + 64),
         "max_ongoing_requests": batch,
     }
+    if flushes is not None:
+        settings["replica_limits"] = {"max_flushes_per_s": flushes}
     with service(folder, **settings) as running:
         yield Stack(OURS, running.pid, http_load(running.url, {"model": "ds3"}, KEYS[0]))
 

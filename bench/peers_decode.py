@@ -173,7 +173,7 @@ def _grow(
     batches = growth.BATCHES[:4] if quick else growth.BATCHES
     num_rounds = 2 if quick else 3
     with make_progress() as progress:
-        calls = growth.num_calls(len(models), batches, contexts, num_rounds)
+        calls = growth.num_calls(len(models), contexts, batches, CONTEXT, num_rounds)
         task = progress.add_task("growth", total=calls)
 
         def advance(words: str) -> None:

@@ -124,8 +124,7 @@ def measure(
 ) -> list[Point]:
     """The points of every model: (name, KV format, directory, whether it is an engine). Batches
     at `base_context`, contexts at batch 1; all models take turns at each point of a round."""
-    points = [(batch, base_context) for batch in batches]
-    points += [(1, context) for context in contexts if context != base_context]
+    points = _points(contexts, batches, base_context)
     tokens = max(batch * (context + 64) for batch, context in points)
     workers = []
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
@@ -159,9 +158,19 @@ def measure(
     return found
 
 
-def num_calls(models: int, batches: Sequence[int], contexts: Sequence[int], rounds: int) -> int:
-    """How often `measure` calls `advance`, at most."""
-    return models * (1 + rounds * (len(batches) + len(contexts)))
+def num_calls(
+    models: int, contexts: Sequence[int], batches: Sequence[int], base_context: int, rounds: int
+) -> int:
+    """How often `measure` calls `advance`."""
+    return models * (1 + rounds * len(_points(contexts, batches, base_context)))
+
+
+def _points(
+    contexts: Sequence[int], batches: Sequence[int], base_context: int
+) -> list[tuple[int, int]]:
+    """Batch and context of each: all batches at the base, all contexts at batch 1."""
+    at_one = [(1, context) for context in contexts if context != base_context]
+    return [(batch, base_context) for batch in batches] + at_one
 
 
 def _steps(batch: int) -> int:

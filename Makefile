@@ -17,7 +17,10 @@ help: ## show this list
 
 env: $(VENV)/.ready ## make .venv with the pinned packages
 
-$(VENV)/.ready: constraints.txt pyproject.toml
+# The extension's sources too: an installed checkout has the extension of its last installation.
+NATIVE := $(wildcard deepseek/native/*.cpp deepseek/native/*.h) deepseek/native/CMakeLists.txt
+
+$(VENV)/.ready: constraints.txt pyproject.toml $(NATIVE)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "IntServe needs Python 3.11 or 3.12; set PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[serve,quant,dev]'

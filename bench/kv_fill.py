@@ -105,7 +105,7 @@ def _pages(config: ModelConfig, kv_cache: str, num_bytes: int) -> int:
 
 def _open(source: CheckpointReader, kv_cache: str, num_bytes: int, max_batch: int) -> LLMEngine:
     """An engine whose cache takes at most `num_bytes`, for as many requests as there are."""
-    tensors = pack_tensors(source)
+    tensors = pack_tensors(source, layout="torch")
     kernels = Kernels.detect(batch_invariant=False, arithmetic=EMBEDDED)
     model = Model(source.config, source_schemes(source.config), tensors, kernels)
     identity = EngineIdentity(

@@ -86,7 +86,7 @@ def main(
     """Measure and print the three tables."""
     torch.set_num_threads(threads)
     source = CheckpointReader(model)
-    tensors = pack_tensors(source)
+    tensors = pack_tensors(source, layout="torch")
     ids = _texts(model, texts)
     with make_progress() as progress:
         task = progress.add_task("texts", total=(texts + len(FACTORS)) * len(CONTENDERS))

@@ -24,7 +24,6 @@ from cluster.layouts import (
     fused_refusals,
     join_words,
     mix_refusals,
-    split_module,
     uniform_refusals,
 )
 from cluster.matrix import (
@@ -42,7 +41,7 @@ from cluster.matrix import (
 from cluster.rows import embedded, sglang, transformers, trtllm, vllm
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
-from deepseek.inventory import group_of
+from deepseek.inventory import HEAD, group_of, is_within
 from deepseek.recipe import Scheme
 from deepseek.trtllm.versions import require_version
 
@@ -158,7 +157,7 @@ def served_schemes(
     """The schemes of the layers that an engine loads: without the MTP layer's unless `mtp`."""
     if mtp:
         return dict(schemes)
-    return {m: s for m, s in schemes.items() if split_module(m)[0] < config.num_hidden_layers}
+    return {m: s for m, s in schemes.items() if is_within(m, config.num_hidden_layers)}
 
 
 def require_target(name: str) -> Target:
@@ -193,7 +192,9 @@ def require_engine_version(target: Target, name: str | None) -> str:
 
 @lru_cache(maxsize=1 << 17)
 def part_of(module: str) -> str:
-    """Which part of a recipe a linear belongs to: `routed_experts`, `kv_b_proj`, ..."""
+    """Which part of a recipe a linear belongs to: `routed_experts`, `kv_b_proj`, ..., `lm_head`."""
+    if module == HEAD:
+        return module
     group = group_of(module)
     return module.rpartition(".")[2] if group == "attention" else group
 
@@ -299,12 +300,15 @@ class _Change:
 def _rules(instead: Mapping[str, str], model: set[str]) -> list[str]:
     """Recipe rules that give parts other formats; one for all but the routed experts where all
     parts of the model get other ones."""
+    head = {GLOBS[HEAD]: instead[HEAD]} if HEAD in instead else {}
+    instead = {part: weights for part, weights in instead.items() if part != HEAD}
+    model = model - {HEAD}  # which no star matches
     globs = {GLOBS[part]: weights for part, weights in instead.items()}
     rest = {weights for part, weights in instead.items() if part != "routed_experts"}
     if instead.keys() == model and len(rest) == 1 and "routed_experts" in model:
         experts = GLOBS["routed_experts"]
         globs = {"*": rest.pop(), experts: globs[experts]}
-    return [f'{{match: "{glob}", {weights}}}' for glob, weights in globs.items()]
+    return [f'{{match: "{glob}", {weights}}}' for glob, weights in (globs | head).items()]
 
 
 def _refusal(

@@ -12,7 +12,7 @@ from functools import lru_cache
 from cluster.hardware import GpuGeneration
 from cluster.matrix import KV_CACHE, Handed, Mix, Refusal, Target, Uniform
 from cluster.rows import sglang, transformers
-from deepseek.inventory import FUSED, group_of
+from deepseek.inventory import FUSED, HEAD, group_of
 from deepseek.recipe import Scheme
 
 _MIXES: dict[Handed, tuple[Mix, ...]] = {
@@ -48,6 +48,8 @@ def fused_refusals(schemes: Mapping[str, Scheme], target: Target) -> Iterator[Re
 @lru_cache(maxsize=1 << 17)
 def _fused_unit(module: str) -> tuple[int, str] | None:
     """The layer and the unit that an engine fuses a linear into, in words; None for one alone."""
+    if module == HEAD:
+        return None
     layer, rest = split_module(module)
     group = group_of(module)
     if group == "routed_experts":

@@ -67,8 +67,11 @@ GLOBS = {
     "q_proj": "*.q_proj",
     "kv_b_proj": "*.kv_b_proj",
     "o_proj": "*.o_proj",
+    "lm_head": "lm_head",
 }
-PARTS = frozenset(GLOBS)
+#: The language model's head, where a recipe quantizes it. Its rows are its own.
+HEAD = frozenset({"lm_head"})
+PARTS = frozenset(GLOBS) - HEAD
 ROUTED = frozenset({"routed_experts"})
 #: The linears of DeepSeek-V3, which interop tests run; q_proj is Moonlight's.
 V3_PARTS = PARTS - {"q_proj"}
@@ -82,7 +85,7 @@ QKV_A = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
 #: DeepSeek-V3.2's, which no rule changes: FP8 blocks or BF16, as released.
 INDEXER = frozenset({"indexer"})
 KV = frozenset({KV_CACHE})
-EVERYTHING = PARTS | INDEXER | KV
+EVERYTHING = PARTS | INDEXER | HEAD | KV
 
 BF16 = frozenset({"bf16"})
 FP8 = frozenset({"fp8-block"})
@@ -99,9 +102,15 @@ INT4_OTHER = INT4 - G128
 #: INT4 weights with FP8 activations, one static scale per input.
 W4A8 = frozenset({"int4-g32-afp8", "int4-g64-afp8", "int4-g128-afp8"})
 W4A8_G128 = frozenset({"int4-g128-afp8"})
+#: INT4 weights with INT8 activations, one scale per token.
+INT4_A8 = frozenset({"int4-g32-a8", "int4-g64-a8", "int4-g128-a8"})
+INT4_ASYM_A8 = frozenset({"int4-asym-g32-a8", "int4-asym-g64-a8", "int4-asym-g128-a8"})
+W4A8_INT8 = INT4_A8 | INT4_ASYM_A8
 #: What compressed-tensors packs into int32 words.
 PACKED = W8A16 | INT8_ASYM | INT4 | INT4_ASYM
-FORMATS = BF16 | FP8 | W8A8 | INT8_BLOCK | PACKED | W4A8
+FORMATS = BF16 | FP8 | W8A8 | INT8_BLOCK | PACKED | W4A8 | W4A8_INT8
+#: Formats of a quantized head.
+HEAD_FORMATS = W8A8 | W8A16 | INT4 | INT4_A8
 KV_FORMATS = frozenset({"bf16", "fp8", "int8"})
 ANY = FORMATS | KV_FORMATS
 

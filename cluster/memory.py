@@ -199,7 +199,7 @@ class Tally:
         )
 
     def embedded_footprint(self, kv_format: KVFormat) -> Footprint:
-        """Bytes of the embedded engine on the CPU: FP32 compute, the kernels' own layouts."""
+        """Bytes of the embedded engine on the CPU with native kernels, whose layouts these are."""
         return Footprint(
             groups=self._packed_groups,
             mtp_loaded=False,
@@ -271,7 +271,7 @@ def indexer_bytes_per_token_and_layer(config: ModelConfig) -> int:
 
 
 def _kind(spec: TensorSpec, schemes: Mapping[str, Scheme]) -> _Kind:
-    scheme = schemes[spec.module] if spec.kind == "linear" else None
+    scheme = schemes.get(spec.module)
     itemsize = 4 if spec.kind == "float32" else 2
     return _Kind(spec.group, spec.split, spec.shape, scheme, itemsize, _is_embedding(spec))
 

@@ -27,6 +27,8 @@ from cluster.memory import (
     indexer_bytes_per_token_and_layer,
 )
 from deepseek.config import ModelConfig
+from deepseek.formats import stored_bytes
+from deepseek.inventory import HEAD
 from deepseek.recipe import Scheme
 
 Attention = Literal["tp", "dp"]
@@ -87,6 +89,14 @@ class Pass:
     collectives: int
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head: its stored bytes, and the number format that multiplies it."""
+
+    bytes: int
+    format: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """The weights of a served model as a pass needs them: stored bytes, and numbers of weights by
@@ -97,10 +107,16 @@ class Model:
     dense: Mapping[str, Mapping[str, int]]
     experts: Mapping[str, int]
     has_fp8: bool
+    head: Head
 
     @classmethod
     def of(cls, tally: Tally, footprint: Footprint, *, has_fp8: bool) -> Model:
         """`footprint` is of the layout's number of GPUs; `has_fp8` is the hardware's."""
+        config, head_scheme = tally.config, tally.schemes.get(HEAD)
+        head = Head(2 * config.vocab_size * config.hidden_size, "fp16")
+        if head_scheme is not None:
+            size = stored_bytes(head_scheme, config.vocab_size, config.hidden_size)
+            head = Head(size, number_format(head_scheme, has_fp8=has_fp8))
         dense: dict[str, Counter[str]] = {}
         experts: Counter[str] = Counter()
         for group, scheme, number in tally.weights():
@@ -109,7 +125,7 @@ class Model:
                 experts[form] += number
             elif group in DENSE_GROUPS:
                 dense.setdefault(group, Counter())[form] += number
-        return cls(tally.config, footprint, dense, experts, has_fp8)
+        return cls(config, footprint, dense, experts, has_fp8, head)
 
     def decode(self, layout: Layout, batch: float, context: float) -> Pass:
         """One step of `batch` sequences that have `context` tokens each on average. Attention works
@@ -157,9 +173,9 @@ class Model:
         head = self.config.vocab_size * self.config.hidden_size
         head_share = head / layout.gpus
         if sampled:
-            size += 2 * head_share
+            size += self.head.bytes / layout.gpus
             rows = sampled if layout.attention == "tp" else sampled * layout.gpus
-            operations["fp16"] += 2 * rows * head_share
+            operations[self.head.format] += 2 * rows * head_share
         return Part(size, dict(operations))
 
     def _experts(self, layout: Layout, tokens: float) -> Part:

@@ -37,6 +37,10 @@ Split = Literal["column", "row", "expert", "replicated"]
 ATTENTION_ROLES = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 #: The attention linear that reads the latent of MLA's cache; engines absorb it.
 LATENT_READER = "kv_b_proj"
+#: Module of the language model's head. It is stored as the source has it unless a recipe names it.
+HEAD = "lm_head"
+#: The norm whose output the head reads.
+NORM = "model.norm.weight"
 #: The linears of one MLP: dense, shared expert or routed expert.
 MLP_ROLES = ("gate_proj", "up_proj", "down_proj")
 #: The same by the input that they read: the MLP's own, then what gate and up make of it.
@@ -54,8 +58,9 @@ _SAME_INPUT = {role: roles[0] for roles in FUSED.values() for role in roles} | {
     "q_proj": "q_a_proj"
 }
 
-#: `linear` may be quantized; `high` stays in BF16 (router weight, embeddings, head, eh_proj,
-#: norms); `float32` is FP32 in the release: the router's correction bias, the indexer's norm.
+#: `linear` may be quantized; `high` stays in BF16 (router weight, embeddings, eh_proj, norms, and
+#: the head unless a recipe names it); `float32` is FP32 in the release: the router's correction
+#: bias, the indexer's norm.
 Kind = Literal["linear", "high", "float32"]
 
 
@@ -283,14 +288,19 @@ def layer_tensors(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
 
 def global_tensors(config: ModelConfig) -> list[TensorSpec]:
     """The tensors outside the decoder layers: embeddings, final norm, head."""
-    vocab, hidden = config.vocab_size, config.hidden_size
-    embedding = "model.embed_tokens.weight", (vocab, hidden)
-    head = "lm_head.weight", (vocab, hidden)
+    hidden = config.hidden_size
+    embedding = "model.embed_tokens.weight", (config.vocab_size, hidden)
     return [
         TensorSpec(*embedding, "embeddings", "high", "column", None),
-        TensorSpec("model.norm.weight", (hidden,), "norms", "high", "replicated", None),
-        TensorSpec(*head, "embeddings", "high", "column", None),
+        TensorSpec(NORM, (hidden,), "norms", "high", "replicated", None),
+        head_spec(config),
     ]
+
+
+def head_spec(config: ModelConfig) -> TensorSpec:
+    """The language model's head, [vocabulary, hidden]."""
+    shape = config.vocab_size, config.hidden_size
+    return TensorSpec(f"{HEAD}.weight", shape, "embeddings", "high", "column", None)
 
 
 def linears(config: ModelConfig, layer: int) -> list[TensorSpec]:
@@ -322,6 +332,12 @@ def count_parameters(config: ModelConfig, *, with_mtp: bool = False) -> int:
 def layer_of(module: str) -> int:
     """Decoder layer of a module: `model.layers.3.mlp.experts.7` -> 3."""
     return int(module.split(".", 3)[2])
+
+
+def is_within(module: str, layers: int) -> bool:
+    """Whether a quantized module belongs to a model of so many decoder layers: it lies in one of
+    them, or is the head."""
+    return module == HEAD or layer_of(module) < layers
 
 
 def group_of(module: str) -> Group:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from deepseek.config import ModelConfig
 from deepseek.errors import RecipeError
-from deepseek.inventory import TensorSpec, linears
+from deepseek.inventory import HEAD, TensorSpec, head_spec, linears
 from deepseek.untrusted import UnusableFileError
 from deepseek.yaml_files import StrictModel, read_yaml_mapping
 
@@ -29,7 +30,8 @@ WeightFormat = Literal[
 ]
 #: Activations entering the linear: none (weight-only), INT8 with one dynamic scale per token (per
 #: token and 128 channels beside `int8-block`), or FP8 e4m3 with one static scale per tensor,
-#: measured (`input_scale` of the artifact).
+#: measured (`input_scale` of the artifact). A product of INT8 activations and INT8 or INT4 codes is
+#: a sum of integers, which is what CPUs compute fastest.
 ActivationFormat = Literal["none", "int8", "fp8"]
 #: How a weight is rounded. `max` is round-to-nearest; the others read calibration statistics.
 Algorithm = Literal["max", "smoothquant", "awq", "gptq"]
@@ -48,7 +50,7 @@ MAX_MATCH_LENGTH, MAX_STARS = 256, 16
 
 #: Activation format -> the weight formats with which a target multiplies it.
 _ACTIVATIONS_NEED: dict[ActivationFormat, tuple[WeightFormat, ...]] = {
-    "int8": ("int8", "int8-block"),
+    "int8": ("int8", "int8-block", "int4", "int4-asym"),
     "fp8": ("int4",),
 }
 #: Setting -> the algorithm or clip that reads it.
@@ -130,6 +132,12 @@ class Scheme(StrictModel):
         return not self.weights.endswith("-asym")
 
     @property
+    def is_packed(self) -> bool:
+        """Whether an artifact stores the codes as packed words: all but INT8 that meets INT8
+        activations."""
+        return self.is_quantized and (self.bits == 4 or self.activations == "none")
+
+    @property
     def bits(self) -> int:
         """Width of a code of a quantized weight."""
         assert self.is_quantized, self.weights
@@ -137,8 +145,8 @@ class Scheme(StrictModel):
 
     @property
     def label(self) -> str:
-        """Short name for tables: `int4-g128`, `int8-a8`, `int8-block-a8`, `int4-g128-afp8`,
-        `source`."""
+        """Short name for tables: `int4-g128`, `int4-g128-a8`, `int8-a8`, `int8-block-a8`,
+        `int4-g128-afp8`, `source`."""
         group = f"-g{self.group_size}" if self.group_size else ""
         inputs = {"none": "", "int8": "-a8", "fp8": "-afp8"}[self.activations]
         return f"{self.weights}{group}{inputs}"
@@ -149,8 +157,17 @@ def source_scheme(config: ModelConfig) -> Scheme:
     return Scheme(weights="fp8-block" if config.weight_block_size else "bf16")
 
 
+#: Formats that the language model's head may have, `source` apart: a scale for each token of the
+#: vocabulary, or for groups of it. No tile lies within a token.
+_HEAD_FORMATS: tuple[WeightFormat, ...] = ("int8", "int4")
+
+
 class Rule(Scheme):
-    """A scheme for all linears whose module name matches `match` (a glob; `*` crosses dots)."""
+    """A scheme for all linears whose module name matches `match` (a glob; `*` crosses dots).
+
+    The language model's head, `lm_head`, is matched by its own name only, never by a star: it stays
+    as the source has it unless a rule names it.
+    """
 
     match: str = Field(min_length=1, max_length=MAX_MATCH_LENGTH)
 
@@ -160,6 +177,32 @@ class Rule(Scheme):
         if match.count("*") > MAX_STARS:
             raise ValueError(f"a pattern may have at most {MAX_STARS} stars")
         return match
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Rule:
+        if self.match != HEAD or self.weights == "source":
+            return self
+        if self.weights not in _HEAD_FORMATS or self.activations == "fp8":
+            raise ValueError(
+                f"{HEAD} may have weights source, {' or '.join(_HEAD_FORMATS)}, with activations "
+                f"none or int8, not {self.label}"
+            )
+        if self.algorithm not in ("max", "gptq"):
+            raise ValueError(
+                f"{self.algorithm} folds its scales into the tensor before a linear, which is not "
+                f"done for {HEAD}; use max or gptq"
+            )
+        return self
+
+    def matches(self, module: str) -> bool:
+        """Whether this rule is about a linear, or about the head, by module name."""
+        if module == HEAD:
+            return self.match == HEAD
+        return self._pattern.match(module) is not None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return _compiled(self.match)
 
     @cached_property
     def scheme(self) -> Scheme:
@@ -227,13 +270,12 @@ class Recipe(StrictModel):
         """
         if spec.is_carried:
             return _SOURCE
-        for rule, pattern in zip(reversed(self.rules), reversed(self._patterns()), strict=True):
-            if pattern.match(spec.module):
-                return rule.scheme
-        return _SOURCE
+        module = spec.module
+        return next((r.scheme for r in reversed(self.rules) if r.matches(module)), _SOURCE)
 
     def resolve(self, config: ModelConfig) -> dict[str, Scheme]:
         """Scheme of every linear by module name, with `source` replaced by the source's format.
+        The head is among them where a rule quantizes it, as the last.
 
         Raises:
             RecipeError: a rule matches no linear that may be quantized, a group size does not
@@ -241,30 +283,32 @@ class Recipe(StrictModel):
         """
         as_source = source_scheme(config)
         schemes: dict[str, Scheme] = {}
-        unmatched = dict(zip((rule.match for rule in self.rules), self._patterns(), strict=True))
+        unmatched = {rule.match: rule for rule in self.rules}
         of_carried: set[str] = set()  # rules that match a linear that no rule may change
-        for layer in range(config.num_layers_with_mtp):
-            for spec in linears(config, layer):
-                matched = [m for m, p in unmatched.items() if p.match(spec.module)]
-                if spec.is_carried:
-                    of_carried |= set(matched)
-                else:
-                    for match in matched:
-                        del unmatched[match]
-                scheme = self.scheme_for(spec)
-                if scheme.weights == "source":
-                    scheme = as_source
-                if scheme.weights == "fp8-block" and as_source.weights != "fp8-block":
-                    raise RecipeError(
-                        f"recipe {self.name!r}: {spec.module} asks for fp8-block, but the source "
-                        "is BF16; use weights: source"
-                    )
-                if scheme.group_size and spec.shape[1] % scheme.group_size:
-                    raise RecipeError(
-                        f"recipe {self.name!r}: group_size {scheme.group_size} does not divide "
-                        f"the {spec.shape[1]} inputs of {spec.module}"
-                    )
-                schemes[spec.module] = scheme
+        for spec in _quantizable(config, config.num_layers_with_mtp):
+            module = spec.module
+            matched = [match for match, rule in unmatched.items() if rule.matches(module)]
+            if spec.is_carried:
+                of_carried |= set(matched)
+            else:
+                for match in matched:
+                    del unmatched[match]
+            scheme = self.scheme_for(spec)
+            if scheme.weights == "source":
+                if module == HEAD:
+                    continue
+                scheme = as_source
+            if scheme.weights == "fp8-block" and as_source.weights != "fp8-block":
+                raise RecipeError(
+                    f"recipe {self.name!r}: {module} asks for fp8-block, but the source is BF16; "
+                    "use weights: source"
+                )
+            if scheme.group_size and spec.shape[1] % scheme.group_size:
+                raise RecipeError(
+                    f"recipe {self.name!r}: group_size {scheme.group_size} does not divide the "
+                    f"{spec.shape[1]} inputs of {module}"
+                )
+            schemes[module] = scheme
         if unmatched:
             match = next(iter(unmatched))
             what = "no linear of this model"
@@ -282,21 +326,20 @@ class Recipe(StrictModel):
         Raises:
             RecipeError: later rules decide all that a rule matches; the sentence names them.
         """
-        patterns = self._patterns()
         #: Rule that has decided nothing so far -> the later rules that decided what it matches.
         idle: dict[int, set[int]] = {index: set() for index in range(len(self.rules))}
-        for layer in range(config.num_hidden_layers):
-            for spec in linears(config, layer):
-                matching = (
-                    i for i in reversed(range(len(patterns))) if _matches(patterns[i], spec)
-                )
-                deciding = next(matching, None)
-                if deciding is None:
-                    continue
-                idle.pop(deciding, None)
-                for index in matching if idle else ():
-                    if index in idle:
-                        idle[index].add(deciding)
+        for spec in _quantizable(config, config.num_hidden_layers):
+            module = spec.module
+            matching = (
+                i for i in reversed(range(len(self.rules))) if self.rules[i].matches(module)
+            )
+            deciding = next(matching, None)
+            if deciding is None:
+                continue
+            idle.pop(deciding, None)
+            for index in matching if idle else ():
+                if index in idle:
+                    idle[index].add(deciding)
         for index, deciding_rules in idle.items():
             if deciding_rules:
                 later = sorted(deciding_rules)
@@ -307,15 +350,15 @@ class Recipe(StrictModel):
                     "wins wherever it matches; remove it, or move it after that one"
                 )
 
-    def _patterns(self) -> list[re.Pattern[str]]:
-        return [_compiled(rule.match) for rule in self.rules]
-
 
 _SOURCE = Scheme(weights="source")
 
 
-def _matches(pattern: re.Pattern[str], spec: TensorSpec) -> bool:
-    return pattern.match(spec.module) is not None
+def _quantizable(config: ModelConfig, layers: int) -> Iterator[TensorSpec]:
+    """The linears of so many decoder layers, and the head."""
+    for layer in range(layers):
+        yield from linears(config, layer)
+    yield head_spec(config)
 
 
 @lru_cache(maxsize=1024)

@@ -159,7 +159,7 @@ def emulated_bytes(
     """Bytes that an emulated engine needs: its packed tensors, its KV cache, and the largest file
     of the directory twice, as it is read and converted."""
     config = stored.config
-    tensors = packed_tensors(config, stored.schemes).values()
+    tensors = packed_tensors(config, stored.schemes, layout="torch").values()
     largest = max(file.num_bytes for file in manifest.tensor_files.values())
     token = layer_token_bytes(
         kv_layout(manifest.target, kv_cache, sparse=config.has_indexer),

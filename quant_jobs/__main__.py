@@ -446,6 +446,13 @@ def evaluate(
             "engine was built. The verdict then admits this one and no other."
         ),
     ] = None,
+    kernels: Annotated[
+        Literal["auto", "native", "torch"],
+        typer.Option(
+            help="Kernels of the embedded engine: the compiled ones, PyTorch's, or the compiled "
+            "ones where they were built."
+        ),
+    ] = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Measure an engine, or a running service, against the source of the model.
@@ -473,6 +480,7 @@ def evaluate(
         decode_tokens=decode_tokens,
         num_threads=threads,
         kv_cache=kv_cache,
+        kernels=kernels,
     )
     result: Evaluation | Served
     if url is not None and engine is None:

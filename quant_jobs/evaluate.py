@@ -26,7 +26,7 @@ from deepseek.artifact.built_engine import BuiltEngine, read_engine
 from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.artifact.verdict import EMBEDDED
 from deepseek.engine.engine import LLMEngine
-from deepseek.engine.options import EngineOptions
+from deepseek.engine.options import EngineOptions, KernelChoice
 from deepseek.errors import ArtifactError, CalibrationError
 from deepseek.inventory import tensors
 from deepseek.outputs import check_apart, check_directory, check_writable, make_directory
@@ -81,13 +81,15 @@ REFERENCE_FOLDER = "reference"
 class Settings:
     """How much to measure. `num_blocks` and `block_tokens` None: 24 and 512, or as the stored
     reference has them. `decode_tokens` 0 skips the speed measurement; `num_threads` None takes all
-    cores but one; `kv_cache` None measures the KV format that the engine was built with."""
+    cores but one; `kv_cache` None measures the KV format that the engine was built with;
+    `kernels` is the engine's option."""
 
     num_blocks: int | None = None
     block_tokens: int | None = None
     decode_tokens: int = 32
     num_threads: int | None = None
     kv_cache: CacheFormat | None = None
+    kernels: KernelChoice = "auto"
 
 
 def run_evaluate(
@@ -292,7 +294,12 @@ def _load_source(directory: Path, settings: Settings) -> LLMEngine:
 
 def _engine_options(kv_cache: CacheFormat | None, settings: Settings) -> EngineOptions:
     """Every token of what is judged is computed for it."""
-    return EngineOptions(kv_cache=kv_cache, num_threads=settings.num_threads, prefix_cache=False)
+    return EngineOptions(
+        kv_cache=kv_cache,
+        num_threads=settings.num_threads,
+        kernels=settings.kernels,
+        prefix_cache=False,
+    )
 
 
 def _load_text(

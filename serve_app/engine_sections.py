@@ -82,6 +82,11 @@ class EmbeddedOptions(Section):
         description="CPU threads of one replica; null: as many as the pool's `cpus`, or all cores "
         "but one where those are less than one",
     )
+    kernels: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="`native` is the compiled extension, `torch` the slow reference; `auto` takes "
+        "the extension where it was built",
+    )
 
 
 class TrtllmOptions(Section):

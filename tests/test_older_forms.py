@@ -15,7 +15,6 @@ from deepseek.artifact.engine_manifest import read_engine_manifest
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.verdict import read_verdict
 from deepseek.engine.engine import LLMEngine
-from deepseek.engine.options import EngineOptions
 from deepseek.errors import ArtifactError
 from quant_jobs.build import BuildOptions, run_build
 from quant_jobs.evaluation.record import read_evaluation
@@ -55,14 +54,12 @@ def test_an_engine_of_form_1_is_refused() -> None:
     )
 
 
-def test_an_engine_of_form_2_is_loaded_and_answers_as_one_built_today(tmp_path: Path) -> None:
+def test_an_embedded_engine_whose_tensors_lie_as_torch_wanted_them_is_refused() -> None:
+    """Its manifest is still read, and a verdict beside it; its loader wants native tensors."""
     engine = read_engine(OLD / "engine-2")
     assert engine.artifact_digest == ArtifactReader(OLD / "artifact-2").digest
-    run_build(OLD / "artifact-2", "embedded", tmp_path / "engine", BuildOptions())
-    ids = torch.arange(20)
-    options = EngineOptions(kv_cache="bf16")
-    old, new = (LLMEngine.load(path, options) for path in (OLD / "engine-2", tmp_path / "engine"))
-    assert torch.equal(old.score(ids), new.score(ids))
+    with pytest.raises(ArtifactError, match=r"engine-2 was built by a version whose tensors lie"):
+        LLMEngine.load(OLD / "engine-2")
 
 
 def test_a_verdict_beside_an_engine_of_form_1_is_refused_with_the_engine() -> None:

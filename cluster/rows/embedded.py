@@ -10,6 +10,8 @@ from cluster.matrix import (
     EVERYTHING,
     FORMATS,
     FP8,
+    HEAD,
+    HEAD_FORMATS,
     INDEXER,
     KV,
     KV_FORMATS,
@@ -21,6 +23,7 @@ from cluster.matrix import (
 
 _CACHE = "deepseek/engine/kv_cache.py"
 _TEST = "tests/deepseek/engine/test_linear.py"
+_HEAD_TEST = "tests/quant_jobs/test_head.py"
 _KV_TEST = "tests/deepseek/engine/test_kv_cache.py"
 
 ROWS: tuple[Row, ...] = (
@@ -28,6 +31,8 @@ ROWS: tuple[Row, ...] = (
         "the embedded engine runs on the CPU so far", ELSEWHERE),
     Row("embedded", CPU, PARTS, FORMATS, True, "deepseek/engine/linear.py", "executed",
         test=_TEST),
+    Row("embedded", CPU, HEAD, HEAD_FORMATS, True, "deepseek/engine/packed_layout.py", "executed",
+        test=_HEAD_TEST),
     Row("embedded", CPU, INDEXER, BF16 | FP8, True, "deepseek/engine/packed_layout.py", "executed",
         test=_TEST),
     Row("embedded", CPU, KV, KV_FORMATS, True, _CACHE, "executed", test=_KV_TEST),

@@ -18,8 +18,11 @@ from cluster.matrix import (
     EVERYTHING,
     FP8,
     G128,
+    HEAD,
+    HEAD_FORMATS,
     INDEXER,
     INT4,
+    INT4_A8,
     INT4_ASYM,
     INT8_ASYM,
     INT8_BLOCK,
@@ -34,6 +37,7 @@ from cluster.matrix import (
     V3_PARTS,
     W4A8,
     W4A8_G128,
+    W4A8_INT8,
     W8A8,
     W8A16,
     Mix,
@@ -41,7 +45,14 @@ from cluster.matrix import (
     cells,
 )
 from deepseek.sglang.loadable import NEEDS_SM90 as _NEEDS_SM90
-from deepseek.sglang.loadable import NO_EXPERT_ZERO_POINTS, NO_INT8_EXPERTS, NO_STATIC_FP8
+from deepseek.sglang.loadable import (
+    NO_EXPERT_ZERO_POINTS,
+    NO_HEAD,
+    NO_INT4_A8,
+    NO_INT4_A8_EXPERTS,
+    NO_INT8_EXPERTS,
+    NO_STATIC_FP8,
+)
 
 #: Form of the artifact that the rows below are about; older ones say `mixed-precision` for it all.
 ARTIFACT_FORM = 3
@@ -84,6 +95,7 @@ _NO_MIXED_FP8 = (
 )
 _GPUS = SM80 | SM90
 
+_HEAD = "SGLang compressed_tensors.py get_lm_head_scheme, logits_processor.py"
 _HARDWARE = (
     Row("sglang", CPU, EVERYTHING, ANY, False, "SGLang w8a8_int8.py, amx_utils.py", "read",
         "its CPU kernels need AMX, and its CPU backend is not a target of ours", ELSEWHERE),
@@ -120,6 +132,14 @@ _PACKED_LINEARS = (
     Row("sglang", _GPUS, PARTS, INT4_ASYM, True, _CT, "read", kernels="inferred"),
     Row("sglang", _GPUS, PARTS, W8A16 | INT4, True, _CT, "read", kernels="read"),
 )  # fmt: skip
+_INT4_A8 = (
+    Row("sglang", _GPUS, ROUTED, W4A8_INT8, False,
+        "SGLang compressed_tensors.py _is_wint4afp8, get_moe_scheme", "read", NO_INT4_A8_EXPERTS,
+        ADD_RULES, _SYMMETRIC),
+    Row("sglang", _GPUS, PARTS, W4A8_INT8, False,
+        "SGLang compressed_tensors.py _get_scheme_from_parts", "read", NO_INT4_A8, ADD_RULES,
+        _SYMMETRIC),
+)  # fmt: skip
 _KV_ROWS = (
     Row("sglang", _GPUS, KV, frozenset({"bf16"}), True, _KV, "read", kernels="read"),
     Row("sglang", SM90, KV, frozenset({"fp8"}), True, f"{_KV}, flashattention_backend.py", "read",
@@ -141,6 +161,9 @@ ROWS: tuple[Row, ...] = (
         kernels="read", test=TEST),
     Row("sglang", _GPUS, PARTS, INT8_BLOCK, True, "SGLang blockwise_int8.py", "read",
         kernels="read"),
+    Row("sglang", _GPUS, HEAD, HEAD_FORMATS, False, f"{_W8A8}, {_HEAD}", "read", NO_HEAD,
+        ADD_RULES),
+    *_INT4_A8,
     Row("sglang", SM80, ROUTED, W4A8, False, _W4A8, "read", _NEEDS_SM90,
         ADD_RULES, _SYMMETRIC, stops="kernels"),
     Row("sglang", SM90, ROUTED, W4A8_G128, True, _W4A8, "executed",
@@ -158,6 +181,12 @@ ROWS: tuple[Row, ...] = (
 #: The artifact as it is (form 3, whose top-level format is that of the routed experts).
 ARTIFACT_ROWS: tuple[Row, ...] = (
     *_HARDWARE,
+    Row("sglang", _GPUS, HEAD, W8A8 | INT4, True, _HEAD, "read", kernels="read"),
+    Row("sglang", _GPUS, HEAD, W8A16, False, _SCALES, "read", NO_FP32_SCALES, ADD_RULES),
+    Row("sglang", _GPUS, HEAD, INT4_A8, False,
+        "SGLang compressed_tensors.py _get_scheme_from_parts", "read", NO_INT4_A8, ADD_RULES,
+        _SYMMETRIC),
+    *_INT4_A8,
     Row("sglang", _GPUS, ROUTED, W8A8, False, _CT, "executed", NO_INT8_EXPERTS,
         "Build it with `build --target sglang`, or start it with --quantization w8a8_int8",
         test=TEST),
@@ -203,5 +232,5 @@ MIXES: tuple[Mix, ...] = (
 #: In the artifact W8A8 linears may stand beside packed ones.
 ARTIFACT_MIXES: tuple[Mix, ...] = (
     Mix("sglang", "compressed-tensors", "compressed-tensors", _GPUS,
-        _PACKED_CELLS | cells(PARTS - ROUTED, W8A8), "int4"),
+        _PACKED_CELLS | cells(PARTS - ROUTED | HEAD, W8A8) | cells(HEAD, INT4), "int4"),
 )  # fmt: skip

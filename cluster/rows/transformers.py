@@ -16,8 +16,11 @@ from cluster.matrix import (
     FORMATS,
     FP8,
     G128,
+    HEAD,
     INDEXER,
+    INT4,
     INT4_ASYM,
+    INT4_ASYM_A8,
     INT8_ASYM,
     INT8_BLOCK,
     KV,
@@ -28,6 +31,7 @@ from cluster.matrix import (
     V3_PARTS,
     W4A8,
     W4A8_G128,
+    W4A8_INT8,
     W8A8,
     W8A16,
     Row,
@@ -63,6 +67,9 @@ _OTHERS = (
 
 ROWS: tuple[Row, ...] = (
     *_OTHERS,
+    Row("transformers", _ALL, PARTS | HEAD, W4A8_INT8, True, _CT, "read", NO_INT8_INPUTS),
+    Row("transformers", _ALL, HEAD, W8A8, True, _CT, "read", NO_INT8_INPUTS),
+    Row("transformers", _ALL, HEAD, W8A16 | INT4, True, _CT, "read"),
     Row("transformers", _ALL, V3_PARTS, W8A8 | INT8_BLOCK, True, _CT, "executed", NO_INT8_INPUTS,
         test=TEST),
     Row("transformers", _ALL, PARTS, W8A8 | INT8_BLOCK, True, _CT, "read", NO_INT8_INPUTS),
@@ -76,6 +83,10 @@ ROWS: tuple[Row, ...] = (
 
 ARTIFACT_ROWS: tuple[Row, ...] = (
     *_OTHERS,
+    Row("transformers", _ALL, ROUTED, INT4_ASYM_A8, False, _CT, "read", AS_IS_ZERO_POINTS, _BUILD),
+    Row("transformers", _ALL, PARTS | HEAD, W4A8_INT8, True, _CT, "read", NO_INT8_INPUTS),
+    Row("transformers", _ALL, HEAD, W8A8, True, _CT, "read", NO_INT8_INPUTS),
+    Row("transformers", _ALL, HEAD, W8A16 | INT4, True, _CT, "read"),
     Row("transformers", _ALL, ROUTED, W8A8 | INT8_BLOCK, False, _CT, "executed", AS_IS_W8A8, _BUILD,
         test=TEST),
     Row("transformers", _ALL, ROUTED, INT8_ASYM | ASYM_G128, False, _CT, "executed",
@@ -93,7 +104,7 @@ ARTIFACT_ROWS: tuple[Row, ...] = (
 
 #: Of the artifact as it is.
 UNIFORM: tuple[Uniform, ...] = (
-    Uniform("transformers", PARTS - ROUTED | INDEXER,
+    Uniform("transformers", PARTS - ROUTED | INDEXER | HEAD,
             "transformers integrations/compressed_tensors.py get_dense_scheme", "read",
             AS_IS_MIXED_LINEARS),
     Uniform("transformers", ROUTED,

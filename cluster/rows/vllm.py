@@ -19,8 +19,10 @@ from cluster.matrix import (
     EVERYTHING,
     FP8,
     G128,
+    HEAD,
     INDEXER,
     INT4,
+    INT4_A8,
     INT4_ASYM,
     INT8_ASYM,
     INT8_BLOCK,
@@ -33,6 +35,7 @@ from cluster.matrix import (
     V3_PARTS,
     W4A8,
     W4A8_G128,
+    W4A8_INT8,
     W8A8,
     W8A16,
     Row,
@@ -40,8 +43,10 @@ from cluster.matrix import (
 from deepseek.vllm.loadable import (
     MACHETE_OUTPUTS,
     NO_EXPERT_ZERO_POINTS,
+    NO_INT4_A8_EXPERTS,
     NO_STATIC_FP8,
     NO_ZERO_POINTS_SM80,
+    WEIGHT_ONLY,
 )
 
 TEST = "tests/interop/test_vllm_model.py"
@@ -50,6 +55,7 @@ _MOE = "vLLM compressed_tensors_moe.py get_moe_method"
 _INDEXER = "vLLM vllm/models/deepseek_v32, deepseek_v2.py Indexer"
 _MARLIN_MOE = "vLLM oracle/int_wna16.py, marlin_moe.py _supports_quant_scheme"
 _KERNELS = "vLLM kernels/linear/__init__.py, mixed_precision/machete.py, marlin.py"
+_HEAD = "vLLM compressed_tensors.py get_quant_method, vocab_parallel_embedding.py"
 _KV = "vLLM v1/attention/backends/mla"
 
 _NO_TILES = "its INT8 kernels have a scale per channel or tensor, none per tile"
@@ -97,6 +103,14 @@ ROWS: tuple[Row, ...] = (
         test=TEST),
     Row("vllm", SM90, PARTS, INT8_ASYM, True, _KERNELS, "read",
         "zero points of 8 bits go through Machete; smoke-test the wheel", kernels="inferred"),
+    Row("vllm", SM80 | SM90, HEAD, W8A8 | W8A16 | INT4, True, _HEAD, "read", kernels="read"),
+    Row("vllm", SM80 | SM90, HEAD, INT4_A8, True, _HEAD, "read", WEIGHT_ONLY, kernels="read"),
+    Row("vllm", SM80 | SM90, ROUTED, W4A8_INT8, False,
+        "vLLM compressed_tensors_moe.py get_moe_method, oracle/w4a8_int8.py", "read",
+        NO_INT4_A8_EXPERTS, ADD_RULES, _SYMMETRIC),
+    Row("vllm", SM80 | SM90, PARTS, W4A8_INT8, True,
+        "vLLM compressed_tensors.py _is_wNaM_int, compressed_tensors_wNa8.py, "
+        "kernels/linear/__init__.py", "read", WEIGHT_ONLY, kernels="read"),
     Row("vllm", SM80 | SM90, ROUTED, W4A8_G128, False, "vLLM compressed_tensors.py _is_fp8_w4a8",
         "executed", NO_STATIC_FP8, ADD_RULES, _SYMMETRIC, test=TEST),
     Row("vllm", SM80 | SM90, PARTS, W4A8, False, "vLLM compressed_tensors.py _is_fp8_w4a8", "read",

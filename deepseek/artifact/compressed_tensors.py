@@ -2,7 +2,8 @@
 
 There is one config group per scheme. Loaders find the group of a linear by matching its module name
 against the `targets` of each group, regular expressions that apply from the start of the name.
-Modules that stay in high precision are in `ignore`. The targets are derived from the resolved
+Modules that stay in high precision are in `ignore`, the head among them unless a rule of the recipe
+names it: then it is a target of its group. The targets are derived from the resolved
 schemes, not from the text of the recipe, by a greedy cover, so that they are few and readable. Then
 they are checked against every linear of the model: each linear matches targets of its own group
 only, and nothing else matches any target.
@@ -11,7 +12,7 @@ Formats (compressed-tensors 0.20): INT8 with INT8 activations is `int-quantized`
 `pack-quantized`, FP8 blocks are `float-quantized`; a mix is `mixed-precision` with the format named
 per group. INT8 without activations is packed too, because no loader takes plain int8 there. INT4
 with FP8 activations is packed with static per-tensor input activations, `input_scale` beside each
-weight.
+weight; INT4 with INT8 activations is packed with dynamic ones per token.
 
 Two things are there for SGLang, whose code looks nowhere else (`CompressedTensorsWNA16MoE`,
 `weight_block_size`); they came with form 3 of the manifest. The format at the top is
@@ -36,7 +37,7 @@ from typing import Any
 
 from deepseek.artifact.manifest import FORMAT_VERSION
 from deepseek.config import ModelConfig
-from deepseek.inventory import ATTENTION_ROLES, expert_of, layer_of, tensors
+from deepseek.inventory import ATTENTION_ROLES, HEAD, expert_of, is_within, tensors
 from deepseek.recipe import Scheme
 
 #: Fragments of module names below `layers.N.`, widest first. None of them matches a module that is
@@ -69,8 +70,20 @@ _FRAGMENTS_WITH_INDEXER = (
 #: Class of a linear module, as a target: only what no pattern names is matched by it.
 LINEAR_CLASS = "Linear"
 
-#: A linear as (layer, rest of its module name).
+#: Inputs in INT8 with one scale per token, found while the engine runs.
+_INT8_TOKENS = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "dynamic": True,
+    "strategy": "token",
+}
+
+#: A linear as (layer, rest of its module name). The head lies behind all layers.
 _Place = tuple[int, str]
+_HEAD_PLACE: _Place = (-1, HEAD)
+#: A pattern, because transformers takes a group with a plain name for that of the experts.
+_HEAD_TARGET = f"re:{HEAD}$"
 
 
 def quantization_config(
@@ -95,7 +108,7 @@ def quantization_config(
     order = sorted(places, key=lambda scheme: (-len(places[scheme]), scheme.label))
     for number, scheme in enumerate(order):
         groups[f"group_{number}"] = _group(scheme, _targets(places[scheme], all_places, fragments))
-    ignore = ["lm_head", "re:.*[.]mlp[.]gate"]
+    ignore = [*([] if HEAD in schemes else [HEAD]), "re:.*[.]mlp[.]gate"]
     if config.has_indexer:
         ignore.append("re:.*[.]indexer[.]weights_proj")
     if config.num_nextn_predict_layers:
@@ -131,7 +144,7 @@ def _groups_of_experts(
     found = {
         _as_stored(scheme)
         for module, scheme in schemes.items()
-        if expert_of(module) is not None and layer_of(module) < config.num_hidden_layers
+        if expert_of(module) is not None and is_within(module, config.num_hidden_layers)
     }
     return [f"group_{number}" for number, scheme in enumerate(order) if scheme in found]
 
@@ -161,6 +174,8 @@ def matches(target: str, name: str) -> bool:
 
 
 def _place(module: str) -> _Place:
+    if module == HEAD:
+        return _HEAD_PLACE
     layer, rest = module.removeprefix("model.layers.").split(".", 1)
     return int(layer), rest
 
@@ -181,7 +196,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         case "int8" | "int8-asym":
             weights |= {"symmetric": scheme.is_symmetric, "strategy": "channel"}
             if scheme.activations == "int8":
-                inputs = weights | {"strategy": "token", "dynamic": True}
+                inputs = dict(_INT8_TOKENS)
             else:
                 form = "pack-quantized"
         case "int4" | "int4-asym":
@@ -192,7 +207,9 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
                 "group_size": scheme.group_size,
             }
             form = "pack-quantized"
-            if scheme.activations == "fp8":
+            if scheme.activations == "int8":
+                inputs = dict(_INT8_TOKENS)
+            elif scheme.activations == "fp8":
                 inputs = {
                     "num_bits": 8,
                     "type": "float",
@@ -246,7 +263,7 @@ def _targets(places: set[_Place], all_places: set[_Place], fragments: Iterable[s
             pattern = _layer_pattern(pure, set(by_layer)) + fragment + "$"
             candidates[pattern] = {place for place in matched if place[0] in pure}
     chosen: list[str] = []
-    rest = set(places)
+    rest = set(places) - {_HEAD_PLACE}
     while rest:
         best = max(candidates, key=lambda p: (len(candidates[p] & rest), -len(p), p), default=None)
         if best is None or not candidates[best] & rest:
@@ -254,7 +271,8 @@ def _targets(places: set[_Place], all_places: set[_Place], fragments: Iterable[s
             break
         chosen.append(best)
         rest -= candidates.pop(best)
-    return [f"re:{pattern}" for pattern in chosen]
+    named = [_HEAD_TARGET] if _HEAD_PLACE in places else []
+    return [f"re:{pattern}" for pattern in chosen] + named
 
 
 def _layer_pattern(layers: set[int], all_layers: set[int]) -> str:

@@ -37,7 +37,7 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import layer_file
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, first_problem
-from deepseek.inventory import linears
+from deepseek.inventory import HEAD, linears
 from deepseek.recipe import Scheme
 from deepseek.source.index import INDEX_FILE
 from deepseek.tensor_files import DTYPE_NAMES, tensor_digest
@@ -220,14 +220,18 @@ def check_schemes(
         for spec in linears(config, layer)
     }
     path = directory / ENGINE_FILE
+    recipe: Mapping[str, Scheme] = {}
+    if built.manifest is not None:
+        recipe = built.manifest.recipe.resolve(built.config)
+    if HEAD in recipe:
+        modules.add(HEAD)
     if different := sorted(modules ^ engine.schemes.keys()):
         state = "lacks" if different[0] in modules else "has the unknown"
         raise ArtifactError(
             f"{path} {state} linear {untrusted.show_name(different[0])} for the model of "
             "config.json; build again"
         )
-    if built.manifest is not None:
-        recipe: Mapping[str, Scheme] = built.manifest.recipe.resolve(built.config)
+    if recipe:
         for module, scheme in engine.schemes.items():
             if recipe[module].weights != scheme.weights:
                 raise ArtifactError(
@@ -289,7 +293,7 @@ def check_headers(
             if path.name != layer_file(layer):
                 raise ArtifactError(f"{path} holds {key}, which belongs into {layer_file(layer)}")
             dtype = DTYPE_NAMES[entry.dtype]
-            if tensor.spec.kind == "linear" and dtype != tensor.dtype:
+            if tensor.is_linear and dtype != tensor.dtype:
                 raise ArtifactError(
                     f"tensor {key} in {path} is {dtype}, not {tensor.dtype}; build again"
                 )

@@ -114,7 +114,7 @@ def _expected(
     return {
         name: (
             tensor.shape,
-            (DTYPES[tensor.dtype],) if tensor.spec.kind == "linear" else HIGH_DTYPES,
+            (DTYPES[tensor.dtype],) if tensor.is_linear else HIGH_DTYPES,
         )
         for name, tensor in layout.items()
     }

@@ -28,6 +28,12 @@ class StoredTensor:
     suffix: str
 
     @property
+    def is_linear(self) -> bool:
+        """Whether this is a part of a linear (a quantized head among them); else it is taken over
+        as the checkpoint has it."""
+        return self.suffix != self.spec.role
+
+    @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 

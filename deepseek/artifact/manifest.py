@@ -20,7 +20,7 @@ from deepseek.artifact.input_maxima import INPUT_MAXIMA_FILE, InputOutlier
 from deepseek.config import ModelConfig
 from deepseek.errors import ArtifactError, first_problem
 from deepseek.files import canonical_json, read_json_object, write_json
-from deepseek.inventory import linears
+from deepseek.inventory import HEAD, linears
 from deepseek.recipe import KVFormat, Recipe
 
 MANIFEST_FILE = "intserve.json"
@@ -176,7 +176,7 @@ def check_figures(manifest: Manifest, config: ModelConfig, path: Path) -> None:
         )
 
     layers = range(config.num_hidden_layers)
-    modules = {spec.module for layer in layers for spec in linears(config, layer)}
+    modules = {spec.module for layer in layers for spec in linears(config, layer)} | {HEAD}
     for record in manifest.layers:
         for module in record.errors:
             if module not in modules:

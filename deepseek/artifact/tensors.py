@@ -43,7 +43,7 @@ def expected_tensors(
     specs = global_tensors(config) if layer == "globals" else layer_tensors(config, layer)
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
     for spec in specs:
-        if spec.kind != "linear":
+        if spec.module not in schemes:
             expected[spec.name] = (spec.shape, HIGH_DTYPES)
             continue
         stored = stored_shapes(schemes[spec.module], spec.shape[0], spec.shape[1])
@@ -55,8 +55,9 @@ def expected_tensors(
 def store_tensor(tensor: SourceTensor, scheme: Scheme | None) -> dict[str, Tensor]:
     """A source tensor as the artifact stores it, by full name, with no calibration.
 
-    `scheme` is None for a tensor that is not a linear; it keeps its values. FP8 blocks that stay
-    FP8 blocks keep their bits; every other linear is rounded to nearest in the scheme's format.
+    `scheme` is None for a tensor that is no linear and no quantized head; it keeps its values. FP8
+    blocks that stay FP8 blocks keep their bits; all else is rounded to nearest in the scheme's
+    format.
 
     Raises:
         CheckpointError: the format cannot hold the values; the sentence names the tensor.

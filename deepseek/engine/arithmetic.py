@@ -85,7 +85,8 @@ class Arithmetic:
         static_inputs: W4A8. "divide" quantizes x / s; "reciprocal" x * (1 / s) in FP32;
             "bf16-reciprocal" x * bf16(1 / s), itself rounded to BF16; "none" leaves the input
             alone.
-        token_inputs: W8A8. "int8" quantizes per token; "none" leaves the input alone.
+        token_inputs: W8A8. "int8" quantizes per token; "none" leaves the input alone, as every
+            target does beside INT4 weights.
         rounded_weights: formats whose dequantized values are rounded to BF16 before the product.
         absorbed: the halves of kv_b_proj. "fp8" where they stay FP8 tiles whose inputs are
             quantized as `block_inputs`, if kv_b_proj is stored so; else rounded to that type.

@@ -1,14 +1,16 @@
-"""The tokens of one step as tensors, in the form that the forward pass wants them.
+"""The tokens of one step as tensors, in the forms that the forward passes want them.
 
-Single tokens (decodes) come first, longest context first, as one attention group; each longer chunk
-is a group of its own. Attention walks the context in blocks of `BLOCK_TOKENS`, and the page tables
-and causal masks of all blocks are made here once, for all layers.
+Single tokens (decodes) come first, longest context first. For PyTorch's kernels they are one
+attention group, and each longer chunk is a group of its own: attention walks the context in blocks
+of `BLOCK_TOKENS`, and the page tables and causal masks of all blocks are made once, for all layers.
+The native kernels want the spans and their page tables alone. Neither pays for the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 
 import torch
@@ -57,49 +59,65 @@ class Group:
         return slice(self.first, self.first + self.num_sequences * self.length)
 
 
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """T tokens: ids, positions and cache slots, int64 [T] each, and their attention groups.
+    """T tokens: the spans in the order of their rows, and what a model needs of them, made when it
+    is asked for. `last_rows[i]` is the row of the last token of the i-th span given."""
 
-    `last_rows[i]` is the row of the last token of the i-th span given.
-    """
+    def __init__(self, spans: list[Span], page_tokens: int, last_rows: list[int]) -> None:
+        self.spans, self.page_tokens, self.last_rows = spans, page_tokens, last_rows
 
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    groups: list[Group]
-    last_rows: list[int]
+    @cached_property
+    def token_ids(self) -> Tensor:
+        """int64 [T]"""
+        return torch.tensor([token for span in self.spans for token in span.token_ids])
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T]"""
+        return torch.tensor([p for span in self.spans for p in range(span.start, span.stop)])
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Place in the cache of each token, page * S + offset, int64 [T]."""
+        slots: list[int] = []
+        for span in self.spans:
+            for position in range(span.start, span.stop):
+                page, offset = divmod(position, self.page_tokens)
+                slots.append(span.pages[page] * self.page_tokens + offset)
+        return torch.tensor(slots)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The attention groups of PyTorch's kernels: all single tokens, then each chunk."""
+        singles = [span for span in self.spans if len(span.token_ids) == 1]
+        groups = [_make_group(0, singles, self.page_tokens)] if singles else []
+        first = len(singles)
+        for span in self.spans[len(singles) :]:
+            groups.append(_make_group(first, [span], self.page_tokens))
+            first += len(span.token_ids)
+        return groups
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """For the native kernels, int32: number of tokens and position of the first of each span,
+        [S, 2]; the pages of each span, [S, most pages of a span], filled up with the zero page."""
+        pages = [span.pages[: -(-span.stop // self.page_tokens)] for span in self.spans]
+        width = max(map(len, pages))
+        rows = [row + [ZERO_PAGE] * (width - len(row)) for row in pages]
+        sizes = [[len(span.token_ids), span.start] for span in self.spans]
+        return torch.tensor(sizes, dtype=torch.int32), torch.tensor(rows, dtype=torch.int32)
 
 
 def make_batch(spans: Items[Span], page_tokens: int) -> Batch:
     """Lay the spans of one step out in rows."""
     assert BLOCK_TOKENS % page_tokens == 0
     order = sorted(range(len(spans)), key=lambda i: _rank(spans[i]))
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
     last_rows = [0] * len(spans)
+    num_rows = 0
     for i in order:
-        span = spans[i]
-        token_ids += span.token_ids
-        for position in range(span.start, span.stop):
-            positions.append(position)
-            page, offset = divmod(position, page_tokens)
-            slots.append(span.pages[page] * page_tokens + offset)
-        last_rows[i] = len(token_ids) - 1
-    singles = [spans[i] for i in order if len(spans[i].token_ids) == 1]
-    groups = [_make_group(0, singles, page_tokens)] if singles else []
-    first = len(singles)
-    for span in (spans[i] for i in order[len(singles) :]):
-        groups.append(_make_group(first, [span], page_tokens))
-        first += len(span.token_ids)
-    return Batch(
-        torch.tensor(token_ids),
-        torch.tensor(positions),
-        torch.tensor(slots),
-        groups,
-        last_rows,
-    )
+        num_rows += len(spans[i].token_ids)
+        last_rows[i] = num_rows - 1
+    return Batch([spans[i] for i in order], page_tokens, last_rows)
 
 
 def _rank(span: Span) -> tuple[bool, int]:

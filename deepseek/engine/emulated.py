@@ -15,6 +15,9 @@ batch. Rules, by weight format, with the kernels whose rules they are:
     int8, int8-asym  code - zero, the FP32 sum times the scale (Marlin, per channel), or the weight
                      rounded to BF16 first (fpA_intB)
     int8, W8A8       codes of both sides, exact integer sums, then both scales in FP32
+    int4, W4A8 INT8  as int4: only the engine's own kernels multiply codes of both sides. vLLM loads
+                     it and chooses its kernels by the weight, transformers dequantizes; the others
+                     refuse it
     int8-block       codes of both sides, exact sums per tile of 128, times both scales in FP32
     fp8-block        the dequantized input times the dequantized weight: the tiles' FP32 sums times
                      both scales, up to the order of FP32 additions
@@ -194,6 +197,28 @@ class Int4Weight:
         return values.bfloat16().float() if self._rounded else values
 
 
+class Int4GroupWeight:
+    """The tensors of `Int4DynamicLinear`, by groups."""
+
+    scale: Tensor | None = None
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, rounded: bool
+    ) -> None:
+        self._codes, self._scale, self._zero_point = codes, scale, zero_point
+        self._rounded = rounded
+        zero_bytes = 0 if zero_point is None else zero_point.nbytes
+        self.num_bytes = codes.nbytes + scale.nbytes + zero_bytes
+
+    def values(self) -> Tensor:
+        steps = torch.stack((self._codes & 15, self._codes >> 4), dim=-1).flatten(2).float() - 8
+        if self._zero_point is not None:
+            steps -= self._zero_point[..., None]
+        steps *= self._scale[..., None].float()
+        values = steps.transpose(0, 1).flatten(1)
+        return values.bfloat16().float() if self._rounded else values
+
+
 def unpack_tiles(packed: Tensor, group_size: int) -> Tensor:
     """INT4 weights in this CPU's tile order -> uint8 [N, K/2] in the order of rows, column 2 i in
     the low bits; values 0..15.
@@ -221,6 +246,8 @@ def make_target_linear(
 ) -> TargetLinear | Int8TileTargetLinear:
     """The linear of `make_linear` in a target's arithmetic, from the same tensors."""
     match scheme.weights:
+        case "int4" | "int4-asym" if scheme.activations == "int8":
+            return _int4_values(scheme, tensors, kernels)
         case "int4" | "int4-asym":
             return _int4_linear(scheme, tensors, kernels)
         case "int8" | "int8-asym":
@@ -252,6 +279,13 @@ def _int4_linear(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels
     if rule != "none":
         round_input = functools.partial(round_static_fp8, input_scale=input_scale, rule=rule)
     return TargetLinear(weight, round_input, kernels, extra_bytes=input_scale.nbytes)
+
+
+def _int4_values(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels) -> TargetLinear:
+    """INT4 with INT8 inputs, of which every target computes the weight's part alone."""
+    stored = tensors["codes"], tensors["scale"], tensors.get("zero_point")
+    rounded = scheme.weights in kernels.arithmetic.rounded_weights
+    return TargetLinear(Int4GroupWeight(*stored, rounded=rounded), keep_input, kernels)
 
 
 def _int8_linear(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels) -> TargetLinear:

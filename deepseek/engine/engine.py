@@ -22,7 +22,6 @@ from deepseek.engine.detokenizer import Detokenizer, Tokenizer
 from deepseek.engine.kv_cache import LatentCache, check_cache_format
 from deepseek.engine.limits import RequestLimits
 from deepseek.engine.logprob_names import LogprobNamer
-from deepseek.engine.model import Model
 from deepseek.engine.opening import Opened, open_checkpoint, open_directory, open_stored
 from deepseek.engine.options import EngineIdentity, EngineLoad, EngineOptions
 from deepseek.engine.pages import PagePool
@@ -36,7 +35,7 @@ from deepseek.engine.request import (
     StepOutput,
     TokenLogprob,
 )
-from deepseek.engine.runner import Runner
+from deepseek.engine.runner import Runner, StepModel
 from deepseek.engine.scheduler import Chunk, Scheduler
 from deepseek.engine.tracked import Tracked
 from deepseek.errors import DeployError, RequestError
@@ -56,7 +55,7 @@ class LLMEngine:
 
     def __init__(
         self,
-        model: Model,
+        model: StepModel,
         identity: EngineIdentity,
         options: EngineOptions,
         *,

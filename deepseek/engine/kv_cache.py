@@ -13,7 +13,8 @@ lists the layouts and their bytes. What each rounds:
                 its large values, which depend on the position, would set the scale of the latent
     fp32        nothing; for exactness tests
 
-`read` returns f32, dequantized: BF16 matrix products are slower than FP32 ones on CPUs without AMX.
+`write` and `read` are PyTorch's kernels'; `read` returns f32, dequantized. The native kernels read
+and write the same bytes in place.
 Page 0 stays zero and pads short page tables (pages.py). The engine clears a page whenever the page
 gets an owner, so the unused tail of a page is zeros, never a former owner's data (or, in tests, the
 NaN that poisons free pages).
@@ -66,7 +67,8 @@ def cache_bytes(config: ModelConfig, layout: KVLayout, num_pages: int, page_toke
 
 
 class LatentCache:
-    """Storage for `num_pages` pages plus the zero page."""
+    """Storage for `num_pages` pages plus the zero page: `tensors` are [L, P, S, width] each. `int8`
+    and `fp8-tiles` have latents, scales and rotary keys, the other layouts one tensor."""
 
     def __init__(
         self, config: ModelConfig, layout: KVLayout, num_pages: int, page_tokens: int
@@ -75,6 +77,7 @@ class LatentCache:
         self.layout = layout
         shape = (config.num_hidden_layers, num_pages + 1, page_tokens)
         latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
+        self.latent = latent
         parts: dict[KVLayout, list[tuple[int, torch.dtype]]] = {
             "bf16": [(latent + rope, torch.bfloat16)],
             "fp32": [(latent + rope, torch.float32)],
@@ -86,27 +89,27 @@ class LatentCache:
                 (rope, torch.bfloat16),
             ],
         }
-        self._tensors = [
+        self.tensors = [
             torch.zeros((*shape, width), dtype=dtype)  # [L, P, S, width]
             for width, dtype in parts[layout]
         ]
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def clear(self, pages: list[int]) -> None:
         """Zero these pages in all layers. The caller does so whenever a page gets an owner."""
         if pages:
             assert ZERO_PAGE not in pages
             index = torch.tensor(pages)
-            for tensor in self._tensors:
+            for tensor in self.tensors:
                 _bits(tensor).index_fill_(1, index, 0)
 
     def poison(self, pages: list[int]) -> None:
         """Fill these pages with NaN, so that any use of them shows (tests)."""
         index = torch.tensor(pages, dtype=torch.int64)
-        for tensor in self._tensors:
+        for tensor in self.tensors:
             if tensor.is_floating_point():
                 nan = torch.tensor(float("nan")).to(tensor.dtype)
                 _bits(tensor).index_fill_(1, index, _bits(nan).item())
@@ -123,7 +126,7 @@ class LatentCache:
             values = [_saturate(torch.cat((latent, rope), dim=1))]
         else:
             values = [torch.cat((latent, rope), dim=1)]
-        for tensor, value in zip(self._tensors, values, strict=True):
+        for tensor, value in zip(self.tensors, values, strict=True):
             rows = _bits(tensor[layer]).view(-1, tensor.shape[-1])
             rows.index_copy_(0, slots, _bits(value.to(tensor.dtype)))
 
@@ -131,7 +134,7 @@ class LatentCache:
         """Page numbers int64 [B, C/S] -> f32 [B, C, R + r], latent first."""
         num_sequences, num_pages = pages.shape
         index = pages.reshape(-1)
-        stored = [tensor[layer].index_select(0, index) for tensor in self._tensors]
+        stored = [tensor[layer].index_select(0, index) for tensor in self.tensors]
         if self.layout == "int8":
             codes, scale, rope = stored
             values = torch.cat((dequantize_int8(codes, scale), rope.float()), dim=-1)

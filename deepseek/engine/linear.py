@@ -1,13 +1,14 @@
-"""The kernels of linears: one class per weight format; `make_linear` chooses the class.
+"""PyTorch's kernels of linears: one class per weight format; `make_linear` chooses the class.
 
-`make_linear` is where a native extension goes: return another class with the same three members
-(`encoding`, `num_bytes`, `matmul`), and nothing else in the engine changes. The formats themselves
-are deepseek/formats; model.py and moe.py call the kernels through `Projection`.
+They are the slow reference beside the native kernels, and compute where the extension was not
+built, or a target is emulated. The formats themselves are deepseek/formats; model.py and moe.py
+call the kernels through `Projection`.
 
 Measurements chose each kernel (bench/linear_formats.py). Per format, on CPUs without AMX:
 
-  f32       F.linear. BF16 products are 2 to 10 times slower than FP32 ones here, so weights in BF16
-            and in FP8 tiles are held in FP32.
+  f32       F.linear. Weights in BF16 and in FP8 tiles are held in FP32, which is exact: tests hold
+            these against transformers. (BF16 products are 2 to 10 times slower than FP32 ones on
+            some CPUs and 2 to 3 times faster on others.)
   int8      weight-only: `_weight_int8pack_mm` with BF16 activations, the only fast path of that
             operator (FP32 activations take a scalar loop, 100 times slower). Fastest of all at one
             token; slower than FP32 from about 64 tokens on. Its error is the rounding of
@@ -27,6 +28,11 @@ Measurements chose each kernel (bench/linear_formats.py). Per format, on CPUs wi
             the CPU. Codes lie tile by tile: 2 to 4 times faster than as columns of one matrix.
   int4      `_weight_int4pack_mm_for_cpu` with BF16 activations, scale and zero in BF16. Rounding
             the zero to BF16 costs less than 1e-4; the kernel's error is 2.4e-3, the format's 0.1.
+  int4-a8   per-token dynamic activations, symmetric or with zero points. Per group of inputs one
+            product of integers, code - zero point with the activation's code, exact; times the
+            group's scale, added up in FP32 in ascending order of the groups; times the token's
+            scale. Each product and each sum is rounded to FP32 (no fused multiply-add), so that
+            the bits depend on nothing. A slow reference: the native kernel is what is fast.
   int4-afp8 the same on e4m3 codes of the input, which BF16 holds exactly, times the input's static
             scale: 1.7e-3, against the 2.6e-2 of rounding to e4m3. `matmul` quantizes the input,
             because the scale belongs to the linear, not to the token. 4 to 8 % slower than int4
@@ -120,16 +126,33 @@ class RowRule:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Properties of this machine's kernels, and the arithmetic that they compute in.
-    `is_batch_invariant` is False also where batch invariance was not asked for."""
+    """The kernels that compute a step, and the arithmetic that they compute in.
+
+    `isa` names the instruction set of the native kernels, and is None where PyTorch's compute; the
+    other fields are of PyTorch's. `is_batch_invariant` is False also where batch invariance was not
+    asked for.
+    """
 
     rows: RowRule
     has_vnni: bool
     is_batch_invariant: bool
     arithmetic: Arithmetic = EMBEDDED
+    isa: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: `native (avx512)` or `torch`."""
+        return "torch" if self.isa is None else f"native ({self.isa})"
+
+    @property
+    def layout(self) -> Literal["native", "torch"]:
+        """How the tensors lie that they take."""
+        return "torch" if self.isa is None else "native"
 
     @classmethod
-    def detect(cls, *, batch_invariant: bool, arithmetic: Arithmetic = EMBEDDED) -> Kernels:
+    def detect(
+        cls, *, batch_invariant: bool, arithmetic: Arithmetic = EMBEDDED, isa: str | None = None
+    ) -> Kernels:
         """Ask torch about this CPU and, for batch invariance, probe its GEMM with the current
         number of threads. `arithmetic` is the one that the kernels emulate."""
         multiple = find_row_multiple(torch.get_num_threads()) if batch_invariant else None
@@ -138,6 +161,7 @@ class Kernels:
             has_vnni=torch.cpu._is_vnni_supported(),
             is_batch_invariant=multiple is not None,
             arithmetic=arithmetic,
+            isa=isa,
         )
 
     def round(self, x: Tensor) -> Tensor:
@@ -294,6 +318,51 @@ class Int4Linear:
         ).float()
 
 
+class Int4DynamicLinear:
+    """Codes + 8, uint8 [K/g, N, g/2], column 2 i of a group in the low bits, scale BF16 [K/g, N],
+    and perhaps zero point int8 [K/g, N]; INT8 activations with a scale per token (W4A8).
+
+    y = token_scale * (((0 + dot_0 scale_0) + dot_1 scale_1) + ...) in FP32, where dot_g is the
+    exact integer sum of group g, at most 127 * 15 * 128 < 2^18.
+    """
+
+    encoding: Encoding = "int8"
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, has_vnni: bool
+    ) -> None:
+        self._codes, self._scale, self._zero_point = codes, scale, zero_point
+        self._has_vnni = has_vnni
+
+    @property
+    def num_bytes(self) -> int:
+        zero_bytes = 0 if self._zero_point is None else self._zero_point.nbytes
+        return self._codes.nbytes + self._scale.nbytes + zero_bytes
+
+    def matmul(self, x: Encoded) -> Tensor:
+        assert x.scale is not None
+        num_groups, num_outputs, half = self._codes.shape
+        total = x.scale.new_zeros(x.data.shape[0], num_outputs)
+        data = x.data if self._has_vnni else x.data.float()
+        for group in range(num_groups):
+            inputs = data[:, group * 2 * half : (group + 1) * 2 * half].contiguous()
+            steps = self._steps(group)
+            sums = (
+                torch._int_mm(inputs, steps.T).float()
+                if self._has_vnni
+                else torch.nn.functional.linear(inputs, steps.float())
+            )
+            total += sums.mul_(self._scale[group].float())
+        return total.mul_(x.scale)
+
+    def _steps(self, group: int) -> Tensor:
+        """Code - zero point of one group, int8 [N, g]."""
+        pairs = self._codes[group]
+        unsigned = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+        steps = unsigned.view(torch.int8) - 8
+        return steps if self._zero_point is None else steps - self._zero_point[group, :, None]
+
+
 class Int4StaticFp8Linear(Int4Linear):
     """`Int4Linear` with FP8 inputs (W4A8): e4m3 with one static scale, f32 [1], saturating."""
 
@@ -321,6 +390,9 @@ def make_linear(scheme: Scheme, tensors: Mapping[str, Tensor], kernels: Kernels)
     if kernels.arithmetic != EMBEDDED:
         return make_target_linear(scheme, tensors, kernels)
     match scheme.weights:
+        case "int4" | "int4-asym" if scheme.activations == "int8":
+            weights = tensors["codes"], tensors["scale"], tensors.get("zero_point")
+            return Int4DynamicLinear(*weights, has_vnni=kernels.has_vnni)
         case "int4" | "int4-asym":
             assert scheme.group_size is not None
             weight = tensors["packed"], tensors["scale_zero"], scheme.group_size

@@ -1,4 +1,5 @@
-"""DeepSeek-V3's forward pass over one step's tokens, from the engine's packed tensors.
+"""DeepSeek-V3's forward pass over one step's tokens with PyTorch's kernels: the slow reference,
+the fallback, and what emulates targets. native.py is the fast one.
 
 Residual stream, norms, attention and router are FP32; each linear computes in its own format
 (linear.py). In a target's arithmetic (arithmetic.py) all of these are rounded as there. The tokens
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from deepseek.config import ModelConfig
@@ -22,58 +22,14 @@ from deepseek.engine.linear import Kernels, Linear, Projection, encode, make_lin
 from deepseek.engine.moe import GatedMlp, MixtureOfExperts, Router
 from deepseek.engine.packed_layout import (
     PackedLinear,
-    PackedTensor,
     absorbed_prefix,
     absorbed_spec,
-    packed_shapes,
-    packed_tensors,
+    head_linear,
     projections,
 )
 from deepseek.engine.rope import Rope
-from deepseek.errors import ArtifactError
+from deepseek.engine.weights import Weights
 from deepseek.recipe import Scheme
-
-
-class Weights:
-    """The engine's tensors. The model takes each of them exactly once.
-
-    `num_bytes` counts the bytes taken so far, by inventory group.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], expected: Mapping[str, PackedTensor]) -> None:
-        self._tensors = dict(tensors)
-        self._expected = expected
-        self.num_bytes: dict[str, int] = {}
-
-    def take(self, name: str) -> Tensor:
-        """Remove one tensor and return it; this object no longer holds it.
-
-        Raises:
-            ArtifactError: the tensor is absent or of another shape or type.
-        """
-        tensor = self._tensors.pop(name, None)
-        expected = self._expected[name]
-        if tensor is None:
-            raise ArtifactError(f"tensor {name} is missing from the engine; build it again")
-        if (tuple(tensor.shape), tensor.dtype) != (expected.shape, expected.dtype):
-            raise ArtifactError(
-                f"tensor {name} of the engine is {tensor.dtype} {list(tensor.shape)}, not "
-                f"{expected.dtype} {list(expected.shape)}; build it again"
-            )
-        self.num_bytes[expected.group] = self.num_bytes.get(expected.group, 0) + tensor.nbytes
-        return tensor
-
-    def finish(self) -> None:
-        """Check that every tensor was taken.
-
-        Raises:
-            ArtifactError: one was not.
-        """
-        if self._tensors:
-            raise ArtifactError(
-                f"tensor {min(self._tensors)} of the engine belongs to no part of the model; "
-                "build it again"
-            )
 
 
 class Layer:
@@ -86,7 +42,8 @@ class Layer:
 
 
 class Model:
-    """The whole model. `allocated_bytes` are the bytes of its tensors by inventory group.
+    """The whole model, from tensors in the layout "torch". `allocated_bytes` are the bytes of its
+    tensors by inventory group.
 
     Raises on construction:
         ArtifactError: a tensor is missing, left over, or of another shape or type.
@@ -102,17 +59,15 @@ class Model:
         self.config = config
         self._kernels = kernels
         self._rope = Rope(config)
-        embedding = tensors.get("model.embed_tokens.weight")
-        dtype = torch.bfloat16 if embedding is None else embedding.dtype
-        weights = Weights(tensors, packed_tensors(config, schemes, embedding_dtype=dtype))
+        weights = Weights(config, schemes, tensors, "torch")
         self._embedding = weights.take("model.embed_tokens.weight")
         self._layers = [
             _Builder(config, layer, schemes, weights, kernels).build(self._rope)
             for layer in range(config.num_hidden_layers)
         ]
         self._norm = kernels.round(weights.take("model.norm.weight"))
-        head = {"weight": weights.take("lm_head.weight")}
-        self._head = Projection([make_linear(Scheme(weights="bf16"), head, kernels)])
+        head = head_linear(config, schemes)
+        self._head = Projection([make_linear(head.scheme, weights.take_linear(head), kernels)])
         weights.finish()
         self.allocated_bytes = dict(weights.num_bytes)
 
@@ -216,12 +171,10 @@ class _Builder:
         return Projection(self._linears(self._projections[f"{self._prefix}.{name}"]))
 
     def _linears(self, packed: Iterable[PackedLinear]) -> list[Linear]:
-        linears = []
-        for linear in packed:
-            suffixes = packed_shapes(linear.scheme, *linear.shape)
-            tensors = {suffix: self._weights.take(f"{linear.name}.{suffix}") for suffix in suffixes}
-            linears.append(make_linear(linear.scheme, tensors, self._kernels))
-        return linears
+        return [
+            make_linear(linear.scheme, self._weights.take_linear(linear), self._kernels)
+            for linear in packed
+        ]
 
     def _take(self, name: str) -> Tensor:
         """A parameter that is no linear, in the dtype of the arithmetic."""

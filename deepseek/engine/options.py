@@ -6,10 +6,14 @@ This file imports no torch, because serve_app's ingress reads EngineLoad too.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from deepseek.engine.arithmetic import EMBEDDED
 from deepseek.engine.pages import check_page_tokens
 from deepseek.errors import DeployError
+
+#: Which code computes a step: the extension deepseek._native, or PyTorch.
+KernelChoice = Literal["auto", "native", "torch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +31,13 @@ class EngineOptions:
     `prefix_cache` keeps the full KV pages of requests until their room is needed, and gives them to
     later requests of the same salt whose tokens begin alike (prefix.py).
 
-    `batch_invariant` makes greedy tokens independent of the batch, bit for bit; FP32 products of
-    fewer than four rows become slower (linear.py). `poison_free_pages` is for tests.
+    `kernels` "native" computes with the extension deepseek._native, "torch" with PyTorch alone, the
+    slow reference; "auto" takes the extension where it is built (native.py). A target's arithmetic
+    is emulated with PyTorch in any case.
+
+    `batch_invariant` makes greedy tokens independent of the batch, bit for bit; PyTorch's
+    FP32 products of fewer than four rows become slower (linear.py), and the native ones are so
+    without it. `poison_free_pages` is for tests.
 
     Raises:
         DeployError: a value outside its range, named.
@@ -42,6 +51,7 @@ class EngineOptions:
     max_batched_tokens: int = 512
     num_threads: int | None = None
     prefix_cache: bool = True
+    kernels: KernelChoice = "auto"
     batch_invariant: bool = True
     poison_free_pages: bool = False
 
@@ -50,6 +60,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DeployError(f"{name} must be at least 1, not {value}")
+        if self.kernels not in get_args(KernelChoice):
+            raise DeployError(f"kernels must be auto, native or torch, not {self.kernels!r}")
         if self.max_batched_tokens < self.max_batch_size:
             raise DeployError(
                 f"max_batched_tokens {self.max_batched_tokens} must not be below max_batch_size "
@@ -64,7 +76,8 @@ class EngineIdentity:
     """What an engine serves: recipe, digests, and KV format and page size in use.
 
     `engine_digest` is None for an engine that was packed in memory. `arithmetic` is the name of the
-    one that it computes in (arithmetic.py): the embedded engine's own, or a target's.
+    one that it computes in (arithmetic.py): the embedded engine's own, or a target's. `kernels`
+    says which code computes, for people.
     """
 
     recipe: str
@@ -73,6 +86,7 @@ class EngineIdentity:
     kv_cache: str
     page_tokens: int
     arithmetic: str = EMBEDDED.name
+    kernels: str = "torch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,15 +1,12 @@
 """The embedded engine's directory, verified and mapped into memory.
 
     engine.json            the manifest (`EngineManifest`) with `EmbeddedFields`
-    rank-0.safetensors     every tensor in the layout of its kernel, mapped into memory as it is
+    rank-0.safetensors     every tensor in the layout of the native kernels (native_layout.py),
+                           which is the same for every CPU, mapped into memory as it is
     config.json, tokenizer files, and intserve.json of the artifact that it was built from
 
 `quant_jobs/targets/embedded.py` writes it. `gate.json` joins the directory later and is not part
 of the engine.
-
-The order of INT4 weights in memory suits one instruction set (torch packs 64 outputs per tile for
-AVX-512 and 32 for AVX2). An engine that has them names its instruction set, and a CPU with another
-one refuses it, because it would compute nonsense.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -40,23 +36,23 @@ from deepseek.tensor_files import ALIGNMENT, DamagedFileError, read_header, tens
 TARGET = "embedded"
 RANKS = RankLayout(tp=1, ep=1)
 TENSOR_FILE = "rank-0.safetensors"
+#: Name of the layout of the tensors; it changes whenever their order or type in memory does.
+LAYOUT = "native-1"
 
 
 class EmbeddedFields(BaseModel):
     """`target_fields` of an embedded engine: what its loader alone reads.
 
-    `dtype` is that of unquantized weights and of activations. `page_tokens` is the size of a KV
-    page in tokens. `cpu_layout` is torch's CPU capability where the tensors suit one instruction
-    set, else None. `mtp` is "skipped" where the model has an MTP layer, which the engine leaves
+    `layout` names how the tensors lie in memory. `page_tokens` is the size of a KV page in tokens.
+    `mtp` is "skipped" where the model has an MTP layer, which the engine leaves
     out. `header_sha256` covers the header of the tensor file and `tensor_digests` each tensor
     (BLAKE2b-128 in hex), so that the loader names a damaged tensor and reads no byte twice.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dtype: Literal["float32"]
+    layout: Literal["native-1"]
     page_tokens: int
-    cpu_layout: str | None
     mtp: Literal["skipped", "absent"]
     header_sha256: str
     tensor_digests: dict[str, str]
@@ -74,25 +70,17 @@ class PackedEngine:
     documents: dict[str, bytes]
 
 
-def load_packed(directory: Path | str, *, cpu_layout: str | None = None) -> PackedEngine:
+def load_packed(directory: Path | str) -> PackedEngine:
     """Read an engine directory and verify every document and every tensor against its digest.
-
-    `cpu_layout` is the CPU capability to load for; None asks torch for this CPU's.
 
     Raises:
         ArtifactError: incomplete, damaged or edited, naming the file or tensor; built for another
-            target, or for a CPU with another instruction set.
+            target, or by a version with another layout of tensors.
         ConfigError: config.json cannot be read.
     """
     directory = Path(directory)
     manifest = read_engine_manifest(directory)
     fields = _read_fields(directory, manifest)
-    capability = cpu_layout or torch.backends.cpu.get_cpu_capability()
-    if fields.cpu_layout not in (None, capability):
-        raise ArtifactError(
-            f"{directory} was built for {fields.cpu_layout} CPUs and this one is {capability}; "
-            "build the engine on this machine"
-        )
     documents = read_documents(directory, manifest)
     config = ModelConfig.from_dict(document_object(directory, documents, "config.json"))
     _check_schemes(directory, manifest, config)
@@ -117,6 +105,11 @@ def _read_fields(directory: Path, manifest: EngineManifest) -> EmbeddedFields:
     if manifest.ranks != RANKS or manifest.tensor_files.keys() != {TENSOR_FILE}:
         raise ArtifactError(
             f"{path} must describe one rank and the tensor file {TENSOR_FILE}; build again"
+        )
+    if manifest.target_fields.get("layout") != LAYOUT:
+        raise ArtifactError(
+            f"{directory} was built by a version whose tensors lie in another order in memory; "
+            "delete it and build the engine again"
         )
     try:
         fields = EmbeddedFields.model_validate(manifest.target_fields)
@@ -170,8 +163,7 @@ def _load_tensors(path: Path, fields: EmbeddedFields, planned_bytes: int) -> dic
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, copied where it does not begin at a cache line.
 
-    Below 16 bytes `_weight_int8pack_mm` crashes on AVX-512 and MKL's FP32 products round
-    differently. `save_tensors` aligns every tensor that fills whole lines, so only small tensors
-    are copied.
+    A native kernel reads whole lines. `save_tensors` aligns every tensor that fills whole lines, so
+    only small tensors are copied.
     """
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

@@ -1,17 +1,26 @@
 """Which tensors an embedded engine holds: names, shapes and types, from config and schemes alone.
 
-packing.py makes exactly these tensors, model.py takes exactly these, and the planner adds up their
-bytes (`planned_bytes`), so planned and allocated bytes are equal. No tensor is made here. The
-engine's layout differs from the artifact's in these ways:
+packing.py makes exactly these tensors, the models (native.py, model.py) take exactly these, and the
+planner adds up their bytes (`planned_bytes`), so planned and allocated bytes are equal. No tensor
+is made here. There are two layouts. "native" is that of the extension's kernels, the same for every
+CPU, and that of an engine directory; native_layout.py says how its bytes lie. "torch" is that of
+PyTorch's operators on this CPU (torch_layout.py), for the slow reference and for the emulation of
+targets. They differ from the artifact's layout, and from each other, in these ways:
 
-- Weights in BF16 and in FP8 tiles, norms, router and head are FP32: the fastest exact product on a
-  CPU.
-- INT8 tiles lie by inputs: the codes of 128 inputs of all outputs, and their scales once per
-  output, because a tile of one weight may end in the middle of 128 rows of fused ones.
+- Weights in BF16 and in FP8 tiles, and a head without a scheme, are BF16 in the native layout (a
+  weight in FP8 tiles is rounded once more: 1.7e-3 relative, where the tiles' own error is 2.6e-2).
+  In torch's they are FP32, exact for BF16 and FP8: what tests compare with transformers.
+- Norms, router and its bias are FP32.
+- In torch's layout INT8 tiles lie by inputs: the codes of 128 inputs of all outputs, and their
+  scales once per output, because a tile of one weight may end in the middle of 128 rows of fused
+  ones.
+- In torch's layout INT4 codes that meet INT8 activations lie by groups, two to a byte, column 2 i
+  in the low bits, as code + 8, with the scales and zero points of all outputs beside each group.
 - Linears that share their input and their scheme are fused: `qkv_a_proj` (q_a and kv_a), and
   `gate_up_proj`. Where the schemes differ, they stay two.
-- kv_b_proj becomes the absorbed `w_uk` [H, n, R] and `w_uv` [H, R, v] in FP32, made from its
-  dequantized values in every scheme, because the two halves multiply different tensors.
+- kv_b_proj becomes the absorbed `w_uk` and `w_uv`, made from its dequantized values in every
+  scheme, because the two halves multiply different tensors: in torch's layout FP32 [H, n, R] and
+  [H, R, v], in the native one H weights in BF16 each, [R, n] and [v, R].
 - The MTP layer is left out, because the engine does not speculate, and so is DeepSeek-V3.2's
   indexer: within `ModelConfig.dense_context`, all that the engine serves, it chooses every token.
 
@@ -23,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -30,13 +40,16 @@ from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.config import ModelConfig
 from deepseek.engine.arithmetic import EMBEDDED
 from deepseek.engine.kv_cache import cache_bytes
+from deepseek.engine.native_layout import native_shapes
 from deepseek.errors import DeployError
 from deepseek.formats import TILE
 from deepseek.inventory import (
+    HEAD,
     LATENT_READER,
     Group,
     TensorSpec,
     global_tensors,
+    head_spec,
     layer_inputs,
     layer_tensors,
     linears,
@@ -44,6 +57,13 @@ from deepseek.inventory import (
 from deepseek.kv_layout import kv_layout
 from deepseek.recipe import Scheme, source_scheme
 
+#: How the tensors of an engine lie in memory; see above.
+Layout = Literal["native", "torch"]
+#: Suffix -> shape and dtype.
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+#: The scheme of what is not quantized.
+_BF16 = Scheme(weights="bf16")
 #: torch's INT4 operator works on tiles of this many outputs.
 _INT4_ROWS = 16
 
@@ -74,32 +94,46 @@ class PackedLinear:
         """(N, K)."""
         return sum(spec.shape[0] for spec in self.members), self.members[0].shape[1]
 
-    def tensors(self) -> dict[str, PackedTensor]:
+    def tensors(self, layout: Layout = "native") -> dict[str, PackedTensor]:
         """The tensors of the kernel, by full name.
 
         Raises:
-            DeployError: the kernel cannot take the shape.
+            DeployError: torch's kernel cannot take the shape; the native ones take any.
         """
-        if self.scheme.weights in ("int4", "int4-asym") and self.shape[0] % _INT4_ROWS:
+        is_tiled = self.scheme.group_size is not None and self.scheme.activations != "int8"
+        if layout == "torch" and is_tiled and self.shape[0] % _INT4_ROWS:
             raise DeployError(
-                f"{self.name} has {self.shape[0]} outputs; the embedded engine's INT4 kernel needs "
-                f"a multiple of {_INT4_ROWS}: give it int8 in the recipe"
+                f"{self.name} has {self.shape[0]} outputs; PyTorch's INT4 kernel needs a multiple "
+                f"of {_INT4_ROWS}: run with native kernels, or give it int8 in the recipe"
             )
+        shapes = packed_shapes(self.scheme, *self.shape, layout=layout)
         return {
             f"{self.name}.{suffix}": PackedTensor(shape, dtype, self.members[0].group)
-            for suffix, (shape, dtype) in packed_shapes(self.scheme, *self.shape).items()
+            for suffix, (shape, dtype) in shapes.items()
         }
 
 
 def packed_shapes(
-    scheme: Scheme, num_outputs: int, num_inputs: int
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The tensors of the kernel of an [N, K] weight, by suffix: shape and dtype."""
+    scheme: Scheme, num_outputs: int, num_inputs: int, *, layout: Layout = "native"
+) -> Shapes:
+    """The tensors of the kernel of an [N, K] weight, by suffix."""
+    if layout == "native":
+        return native_shapes(scheme, num_outputs, num_inputs)
     match scheme.weights:
+        case "int4" | "int4-asym" if scheme.activations == "int8":
+            assert scheme.group_size is not None
+            groups = num_inputs // scheme.group_size
+            shapes: Shapes = {
+                "codes": ((groups, num_outputs, scheme.group_size // 2), torch.uint8),
+                "scale": ((groups, num_outputs), torch.bfloat16),
+            }
+            if not scheme.is_symmetric:
+                shapes["zero_point"] = ((groups, num_outputs), torch.int8)
+            return shapes
         case "int4" | "int4-asym":
             assert scheme.group_size is not None
             groups = num_inputs // scheme.group_size
-            shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            shapes = {
                 "packed": ((num_outputs, num_inputs // 2), torch.uint8),
                 "scale_zero": ((groups, num_outputs, 2), torch.bfloat16),
             }
@@ -153,16 +187,25 @@ def projections(
     return by_name
 
 
+def head_linear(config: ModelConfig, schemes: Mapping[str, Scheme]) -> PackedLinear:
+    """The language model's head: a linear like any other where the recipe gives it a scheme."""
+    return PackedLinear(HEAD, (head_spec(config),), schemes.get(HEAD, _BF16))
+
+
 def absorbed_spec(config: ModelConfig, layer: int) -> TensorSpec:
     """The kv_b_proj of one layer, which the engine absorbs."""
     return next(spec for spec in linears(config, layer) if spec.role == LATENT_READER)
 
 
 def plain_specs(config: ModelConfig, layer: int | None) -> list[TensorSpec]:
-    """The tensors that are not linears: norms and router; embeddings and head for `layer` None.
-    The indexer's are left out."""
+    """The tensors that are not linears: norms and router; the embedding and the last norm for
+    `layer` None. The indexer's are left out."""
     specs = global_tensors(config) if layer is None else layer_tensors(config, layer)
-    return [spec for spec in specs if spec.kind != "linear" and not spec.is_indexer]
+    return [
+        spec
+        for spec in specs
+        if spec.kind != "linear" and not spec.is_indexer and spec.module != HEAD
+    ]
 
 
 def packed_tensors(
@@ -170,29 +213,45 @@ def packed_tensors(
     schemes: Mapping[str, Scheme],
     *,
     embedding_dtype: torch.dtype = torch.bfloat16,
+    layout: Layout = "native",
 ) -> dict[str, PackedTensor]:
     """Every tensor of the engine, by name.
 
     The embedding table is only looked up, never multiplied, so it keeps the source's dtype.
 
     Raises:
-        DeployError: a kernel cannot take the shape of a linear.
+        DeployError: torch's kernel cannot take the shape of a linear.
     """
     packed: dict[str, PackedTensor] = {}
     for spec in _plain(config):
         is_table = spec.module == "model.embed_tokens"
         dtype = embedding_dtype if is_table else torch.float32
         packed[spec.name] = PackedTensor(spec.shape, dtype, spec.group)
-    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    packed |= head_linear(config, schemes).tensors(layout)
     for layer in range(config.num_hidden_layers):
         for packed_linears in projections(config, layer, schemes).values():
             for linear in packed_linears:
-                packed |= linear.tensors()
-        prefix = absorbed_prefix(layer)
-        uk, uv = (heads, config.qk_nope_head_dim, latent), (heads, latent, config.v_head_dim)
-        packed[f"{prefix}.w_uk"] = PackedTensor(uk, torch.float32, "attention")
-        packed[f"{prefix}.w_uv"] = PackedTensor(uv, torch.float32, "attention")
+                packed |= linear.tensors(layout)
+        for suffix, (shape, dtype) in absorbed_shapes(config, layout).items():
+            name = f"{absorbed_prefix(layer)}.{suffix}"
+            packed[name] = PackedTensor(shape, dtype, "attention")
     return packed
+
+
+def absorbed_shapes(config: ModelConfig, layout: Layout) -> Shapes:
+    """`w_uk` and `w_uv` of a layer."""
+    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    key, value = config.qk_nope_head_dim, config.v_head_dim
+    if layout == "torch":
+        return {
+            "w_uk": ((heads, key, latent), torch.float32),
+            "w_uv": ((heads, latent, value), torch.float32),
+        }
+    shapes: Shapes = {}
+    for suffix, size in (("w_uk", (latent, key)), ("w_uv", (value, latent))):
+        shape, dtype = native_shapes(_BF16, *size)["weight"]
+        shapes[suffix] = ((heads, *shape), dtype)
+    return shapes
 
 
 def absorbed_prefix(layer: int) -> str:
@@ -209,21 +268,24 @@ def planned_bytes(
     page_tokens: int,
     embedding_dtype: torch.dtype = torch.bfloat16,
     arithmetic: str = EMBEDDED.name,
+    layout: Layout = "native",
 ) -> dict[str, int]:
     """Bytes that an engine allocates, by inventory group and "kv_cache"; pure arithmetic.
 
     Equal to `LLMEngine.allocated_bytes()` of the same engine. `num_pages` does not count the zero
-    page. `arithmetic` names the target whose layout of the KV format is used.
+    page. `arithmetic` names the target whose layout of the KV format is used; `layout` is "torch"
+    for an engine that computes with PyTorch's kernels.
 
     Raises:
-        DeployError: a kernel cannot take the shape of a linear; the target has no such KV format.
+        DeployError: torch's kernel cannot take the shape of a linear; the target has no such KV
+            format.
     """
     total: dict[str, int] = {}
-    packed = packed_tensors(config, schemes, embedding_dtype=embedding_dtype)
+    packed = packed_tensors(config, schemes, embedding_dtype=embedding_dtype, layout=layout)
     for tensor in packed.values():
         total[tensor.group] = total.get(tensor.group, 0) + tensor.num_bytes
-    layout = kv_layout(arithmetic, kv_cache, sparse=config.has_indexer)
-    total["kv_cache"] = cache_bytes(config, layout, num_pages, page_tokens)
+    pages = kv_layout(arithmetic, kv_cache, sparse=config.has_indexer)
+    total["kv_cache"] = cache_bytes(config, pages, num_pages, page_tokens)
     return total
 
 

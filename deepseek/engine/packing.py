@@ -4,7 +4,8 @@ built for another target) into the tensors of the embedded engine.
 packed_layout.py says which tensors these are; quant_jobs/targets/embedded.py writes them to disk,
 and `LLMEngine.from_checkpoint` and `from_stored` use them in memory. Memory holds one layer of the
 input and all tensors of the engine that are made so far. Codes and scales of a stored model are not
-requantized; only their order in memory changes. Every tensor of the input is read, also those of
+requantized; only their order in memory changes, and what is not quantized is rounded to BF16 in the
+native layout. Every tensor of the input is read, also those of
 the MTP layer and of the indexer, which are then dropped.
 """
 
@@ -19,18 +20,23 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.stored_model import StoredModel
 from deepseek.artifact.tensors import pop_linear
 from deepseek.config import ModelConfig
+from deepseek.engine.native_layout import from_native, to_native
 from deepseek.engine.packed_layout import (
+    Layout,
     PackedLinear,
     absorbed_prefix,
     absorbed_spec,
+    head_linear,
+    packed_shapes,
     packed_tensors,
     plain_specs,
     projections,
     source_schemes,
 )
+from deepseek.engine.torch_layout import Plain, to_torch
 from deepseek.errors import ArtifactError
 from deepseek.formats import TILE, decompress, int8_codes, unpack_int4, unpack_zero_point
-from deepseek.inventory import TensorSpec, layer_tensors, linears
+from deepseek.inventory import HEAD, TensorSpec, layer_tensors, linears
 from deepseek.recipe import Scheme
 from deepseek.source.checkpoint import CheckpointReader
 
@@ -49,24 +55,29 @@ def schemes_of(source: Packable) -> dict[str, Scheme]:
     return dict(source.schemes)
 
 
-def pack_tensors(source: Packable, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Read `source` and return all tensors of the engine, by name.
+def pack_tensors(
+    source: Packable, progress: Progress | None = None, layout: Layout = "native"
+) -> dict[str, Tensor]:
+    """Read `source` and return all tensors of the engine in the layout, by name.
 
     Raises:
         ArtifactError, CheckpointError: the input is damaged or incomplete.
-        DeployError: the engine has no kernel for a linear.
+        DeployError: torch's kernel cannot take the shape of a linear.
     """
     config, schemes = source.config, schemes_of(source)
-    packed = _pack_globals(source)
+    packed = _pack_globals(source, layout)
     expected = packed_tensors(
-        config, schemes, embedding_dtype=packed["model.embed_tokens.weight"].dtype
+        config,
+        schemes,
+        embedding_dtype=packed["model.embed_tokens.weight"].dtype,
+        layout=layout,
     )
     num_layers = config.num_layers_with_mtp
     for layer in range(num_layers):
         stored = _read_layer(source, layer)
         if layer < config.num_hidden_layers:
             stored.drop_indexer(config, layer)
-            packed |= _pack_layer(config, layer, schemes, stored)
+            packed |= _pack_layer(config, layer, schemes, stored, layout)
             assert not stored.linears, f"layer {layer}: {next(iter(stored.linears))} left over"
             assert not stored.plain, f"layer {layer}: {next(iter(stored.plain))} left over"
         if progress is not None:
@@ -119,7 +130,7 @@ def _read_layer(source: Packable, layer: int) -> _Stored:
     return _Stored(dequantized, {name: tensor.data for name, tensor in read.items()})
 
 
-def _pack_globals(source: Packable) -> dict[str, Tensor]:
+def _pack_globals(source: Packable, layout: Layout) -> dict[str, Tensor]:
     if isinstance(source, CheckpointReader):
         tensors = {name: tensor.data for name, tensor in source.read_globals().items()}
     else:
@@ -128,101 +139,142 @@ def _pack_globals(source: Packable) -> dict[str, Tensor]:
     for spec in plain_specs(source.config, None):
         tensor = tensors.pop(spec.name)
         packed[spec.name] = tensor if spec.module == "model.embed_tokens" else tensor.float()
+    schemes = schemes_of(source)
+    head = head_linear(source.config, schemes)
+    if HEAD in schemes:
+        stored = _Stored({HEAD: pop_linear(tensors, HEAD, head.scheme)}, {})
+        packed |= _pack_linear(head, stored, layout)
+    else:
+        packed |= _packed(head, {"weight": tensors.pop(f"{HEAD}.weight")}, layout)
     assert not tensors, f"{next(iter(tensors))} left over"
     return packed
 
 
 def _pack_layer(
-    config: ModelConfig, layer: int, schemes: Mapping[str, Scheme], stored: _Stored
+    config: ModelConfig,
+    layer: int,
+    schemes: Mapping[str, Scheme],
+    stored: _Stored,
+    layout: Layout,
 ) -> dict[str, Tensor]:
     packed = {spec.name: stored.plain.pop(spec.name).float() for spec in plain_specs(config, layer)}
     for packed_linears in projections(config, layer, schemes).values():
         for linear in packed_linears:
-            packed |= _pack_linear(linear, stored)
+            packed |= _pack_linear(linear, stored, layout)
     spec = absorbed_spec(config, layer)
-    packed |= _absorb(config, layer, stored.pop_dequantized(spec, schemes[spec.module]))
-    return packed
+    halves = _absorb(config, stored.pop_dequantized(spec, schemes[spec.module]))
+    prefix = absorbed_prefix(layer)
+    return packed | {f"{prefix}.{suffix}": _pack_half(half, layout) for suffix, half in halves}
 
 
-def _pack_linear(linear: PackedLinear, stored: _Stored) -> dict[str, Tensor]:
+def _pack_linear(
+    linear: PackedLinear, stored: _Stored, layout: Layout = "native"
+) -> dict[str, Tensor]:
     """Remove the members of one kernel's weight from `stored`, stack them along the outputs, and
-    return them in the kernel's layout, by full name."""
-    match linear.scheme.weights:
-        case "int4" | "int4-asym":
-            popped = [(spec, stored.linears.pop(spec.module)) for spec in linear.members]
-            members = [
-                _kernel_int4(member, (spec.shape[0], spec.shape[1])) for spec, member in popped
-            ]
-            codes = torch.cat([codes for codes, _ in members])
-            tensors = {
-                "packed": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
-                "scale_zero": torch.cat([scale_zero for _, scale_zero in members], dim=1),
-            }
-            if linear.scheme.activations == "fp8":
-                # The members share one input, so they share one scale: the largest, as in
-                # TensorRT-LLM's loader.
-                scales = torch.stack([member["input_scale"] for _, member in popped])
-                tensors["input_scale"] = scales.amax(dim=0)
-        case "int8" | "int8-asym":
-            popped = [(spec, stored.linears.pop(spec.module)) for spec in linear.members]
-            tensors = {
-                "codes": torch.cat(
-                    [int8_codes(member, (spec.shape[0], spec.shape[1])) for spec, member in popped]
-                ),
-                "scale": torch.cat([member["weight_scale"].flatten() for _, member in popped]),
-            }
-            if linear.scheme.weights == "int8-asym":
-                zeros = [
-                    unpack_zero_point(member["weight_zero_point"], spec.shape[0], 8)
-                    for spec, member in popped
-                ]
-                tensors["zero_point"] = torch.cat(zeros).flatten()
-        case "int8-block":
-            members = [
-                _kernel_int8_block(stored.linears.pop(spec.module)) for spec in linear.members
-            ]
-            tensors = {
-                "codes": torch.cat([codes for codes, _ in members], dim=1),
-                "scale": torch.cat([scale for _, scale in members], dim=1),
-            }
-        case _:
-            values = [stored.pop_dequantized(spec, linear.scheme) for spec in linear.members]
-            tensors = {"weight": torch.cat(values)}
+    return them in the layout, by full name."""
+    return _packed(linear, _stack(linear, stored), layout)
+
+
+def _packed(linear: PackedLinear, plain: Plain, layout: Layout) -> dict[str, Tensor]:
+    """A plain weight in the layout, by full name."""
+    tensors = (to_native if layout == "native" else to_torch)(linear.scheme, plain)
     return {f"{linear.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
-def _kernel_int4(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Stored INT4 -> unsigned codes int32 [N, K] in 0..15, and scale with zero, BF16 [K/g, N, 2].
-
-    The artifact computes (code - zero_point) * scale with codes in [-8, 7], the kernel
-    (q - 8) * scale + zero with q in 0..15. So q = code + 8 and zero = -zero_point * scale, rounded
-    to BF16; linear.py gives the error of that rounding.
-    """
-    codes = unpack_int4(tensors["weight_packed"], shape[1]).to(torch.int32) + 8
-    scale = tensors["weight_scale"]
-    zero = torch.zeros_like(scale)
-    if "weight_zero_point" in tensors:
-        zero_point = unpack_zero_point(tensors["weight_zero_point"], shape[0])
-        zero = (-zero_point.float() * scale.float()).to(scale.dtype)
-    return codes, torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous()
-
-
-def _kernel_int8_block(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Stored INT8 tiles -> codes int8 [K/128, N, 128], padded with zeros where 128 does not divide
-    K, and the scale of each output's tile, f32 [K/128, N]."""
-    codes, scale = tensors["weight"], tensors["weight_scale"]
-    num_outputs, num_inputs = codes.shape
-    whole = torch.nn.functional.pad(codes, (0, -num_inputs % TILE))
-    by_tile = whole.view(num_outputs, -1, TILE).transpose(0, 1).contiguous()
-    return by_tile, scale.repeat_interleave(TILE, dim=0)[:num_outputs].T.contiguous()
+def _stack(linear: PackedLinear, stored: _Stored) -> Plain:
+    """Remove the members of one kernel's weight from `stored` and stack them along the outputs."""
+    scheme = linear.scheme
+    if scheme.weights in ("bf16", "fp8-block"):
+        values = [stored.pop_dequantized(spec, scheme) for spec in linear.members]
+        return {"weight": torch.cat(values)}
+    popped = [(spec, stored.linears.pop(spec.module)) for spec in linear.members]
+    shapes = [(spec.shape[0], spec.shape[1]) for spec, _ in popped]
+    members = [_plain(scheme, member, s) for (_, member), s in zip(popped, shapes, strict=True)]
+    plain = {suffix: torch.cat([member[suffix] for member in members]) for suffix in members[0]}
+    if scheme.activations == "fp8":
+        # The members share one input, so they share one scale: the largest, as in TensorRT-LLM's
+        # loader.
+        plain["input_scale"] = torch.stack([m["input_scale"] for _, m in popped]).amax(dim=0)
+    return plain
 
 
-def _absorb(config: ModelConfig, layer: int, weight: Tensor) -> dict[str, Tensor]:
+def _plain(scheme: Scheme, stored: Mapping[str, Tensor], shape: tuple[int, int]) -> Plain:
+    """One quantized linear [N, K] as the artifact stores it -> plain (torch_layout.py), without the
+    scale of its input."""
+    num_outputs, num_inputs = shape
+    plain: Plain = {}
+    match scheme.weights:
+        case "int4" | "int4-asym":
+            plain["codes"] = unpack_int4(stored["weight_packed"], num_inputs)
+            plain["scale"] = stored["weight_scale"]
+            if scheme.weights == "int4-asym":
+                zero_point = unpack_zero_point(stored["weight_zero_point"], num_outputs)
+                plain["zero_point"] = zero_point
+        case "int8-block":
+            plain["codes"] = stored["weight"]
+            by_output = stored["weight_scale"].repeat_interleave(TILE, dim=0)
+            plain["scale"] = by_output[:num_outputs]
+        case _:
+            plain["codes"] = int8_codes(stored, shape)
+            plain["scale"] = stored["weight_scale"].flatten()
+            if scheme.weights == "int8-asym":
+                zero_point = unpack_zero_point(stored["weight_zero_point"], num_outputs, 8)
+                plain["zero_point"] = zero_point.flatten()
+    return plain
+
+
+def _absorb(config: ModelConfig, weight: Tensor) -> list[tuple[str, Tensor]]:
     """kv_b_proj f32 [H (n + v), R] -> w_uk [H, n, R] and w_uv [H, R, v]."""
     heads, key, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     w_uk, w_uv = torch.split(weight.view(heads, key + value, -1), [key, value], dim=1)
-    prefix = absorbed_prefix(layer)
-    return {
-        f"{prefix}.w_uk": w_uk.contiguous(),
-        f"{prefix}.w_uv": w_uv.transpose(1, 2).contiguous(),
-    }
+    return [("w_uk", w_uk), ("w_uv", w_uv.transpose(1, 2))]
+
+
+def _pack_half(half: Tensor, layout: Layout) -> Tensor:
+    """[H, a, b], whose heads multiply inputs of width a, in the layout."""
+    if layout == "torch":
+        return half.contiguous()
+    scheme = Scheme(weights="bf16")
+    return torch.stack([to_native(scheme, {"weight": head.T})["weight"] for head in half])
+
+
+def to_torch_layout(
+    config: ModelConfig, schemes: Mapping[str, Scheme], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of an engine from the native layout to torch's, at the speed of memory. Takes
+    what it converts out of `tensors`, so that memory holds no weight twice; what it does not know
+    stays for the model to refuse.
+
+    Raises:
+        ArtifactError: a tensor is missing.
+        DeployError: torch's kernel cannot take the shape of a linear.
+    """
+    converted: dict[str, Tensor] = {}
+    linears = [head_linear(config, schemes)]
+    for layer in range(config.num_hidden_layers):
+        for packed_linears in projections(config, layer, schemes).values():
+            linears += packed_linears
+    for linear in linears:
+        linear.tensors("torch")  # refuses shapes
+        suffixes = packed_shapes(linear.scheme, *linear.shape)
+        native = {suffix: _pop(tensors, f"{linear.name}.{suffix}") for suffix in suffixes}
+        plain = from_native(linear.scheme, native, linear.shape)
+        converted |= _packed(linear, plain, "torch")
+    scheme = Scheme(weights="bf16")
+    latent, key, value = config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim
+    for layer in range(config.num_hidden_layers):
+        for suffix, shape in (("w_uk", (latent, key)), ("w_uv", (value, latent))):
+            name = f"{absorbed_prefix(layer)}.{suffix}"
+            halves = [
+                from_native(scheme, {"weight": h}, shape)["weight"].T.float()
+                for h in _pop(tensors, name)
+            ]
+            converted[name] = torch.stack(halves)
+    return tensors | converted
+
+
+def _pop(tensors: dict[str, Tensor], name: str) -> Tensor:
+    tensor = tensors.pop(name, None)
+    if tensor is None:
+        raise ArtifactError(f"tensor {name} is missing from the engine; build it again")
+    return tensor

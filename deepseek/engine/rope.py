@@ -26,7 +26,7 @@ class Rope:
 
     def __init__(self, config: ModelConfig) -> None:
         self._inv_freq = inverse_frequencies(config)
-        self._amplitude = _amplitude(config.yarn)
+        self._amplitude = amplitude(config.yarn)
         self.softmax_scale = softmax_scale(config)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
-def _amplitude(yarn: YarnScaling | None) -> float:
+def amplitude(yarn: YarnScaling | None) -> float:
     """YaRN's factor on cosines and sines; 1 where the softmax scale holds all of it."""
     if yarn is None:
         return 1.0

@@ -6,23 +6,41 @@ Knows sequences and pages, but not requests: what a token means for its request,
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from deepseek.engine.batch import Span, make_batch
+from deepseek.config import ModelConfig
+from deepseek.engine.batch import Batch, Span, make_batch
 from deepseek.engine.kv_cache import LatentCache
-from deepseek.engine.model import Model
 from deepseek.engine.prompt_scores import score_chunk
 from deepseek.engine.request import Choice
 from deepseek.engine.sampler import Draw, choose
 from deepseek.engine.scheduler import Chunk, Schedule
 
 
+class StepModel(Protocol):
+    """What computes a step: `Model` with PyTorch's kernels, or `NativeModel`. `allocated_bytes` are
+    the bytes of its tensors by inventory group."""
+
+    config: ModelConfig
+    allocated_bytes: dict[str, int]
+
+    def forward(self, batch: Batch, cache: LatentCache) -> Tensor:
+        """Run the step and write its latents into the cache -> final hidden states, normed,
+        f32 [T, hidden]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states f32 [R, hidden] -> logits f32 [R, vocabulary]."""
+        ...
+
+
 class Runner:
     """A model and the cache that its latents go to."""
 
-    def __init__(self, model: Model, cache: LatentCache) -> None:
+    def __init__(self, model: StepModel, cache: LatentCache) -> None:
         self.model = model
         self.cache = cache
 

@@ -35,6 +35,18 @@ def is_wna16(weights: Mapping[str, Any]) -> bool:
     return weights.get("strategy") in ("channel", "group") and not weights.get("dynamic")
 
 
+def is_token_int8(inputs: Mapping[str, Any] | None) -> bool:
+    """Whether these are symmetric INT8 inputs per token, quantized while the engine runs."""
+    return (
+        inputs is not None
+        and inputs.get("num_bits") == 8
+        and inputs.get("type") == "int"
+        and inputs.get("strategy") == "token"
+        and bool(inputs.get("symmetric", True))
+        and bool(inputs.get("dynamic"))
+    )
+
+
 def is_w8a8(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> bool:
     """Whether these are INT8 per channel with INT8 inputs per token."""
     return (

@@ -206,10 +206,9 @@ class LoaderModel(ABC):
             return created
         if isinstance(module, Linear):
             created = {n: self._empty(p) for n, p in module.parameters(module.inputs).items()}
-            parent = module.name.rpartition(".")[0]
             for part in module.parts:
                 for suffix, parameter in created.items():
-                    key = f"{parent}.{part.role}.{suffix}"
+                    key = f"{module.module(part)}.{suffix}"
                     if not self.skips(key, module, suffix) and self._has(key, module.name):
                         filler.linear(key, module, part, suffix, parameter)
             return created
@@ -253,8 +252,7 @@ def _checkpoint_modules(module: Module, experts: int) -> list[str]:
     if isinstance(module, Plain):
         return [module.name]
     if isinstance(module, Linear):
-        parent = module.name.rpartition(".")[0]
-        return [f"{parent}.{part.role}" for part in module.parts]
+        return [module.module(part) for part in module.parts]
     return [f"{module.name}.{n}.{role}" for n in range(experts) for role in _SLOT]
 
 

@@ -61,6 +61,11 @@ class Linear:
     def outputs(self) -> int:
         return sum(part.outputs for part in self.parts)
 
+    def module(self, part: Part) -> str:
+        """The checkpoint's module that a part is made of."""
+        parent = self.name.rpartition(".")[0]
+        return f"{parent}.{part.role}" if parent else part.role
+
     @property
     def scales_whole(self) -> bool:
         """One scale per output is held by all ranks that divide the inputs."""

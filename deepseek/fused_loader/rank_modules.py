@@ -15,7 +15,8 @@ import torch
 from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.artifact.loader_files import LoaderRefusal
 from deepseek.config import ModelConfig
-from deepseek.fused_loader.modules import Experts, Linear, Method, Module, Part, Plain
+from deepseek.fused_loader.modules import BF16, Experts, Linear, Method, Module, Part, Plain
+from deepseek.inventory import HEAD
 
 _VOCAB_PADDING = 64
 
@@ -29,6 +30,8 @@ class QuantConfig(Protocol):
     def linear(self, name: str, parts: tuple[str, ...], module_class: str) -> Method: ...
 
     def experts(self, name: str) -> Method: ...
+
+    def head(self) -> Method: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class RankModules(ABC):
         """Outside the layers."""
         yield self._vocabulary("model.embed_tokens")
         yield Plain("model.norm", (self.config.hidden_size,))
-        yield self._vocabulary("lm_head")
+        yield self._head()
 
     def layer(self, layer: int) -> Iterator[Module]:
         """Of one decoder layer, or of an MTP layer.
@@ -169,6 +172,22 @@ class RankModules(ABC):
                     f"{self.quant.source}: {size} channels of {name} on each of {self.ranks.tp} "
                     f"ranks are no whole {what} of {whole}"
                 )
+
+    def _head(self) -> Module:
+        """The language model's head: a linear by outputs where it is quantized.
+
+        Raises:
+            LoaderRefusal: it is, and its tokens would be padded, which is not modeled.
+        """
+        if HEAD not in self.methods:
+            self.methods[HEAD] = self.quant.head()
+        method, ways = self.methods[HEAD], self.ranks.tp
+        if method == BF16:
+            return self._vocabulary(HEAD)
+        vocab = self.config.vocab_size
+        self.whole(HEAD, [vocab], _VOCAB_PADDING * ways, "tokens for all ranks")
+        part = Part(HEAD, vocab // ways, 0)
+        return Linear(HEAD, (part,), self.config.hidden_size, method, 0, ways, self.rank)
 
     def _vocabulary(self, name: str) -> Plain:
         """Embedding or head, padded to whole 64 rows and divided over all ranks."""

@@ -212,7 +212,7 @@ def _compare(
     for layer in model.layers:
         tensors = dict(reference(layer))
         for spec, held in model.load(layer):
-            if spec.kind == "linear":
+            if spec.module in schemes:
                 scheme = schemes[spec.module]
                 stored = pop_linear(tensors, spec.module, scheme)
                 expected = decompress(stored, scheme, (spec.shape[0], spec.shape[1]))

@@ -43,7 +43,7 @@ from typing import Literal, get_args
 from deepseek.artifact.layout import StoredTensor, stored_layers
 from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
-from deepseek.inventory import TensorSpec, expert_of, global_tensors, layer_of, layer_tensors
+from deepseek.inventory import TensorSpec, expert_of, global_tensors, is_within, layer_tensors
 from deepseek.recipe import Scheme
 
 Method = Literal["compressed-tensors", "fp8", "bf16"]
@@ -86,7 +86,7 @@ class Stored:
 
 def choose(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Stored:
     """How the linears of these schemes (none `source`) are stored."""
-    kept = {m: s for m, s in schemes.items() if layer_of(m) < config.num_hidden_layers}
+    kept = {m: s for m, s in schemes.items() if is_within(m, config.num_hidden_layers)}
     forms = {module: _native(scheme, expert_of(module)) for module, scheme in kept.items()}
     if {form.kind for form in forms.values()} <= {"tiles", "bf16"}:
         return _tiles(config, forms)
@@ -106,7 +106,7 @@ def stored_tensors(config: ModelConfig, stored: Stored, layer: LayerKey) -> dict
     """
     specs = global_tensors(config) if layer == "globals" else layer_tensors(config, layer)
     return {
-        f"{spec.module}.{suffix}" if spec.kind == "linear" else spec.name: StoredTensor(
+        f"{spec.module}.{suffix}" if spec.module in stored.forms else spec.name: StoredTensor(
             dtype, shape, spec, suffix
         )
         for spec in specs
@@ -175,7 +175,7 @@ def _unified(forms: Mapping[str, Form]) -> dict[str, Form]:
 
 def _parts(spec: TensorSpec, stored: Stored) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(suffix, type, shape) of each tensor that a tensor of the model is stored as."""
-    if spec.kind != "linear":
+    if spec.module not in stored.forms:
         yield spec.role, "F32" if spec.kind == "float32" else "BF16", spec.shape
         return
     outputs, inputs = spec.shape

@@ -17,7 +17,7 @@ from typing import Literal
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.hf.layout import TILE, Form, Stored
-from deepseek.inventory import expert_of, layer_of, linears
+from deepseek.inventory import expert_of, is_within, linears
 from deepseek.recipe import Scheme
 
 #: Reasons that the planner's matrix gives too.
@@ -77,12 +77,12 @@ def artifact_problems(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Ite
     """What `from_pretrained` cannot read, or would read wrongly, of the quantized checkpoint
     itself. `schemes` maps every linear to its scheme (no `source`)."""
     change = "build it with --target transformers"
-    kept = {m: s for m, s in schemes.items() if layer_of(m) < config.num_hidden_layers}
+    kept = {m: s for m, s in schemes.items() if is_within(m, config.num_hidden_layers)}
     experts = _formats(s for m, s in kept.items() if expert_of(m) is not None)
     others = _formats(s for m, s in kept.items() if expert_of(m) is None)
     for weights, _, activations in sorted(experts, key=str):
         label = f"routed experts in {weights}"
-        if weights == "int8-block" or activations == "int8":
+        if weights == "int8-block" or (weights == "int8" and activations == "int8"):
             yield Problem(f"{label} with INT8 activations", AS_IS_W8A8, change)
         elif weights.endswith("-asym"):
             yield Problem(label, AS_IS_ZERO_POINTS, change)

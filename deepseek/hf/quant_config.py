@@ -13,13 +13,13 @@ from typing import Any
 from deepseek.artifact.compressed_tensors import module_patterns
 from deepseek.config import ModelConfig
 from deepseek.hf.layout import TILE, Form, Stored
-from deepseek.inventory import expert_of
+from deepseek.inventory import HEAD, expert_of
 
 #: transformers takes the first group with a pattern that holds the word `experts` for theirs, and
 #: the first without one for all other linears.
 EXPERTS = "re:.*[.]mlp[.]experts[.].*_proj$"
 #: What is never quantized and is a linear module all the same.
-_HIGH = ("lm_head", "re:.*[.]mlp[.]gate$")
+_ROUTER = "re:.*[.]mlp[.]gate$"
 
 
 def quantization_config(config: ModelConfig, stored: Stored) -> dict[str, Any] | None:
@@ -35,7 +35,7 @@ def quantization_config(config: ModelConfig, stored: Stored) -> dict[str, Any] |
                 "activation_scheme": "dynamic",
                 "weight_block_size": [TILE, TILE],
                 "dequantize": True,
-                "modules_to_not_convert": ["lm_head", *kept],
+                "modules_to_not_convert": [HEAD, *kept],
             }
         case "compressed-tensors":
             return _compressed_tensors(config, stored.forms)
@@ -51,7 +51,7 @@ def _compressed_tensors(config: ModelConfig, forms: Mapping[str, Form]) -> dict[
     by_form: dict[Form, list[str]] = {}
     for module, form in dense.items():
         by_form.setdefault(form, []).append(module)
-    ignore = list(_HIGH)
+    ignore = [*([] if HEAD in forms else [HEAD]), _ROUTER]
     for form, modules in by_form.items():
         patterns = module_patterns(config, modules, forms)
         if form.kind == "bf16":

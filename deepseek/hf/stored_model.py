@@ -11,7 +11,7 @@ transformers' source alone, and tests compare the two value by value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from deepseek.config import ModelConfig
 from deepseek.formats import dequantize_fp8_block, unpack_int4, unpack_int8, unpack_zero_point
 from deepseek.hf.check import read_checked
 from deepseek.hf.layout import Form, stored_tensors
-from deepseek.inventory import expert_of, layer_tensors
+from deepseek.inventory import TensorSpec, expert_of, global_tensors, layer_tensors
 from deepseek.recipe import Scheme
 
 _BF16, _INT8 = Scheme(weights="bf16"), Scheme(weights="int8")
@@ -58,9 +58,12 @@ class TransformersStoredModel:
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """All tensors of one decoder layer; see `StoredModel`."""
+        return self._read(layer, layer_tensors(self._config, layer))
+
+    def _read(self, layer: LayerKey, specs: Iterable[TensorSpec]) -> dict[str, Tensor]:
         tensors = self._reader.read(layer)
-        for spec in layer_tensors(self._config, layer):
-            if spec.kind != "linear" or self._schemes[spec.module] == _INT8:
+        for spec in specs:
+            if spec.module not in self._schemes or self._schemes[spec.module] == _INT8:
                 continue
             form = self._stored.forms[spec.module]
             parts = {
@@ -73,7 +76,7 @@ class TransformersStoredModel:
 
     def read_globals(self) -> dict[str, Tensor]:
         """Embedding, final norm and head; see `StoredModel`."""
-        return self._reader.read("globals")
+        return self._read("globals", global_tensors(self._config))
 
     def finish(self) -> None:
         """Check that every tensor was read; see `StoredModel`."""

@@ -43,7 +43,15 @@ from deepseek.artifact.layout import StoredTensor, stored_layers
 from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
-from deepseek.inventory import TensorSpec, expert_of, global_tensors, layer_of, layer_tensors
+from deepseek.inventory import (
+    HEAD,
+    TensorSpec,
+    expert_of,
+    global_tensors,
+    is_within,
+    layer_of,
+    layer_tensors,
+)
 from deepseek.recipe import Scheme
 from deepseek.untrusted import show_name
 
@@ -101,7 +109,7 @@ def stored_schemes(
 ) -> dict[str, Scheme]:
     """The scheme of every linear as the directory stores it, without layers that it leaves out."""
     layers = config.num_layers_with_mtp if mtp else config.num_hidden_layers
-    kept = {module: scheme for module, scheme in schemes.items() if layer_of(module) < layers}
+    kept = {module: scheme for module, scheme in schemes.items() if is_within(module, layers)}
     if dialect != "compressed-tensors":
         return kept
     return {
@@ -119,7 +127,7 @@ def stored_tensors(
     """
     specs = global_tensors(config) if layer == "globals" else layer_tensors(config, layer)
     return {
-        f"{spec.module}.{suffix}" if spec.kind == "linear" else spec.name: StoredTensor(
+        f"{spec.module}.{suffix}" if spec.module in stored else spec.name: StoredTensor(
             dtype, shape, spec, suffix
         )
         for spec in specs
@@ -131,7 +139,7 @@ def _parts(
     spec: TensorSpec, stored: Mapping[str, Scheme], dialect: Dialect
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(suffix, type, shape) of each tensor that a tensor of the model is stored as."""
-    if spec.kind != "linear":
+    if spec.module not in stored:
         yield spec.role, "F32" if spec.kind == "float32" else "BF16", spec.shape
         return
     outputs, inputs = spec.shape
@@ -230,7 +238,8 @@ def _kinds_of_layers(
     so that its 46,000 tensors need not be listed."""
     formats: dict[int, list[str]] = {}
     for module, scheme in stored.items():
-        formats.setdefault(layer_of(module), []).append(scheme.label)
+        if module != HEAD:
+            formats.setdefault(layer_of(module), []).append(scheme.label)
     kinds: dict[tuple[object, ...], list[LayerKey]] = {}
     for layer in stored_layers(config, mtp=mtp):
         kind: tuple[object, ...] = (layer,)

@@ -21,7 +21,15 @@ from dataclasses import dataclass
 from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
-from deepseek.inventory import FUSED, TensorSpec, expert_of, layer_of, layer_tensors
+from deepseek.inventory import (
+    FUSED,
+    HEAD,
+    TensorSpec,
+    expert_of,
+    is_within,
+    layer_of,
+    layer_tensors,
+)
 from deepseek.recipe import Scheme
 from deepseek.sglang.layout import ROW_ROLES, TILE, VOCAB_PADDING, WHOLE_ROLES, Dialect
 
@@ -31,6 +39,14 @@ NO_EXPERT_ZERO_POINTS = (
 )
 NO_ZERO_POINTS = "Marlin, its kernel for packed linears, takes zero points of 4 bits only"
 NO_INT8_EXPERTS = "its compressed-tensors code computes INT8 experts with INT8 inputs on NPUs only"
+NO_INT4_A8 = "its compressed-tensors code has no linear of INT4 weights with INT8 inputs"
+NO_INT4_A8_EXPERTS = (
+    "its compressed-tensors code takes INT8 inputs of INT4 experts for FP8 ones (W4AFP8)"
+)
+NO_HEAD = (
+    "its own layouts hold the head in BF16, and `build` has no model of how its compressed-tensors "
+    "code loads another"
+)
 NO_STATIC_FP8 = (
     "its compressed-tensors code finds the scales of W4A8 inputs while it runs and refuses static "
     "ones"
@@ -51,6 +67,8 @@ NO_INDEXER = (
 )
 NEEDS_SM90 = "its w4afp8 kernels need GPUs of compute capability 9.0 (Hopper)"
 
+#: Weights and inputs of experts that w4afp8 runs, with FP8 inputs in any case.
+_W4AFP8 = (("int4", "none"), ("int4", "fp8"))
 _PACKED = frozenset({"int4", "int4-asym", "int8", "int8-asym"})
 _FUSED_BY_ROLE = {role: name for name, roles in FUSED.items() for role in roles}
 
@@ -113,7 +131,7 @@ def problems(
     if dialect == "w4afp8" and generation == "sm80":
         yield Problem("w4afp8 on Ampere", NEEDS_SM90, "use --dialect compressed-tensors")
     layers = config.num_layers_with_mtp if mtp else config.num_hidden_layers
-    kept = {module: scheme for module, scheme in schemes.items() if layer_of(module) < layers}
+    kept = {module: scheme for module, scheme in schemes.items() if is_within(module, layers)}
     yield from _format_problems(kept, dialect)
     yield from _fused_problems(kept)
     yield from _rank_problems(config, ranks)
@@ -137,7 +155,10 @@ def problems(
 def _format_problems(schemes: Mapping[str, Scheme], dialect: Dialect) -> Iterator[Problem]:
     found: dict[tuple[str, str, str], list[str]] = {}
     for module, scheme in schemes.items():
-        if wrong := wrong_format(scheme, dialect, is_expert=expert_of(module) is not None):
+        wrong = wrong_format(scheme, dialect, is_expert=expert_of(module) is not None)
+        if module == HEAD:
+            wrong = NO_HEAD, "leave its rule out of the recipe, or use --target vllm"
+        if wrong:
             found.setdefault((scheme.label, *wrong), []).append(module)
     for (label, reason, change), modules in found.items():
         more = f" and {len(modules) - 1} others" if len(modules) > 1 else ""
@@ -149,7 +170,7 @@ def wrong_format(scheme: Scheme, dialect: Dialect, *, is_expert: bool) -> tuple[
     weights, inputs = scheme.weights, scheme.activations
     match dialect:
         case "w4afp8":
-            wanted = weights == "int4" if is_expert else weights == "fp8-block"
+            wanted = (weights, inputs) in _W4AFP8 if is_expert else weights == "fp8-block"
             if not wanted or (is_expert and scheme.group_size != TILE):
                 return ONE_METHOD[dialect], "use the recipe w4a8 or int4 with an FP8 source"
         case "w8a8_int8":
@@ -170,6 +191,9 @@ def _wrong_group(scheme: Scheme, *, is_expert: bool) -> tuple[str, str] | None:
         return "its compressed-tensors code has no INT8 tiles", "use --dialect blockwise_int8"
     if scheme.weights == "int8-asym" and not is_expert:
         return NO_ZERO_POINTS, "give it `weights: int8` and quantize again"
+    if scheme.group_size and scheme.activations == "int8":
+        reason = NO_INT4_A8_EXPERTS if is_expert else NO_INT4_A8
+        return reason, "leave its activations out, as the recipe int4-all does, and quantize again"
     if not is_expert:
         return None
     if scheme.activations == "int8":

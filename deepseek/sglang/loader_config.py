@@ -31,6 +31,7 @@ from deepseek.fused_loader.groups import (
     packed_method,
 )
 from deepseek.fused_loader.modules import BF16, Method
+from deepseek.inventory import HEAD
 
 #: Formats under which a group's activations are quantized (packed ones among them, unlike vLLM).
 _ACTIVATION_FORMATS = frozenset(
@@ -115,6 +116,18 @@ class QuantConfig:
                 f"{self.source} gives the projections of {name} different groups; SGLang needs one"
             )
         return BF16 if found[0] is None else self._expert_scheme(name, found[0])
+
+    def head(self) -> Method:
+        """The method of the language model's head: BF16 unless a group names it
+        (`get_lm_head_scheme`). SGLang's own layouts leave it alone.
+
+        Raises:
+            LoaderRefusal: SGLang would stop.
+        """
+        if self.kind != "compressed-tensors" or first_target(HEAD, self.ignore):
+            return BF16
+        target = first_target(HEAD, self.groups)
+        return BF16 if target is None else self._linear_scheme(HEAD, self.groups[target])
 
     def _group(
         self, name: str, parts: tuple[str, ...], module_class: str

@@ -37,9 +37,11 @@ from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
 from deepseek.inventory import (
+    HEAD,
     TensorSpec,
     expert_of,
     global_tensors,
+    is_within,
     layer_of,
     layer_tensors,
 )
@@ -79,7 +81,7 @@ def stored_schemes(
     """The scheme of every linear as the directory stores it, without layers that it leaves out.
     In the dialect `single` every linear but the routed experts is BF16."""
     layers = config.num_layers_with_mtp if mtp else config.num_hidden_layers
-    kept = {module: scheme for module, scheme in schemes.items() if layer_of(module) < layers}
+    kept = {module: scheme for module, scheme in schemes.items() if is_within(module, layers)}
     if dialect == "single":
         return {m: s if expert_of(m) is not None else _BF16 for m, s in kept.items()}
     return kept
@@ -94,7 +96,7 @@ def stored_tensors(
     """
     specs = global_tensors(config) if layer == "globals" else layer_tensors(config, layer)
     return {
-        f"{spec.module}.{suffix}" if spec.kind == "linear" else spec.name: StoredTensor(
+        f"{spec.module}.{suffix}" if spec.module in stored else spec.name: StoredTensor(
             dtype, shape, spec, suffix
         )
         for spec in specs
@@ -106,7 +108,7 @@ def _parts(
     spec: TensorSpec, stored: Mapping[str, Scheme]
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(suffix, type, shape) of each tensor that a tensor of the model is stored as."""
-    if spec.kind != "linear":
+    if spec.module not in stored:
         yield spec.role, "F32" if spec.kind == "float32" else "BF16", spec.shape
         return
     outputs, inputs = spec.shape
@@ -192,7 +194,8 @@ def _kinds_of_layers(
     so that its 46,000 tensors need not be listed."""
     formats: dict[int, list[str]] = {}
     for module, scheme in stored.items():
-        formats.setdefault(layer_of(module), []).append(scheme.weights)
+        if module != HEAD:
+            formats.setdefault(layer_of(module), []).append(scheme.weights)
     kinds: dict[tuple[object, ...], list[LayerKey]] = {}
     for layer in stored_layers(config, mtp=mtp):
         kind: tuple[object, ...] = (layer,)

@@ -4,7 +4,7 @@ Its loader cuts tensors by the number of ranks and takes some results in silence
 not fit is refused here, with the same words by the planner (`cluster/plan.py`) and by `build`:
 
     formats   routed experts INT4 in groups of 128, INT8 weight-only, FP8 tiles or BF16, one per
-              layer; every other linear FP8 tiles or BF16; no indexer
+              layer; every other linear FP8 tiles or BF16; the head BF16; no indexer
     dialect   `single` is one quantization of all routed experts, and no MTP layer
     ranks     whole attention heads per rank, whole experts per expert group, and FP8 tiles and
               groups that no rank gets a part of
@@ -24,13 +24,15 @@ from typing import Literal
 from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
-from deepseek.inventory import FUSED, TensorSpec, group_of, layer_of, linears
+from deepseek.inventory import FUSED, HEAD, TensorSpec, group_of, layer_of, linears
 from deepseek.recipe import Scheme
 from deepseek.trtllm.layout import TILE, Dialect
 from deepseek.trtllm.versions import EngineVersion
 
 #: Reasons that the planner's matrix gives too.
 NO_W8A8 = "TensorRT-LLM 1.2 has no INT8 W8A8 kernels on Hopper"
+NO_INT4_A8 = "it has no kernels for INT4 weights with INT8 activations"
+NO_HEAD = "its head takes no quantization, and holds BF16"
 NO_INT8_TILES = "it has no INT8 kernels with a scale per tile"
 NO_ZERO_POINTS = "its kernels for INT8 and INT4 experts take no zero points"
 GROUPS_OF_128 = "its INT4 experts (W4AFP8) are symmetric with groups of 128 only"
@@ -147,12 +149,16 @@ class _Survey:
         self.fused: dict[str, dict[str, str]] = {}
         self.tiles: dict[str, str] = {}
         for module, scheme in schemes.items():
+            if module == HEAD:
+                wrong = NO_HEAD, "leave its rule out of the recipe and quantize again"
+                self.wrong[(scheme.label, *wrong)] = [module]
+                continue
             layer = layer_of(module)
             if layer >= layers:
                 continue
             is_expert = ".mlp.experts." in module
-            if scheme.is_quantized and (wrong := _wrong_format(scheme, is_expert)):
-                self.wrong.setdefault((scheme.label, *wrong), []).append(module)
+            if scheme.is_quantized and (reason := _wrong_format(scheme, is_expert)):
+                self.wrong.setdefault((scheme.label, *reason), []).append(module)
             if is_expert:
                 self.experts.setdefault(layer, {}).setdefault(scheme.weights, module)
                 continue
@@ -179,6 +185,8 @@ def _wrong_format(scheme: Scheme, is_expert: bool) -> tuple[str, str] | None:
     """(reason, what to change) where no dialect can hold a quantized linear."""
     if scheme.weights == "int8-block":
         return NO_INT8_TILES, "use the recipe int8-experts or int4, or serve it with SGLang"
+    if scheme.bits == 4 and scheme.activations == "int8":
+        return NO_INT4_A8, "use the recipe int4, or serve it with the embedded engine"
     if scheme.activations == "int8":
         return NO_W8A8, "use the recipe int8-experts or int4, or serve it with vLLM"
     if not is_expert:

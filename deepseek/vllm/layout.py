@@ -16,6 +16,8 @@ of packed weights in its model dtype (`params_dtype` in `compressed_tensors_wNa1
                        weight_scale_inv
     BF16               weight BF16 [N, K]
 
+The head is BF16, or stored as a linear where the recipe quantizes it.
+
 This file imports no torch: the planner and the byte table use it too.
 
 N outputs · K inputs
@@ -31,7 +33,14 @@ from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.artifact.layout import StoredTensor, stored_layers
 from deepseek.artifact.manifest import LayerKey
 from deepseek.config import ModelConfig
-from deepseek.inventory import TensorSpec, global_tensors, layer_of, layer_tensors
+from deepseek.inventory import (
+    HEAD,
+    TensorSpec,
+    global_tensors,
+    is_within,
+    layer_of,
+    layer_tensors,
+)
 from deepseek.recipe import Scheme
 
 #: Edge of an FP8 tile.
@@ -49,7 +58,7 @@ def stored_schemes(
 ) -> dict[str, Scheme]:
     """The scheme of every linear as the directory stores it, without layers that it leaves out."""
     layers = config.num_layers_with_mtp if mtp else config.num_hidden_layers
-    return {module: scheme for module, scheme in schemes.items() if layer_of(module) < layers}
+    return {module: scheme for module, scheme in schemes.items() if is_within(module, layers)}
 
 
 def stored_tensors(
@@ -66,7 +75,7 @@ def stored_tensors(
     """
     specs = global_tensors(config) if layer == "globals" else layer_tensors(config, layer)
     return {
-        f"{spec.module}.{suffix}" if spec.kind == "linear" else spec.name: StoredTensor(
+        f"{spec.module}.{suffix}" if spec.module in stored else spec.name: StoredTensor(
             dtype, shape, spec, suffix
         )
         for spec in specs
@@ -78,7 +87,7 @@ def _parts(
     spec: TensorSpec, stored: Mapping[str, Scheme], released: bool
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(suffix, type, shape) of each tensor that a tensor of the model is stored as."""
-    if spec.kind != "linear":
+    if spec.module not in stored:
         yield spec.role, "F32" if spec.kind == "float32" else "BF16", spec.shape
         return
     outputs, inputs = spec.shape
@@ -132,10 +141,10 @@ def rank_weight_bytes(
 def _ways(tensor: StoredTensor, ranks: RankLayout) -> int:
     """Over how many ranks a stored tensor is divided; the others hold copies."""
     spec = tensor.spec
-    if spec.name.endswith(("embed_tokens.weight", "lm_head.weight", "shared_head.head.weight")):
-        return ranks.tp
     if tensor.suffix == "weight_shape":
         return ranks.ep if spec.split == "expert" else 1
+    if spec.name.endswith(("embed_tokens.weight", "lm_head.weight", "shared_head.head.weight")):
+        return ranks.tp
     if spec.role in _WHOLE_ROLES or spec.split == "replicated":
         return 1
     by_channel = tensor.suffix in ("weight_scale", "weight_zero_point") and tensor.shape[1] == 1
@@ -160,7 +169,8 @@ def _kinds_of_layers(
     so that its 46,000 tensors need not be listed."""
     formats: dict[int, list[str]] = {}
     for module, scheme in stored.items():
-        formats.setdefault(layer_of(module), []).append(scheme.label)
+        if module != HEAD:
+            formats.setdefault(layer_of(module), []).append(scheme.label)
     kinds: dict[tuple[object, ...], list[LayerKey]] = {}
     for layer in stored_layers(config, mtp=mtp):
         kind: tuple[object, ...] = (layer,)

@@ -5,7 +5,8 @@ methods, `machete_utils.py`, `marlin_utils.py`, `fp8_utils.py` (`validate_fp8_bl
 `linear.py` and `deepseek_v2.py`. The same sentences are the planner's (`cluster/matrix.py`) and
 `build`'s:
 
-    formats   INT4 with static FP8 inputs has no loader; zero points of 8 bits no kernel for experts
+    formats   INT4 with static FP8 inputs has no loader, nor have experts of INT4 with INT8 inputs;
+              zero points of 8 bits no kernel for experts
     fused     gate with up, q_a_proj with kv_a_proj_with_mqa, and all routed experts of a layer:
               one format each
     ranks     whole attention heads per rank; FP8 tiles, groups and packed words that no rank gets
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from deepseek.artifact.engine_manifest import RankLayout
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
-from deepseek.inventory import FUSED, TensorSpec, layer_of, layer_tensors
+from deepseek.inventory import FUSED, HEAD, TensorSpec, is_within, layer_of, layer_tensors
 from deepseek.recipe import Scheme
 from deepseek.vllm.layout import TILE, VOCAB_PADDING
 
@@ -35,6 +36,13 @@ NO_ZERO_POINTS_SM80 = "its kernels for Ampere take zero points of 4 bits only"
 MACHETE_OUTPUTS = (
     "Machete, its only kernel for 8-bit zero points, takes outputs in multiples of 128; "
     "kv_a_proj_with_mqa has 576, together with q_a_proj 2112"
+)
+NO_INT4_A8_EXPERTS = (
+    "its INT4 experts with INT8 inputs run on Arm CPUs only, from codes that are not packed"
+)
+WEIGHT_ONLY = (
+    "it chooses kernels of packed INT4 by the weight alone, and those that it takes leave INT8 "
+    "inputs unquantized"
 )
 NO_FORMAT = "its compressed-tensors loader has no scheme for it"
 NO_INDEXER = (
@@ -119,7 +127,7 @@ def problems(
         yield Problem("an MTP layer", "the model has none", "leave out --mtp")
         return
     layers = config.num_layers_with_mtp if mtp else config.num_hidden_layers
-    kept = {module: scheme for module, scheme in schemes.items() if layer_of(module) < layers}
+    kept = {module: scheme for module, scheme in schemes.items() if is_within(module, layers)}
     yield from _format_problems(config, kept, generation)
     yield from _fused_problems(kept)
     tp = ranks.tp
@@ -145,6 +153,13 @@ def problems(
             f"use --tp {max(_divisors(vocab, below=tp))}",
         )
     seen: set[tuple[object, ...]] = set()
+    if HEAD in kept and config.vocab_size % (VOCAB_PADDING * tp):
+        yield Problem(
+            f"{HEAD} as {kept[HEAD].label}",
+            f"its {config.vocab_size} tokens are no multiple of {VOCAB_PADDING} for each rank, and "
+            "IntServe has no model of how such a head is padded",
+            "serve the quantized checkpoint itself with it",
+        )
     for layer in range(layers):
         for spec in layer_tensors(config, layer):
             if spec.kind != "linear":
@@ -179,6 +194,10 @@ def _wrong_format(
         return NO_FORMAT, "use the recipe int8 or int4"
     if scheme.activations == "fp8":
         return NO_STATIC_FP8, "use the recipe int4, or --target trtllm or sglang"
+    if scheme.group_size and scheme.activations == "int8" and ".mlp.experts." in module:
+        return NO_INT4_A8_EXPERTS, (
+            "leave their activations out, as the recipe int4-all does, and quantize again"
+        )
     if scheme.weights != "int8-asym":
         return None
     symmetric = "give it `weights: int8` and quantize again"
@@ -244,7 +263,7 @@ def _cut_problems(spec: TensorSpec, scheme: Scheme, ranks: RankLayout) -> Iterat
                 if share > 1 and usable
                 else "quantize it in another format",
             )
-    if is_expert and scheme.is_quantized and scheme.activations == "none":
+    if is_expert and scheme.is_packed:
         hidden = inputs if not is_row else outputs
         if hidden % _MOE_HIDDEN:
             yield Problem(
@@ -259,7 +278,7 @@ def _needs_whole(spec: TensorSpec, scheme: Scheme, name: str) -> bool:
     """Whether a dimension must be whole groups, words or tiles even where no rank cuts it: what is
     packed along it, and the first part of a fused linear, whose tiles the second's follow."""
     if name == "inputs":
-        return scheme.is_quantized and scheme.activations == "none"
+        return scheme.is_packed
     if scheme.weights == "fp8-block":
         return spec.role in ("q_a_proj", "gate_proj")
     return not scheme.is_symmetric

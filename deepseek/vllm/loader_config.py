@@ -24,11 +24,13 @@ from deepseek.fused_loader.groups import (
     first_class,
     first_target,
     is_fp8,
+    is_token_int8,
     is_w8a8,
     is_wna16,
     packed_method,
 )
 from deepseek.fused_loader.modules import BF16, Method
+from deepseek.inventory import HEAD
 
 #: Formats under which a group's activations are quantized.
 _ACTIVATION_FORMATS = frozenset(
@@ -101,6 +103,17 @@ class QuantConfig:
             )
         return BF16 if found[0] is None else self._expert_scheme(name, found[0])
 
+    def head(self) -> Method:
+        """The method of the language model's head: BF16 unless a group names it.
+
+        Raises:
+            LoaderRefusal: vLLM would stop.
+        """
+        if self.kind != "compressed-tensors":
+            return BF16
+        group = self._group(HEAD, [HEAD], "ParallelLMHead")
+        return BF16 if group is None else self._linear_scheme(HEAD, group)
+
     def _listed(self, name: str) -> bool:
         return name in self.ignore
 
@@ -125,7 +138,9 @@ class QuantConfig:
     def _linear_scheme(self, name: str, group: Mapping[str, Any]) -> Method:
         weights, inputs = group["weights"], group["input_activations"]
         form = group.get("format") or self.format
-        packed = packed_method(weights) if inputs is None and is_wna16(weights) else None
+        # `_is_wNaM_int`: kernels are chosen by the weight alone, and leave INT8 inputs as they are.
+        is_packed = is_wna16(weights) and (inputs is None or is_token_int8(inputs))
+        packed = packed_method(weights) if is_packed else None
         if packed is not None and form == _PACKED:
             return packed
         if form in _ACTIVATION_FORMATS:

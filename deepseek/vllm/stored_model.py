@@ -57,6 +57,9 @@ class VllmStoredModel:
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """All tensors of one decoder layer; see `StoredModel`."""
+        return self._read(layer)
+
+    def _read(self, layer: LayerKey) -> dict[str, Tensor]:
         stored = self._reader.read(layer)
         tensors: dict[str, Tensor] = {}
         for name, tensor in self._layout(layer).items():
@@ -72,7 +75,7 @@ class VllmStoredModel:
 
     def read_globals(self) -> dict[str, Tensor]:
         """Embedding, final norm and head; see `StoredModel`."""
-        return self._reader.read("globals")
+        return self._read("globals")
 
     def finish(self) -> None:
         """Check that every tensor was read; see `StoredModel`."""

@@ -23,13 +23,15 @@ def group_sizes(
     config: ModelConfig, source_bytes: Mapping[str, int], schemes: Mapping[str, Scheme]
 ) -> tuple[GroupBytes, ...]:
     """Bytes by group of tensors. `source_bytes` and `schemes` are keyed by tensor and by module. A
-    tensor without a scheme (norms, router, embeddings, head) is stored as in the source."""
+    tensor without a scheme (norms, router, embeddings, a head that no rule names) is stored as in
+    the source."""
     rows: dict[Group, list[int]] = {}
     for spec in tensors(config):
         source = source_bytes[spec.name] + source_bytes.get(scale_name(spec.name), 0)
         artifact = source
-        if spec.kind == "linear" and schemes[spec.module].is_quantized:
-            artifact = stored_bytes(schemes[spec.module], *spec.shape)
+        scheme = schemes.get(spec.module)
+        if scheme is not None and scheme.is_quantized:
+            artifact = stored_bytes(scheme, spec.shape[0], spec.shape[1])
         row = rows.setdefault(spec.group, [0, 0, 0, 0])
         for column, value in enumerate((spec.numel, 2 * spec.numel, source, artifact)):
             row[column] += value

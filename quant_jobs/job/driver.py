@@ -34,6 +34,7 @@ from deepseek.artifact.manifest import MANIFEST_FILE, LayerKey, Manifest, read_m
 from deepseek.artifact.tensors import layer_file, layer_keys, store_tensor
 from deepseek.artifact.writer import ArtifactWriter
 from deepseek.errors import IntServeError
+from deepseek.inventory import HEAD
 from deepseek.source.checkpoint import content_digest
 from quant_jobs.algorithms.ledger import Ledger
 from quant_jobs.job.account import Timings, make_record
@@ -104,6 +105,8 @@ class Driver:
             self._recorded = published_files(self._finished)
             for file in self._recorded.values():
                 folder.save_published(file)
+        #: Whether the recipe quantizes the head, so that the globals are published last.
+        self._has_head = HEAD in self._writer.schemes
         self._keeps_maxima = quantizes_experts(self._config, self._writer.schemes)
         self._watch = SourceWatch(job, folder, self._recorded)
         self._published = folder.load_published(forget_damaged=self._finished is not None)
@@ -122,26 +125,30 @@ class Driver:
             IntServeError: workers die too often, or none is left.
         """
         todo = [n for n in range(self._config.num_hidden_layers) if n not in self._published]
+        layers_left = len(todo)
+        if self._has_head and "globals" not in self._published:
+            todo.append(self._config.num_hidden_layers)  # where the head's inputs are
         start = self._folder.last_boundary(len(self._blocks.ids), todo[0]) if todo else 0
         missing = [key for key in layer_keys(self._config) if key not in self._published]
         layers = range(start, todo[-1] + 1) if todo else range(0)
         check_room(self._job, self._folder, self._writer.schemes, missing, layers)
-        self._announce(todo, start)
+        self._announce(layers_left, start)
         self._publish_unquantized()  # in the driver, while the workers load their libraries
         if todo:
             self._run_layers(start, todo[-1])
         return self._finish(start)
 
-    def _announce(self, todo: list[int], start: int) -> None:
+    def _announce(self, left: int, start: int) -> None:
+        """`left` layers are to be quantized."""
         if self._finished is not None:
-            state = f"making lost files of a finished output again, {len(todo)} layers among them"
-        elif len(todo) == self._config.num_hidden_layers:
+            state = f"making lost files of a finished output again, {left} layers among them"
+        elif left == self._config.num_hidden_layers:
             state = "from the start"
         else:
-            state = f"resuming, {len(todo)} layers are left"
+            state = f"resuming, {left} layers are left"
         detail = f"{self._job.recipe.name} on {self._pool.describe()}: {state}"
         done = len(self._published)
-        self._progress(Event("started", start, detail=detail, done=done, left=len(todo)))
+        self._progress(Event("started", start, detail=detail, done=done, left=left))
 
     # --- layer after layer, and what to do when workers die ---
 
@@ -163,6 +170,9 @@ class Driver:
             self._blocks_by_slot.clear()
             self._progress(Event("joined", layer, detail=f"now on {self._pool.describe()}"))
         self._load_boundary(layer)
+        if layer == self._config.num_hidden_layers:
+            self._solve_head()
+            return
         if layer in self._published:
             self._await_files()
             self._folder.delete_boundaries(before=layer)
@@ -230,7 +240,7 @@ class Driver:
 
         with self._timings.step(layer, "supply"):
             if layer == 0:
-                self._watch.check_embedding(self._published["globals"])
+                self._watch.check_embedding(self._published.get("globals"))
             self._pool.each(lambda worker, _: worker.begin.remote(job), new)
             self._pool.each(
                 lambda worker, i: worker.load_boundary.remote(layer, ids(i), boundary), new
@@ -256,6 +266,15 @@ class Driver:
         record = self._steps.write(layer, solution)
         self._writing = _WritingLayer(layer, record, solution.summary)
         return solution
+
+    def _solve_head(self) -> None:
+        """Quantize the head by the outputs of the last layer, and publish the globals."""
+        self._await_files()
+        with self._timings.step("globals", "solve"):
+            record, summary = self._steps.solve_head()
+        self._watch.check_globals(summary.source_digests, record.source_sha256)
+        self._writer.register(record, verify=False)
+        self._register(PublishedFile(record=record, fallbacks=summary.fallbacks))
 
     def _carry(self, layer: int) -> None:
         """Run the blocks through the quantized layer and start storing the next boundary."""
@@ -304,10 +323,12 @@ class Driver:
     # --- publishing ---
 
     def _publish_unquantized(self) -> None:
-        """Publish globals and MTP layers unquantized, as the source stores them. Runs in the
-        driver."""
+        """Publish MTP layers, and globals without a head to quantize, as the source stores them.
+        Runs in the driver."""
         for key in layer_keys(self._config):
-            is_quantized = key != "globals" and key < self._config.num_hidden_layers
+            is_quantized = (
+                self._has_head if key == "globals" else key < self._config.num_hidden_layers
+            )
             if is_quantized or key in self._published:
                 continue
             source = self._job.source

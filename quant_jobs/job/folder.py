@@ -4,6 +4,8 @@
     OUTPUT/.job/job.json                                 fingerprint of the job's inputs
     OUTPUT/.job/part-00003.json                          layer 3 is published: its PublishedFile
     OUTPUT/.job/source-00003.json                        digests of what layer 3 was first read as
+    OUTPUT/.job/source-embedding.json                    the same of the embedding, where the head
+                                                         is quantized, so that the globals come last
     OUTPUT/.job/boundary-00004/worker-*.safetensors      inputs of layer 4, by calibration block
 
 A layer counts as published when its part-*.json exists, which is written after the layer's own
@@ -22,7 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -159,14 +161,18 @@ class JobFolder:
 
     # --- the source ---
 
-    def record_source(self, layer: int, digests: Mapping[str, str]) -> str | None:
-        """Record the digests of the source tensors (by name) that this layer is made from; where
-        they are recorded already, compare. Returns the first tensor that differs, or None.
+    def record_source(
+        self, layer: int | Literal["embedding"], digests: Mapping[str, str]
+    ) -> str | None:
+        """Record the digests of the source tensors (by name) that this layer is made from, or that
+        of the embedding; where they are recorded already, compare. Returns the first tensor that
+        differs, or None.
 
         Raises:
             ArtifactError: the record is damaged.
         """
-        path = self.path / f"source-{layer:05d}.json"
+        name = layer if layer == "embedding" else f"{layer:05d}"
+        path = self.path / f"source-{name}.json"
         if not path.exists():
             write_json(path, dict(digests))
             return None

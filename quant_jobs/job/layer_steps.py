@@ -9,6 +9,8 @@
     carry     each worker runs its blocks through the quantized layer: attention locally, experts
               on their owners, outputs added in the order of the experts
     store     each worker stores its outputs, one file per wave, while others run
+    head      behind the last layer, where the recipe quantizes the head: one worker accumulates the
+              statistics of its input, quantizes it and writes the file of the globals
 
 Called by `driver.py`, which also decides when a layer counts as published. Tensors go from worker
 to worker through the object store; only small values pass through the driver. Expert outputs, and
@@ -23,11 +25,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from deepseek.artifact.manifest import LayerRecord
 from deepseek.config import ModelConfig
 from deepseek.inventory import linears
 from deepseek.recipe import Recipe, Scheme
@@ -272,6 +275,31 @@ class LayerSteps:
 
         self._run_waves(layer, store)
         self._pool.each(lambda worker, _: worker.advance.remote(layer))
+
+    def solve_head(self) -> tuple[LayerRecord, SolveSummary]:
+        """Quantize the head by the outputs of the last layer, which the workers hold, and publish
+        the tensors outside the layers. Two waves are in flight at a time.
+
+        Raises:
+            CheckpointError: the weight cannot be represented, or an activation is not finite.
+            WorkersLost: a worker died.
+        """
+        owner = [trunk_reader(self._config.num_hidden_layers, len(self._pool))]
+        self._pool.each(lambda worker, _: worker.begin_head.remote(), owner)
+        before: list[Any] = []
+        for wave in self._waves():
+            shares = self._head_wave(wave)
+            self._pool.gather(before)
+            before = self._observe_head_wave(shares, owner)
+        self._pool.gather(before)
+        (solved,) = self._pool.each(lambda worker, _: worker.write_head.remote(), owner)
+        return cast("tuple[LayerRecord, SolveSummary]", solved)
+
+    def _head_wave(self, wave: list[list[int]]) -> list[Any]:
+        return self._pool.submit(lambda worker, i: worker.head_shares.remote(wave[i]))
+
+    def _observe_head_wave(self, shares: list[Any], owner: list[int]) -> list[Any]:
+        return self._pool.submit(lambda worker, _: worker.observe_head.remote(*shares), owner)
 
     def measure(self, layer: int) -> dict[int, tuple[float, float]]:
         """Run all blocks through a layer of a finished artifact, whose outputs become the workers'

@@ -46,13 +46,27 @@ class SourceWatch:
                 "the tensors outside the layers" if key == "globals" else f"layer {key}"
             )
 
-    def check_embedding(self, published: PublishedFile) -> None:
-        """Read the whole embedding and check it against the published globals. Workers are about to
-        read the rows of their tokens from it, and nothing else of it is read twice."""
+    def check_embedding(self, published: PublishedFile | None) -> None:
+        """Read the whole embedding and check it against the published globals; where these are not
+        published yet, against what it was first read as. Workers are about to read the rows of
+        their tokens from it, and nothing else of it is read twice."""
         (spec,) = (s for s in global_tensors(self._job.source.config) if s.module == _EMBEDDING)
-        tensor = self._job.source.load([spec])[spec.name].data
-        if tensor_digest(tensor) != published.record.tensors[spec.name]:
+        digest = tensor_digest(self._job.source.load([spec])[spec.name].data)
+        if published is None:
+            self._compare_embedding(spec.name, digest)
+        elif digest != published.record.tensors[spec.name]:
             raise self._changed(f"tensor {spec.name}")
+
+    def check_globals(self, digests: Mapping[str, str], source_sha256: str) -> None:
+        """Check the tensors outside the layers, which a worker has just read to quantize the head:
+        `digests` by tensor, and their digest."""
+        name = f"{_EMBEDDING}.weight"
+        self._compare_embedding(name, digests[name])
+        self.check_recorded("globals", source_sha256)
+
+    def _compare_embedding(self, name: str, digest: str) -> None:
+        if self._folder.record_source("embedding", {name: digest}) is not None:
+            raise self._changed(f"tensor {name}")
 
     def _changed(self, what: str) -> CheckpointError:
         verb = "have" if what.startswith("the tensors") else "has"

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from deepseek.artifact.manifest import Manifest
+from deepseek.inventory import HEAD
 from quant_jobs.evaluation.record import Evaluation
 from quant_jobs.reports import engine_figures, figures
 from quant_jobs.reports.findings import Report
@@ -52,6 +53,7 @@ def render(report: Report, drawn: dict[str, Markup]) -> str:
         evaluation=report.evaluation,
         tiles=_tiles(report.evaluation),
         figures=drawn,
+        head_error=report.errors.get(HEAD),
     )
 
 

@@ -21,7 +21,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, StrMethodFormatter
 
-from deepseek.inventory import group_of, layer_of
+from deepseek.inventory import HEAD, group_of, layer_of
 from deepseek.text import printable
 
 # Drawn color -> CSS variable of templates/style.css.j2.
@@ -150,17 +150,23 @@ def error_group(module: str) -> str:
 
 def errors_by_group(errors: Mapping[str, float]) -> dict[str, dict[int, list[float]]]:
     """error group -> layer -> errors of its linears, from errors by module name
-    (`model.layers.N...`); groups and layers in order, groups without a linear left out."""
+    (`model.layers.N...`); groups and layers in order, groups without a linear left out. The head
+    is in no layer."""
     grouped: dict[str, dict[int, list[float]]] = {group: {} for group in ERROR_GROUPS}
     for module, error in errors.items():
+        if module == HEAD:
+            continue
         grouped[error_group(module)].setdefault(layer_of(module), []).append(error)
     return {group: dict(sorted(layers.items())) for group, layers in grouped.items() if layers}
 
 
 def layer_errors(errors: Mapping[str, float]) -> str:
     """Relative output error by layer, one panel per error group: the range from the smallest to the
-    largest, and the median. `errors` maps the module name of a linear to its error."""
+    largest, and the median. `errors` maps the module name of a linear to its error. Empty where no
+    layer has one."""
     groups = errors_by_group(errors)
+    if not groups:
+        return ""
     num_rows = (len(groups) + 1) // 2
 
     def paint(figure: Any) -> None:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from deepseek.artifact.input_maxima import OUTLIER_RATIO
 from deepseek.artifact.manifest import Fallback
-from deepseek.inventory import expert_of, layer_of
+from deepseek.inventory import HEAD, expert_of, layer_of
 from quant_jobs.reports import figures, job_figures
 from quant_jobs.reports.job_record import JobRecord
 from quant_jobs.reports.page import render_page, show_bytes
@@ -35,6 +35,7 @@ def render(record: JobRecord) -> str:
         resumed=_resumed(record),
         time_note=_time_note(record),
         worst=_worst(record),
+        head_error=record.errors.get(HEAD),
         starved=_starved(record),
         outliers=_outliers(record),
         num_outliers=len(record.input_outliers),

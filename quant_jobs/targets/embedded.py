@@ -1,7 +1,7 @@
 """Build the embedded engine: the directory that `deepseek/engine/packed.py` loads.
 
-The directory appears whole or not at all. The same artifact, KV format, page size and CPU layout
-give the same bytes.
+The directory appears whole or not at all. The same artifact, KV format and page size give the same
+bytes, on any CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ from deepseek.artifact.manifest import MANIFEST_FILE
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import CONFIG_FILE
 from deepseek.engine.kv_cache import check_cache_format
-from deepseek.engine.packed import RANKS, TARGET, TENSOR_FILE, EmbeddedFields, load_packed
+from deepseek.engine.packed import (
+    LAYOUT,
+    RANKS,
+    TARGET,
+    TENSOR_FILE,
+    EmbeddedFields,
+    load_packed,
+)
 from deepseek.engine.packed_layout import packed_tensors
 from deepseek.engine.packing import Progress, Source, pack_tensors, schemes_of
 from deepseek.engine.pages import check_page_tokens
@@ -126,11 +133,9 @@ def _common_fields(source: Source, kv_cache: str | None) -> dict[str, Any]:
 def _own_fields(source: Source, page_tokens: int) -> dict[str, Any]:
     """The fields of `EmbeddedFields` that are known before anything is packed."""
     check_page_tokens(page_tokens)
-    int4 = any(scheme.weights in ("int4", "int4-asym") for scheme in schemes_of(source).values())
     return {
-        "dtype": "float32",
+        "layout": LAYOUT,
         "page_tokens": page_tokens,
-        "cpu_layout": torch.backends.cpu.get_cpu_capability() if int4 else None,
         "mtp": "skipped" if source.config.num_nextn_predict_layers else "absent",
     }
 

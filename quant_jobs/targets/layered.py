@@ -161,7 +161,7 @@ def write_layer(
 
         def made(name: str) -> Iterator[Tensor]:
             tensor = tensors[name]
-            if tensor.spec.kind == "linear":
+            if tensor.is_linear:
                 yield make(tensor, counted)
             else:
                 yield counted(tensor.spec.name)
@@ -216,7 +216,7 @@ def _opened(source: Source, layer: LayerKey) -> Iterator[tuple[Read, Callable[[s
 
 
 def _dtype(tensor: StoredTensor, dtype_of: Callable[[str], torch.dtype]) -> torch.dtype:
-    if tensor.spec.kind == "linear":
+    if tensor.is_linear:
         return DTYPES[tensor.dtype]
     return dtype_of(tensor.spec.name)
 

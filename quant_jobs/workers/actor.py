@@ -19,7 +19,7 @@ from deepseek.source.checkpoint import SourceTensor
 from quant_jobs.algorithms.folding import Smoothing
 from quant_jobs.algorithms.scaling import WeightStatistics
 from quant_jobs.calibration.forward import ExpertOutputsByBlock, RoutedBlocks
-from quant_jobs.calibration.statistics import InputStatistics
+from quant_jobs.calibration.statistics import InputShare, InputStatistics
 from quant_jobs.calibration.units import Unit
 from quant_jobs.workers.messages import (
     AttentionShare,
@@ -148,6 +148,18 @@ class QuantizeWorker:
 
     def advance(self, layer: int) -> None:
         self._worker.advance(layer)
+
+    def begin_head(self) -> None:
+        self._worker.begin_head()
+
+    def head_shares(self, blocks: Sequence[int]) -> dict[int, InputShare]:
+        return self._worker.head_shares(blocks)
+
+    def observe_head(self, *shares: Mapping[int, InputShare]) -> None:
+        self._worker.observe_head(*shares)
+
+    def write_head(self) -> tuple[LayerRecord, SolveSummary]:
+        return self._worker.write_head()
 
     def usage(self) -> WorkerUsage:
         return self._worker.usage()

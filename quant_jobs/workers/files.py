@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deepseek.artifact.manifest import LayerRecord
+from deepseek.artifact.manifest import LayerKey, LayerRecord
 from deepseek.artifact.writer import ArtifactWriter
 from deepseek.source.checkpoint import CheckpointReader
 from quant_jobs.workers.boundary import save_blocks
@@ -28,12 +28,13 @@ class WorkerFiles:
 
     def write_layer(
         self,
-        layer: int,
+        layer: LayerKey,
         source_sha256: str,
         errors: Mapping[str, float],
         pieces: Sequence[Tensors],
     ) -> LayerRecord:
-        """Publish a layer's file from the packed tensors of all workers."""
+        """Publish a layer's file, or that of the globals, from the packed tensors of all
+        workers."""
         if self._writer is None:
             self._writer = ArtifactWriter(
                 self._job.output, source=self._reader, recipe=self._job.recipe

@@ -18,6 +18,13 @@ by the driver. Per layer, the driver calls (`job/layer_steps.py` has the order a
     attend_quantized, run_experts, combine, advance   run this worker's blocks through it
     store             write its outputs for a resumed run, in the background       files.py
 
+Behind the last layer, where the recipe quantizes the head (`head.py`):
+
+    begin_head        (one worker) forget what was accumulated
+    head_shares       return the statistics of the head's input on this worker's blocks
+    observe_head      (one worker) accumulate those of all workers
+    write_head        (one worker) quantize the head and write the file of the globals
+
 A pass that measures a finished artifact (`job/measure_pass.py`) calls `begin_measuring`, `embed`,
 and per layer `use_artifact`, `attend_quantized`, `run_experts`, `combine`, `expert_maxima`,
 `advance`; it writes nothing.
@@ -50,18 +57,20 @@ from torch import Tensor
 from deepseek.artifact.manifest import LayerRecord
 from deepseek.artifact.reader import ArtifactReader
 from deepseek.config import ModelConfig
+from deepseek.inventory import NORM, global_tensors
 from deepseek.recipe import Recipe
-from deepseek.source.checkpoint import CheckpointReader, SourceTensor
+from deepseek.source.checkpoint import CheckpointReader, SourceTensor, join_digests
 from quant_jobs.algorithms.folding import Smoothing
 from quant_jobs.algorithms.linear import modelopt_quantizer
 from quant_jobs.algorithms.scaling import WeightStatistics
 from quant_jobs.calibration.forward import ExpertOutputsByBlock, Rotary, RoutedBlocks
-from quant_jobs.calibration.statistics import InputStatistics
+from quant_jobs.calibration.statistics import InputShare, InputStatistics
 from quant_jobs.calibration.units import Unit
 from quant_jobs.workers.boundary import load_blocks
 from quant_jobs.workers.context import LayerContext
 from quant_jobs.workers.devices import Device, make_repeatable, use_one_thread
 from quant_jobs.workers.files import WorkerFiles
+from quant_jobs.workers.head import HeadInput, HeadOwner
 from quant_jobs.workers.messages import (
     AttentionShare,
     MeasureJob,
@@ -144,6 +153,8 @@ class Worker:
         self._quantized: QuantizedLayer | None = None
         self._maxima: ExpertMaxima | None = None
         self._solved: _Solved | None = None
+        self._head: HeadOwner | None = None
+        self._head_input: HeadInput | None = None
 
     def load_boundary(self, layer: int, ids: Mapping[int, Tensor], boundary: Path) -> None:
         """Make these blocks this worker's own, with their inputs of `layer`: embedded from their
@@ -330,6 +341,45 @@ class Worker:
         self._inputs[layer + 1] = self._quantized_of(layer).outputs
         self._quantized = None
         self._solved = None
+
+    # --- the head ---
+
+    def begin_head(self) -> None:
+        """Make this worker the owner of the head, which has seen no block."""
+        self._head = HeadOwner.of(self._context)
+
+    def head_shares(self, blocks: Sequence[int]) -> dict[int, InputShare]:
+        """Statistics of the head's input on some of this worker's blocks, by block."""
+        with self._timed("forward"):
+            if self._head_input is None:
+                spec = next(s for s in global_tensors(self._context.config) if s.name == NORM)
+                norm = self._reader.load([spec])[NORM].data
+                self._head_input = HeadInput(self._context, norm)
+            inputs = self._inputs[self._context.config.num_hidden_layers]
+            return {block: self._head_input.share(block, inputs[block]) for block in sorted(blocks)}
+
+    def observe_head(self, *shares: Mapping[int, InputShare]) -> None:
+        """See `HeadOwner.add`."""
+        with self._timed("forward"):
+            assert self._head is not None
+            self._head.add(shares)
+
+    def write_head(self) -> tuple[LayerRecord, SolveSummary]:
+        """Quantize the head and publish the tensors outside the layers.
+
+        Raises:
+            CheckpointError: the head's weight cannot be represented.
+        """
+        assert self._head is not None
+        assert self._files is not None
+        source = self._reader.load(global_tensors(self._context.config))
+        with self._timed("solve"):
+            tensors, summary = self._head.solve(source)
+        self._head = None
+        with self._timed("write"):
+            digest = join_digests(summary.source_digests)
+            record = self._files.write_layer("globals", digest, summary.errors, [tensors])
+        return record, summary
 
     def usage(self) -> WorkerUsage:
         """The resources that this worker used since `begin`."""

@@ -288,5 +288,6 @@ def _engine_options(config: EmbeddedOptions, cpus: float | None) -> EngineOption
         "max_batched_tokens": config.max_batched_tokens,
         "num_threads": num_threads,
         "prefix_cache": config.prefix_cache,
+        "kernels": config.kernels,
     }
     return EngineOptions(**{name: value for name, value in given.items() if value is not None})

@@ -16,6 +16,8 @@ from cluster.matrix import (
     ENGINE_VERSIONS,
     FORMATS,
     FP8,
+    HEAD,
+    HEAD_FORMATS,
     INDEXER,
     KV_CACHE,
     KV_FORMATS,
@@ -50,6 +52,7 @@ def refusals(config: ModelConfig):
 def cells():
     yield from product(GENERATIONS, sorted(PARTS), sorted(FORMATS))
     yield from product(GENERATIONS, sorted(INDEXER), sorted(BF16 | FP8))
+    yield from product(GENERATIONS, sorted(HEAD), sorted(HEAD_FORMATS))
     yield from product(GENERATIONS, [KV_CACHE], sorted(KV_FORMATS))
 
 
@@ -103,6 +106,8 @@ LOADS = {
     "int8-asym": set(),
     "int8-block": {"sglang"},
     "w4a8": {"trtllm", "sglang"},
+    "int4-a8": set(),
+    "int8-head": {"vllm"},
 }
 
 

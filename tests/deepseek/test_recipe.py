@@ -137,7 +137,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         raw_recipe({"match": "*", "weights": "bf16", "activations": "int8"}),
-        "activations int8 need weights int8 or int8-block, not bf16",
+        "activations int8 need weights int8 or int8-block or int4 or int4-asym, not bf16",
     ),
     (
         raw_recipe({"match": "*", "weights": "int8-block"}),
@@ -241,15 +241,63 @@ def test_a_group_size_that_does_not_divide_the_inputs_names_the_linear() -> None
     recipe_of({"match": "*.experts.*", "weights": "int4", "group_size": 32}).resolve(config)
 
 
-@pytest.mark.parametrize("match", ["*.q_proj", "model.layers.9.*", "lm_head", "*.mlp.gate"])
+@pytest.mark.parametrize("match", ["*.q_proj", "model.layers.9.*", "lm_h*", "*.mlp.gate"])
 def test_a_rule_without_effect_is_refused(match: str) -> None:
-    """The last one: the router is never quantized."""
+    """The last two: the head is matched by its whole name only, and the router never quantized."""
     recipe = recipe_of({"match": "*", "weights": "int8"}, {"match": match, "weights": "int8"})
     with pytest.raises(RecipeError, match="matches no linear of this model"):
         recipe.resolve(FP8)
 
 
 STAR = {"match": "*", "weights": "int8"}
+HEAD_INT8 = {"match": "lm_head", "weights": "int8", "activations": "int8"}
+
+
+def test_the_head_stays_as_the_source_has_it_unless_a_rule_names_it() -> None:
+    assert "lm_head" not in recipe_of(STAR).resolve(FP8)
+    named = recipe_of(STAR, HEAD_INT8).resolve(FP8)
+    assert list(named)[-1] == "lm_head"
+    assert named.pop("lm_head").label == "int8-a8"
+    assert named == recipe_of(STAR).resolve(FP8), "and the rule is about nothing else"
+    again = recipe_of(HEAD_INT8, STAR)  # a star behind it takes nothing away
+    assert again.resolve(FP8)["lm_head"].label == "int8-a8"
+    again.check_rules(FP8)
+    source = recipe_of(STAR, HEAD_INT8, {"match": "lm_head", "weights": "source"})
+    assert "lm_head" not in source.resolve(FP8)
+    with pytest.raises(RecipeError, match="'lm_head' decides nothing, because the later rule"):
+        source.check_rules(FP8)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"weights": "fp8-block"}, "lm_head may have weights source, int8 or int4, with"),
+        ({"weights": "int8-asym"}, "not int8-asym"),
+        ({"weights": "bf16"}, "not bf16"),
+        ({"weights": "int8-block", "activations": "int8"}, "not int8-block-a8"),
+        ({"weights": "int4", "group_size": 128, "activations": "fp8"}, "not int4-g128-afp8"),
+        ({"weights": "int8", "algorithm": "awq"}, "awq folds its scales into the tensor before"),
+        (
+            {"weights": "int8", "activations": "int8", "algorithm": "smoothquant"},
+            "smoothquant folds its scales",
+        ),
+    ],
+)
+def test_what_the_head_cannot_be_is_refused_in_one_sentence(
+    rule: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        recipe_of(STAR, {"match": "lm_head"} | rule)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_group_size_must_divide_the_inputs_of_the_head_too() -> None:
+    config = ModelConfig.from_dict(config_dict(hidden_size=96, fp8=False))
+    head = {"match": "lm_head", "weights": "int4", "group_size": 64}
+    with pytest.raises(RecipeError, match=r"group_size 64 .* 96 inputs of lm_head"):
+        recipe_of({"match": "*.down_proj", "weights": "int8"}, head).resolve(config)
+
+
 SHADOWED: list[tuple[list[dict[str, Any]], str]] = [
     ([{"match": "*.o_proj", "weights": "bf16"}, STAR], "'*.o_proj' .* later rule match '\\*' wins"),
     ([STAR, STAR], r"'\*' decides nothing, because the later rule match '\*' wins"),

@@ -26,6 +26,7 @@ from deepseek.engine.model import Model
 from deepseek.engine.moe import silu_gate
 from deepseek.engine.options import EngineIdentity
 from deepseek.engine.packed import load_packed
+from deepseek.engine.packing import to_torch_layout
 from deepseek.engine.rope import rotate
 from deepseek.errors import DeployError
 
@@ -41,7 +42,9 @@ def open_as(target: str, directory: Path, kv_cache: str = "bf16", **options) -> 
     """The embedded engine's own directory, executed in the arithmetic of a target."""
     packed = load_packed(directory)
     kernels = Kernels.detect(batch_invariant=True, arithmetic=ARITHMETICS[target])
-    model = Model(packed.config, packed.manifest.schemes, packed.tensors, kernels)
+    schemes = packed.manifest.schemes
+    tensors = to_torch_layout(packed.config, schemes, packed.tensors)
+    model = Model(packed.config, schemes, tensors, kernels)
     identity = EngineIdentity(
         recipe=packed.manifest.recipe,
         artifact_digest=packed.manifest.artifact_digest,

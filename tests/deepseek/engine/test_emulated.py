@@ -18,6 +18,7 @@ from deepseek.engine.emulated import (
 )
 from deepseek.engine.linear import (
     Float32Linear,
+    Int4DynamicLinear,
     Int4Linear,
     Int4StaticFp8Linear,
     Int8AsymLinear,
@@ -53,6 +54,8 @@ SCHEMES = {
     "int4-g128": Scheme(weights="int4", group_size=128),
     "int4-asym-g128": Scheme(weights="int4-asym", group_size=128),
     "int4-g128-afp8": Scheme(weights="int4", group_size=128, activations="fp8"),
+    "int4-g128-a8": Scheme(weights="int4", group_size=128, activations="int8"),
+    "int4-asym-g64-a8": Scheme(weights="int4-asym", group_size=64, activations="int8"),
 }
 TARGETS = [name for name in ARITHMETICS if name != EMBEDDED.name]
 INPUT_SCALE = torch.tensor([0.0137])  # its reciprocal is no BF16 number
@@ -90,7 +93,7 @@ def pack(weight: Tensor, scheme: Scheme) -> tuple[dict[str, Tensor], dict[str, T
     given = {"input_scale": INPUT_SCALE} if scheme.activations == "fp8" else {}
     stored = compress(weight, scheme, **given)
     linear = PackedLinear("m.a", (spec,), scheme)
-    packed = _pack_linear(linear, _Stored({"m.a": dict(stored)}, {}))
+    packed = _pack_linear(linear, _Stored({"m.a": dict(stored)}, {}), "torch")
     return stored, {name.removeprefix("m.a."): tensor for name, tensor in packed.items()}
 
 
@@ -132,7 +135,8 @@ def slow_tiles(values: Tensor, floor: float, *, power: bool) -> Tensor:
 def slow_linear(
     arithmetic: Arithmetic, scheme: Scheme, stored: Mapping[str, Tensor], weight: Tensor, x: Tensor
 ) -> Tensor:
-    """[T, K] -> [T, N] in float64, before the last rounding."""
+    """[T, K] -> [T, N] in float64, before the last rounding. No target quantizes inputs of INT4 to
+    INT8."""
     num_outputs, num_inputs = weight.shape
     out = torch.zeros(len(x), num_outputs, dtype=torch.float64)
     rounded = scheme.weights in arithmetic.rounded_weights
@@ -269,6 +273,7 @@ def test_the_embedded_arithmetic_has_the_kernels_and_the_bits_that_it_always_had
         "int8-a8": Int8DynamicLinear,
         "int4-g128": Int4Linear,
         "int4-g128-afp8": Int4StaticFp8Linear,
+        "int4-g128-a8": Int4DynamicLinear,
     }
     for name, kind in expected.items():
         _, packed = pack(weights(64, 128), SCHEMES[name])

@@ -36,7 +36,11 @@ def test_logits_of_the_unquantized_model_are_those_of_transformers(name: Name, b
     source = family_model(name, base).directory
     ids = torch.randint(0, 96, (160,), generator=torch.Generator().manual_seed(1))
     options = EngineOptions(
-        kv_cache="fp32", max_batched_tokens=50, page_tokens=8, max_model_len=256
+        kv_cache="fp32",
+        kernels="torch",
+        max_batched_tokens=50,
+        page_tokens=8,
+        max_model_len=256,
     )
     engine = LLMEngine.from_checkpoint(source, options)
     got, want = engine.score(ids), reference_logits(source, ids)

@@ -1,6 +1,8 @@
-"""Each kernel against the slow reference: the decompressed weight times the input."""
+"""Each of PyTorch's kernels against the slow reference: the decompressed weight times the input."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -20,9 +22,15 @@ from deepseek.engine.linear import (
 )
 from deepseek.engine.packed_layout import PackedLinear, packed_shapes
 from deepseek.engine.packing import _pack_linear, _Stored
-from deepseek.formats import compress, decompress, fake_quantize_fp8
+from deepseek.formats import (
+    compress,
+    decompress,
+    fake_quantize_fp8,
+    unpack_int4,
+    unpack_zero_point,
+)
 from deepseek.inventory import TensorSpec
-from deepseek.recipe import Scheme
+from deepseek.recipe import Scheme, WeightFormat
 
 SCHEMES = {
     "bf16": Scheme(weights="bf16"),
@@ -37,6 +45,10 @@ SCHEMES = {
     "int4-g128": Scheme(weights="int4", group_size=128),
     "int4-asym-g128": Scheme(weights="int4-asym", group_size=128),
     "int4-g128-afp8": Scheme(weights="int4", group_size=128, activations="fp8"),
+    "int4-g32-a8": Scheme(weights="int4", group_size=32, activations="int8"),
+    "int4-g128-a8-vnni": Scheme(weights="int4", group_size=128, activations="int8"),
+    "int4-asym-g64-a8": Scheme(weights="int4-asym", group_size=64, activations="int8"),
+    "int4-asym-g128-a8-vnni": Scheme(weights="int4-asym", group_size=128, activations="int8"),
 }
 #: Of the inputs below, whose largest is near 4.
 INPUT_SCALE = torch.tensor([4.0 / 448])
@@ -56,6 +68,10 @@ MAX_KERNEL_ERROR = {
     "int4-g128": 4e-3,
     "int4-asym-g128": 4e-3,
     "int4-g128-afp8": 3e-3,
+    "int4-g32-a8": 1e-6,
+    "int4-g128-a8-vnni": 1e-6,
+    "int4-asym-g64-a8": 1e-6,
+    "int4-asym-g128-a8-vnni": 1e-6,
 }
 #: Relative error of kernel and format together on Gaussian weights and activations.
 MAX_TOTAL_ERROR = {
@@ -71,6 +87,10 @@ MAX_TOTAL_ERROR = {
     "int4-g128": 0.16,
     "int4-asym-g128": 0.15,
     "int4-g128-afp8": 0.16,
+    "int4-g32-a8": 0.12,
+    "int4-g128-a8-vnni": 0.16,
+    "int4-asym-g64-a8": 0.13,
+    "int4-asym-g128-a8-vnni": 0.15,
 }
 
 
@@ -97,9 +117,9 @@ def pack(members: list[Tensor], scheme: Scheme, *, vnni: bool) -> tuple[Linear, 
     reference = torch.cat(
         [decompress(stored[s.module], scheme, (s.shape[0], s.shape[1])) for s in specs]
     )
-    packed = _pack_linear(PackedLinear("m.f", specs, scheme), _Stored(stored, {}))
+    packed = _pack_linear(PackedLinear("m.f", specs, scheme), _Stored(stored, {}), "torch")
     tensors = {name.removeprefix("m.f."): tensor for name, tensor in packed.items()}
-    shapes = packed_shapes(scheme, *reference.shape)
+    shapes = packed_shapes(scheme, *reference.shape, layout="torch")
     assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == shapes
     kernels = Kernels(RowRule(4), has_vnni=vnni, is_batch_invariant=True)
     return make_linear(scheme, tensors, kernels), reference
@@ -200,6 +220,37 @@ def test_int8_tiles_give_the_same_bits_with_and_without_vnni(shape: tuple[int, i
     assert torch.equal(forward(with_vnni, x), forward(without, x))
 
 
+@pytest.mark.parametrize("weights_in", ["int4", "int4-asym"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int4_with_int8_inputs_has_the_bits_that_its_formula_says(
+    weights_in: WeightFormat, group_size: int
+) -> None:
+    """With and without VNNI, against a loop over the groups: exact sums of integers, a product and
+    a sum of FP32 numbers for each group in ascending order, and a last product."""
+    scheme = Scheme(weights=weights_in, group_size=group_size, activations="int8")
+    weight, x = weights(48, 384), inputs(5, 384)
+    weight[3] = 0.0
+    stored = compress(weight, scheme)
+    codes = unpack_int4(stored["weight_packed"], 384).long()
+    if weights_in == "int4-asym":
+        zeros = unpack_zero_point(stored["weight_zero_point"], 48)
+        assert zeros.unique().numel() > 3
+        codes -= zeros.long().repeat_interleave(group_size, dim=1)
+    tokens = encode(x, ["int8"])["int8"]
+    assert tokens.scale is not None
+    total = torch.zeros(5, 48)
+    for group in range(384 // group_size):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        dots = tokens.data[:, columns].long() @ codes[:, columns].T
+        total = total + dots.float() * stored["weight_scale"][:, group].float()
+    expected = total * tokens.scale
+    for vnni in (False, True):
+        linear, _ = pack([weight], scheme, vnni=vnni)
+        assert torch.equal(forward(linear, x), expected), vnni
+    shapes = packed_shapes(scheme, 48, 384, layout="torch").values()
+    assert linear.num_bytes == sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
 def test_an_outlier_among_the_inputs_costs_its_own_tile_only() -> None:
     """Against INT8 with one scale per token, which it costs everything."""
     weight, x = weights(128, 512), inputs(4, 512)
@@ -254,7 +305,7 @@ def test_members_with_different_input_scales_share_the_largest() -> None:
         s.module: compress(w, scheme, input_scale=torch.tensor([scale]))
         for s, w, scale in zip(specs, members, (0.5, 0.25), strict=True)
     }
-    packed = _pack_linear(PackedLinear("m.f", specs, scheme), _Stored(stored, {}))
+    packed = _pack_linear(PackedLinear("m.f", specs, scheme), _Stored(stored, {}), "torch")
     assert packed["m.f.input_scale"].tolist() == [0.5]
 
 

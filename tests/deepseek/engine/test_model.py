@@ -1,4 +1,6 @@
-"""The forward pass against transformers' DeepseekV3ForCausalLM, whose weights are the same."""
+"""The forward pass with PyTorch's kernels, which hold unquantized weights in FP32, against
+transformers' DeepseekV3ForCausalLM, whose weights are the same. test_native.py holds the native
+kernels against it."""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def token_kl(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
 def test_logits_match_transformers_also_beyond_the_original_context(
     kv_cache: str, tiny_model: Path, text_ids: torch.Tensor
 ) -> None:
-    engine = LLMEngine.from_checkpoint(tiny_model, EngineOptions(kv_cache=kv_cache))
+    engine = LLMEngine.from_checkpoint(
+        tiny_model, EngineOptions(kv_cache=kv_cache, kernels="torch")
+    )
     got, want = engine.score(text_ids), reference_logits(tiny_model, text_ids)
     assert got.shape == want.shape
     assert got.dtype == torch.float32
@@ -67,7 +71,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(
 ) -> None:
     ids = text_ids.tolist()
     prompts = [ids[:1], ids[5:17], ids[100:163], ids[200:500], ids[:1015]]  # the last crosses 1024
-    engine = LLMEngine.from_checkpoint(tiny_model, EngineOptions(kv_cache="fp32"))
+    engine = LLMEngine.from_checkpoint(tiny_model, EngineOptions(kv_cache="fp32", kernels="torch"))
     sampling = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     got: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -109,7 +113,8 @@ def test_other_shapes_and_constants_match_transformers(
     (tmp_path / "tokenizer.json").unlink()
     ids = torch.randint(0, 96, (120,), generator=torch.Generator().manual_seed(1))
     engine = LLMEngine.from_checkpoint(
-        tmp_path, EngineOptions(kv_cache="fp32", max_batched_tokens=50, page_tokens=8)
+        tmp_path,
+        EngineOptions(kv_cache="fp32", kernels="torch", max_batched_tokens=50, page_tokens=8),
     )
     got, want = engine.score(ids), reference_logits(tmp_path, ids)
     assert relative_error(got, want) < 1e-5, f"{overrides}"
@@ -128,7 +133,8 @@ def test_within_index_topk_the_engine_is_transformers_deepseek_v3_2(
     (tmp_path / "tokenizer.json").unlink()
     ids = torch.randint(0, 96, (64,), generator=torch.Generator().manual_seed(1))
     engine = LLMEngine.from_checkpoint(
-        tmp_path, EngineOptions(kv_cache="fp32", max_batched_tokens=50, page_tokens=8)
+        tmp_path,
+        EngineOptions(kv_cache="fp32", kernels="torch", max_batched_tokens=50, page_tokens=8),
     )
     assert engine.max_model_len == 64
     assert relative_error(engine.score(ids), reference_logits(tmp_path, ids)) < 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from deepseek.artifact.engine_manifest import (
 )
 from deepseek.config import ModelConfig
 from deepseek.engine.engine import EngineOptions, LLMEngine
-from deepseek.engine.packed import TENSOR_FILE, _aligned, load_packed
+from deepseek.engine.packed import LAYOUT, TENSOR_FILE, _aligned, load_packed
 from deepseek.engine.packed_layout import packed_tensors, planned_bytes, projections, source_schemes
 from deepseek.errors import ArtifactError, DeployError
 from deepseek.recipe import Rule, load_recipe
@@ -58,11 +59,12 @@ def test_an_engine_answers_as_its_artifact_decompressed_in_transformers(
     recipe: str, tiny_model: Path, base: Path
 ) -> None:
     ids = torch.arange(200) * 7 % 2000 + 5
-    engine = LLMEngine.load(make_engine(tiny_model, recipe, base), EngineOptions(kv_cache="fp32"))
-    got = engine.score(ids)
+    directory = make_engine(tiny_model, recipe, base)
     want = reference_logits(make_artifact(tiny_model, recipe, base), ids)
-    error = ((got - want).norm() / want.norm()).item()
-    assert error < MAX_LOGIT_ERROR[recipe], f"{recipe=} {error=:.4f}"
+    for kernels in ("native", "torch"):
+        engine = LLMEngine.load(directory, EngineOptions(kv_cache="fp32", kernels=kernels))
+        error = ((engine.score(ids) - want).norm() / want.norm()).item()
+        assert error < MAX_LOGIT_ERROR[recipe], f"{recipe=} {kernels=} {error=:.4f}"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -72,9 +74,14 @@ def test_allocated_bytes_are_the_planned_ones(
 ) -> None:
     options = EngineOptions(kv_cache=kv_cache, max_kv_tokens=4096, max_model_len=4096)
     engine = LLMEngine.load(make_engine(tiny_model, recipe, base), options)
+    slow = LLMEngine.load(
+        make_engine(tiny_model, recipe, base), dataclasses.replace(options, kernels="torch")
+    )
     config = ModelConfig.from_directory(tiny_model)
     schemes = load_recipe(recipe).resolve(config)
-    planned = planned_bytes(config, schemes, kv_cache=kv_cache, num_pages=256, page_tokens=16)
+    sizes = {"kv_cache": kv_cache, "num_pages": 256, "page_tokens": 16}
+    planned = planned_bytes(config, schemes, **sizes)
+    assert slow.allocated_bytes() == planned_bytes(config, schemes, layout="torch", **sizes)
     assert engine.allocated_bytes() == planned
     file_bytes = read_header(make_engine(tiny_model, recipe, base) / TENSOR_FILE).tensors.values()
     weights = sum(planned.values()) - planned["kv_cache"]
@@ -90,7 +97,7 @@ def test_an_unquantized_engine_is_the_same_from_disk_and_from_memory(
     manifest = pack_engine(CheckpointReader(tiny_model), tmp_path / "engine")
     assert manifest.recipe == UNQUANTIZED
     assert manifest.artifact_digest == CheckpointReader(tiny_model).fingerprint
-    assert manifest.target_fields["cpu_layout"] is None
+    assert manifest.target_fields["layout"] == LAYOUT
     assert manifest.target_fields["mtp"] == "skipped"
     from_disk = LLMEngine.load(tmp_path / "engine")
     in_memory = LLMEngine.from_checkpoint(tiny_model)
@@ -107,7 +114,6 @@ def test_an_unquantized_engine_is_the_same_from_disk_and_from_memory(
 def test_tensors_begin_at_cache_lines_and_nearly_all_are_mapped(
     recipe: str, tiny_model: Path, base: Path
 ) -> None:
-    """Elsewhere torch's INT8 kernel crashes and FP32 products round differently."""
     directory = make_engine(tiny_model, recipe, base)
     header = read_header(directory / TENSOR_FILE)
     for name, tensor in load_packed(directory).tensors.items():
@@ -239,10 +245,10 @@ def test_a_manifest_that_the_embedded_engine_does_not_understand_is_refused(
 
 def test_a_missing_field_of_the_embedded_engine_is_refused(int4_engine: Path) -> None:
     manifest = read_engine_manifest(int4_engine)
-    fields = {name: value for name, value in manifest.target_fields.items() if name != "dtype"}
+    fields = {name: value for name, value in manifest.target_fields.items() if name != "mtp"}
     changed = manifest.model_copy(update={"target_fields": fields})
     write_engine_manifest(int4_engine, changed)
-    with pytest.raises(ArtifactError, match=r"target_fields\.dtype: Field required"):
+    with pytest.raises(ArtifactError, match=r"target_fields\.mtp: Field required"):
         LLMEngine.load(int4_engine)
 
 
@@ -253,13 +259,18 @@ def test_an_edited_copy_of_a_source_file_is_refused(int4_engine: Path) -> None:
         LLMEngine.load(int4_engine)
 
 
-def test_int4_engines_are_bound_to_the_instruction_set_and_int8_ones_are_not(
-    tiny_model: Path, base: Path
-) -> None:
-    with pytest.raises(ArtifactError, match="build the engine on this machine"):
-        load_packed(make_engine(tiny_model, "int4", base), cpu_layout="ALTIVEC")
-    int8 = load_packed(make_engine(tiny_model, "int8", base), cpu_layout="ALTIVEC")
-    assert int8.fields.cpu_layout is None
+def test_an_engine_of_another_layout_is_refused_in_one_sentence(int4_engine: Path) -> None:
+    """As older versions wrote them, whose INT4 tensors suit one instruction set."""
+    manifest = read_engine_manifest(int4_engine)
+    fields = {k: v for k, v in manifest.target_fields.items() if k != "layout"}
+    older = manifest.model_copy(update={"target_fields": fields | {"cpu_layout": "AVX2"}})
+    write_engine_manifest(int4_engine, older)
+    with pytest.raises(ArtifactError) as refused:
+        LLMEngine.load(int4_engine)
+    assert str(refused.value) == (
+        f"{int4_engine} was built by a version whose tensors lie in another order in memory; "
+        "delete it and build the engine again"
+    )
 
 
 def test_linears_are_fused_where_their_schemes_agree_and_only_there(tiny_model: Path) -> None:
@@ -278,7 +289,8 @@ def test_linears_are_fused_where_their_schemes_agree_and_only_there(tiny_model: 
     assert names == ["q_a_proj", "kv_a_proj_with_mqa"]
 
 
-def test_int4_outputs_that_the_kernel_cannot_tile_are_refused_by_name(tmp_path: Path) -> None:
+def test_int4_outputs_that_torch_cannot_tile_are_refused_by_name(tmp_path: Path) -> None:
+    """The native kernels take them: their weights are filled up with zeros."""
     config = write_checkpoint(tmp_path, qk_rope_head_dim=20)  # kv_a has 148 outputs
     schemes = load_recipe("int4-all").resolve(config)
     schemes |= {
@@ -287,4 +299,6 @@ def test_int4_outputs_that_the_kernel_cannot_tile_are_refused_by_name(tmp_path: 
         if name.endswith("q_a_proj")
     }
     with pytest.raises(DeployError, match="kv_a_proj_with_mqa has 148 outputs"):
-        packed_tensors(config, schemes)
+        packed_tensors(config, schemes, layout="torch")
+    codes = packed_tensors(config, schemes)["model.layers.0.self_attn.kv_a_proj_with_mqa.packed"]
+    assert codes.shape == (10, config.hidden_size // 8, 16, 4)

@@ -38,7 +38,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Open:
 
     def make(arithmetic: Arithmetic) -> Model:
         kernels = Kernels.detect(batch_invariant=True, arithmetic=arithmetic)
-        return Model(source.config, schemes_of(source), pack_tensors(source), kernels)
+        tensors = pack_tensors(source, layout="torch")
+        return Model(source.config, schemes_of(source), tensors, kernels)
 
     def open_engine(
         kv_cache: str = "bf16", target: str = EMBEDDED.name, page_tokens: int = 16, **options: Any

@@ -89,9 +89,10 @@ class Grown:
         """Median seconds of a step."""
         pool, runner = self._engine._pool, self._engine._runner
         sampling = SamplingParams(max_tokens=steps + 2, temperature=0.0, ignore_eos=True)
+        words = self._engine.config.vocab_size - 2
         texts = []
         for number in range(batch):
-            prompt = tuple(2 + (number * 7919 + place) % 30000 for place in range(context))
+            prompt = tuple(2 + (7919 * number + place) % words for place in range(context))
             request = Request(request_id=str(number), prompt_ids=prompt, sampling=sampling)
             text = Text(request, arrived_s=0.0, num_computed=context - 1)
             pool.grow(text, context + steps + 2)

@@ -1,15 +1,6 @@
-"""The model on the native kernels: one call of the extension `deepseek._native` per step.
+"""Whether the native kernels compute: the extension `deepseek._native`, if it was built here.
 
-Python keeps the tensors, which the extension reads in place (from the mapped engine file, or from
-memory), the cache, scheduling and sampling. `_pointer` is the one place where a tensor becomes an
-address; it refuses what the extension would misread. What the extension computes is model.py's
-forward pass, with these differences, all within each format's tolerance:
-
-- unquantized weights and the inputs of every linear that takes no INT8 are BF16; sums are FP32;
-- zero points of INT4 are exact integers, where torch's operator has their product with the scale in
-  BF16.
-
-T tokens · S spans · R rows · D hidden
+native_model.py is the model that computes with them, deepseek/native their sources.
 """
 
 from __future__ import annotations
@@ -17,238 +8,68 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import math
-from collections.abc import Mapping
 from types import ModuleType
 
-import torch
-from torch import Tensor
+import torch  # noqa: F401  # before the extension, so that both use one OpenMP runtime
 
 from deepseek.config import ModelConfig
-from deepseek.engine.batch import Batch
-from deepseek.engine.kv_cache import LatentCache
 from deepseek.engine.options import KernelChoice
-from deepseek.engine.packed_layout import (
-    PackedLinear,
-    absorbed_prefix,
-    head_linear,
-    projections,
-)
-from deepseek.engine.rope import amplitude, inverse_frequencies, softmax_scale
-from deepseek.engine.weights import Weights
 from deepseek.errors import DeployError
-from deepseek.recipe import Scheme
 
 LOG = logging.getLogger(__name__)
 _EXTENSION = "deepseek._native"
 
 
-def find_isa(choice: KernelChoice) -> str | None:
-    """The instruction set of the native kernels, for engines that are to compute with them; None
+def find_isa(choice: KernelChoice, config: ModelConfig) -> str | None:
+    """The instruction set of the native kernels, for an engine that is to compute with them; None
     for PyTorch's. Where "auto" has to fall back, the log says so once.
 
     Raises:
-        DeployError: "native" and the extension is not there, or INTSERVE_ISA names an instruction
-            set that it or this CPU has not.
+        DeployError: "native", and the extension was not built or does not take the model;
+            INTSERVE_ISA names an instruction set that there is not.
     """
     if choice == "torch":
         return None
-    module = _extension()
-    if isinstance(module, ModuleType):
+    found = _extension()
+    problem = f"were not built here ({found})" if isinstance(found, str) else _misfit(config)
+    if problem is None:
+        assert isinstance(found, ModuleType)
         try:
-            return str(module.isa())
+            return str(found.isa())
         except ValueError as error:
             raise DeployError(str(error)) from error
     if choice == "native":
         raise DeployError(
-            f"the native kernels were not built here ({module}): install again with a C++17 "
-            "compiler, or choose kernels auto or torch"
+            f"the native kernels {problem}: install again with a C++17 compiler, or choose kernels "
+            "auto or torch"
         )
-    _say_fallback(str(module))
+    _say_fallback(problem)
     return None
 
 
 @functools.cache
 def _extension() -> ModuleType | str:
-    """The extension, or why there is none. Torch is imported before it, so that both use one
-    OpenMP runtime."""
+    """The extension, or why there is none."""
     try:
         return importlib.import_module(_EXTENSION)
     except ImportError as error:
         return str(error)
 
 
+def _misfit(config: ModelConfig) -> str | None:
+    """Why the kernels do not take the model; None where they do."""
+    from deepseek.engine.native_attention import takes_widths
+
+    latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    if takes_widths(latent, rope):
+        return None
+    return f"do not take kv_lora_rank {latent} with qk_rope_head_dim {rope}"
+
+
 @functools.cache
-def _say_fallback(why: str) -> None:
+def _say_fallback(problem: str) -> None:
     LOG.warning(
-        "the native kernels were not built here (%s), so PyTorch computes: the answers are the "
-        "same up to rounding, several times slower, and unquantized weights take twice the "
-        "memory; install again with a C++17 compiler",
-        why,
+        "the native kernels %s, so PyTorch computes: the answers are the same up to rounding, "
+        "several times slower, and unquantized weights take twice the memory",
+        problem,
     )
-
-
-class NativeModel:
-    """The whole model, from tensors in the layout "native". `allocated_bytes` are the bytes of its
-    tensors by inventory group.
-
-    Raises on construction:
-        ArtifactError: a tensor is missing, left over, or of another shape or type.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        schemes: Mapping[str, Scheme],
-        tensors: Mapping[str, Tensor],
-    ) -> None:
-        module = _extension()
-        assert isinstance(module, ModuleType), module
-        self.config = config
-        self._module = module
-        self._tensors: list[Tensor] = []  # what the extension points to
-        self._weights = Weights(config, schemes, tensors, "native")
-        self._frequencies = inverse_frequencies(config)
-        self._model = module.Model(
-            hidden=config.hidden_size,
-            vocabulary=config.vocab_size,
-            heads=config.num_attention_heads,
-            query_rank=config.q_lora_rank or 0,
-            latent=config.kv_lora_rank,
-            nope=config.qk_nope_head_dim,
-            rope=config.qk_rope_head_dim,
-            value=config.v_head_dim,
-            experts=config.n_routed_experts,
-            chosen=config.num_experts_per_tok,
-            groups=config.n_group,
-            chosen_groups=config.topk_group,
-            normalizes=config.norm_topk_prob,
-            routed_scale=config.routed_scaling_factor,
-            eps=config.rms_norm_eps,
-            softmax_scale=softmax_scale(config),
-            amplitude=amplitude(config.yarn),
-            frequencies=_pointer(self._frequencies, torch.float32, config.qk_rope_head_dim // 2),
-        )
-        embedding = self._weights.take("model.embed_tokens.weight")
-        self._model.set_embedding(self._keep(embedding), embedding.dtype == torch.bfloat16)
-        for layer in range(config.num_hidden_layers):
-            self._add_layer(layer, schemes)
-        self._model.set_norm(self._plain("model.norm.weight"))
-        self._model.set_head(self._linear(head_linear(config, schemes)))
-        self._weights.finish()
-        self.allocated_bytes = dict(self._weights.num_bytes)
-
-    def forward(self, batch: Batch, cache: LatentCache) -> Tensor:
-        """Run the step and write its latents into the cache -> final hidden states, normed,
-        f32 [T, D]."""
-        sizes, pages = batch.tables
-        num_tokens, num_spans = len(batch.token_ids), len(batch.spans)
-        hidden = torch.empty(num_tokens, self.config.hidden_size)
-        self._model.forward(
-            tokens=_pointer(batch.token_ids, torch.int64, num_tokens),
-            spans=_pointer(sizes, torch.int32, num_spans, 2),
-            pages=_pointer(pages, torch.int32, num_spans, pages.shape[1]),
-            num_tokens=num_tokens,
-            num_spans=num_spans,
-            table_width=pages.shape[1],
-            cache=self._view(cache),
-            hidden=_pointer(hidden, torch.float32, num_tokens, self.config.hidden_size),
-            threads=torch.get_num_threads(),
-        )
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final hidden states f32 [R, D] -> logits f32 [R, vocabulary]."""
-        config = self.config
-        rows = hidden.contiguous()
-        logits = torch.empty(len(rows), config.vocab_size)
-        if len(rows):
-            self._model.logits(
-                hidden=_pointer(rows, torch.float32, len(rows), config.hidden_size),
-                rows=len(rows),
-                logits=_pointer(logits, torch.float32, len(rows), config.vocab_size),
-                threads=torch.get_num_threads(),
-            )
-        return logits
-
-    def _view(self, cache: LatentCache) -> object:
-        """The cache as the extension sees it."""
-        pointers = [_pointer(tensor, tensor.dtype, *tensor.shape) for tensor in cache.tensors]
-        _, num_pages, page_tokens, _ = cache.tensors[0].shape
-        parts = pointers if len(pointers) == 3 else [*pointers, 0, 0]
-        widths = self.config.kv_lora_rank, self.config.qk_rope_head_dim
-        return self._module.CacheView(cache.layout, num_pages, page_tokens, *widths, *parts)
-
-    def _add_layer(self, layer: int, schemes: Mapping[str, Scheme]) -> None:
-        config, prefix = self.config, f"model.layers.{layer}"
-        by_name = projections(config, layer, schemes)
-
-        def project(name: str) -> list[object]:
-            return [self._linear(linear) for linear in by_name[f"{prefix}.{name}"]]
-
-        def mlp(name: str) -> tuple[list[object], list[object]]:
-            return project(f"{name}.gate_up_proj"), project(f"{name}.down_proj")
-
-        def plain(name: str) -> int:
-            return self._plain(f"{prefix}.{name}")
-
-        has_latent = config.q_lora_rank is not None
-        self._model.add_layer(
-            input_norm=plain("input_layernorm.weight"),
-            output_norm=plain("post_attention_layernorm.weight"),
-            query_norm=plain("self_attn.q_a_layernorm.weight") if has_latent else 0,
-            latent_norm=plain("self_attn.kv_a_layernorm.weight"),
-            qkv_a=project("self_attn.qkv_a_proj" if has_latent else "self_attn.q_proj"),
-            q_b=project("self_attn.q_b_proj") if has_latent else [],
-            w_uk=self._absorbed(layer, "w_uk", (config.kv_lora_rank, config.qk_nope_head_dim)),
-            w_uv=self._absorbed(layer, "w_uv", (config.v_head_dim, config.kv_lora_rank)),
-            output=project("self_attn.o_proj"),
-            router=plain("mlp.gate.weight") if config.is_moe(layer) else 0,
-            bias=plain("mlp.gate.e_score_correction_bias") if config.is_moe(layer) else 0,
-            experts=[mlp(f"mlp.experts.{e}") for e in range(config.n_routed_experts)]
-            if config.is_moe(layer)
-            else [],
-            mlp=mlp("mlp.shared_experts" if config.is_moe(layer) else "mlp"),
-        )
-
-    def _absorbed(self, layer: int, suffix: str, shape: tuple[int, int]) -> list[object]:
-        """One linear [N, K] of BF16 for each head."""
-        weight = self._weights.take(f"{absorbed_prefix(layer)}.{suffix}")
-        return [self._make_linear(Scheme(weights="bf16"), shape, {"weight": h}) for h in weight]
-
-    def _linear(self, linear: PackedLinear) -> object:
-        return self._make_linear(linear.scheme, linear.shape, self._weights.take_linear(linear))
-
-    def _make_linear(
-        self, scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor]
-    ) -> object:
-        """A linear of the extension; shapes and types of its tensors were checked by `Weights`."""
-        pointers = {suffix: self._keep(tensor) for suffix, tensor in tensors.items()}
-        input_scale = tensors.get("input_scale")
-        weight = next(pointers[name] for name in ("weight", "codes", "packed") if name in pointers)
-        return self._module.Linear(
-            format=scheme.label,
-            outputs=shape[0],
-            inputs=shape[1],
-            group=scheme.group_size or 0,
-            weight=weight,
-            scale=pointers.get("scale", 0),
-            zero_point=pointers.get("zero_point", 0),
-            input_scale=math.nan if input_scale is None else input_scale.item(),
-        )
-
-    def _plain(self, name: str) -> int:
-        return self._keep(self._weights.take(name))
-
-    def _keep(self, tensor: Tensor) -> int:
-        """The address of a tensor of the engine, which lives as long as this model."""
-        self._tensors.append(tensor)
-        return _pointer(tensor, tensor.dtype, *tensor.shape)
-
-
-def _pointer(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
-    """The address of a tensor's first element, for the extension to read or write."""
-    given = (tensor.dtype, tuple(tensor.shape), tensor.device.type)
-    assert given == (dtype, shape, "cpu"), (given, dtype, shape)
-    assert tensor.is_contiguous(), tensor.stride()
-    return tensor.data_ptr()

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Items
 import torch
 from torch import Tensor
 
-from deepseek import _native
+import deepseek._native as _native
 from deepseek.engine.batch import Span
 from deepseek.engine.kv_cache import LatentCache
 
@@ -48,44 +48,51 @@ class NativeCache:
         )
 
 
+class SpanTable:
+    """Where the tokens of one step are, for all layers: rows and pages of each span."""
+
+    def __init__(self, cache: NativeCache, spans: Items[Span]) -> None:
+        longest = max(len(span.pages) for span in spans)
+        self.rows = torch.zeros(len(spans), 3, dtype=torch.int64)  # first row, count, start
+        self.pages = torch.zeros(len(spans), longest, dtype=torch.int32)
+        first = 0
+        for number, span in enumerate(spans):
+            count, pages = len(span.token_ids), torch.tensor(span.pages, dtype=torch.int32)
+            assert len(pages) * cache.page_tokens >= span.stop, "a token has no page"
+            assert int(pages.min()) > 0
+            assert int(pages.max()) < cache.num_pages
+            self.rows[number] = torch.tensor([first, count, span.start])
+            self.pages[number, : len(pages)] = pages
+            first += count
+        self.num_tokens = first
+
+
 def attend(
     cache: NativeCache,
     layer: int,
     query: Tensor,
     latent: Tensor,
     rope_key: Tensor,
-    spans: Items[Span],
+    spans: SpanTable,
     num_threads: int,
 ) -> Tensor:
     """Store the tokens of `spans` and attend: scaled queries f32 [T, H, R + r], normed latents
     f32 [T, R] and rotated keys f32 [T, r], rows in the order of the spans -> weighted latents
     f32 [T, H, R]."""
-    tokens, heads, width = query.shape
+    tokens, heads = spans.num_tokens, query.shape[1]
     _check(query, (tokens, heads, cache.latent + cache.rope))
     _check(latent, (tokens, cache.latent))
     _check(rope_key, (tokens, cache.rope))
     assert 0 <= layer < cache.num_layers
-    assert tokens == sum(len(span.token_ids) for span in spans)
-    numbers, first = [], 0
-    for span in spans:
-        assert len(span.pages) * cache.page_tokens >= span.stop, "a token has no page"
-        assert all(0 < page < cache.num_pages for page in span.pages)
-        numbers.append((first, len(span.token_ids), span.start))
-        first += len(span.token_ids)
-    longest = max(len(span.pages) for span in spans)
-    table = torch.zeros(len(spans), longest, dtype=torch.int32)
-    for row, span in zip(table, spans, strict=True):
-        row[: len(span.pages)] = torch.tensor(span.pages, dtype=torch.int32)
-    rows = torch.tensor(numbers, dtype=torch.int64)
     output = torch.empty(tokens, heads, cache.latent)
     _native.attention(
         cache.view,
         layer,
         heads,
-        rows.data_ptr(),
-        table.data_ptr(),
-        len(spans),
-        longest,
+        spans.rows.data_ptr(),
+        spans.pages.data_ptr(),
+        len(spans.rows),
+        spans.pages.shape[1],
         query.data_ptr(),
         latent.data_ptr(),
         rope_key.data_ptr(),

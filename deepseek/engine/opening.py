@@ -16,7 +16,7 @@ from deepseek.engine.arithmetic import EMBEDDED, Arithmetic
 from deepseek.engine.detokenizer import Tokenizer, engine_tokenizer, load_tokenizer
 from deepseek.engine.linear import Kernels
 from deepseek.engine.model import Model
-from deepseek.engine.native import NativeModel, find_isa
+from deepseek.engine.native import find_isa
 from deepseek.engine.options import EngineIdentity, EngineOptions
 from deepseek.engine.packed import load_packed
 from deepseek.engine.packing import Packable, pack_tensors, schemes_of, to_torch_layout
@@ -46,8 +46,8 @@ def open_directory(directory: Path, options: EngineOptions) -> Opened:
     """
     packed = load_packed(directory)
     manifest = packed.manifest
-    kernels = choose_kernels(options)
     config, schemes, tensors = packed.config, manifest.schemes, packed.tensors
+    kernels = choose_kernels(options, config)
     if kernels.isa is None:
         tensors = to_torch_layout(config, schemes, tensors)
     model = make_model(config, schemes, tensors, kernels)
@@ -70,7 +70,7 @@ def open_checkpoint(directory: Path | str, options: EngineOptions) -> Opened:
     CheckpointError: the source checkpoint is incomplete or damaged.
     """
     source = CheckpointReader(directory)
-    kernels = choose_kernels(options)
+    kernels = choose_kernels(options, source.config)
     model = _packed_model(source, kernels)
     identity = EngineIdentity(
         recipe=UNQUANTIZED,
@@ -89,18 +89,20 @@ def open_stored(stored: StoredModel, arithmetic: Arithmetic, options: EngineOpti
     ArtifactError: the stored model is damaged.
     DeployError: there is no kernel for a linear.
     """
-    return _packed_model(stored, choose_kernels(options, arithmetic))
+    return _packed_model(stored, choose_kernels(options, stored.config, arithmetic))
 
 
-def choose_kernels(options: EngineOptions, arithmetic: Arithmetic = EMBEDDED) -> Kernels:
+def choose_kernels(
+    options: EngineOptions, config: ModelConfig, arithmetic: Arithmetic = EMBEDDED
+) -> Kernels:
     """The kernels that the options ask for, as far as this machine has them, and torch's threads.
     The fallback says once what is lost.
 
     Raises:
-        DeployError: native kernels were asked for and are not built.
+        DeployError: native kernels were asked for, and are not built or do not take the model.
     """
     prepare_process(options.num_threads)
-    isa = find_isa(options.kernels) if arithmetic == EMBEDDED else None
+    isa = find_isa(options.kernels, config) if arithmetic == EMBEDDED else None
     kernels = Kernels.detect(
         batch_invariant=options.batch_invariant and isa is None, arithmetic=arithmetic, isa=isa
     )
@@ -121,6 +123,8 @@ def make_model(
         ArtifactError: a tensor is missing, left over, or of another shape or type.
     """
     if kernels.isa is not None:
+        from deepseek.engine.native_model import NativeModel  # imports the extension
+
         return NativeModel(config, schemes, tensors)
     return Model(config, schemes, tensors, kernels)
 

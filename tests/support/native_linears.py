@@ -6,7 +6,8 @@ T tokens · N outputs · K inputs · R rows
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +58,7 @@ class NativeLinear:
         assert tensors.keys() == shapes.keys(), (sorted(tensors), sorted(shapes))
         for suffix, (shape, dtype) in shapes.items():
             check_tensor(tensors[suffix], shape, dtype)
-        self.encoding = encoding_of(scheme)
+        self.scheme, self.encoding = scheme, encoding_of(scheme)
         self.num_outputs, self.num_inputs = num_outputs, num_inputs
         self._tensors = dict(tensors)
         self.input_scale = tensors["input_scale"].item() if "input_scale" in tensors else 1.0
@@ -78,6 +79,35 @@ class NativeLinear:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def with_tensors(
+        self, replace: Callable[[Tensor], tuple[Tensor, Frame]]
+    ) -> tuple[NativeLinear, list[Frame]]:
+        """The same linear on other tensors, and what came with each of them."""
+        replaced = {suffix: replace(tensor) for suffix, tensor in self._tensors.items()}
+        tensors = {suffix: tensor for suffix, (tensor, _) in replaced.items()}
+        linear = NativeLinear(self.scheme, tensors, self.num_outputs, self.num_inputs)
+        return linear, [frame for _, frame in replaced.values()]
+
+
+class Frame:
+    """The bytes around a tensor, all 0xFF: NaN, as floats of any width."""
+
+    WIDTH = 256
+
+    def __init__(self, num_bytes: int) -> None:
+        self.bytes = torch.full((num_bytes + 2 * self.WIDTH,), 0xFF, dtype=torch.uint8)
+
+    def is_whole(self) -> bool:
+        width = self.WIDTH
+        return bool((self.bytes[:width] == 0xFF).all() and (self.bytes[-width:] == 0xFF).all())
+
+
+def poisoned(tensor: Tensor) -> tuple[Tensor, Frame]:
+    """A copy of a tensor that lies in a frame."""
+    frame = Frame(tensor.nbytes)
+    inside = frame.bytes[Frame.WIDTH : -Frame.WIDTH].view(tensor.dtype).view(tensor.shape)
+    return inside.copy_(tensor), frame
 
 
 def quantize_linear(scheme: Scheme, weight: Tensor) -> tuple[NativeLinear, Tensor]:
@@ -145,6 +175,19 @@ class NativeInput:
         self.encoding, self.num_rows, self.num_inputs = encoding, *x.shape
         self.handle = _native.encode(encoding, x.data_ptr(), *x.shape, input_scale, threads)
 
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """Copies of the codes, int8 or BF16 [T, K], and of the scales, f32 [T, 1] or [T, K/128]
+        (empty for BF16 and FP8)."""
+        padded, dtype = self.handle.padded, torch.bfloat16
+        num_scales = 0
+        if self.encoding in ("int8", "int8-tiles"):
+            dtype = torch.int8
+            num_scales = 1 if self.encoding == "int8" else padded // TILE
+        codes = _copy(self.handle.data, self.num_rows * padded, dtype).view(-1, padded)
+        scale = _copy(self.handle.scale, self.num_rows * num_scales, torch.float32)
+        assert not codes[:, self.num_inputs :].any(), "padding that is not zero"
+        return codes[:, : self.num_inputs].clone(), scale.view(self.num_rows, num_scales)
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
@@ -161,10 +204,12 @@ class Product:
 
 def run_products(products: Sequence[Product], *, threads: int = 1) -> None:
     """Compute all products in one call; none may read what another writes."""
-    _native.run_gemms([_checked(product) for product in products], threads)
+    _native.run_gemms([checked(product) for product in products], threads)
 
 
-def _checked(product: Product) -> _native.Gemm:
+def checked(product: Product) -> _native.Gemm:
+    """A product as the extension takes it, for a caller who runs it again and again and keeps its
+    tensors."""
     linear, x = product.linear, product.x
     assert (x.encoding, x.num_inputs) == (linear.encoding, linear.num_inputs), "another input"
     num_rows = x.num_rows if product.rows is None else len(product.rows)
@@ -177,7 +222,7 @@ def _checked(product: Product) -> _native.Gemm:
         check_tensor(product.rows, (num_rows,), torch.int32)
         if num_rows:
             low, high = product.rows.aminmax()
-            assert low >= 0 and high < x.num_rows, "a row that is not in the input"
+            assert 0 <= int(low) <= int(high) < x.num_rows, "a row that is not in the input"
     assert (product.residual is not None) == (product.output == "add"), product.output
     if product.residual is not None:
         check_tensor(product.residual, (num_rows, width), torch.float32)
@@ -198,3 +243,11 @@ def check_tensor(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> 
     assert tensor.dtype == dtype, (tensor.dtype, dtype)
     assert tensor.device.type == "cpu", tensor.device
     assert tensor.is_contiguous(), "a native kernel reads contiguous tensors"
+
+
+def _copy(address: int, count: int, dtype: torch.dtype) -> Tensor:
+    """A copy of `count` values at an address of the extension's."""
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    data = ctypes.string_at(address, count * dtype.itemsize)
+    return torch.frombuffer(bytearray(data), dtype=dtype)

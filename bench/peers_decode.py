@@ -9,8 +9,8 @@ loads the model "ds3" (bench/decoding/ds3.py) in a process of its own and comput
 contexts; for each figure all contenders take turns, and whoever has no turn sleeps. Every contender
 has the same number of threads, and picks the likeliest token after each step.
 
-    ours           BF16, INT8 (recipe `int8`), INT4 (`int4-all`, and `int4-all-a8` where there is
-                   one), through `LLMEngine.step`: scheduling, sampling and text included
+    ours           BF16, INT8 (recipe `int8`), INT4 (`int4-all`, and `int4-a8` with INT8
+                   activations), through `LLMEngine.step`: scheduling, sampling and text included
     llama.cpp      f16, q8_0, q4_0, through `llama_decode`; compiled from llama-cpp-python's sdist
                    for this machine; KV f16, flash attention, one buffer or one per sequence,
                    whichever is faster at that batch
@@ -58,11 +58,11 @@ BATCHES = (1, 4, 16, 64)
 PAIRS = (
     ("ours int8", "llama.cpp q8_0"),
     ("ours int4-all", "llama.cpp q4_0"),
-    ("ours int4-all-a8", "llama.cpp q4_0"),
+    ("ours int4-a8", "llama.cpp q4_0"),
     ("ours bf16", "llama.cpp f16"),
     ("ours int8", "ours bf16"),
     ("ours int4-all", "ours bf16"),
-    ("ours int4-all-a8", "ours bf16"),
+    ("ours int4-a8", "ours bf16"),
     ("ours bf16", "transformers bf16"),
 )
 app = make_app(__doc__ or "")

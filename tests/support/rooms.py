@@ -79,12 +79,14 @@ def room_of(path: Path, ground: set[str]) -> str:
 def ground_of(root: Path, package: str) -> set[str]:
     """The files beside the package's folders that import no room, nor a file that does."""
     folder = root / package
-    needs = {
+    needs: dict[str, set[Path]] = {
         path.name: {
             _path_of(root, module).relative_to(folder) for module in imported(path, package)
         }
         for path in folder.glob("*.py")
     }
+    # An extension module has a stub and imports nothing.
+    needs |= {path.with_suffix(".py").name: set() for path in folder.glob("*.pyi")}
     ground = set(needs)
     while above := {
         name

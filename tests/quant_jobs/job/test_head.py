@@ -34,8 +34,6 @@ pytestmark = pytest.mark.heavy
 EXPERTS = {"match": "*.mlp.experts.*", "weights": "int8"}
 HEADS: dict[str, dict[str, Any]] = {
     "int8-a8": {"weights": "int8", "activations": "int8"},
-    "int8": {"weights": "int8"},
-    "int4-a8": {"weights": "int4", "group_size": 32, "activations": "int8"},
     "int4-gptq": {"weights": "int4", "group_size": 32, "algorithm": "gptq", "clip": "mse"},
 }
 
@@ -130,7 +128,7 @@ def test_everything_but_the_head_is_what_it_is_without_its_rule(
 
 @pytest.mark.parametrize(
     ("step", "layer"),
-    [("started", 0), ("carried", 0), ("published", NUM_LAYERS - 1), ("carried", NUM_LAYERS - 1)],
+    [("carried", 0), ("carried", NUM_LAYERS - 1)],
 )
 def test_a_killed_job_goes_on_and_writes_the_same_bytes(
     made: dict[str, Path],
@@ -173,4 +171,4 @@ def test_a_source_whose_embedding_changes_before_the_head_is_read_is_noticed(
             flip_source_byte(model, "model.embed_tokens.weight")
 
     with pytest.raises(CheckpointError, match="tensor model.embed_tokens.weight of"):
-        quantize(worker, model, recipe_of("int8"), tmp_path / "out", change)
+        quantize(worker, model, recipe_of("int8-a8"), tmp_path / "out", change)

@@ -149,10 +149,26 @@ INTSERVE_INLINE int32_t sum_of_codes(const uint8_t* codes, int count) {
 #endif
 }
 
+INTSERVE_INLINE int64_t slot_of(const CacheView& cache, const AttentionSpan& span, int64_t token) {
+    const int64_t page = span.pages[token / cache.page_tokens];
+    return page * cache.page_tokens + token % cache.page_tokens;
+}
+
+// Pages lie anywhere, so the CPU cannot foresee where the next one is.
+INTSERVE_INLINE void prefetch(const CacheView& cache, const AttentionSpan& span, int64_t token) {
+    const int64_t slot = slot_of(cache, span, token);
+    const uint8_t* const values = cache.values + slot * cache.value_bytes();
+    for (int byte = 0; byte < cache.value_bytes(); byte += 64) __builtin_prefetch(values + byte, 0, 2);
+    if (!cache.has_keys()) return;
+    const uint8_t* const keys = reinterpret_cast<const uint8_t*>(cache.keys + slot * cache.rope);
+    for (int byte = 0; byte < 2 * cache.rope; byte += 64) __builtin_prefetch(keys + byte, 0, 2);
+}
+
 // Find the tokens' rows, and widen them where the products do not take them as they are.
 template <Layout L>
 void prepare(const CacheView& cache, const RowGroup& group, int64_t begin, int64_t end,
-             const Scratch& scratch, Block& block) {
+             bool is_first, const Scratch& scratch, Block& block) {
+    constexpr int kAhead = 16;
     block.count = static_cast<int>(end - begin < kBlockTokens ? end - begin : kBlockTokens);
     block.padded = (block.count + kAtOnce - 1) / kAtOnce * kAtOnce;
     block.scales = scratch.scales;
@@ -169,8 +185,8 @@ void prepare(const CacheView& cache, const RowGroup& group, int64_t begin, int64
             block.code_sums[t] = 0;
             continue;
         }
-        const int64_t page = group.span->pages[(begin + t) / cache.page_tokens];
-        const int64_t slot = page * cache.page_tokens + (begin + t) % cache.page_tokens;
+        if (is_first && t + kAhead < block.count) prefetch(cache, *group.span, begin + t + kAhead);
+        const int64_t slot = slot_of(cache, *group.span, begin + t);
         const uint8_t* values = cache.values + slot * cache.value_bytes();
         uint16_t* const wide = reinterpret_cast<uint16_t*>(scratch.widened) + t * stride;
         if (L == Layout::fp8_tiles || L == Layout::fp8_tensor) {
@@ -209,8 +225,8 @@ void prepare(const CacheView& cache, const RowGroup& group, int64_t begin, int64
 // the block's maxima and sums.
 template <Layout L, int VECTORS>
 void score(const CacheView& cache, const RowGroup& group, int vector, int64_t begin,
-           const int32_t* packed, const Block& block, float* weights, float (*peaks)[kLanes],
-           float (*totals)[kLanes]) {
+           const int32_t* packed, const Block& block, bool fetches_next, float* weights,
+           float (*peaks)[kLanes], float (*totals)[kLanes]) {
     using E = typename ElementOf<L>::Type;
     const int32_t *values[VECTORS], *keys[VECTORS];
     f32v peak[VECTORS], limit[VECTORS], query_scale[VECTORS];
@@ -229,6 +245,9 @@ void score(const CacheView& cache, const RowGroup& group, int vector, int64_t be
         peak[v] = splat(kLowest);
     }
     for (int t = 0; t < block.padded; t += kAtOnce) {
+        if (fetches_next)
+            for (int64_t next = begin + kBlockTokens + t; next < begin + kBlockTokens + t + kAtOnce; ++next)
+                if (next < group.end()) prefetch(cache, *group.span, next);
         const int32_t *rows[kAtOnce], *key_rows[kAtOnce];
         f32v scores[VECTORS][1][kAtOnce];
         for (int n = 0; n < kAtOnce; ++n) {
@@ -239,16 +258,16 @@ void score(const CacheView& cache, const RowGroup& group, int vector, int64_t be
         }
         if constexpr (L == Layout::int8) {
             multiply<Bf16, VECTORS, 1>(scores, keys, key_rows, cache.rope / 2);
-            i32v sums[VECTORS][E::kTerms][kAtOnce];
+            typename E::Sum sums[VECTORS][E::kTerms][kAtOnce];
             for (auto& of_vector : sums)
                 for (auto& of_term : of_vector)
-                    for (i32v& sum : of_term) sum = zeroi();
+                    for (auto& sum : of_term) sum = E::zero_sum();
             multiply<E, VECTORS, 1>(sums, values, rows, value_dwords<L>(cache));
             for (int v = 0; v < VECTORS; ++v)
                 for (int n = 0; n < kAtOnce; ++n) {
-                    i32v sum = sums[v][0][n];
+                    i32v sum = (i32v)sums[v][0][n];
                     if constexpr (E::kTerms == 2)  // of 256 high + low - 2^15
-                        sum = sub(add(shift_left<8>(sum), sums[v][1][n]),
+                        sum = sub(add(shift_left<8>(sum), (i32v)sums[v][1][n]),
                                   shift_left<15>(splati(block.code_sums[t + n])));
                     const f32v scale = query_scale[v] * splat(block.scales[t + n]);
                     scores[v][0][n] = fma(to_float(sum), scale, scores[v][0][n]);
@@ -371,8 +390,8 @@ INTSERVE_INLINE void weigh(const CacheView& cache, const int32_t* const (&weight
                 float* const to = partials + partial_floats(cache.latent) * v + (2 + channel) * kLanes;
                 f32v sum;
                 if constexpr (L == Layout::int8) {
-                    i32v exact = sums[v][0][n];
-                    if (E::kTerms == 2) exact = add(shift_left<8>(exact), sums[v][E::kTerms - 1][n]);
+                    i32v exact = (i32v)sums[v][0][n];
+                    if (E::kTerms == 2) exact = add(shift_left<8>(exact), (i32v)sums[v][E::kTerms - 1][n]);
                     sum = to_float(exact) * load(scale[v]);
                 } else {
                     sum = sums[v][0][n];
@@ -412,7 +431,8 @@ template <int N, class Body> INTSERVE_INLINE void for_vectors(int first, int las
 
 template <Layout L>
 void attend_block(const CacheView& cache, const RowGroup& group, const int32_t* packed,
-                  int64_t begin, int64_t end, bool is_first, float* partials, const Scratch& scratch) {
+                  int64_t begin, int64_t end, bool is_first, bool has_next, float* partials,
+                  const Scratch& scratch) {
     using E = typename ElementOf<L>::Type;
     constexpr int kAtATime = kAtOnce * E::kTerms >= 16 || INTSERVE_ISA_LEVEL < 2 ? 1 : 2;
     const int64_t partial = partial_floats(cache.latent);
@@ -424,11 +444,11 @@ void attend_block(const CacheView& cache, const RowGroup& group, const int32_t* 
         store(empty, splat(kLowest));
     }
     Block block;
-    prepare<L>(cache, group, begin, end, scratch, block);
+    prepare<L>(cache, group, begin, end, is_first, scratch, block);
     const auto add_scores = [&](int v, auto vectors) {
         constexpr int kVectors = decltype(vectors)::kCount;
         float peaks[kVectors][kLanes], totals[kVectors][kLanes];
-        score<L, kVectors>(cache, group, v, begin, packed, block,
+        score<L, kVectors>(cache, group, v, begin, packed, block, v == first && has_next,
                            scratch.weights + Scratch::kVector * v, peaks, totals);
         for (int i = 0; i < kVectors; ++i) {
             float* const head = partials + partial * (v + i);
@@ -492,7 +512,7 @@ void attend_blocks(const CacheView& cache, const RowGroup& group, const int32_t*
     const Scratch memory(cache, group.vectors, scratch);
     for (int64_t block = first; block < last; ++block)
         attend_block<L>(cache, group, packed, block * kBlockTokens, group.end(), block == first,
-                        partials, memory);
+                        block + 1 < last, partials, memory);
 }
 
 void attend(const CacheView& cache, const RowGroup& group, const int32_t* packed, int64_t first,

@@ -160,6 +160,7 @@ INTSERVE_INLINE void prefetch(const CacheView& cache, const AttentionSpan& span,
     const uint8_t* const values = cache.values + slot * cache.value_bytes();
     for (int byte = 0; byte < cache.value_bytes(); byte += 64) __builtin_prefetch(values + byte, 0, 2);
     if (!cache.has_keys()) return;
+    __builtin_prefetch(cache.scales + slot * cache.tiles(), 0, 2);
     const uint8_t* const keys = reinterpret_cast<const uint8_t*>(cache.keys + slot * cache.rope);
     for (int byte = 0; byte < 2 * cache.rope; byte += 64) __builtin_prefetch(keys + byte, 0, 2);
 }

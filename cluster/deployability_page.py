@@ -22,8 +22,12 @@ from cluster.matrix import (
     EVERYTHING,
     FORMATS,
     GENERIC,
+    HEAD,
+    HEAD_FORMATS,
     INT4,
+    INT4_A8,
     INT4_ASYM,
+    INT4_ASYM_A8,
     INT4_OTHER,
     INT8_ASYM,
     INT8_BLOCK,
@@ -35,6 +39,7 @@ from cluster.matrix import (
     V3_PARTS,
     W4A8,
     W4A8_G128,
+    W4A8_INT8,
     W8A8,
     W8A16,
     Handed,
@@ -50,7 +55,7 @@ from deepseek.recipe import builtin_recipes, load_recipe
 #: only in the algorithm (`int4-gptq`, ...) take the same bytes and load in the same places.
 _ORDER = (
     *("int8", "int8-weight-only", "int4", "int4-all", "int4-asym", "int8-smoothquant"),
-    *("int8-asym", "w4a8", "int8-experts", "int8-block"),
+    *("int8-asym", "w4a8", "int8-experts", "int8-block", "int4-a8", "int8-head"),
 )
 RECIPES = tuple(name for name in _ORDER if name in builtin_recipes())
 #: Shorter names for sets of parts and formats.
@@ -59,6 +64,7 @@ _ALL = {
     V3_PARTS: "every linear but q_proj",
     DENSE: "every linear but routed_experts, q_proj",
     PARTS - ROUTED: "every linear but routed_experts",
+    PARTS | HEAD: "every linear, lm_head",
     EVERYTHING: "everything",
     GENERIC: "the other linears",
     FORMATS: "any",
@@ -70,6 +76,11 @@ _ALL = {
     INT4_OTHER | INT4_ASYM: "int4 but g128, int4-asym",
     W8A16 | INT4: "int8, int4",
     W8A8 | W8A16 | INT4: "int8-a8, int8, int4",
+    W4A8_INT8: "int4-a8, int4-asym-a8",
+    INT4_A8: "int4-a8",
+    INT4_ASYM_A8: "int4-asym-a8",
+    HEAD_FORMATS: "int8-a8, int8, int4, int4-a8",
+    W8A8 | INT4: "int8-a8, int4",
     PACKED | W4A8: "int8, int8-asym, int4, int4-asym, int4-afp8",
     W4A8 | W8A8 | INT8_BLOCK: "int4-afp8, int8-a8, int8-block-a8",
     W8A16 | INT8_ASYM | INT4 | INT4_ASYM | W4A8: "int8, int8-asym, int4, int4-asym, int4-afp8",
@@ -106,7 +117,8 @@ def deployability_page() -> list[str]:
         *_recipe_table(TARGETS, "engine"),
         "",
         "`int4-gptq` and `int4-awq` load as `int4` does, `int4-all-gptq` and `int4-all-awq` as "
-        "`int4-all`: an algorithm changes values, not the layout. transformers dequantizes "
+        "`int4-all`, `int4-a8-gptq` as `int4-a8`: an algorithm changes values, not the layout. "
+        "transformers dequantizes "
         "everything, and what is built for it holds the values in a form that it reads: for "
         "looking and comparing, not for serving, so that the planner's `auto` does not choose it. "
         "What `build` refuses ran as the artifact, where that says why.",

@@ -25,6 +25,7 @@ MARKERS = (
 WHAT = {
     ("int8",): "W8A8: INT8 weights per channel, INT8 activations per token",
     ("int8-smoothquant",): "the same, activation outliers folded into the weights first",
+    ("int8-head",): "the same as int8, and INT8 for the language model's head",
     ("int8-block",): "W8A8 in tiles: INT8 weights with a scale per 128x128, INT8 activations",
     ("int8-weight-only",): "W8A16",
     ("int4", "int4-gptq", "int4-awq"): (
@@ -33,6 +34,9 @@ WHAT = {
     ),
     ("int8-experts",): "INT8 routed experts, weight-only, the rest as released (FP8 blocks)",
     ("int4-all", "int4-all-gptq", "int4-all-awq"): "INT4 group-128 everywhere; likewise",
+    ("int4-a8", "int4-a8-gptq"): (
+        "INT4 group-32, INT8 head, INT8 activations per token: the fastest INT4 on CPUs; likewise"
+    ),
     ("int4-asym",): "INT4 group-128 with zero points everywhere",
     ("int8-asym",): "INT8 per channel with zero points, weight-only",
     ("w4a8",): "INT4 routed experts by GPTQ, FP8 activations with static scales",

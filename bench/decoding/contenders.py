@@ -11,7 +11,6 @@ from typing import Any, Literal
 from bench.decoding import ds3, llama
 from bench.decoding.traffic import Stored
 from bench.decoding.workers import Worker
-from deepseek.recipe import builtin_recipes
 
 Kind = Literal["ours", "llama.cpp", "transformers"]
 #: Kinds -> the largest batch that is measured, and the most steps at a time: transformers takes
@@ -42,16 +41,16 @@ class Contender:
 
 
 UNQUANTIZED = "bf16"
-#: The recipe whose linears are INT4 with INT8 activations takes part where there is one.
-INT4_A8 = "int4-all-a8"
-CONTENDERS = (
-    Contender("ours", UNQUANTIZED),
-    Contender("ours", "int8"),
-    Contender("ours", "int4-all"),
-    *(Contender("ours", INT4_A8) for _ in (1,) if INT4_A8 in builtin_recipes()),
-    *(Contender("llama.cpp", kind) for kind in llama.TYPES),
-    Contender("transformers", UNQUANTIZED),
-)
+#: Of ours, unless others are asked for: W8A8, and INT4 with BF16 and with INT8 activations.
+RECIPES = ("int8", "int4-all", "int4-a8")
+
+
+def contenders(recipes: Iterable[str] = RECIPES) -> list[Contender]:
+    return [
+        *(Contender("ours", model) for model in (UNQUANTIZED, *recipes)),
+        *(Contender("llama.cpp", kind) for kind in llama.TYPES),
+        Contender("transformers", UNQUANTIZED),
+    ]
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from cluster.matrix import (
 
 _CACHE = "deepseek/engine/kv_cache.py"
 _TEST = "tests/deepseek/engine/test_linear.py"
-_HEAD_TEST = "tests/quant_jobs/test_head.py"
+_HEAD_TEST = "tests/deepseek/engine/test_packed.py"
 _KV_TEST = "tests/deepseek/engine/test_kv_cache.py"
 
 ROWS: tuple[Row, ...] = (

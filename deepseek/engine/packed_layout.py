@@ -7,15 +7,14 @@ CPU, and that of an engine directory; native_layout.py says how its bytes lie. "
 PyTorch's operators on this CPU (torch_layout.py), for the slow reference and for the emulation of
 targets. They differ from the artifact's layout, and from each other, in these ways:
 
-- Weights in BF16 and in FP8 tiles, and a head without a scheme, are BF16 in the native layout (a
-  weight in FP8 tiles is rounded once more: 1.7e-3 relative, where the tiles' own error is 2.6e-2).
-  In torch's they are FP32, exact for BF16 and FP8: what tests compare with transformers.
+- Weights in BF16 and in FP8 tiles are BF16 in the native layout (a weight in FP8 tiles is rounded
+  once more: 1.7e-3 relative, where the tiles' own error is 2.6e-2). In torch's they are FP32, exact
+  for BF16 and FP8: what tests compare with transformers.
+- The head is BF16, unless the recipe gives it a scheme: then it is a linear like any other.
 - Norms, router and its bias are FP32.
 - In torch's layout INT8 tiles lie by inputs: the codes of 128 inputs of all outputs, and their
   scales once per output, because a tile of one weight may end in the middle of 128 rows of fused
-  ones.
-- In torch's layout INT4 codes that meet INT8 activations lie by groups, two to a byte, column 2 i
-  in the low bits, as code + 8, with the scales and zero points of all outputs beside each group.
+  ones; INT4 codes that meet INT8 activations lie by groups.
 - Linears that share their input and their scheme are fused: `qkv_a_proj` (q_a and kv_a), and
   `gate_up_proj`. Where the schemes differ, they stay two.
 - kv_b_proj becomes the absorbed `w_uk` and `w_uv`, made from its dequantized values in every
@@ -62,7 +61,6 @@ Layout = Literal["native", "torch"]
 #: Suffix -> shape and dtype.
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-#: The scheme of what is not quantized.
 _BF16 = Scheme(weights="bf16")
 #: torch's INT4 operator works on tiles of this many outputs.
 _INT4_ROWS = 16
@@ -123,17 +121,17 @@ def packed_shapes(
         case "int4" | "int4-asym" if scheme.activations == "int8":
             assert scheme.group_size is not None
             groups = num_inputs // scheme.group_size
-            shapes: Shapes = {
+            by_group: Shapes = {
                 "codes": ((groups, num_outputs, scheme.group_size // 2), torch.uint8),
                 "scale": ((groups, num_outputs), torch.bfloat16),
             }
             if not scheme.is_symmetric:
-                shapes["zero_point"] = ((groups, num_outputs), torch.int8)
-            return shapes
+                by_group["zero_point"] = ((groups, num_outputs), torch.int8)
+            return by_group
         case "int4" | "int4-asym":
             assert scheme.group_size is not None
             groups = num_inputs // scheme.group_size
-            shapes = {
+            shapes: Shapes = {
                 "packed": ((num_outputs, num_inputs // 2), torch.uint8),
                 "scale_zero": ((groups, num_outputs, 2), torch.bfloat16),
             }
@@ -188,7 +186,7 @@ def projections(
 
 
 def head_linear(config: ModelConfig, schemes: Mapping[str, Scheme]) -> PackedLinear:
-    """The language model's head: a linear like any other where the recipe gives it a scheme."""
+    """The language model's head."""
     return PackedLinear(HEAD, (head_spec(config),), schemes.get(HEAD, _BF16))
 
 

@@ -65,13 +65,15 @@ def _int4(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _int4_by_group(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Codes + 8, uint8 [K/g, N, g/2], two to a byte, column 2 i in the low bits; scale BF16 and
-    zero point int8, [K/g, N]."""
+    """Codes + 8, uint8 [K/g, N, g/2], column 2 i of a group in the low bits; scale BF16 and zero
+    point int8, [K/g, N]."""
     unsigned = (plain["codes"] + 8).view(torch.uint8)
     pairs = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
-    scale = plain["scale"]
-    by_group = pairs.view(pairs.shape[0], scale.shape[1], -1).transpose(0, 1)
-    tensors = {"codes": by_group.contiguous(), "scale": scale.T.contiguous()}
+    num_outputs, num_groups = plain["scale"].shape
+    tensors = {
+        "codes": pairs.view(num_outputs, num_groups, -1).transpose(0, 1).contiguous(),
+        "scale": plain["scale"].T.contiguous(),
+    }
     if "zero_point" in plain:
         tensors["zero_point"] = plain["zero_point"].T.contiguous()
     return tensors

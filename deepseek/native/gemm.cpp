@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kTileBlocks = 4;      // of 16 outputs
 constexpr int64_t kMostRows = 96;       // of a task: their inputs stay in the second-level cache
-constexpr int64_t kChunkBytes = 2048;   // of codes per output
+constexpr int64_t kChunkBytes = 2048;
 constexpr int64_t kTasksPerThread = 8;  // where there would be fewer, tiles are narrower
 constexpr int64_t kPrefetch = 2048;     // bytes ahead
 

@@ -393,7 +393,13 @@ INTSERVE_INLINE f32v dot_bf16(f32v acc, bf16v x, bf16v y) {
 
 // Lanes together -----------------------------------------------------------------------------
 
-// In one order, halves onto each other.
+// Sums of floats add the upper half of the lanes to the lower half, again and again, everywhere.
+#if INTSERVE_ISA_LEVEL >= 2
+INTSERVE_INLINE float sum(f32v a) { return _mm512_reduce_add_ps(a); }
+INTSERVE_INLINE int32_t sum(i32v a) { return _mm512_reduce_add_epi32(a); }
+INTSERVE_INLINE float largest(f32v a) { return _mm512_reduce_max_ps(a); }
+INTSERVE_INLINE int32_t largest(i32v a) { return _mm512_reduce_max_epi32(a); }
+#else
 INTSERVE_INLINE float sum(f32v a) {
     float lanes[kLanes];
     store(lanes, a);
@@ -421,6 +427,7 @@ INTSERVE_INLINE float largest(f32v a) {
     for (int i = 1; i < kLanes; ++i) found = lanes[i] > found ? lanes[i] : found;
     return found;
 }
+#endif
 
 // Elementary functions -----------------------------------------------------------------------
 

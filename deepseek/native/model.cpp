@@ -17,6 +17,8 @@ namespace {
 
 // Tokens of one elementwise task, and weights of the router of one task.
 constexpr int64_t kTokenBlock = 4, kRouterBlock = 16;
+// Phases of a layer beside those of attention, and of a step beside its layers.
+constexpr int kLayerPhases = 19, kStepPhases = 2;
 
 int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -37,20 +39,23 @@ int64_t Projection::outputs() const {
     return total;
 }
 
-// Rows of one input, in the encoding of each part of the projection that reads them. Memory grows and
-// stays.
+// Rows of one input, in the encoding of each part of the projection that reads them. Of experts, each
+// reads rows of its own, so every encoding has its own memory, which grows and stays.
 class Activations {
 public:
     void reserve(int64_t rows, const Projection& reader) {
-        for (const Linear& part : reader.parts)
-            memory_[&part - reader.parts.data()].reserve(
-                Encoded::bytes(part.encoding(), rows, part.inputs));
         rows_ = std::max(rows_, rows);
+        for (size_t part = 0; part < reader.parts.size(); ++part) {
+            const Linear& linear = reader.parts[part];
+            memory(part, linear.encoding())
+                .reserve(Encoded::bytes(linear.encoding(), rows_, linear.inputs));
+        }
     }
     // The rows as this part of the reader reads them.
     Encoded of(const Projection& reader, size_t part) const {
         const Linear& linear = reader.parts[part];
-        return Encoded::place(linear.encoding(), rows_, linear.inputs, memory_[part].data());
+        return Encoded::place(linear.encoding(), rows_, linear.inputs,
+                              memory(part, linear.encoding()).data());
     }
     void encode(const Projection& reader, const float* x, int64_t row) {
         for (size_t part = 0; part < reader.parts.size(); ++part)
@@ -58,7 +63,14 @@ public:
     }
 
 private:
-    Buffer<uint8_t> memory_[2];
+    const Buffer<uint8_t>& memory(size_t part, Encoding encoding) const {
+        return memory_[part][static_cast<int>(encoding)];
+    }
+    Buffer<uint8_t>& memory(size_t part, Encoding encoding) {
+        return memory_[part][static_cast<int>(encoding)];
+    }
+
+    Buffer<uint8_t> memory_[2][4];  // of two parts at most, and of each encoding
     int64_t rows_ = 0;
 };
 
@@ -454,7 +466,8 @@ void Model::forward(const Step& step, float* hidden, int threads) {
                              scratch_->attention);
     Run run(*this, step, plan, hidden);
     run.reserve(threads);
-    const int phases = 2 + static_cast<int>(layers_.size()) * (18 + AttentionPlan::kPhases);
+    const int phases =
+        kStepPhases + static_cast<int>(layers_.size()) * (kLayerPhases + AttentionPlan::kPhases);
     run_team(threads, phases, [&](Worker& worker) { run(worker); });
 }
 

@@ -10,12 +10,15 @@ namespace {
 
 constexpr float kTaken = -std::numeric_limits<float>::infinity();
 
-// Index of the largest of n values, the lowest index among equals; the value is then taken out. Where
-// there are NaN alone it is 0, and the token's output is not finite.
+// NaN is above everything, so an expert whose score is NaN is chosen, and the token's output is not
+// finite instead of quietly wrong.
+bool is_above(float a, float b) { return a > b || (a != a && b == b); }
+
+// Index of the largest of n values, the lowest index among equals; the value is then taken out.
 int64_t take_best(float* values, int64_t n) {
     int64_t best = 0;
     for (int64_t i = 1; i < n; ++i)
-        if (values[i] > values[best] || values[best] != values[best]) best = i;
+        if (is_above(values[i], values[best])) best = i;
     values[best] = kTaken;
     return best;
 }
@@ -25,10 +28,10 @@ float two_best(const float* values, int64_t n) {
     if (n == 1) return values[0];
     float first = kTaken, second = kTaken;
     for (int64_t i = 0; i < n; ++i) {
-        if (values[i] > first) {
+        if (is_above(values[i], first)) {
             second = first;
             first = values[i];
-        } else if (values[i] > second) {
+        } else if (is_above(values[i], second)) {
             second = values[i];
         }
     }

@@ -107,6 +107,7 @@ LOADS = {
     "int8-block": {"sglang"},
     "w4a8": {"trtllm", "sglang"},
     "int4-a8": set(),
+    "int4-a8-gptq": set(),
     "int8-head": {"vllm"},
 }
 

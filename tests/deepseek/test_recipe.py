@@ -47,7 +47,8 @@ def test_every_built_in_recipe_resolves_every_linear(name: str, config: ModelCon
         for layer in range(config.num_layers_with_mtp)
         for spec in linears(config, layer)
     }
-    assert set(schemes) == modules
+    named = {"lm_head"} if name.startswith("int4-a8") or name == "int8-head" else set()
+    assert set(schemes) == modules | named
     assert all(scheme.weights != "source" for scheme in schemes.values())
 
 

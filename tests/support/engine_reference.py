@@ -25,7 +25,7 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.tensors import pop_linear
 from deepseek.config import ModelConfig
 from deepseek.formats import decompress
-from deepseek.inventory import linears
+from deepseek.inventory import HEAD, head_spec, linears
 from deepseek.source.checkpoint import CheckpointReader
 
 
@@ -80,7 +80,14 @@ def _source_weights(reader: CheckpointReader) -> tuple[ModelConfig, dict[str, Te
 
 
 def _artifact_weights(reader: ArtifactReader) -> tuple[ModelConfig, dict[str, Tensor]]:
-    weights = {name: tensor.float() for name, tensor in reader.read_globals().items()}
+    stored = reader.read_globals()
+    weights = {}
+    if HEAD in reader.schemes:
+        scheme, shape = reader.schemes[HEAD], head_spec(reader.config).shape
+        weights[f"{HEAD}.weight"] = decompress(
+            pop_linear(stored, HEAD, scheme), scheme, (shape[0], shape[1])
+        )
+    weights |= {name: tensor.float() for name, tensor in stored.items()}
     for layer in range(reader.config.num_hidden_layers):
         stored = reader.read_layer(layer)
         for spec in linears(reader.config, layer):

@@ -169,7 +169,9 @@ def quantize_plainly(
                 stored[f"{tensor.spec.module}.input_scale"] = INPUT_SCALE
         writer.publish_layer(layer, stored, source_sha256=content_digest(read))
     read = reader.read_globals()
-    carried = {name: tensor.data for name, tensor in read.items()}
+    carried: dict[str, torch.Tensor] = {}
+    for tensor in read.values():
+        carried |= store_tensor(tensor, writer.schemes.get(tensor.spec.module))
     writer.publish_layer("globals", carried, source_sha256=content_digest(read))
     reader.finish()
     return writer.finish(

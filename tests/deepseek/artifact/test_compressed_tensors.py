@@ -10,6 +10,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.quant_scheme import W4A8
 from compressed_tensors.utils.match import match_name
 from safetensors.torch import load_file
 from support.family import NAMES, Name, family_config
@@ -23,15 +24,16 @@ from transformers.integrations.compressed_tensors import get_dense_scheme, get_e
 
 from deepseek.artifact.compressed_tensors import quantization_config
 from deepseek.artifact.reader import ArtifactReader
-from deepseek.artifact.tensors import pop_linear
+from deepseek.artifact.tensors import layer_file, layer_keys, pop_linear
 from deepseek.config import ModelConfig
 from deepseek.formats import decompress
-from deepseek.inventory import layer_tensors, linears, tensors
+from deepseek.inventory import head_spec, layer_tensors, linears, tensors
 from deepseek.models import DEEPSEEK_V3
 from deepseek.recipe import Recipe, builtin_recipes, load_recipe, parse_recipe
 
 RECIPES = (
     *("int8", "int8-weight-only", "int8-experts", "int8-block", "int4", "int4-all", "int4-asym"),
+    *("int4-a8", "int8-head"),
 )
 #: Recipes whose FP8 blocks have a class as their last target.
 WITH_A_CLASS = {"int4", "int8-experts", "w4a8"}
@@ -98,10 +100,14 @@ def test_the_library_alone_decompresses_every_linear_to_our_weights(
     config = QuantizationConfig.model_validate(raw)
     reader = ArtifactReader(artifacts / name)
     decompressed = 0
-    for layer in range(reader.config.num_layers_with_mtp):
-        ours = reader.read_layer(layer)
-        theirs = load_file(artifacts / name / f"model-layer-{layer:05d}.safetensors")
-        for spec in linears(reader.config, layer):
+    for layer in layer_keys(reader.config):
+        ours = reader.read_globals() if layer == "globals" else reader.read_layer(layer)
+        theirs = load_file(artifacts / name / layer_file(layer))
+        specs = [head_spec(reader.config)] if layer == "globals" else linears(reader.config, layer)
+        for spec in specs:
+            if spec.module not in reader.schemes:  # a head that the recipe does not name
+                assert scheme_by_library(config, spec.module) is None
+                continue
             scheme = scheme_by_library(config, spec.module)
             assert scheme is not None
             compressor = BaseCompressor.get_value_from_registry(scheme.format)
@@ -180,6 +186,46 @@ def test_transformers_loads_an_artifact_of_v3_2_with_its_indexer(tmp_path: Path)
                 expected = decompress(pop_linear(ours, spec.module, scheme), scheme, shape)
             assert expected is not None
             assert torch.equal(loaded[spec.name], expected.float()), spec.name
+
+
+def test_int4_with_int8_inputs_is_the_scheme_that_the_library_calls_w4a8() -> None:
+    """And a form that its packing compressor says it can hold."""
+    recipe = recipe_of({"match": "*", "weights": "int4", "group_size": 128, "activations": "int8"})
+    config = ModelConfig.from_dict(config_dict(fp8=False))
+    raw = quantization_config(config, recipe.resolve(config))
+    assert raw is not None
+    (group,) = (
+        group
+        for group in QuantizationConfig.model_validate(raw).config_groups.values()
+        if isinstance(group, QuantizationScheme)
+    )
+    assert {"weights": group.weights, "input_activations": group.input_activations} == W4A8
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    assert compressor.can_compress(torch.nn.Linear, group)
+    assert group.format == raw["format"] == "pack-quantized"
+
+
+@pytest.mark.parametrize("scheme", [{"weights": "int8"}, {"weights": "int4", "group_size": 32}])
+def test_the_head_is_a_target_of_its_group_where_a_rule_names_it_and_ignored_elsewhere(
+    scheme: dict[str, Any],
+) -> None:
+    config = ModelConfig.from_dict(config_dict(fp8=False))
+    every = {"match": "*", "weights": "int8", "activations": "int8"}
+    plain = quantization_config(config, recipe_of(every).resolve(config))
+    headed = quantization_config(
+        config, recipe_of(every, {"match": "lm_head"} | scheme).resolve(config)
+    )
+    assert plain is not None
+    assert headed is not None
+    assert "lm_head" in plain["ignore"]
+    assert not [entry for entry in headed["ignore"] if "lm_head" in entry]
+    parsed = QuantizationConfig.model_validate(headed)
+    found = scheme_by_library(parsed, "lm_head")
+    assert found is not None
+    assert found.weights is not None
+    assert found.weights.num_bits == (8 if scheme["weights"] == "int8" else 4)
+    wrapped = CompressedTensorsConfig.from_dict(headed)
+    assert get_experts_scheme(wrapped.quantization_config).input_activations is not None
 
 
 def targets(quantization: dict[str, Any] | None) -> dict[str, list[str]]:

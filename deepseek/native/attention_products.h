@@ -31,12 +31,14 @@ struct Bf16 {
 #if INTSERVE_ISA_LEVEL >= 2
 // The high and the low byte of each integer, both unsigned, are two terms over the same 4 codes.
 struct Int16 {
-    using Sum = i32v;
+    // The type that the instruction's own function has: with i32v, GCC 12 copies each sum between
+    // registers before and after each product.
+    typedef int32_t Sum __attribute__((vector_size(64)));
     static constexpr int kTerms = 2, kPer = 4;
-    INTSERVE_INLINE i32v zero_sum() { return zeroi(); }
+    INTSERVE_INLINE Sum zero_sum() { return (Sum)zeroi(); }
     INTSERVE_INLINE i32v vector(const int32_t* p) { return loadi(p); }
     INTSERVE_INLINE s8v broadcast(int32_t x) { return as_s8(splati(x)); }
-    INTSERVE_INLINE i32v dot(i32v sum, i32v a, s8v b) { return dot_u8s8(sum, a, b); }
+    INTSERVE_INLINE Sum dot(Sum sum, i32v a, s8v b) { return (Sum)dot_u8s8((i32v)sum, a, b); }
 };
 #else
 // Codes are widened to 16 bits before.
@@ -67,30 +69,36 @@ constexpr int kAtOnce = 8;
 constexpr int kAtOnce = 4;
 #endif
 
-// sums[vector][term][n] += sum over dwords of a[vector][.] * b[n][. * STRIDE].
+// sums[vector][term][n] += sum over dwords of a[vector][.] * b[n][. * STRIDE]; at least one dword.
 template <class E, int VECTORS, int STRIDE>
 INTSERVE_INLINE void multiply(typename E::Sum (&sums)[VECTORS][E::kTerms][kAtOnce],
                               const int32_t* const (&a)[VECTORS],
                               const int32_t* const (&b)[kAtOnce], int64_t dwords) {
-    constexpr int kStep = E::kTerms * kLanes;
-    for (int64_t s = 0; s < dwords; ++s) {
-        decltype(E::vector(a[0])) x[VECTORS][E::kTerms];
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v)
-#pragma GCC unroll 2
-            for (int t = 0; t < E::kTerms; ++t) x[v][t] = E::vector(a[v] + s * kStep + t * kLanes);
+    constexpr int kTerms = E::kTerms, kRows = VECTORS * kTerms, kStep = kTerms * kLanes;
+    // Of their own, so that they stay in registers.
+    typename E::Sum own[kRows * kAtOnce];
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows * kAtOnce; ++i)
+        own[i] = sums[i / kAtOnce / kTerms][i / kAtOnce % kTerms][i % kAtOnce];
+    int64_t s = 0;
+    do {
+        decltype(E::vector(a[0])) x[kRows];
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row)
+            x[row] = E::vector(a[row / kTerms] + s * kStep + row % kTerms * kLanes);
 #pragma GCC unroll 8
         for (int n = 0; n < kAtOnce; ++n) {
             int32_t dword;
             std::memcpy(&dword, b[n] + s * STRIDE, 4);
             const auto y = E::broadcast(dword);
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; ++v)
-#pragma GCC unroll 2
-                for (int t = 0; t < E::kTerms; ++t)
-                    sums[v][t][n] = E::dot(sums[v][t][n], x[v][t], y);
+#pragma GCC unroll 4
+            for (int row = 0; row < kRows; ++row)
+                own[row * kAtOnce + n] = E::dot(own[row * kAtOnce + n], x[row], y);
         }
-    }
+    } while (++s < dwords);
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows * kAtOnce; ++i)
+        sums[i / kAtOnce / kTerms][i / kAtOnce % kTerms][i % kAtOnce] = own[i];
 }
 
 // Panels of interleaved tokens -----------------------------------------------------------------

@@ -128,10 +128,8 @@ def main(
         if not stacks:
             raise IntServeError(f"--only {only!r} leaves none of {', '.join(makers)}")
         samples = measure(stacks, levels, num_rounds)
-    print(f"ds3, ours {recipe}, llama.cpp {kind}, {threads} threads;", end=" ")
-    print(
-        f"{PROMPT} tokens in, {ANSWER} out\n\n{rates(samples, levels)}\n\n{costs(samples, max(levels))}"
-    )
+    print(f"ds3, ours {recipe}, llama.cpp {kind}, {threads} threads, {PROMPT} + {ANSWER} tokens\n")
+    print(f"{rates(samples, levels)}\n\n{costs(samples, max(levels))}")
     if save is not None:
         save.write_text(json.dumps([asdict(sample) for sample in samples], indent=1) + "\n")
 

@@ -20,6 +20,8 @@ COMMANDS = (
     "bench/recipes.py",
     "bench/decode.py --reference examples/tiny-deepseek-v3"
     " --engine runs/bench/int8/engine --engine runs/bench/int4/engine",
+    "bench/peers_decode.py",
+    "bench/served_decode.py",
     "bench/linear_formats.py --threads 1",
     "bench/prefix_reuse.py",
     "bench/serve_overhead.py",

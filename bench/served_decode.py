@@ -128,8 +128,8 @@ def main(
         if not stacks:
             raise IntServeError(f"--only {only!r} leaves none of {', '.join(makers)}")
         samples = measure(stacks, levels, num_rounds)
-    print(f"ds3, ours {recipe}, llama.cpp {kind}, {threads} threads, prompts of {PROMPT} tokens, ")
-    print(f"answers of {ANSWER}\n\n{rates(samples, levels)}\n\n{costs(samples, max(levels))}")
+    print(f"ds3, ours {recipe}, llama.cpp {kind}, {threads} threads, {PROMPT} + {ANSWER} tokens\n")
+    print(f"{rates(samples, levels)}\n\n{costs(samples, max(levels))}")
     if save is not None:
         save.write_text(json.dumps([asdict(sample) for sample in samples], indent=1) + "\n")
 
@@ -315,7 +315,7 @@ async def ask_all(
 def rates(samples: list[Sample], levels: list[int]) -> str:
     """Tokens per second by contender and concurrency, and the ratios to the engine's."""
     rows = []
-    for name in dict.fromkeys(sample.contender for sample in samples):
+    for name in _names(samples):
         cells = []
         for level in levels:
             own = _of(samples, name, level)
@@ -333,13 +333,18 @@ def rates(samples: list[Sample], levels: list[int]) -> str:
 def costs(samples: list[Sample], level: int) -> str:
     """CPU milliseconds per token by part of the stack, at one concurrency."""
     rows = []
-    for name in dict.fromkeys(sample.contender for sample in samples):
+    for name in _names(samples):
         own = _of(samples, name, level)
         parts = dict.fromkeys(part for sample in own for part in sample.cpu_ms)
         for part in parts:
             used = statistics.median(sample.cpu_ms.get(part, 0.0) for sample in own)
             rows.append([f"{name}: {part}", f"{used:.2f}"])
     return table([f"{level} clients", "CPU ms a token"], rows)
+
+
+def _names(samples: list[Sample]) -> list[str]:
+    present = {sample.contender for sample in samples}
+    return [name for name in (ENGINE, OURS, LLAMA) if name in present]
 
 
 def _of(samples: list[Sample], name: str, level: int) -> list[Sample]:

@@ -10,6 +10,7 @@ contenders.py  who takes part and how each is opened
 rounds.py      the measurement: who is asked what, in which order
 traffic.py     bytes that a step must read
 ceilings.py    what the machine can do at best; ceilings.c is its read of memory
+alone_worker.py  the engine under a closed loop of requests, beside the service
 growth.py      step time against batch and context
 report.py      the tables; plot.py the picture
 """

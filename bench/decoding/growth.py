@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bench.decoding.ds3 import ROOT
 from bench.decoding.lines import answer
 from bench.decoding.workers import Worker
 from deepseek.engine.engine import EngineOptions, LLMEngine
@@ -128,7 +129,7 @@ def measure(
     points = _points(contexts, batches, base_context)
     tokens = max(batch * (context + 64) for batch, context in points)
     workers = []
-    environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     for name, kv_cache, directory, is_engine in models:
         log = logs / f"growth-{name}-{kv_cache}.log"
         worker = Worker(

@@ -148,7 +148,7 @@ def _install(folder: Path) -> None:
 
 def _convert(program: LlamaCpp, checkpoint: Path, output: Path) -> None:
     _check(
-        [sys.executable, HERE / "llama_convert.py", checkpoint, "--outfile", output]
+        [sys.executable, "-P", HERE / "llama_convert.py", checkpoint, "--outfile", output]
         + ["--outtype", "f16"],
         {"PYTHONPATH": str(program.source), "HF_HUB_OFFLINE": "1"},
     )

@@ -5,14 +5,12 @@
 The converter recognizes a BPE tokenizer by a hash of what it makes of a text, to learn how that
 tokenizer splits words before it merges. ds3's is nobody's, so "gpt-2" is said: only prompts that
 are given as text depend on it, and the benches give token ids. llama.cpp's tree must be on the
-path.
+path, and this folder must not (`python -P`): names in it are those of others there.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 
 
 def main() -> None:
@@ -23,5 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).resolve().parent]
     main()

@@ -1,7 +1,7 @@
 """Prefill and decode on one 706 M-parameter model: ours, llama.cpp's and transformers', in one run.
 
-    python bench/peers_decode.py [--rounds 5] [--only REGEX] [--threads N] [--quick]
-        [--save FILE.json] [--plot FILE.png]
+    python bench/peers_decode.py [--rounds 5] [--only REGEX] [--recipe NAME ...] [--threads N]
+        [--quick] [--no-growth] [--save FILE.json] [--plot FILE.png]
 
 First the ceilings of the machine are measured (bandwidth, matrix products). Then every contender
 loads the model "ds3" (bench/decoding/ds3.py) in a process of its own and computes 64 contexts of
@@ -40,12 +40,13 @@ import typer
 
 from bench.decoding import ceilings, ds3, growth, llama, plot, report, rounds
 from bench.decoding.contenders import (
-    CONTENDERS,
+    RECIPES,
     UNQUANTIZED,
     Contender,
     Load,
     Opened,
     Places,
+    contenders,
     open_contender,
     prepare,
 )
@@ -72,6 +73,9 @@ app = make_app(__doc__ or "")
 def main(
     num_rounds: Annotated[int, typer.Option("--rounds", min=1)] = 5,
     only: Annotated[str, typer.Option(help="Regular expression: contenders that take part.")] = "",
+    recipe: Annotated[
+        list[str] | None, typer.Option(help=f"Of ours; default: {', '.join(RECIPES)}.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1 and 16.")] = False,
     grow: Annotated[bool, typer.Option("--growth/--no-growth")] = True,
@@ -84,9 +88,11 @@ def main(
     """See the module's docstring."""
     threads = threads or len(os.sched_getaffinity(0))
     batches, num_rounds = ((1, 16), min(num_rounds, 2)) if quick else (BATCHES, num_rounds)
-    taking_part = [contender for contender in CONTENDERS if re.search(only, contender.name)]
+    known = contenders(recipe or RECIPES)
+    taking_part = [contender for contender in known if re.search(only, contender.name)]
     if not taking_part:
-        raise IntServeError(f"--only {only!r} leaves no contender of {_names()}")
+        names = ", ".join(contender.name for contender in known)
+        raise IntServeError(f"--only {only!r} leaves no contender of {names}")
     logs = llama_cache.parent / "peers-decode-logs"
     logs.mkdir(parents=True, exist_ok=True)
     places = Places(ds3=ds3_cache, llama=llama_cache, logs=logs)
@@ -173,7 +179,7 @@ def _grow(
     batches = growth.BATCHES[:4] if quick else growth.BATCHES
     num_rounds = 2 if quick else 3
     with make_progress() as progress:
-        calls = growth.num_calls(len(models), batches, contexts, num_rounds)
+        calls = growth.num_calls(len(models), contexts, batches, CONTEXT, num_rounds)
         task = progress.add_task("growth", total=calls)
 
         def advance(words: str) -> None:
@@ -212,10 +218,6 @@ def _machine() -> str:
         if line.startswith("model name"):
             return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
     return platform.processor()
-
-
-def _names() -> str:
-    return ", ".join(contender.name for contender in CONTENDERS)
 
 
 def _say(words: str) -> None:

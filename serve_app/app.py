@@ -27,6 +27,7 @@ from serve_app.config import (
     VllmOptions,
 )
 from serve_app.engines.echo import EchoEngine
+from serve_app.engines.protocol import Engine
 from serve_app.openai.ingress import Ingress
 from serve_app.placement import check_this_cluster, reserved, tensor_ranks
 from serve_app.replica.replica import EngineFactory, EngineReplica
@@ -63,9 +64,7 @@ def engine_factory(pool: PoolSection, num_nodes: int = 1) -> EngineFactory:
     if isinstance(options, EchoOptions):
         return partial(EchoEngine, options)
     if isinstance(options, EmbeddedOptions):
-        from serve_app.engines.embedded import EmbeddedEngine  # brings torch
-
-        return EngineOf(partial(EmbeddedEngine, cpus=pool.cpus), options)
+        return EngineOf(partial(_embedded, cpus=pool.cpus), options)
     from serve_app.engines.remote.engine import RemoteEngine
 
     if isinstance(options, VllmOptions):
@@ -77,6 +76,13 @@ def engine_factory(pool: PoolSection, num_nodes: int = 1) -> EngineFactory:
             spread = partial(SpreadEngine, count=num_nodes, address=node_address, others=ray_nodes)
             return EngineOf(spread, options)
     return EngineOf(RemoteEngine, options)
+
+
+def _embedded(options: EmbeddedOptions, *, cpus: float) -> Engine:
+    """Imports the engine in the replica: torch takes seconds, and who deploys needs none."""
+    from serve_app.engines.embedded import EmbeddedEngine
+
+    return EmbeddedEngine(options, cpus=cpus)
 
 
 def build(config: ServeConfig) -> Application:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 APP_NAME = "intserve"
 
-#: Seconds between two looks at what is still in flight.
+#: Seconds between two looks at what is still in flight, or at what starts.
 _LOOK_S = 0.1
 #: Seconds for an ingress to answer a call, and for clients to read that their requests end here.
 _CALL_S = 5.0
@@ -181,8 +181,21 @@ def _deploy(config: ServeConfig) -> None:
 
     from serve_app.app import build
 
-    with _telling_why():
+    with _telling_why(), _looking_often():
         serve.run(build(config), name=APP_NAME, route_prefix="/")
+
+
+@contextmanager
+def _looking_often() -> Iterator[None]:
+    """Serve 2.60 looks once a second whether an application runs, and offers no other interval."""
+    from ray.serve._private import client
+
+    before = client.CLIENT_POLLING_INTERVAL_S
+    client.CLIENT_POLLING_INTERVAL_S = _LOOK_S
+    try:
+        yield
+    finally:
+        client.CLIENT_POLLING_INTERVAL_S = before
 
 
 @contextmanager

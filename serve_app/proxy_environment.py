@@ -53,6 +53,10 @@ _SEPARATE_LOOP = "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"
 #: drains, while it holds its GPUs and does not answer; its streams go on elsewhere, so it need not.
 _FORCE_STOP = "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"
 
+#: Milliseconds between two writes of Serve's own metrics in each process; its default of 100 is
+#: felt where an engine computes on the same cores.
+_METRICS, _METRICS_MS = "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "1000"
+
 #: Seconds beyond the longest request after which HAProxy's old processes end, with all that they
 #: still hold: each change of the ingresses starts a new one. Ray's default ends streams at 120 s.
 _HARD_STOP_MARGIN_S = 60
@@ -134,6 +138,7 @@ def proxy_environment(config: ServeConfig, *, attached: bool = False) -> Iterato
     if not attached:
         wanted[CALLBACK_VARIABLE] = os.environ.get(CALLBACK_VARIABLE, CALLBACK)
         wanted[_FORCE_STOP] = os.environ.get(_FORCE_STOP) or "1"
+        wanted[_METRICS] = os.environ.get(_METRICS) or _METRICS_MS
     if proxy == "haproxy":
         place = ProxyPlace(proxy, "127.0.0.1", private_folder())
         wanted |= _haproxy_variables(config, place)

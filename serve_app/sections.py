@@ -69,7 +69,7 @@ class ReplicaLimits(LiveSection):
         "to admission",
     )
     max_flushes_per_s: Annotated[float, Field(gt=0.0)] | None = Field(
-        default=250.0,
+        default=100.0,
         description="messages per second that all streams of a replica share; null sends each "
         "token at once",
     )

@@ -19,6 +19,7 @@ MODULES = (
     "quant_jobs.evaluation.limits",
     "quant_jobs.evaluation.record",
     "quant_jobs.gate",
+    "serve_app.app",
     "serve_app.gating",
 )
 
@@ -29,4 +30,21 @@ def test_reading_documents_brings_no_torch(module: str, root: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
+    assert done.stdout.strip() == "False"
+
+
+def test_deploying_the_embedded_engine_brings_no_torch(root: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+from serve_app.app import engine_factory
+from serve_app.config import ServeConfig
+from serve_app.gating import check_tensors
+engine = {"kind": "embedded", "directory": sys.argv[1]}
+config = ServeConfig.model_validate({"pools": {"default": {"engine": engine}}})
+engine_factory(config.pool)
+check_tensors(config.pool.directory, "embedded", digests=False)
+print("torch" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

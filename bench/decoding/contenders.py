@@ -41,16 +41,16 @@ class Contender:
 
 
 UNQUANTIZED = "bf16"
-#: The recipe whose linears are INT4 with INT8 activations.
-INT4_A8 = "int4-a8"
-CONTENDERS = (
-    Contender("ours", UNQUANTIZED),
-    Contender("ours", "int8"),
-    Contender("ours", "int4-all"),
-    Contender("ours", INT4_A8),
-    *(Contender("llama.cpp", kind) for kind in llama.TYPES),
-    Contender("transformers", UNQUANTIZED),
-)
+#: Of ours, unless others are asked for: W8A8, and INT4 with BF16 and with INT8 activations.
+RECIPES = ("int8", "int4-all", "int4-a8")
+
+
+def contenders(recipes: Iterable[str] = RECIPES) -> list[Contender]:
+    return [
+        *(Contender("ours", model) for model in (UNQUANTIZED, *recipes)),
+        *(Contender("llama.cpp", kind) for kind in llama.TYPES),
+        Contender("transformers", UNQUANTIZED),
+    ]
 
 
 @dataclass(slots=True)

@@ -89,9 +89,10 @@ class Grown:
         """Median seconds of a step."""
         pool, runner = self._engine._pool, self._engine._runner
         sampling = SamplingParams(max_tokens=steps + 2, temperature=0.0, ignore_eos=True)
+        words = self._engine.config.vocab_size - 2
         texts = []
         for number in range(batch):
-            prompt = tuple(2 + (number * 7919 + place) % 30000 for place in range(context))
+            prompt = tuple(2 + (7919 * number + place) % words for place in range(context))
             request = Request(request_id=str(number), prompt_ids=prompt, sampling=sampling)
             text = Text(request, arrived_s=0.0, num_computed=context - 1)
             pool.grow(text, context + steps + 2)
@@ -124,8 +125,7 @@ def measure(
 ) -> list[Point]:
     """The points of every model: (name, KV format, directory, whether it is an engine). Batches
     at `base_context`, contexts at batch 1; all models take turns at each point of a round."""
-    points = [(batch, base_context) for batch in batches]
-    points += [(1, context) for context in contexts if context != base_context]
+    points = _points(contexts, batches, base_context)
     tokens = max(batch * (context + 64) for batch, context in points)
     workers = []
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
@@ -159,9 +159,19 @@ def measure(
     return found
 
 
-def num_calls(models: int, batches: Sequence[int], contexts: Sequence[int], rounds: int) -> int:
-    """How often `measure` calls `advance`, at most."""
-    return models * (1 + rounds * (len(batches) + len(contexts)))
+def num_calls(
+    models: int, contexts: Sequence[int], batches: Sequence[int], base_context: int, rounds: int
+) -> int:
+    """How often `measure` calls `advance`."""
+    return models * (1 + rounds * len(_points(contexts, batches, base_context)))
+
+
+def _points(
+    contexts: Sequence[int], batches: Sequence[int], base_context: int
+) -> list[tuple[int, int]]:
+    """Batch and context of each: all batches at the base, all contexts at batch 1."""
+    at_one = [(1, context) for context in contexts if context != base_context]
+    return [(batch, base_context) for batch in batches] + at_one
 
 
 def _steps(batch: int) -> int:

@@ -60,7 +60,7 @@ class Ours:
             row=row,
             token=token_bytes(config, layout),
         )
-        return {"stored": asdict(stored), "words": f"KV {identity.kv_cache}"}
+        return {"stored": asdict(stored), "words": f"{identity.kernels}, KV {identity.kv_cache}"}
 
     def prefill(self, tokens: list[int]) -> float:
         started = time.perf_counter()

@@ -53,7 +53,6 @@ class Transformers:
     @torch.inference_mode()
     def fill(self, prompts: list[list[int]], batches: list[int]) -> str:
         """The prompts are computed one by one; `decode` puts them side by side."""
-        self._length = len(prompts[0])
         self._each = []
         for prompt in prompts:
             cache = DynamicCache(config=self._model.config)
@@ -70,7 +69,7 @@ class Transformers:
             started = time.perf_counter()
             ids = self._model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
             seconds.append(time.perf_counter() - started)
-        cache.crop(self._length)
+        cache.crop(-steps)  # back to the context
         return seconds
 
     def _beside(self, batch: int) -> DynamicCache:

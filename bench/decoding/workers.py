@@ -50,6 +50,10 @@ class Worker:
                 text=True,
             )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, call: str, **arguments: Any) -> Any:
         """What the worker answers.
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from tokenizers import Tokenizer as Tokenizers
+
 from deepseek import untrusted
 from deepseek.artifact.documents import COPIED_FILES
 from deepseek.chat_template import MAX_SECONDS, ChatRenderer, ChatTemplate, ChatTemplateError
@@ -23,6 +25,7 @@ from deepseek.tokenizer_file import missing_tokenizer, parse_tokenizer
 from deepseek.untrusted import UnusableFileError
 from serve_app.errors import InvalidRequest
 from serve_app.openai.control_tokens import ControlTokens
+from serve_app.openai.plain_tokenizer import open_plainly
 
 #: Conversations that are rendered at one time: one that overruns its time holds up no other.
 RENDERERS = 2
@@ -137,9 +140,10 @@ class HfTokenizer:
     """A Hugging Face fast tokenizer and its chat template, from the documents of an engine.
 
     `documents` are those that `admit` has verified; the engine's directory, which is named in
-    errors, is not read again. transformers looks for further files by name (added tokens, special
-    tokens), so it gets the verified bytes in a folder of their own. The template is rendered in
-    helper processes, which get `max_seconds` for a conversation.
+    errors, is not read again. transformers, where it is needed (plain_tokenizer.py), looks for
+    further files by name (added tokens, special tokens), so it gets the verified bytes in a folder
+    of their own. The template is rendered in helper processes, which get `max_seconds` for a
+    conversation.
 
     Raises on opening:
         ArtifactError: there is no tokenizer.json, or one of the files cannot be used.
@@ -160,26 +164,13 @@ class HfTokenizer:
             template = ChatTemplate.from_documents(directory, documents)
         except UnusableFileError as error:
             raise ArtifactError(f"{error}; build the engine again") from error
-        from transformers import PreTrainedTokenizerFast  # a second of import, only where needed
-
         try:
-            parse_tokenizer(documents["tokenizer.json"])  # names what transformers would not
+            parse_tokenizer(documents["tokenizer.json"])  # names what others would not
         except UnusableFileError as error:
             raise ArtifactError(f"{directory / 'tokenizer.json'} {error}") from error
-        with tempfile.TemporaryDirectory(prefix="intserve-") as folder:
-            for name, data in _without_paths(documents).items():
-                (Path(folder) / name).write_bytes(data)
-            try:
-                loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            except Exception as error:  # of any type: a config may hold anything
-                raise ArtifactError(
-                    f"{directory} has a tokenizer that cannot be loaded ({first_line(error)}); "
-                    "correct the source's tokenizer files and build again"
-                ) from error
-        self.vocab_size = len(loaded)
-        # Used without transformers, which makes lists of more than the ids.
-        self._tokenizer = loaded.backend_tokenizer
-        self._tokenizer.encode_special_tokens = loaded.split_special_tokens
+        files = _without_paths(documents)
+        self._tokenizer = open_plainly(files) or _open_with_transformers(directory, files)
+        self.vocab_size = self._tokenizer.get_vocab_size()
         # Texts are encoded as they are, whatever length the file fixes.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -253,6 +244,26 @@ class HfTokenizer:
             [text], add_special_tokens=prompt.special_tokens
         )
         return list(encoding.ids)
+
+
+def _open_with_transformers(directory: Path, files: Mapping[str, bytes]) -> Tokenizers:
+    """Raises ArtifactError; `directory` is named in it, and not read."""
+    from transformers import PreTrainedTokenizerFast  # a second of import, only where needed
+
+    with tempfile.TemporaryDirectory(prefix="intserve-") as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        try:
+            loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # of any type: a config may hold anything
+            raise ArtifactError(
+                f"{directory} has a tokenizer that cannot be loaded ({first_line(error)}); "
+                "correct the source's tokenizer files and build again"
+            ) from error
+    # Used without transformers, which makes lists of more than the ids.
+    tokenizer: Tokenizers = loaded.backend_tokenizer
+    tokenizer.encode_special_tokens = loaded.split_special_tokens
+    return tokenizer
 
 
 def _without_paths(documents: Mapping[str, bytes]) -> dict[str, bytes]:

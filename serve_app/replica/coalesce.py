@@ -17,8 +17,9 @@ from serve_app.engines.events import merge_events
 from serve_app.engines.protocol import Done, Event
 from serve_app.errors import EngineUnavailable
 
-#: Longest pause between two messages of a stream; a reader hardly notices it.
-MAX_INTERVAL_S = 0.1
+#: Longest pause between two messages of a stream: six a second, and text appears faster than it is
+#: read.
+MAX_INTERVAL_S = 0.16
 
 
 def flush_interval(num_streams: int, max_flushes_per_s: float | None) -> float:

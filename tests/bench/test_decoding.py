@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from bench.decoding.ceilings import Ceilings
 from bench.decoding.contenders import Contender, Kind, Opened
 from bench.decoding.ds3 import DS3, made_once
-from bench.decoding.growth import Point
+from bench.decoding.growth import KV_FORMATS, Grown, Point
 from bench.decoding.ours_worker import Ours
 from bench.decoding.plot import batch_table, context_table
 from bench.decoding.report import Run, rates, ratios
@@ -20,6 +20,7 @@ from bench.decoding.rounds import PREFILL, Figures, prompts, turns
 from bench.decoding.traffic import Stored, of_groups, step_bytes
 from bench.decoding.vocabulary import tokenizer_files
 from bench.decoding.workers import Worker, WorkerError
+from deepseek.engine.kv_cache import token_bytes
 from deepseek.inventory import tensors
 
 
@@ -175,3 +176,19 @@ def test_a_worker_that_ends_is_told_with_what_it_said(tmp_path: Path) -> None:
         assert worker.ask("open") == {"a": 1}
         with pytest.raises(WorkerError, match=r"prefill: the worker ended with 1:\nno memory"):
             worker.ask("prefill")
+
+
+@pytest.mark.parametrize("kv_cache", KV_FORMATS)
+def test_growth_steps_over_contexts_that_were_never_computed(
+    kv_cache: str, tiny_model: Path
+) -> None:
+    grown = Grown()
+    sizes = {"threads": 1, "tokens": 512, "batch": 2}
+    size = grown.open(str(tiny_model), is_engine=False, kv_cache=kv_cache, **sizes)
+    config = grown._engine.config
+    layout = grown._engine._runner.cache.layout
+    assert size == token_bytes(config, layout)
+    free = grown._engine._pool.num_free
+    assert grown.step(batch=2, context=40, steps=2) > 0
+    assert grown.step(batch=1, context=300, steps=2) > 0
+    assert grown._engine._pool.num_free == free

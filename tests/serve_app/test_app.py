@@ -106,7 +106,9 @@ def test_what_makes_an_engine_knows_its_directory_and_travels_to_the_replica(vll
     made = factory({"kind": "embedded", "directory": "e"})
     assert isinstance(made, EngineOf)
     assert made.options == options
-    assert (made.make.func, made.make.keywords) == (EmbeddedEngine, {"cpus": 0.5})
+    engine = made()
+    assert isinstance(engine, EmbeddedEngine)
+    assert engine._cpus == 0.5
     remote = {"kind": "vllm", "directory": str(vllm), "python": "/p"}
     made = factory(remote)
     assert made.make is RemoteEngine

@@ -75,7 +75,7 @@ class PageWatch:
 
     def __call__(self, engine: LLMEngine) -> None:
         check_engine(engine)
-        tensors = [_bytes(tensor) for tensor in engine._runner.cache._tensors]
+        tensors = [_bytes(tensor) for tensor in engine._runner.cache.tensors]
         if engine is not self._engine:
             self._engine, self._keys = engine, {}
             self._copies = [tensor.clone() for tensor in tensors]

@@ -135,7 +135,7 @@ def test_planned_bytes_are_the_bytes_of_the_storage(
 ) -> None:
     config = config_of(*widths)
     cache = LatentCache(config, layout, 5, 16)
-    storage = sum(tensor.untyped_storage().nbytes() for tensor in cache._tensors)
+    storage = sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors)
     assert storage == cache.num_bytes == cache_bytes(config, layout, 5, 16)
     assert storage == 6 * 16 * LAYERS * layer_token_bytes(layout, *widths)
 

@@ -33,18 +33,19 @@ from deepseek.source.checkpoint import CheckpointReader
 #: Relative error of the final hidden states and of the logits after any number of layers, on BF16
 #: pages, the median over tokens: what the two round differently, not the formats. (A few tokens
 #: choose another expert, and then differ by far more.) Measured after the last layer, where it is
-#: largest: MEASURED.
+#: largest: 0.003 to 0.008 with BF16 inputs, 0.013 to 0.019 with INT8 or FP8 ones,
+#: where a code that differs by one counts for more than the rounding that made it so.
 MAX_ERROR = {
     "unquantized": 0.01,
-    "int8": 0.02,
-    "int8-weight-only": 0.01,
+    "int8": 0.04,
+    "int8-weight-only": 0.02,
     "int8-asym": 0.01,
-    "int8-block": 0.02,
+    "int8-block": 0.03,
     "int4": 0.01,
     "int4-all": 0.01,
     "int4-asym": 0.01,
-    "int4-a8": 0.02,
-    "w4a8": 0.02,
+    "int4-a8": 0.03,
+    "w4a8": 0.03,
 }
 
 

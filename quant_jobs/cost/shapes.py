@@ -121,7 +121,8 @@ def layer_output_bytes(
 
 @lru_cache(maxsize=16)
 def untouched_bytes(config: ModelConfig) -> int:
-    """Bytes of what the job copies unchanged: embeddings, final norm, head, MTP layers."""
+    """Bytes of what the job copies unchanged: embeddings, final norm, head, MTP layers. A head that
+    the recipe quantizes is counted so too: it is a twelfth of a layer of DeepSeek-V3."""
     mtp = range(config.num_hidden_layers, config.num_layers_with_mtp)
     specs = [*global_tensors(config), *(s for layer in mtp for s in layer_tensors(config, layer))]
     return _source_bytes(config, specs)

@@ -49,7 +49,7 @@ pytestmark = pytest.mark.ray
 #: Every algorithm and every format.
 RECIPES = (
     *("int8", "int4", "int4-all", "int8-smoothquant", "int8-asym", "int4-asym"),
-    *("int4-gptq", "int4-all-awq", "w4a8"),
+    *("int4-gptq", "int4-all-awq", "w4a8", "int4-a8"),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from support.vllm_builds import build_vllm_engine, make_vllm_artifact
 from serve_app.app import build_with, engine_factory
 from serve_app.config import EchoOptions, EmbeddedOptions, ServeConfig, VllmOptions
 from serve_app.engines.echo import EchoEngine
-from serve_app.local import _quiet_serve
 from serve_app.replica.staged import EngineOf
 
 
@@ -119,11 +117,3 @@ def test_what_makes_an_engine_knows_its_directory_and_travels_to_the_replica(vll
     spread = factory(remote | {"tensor_parallel_size": 16}, 2)
     assert isinstance(spread.make, partial)
     assert (spread.make.func, spread.make.keywords["count"]) == (SpreadEngine, 2)
-
-
-def test_serves_logger_in_this_process_is_quiet_only_while_it_is_used_here() -> None:
-    logger = logging.getLogger("ray.serve")
-    before = logger.level
-    with _quiet_serve():
-        assert logger.level == logging.WARNING
-    assert logger.level == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import logging
 import os
 import sys
 import threading
@@ -24,6 +25,7 @@ from serve_app.app import build, build_with
 from serve_app.config import EchoOptions, ServeConfig
 from serve_app.engines.echo import EchoEngine
 from serve_app.engines.protocol import Event, GenerateRequest, Tokens
+from serve_app.local import _quiet_serve
 
 pytestmark = pytest.mark.ray
 
@@ -299,3 +301,11 @@ def test_serve_can_turn_the_args_of_a_deploy_file_into_our_settings() -> None:
     assert parameter.annotation is ServeConfig
     args = {"pools": {"default": {"engine": {"kind": "echo", "ttft_s": 0.5}}}}
     assert ServeConfig.model_validate(args).pool.engine == EchoOptions(ttft_s=0.5)
+
+
+def test_serves_logger_in_this_process_is_quiet_only_while_it_is_used_here() -> None:
+    logger = logging.getLogger("ray.serve")
+    before = logger.level
+    with _quiet_serve():
+        assert logger.level == logging.WARNING
+    assert logger.level == before

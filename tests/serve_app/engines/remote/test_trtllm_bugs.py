@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,10 @@ async def test_6298_10879_a_client_that_leaves_frees_its_blocks(
 ) -> None:
     before = len(serving.double.events("abort"))
     serving.double.switch(step_s=0.05)
-    stream = serving.engine.generate(greedy(leave, 400))
+    request = greedy(leave, 400)
+    if leave == "prefill":  # long enough to be under way when the client leaves
+        request = replace(request, prompt_ids=request.prompt_ids * 60)
+    stream = serving.engine.generate(request)
     if leave == "decode":
         await anext(stream)
         await eventually(lambda: serving.engine._counts._told.kv_blocks_used)

@@ -46,6 +46,8 @@ int64_t sum_in_phases(int threads, int phases, int64_t count, int late, int fail
 }  // namespace
 
 NB_MODULE(_native, m) {
+    // An engine may live until the process ends; that is no leak to tell a user about.
+    nb::set_leak_warnings(false);
     m.def("isa", &intserve::isa_name, "Name of the instruction set in use.");
     m.def("available_isas", &intserve::available_isas, "Names of what this CPU has, ascending.");
     m.def("use_isa", &intserve::use_isa, nb::arg("name"));

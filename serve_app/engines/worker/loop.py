@@ -375,12 +375,19 @@ def _with_causes(error: BaseException) -> str:
 
 
 def _last_words(channel: Channel, *messages: msgspec.Struct) -> None:
+    """Send them after what was printed: who hears that an engine is dead kills its processes, and
+    what they have not passed on by then is lost."""
+    _pass_on_prints()
     with contextlib.suppress(OSError, ChannelError):
         channel.send(messages, within_s=_LAST_WORDS_S)
 
 
 def _exit(code: int) -> NoReturn:
+    _pass_on_prints()
+    os._exit(code)
+
+
+def _pass_on_prints() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     drain()
-    os._exit(code)

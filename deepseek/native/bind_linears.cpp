@@ -91,7 +91,7 @@ void run(const std::vector<BoundGemm>& bound, int threads) {
     std::vector<Gemm> gemms;
     for (const BoundGemm& one : bound) gemms.push_back(gemm_of(one));
     std::vector<int64_t> first(gemms.size());
-    GemmList list{gemms.data(), first.data(), static_cast<int64_t>(gemms.size()), 0};
+    GemmList list{gemms.data(), static_cast<int64_t>(gemms.size()), first.data(), 0, 0};
     linear_kernels().gemms(threads, list);
 }
 

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kTileBlocks = 4;      // of 16 outputs
 constexpr int64_t kMostRows = 96;       // of a task: their inputs stay in the second-level cache
 constexpr int64_t kChunkBytes = 2048;
-constexpr int64_t kTasksPerThread = 8;  // where there would be fewer, tiles are narrower
+constexpr int64_t kTasksPerThread = 8;  // of a phase; where there would be fewer, tiles are narrower
 constexpr int64_t kPrefetch = 2048;     // bytes ahead
 
 struct Shape {
@@ -22,17 +22,30 @@ struct Shape {
     int64_t rows, row_tasks;      // of a task, and how many tasks a tile is
 };
 
-Shape shape_of(const Gemm& gemm, int threads) {
+Shape shape_of(const Gemm& gemm, int64_t width) {
     Shape shape;
     const int64_t blocks = gemm.weight->blocks() / (gemm.output == Output::swiglu ? 2 : 1);
     const int64_t groups = (gemm.rows + kMaxRows - 1) / kMaxRows;
+    shape.width = width;
+    shape.column_tiles = (blocks + width - 1) / width;
     shape.row_tasks = (gemm.rows + kMostRows - 1) / kMostRows;
     shape.rows = shape.row_tasks ? (groups + shape.row_tasks - 1) / shape.row_tasks * kMaxRows : 0;
-    for (shape.width = kTileBlocks;; shape.width /= 2) {
-        shape.column_tiles = (blocks + shape.width - 1) / shape.width;
-        if (shape.width == 1 || shape.column_tiles * shape.row_tasks >= kTasksPerThread * threads)
-            return shape;
+    return shape;
+}
+
+int64_t tasks_of(const Gemm& gemm, int64_t width) {
+    const Shape shape = shape_of(gemm, width);
+    return shape.column_tiles * shape.row_tasks;
+}
+
+// The widest tiles of which there are enough for all threads: blocks of each.
+int64_t width_of(const Gemm* gemms, int64_t count, int threads) {
+    for (int64_t width = kTileBlocks; width > 1; width /= 2) {
+        int64_t tasks = 0;
+        for (int64_t i = 0; i < count; ++i) tasks += tasks_of(gemms[i], width);
+        if (tasks >= kTasksPerThread * threads) return width;
     }
+    return 1;
 }
 
 // How much of a tile one call of an inner loop does.
@@ -104,10 +117,10 @@ INTSERVE_INLINE f32v finish(const Gemm& gemm, const float* state, int64_t input_
     }
 }
 
-void run_task(const Gemm& gemm, int threads, int64_t task) {
+void run_task(const Gemm& gemm, int64_t width, int64_t task) {
     const Linear& w = *gemm.weight;
     const Layout layout = layout_of(w);
-    const Shape shape = shape_of(gemm, threads);
+    const Shape shape = shape_of(gemm, width);
     const int64_t halves = gemm.output == Output::swiglu ? 2 : 1;
     const int64_t blocks_of_half = w.blocks() / halves;
     // Tasks that follow each other read the same inputs.
@@ -193,11 +206,6 @@ void run_task(const Gemm& gemm, int threads, int64_t task) {
     }
 }
 
-int64_t tasks_of(const Gemm& gemm, int threads) {
-    const Shape shape = shape_of(gemm, threads);
-    return shape.column_tiles * shape.row_tasks;
-}
-
 void run_list(int threads, GemmList& list) {
     count_tasks(list, threads);
     run_team(threads, 1, [&](Worker& worker) { run_gemms(worker, list); });
@@ -206,15 +214,16 @@ void run_list(int threads, GemmList& list) {
 }  // namespace
 
 void run_gemm(Worker& worker, const Gemm& gemm) {
-    worker.for_each(tasks_of(gemm, worker.threads),
-                    [&](int64_t task) { run_task(gemm, worker.threads, task); });
+    const int64_t width = width_of(&gemm, 1, worker.threads);
+    worker.for_each(tasks_of(gemm, width), [&](int64_t task) { run_task(gemm, width, task); });
 }
 
 void count_tasks(GemmList& list, int threads) {
+    list.width = width_of(list.gemms, list.count, threads);
     list.tasks = 0;
     for (int64_t i = 0; i < list.count; ++i) {
         list.first_task[i] = list.tasks;
-        list.tasks += tasks_of(list.gemms[i], threads);
+        list.tasks += tasks_of(list.gemms[i], list.width);
     }
 }
 
@@ -225,7 +234,7 @@ void run_gemms(Worker& worker, const GemmList& list) {
             const int64_t middle = (low + high) / 2;
             (list.first_task[middle] <= task ? low : high) = middle;
         }
-        run_task(list.gemms[low], worker.threads, task - list.first_task[low]);
+        run_task(list.gemms[low], list.width, task - list.first_task[low]);
     });
 }
 

@@ -87,8 +87,9 @@ struct Gemm {
 // Several products, in memory that all threads see.
 struct GemmList {
     Gemm* gemms;
-    int64_t* first_task;  // [count], set by `count_tasks`
-    int64_t count, tasks;
+    int64_t count;
+    int64_t* first_task;   // [count]; this and what follows is set by `count_tasks`
+    int64_t tasks, width;  // of a tile, in blocks of 16 outputs
 };
 
 // The functions below, for code that is compiled once (model.cpp), and for the bindings a whole call

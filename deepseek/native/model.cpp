@@ -99,8 +99,7 @@ public:
     void clear() { gemms_.clear(); }
     void add(const Linear& weight, const Encoded& input, int64_t rows, float* out,
              int64_t out_stride) {
-        gemms_.push_back(
-            {&weight, input, rows, nullptr, out, out_stride, Output::store, nullptr, 0});
+        gemms_.push_back({&weight, input, rows, out, out_stride});
     }
     // The rows [first, first + rows) of x, the outputs of all parts side by side in rows of y.
     void add(const Projection& projection, const Activations& x, int64_t first, int64_t rows,
@@ -212,8 +211,7 @@ private:
         const int64_t stride = projection.outputs();
         for (size_t part = 0; part < projection.parts.size(); ++part) {
             const Linear& linear = projection.parts[part];
-            const Gemm gemm{&linear,       x.of(projection, part), num_tokens_, nullptr, y, stride,
-                            Output::store, nullptr,                0};
+            const Gemm gemm{&linear, x.of(projection, part), num_tokens_, y, stride};
             linear_kernels().run_gemm(worker, gemm);
             y += linear.outputs;
         }
@@ -509,8 +507,7 @@ void Model::logits(const float* hidden, int64_t rows, float* logits, int threads
     Activations& input = scratch_->head_input;
     input.reserve(rows, head_);
     const Linear& head = head_.parts[0];
-    const Gemm gemm{&head,         input.of(head_, 0), rows,    nullptr, logits, head.outputs,
-                    Output::store, nullptr,            0};
+    const Gemm gemm{&head, input.of(head_, 0), rows, logits, head.outputs};
     Clock clock(*this);
     run_team(threads, 2, [&](Worker& worker) {
         worker.for_each(rows, [&](int64_t i) {

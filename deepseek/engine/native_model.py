@@ -169,7 +169,9 @@ class NativeModel:
             shape, _ = native_shapes(half.scheme, *half.shape)["scale"]
             whole["scale"] = torch.ones(shape).expand(self.config.num_attention_heads, *shape)
         heads = [
-            self._make_linear(half.scheme, half.shape, {suffix: t[h] for suffix, t in whole.items()})
+            self._make_linear(
+                half.scheme, half.shape, {suffix: t[h] for suffix, t in whole.items()}
+            )
             for h in range(self.config.num_attention_heads)
         ]
         return heads, input_scale

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kFewRowsBlocks = 16, kTileBlocks = 4;  // of a tile, at most
 constexpr int64_t kMostRows = 96;       // of a task: their inputs stay in the second-level cache
-constexpr int64_t kChunkBytes = 2048;
+constexpr int64_t kChunkBytes = 4096;   // of the codes of a block, of INT4 twice that
 constexpr int64_t kTasksPerThread = 8;  // of a phase; where there would be fewer, tiles are narrower
 constexpr int64_t kPrefetch = 2048;     // bytes ahead
 
@@ -141,7 +141,8 @@ void run_task(const Gemm& gemm, int64_t width, int64_t task) {
     const int64_t block_bytes = w.block_bytes(), row_bytes = gemm.input.row_bytes();
     const int64_t input_bytes = row_bytes / gemm.input.padded;
     const int64_t inputs = block_bytes / layout.code_bytes;  // with padding
-    const int64_t chunk = few_rows ? inputs : kChunkBytes * kLanes / layout.code_bytes;
+    const int64_t chunk =
+        few_rows ? inputs : kChunkBytes * (layout.code_bytes == 8 ? 2 : 1) / layout.code_bytes;
     const int64_t groups = layout.group ? inputs / layout.group : 0;
 
     constexpr int64_t kStates = kMostRows * kTileBlocks > kMaxRows * kFewRowsBlocks

@@ -231,7 +231,10 @@ private:
     template <class Then>
     void end_layer(Worker& worker, const Layer* last, Then&& then);
     void attend(Worker& worker, const Layer& layer, int number);
-    void rotate(const float* x, int64_t t, float factor, float* y) const;
+    // x [r] and y as RowKernels::rotate takes them.
+    void rotate(const float* x, int64_t t, float factor, float* y) const {
+        row_kernels().rotate(x, m_.angles.data() + t * shape_.rope, factor, y, shape_.rope / 2);
+    }
     void feed_forward(Worker& worker, const Layer& layer);
     void route(Worker& worker, const Layer& layer);
 
@@ -338,17 +341,6 @@ void Model::Run::end_layer(Worker& worker, const Layer* last, Then&& then) {
     });
 }
 
-// Interleaved pairs x [r] -> rotated by the token's angles, de-interleaved (rope.py), times `factor`.
-void Model::Run::rotate(const float* x, int64_t t, float factor, float* y) const {
-    const int64_t half = shape_.rope / 2;
-    const float *cosines = m_.angles.data() + t * shape_.rope, *sines = cosines + half;
-    for (int64_t i = 0; i < half; ++i) {
-        const float first = x[2 * i], second = x[2 * i + 1];
-        y[i] = (first * cosines[i] - second * sines[i]) * factor;
-        y[half + i] = (second * cosines[i] + first * sines[i]) * factor;
-    }
-}
-
 void Model::Run::attend(Worker& worker, const Layer& layer, int number) {
     const Shape& s = shape_;
     const int64_t joined = layer.qkv_a.outputs(), head = s.nope + s.rope;
@@ -380,9 +372,9 @@ void Model::Run::attend(Worker& worker, const Layer& layer, int number) {
         const int64_t t = i / s.heads, h = i % s.heads;
         const float* query = queries + t * stride + h * head;
         float* scaled = m_.hidden[worker.thread].data();
-        for (int64_t j = 0; j < s.nope; ++j) scaled[j] = query[j] * s.softmax_scale;
-        if (layer.key_scale != nullptr)
-            for (int64_t j = 0; j < s.nope; ++j) scaled[j] *= layer.key_scale[h * s.nope + j];
+        const float* key_scale =
+            layer.key_scale == nullptr ? nullptr : layer.key_scale + h * s.nope;
+        row_kernels().scale(query, s.softmax_scale, key_scale, scaled, s.nope);
         encode_kernels().row(scaled, m_.heads.of(layer.w_uk, h), t, 0);
         rotate(query + s.nope, t, s.softmax_scale, m_.absorbed.data() + i * cached + s.latent);
     });

@@ -71,7 +71,7 @@ def absorbed_spec(config: ModelConfig, layer: int) -> TensorSpec:
 
 
 def absorbed_name(layer: int, half: str) -> str:
-    """Name of "w_uk" or "w_uv" of a layer; in the native layout the prefix of its tensors' names."""
+    """Name of "w_uk" or "w_uv" of a layer; in the native layout its tensors' names begin so."""
     return f"model.layers.{layer}.self_attn.{half}"
 
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from deepseek.config import ModelConfig
+from deepseek.engine.absorbed import absorbed_name, absorbed_spec
 from deepseek.engine.attention import Attention, QueryUp, rms_norm
 from deepseek.engine.batch import Batch
-from deepseek.engine.absorbed import absorbed_name, absorbed_spec
 from deepseek.engine.emulated import round_absorbed
 from deepseek.engine.kv_cache import LatentCache
 from deepseek.engine.linear import Kernels, Linear, Projection, encode, make_linear

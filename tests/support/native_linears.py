@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepseek import _native
-from deepseek.engine.native_layout import LANES, native_shapes, to_native
+from deepseek.engine.native_layout import native_shapes, to_native
 from deepseek.formats import (
     TILE,
     dequantize_int4,
@@ -58,7 +58,7 @@ class NativeLinear:
             check_tensor(tensors[suffix], shape, dtype)
         self.scheme, self.encoding = scheme, encoding_of(scheme)
         self.num_outputs, self.num_inputs = num_outputs, num_inputs
-        self._tensors = dict(tensors)
+        self.tensors = dict(tensors)
         self.input_scale = tensors["input_scale"].item() if "input_scale" in tensors else 1.0
         addresses = {suffix: tensor.data_ptr() for suffix, tensor in tensors.items()}
         self.handle = _native.Linear(
@@ -76,13 +76,13 @@ class NativeLinear:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def with_tensors(
         self, replace: Callable[[Tensor], tuple[Tensor, Frame]]
     ) -> tuple[NativeLinear, list[Frame]]:
         """The same linear on other tensors, and what came with each of them."""
-        replaced = {suffix: replace(tensor) for suffix, tensor in self._tensors.items()}
+        replaced = {suffix: replace(tensor) for suffix, tensor in self.tensors.items()}
         tensors = {suffix: tensor for suffix, (tensor, _) in replaced.items()}
         linear = NativeLinear(self.scheme, tensors, self.num_outputs, self.num_inputs)
         return linear, [frame for _, frame in replaced.values()]

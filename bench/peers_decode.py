@@ -4,9 +4,10 @@
         [--quick] [--no-growth] [--save FILE.json] [--plot FILE.png]
 
 Every contender loads the model "ds3" (bench/decoding/ds3.py) in a process of its own and computes
-64 contexts of 512 tokens once. Then rounds: a prompt of 512 tokens, and decode at batch 1, 4, 16 and
-64 over those contexts; for each figure all contenders take turns, and whoever has no turn sleeps.
-Every contender has the same number of threads, and picks the likeliest token after each step.
+64 contexts of 512 tokens once. Then rounds: a prompt of 512 tokens, and decode at batch 1, 4, 16
+and 64 over those contexts; for each figure all contenders take turns, and whoever has no turn
+sleeps. Every contender has the same number of threads, and picks the likeliest token after each
+step.
 
     ours           BF16, INT8 (recipe `int8`, and `int8-head` with an INT8 head, as q8_0 has), INT4
                    (`int4-all`, and `int4-a8` with INT8 activations and head), through
@@ -18,9 +19,10 @@ Every contender has the same number of threads, and picks the likeliest token af
 
 Figures are medians over the rounds, ± half their range; a decode's is the mean of its steps in the
 round. The share of the bandwidth ceiling holds the bytes that a step must read, by the engine's own
-count of what it holds, against the bandwidth that plain reads reach in the same rounds. Last, `--growth` (the default) measures how
-our steps grow with batch and context, by KV format. Prints Markdown; `--save` writes every number.
-The first run builds llama.cpp, 10 to 20 minutes of two cores, into `.cache`.
+count of what it holds, against the bandwidth that plain reads reach in the same rounds. Last,
+`--growth` (the default) measures how our steps grow with batch and context, by KV format. Prints
+Markdown; `--save` writes every number. The first run builds llama.cpp, 10 to 20 minutes of two
+cores, into `.cache`.
 """
 
 from __future__ import annotations

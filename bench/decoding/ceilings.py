@@ -2,9 +2,9 @@
 
 Memory is read by plain C, compiled for the machine, with one thread and with all; threads read
 parts of one buffer of a gigabyte, far larger than any cache. On a shared machine the bandwidth
-changes from minute to minute, so it is measured in every round, beside the contenders. Products are torch's (oneDNN, MKL) on
-square matrices that fit the caches: what they reach is taken for the peak, because nothing faster
-is known to be installed.
+changes from minute to minute, so it is measured in every round, beside the contenders. Products are
+torch's (oneDNN, MKL) on square matrices that fit the caches: what they reach is taken for the peak,
+because nothing faster is known to be installed.
 """
 
 from __future__ import annotations

@@ -253,6 +253,15 @@ def test_other_pages_are_neither_read_nor_written(mixed: Packed, isa: str) -> No
         assert all(output.isfinite().all() for output in outputs), layout
 
 
+def test_an_embedding_in_fp32_has_the_bits_of_its_values_in_bf16(mixed: Packed, isa: str) -> None:
+    spans = ragged_spans(mixed)
+    table = mixed.tensors["model.embed_tokens.weight"]
+    assert table.dtype == torch.bfloat16
+    model = mixed.native(model__embed_tokens__weight=table.float())
+    results = [run_step(m, make_cache(mixed, "bf16"), spans) for m in (mixed.native(), model)]
+    assert all(map(torch.equal, *results))
+
+
 # --- the router ---
 
 

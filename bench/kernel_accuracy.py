@@ -4,12 +4,13 @@
 
 Takes the engines of bench/recipes.py (OUTPUT/RECIPE/engine); makes those that are missing, in this
 process. Each is scored on the example model's held-out text on both kernels, against the
-unquantized source on PyTorch's, which holds it in FP32 and is exact; the source on the native
-kernels (BF16 weights and inputs) is a row too, since it is what `evaluate` compares with by
-default. Intervals are of 95 %. "native - torch" is the paired difference of the mean KL over blocks
-of text: an interval that holds 0 says that the kernels cannot be told apart by it. What the native
-kernels round otherwise (BF16 inputs where PyTorch's are FP32, among others) moves codes and
-experts of single tokens either way. Everything is deterministic, so one run is enough.
+unquantized source on PyTorch's, which holds it in FP32 and is exact; and on the native ones
+against the source on the native ones too, which has BF16 weights and inputs: so `evaluate` judges
+where the extension is built ("as judged"). Intervals are of 95 %. "native - torch" is the paired
+difference of the mean KL over blocks of text: an interval that holds 0 says that the kernels cannot
+be told apart by it. What the native kernels round otherwise (BF16 inputs where PyTorch's are FP32,
+among others) moves codes and experts of single tokens either way; the row of the source says how
+far that goes by itself. Everything is deterministic, so one run is enough.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from deepseek.engine.options import KernelChoice
 from deepseek.files import write_atomic
 from deepseek.recipe import builtin_recipes, load_recipe
 from quant_jobs.calibration.token_blocks import load_token_blocks
-from quant_jobs.evaluation.metrics import Interval, compare_logits, estimate
+from quant_jobs.evaluation.metrics import Interval, TokenScores, compare_logits, estimate
 from quant_jobs.job.progress import Event
 from quant_jobs.quantize import run_quantize
 from quant_jobs.targets.embedded import pack_engine
@@ -41,7 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-deepseek-v3"
 SOURCE = "source"
 BLOCK_TOKENS = 512
-KERNELS: tuple[KernelChoice, ...] = ("native", "torch")
+
+#: By what is scored: "native" and "torch" against the exact source, "judged" against the native.
+Scores = dict[str, "Score"]
 
 app = make_app(__doc__ or "")
 
@@ -70,7 +73,7 @@ def main(
 ) -> None:
     """See the module's docstring."""
     names = [SOURCE, *(recipes or builtin_recipes())]
-    scores: dict[str, dict[str, Score]] = {}
+    scores: dict[str, Scores] = {}
     if resume and save is not None and save.exists():
         scores = read_scores(save)
     heldout = load_token_blocks(MODEL / "heldout.txt", MODEL, heldout_blocks, BLOCK_TOKENS)
@@ -80,9 +83,7 @@ def main(
             if name in scores:
                 continue
             directory = MODEL if name == SOURCE else engine_of(name, output)
-            scores[name] = {
-                kernels: judge.score(open_engine(directory, kernels)) for kernels in KERNELS
-            }
+            scores[name] = judge.score(directory)
             if save is not None:
                 content = {
                     key: {kernels: asdict(score) for kernels, score in value.items()}
@@ -115,49 +116,62 @@ def open_engine(directory: Path, kernels: KernelChoice) -> LLMEngine:
 
 
 class Judge:
-    """Scores engines against the source on PyTorch's kernels, whose logits it holds."""
+    """Scores engines against the source, whose logits of both kernels it holds."""
 
     def __init__(self, blocks: Sequence[Tensor]) -> None:
         self._blocks = blocks
-        source = open_engine(MODEL, "torch")
-        self._source = [source.score(ids_T) for ids_T in blocks]
-        own = [
-            compare_logits(logits, logits, ids_T)
-            for logits, ids_T in zip(self._source, blocks, strict=True)
-        ]
+        self._exact, self._native = (
+            self._logits(open_engine(MODEL, kernels)) for kernels in ("torch", "native")
+        )
+        own = self._compare(self._exact, self._exact)
         self.perplexity = math.exp(float(torch.stack([s.source_nll for s in own]).mean()))
 
-    def score(self, engine: LLMEngine) -> Score:
-        scores = [
-            compare_logits(logits, engine.score(ids_T), ids_T)
-            for logits, ids_T in zip(self._source, self._blocks, strict=True)
-        ]
-        kl_BT = torch.stack([score.kl for score in scores])
-        loss_BT = torch.stack([score.quantized_nll - score.source_nll for score in scores])
-        return Score(
-            perplexity_ratio=estimate(loss_BT, math.exp),
-            kl=estimate(kl_BT),
-            top1=estimate(torch.stack([score.same_top1 for score in scores])),
-            kl_B=tuple(kl_BT.double().mean(dim=1).tolist()),
+    def score(self, directory: Path) -> Scores:
+        native, slow = (
+            self._logits(open_engine(directory, kernels)) for kernels in ("native", "torch")
         )
+        return {
+            "native": make_score(self._compare(self._exact, native)),
+            "torch": make_score(self._compare(self._exact, slow)),
+            "judged": make_score(self._compare(self._native, native)),
+        }
+
+    def _logits(self, engine: LLMEngine) -> list[Tensor]:
+        return [engine.score(ids_T) for ids_T in self._blocks]
+
+    def _compare(self, source: list[Tensor], logits: list[Tensor]) -> list[TokenScores]:
+        pairs = zip(source, logits, self._blocks, strict=True)
+        return [compare_logits(before, after, ids_T) for before, after, ids_T in pairs]
 
 
-def report(scores: dict[str, dict[str, Score]], perplexity: float) -> None:
+def make_score(scores: list[TokenScores]) -> Score:
+    kl_BT = torch.stack([score.kl for score in scores])
+    loss_BT = torch.stack([score.quantized_nll - score.source_nll for score in scores])
+    return Score(
+        perplexity_ratio=estimate(loss_BT, math.exp),
+        kl=estimate(kl_BT),
+        top1=estimate(torch.stack([score.same_top1 for score in scores])),
+        kl_B=tuple(kl_BT.double().mean(dim=1).tolist()),
+    )
+
+
+def report(scores: dict[str, Scores], perplexity: float) -> None:
     """Print the table."""
     typer.echo(f"Source perplexity {perplexity:.3f} (PyTorch's kernels).\n")
     typer.echo(
-        "| recipe | KL native | KL torch | native - torch | ratio native | ratio torch "
-        "| top-1 native | top-1 torch |"
+        "| recipe | KL native | KL torch | native - torch | ratio native, torch "
+        "| top-1 native, torch | KL, ratio, top-1 as judged |"
     )
-    typer.echo("|---|---|---|---|---:|---:|---:|---:|")
+    typer.echo("|---|---|---|---|---:|---:|---|")
     for name, by_kernels in scores.items():
-        native, slow = by_kernels["native"], by_kernels["torch"]
+        native, slow, judged = (by_kernels[key] for key in ("native", "torch", "judged"))
         change = estimate((torch.tensor(native.kl_B) - torch.tensor(slow.kl_B))[:, None])
         typer.echo(
             f"| `{name}` | {words(native.kl)} | {words(slow.kl)} "
             f"| {change.value:+.5f} [{change.low:+.5f}, {change.high:+.5f}] "
-            f"| {native.perplexity_ratio.value:.4f} | {slow.perplexity_ratio.value:.4f} "
-            f"| {native.top1.value:.2%} | {slow.top1.value:.2%} |"
+            f"| {native.perplexity_ratio.value:.4f}, {slow.perplexity_ratio.value:.4f} "
+            f"| {native.top1.value:.2%}, {slow.top1.value:.2%} "
+            f"| {words(judged.kl)}, {judged.perplexity_ratio.value:.4f}, {judged.top1.value:.2%} |"
         )
 
 
@@ -165,7 +179,7 @@ def words(interval: Interval) -> str:
     return f"{interval.value:.5f} [{interval.low:.5f}, {interval.high:.5f}]"
 
 
-def read_scores(path: Path) -> dict[str, dict[str, Score]]:
+def read_scores(path: Path) -> dict[str, Scores]:
     """Read what `--save` wrote."""
     intervals = ("perplexity_ratio", "kl", "top1")
     return {

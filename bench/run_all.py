@@ -20,6 +20,8 @@ COMMANDS = (
     "bench/recipes.py",
     "bench/decode.py --reference examples/tiny-deepseek-v3"
     " --engine runs/bench/int8/engine --engine runs/bench/int4/engine",
+    "bench/kernel_accuracy.py",
+    "bench/busy_neighbor.py --engine runs/bench/int8/engine",
     "bench/peers_decode.py",
     "bench/served_decode.py",
     "bench/linear_formats.py --threads 1",

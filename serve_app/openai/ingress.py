@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -28,7 +29,7 @@ from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 from serve_app.proxy_environment import addresses_known
 from serve_app.routing.admission_client import AdmissionClient
-from serve_app.routing.candidates import candidates, engine_deployment
+from serve_app.routing.candidates import candidates, engine_deployment, on_change
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.owner import OwnerChannel
 from serve_app.routing.owner_settings import OwnerSettings
@@ -79,6 +80,9 @@ class Ingress:
             count=lambda name, amount: self._service.metrics.count(name, amount),
         )
         self._sightings.changed = self._admission.replicas_changed
+        # Serve's router may run in a thread of its own.
+        look = partial(asyncio.get_running_loop().call_soon_threadsafe, self._sightings.look)
+        self._end_looks = on_change(look)
         self._fleet = Fleet(
             client,
             self._admission,
@@ -192,5 +196,7 @@ class Ingress:
             task.cancel()
         if (key_watch := getattr(self, "_key_watch", None)) is not None:
             key_watch.cancel()
+        if hasattr(self, "_end_looks"):
+            self._end_looks()
         if hasattr(self, "_service"):
             self._service.close()

@@ -25,6 +25,7 @@ COMMANDS = (
     "bench/linear_formats.py --threads 1",
     "bench/prefix_reuse.py",
     "bench/serve_overhead.py",
+    "bench/first_answer.py",
     "bench/engine_process.py",
     "bench/drain.py",
     "bench/pools.py",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from ray import serve
@@ -81,8 +80,8 @@ class Ingress:
         )
         self._sightings.changed = self._admission.replicas_changed
         # Serve's router may run in a thread of its own.
-        look = partial(asyncio.get_running_loop().call_soon_threadsafe, self._sightings.look)
-        self._end_looks = on_change(look)
+        loop = asyncio.get_running_loop()
+        self._end_looks = on_change(lambda: loop.call_soon_threadsafe(self._sightings.look))
         self._fleet = Fleet(
             client,
             self._admission,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 _ids: dict[str, frozenset[str]] = {}
-_listeners: list[Callable[[], None]] = []
+_listeners: list[Callable[[], object]] = []
 
 
 #: The name of the deployment that speaks HTTP.
@@ -32,7 +32,7 @@ def note_candidates(deployment: str, replica_ids: frozenset[str]) -> None:
             listener()
 
 
-def on_change(listener: Callable[[], None]) -> Callable[[], None]:
+def on_change(listener: Callable[[], object]) -> Callable[[], None]:
     """Call `listener` whenever a deployment gets other replicas, in the thread that notes them.
     Returns what ends that."""
     _listeners.append(listener)

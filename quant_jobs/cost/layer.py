@@ -86,10 +86,6 @@ class LayerWork:
     def is_moe(self) -> bool:
         return self.job.config.is_moe(self.layer)
 
-    @property
-    def is_last(self) -> bool:
-        return self.layer == self.job.config.num_hidden_layers - 1
-
     def steps(self) -> Iterator[Step]:
         """The steps of the schedule, `store` apart (`model.py` has its seconds)."""
         for blocks, repeat in self.job.waves:
@@ -98,7 +94,7 @@ class LayerWork:
         if algorithm is not None:
             yield from self._scale(algorithm)
         yield self._solve()
-        if not self.is_last:
+        if self.job.is_carried(self.layer):
             for blocks, repeat in self.job.waves:
                 yield from self._carry(blocks, repeat)
 

@@ -7,9 +7,11 @@ the rates and where each comes from. The schedule of a layer (`quant_jobs/job/la
     meanwhile: the next layer is read; this layer is written once it is solved, and its boundary
     (the activations that the next layer starts from) as it is carried
 
-so a layer takes max(read, storage, solve + max(attend + carry, write + boundary)). Within a step
-the slowest worker counts, and the parts of its work are added up: products, elementwise kernels,
-launches, copies. That is pessimistic where a GPU overlaps them, which the code does not ask it to.
+so a layer takes max(read, storage, solve + max(attend + carry, write + boundary)). A head that is
+quantized comes behind the last layer, which is then carried through; nothing hides its parts.
+Within a step the slowest worker counts, and the parts of its work are added up: products,
+elementwise kernels, launches, copies. That is pessimistic where a GPU overlaps them, which the code
+does not ask it to.
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from quant_jobs.cost.head import head_memory, head_steps
 from quant_jobs.cost.layer import LayerWork, num_grams
 from quant_jobs.cost.rates import GPU, Rates
 from quant_jobs.cost.shapes import (
     F32,
     counted_inputs,
+    globals_output_bytes,
+    globals_source_bytes,
     layer_linears,
     layer_output_bytes,
     layer_source_bytes,
     layer_units,
+    mtp_bytes,
     source_bytes,
-    untouched_bytes,
 )
 from quant_jobs.cost.work import Job, Section, Step
 
@@ -61,12 +66,15 @@ class JobTime:
     """Seconds of a whole job.
 
     `carried` is the copying of embeddings, head and MTP layer, which the driver does while the
-    workers start; `exposed` is the first layer's read and the last one's write: nothing hides them.
+    workers start. `head` are the phases of a quantized head, and with it of what is written beside
+    it (the embeddings); empty where it is copied. `exposed` is the first layer's read and the
+    last one's write: nothing hides them, nor `head`.
     """
 
     layers: tuple[LayerTime, ...]
     start: float
     carried: float
+    head: dict[str, float]
 
     @property
     def exposed(self) -> float:
@@ -75,11 +83,11 @@ class JobTime:
     @property
     def total(self) -> float:
         layers = sum(layer.seconds for layer in self.layers)
-        return max(self.start, self.carried) + self.exposed + layers
+        return max(self.start, self.carried) + self.exposed + layers + sum(self.head.values())
 
     def phase(self, name: str) -> float:
-        """Seconds of one phase in all layers, hidden or not."""
-        return sum(layer.phases[name] for layer in self.layers)
+        """Seconds of one phase in all layers and of the head, hidden or not."""
+        return sum(layer.phases[name] for layer in self.layers) + self.head.get(name, 0.0)
 
     @property
     def limit(self) -> str:
@@ -94,7 +102,8 @@ class JobTime:
 
 
 def job_time(job: Job, rates: Rates) -> JobTime:
-    """Seconds of a job. Equal layers are counted once; the last one is not carried through."""
+    """Seconds of a job. Equal layers are counted once; the last one is carried through for a head
+    that is quantized only."""
     kinds: dict[object, LayerTime] = {}
     layers = []
     last = job.config.num_hidden_layers - 1
@@ -104,9 +113,24 @@ def job_time(job: Job, rates: Rates) -> JobTime:
         if kind not in kinds:
             kinds[kind] = layer_time(job, rates, layer)
         layers.append(kinds[kind])
-    size = untouched_bytes(job.config)
+    size = mtp_bytes(job.config) + (0 if job.head else globals_source_bytes(job.config))
     carried = size * (2 / rates.storage + 1 / rates.read_digest + 1 / rates.write_digest)
-    return JobTime(tuple(layers), rates.start, carried)
+    return JobTime(tuple(layers), rates.start, carried, head_time(job, rates))
+
+
+def head_time(job: Job, rates: Rates) -> dict[str, float]:
+    """Seconds of a quantized head by phase, one after the other; empty where it is copied."""
+    if job.head is None:
+        return {}
+    phases = dict.fromkeys(PHASES, 0.0)
+    for step in head_steps(job):
+        for name, seconds in _step_seconds(step, rates).items():
+            phases[name] += seconds
+    read = globals_source_bytes(job.config)
+    written = globals_output_bytes(job.config, job.head)
+    phases["read"] = read * (1 / rates.storage + 1 / rates.read_digest)
+    phases["write"] = written * (1 / rates.storage + 1 / rates.write_digest)
+    return phases
 
 
 def layer_time(job: Job, rates: Rates, layer: int) -> LayerTime:
@@ -118,7 +142,7 @@ def layer_time(job: Job, rates: Rates, layer: int) -> LayerTime:
         for name, seconds in _step_seconds(step, rates).items():
             phases[name] += seconds
             sections[step.section] += seconds
-    if not work.is_last:
+    if job.is_carried(layer):
         phases["boundary"] = _boundary_seconds(job, rates)
     phases["read"], phases["write"] = (
         _read_seconds(job, rates, layer),
@@ -188,13 +212,16 @@ def bytes_read(job: Job) -> int:
 
 def bytes_written(job: Job) -> tuple[int, int]:
     """(the artifact's tensors, all boundaries), without the headers of their files."""
-    last = job.config.num_hidden_layers - 1
-    tensors = sum(layer_output_bytes(job.config, job.scheme, n) for n in range(last + 1))
+    layers = range(job.config.num_hidden_layers)
+    tensors = sum(layer_output_bytes(job.config, job.scheme, n) for n in layers)
+    outside = mtp_bytes(job.config) + globals_output_bytes(job.config, job.head)
     stored = job.tokens // job.block_tokens * job.block_tokens * job.config.hidden_size * F32
-    return tensors + untouched_bytes(job.config), stored * last
+    return tensors + outside, stored * sum(map(job.is_carried, layers))
 
 
 # --- memory ---
+
+_HEAD = "the head in float32, twice, and what lies beside it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +249,7 @@ def memory_use(job: Job) -> list[Use]:
     grams = _gram_bytes(job, layer)
     heads = config.num_attention_heads * job.block_tokens**2 * F32
     reserved = int(GPU.memory_bytes * (1 - GPU.usable_fraction))
+    head = [] if job.head is None else [Use(_HEAD, head_memory(job)[0], 0, head_memory(job)[1])]
     return [
         Use("source of two layers, as stored", 2 * experts // job.nodes, 2 * trunk, trunk),
         Use("packed layer in hand, and the one being written", out // job.nodes, 2 * out),
@@ -234,6 +262,7 @@ def memory_use(job: Job) -> list[Use]:
         Use("Gram matrices of one unit, and one in work", 0, 0, 2 * grams),
         Use("attention scores of one block, if unfused", 0, 0, 2 * heads),
         Use("CUDA context and fragmentation", 0, 0, reserved),
+        *head,
     ]
 
 
@@ -251,13 +280,21 @@ def _gram_bytes(job: Job, layer: int) -> int:
 
 def peak_bytes(uses: Iterable[Use]) -> tuple[int, int, int]:
     """Peak bytes of (the processes of one node, its object store, one GPU). On a GPU, attention
-    ends before the MLP's inputs are brought there to solve."""
+    ends before the MLP's inputs are brought there to solve. The head comes when no layer is there;
+    of what processes hold, the activations stay."""
     uses = list(uses)
+    head = next((use for use in uses if use.name == _HEAD), Use(_HEAD))
     scores = sum(use.gpu for use in uses if use.name.startswith("attention scores"))
     reserved = sum(use.gpu for use in uses if use.name.startswith("CUDA"))
-    gpu = sum(use.gpu for use in uses) - scores
+    activations = sum(use.host for use in uses if use.name.startswith("activations"))
+    host = sum(use.host for use in uses) - head.host
+    gpu = sum(use.gpu for use in uses) - scores - head.gpu
     stored = sum(use.store for use in uses)
-    return sum(use.host for use in uses), stored, max(gpu, scores + reserved)
+    return (
+        max(host, activations + head.host),
+        stored,
+        max(gpu, scores + reserved, head.gpu + reserved),
+    )
 
 
 def largest_calibration(job: Job) -> int:

@@ -15,7 +15,14 @@ from typing import Literal
 
 from deepseek.config import ModelConfig
 from deepseek.formats import stored_bytes
-from deepseek.inventory import LinearInput, TensorSpec, global_tensors, layer_tensors
+from deepseek.inventory import (
+    HEAD,
+    LinearInput,
+    TensorSpec,
+    global_tensors,
+    head_spec,
+    layer_tensors,
+)
 from deepseek.recipe import Scheme, source_scheme
 from quant_jobs.calibration.units import Unit, share_out, units
 
@@ -120,18 +127,32 @@ def layer_output_bytes(
 
 
 @lru_cache(maxsize=16)
-def untouched_bytes(config: ModelConfig) -> int:
-    """Bytes of what the job copies unchanged: embeddings, final norm, head, MTP layers. A head that
-    the recipe quantizes is counted so too: it is a twelfth of a layer of DeepSeek-V3."""
+def mtp_bytes(config: ModelConfig) -> int:
+    """Bytes of the MTP layers, which the job copies as the source stores them."""
     mtp = range(config.num_hidden_layers, config.num_layers_with_mtp)
-    specs = [*global_tensors(config), *(s for layer in mtp for s in layer_tensors(config, layer))]
-    return _source_bytes(config, specs)
+    return _source_bytes(config, (s for layer in mtp for s in layer_tensors(config, layer)))
+
+
+@lru_cache(maxsize=16)
+def globals_source_bytes(config: ModelConfig) -> int:
+    """Stored bytes of the source outside of layers: embeddings, final norm, head."""
+    return _source_bytes(config, global_tensors(config))
+
+
+def globals_output_bytes(config: ModelConfig, head: Scheme | None) -> int:
+    """Bytes of the same tensors in the artifact. `head` is the head's scheme where the recipe
+    quantizes it; None: it is copied."""
+    if head is None:
+        return globals_source_bytes(config)
+    others = (spec for spec in global_tensors(config) if spec.module != HEAD)
+    rows, width = head_spec(config).shape
+    return _source_bytes(config, others) + stored_bytes(head, rows, width)
 
 
 def source_bytes(config: ModelConfig) -> int:
     """Bytes of all tensors of the source checkpoint, which a job reads once."""
     layers = (sum(layer_source_bytes(config, n)) for n in range(config.num_hidden_layers))
-    return sum(layers) + untouched_bytes(config)
+    return sum(layers) + mtp_bytes(config) + globals_source_bytes(config)
 
 
 def _source_bytes(config: ModelConfig, specs: Iterable[TensorSpec]) -> int:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from cluster.hardware import GPUS_PER_NODE
 from deepseek.config import ModelConfig
 from deepseek.errors import DeployError
-from deepseek.inventory import TensorSpec
+from deepseek.inventory import TensorSpec, head_spec
 from deepseek.recipe import Recipe, Scheme, source_scheme
 from quant_jobs.calibration.units import WAVE_BLOCKS, WAVE_TOKENS, Unit
 from quant_jobs.cost import BLOCK_TOKENS, CALIBRATION_TOKENS
@@ -92,6 +92,17 @@ class Job:
     @cached_property
     def _schemes(self) -> Mapping[str, Scheme]:
         return _counted_schemes(self.recipe, self.config)
+
+    @cached_property
+    def head(self) -> Scheme | None:
+        """Scheme of the language model's head; None where the recipe leaves it as it is."""
+        scheme = self.recipe.scheme_for(head_spec(self.config))
+        return scheme if scheme.is_quantized else None
+
+    def is_carried(self, layer: int) -> bool:
+        """Whether blocks are carried through the quantized layer: for the next one, or for the head
+        behind the last."""
+        return layer < self.config.num_hidden_layers - 1 or self.head is not None
 
     @property
     def sees_all(self) -> bool:

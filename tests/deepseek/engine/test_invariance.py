@@ -16,7 +16,7 @@ from deepseek.engine.moe import silu_gate
 
 RECIPES = [
     *(None, "int8", "int8-weight-only", "int8-asym", "int8-block", "int4", "int4-all", "int4-asym"),
-    "w4a8",
+    *("w4a8", "int8-head", "int4-a8"),
 ]
 
 
@@ -28,7 +28,7 @@ def restored_threads() -> Iterator[None]:
 
 
 def open_engine(tiny_model: Path, recipe: str | None, base: Path, **options) -> LLMEngine:
-    given = EngineOptions(prefix_cache=False, **options)  # every token is computed
+    given = EngineOptions(**{"prefix_cache": False} | options)  # every token is computed
     if recipe is None:
         return LLMEngine.from_checkpoint(tiny_model, given)
     return LLMEngine.load(make_engine(tiny_model, recipe, base), given)
@@ -77,10 +77,12 @@ def test_logits_have_the_same_bits_on_two_threads_whatever_the_chunks(
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("recipe", "kernels"),
-    [(None, "native"), ("int8", "native"), ("int4-asym", "native"), (None, "torch")]
-    + [("int4-asym", "torch")],
+    [
+        *((recipe, "native") for recipe in (None, "int8", "int8-head", "int4-asym", "int4-a8")),
+        *((recipe, "torch") for recipe in (None, "int4-asym")),
+    ],
 )
-def test_greedy_tokens_are_the_same_alone_batched_chunked_and_preempted(
+def test_greedy_tokens_are_the_same_alone_batched_chunked_preempted_and_from_the_prefix_cache(
     recipe: str | None, kernels: str, tiny_model: Path, base: Path
 ) -> None:
     def opened(**options) -> LLMEngine:
@@ -104,9 +106,20 @@ def test_greedy_tokens_are_the_same_alone_batched_chunked_and_preempted(
     small = opened(max_kv_tokens=16 * 16, max_batched_tokens=64)
     preempted = run(small, requests)
 
+    # The first round computes the pages that the second finds.
+    reusing = opened(prefix_cache=True)
+    run(reusing, requests)
+    found = run(reusing, requests)
+
     assert engine.num_preemptions == chunked_engine.num_preemptions == 0
     assert small.num_preemptions > 0
-    for name, outputs in (("batched", batched), ("chunked", chunked), ("preempted", preempted)):
+    assert reusing.current_load().cached_prompt_tokens >= (192 + 16 + 48 + 16)
+    for name, outputs in (
+        ("batched", batched),
+        ("chunked", chunked),
+        ("preempted", preempted),
+        ("found", found),
+    ):
         got = {
             request_id: tokens(request_outputs) for request_id, request_outputs in outputs.items()
         }

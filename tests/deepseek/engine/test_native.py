@@ -38,6 +38,7 @@ from deepseek.source.checkpoint import CheckpointReader
 MAX_ERROR = {
     "unquantized": 0.01,
     "int8": 0.04,
+    "int8-head": 0.04,
     "int8-weight-only": 0.02,
     "int8-asym": 0.01,
     "int8-block": 0.03,

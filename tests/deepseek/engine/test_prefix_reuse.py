@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.continuing import Answer, answer, splits
+from support.continuing import answer, splits
 from support.engines import request, run, tokens
 from support.page_checks import PageWatch, check_engine
+from support.soaking import answer_alone, random_requests, soak
 from support.synthetic import write_checkpoint
 
 from deepseek.engine.arithmetic import ARITHMETICS, EMBEDDED
@@ -19,7 +20,7 @@ from deepseek.engine.linear import Kernels
 from deepseek.engine.opening import make_model
 from deepseek.engine.options import EngineIdentity
 from deepseek.engine.packing import pack_tensors, schemes_of
-from deepseek.engine.request import Request, StepOutput
+from deepseek.engine.request import StepOutput
 from deepseek.engine.runner import StepModel
 from deepseek.source.checkpoint import CheckpointReader
 
@@ -74,12 +75,6 @@ def text(count: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def alone(engine: LLMEngine, item: Request) -> Answer:
-    """What the request is told by an engine that computes all of it."""
-    assert not engine._options.prefix_cache
-    return answer(run(engine, [item])[item.request_id])
-
-
 def cached(outputs: Iterable[StepOutput]) -> int:
     [count] = {output.cached_tokens for output in outputs}
     return count
@@ -102,7 +97,7 @@ def test_answers_have_the_same_bits_wherever_the_computation_begins(
             item = request(str(shared), [*prompt[:shared], *text(30, shared + 1)], 5, logprobs=2)
             outputs = run(reused, [item], watch)[str(shared)]
             assert cached(outputs) == shared // 16 * 16
-            assert answer(outputs) == alone(plain, item), (size, shared)
+            assert answer(outputs) == answer_alone(plain, item), (size, shared)
 
 
 @pytest.mark.parametrize("page_tokens", [1, 8, 256])
@@ -113,7 +108,7 @@ def test_pages_of_any_size_are_shared(page_tokens: int, small: Open) -> None:
     for number, length in enumerate((530, 300, 531)):
         item = request("a", [*text(280), *text(length - 280, length)], 3, logprobs=0)
         outputs = run(reused, [item], watch)["a"]
-        assert answer(outputs) == alone(plain, item)
+        assert answer(outputs) == answer_alone(plain, item)
         assert cached(outputs) == (280 // page_tokens * page_tokens if number else 0)
 
 
@@ -124,7 +119,7 @@ def test_the_next_turn_of_a_chat_finds_prompt_and_answer(small: Open) -> None:
     turn = request("turn", [*text(50), *said.token_ids, *text(20, 1)], 10, logprobs=1)
     outputs = run(reused, [turn], PageWatch())["turn"]
     assert cached(outputs) == 80  # 89 of 90 tokens had been computed
-    assert answer(outputs) == alone(plain, turn)
+    assert answer(outputs) == answer_alone(plain, turn)
 
 
 def test_a_batch_shares_what_its_first_requests_have_computed(small: Open) -> None:
@@ -138,7 +133,7 @@ def test_a_batch_shares_what_its_first_requests_have_computed(small: Open) -> No
     outputs = run(reused, items, PageWatch())
     assert sum(cached(mine) for mine in outputs.values()) > 400
     for item in items:
-        assert answer(outputs[item.request_id]) == alone(plain, item)
+        assert answer(outputs[item.request_id]) == answer_alone(plain, item)
     used = [tokens(mine) for mine in outputs.values()]
     assert len({tuple(mine) for mine in used}) == 6  # they say different things
 
@@ -151,7 +146,7 @@ def test_answers_are_the_same_after_preemptions_that_find_pages_again(small: Ope
     outputs = run(reused, items, PageWatch())
     assert reused.num_preemptions > 0
     for item in items:
-        assert answer(outputs[item.request_id]) == alone(plain, item)
+        assert answer(outputs[item.request_id]) == answer_alone(plain, item)
         assert cached(outputs[item.request_id]) == 0  # its own pages are no find
 
 
@@ -164,7 +159,7 @@ def test_an_aborted_request_leaves_the_pages_that_it_has_filled(small: Open) -> 
     item = request("next", text(200), logprobs=0)
     outputs = run(reused, [item], PageWatch())
     assert cached(outputs["next"]) == 80
-    assert answer(outputs["next"]) == alone(plain, item)
+    assert answer(outputs["next"]) == answer_alone(plain, item)
 
 
 def test_a_continuation_finds_what_the_engine_itself_had_generated(small: Open) -> None:
@@ -186,7 +181,7 @@ def test_a_salt_finds_only_its_own_pages(small: Open) -> None:
     for salt in ("a", "b", "", "a", "b", ""):
         item = request("x", prompt, 3, salt=salt, logprobs=0)
         outputs = run(reused, [item])["x"]
-        assert answer(outputs) == alone(plain, item)
+        assert answer(outputs) == answer_alone(plain, item)
         counts.append(cached(outputs))
     assert counts == [0, 0, 0, 48, 48, 48]
 
@@ -277,26 +272,8 @@ def test_a_request_that_no_page_is_left_for_waits_and_finds_its_prefix_then(smal
     items = [request(str(i), [*text(64), *text(20, i)], 20, logprobs=0) for i in range(4)]
     outputs = run(engine, items, PageWatch())
     for item in items:
-        assert answer(outputs[item.request_id]) == alone(plain, item)
+        assert answer(outputs[item.request_id]) == answer_alone(plain, item)
     assert [cached(outputs[str(i)]) for i in range(4)] == [0, 64, 64, 64]
-
-
-def random_requests(chance: random.Random, count: int) -> list[Request]:
-    """Conversations of one of a few beginnings and salts, cut anywhere, greedy but for some."""
-    heads = [text(40, seed) for seed in range(3)]
-    items = []
-    for number in range(count):
-        head = chance.choice(heads)[: chance.randint(10, 40)]
-        sampling: dict[str, Any] = {"logprobs": 0}
-        if chance.random() < 0.2:
-            sampling |= {"temperature": 1.0, "seed": number}
-        if chance.random() < 0.1:
-            sampling |= {"prompt_logprobs": 0}
-        tail = [chance.randrange(96) for _ in range(chance.randint(1, 12))]
-        salt = chance.choice(["", "", "a"])
-        prompt = [*head, *tail]
-        items.append(request(str(number), prompt, chance.randint(1, 16), salt=salt, **sampling))
-    return items
 
 
 @pytest.mark.heavy
@@ -310,35 +287,11 @@ def random_requests(chance: random.Random, count: int) -> list[Request]:
 def test_random_requests_are_answered_as_alone_and_all_pages_come_back(
     count: int, kv_cache: str, small: Open
 ) -> None:
-    """In a cache for about five of them; some are aborted, and what they said is the beginning of
-    what they would have said."""
+    """In a cache for about five of them."""
     chance = random.Random(count)
     plain = small(kv_cache, prefix_cache=False)
     reused = small(
         kv_cache, page_tokens=4, max_kv_tokens=40 * 4, max_batch_size=6, max_batched_tokens=24
     )
-    items = random_requests(chance, count)
-    watch = PageWatch()
-    outputs: dict[str, list[StepOutput]] = {item.request_id: [] for item in items}
-    waiting = list(reversed(items))
-    num_aborted = 0
-    while waiting or reused.has_work:
-        while waiting and len(reused._tracked) < 10 and chance.random() < 0.6:
-            reused.add_request(waiting.pop())
-        if reused._tracked and chance.random() < 0.02:
-            num_aborted += reused.abort(chance.choice(list(reused._tracked)))
-        for output in reused.step():
-            outputs[output.request_id].append(output)
-        watch(reused)
-    for item in items:
-        got, want = answer(outputs[item.request_id]), alone(plain, item)
-        if got.reason == "abort":
-            assert got.token_ids == want.token_ids[: len(got.token_ids)]
-            assert got.logprobs == want.logprobs[: len(got.logprobs)]
-        else:
-            assert got == want, item.request_id
-    load = reused.current_load()
-    assert (load.kv_tokens_used, reused._pool.num_free) == (0, reused._pool.num_pages)
-    assert load.cached_prompt_tokens > load.computed_prompt_tokens / 4
-    assert num_aborted > 0
-    assert reused.num_preemptions > 0
+    items = random_requests(chance, count, [text(40, seed) for seed in range(3)], vocabulary=96)
+    soak(reused, plain, items, chance)

@@ -7,17 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from support.synthetic import quantize_plainly, write_checkpoint
 from typer.testing import CliRunner
 
 from deepseek.errors import DeployError
-from deepseek.inventory import tensors
+from deepseek.inventory import HEAD, tensors
 from deepseek.models import DEEPSEEK_V3
-from deepseek.recipe import load_recipe
+from deepseek.recipe import Recipe, Rule, load_recipe
 from quant_jobs.__main__ import app
 from quant_jobs.calibration.statistics import SAMPLE_TOKENS
 from quant_jobs.cost.estimate import LEVERS, make_estimate, with_levers
+from quant_jobs.cost.head import head_steps
 from quant_jobs.cost.layer import LayerWork
-from quant_jobs.cost.model import bytes_read, peak_bytes
+from quant_jobs.cost.model import bytes_read, bytes_written, peak_bytes
 from quant_jobs.cost.work import Job
 
 pytestmark = pytest.mark.heavy
@@ -134,3 +137,87 @@ def test_a_model_without_moe_layers_is_estimated_too() -> None:
     estimate = make_estimate(dense, load_recipe("int4-all-gptq"), 1, tokens=TOKENS)
     assert 0 < estimate.floor.total < estimate.expected.total
     assert estimate.fits
+
+
+# --- a head that the recipe quantizes ---
+
+
+@pytest.fixture
+def headless() -> Recipe:
+    """`int8-head` without its rule of the head."""
+    recipe = load_recipe("int8-head")
+    rules = tuple(rule for rule in recipe.rules if rule.match != HEAD)
+    assert len(rules) == len(recipe.rules) - 1
+    return recipe.model_copy(update={"rules": rules})
+
+
+def test_a_quantized_head_is_written_in_its_own_bytes(headless: Recipe) -> None:
+    """129280 x 7168: one byte a weight and four for each row's scale, in place of two a weight.
+    Blocks are carried through the last layer too, and stored behind it."""
+    copied, quantized = (
+        bytes_written(make_estimate(DEEPSEEK_V3, recipe, 2, tokens=TOKENS).job)
+        for recipe in (headless, load_recipe("int8-head"))
+    )
+    assert copied[0] - quantized[0] == 129280 * 7168 - 4 * 129280
+    assert copied[1] == 60 * TOKENS * 7168 * 4
+    assert quantized[1] == 61 * TOKENS * 7168 * 4
+
+
+def test_written_bytes_are_those_of_the_artifact(tmp_path: Path) -> None:
+    """Of a small model, as `quantize_plainly` stores it; the rest of a file is its header."""
+    config = write_checkpoint(tmp_path / "source", fp8=False, vocab_size=512)
+    for name in ("int8", "int8-head", "int4-a8"):
+        recipe = load_recipe(name)
+        quantize_plainly(tmp_path / "source", recipe, tmp_path / name)
+        job = Job(config=config, recipe=recipe, nodes=1, per_node=1, tokens=64, block_tokens=64)
+        files = (tmp_path / name).glob("*.safetensors")
+        stored = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+        assert bytes_written(job)[0] == stored, name
+
+
+def test_a_quantized_head_takes_time_of_one_worker_that_nothing_hides(headless: Recipe) -> None:
+    copied, quantized = (
+        make_estimate(DEEPSEEK_V3, recipe, 2, tokens=TOKENS).expected
+        for recipe in (headless, load_recipe("int8-head"))
+    )
+    assert copied.head == {}
+    assert quantized.carried < copied.carried  # the driver copies the MTP layer alone
+    for phase in ("read", "statistics", "solve", "write", "calls"):
+        assert quantized.head[phase] > 0
+    # The last layer is carried through.
+    assert quantized.layers[-1].seconds > copied.layers[-1].seconds
+    more = quantized.total - copied.total
+    assert more > sum(quantized.head.values())
+    assert bytes_read(make_estimate(DEEPSEEK_V3, headless, 2, tokens=TOKENS).job) == bytes_read(
+        make_estimate(DEEPSEEK_V3, load_recipe("int8-head"), 2, tokens=TOKENS).job
+    )
+
+
+def test_gptq_of_the_head_costs_what_its_formulas_say(headless: Recipe) -> None:
+    rule = Rule(match=HEAD, weights="int4", group_size=128, algorithm="gptq")
+    recipe = headless.model_copy(update={"rules": (*headless.rules, rule)})
+    job = Job(config=DEEPSEEK_V3, recipe=recipe, nodes=1, per_node=1, tokens=TOKENS)
+    *waves, solve = head_steps(job)
+    gram = sum(step.repeat * step.workers[0]["statistics"].gram for step in waves)
+    assert gram == pytest.approx(2 * TOKENS * 7168**2)
+    (worker,) = solve.workers
+    assert worker["solve"].factor == pytest.approx(4 / 3 * 7168**3)
+    updates = 129280 * 7168**2
+    assert worker["solve"].matmul == pytest.approx(updates + 4 * SAMPLE_TOKENS * 129280 * 7168)
+
+
+def test_the_head_s_memory_is_a_peak_of_its_own(headless: Recipe) -> None:
+    """Two copies of it in float32 are less than a layer of DeepSeek-V3, and more than one of a
+    model whose vocabulary is all that it has."""
+    recipe = load_recipe("int8-head")
+    for config, is_peak in (
+        (DEEPSEEK_V3, False),
+        (replace(DEEPSEEK_V3, vocab_size=32 * DEEPSEEK_V3.vocab_size), True),
+    ):
+        peaks = [
+            peak_bytes(make_estimate(config, given, 1, tokens=4096).uses)
+            for given in (headless, recipe)
+        ]
+        assert (peaks[1][2] > peaks[0][2]) == is_peak
+        assert peaks[1][1] == peaks[0][1]
+    assert peaks[1][2] > 2 * 32 * 129280 * 7168 * 4

@@ -23,6 +23,7 @@ COMMANDS = (
     "bench/kernel_accuracy.py",
     "bench/busy_neighbor.py --engine runs/bench/int8/engine",
     "bench/peers_decode.py",
+    "bench/step_profile.py",
     "bench/served_decode.py",
     "bench/linear_formats.py --threads 1",
     "bench/prefix_reuse.py",

@@ -182,7 +182,7 @@ def _grow(
         models += [(contender.model, kv, directory, is_engine) for kv in formats]
     contexts = growth.CONTEXTS[:2] if quick else growth.CONTEXTS
     batches = growth.BATCHES[:4] if quick else growth.BATCHES
-    num_rounds = 2 if quick else 3
+    num_rounds = 2 if quick else 5
     with make_progress() as progress:
         calls = growth.num_calls(len(models), contexts, batches, CONTEXT, num_rounds)
         task = progress.add_task("growth", total=calls)

@@ -107,6 +107,7 @@ def start(root: Path, engine: Path, log: Path) -> Start:
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
+            start_new_session=True,
         )
     try:
         assert process.stdout is not None

@@ -203,21 +203,39 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-#: The methods of Ray's node that start what nobody asks on one machine: the autoscaler of a
-#: cluster, the reader of logs for `log_to_driver`, and the API server, for whose start `ray.init`
-#: waits a second though it serves no page.
-_UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
+#: Where a Ray without its API server says that it has one: agents ask for it until there is one,
+#: and write an error each second. Nothing answers there, as nothing does without a dashboard.
+_NO_SERVER = b"127.0.0.1:0"
 
 
 @contextlib.contextmanager
 def _without_unused(include_dashboard: bool) -> Iterator[None]:
-    """Ray started within has its head, its raylet and the agents of that, and no further process;
-    with a dashboard it has all."""
+    """Ray started within has its head, its raylet and the agents of that, and no process that
+    nobody asks on one machine: not the autoscaler of a cluster, nor the reader of logs for
+    `log_to_driver`, nor the API server, for whose start `ray.init` waits a second though it serves
+    no page. With a dashboard it has all."""
+    from ray._private import ray_constants
     from ray._private.node import Node
 
-    before = {name: getattr(Node, name) for name in (() if include_dashboard else _UNUSED)}
+    def nothing(node: Node) -> None:
+        return None
+
+    def no_server(node: Node, **options: object) -> None:
+        node.get_gcs_client().internal_kv_put(
+            ray_constants.DASHBOARD_ADDRESS.encode(),
+            _NO_SERVER,
+            True,
+            namespace=ray_constants.KV_NAMESPACE_DASHBOARD,
+        )
+
+    unused = {
+        "start_monitor": nothing,
+        "start_log_monitor": nothing,
+        "start_api_server": no_server,
+    }
+    before = {name: getattr(Node, name) for name in (() if include_dashboard else unused)}
     for name in before:
-        setattr(Node, name, lambda node, **options: None)
+        setattr(Node, name, unused[name])
     try:
         yield
     finally:

@@ -269,6 +269,8 @@ def _telling_why() -> Iterator[None]:
 
     try:
         yield
+    except SystemError as error:  # what a handler of signals raises within `ray.wait` is its cause
+        raise (error.__cause__ or error) from None
     except (RuntimeError, RayError) as error:
         messages: list[str] = []
         with contextlib.suppress(RuntimeError, RayError):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
+from support.processes import title, tree
 
 from cluster.bundles import Placement, engine_placement, worker_placement
 from cluster.connect import connect
@@ -30,17 +32,38 @@ def no_ray(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_local_ray_is_started_and_stopped_and_nested_connections_share_it(no_ray: None) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with connect(num_cpus=3) as ours:
+    threads: list[str] = []
+    with connect(
+        num_cpus=3, meanwhile=lambda: threads.append(threading.current_thread().name)
+    ) as ours:
         assert ours.started
+        assert len(threads) == 1
+        assert threads[0] != threading.main_thread().name, "it runs beside the start"
+        words = " ".join(map(title, tree(os.getpid())))
+        assert "raylet" in words
+        for unused in ("log_monitor.py", "autoscaler", "dashboard/dashboard.py"):
+            assert unused not in words, "nobody asks it"
         assert signal.getsignal(signal.SIGTERM) == on_sigterm, "Ray's own ends with code 15"
         assert ray.cluster_resources()["CPU"] == 3
-        with connect(num_cpus=1) as inner:
+        with connect(num_cpus=1, meanwhile=lambda: threads.append("again")) as inner:
             assert not inner.started
             assert inner.address == ours.address
+        assert threads[1:] == ["again"]
         assert ray.is_initialized(), "the inner connection stopped what it did not start"
         assert ours.describe() == f"started a local Ray at {ours.address}"
     assert not ray.is_initialized()
     ours.close()
+
+
+def test_what_fails_beside_the_start_ends_the_ray_and_is_the_error(no_ray: None) -> None:
+    def fail() -> None:
+        raise DeployError("imported before")
+
+    with pytest.raises(DeployError, match="^imported before$"):
+        connect(num_cpus=1, meanwhile=fail)
+    assert not ray.is_initialized()
+    assert "raylet" not in " ".join(map(title, tree(os.getpid())))
+    assert "token-" not in os.environ.get("RAY_AUTH_TOKEN_PATH", "")
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,8 @@ import sys
 from pathlib import Path
 from serve_app.telemetry.access_log import AccessLog
 log = AccessLog(Path(sys.argv[1]), max_waiting=10**6)
+print("ready", flush=True)
+sys.stdin.readline()  # so that neither has ended when the other begins
 for number in range(3000):
     log.write({"writer": sys.argv[2], "number": number, "filler": "x" * (number % 3000)})
 log.close()
@@ -172,8 +174,23 @@ log._thread.join()
 def test_two_processes_share_a_file_and_every_line_stays_whole(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "access.jsonl"
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, path, name], cwd=root) for name in "ab"
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, path, name],
+            cwd=root,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in "ab"
     ]
+    for writer in writers:
+        assert writer.stdout is not None
+        with writer.stdout:
+            assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        with writer.stdin:
+            writer.stdin.write("go\n")
     assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
     lines = read(path)
     assert len(lines) == 6000

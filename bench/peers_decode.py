@@ -3,14 +3,15 @@
     python bench/peers_decode.py [--rounds 5] [--only REGEX] [--recipe NAME ...] [--threads N]
         [--quick] [--no-growth] [--save FILE.json] [--plot FILE.png]
 
-First the ceilings of the machine are measured (bandwidth, matrix products). Then every contender
-loads the model "ds3" (bench/decoding/ds3.py) in a process of its own and computes 64 contexts of
-512 tokens once. Then rounds: a prompt of 512 tokens, and decode at batch 1, 4, 16 and 64 over those
-contexts; for each figure all contenders take turns, and whoever has no turn sleeps. Every contender
-has the same number of threads, and picks the likeliest token after each step.
+Every contender loads the model "ds3" (bench/decoding/ds3.py) in a process of its own and computes
+64 contexts of 512 tokens once. Then rounds: a prompt of 512 tokens, and decode at batch 1, 4, 16
+and 64 over those contexts; for each figure all contenders take turns, and whoever has no turn
+sleeps. Every contender has the same number of threads, and picks the likeliest token after each
+step.
 
-    ours           BF16, INT8 (recipe `int8`), INT4 (`int4-all`, and `int4-a8` with INT8
-                   activations), through `LLMEngine.step`: scheduling, sampling and text included
+    ours           BF16, INT8 (recipe `int8`, and `int8-head` with an INT8 head, as q8_0 has), INT4
+                   (`int4-all`, and `int4-a8` with INT8 activations and head), through
+                   `LLMEngine.step`: scheduling, sampling and text included
     llama.cpp      f16, q8_0, q4_0, through `llama_decode`; compiled from llama-cpp-python's sdist
                    for this machine; KV f16, flash attention, one buffer or one per sequence,
                    whichever is faster at that batch
@@ -18,9 +19,10 @@ has the same number of threads, and picks the likeliest token after each step.
 
 Figures are medians over the rounds, ± half their range; a decode's is the mean of its steps in the
 round. The share of the bandwidth ceiling holds the bytes that a step must read, by the engine's own
-count of what it holds, against the measured bandwidth. Last, `--growth` (the default) measures how
-our steps grow with batch and context, by KV format. Prints Markdown; `--save` writes every number.
-The first run builds llama.cpp, 10 to 20 minutes of two cores, into `.cache`.
+count of what it holds, against the bandwidth that plain reads reach in the same rounds. Last,
+`--growth` (the default) measures how our steps grow with batch and context, by KV format. Prints
+Markdown; `--save` writes every number. The first run builds llama.cpp, 10 to 20 minutes of two
+cores, into `.cache`.
 """
 
 from __future__ import annotations
@@ -58,10 +60,12 @@ BATCHES = (1, 4, 16, 64)
 #: Ratios that are printed.
 PAIRS = (
     ("ours int8", "llama.cpp q8_0"),
+    ("ours int8-head", "llama.cpp q8_0"),
     ("ours int4-all", "llama.cpp q4_0"),
     ("ours int4-a8", "llama.cpp q4_0"),
     ("ours bf16", "llama.cpp f16"),
     ("ours int8", "ours bf16"),
+    ("ours int8-head", "ours bf16"),
     ("ours int4-all", "ours bf16"),
     ("ours int4-a8", "ours bf16"),
     ("ours bf16", "transformers bf16"),
@@ -98,9 +102,8 @@ def main(
     places = Places(ds3=ds3_cache, llama=llama_cache, logs=logs)
     _say("making what is not there yet")
     prepare(taking_part, places, jobs)
-    found = ceilings.measure(threads)
-    print(f"{_machine()}, {threads} threads\n\n{report.ceilings(found)}\n", flush=True)
-    measured = _measure(taking_part, places, threads, batches, num_rounds, found)
+    measured = _measure(taking_part, places, threads, batches, num_rounds)
+    print(f"{_machine()}, {threads} threads\n\n{report.ceilings(measured.ceilings)}\n")
     print(f"{report.rates(measured)}\n\n{report.ratios(measured, PAIRS)}\n")
     print(f"{report.bandwidth(measured)}\n", flush=True)
     points = []
@@ -119,10 +122,11 @@ def _measure(
     threads: int,
     batches: tuple[int, ...],
     num_rounds: int,
-    found: ceilings.Ceilings,
 ) -> report.Run:
     load = Load(threads=threads, batch=max(batches), context=CONTEXT, steps=rounds.steps_of(1))
     contexts = rounds.prompts(max(batches), CONTEXT, ds3.DS3.vocab_size)
+    memory = ceilings.Memory(threads)
+    bandwidths: list[dict[int, float]] = []
     with ExitStack() as stack, make_progress() as progress:
         task = progress.add_task("loading", total=None)
         field: list[Opened] = []
@@ -148,6 +152,7 @@ def _measure(
             context=CONTEXT,
             vocab_size=ds3.DS3.vocab_size,
             advance=advance,
+            each_round=lambda: bandwidths.append(memory.bandwidth()),
         )
     return report.Run(
         names=[opened.contender.name for opened in field],
@@ -156,7 +161,7 @@ def _measure(
         figures=figures,
         batches=batches,
         context=CONTEXT,
-        ceilings=found,
+        ceilings=ceilings.measure(threads, bandwidths),
         num_experts=ds3.DS3.n_routed_experts,
         per_token=ds3.DS3.num_experts_per_tok,
     )

@@ -16,8 +16,7 @@ One client program asks both servers for streamed completions of token ids: as m
 concurrency says, each asks again as soon as it is answered. Every prompt is new to every cache. All
 servers are up all the time and take turns; who has no turn idles. Tokens per second hold the whole
 load, prefill included; figures are medians over the rounds. CPU is that of the processes of a
-stack per token, by what they are; the client's is apart. Client and server share the cores, which
-is what costs a served token most on a small machine.
+stack per token, by what they are, and the client's own: client and server share the cores.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -62,19 +62,22 @@ PARTS = (
     ("admission", "AdmissionActor"),
 )
 OTHERS = "Ray and Serve"
+#: This process, which asks.
+CLIENT = "the client"
 ENGINE, OURS, LLAMA = "engine", "ours", "llama-server"
 app = make_app(__doc__ or "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One load: tokens per second, median seconds to the first token (None without a client), CPU
-    milliseconds per token by part."""
+    """One load: tokens per second, median seconds to the first token and between two pieces of a
+    stream (None without a client), CPU milliseconds per token by part."""
 
     contender: str
     concurrency: int
     tokens_per_s: float
     ttft_s: float | None
+    gap_s: float | None
     cpu_ms: dict[str, float]
 
 
@@ -155,19 +158,24 @@ def measure_one(stack: Stack, concurrency: int, seed: int) -> Sample:
     known = next((level for level in sorted(REQUESTS) if level >= concurrency), max(REQUESTS))
     requests = concurrency * REQUESTS[known]
     prompts = rounds.prompts(requests, PROMPT, ds3.DS3.vocab_size, seed=seed)
-    before = cpu_by_part(stack.pid)
+    before, client_s = cpu_by_part(stack.pid), time.process_time()
     seconds, outcomes = stack.load(prompts, concurrency)
+    client_s = time.process_time() - client_s
     tokens = requests * ANSWER
     cpu = {
         part: 1e3 * (used - before.get(part, 0.0)) / tokens
         for part, used in cpu_by_part(stack.pid).items()
     }
+    if outcomes:
+        cpu[CLIENT] = 1e3 * client_s / tokens
     firsts = [outcome.first_s for outcome in outcomes if outcome.first_s is not None]
+    gaps = [end - begin for o in outcomes for begin, end in pairwise(o.arrivals)]
     return Sample(
         contender=stack.name,
         concurrency=concurrency,
         tokens_per_s=tokens / seconds,
         ttft_s=statistics.median(firsts) if firsts else None,
+        gap_s=statistics.median(gaps) if gaps else None,
         cpu_ms=cpu,
     )
 
@@ -324,10 +332,12 @@ def rates(samples: list[Sample], levels: list[int]) -> str:
             share = f", {rate / statistics.median(engine):.0%}" if engine else ""
             firsts = [sample.ttft_s for sample in own if sample.ttft_s is not None]
             first = f", {1e3 * statistics.median(firsts):.0f} ms" if firsts else ""
-            cells.append(f"{rate:,.1f}{share}{first}")
+            gaps = [sample.gap_s for sample in own if sample.gap_s is not None]
+            gap = f", {1e3 * statistics.median(gaps):.0f} ms" if gaps else ""
+            cells.append(f"{rate:,.1f}{share}{first}{gap}")
         rows.append([name, *cells])
     heads = [f"{level} client{'s' if level > 1 else ''}" for level in levels]
-    return table(["tokens/s, of the engine's, TTFT p50", *heads], rows)
+    return table(["tokens/s, of the engine's, TTFT p50, between pieces p50", *heads], rows)
 
 
 def costs(samples: list[Sample], level: int) -> str:

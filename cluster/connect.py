@@ -20,7 +20,8 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from cluster.access import LocalToken, check_welcome, private_folder, refuse_open_cluster
@@ -75,6 +76,7 @@ def connect(
     *,
     num_cpus: int | None = None,
     include_dashboard: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> RayConnection:
     """Connect to `address` or $RAY_ADDRESS; without either, start a Ray on this machine.
 
@@ -83,6 +85,10 @@ def connect(
     on this machine is not used unless it is named, so that a command does the same whatever was
     left running. A Ray that is named is used with the user's token; one that is started here has
     its own, which is in the environment of this process and its children until `close`.
+
+    `meanwhile` is called once: in a thread while a local Ray starts, whose processes have their
+    environment by then, or else before it connects. What it imports must be what `ray.init` does
+    not. Its errors are raised here.
 
     Raises:
         DeployError: nothing answers at the address, it has several nodes and asks for no token, or
@@ -95,6 +101,7 @@ def connect(
     import ray
 
     if ray.is_initialized():
+        meanwhile()
         return RayConnection(_current_address(), started=False, attached=False)
     address = address or os.environ.get("RAY_ADDRESS") or None
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -102,10 +109,18 @@ def connect(
         # A raylet adds 15 to the niceness of its workers unless its environment says otherwise. On
         # a shared machine the job would then get only the CPU time that others leave.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # A raylet that finds its own object store not listening yet looks again after a second.
+        os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "20")
+        os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "500")
         folder = private_folder()
         token = LocalToken(folder)
         try:
-            with _same_sigterm(), _on_loopback():
+            with (
+                _same_sigterm(),
+                _on_loopback(),
+                _without_unused(include_dashboard),
+                _beside_the_start(meanwhile),
+            ):
                 ray.init(
                     "local",
                     num_cpus=num_cpus,
@@ -115,11 +130,14 @@ def connect(
                     **quiet,
                 )
         except BaseException as error:
+            ray.shutdown()  # it may have started, and `meanwhile` failed
             token.withdraw()
-            if isinstance(error, Exception):  # Ray raises that itself when its node is late
+            if isinstance(error, Exception) and not isinstance(error, DeployError):
+                # Ray raises that itself when its node is late
                 raise DeployError(f"a local Ray did not start: {first_line(error)}") from error
             raise
         return RayConnection(_current_address(), started=True, attached=True, token=token)
+    meanwhile()
     _probe(address)
     if address != "auto":
         check_welcome(address)
@@ -183,6 +201,52 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+#: The methods of Ray's node that start what nobody asks on one machine: the autoscaler of a
+#: cluster, the reader of logs for `log_to_driver`, and the API server, for whose start `ray.init`
+#: waits a second though it serves no page.
+_UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
+
+
+@contextlib.contextmanager
+def _without_unused(include_dashboard: bool) -> Iterator[None]:
+    """Ray started within has its head, its raylet and the agents of that, and no further process;
+    with a dashboard it has all."""
+    from ray._private.node import Node
+
+    before = {name: getattr(Node, name) for name in (() if include_dashboard else _UNUSED)}
+    for name in before:
+        setattr(Node, name, lambda node, **options: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
+
+
+@contextlib.contextmanager
+def _beside_the_start(work: Callable[[], None]) -> Iterator[None]:
+    """Call `work` in a thread as soon as the processes of the Ray that starts within are launched:
+    they take a second or two to answer. It has ended when this does; what it raises is raised."""
+    from ray._private.node import Node
+
+    launch = Node.start_ray_processes
+    running: list[Future[None]] = []
+
+    with ThreadPoolExecutor(1, thread_name_prefix="beside-ray") as pool:
+
+        def launch_and_work(node: Node) -> None:
+            launch(node)
+            running.append(pool.submit(work))
+
+        Node.start_ray_processes = launch_and_work
+        try:
+            yield
+        finally:
+            Node.start_ray_processes = launch
+    for future in running:
+        future.result()
 
 
 def _probe(address: str) -> None:

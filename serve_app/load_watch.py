@@ -35,9 +35,12 @@ class LoadWatch:
         *,
         look_s: float = LOOK_S,
         again_s: float = AGAIN_S,
+        first_s: float = SHORT_S,
     ) -> None:
+        """The first look is after `first_s` seconds: before there is nothing to tell, and who asks
+        takes time from the start."""
         self._ask, self._report = ask, report
-        self._look_s, self._again_s = look_s, again_s
+        self._look_s, self._again_s, self._first_s = look_s, again_s, first_s
         self._told: dict[str, tuple[str, float]] = {}  # replica -> phase, when
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load-watch", daemon=True)
@@ -55,7 +58,9 @@ class LoadWatch:
         self._over.set()
 
     def _run(self) -> None:
-        while not self._over.wait(self._look_s):
+        pause_s = self._first_s
+        while not self._over.wait(pause_s):
+            pause_s = self._look_s
             try:
                 replicas = self._ask()
             except Exception as error:  # whatever Ray and Serve raise while they start or stop

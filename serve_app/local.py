@@ -14,13 +14,14 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import Any
 
 from cluster.connect import connect
 from deepseek.errors import DeployError
 from serve_app.config import ServeConfig
 from serve_app.load_watch import LoadWatch
-from serve_app.proxy_environment import check_port, proxy_environment
+from serve_app.proxy_environment import ProxyPlace, check_port, proxy_environment
 
 __all__ = ["APP_NAME", "check_port", "drain", "serve_running", "serving"]
 
@@ -33,6 +34,8 @@ _LOOK_S = 0.1
 #: Seconds for an ingress to answer a call, and for clients to read that their requests end here.
 _CALL_S = 5.0
 _CUT_S = 3.0
+#: Seconds for the proxies to be ready, as Serve itself gives them.
+_PROXIES_S = 60
 #: Seconds for the proxy to pass on the last bytes, which the ingress has already given away.
 _PROXY_S = 0.5
 
@@ -48,9 +51,9 @@ def serving(
     Raises:
         DeployError: as `serve_running`; or the engine did not start; says why.
     """
-    with serve_running(config):
+    with _serve_starting(config) as proxies_ready:
         with LoadWatch(_loading_replicas, report):
-            _deploy(config)
+            _deploy(config, proxies_ready)
         http = config.http
         host = f"[{http.host}]" if ":" in http.host else http.host
         yield f"http://{host}:{http.port}/v1"
@@ -64,9 +67,21 @@ def serve_running(config: ServeConfig, *, num_cpus: int | None = None) -> Iterat
     Raises:
         DeployError: Serve runs on this cluster already, or Ray, Serve or its proxy did not start.
     """
+    with _serve_starting(config, num_cpus=num_cpus) as proxies_ready:
+        with _telling_why():
+            proxies_ready()
+        yield
+
+
+@contextmanager
+def _serve_starting(
+    config: ServeConfig, *, num_cpus: int | None = None
+) -> Iterator[Callable[[], None]]:
+    """As `serve_running`, but its proxies may still be starting: what it gives waits for them, and
+    raises what Serve raises where they do not start. An application may be deployed meanwhile."""
     with (
-        proxy_environment(config, attached=_is_attached()) as place,
-        connect(num_cpus=num_cpus) as ray_connection,
+        proxy_environment(config, attached=_is_attached(), import_later=True) as place,
+        connect(num_cpus=num_cpus, meanwhile=partial(_import, place)) as ray_connection,
         _quiet_serve(),
     ):
         import ray
@@ -81,13 +96,13 @@ def serve_running(config: ServeConfig, *, num_cpus: int | None = None) -> Iterat
             )
         node_id = ray.get_runtime_context().get_node_id()
         try:
-            with _telling_why():
+            with _telling_why(), _not_awaiting_proxies() as ready:
                 serve.start(
                     proxy_location="HeadOnly",
                     http_options={"host": place.serve_host, "port": config.http.port},
                     logging_config={"log_level": "WARNING", "enable_access_log": False},
                 )
-            yield
+            yield partial(_await_proxies, ready)
         finally:
             # Serve 2.60 kills its controller while the controller still answers the call to shut
             # down; Ray prints that as a failure, on stdout.
@@ -95,6 +110,42 @@ def serve_running(config: ServeConfig, *, num_cpus: int | None = None) -> Iterat
                 serve.shutdown()
                 ray_connection.close()
             place.clean(node_id)
+
+
+def _import(place: ProxyPlace) -> None:
+    """Import Serve and the application, which takes as long as Ray's processes do to answer."""
+    place.import_serve()
+    import serve_app.app  # noqa: F401
+
+
+@contextmanager
+def _not_awaiting_proxies() -> Iterator[list[Any]]:
+    """`serve.start` within starts the proxies and does not wait for them; gives what to wait for.
+    Serve 2.60 has no such option, and starting proxies and replicas in turn takes a second more."""
+    from ray.serve._private import api
+
+    create = api._create_controller_and_proxy_refs
+    ready: list[Any] = []
+
+    def create_only(*arguments: Any, **options: Any) -> tuple[Any, list[Any]]:
+        controller, proxies = create(*arguments, **options)
+        ready.extend(proxies)
+        return controller, []
+
+    api._create_controller_and_proxy_refs = create_only
+    try:
+        yield ready
+    finally:
+        api._create_controller_and_proxy_refs = create
+
+
+def _await_proxies(ready: list[Any]) -> None:
+    import ray
+
+    try:
+        ray.get(ready, timeout=_PROXIES_S)
+    except ray.exceptions.GetTimeoutError:
+        raise DeployError(f"Serve's proxies were not ready after {_PROXIES_S} s") from None
 
 
 @contextmanager
@@ -176,13 +227,26 @@ def _loading_replicas() -> list[Any]:
     return next((answer for answer in answers if isinstance(answer, list)), [])
 
 
-def _deploy(config: ServeConfig) -> None:
+def _deploy(config: ServeConfig, proxies_ready: Callable[[], None]) -> None:
+    """Deploy the application, and wait until it answers. Its replicas start beside the proxies."""
     from ray import serve
+    from ray.serve.context import _get_global_client
 
     from serve_app.app import build
 
+    target = serve.RunTarget(target=build(config), name=APP_NAME, route_prefix="/")
     with _telling_why(), _looking_often():
-        serve.run(build(config), name=APP_NAME, route_prefix="/")
+        # What `serve.run` does in one call, which waits for the replicas before it looks at
+        # proxies that may have failed.
+        serve.run_many(
+            [target],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        proxies_ready()
+        client = _get_global_client()
+        client._wait_for_application_running(APP_NAME)
+        client.wait_for_proxies_serving()
 
 
 @contextmanager

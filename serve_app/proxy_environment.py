@@ -27,7 +27,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -89,6 +89,18 @@ class ProxyPlace:
     serve_host: str
     #: Folder below which Ray makes one for HAProxy, named after the node.
     folder: Path | None = None
+    #: What `ray.serve` must have taken from the environment.
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def import_serve(self) -> None:
+        """Import `ray.serve`, where that is not done yet, and see that it has taken the settings.
+        In any thread; no process may be started meanwhile that Ray's variables are for.
+
+        Raises:
+            DeployError: it was imported before, with others.
+        """
+        with _holding({_SEPARATE_LOOP: "1"}):
+            check_import(self.variables)
 
     def clean(self, node_id: str) -> None:
         """Remove what a HAProxy that has ended leaves: sockets, logs, its configuration."""
@@ -120,9 +132,12 @@ def import_variables(proxy: Proxy) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def proxy_environment(config: ServeConfig, *, attached: bool = False) -> Iterator[ProxyPlace]:
+def proxy_environment(
+    config: ServeConfig, *, attached: bool = False, import_later: bool = False
+) -> Iterator[ProxyPlace]:
     """Hold the variables for one service of this configuration, and take them back. Inside,
-    `ray.serve` has been imported with them.
+    `ray.serve` has been imported with them; with `import_later` whoever enters does that, by
+    `ProxyPlace.import_serve`.
 
     `attached` is for a Ray that runs already, whose own environment decides which proxy it has.
 
@@ -133,18 +148,19 @@ def proxy_environment(config: ServeConfig, *, attached: bool = False) -> Iterato
             socket or too few connections; a port that is named is taken.
     """
     proxy: Proxy = "python" if attached else available(config.http.proxy)
-    place = ProxyPlace(proxy, config.http.host)
     wanted: dict[str, str] = {} if attached else import_variables(proxy)
     if not attached:
         wanted[CALLBACK_VARIABLE] = os.environ.get(CALLBACK_VARIABLE, CALLBACK)
         wanted[_FORCE_STOP] = os.environ.get(_FORCE_STOP) or "1"
         wanted[_METRICS] = os.environ.get(_METRICS) or _METRICS_MS
+    place = ProxyPlace(proxy, config.http.host, variables=dict(wanted))
     if proxy == "haproxy":
-        place = ProxyPlace(proxy, "127.0.0.1", private_folder())
+        place = replace(place, serve_host="127.0.0.1", folder=private_folder())
         wanted |= _haproxy_variables(config, place)
-    with _holding({_SEPARATE_LOOP: "1"} | wanted):
-        check_import({} if attached else wanted)
-        del os.environ[_SEPARATE_LOOP]  # Ray's processes must not have it
+    with _holding(wanted | {_SEPARATE_LOOP: "1"}):
+        del os.environ[_SEPARATE_LOOP]  # Ray's processes must not have it, whoever has set it
+        if not import_later:
+            place.import_serve()
         yield place
 
 

@@ -1,19 +1,21 @@
 """What this machine can do at best: bytes per second from memory, operations per second.
 
 Memory is read by plain C, compiled for the machine, with one thread and with all; threads read
-parts of one buffer of a gigabyte, far larger than any cache. Products are torch's (oneDNN, MKL) on
-square matrices that fit the caches: what they reach is taken for the peak, because nothing faster
-is known to be installed.
+parts of one buffer of a gigabyte, far larger than any cache. On a shared machine the bandwidth
+changes from minute to minute, so it is measured in every round, beside the contenders. Products are
+torch's (oneDNN, MKL) on square matrices that fit the caches: what they reach is taken for the peak,
+because nothing faster is known to be installed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import statistics
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,29 +37,41 @@ class Ceilings:
     operations: dict[str, float]
 
 
-def measure(threads: int, repeats: int = 7) -> Ceilings:
-    """The best of `repeats` each, because a ceiling is what can be reached."""
+class Memory:
+    """A buffer of a gigabyte, and the reader of it.
+
+    Raises on construction:
+        FileNotFoundError: there is no `cc`.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._counts = sorted({1, threads})
+        self._words = np.ones(GIB // 8, np.uint64)
+        with tempfile.TemporaryDirectory() as folder:
+            self._read = _compiled(Path(folder))
+
+    def bandwidth(self, repeats: int = 3) -> dict[int, float]:
+        """Bytes per second by number of threads, the best of `repeats`."""
+        return {
+            count: GIB / _best(repeats, partial(_read, self._read, self._words, count))
+            for count in self._counts
+        }
+
+
+def measure(threads: int, bandwidths: Sequence[dict[int, float]], repeats: int = 7) -> Ceilings:
+    """The medians of the bandwidths of all rounds, and of products the best of `repeats`."""
     torch.set_num_threads(threads)
     return Ceilings(
         threads=threads,
-        bandwidth=_bandwidth(sorted({1, threads}), repeats),
+        bandwidth={
+            count: statistics.median(each[count] for each in bandwidths) for count in bandwidths[0]
+        },
         operations=_operations(repeats),
     )
 
 
-def _bandwidth(counts: list[int], repeats: int) -> dict[int, float]:
-    words = np.ones(GIB // 8, np.uint64)
-    with tempfile.TemporaryDirectory() as folder:
-        read = _compiled(Path(folder))
-    return {count: GIB / _best(repeats, partial(_read, read, words, count)) for count in counts}
-
-
 def _compiled(folder: Path) -> Callable[..., int]:
-    """`read_words` of ceilings.c.
-
-    Raises:
-        FileNotFoundError: there is no `cc`.
-    """
+    """`read_words` of ceilings.c."""
     library = folder / "ceilings.so"
     source = Path(__file__).with_suffix(".c")
     flags = ["-O3", "-march=native", "-shared", "-fPIC"]

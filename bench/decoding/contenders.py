@@ -41,8 +41,9 @@ class Contender:
 
 
 UNQUANTIZED = "bf16"
-#: Of ours, unless others are asked for: W8A8, and INT4 with BF16 and with INT8 activations.
-RECIPES = ("int8", "int4-all", "int4-a8")
+#: Of ours, unless others are asked for: W8A8 without and with the head, and INT4 with BF16 and with
+#: INT8 activations.
+RECIPES = ("int8", "int8-head", "int4-all", "int4-a8")
 
 
 def contenders(recipes: Iterable[str] = RECIPES) -> list[Contender]:

@@ -39,7 +39,7 @@ from quant_jobs.targets.embedded import pack_engine
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "ds3"
 #: The sources in `deepseek/engine` that decide the bytes of an engine beside its artifact.
-LAYOUT_SOURCES = ("pack*.py", "*layout*.py")
+LAYOUT_SOURCES = ("pack*.py", "*layout*.py", "absorbed.py")
 
 DS3 = replace(
     DEEPSEEK_V3,

@@ -75,10 +75,13 @@ def measure(
     vocab_size: int,
     factor: float = 1.0,
     advance: Callable[[str], None] = lambda words: None,
+    each_round: Callable[[], None] = lambda: None,
 ) -> Figures:
-    """Run the rounds; `advance` is told of every measurement. One unmeasured round warms up."""
+    """Run the rounds; `advance` is told of every measurement, and `each_round` is called
+    before each. One unmeasured round warms up."""
     figures = Figures()
     for number in range(rounds + 1):
+        each_round()
         for opened, batch in turns(field_of, batches, number):
             advance(f"round {number} of {rounds}: {opened.contender.name}")
             name, worker = opened.contender.name, opened.worker

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from deepseek.config import ModelConfig
+from deepseek.engine.absorbed import absorbed_name, absorbed_spec
 from deepseek.engine.attention import Attention, QueryUp, rms_norm
 from deepseek.engine.batch import Batch
 from deepseek.engine.emulated import round_absorbed
@@ -22,8 +23,6 @@ from deepseek.engine.linear import Kernels, Linear, Projection, encode, make_lin
 from deepseek.engine.moe import GatedMlp, MixtureOfExperts, Router
 from deepseek.engine.packed_layout import (
     PackedLinear,
-    absorbed_prefix,
-    absorbed_spec,
     head_linear,
     projections,
 )
@@ -126,8 +125,8 @@ class _Builder:
         has_latent = self._config.q_lora_rank is not None
         kv_b = self._schemes[absorbed_spec(self._config, self._layer).module]
         w_uk, w_uv = round_absorbed(
-            self._weights.take(f"{absorbed_prefix(self._layer)}.w_uk"),
-            self._weights.take(f"{absorbed_prefix(self._layer)}.w_uv"),
+            self._weights.take(absorbed_name(self._layer, "w_uk")),
+            self._weights.take(absorbed_name(self._layer, "w_uv")),
             kv_b,
             self._kernels,
         )

@@ -26,15 +26,12 @@ from torch import Tensor
 
 import deepseek._native as _native
 from deepseek.config import ModelConfig
+from deepseek.engine.absorbed import AbsorbedHalf, absorbed_halves, absorbed_name, absorbed_spec
 from deepseek.engine.batch import Batch
 from deepseek.engine.kv_cache import LatentCache
 from deepseek.engine.native_attention import NativeCache
-from deepseek.engine.packed_layout import (
-    PackedLinear,
-    absorbed_prefix,
-    head_linear,
-    projections,
-)
+from deepseek.engine.native_layout import native_shapes
+from deepseek.engine.packed_layout import PackedLinear, head_linear, projections
 from deepseek.engine.rope import amplitude, inverse_frequencies, softmax_scale
 from deepseek.engine.weights import Weights
 from deepseek.recipe import Scheme
@@ -120,6 +117,11 @@ class NativeModel:
             )
         return logits
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the parts of all steps so far have taken, as deepseek/native/model.h names them."""
+        return self._model.seconds
+
     def _add_layer(self, layer: int, schemes: Mapping[str, Scheme]) -> None:
         config, prefix = self.config, f"model.layers.{layer}"
         by_name = projections(config, layer, schemes)
@@ -133,6 +135,10 @@ class NativeModel:
         def plain(name: str) -> int:
             return self._plain(f"{prefix}.{name}")
 
+        kv_b = schemes[absorbed_spec(config, layer).module]
+        (w_uk, key_scale), (w_uv, _) = (
+            self._absorbed(layer, half) for half in absorbed_halves(config, kv_b)
+        )
         has_latent = config.q_lora_rank is not None
         self._model.add_layer(
             input_norm=plain("input_layernorm.weight"),
@@ -141,8 +147,9 @@ class NativeModel:
             latent_norm=plain("self_attn.kv_a_layernorm.weight"),
             qkv_a=project("self_attn.qkv_a_proj" if has_latent else "self_attn.q_proj"),
             q_b=project("self_attn.q_b_proj") if has_latent else [],
-            w_uk=self._absorbed(layer, "w_uk", (config.kv_lora_rank, config.qk_nope_head_dim)),
-            w_uv=self._absorbed(layer, "w_uv", (config.v_head_dim, config.kv_lora_rank)),
+            w_uk=w_uk,
+            w_uv=w_uv,
+            key_scale=key_scale,
             output=project("self_attn.o_proj"),
             router=plain("mlp.gate.weight") if config.is_moe(layer) else 0,
             bias=plain("mlp.gate.e_score_correction_bias") if config.is_moe(layer) else 0,
@@ -152,10 +159,22 @@ class NativeModel:
             mlp=mlp("mlp.shared_experts" if config.is_moe(layer) else "mlp"),
         )
 
-    def _absorbed(self, layer: int, suffix: str, shape: tuple[int, int]) -> list[object]:
-        """One linear [N, K] of BF16 for each head."""
-        weight = self._weights.take(f"{absorbed_prefix(layer)}.{suffix}")
-        return [self._make_linear(Scheme(weights="bf16"), shape, {"weight": h}) for h in weight]
+    def _absorbed(self, layer: int, half: AbsorbedHalf) -> tuple[list[object], int]:
+        """A linear for each head, and the address of the scales of all heads' inputs, or 0."""
+        name = absorbed_name(layer, half.name)
+        whole = {suffix: self._weights.take(f"{name}.{suffix}") for suffix in half.native_shapes()}
+        input_scale = 0
+        if half.scales_inputs:
+            input_scale = self._keep(whole.pop("scale"))
+            shape, _ = native_shapes(half.scheme, *half.shape)["scale"]
+            whole["scale"] = torch.ones(shape).expand(self.config.num_attention_heads, *shape)
+        heads = [
+            self._make_linear(
+                half.scheme, half.shape, {suffix: t[h] for suffix, t in whole.items()}
+            )
+            for h in range(self.config.num_attention_heads)
+        ]
+        return heads, input_scale
 
     def _linear(self, linear: PackedLinear) -> object:
         return self._make_linear(linear.scheme, linear.shape, self._weights.take_linear(linear))

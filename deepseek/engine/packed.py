@@ -37,7 +37,7 @@ TARGET = "embedded"
 RANKS = RankLayout(tp=1, ep=1)
 TENSOR_FILE = "rank-0.safetensors"
 #: Name of the layout of the tensors; it changes whenever their order or type in memory does.
-LAYOUT = "native-1"
+LAYOUT = "native-2"
 
 
 class EmbeddedFields(BaseModel):
@@ -51,7 +51,7 @@ class EmbeddedFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layout: Literal["native-1"]
+    layout: Literal["native-2"]
     page_tokens: int
     mtp: Literal["skipped", "absent"]
     header_sha256: str

@@ -17,13 +17,11 @@ targets. They differ from the artifact's layout, and from each other, in these w
   ones; INT4 codes that meet INT8 activations lie by groups.
 - Linears that share their input and their scheme are fused: `qkv_a_proj` (q_a and kv_a), and
   `gate_up_proj`. Where the schemes differ, they stay two.
-- kv_b_proj becomes the absorbed `w_uk` and `w_uv`, made from its dequantized values in every
-  scheme, because the two halves multiply different tensors: in torch's layout FP32 [H, n, R] and
-  [H, R, v], in the native one H weights in BF16 each, [R, n] and [v, R].
+- kv_b_proj becomes the absorbed `w_uk` and `w_uv` (absorbed.py).
 - The MTP layer is left out, because the engine does not speculate, and so is DeepSeek-V3.2's
   indexer: within `ModelConfig.dense_context`, all that the engine serves, it chooses every token.
 
-H heads · n, v widths of query without position and of value · R latent · N outputs · K inputs
+N outputs · K inputs
 """
 
 from __future__ import annotations
@@ -37,6 +35,7 @@ import torch
 
 from deepseek.artifact.engine_manifest import CacheFormat
 from deepseek.config import ModelConfig
+from deepseek.engine.absorbed import absorbed_shapes, absorbed_spec
 from deepseek.engine.arithmetic import EMBEDDED
 from deepseek.engine.kv_cache import cache_bytes
 from deepseek.engine.native_layout import native_shapes
@@ -190,11 +189,6 @@ def head_linear(config: ModelConfig, schemes: Mapping[str, Scheme]) -> PackedLin
     return PackedLinear(HEAD, (head_spec(config),), schemes.get(HEAD, _BF16))
 
 
-def absorbed_spec(config: ModelConfig, layer: int) -> TensorSpec:
-    """The kv_b_proj of one layer, which the engine absorbs."""
-    return next(spec for spec in linears(config, layer) if spec.role == LATENT_READER)
-
-
 def plain_specs(config: ModelConfig, layer: int | None) -> list[TensorSpec]:
     """The tensors that are not linears: norms and router; the embedding and the last norm for
     `layer` None. The indexer's are left out."""
@@ -230,31 +224,10 @@ def packed_tensors(
         for packed_linears in projections(config, layer, schemes).values():
             for linear in packed_linears:
                 packed |= linear.tensors(layout)
-        for suffix, (shape, dtype) in absorbed_shapes(config, layout).items():
-            name = f"{absorbed_prefix(layer)}.{suffix}"
+        scheme = schemes[absorbed_spec(config, layer).module]
+        for name, shape, dtype in absorbed_shapes(config, layer, scheme, layout):
             packed[name] = PackedTensor(shape, dtype, "attention")
     return packed
-
-
-def absorbed_shapes(config: ModelConfig, layout: Layout) -> Shapes:
-    """`w_uk` and `w_uv` of a layer."""
-    heads, latent = config.num_attention_heads, config.kv_lora_rank
-    key, value = config.qk_nope_head_dim, config.v_head_dim
-    if layout == "torch":
-        return {
-            "w_uk": ((heads, key, latent), torch.float32),
-            "w_uv": ((heads, latent, value), torch.float32),
-        }
-    shapes: Shapes = {}
-    for suffix, size in (("w_uk", (latent, key)), ("w_uv", (value, latent))):
-        shape, dtype = native_shapes(_BF16, *size)["weight"]
-        shapes[suffix] = ((heads, *shape), dtype)
-    return shapes
-
-
-def absorbed_prefix(layer: int) -> str:
-    """Prefix of the names of `w_uk` and `w_uv`."""
-    return f"model.layers.{layer}.self_attn"
 
 
 def planned_bytes(

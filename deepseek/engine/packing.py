@@ -12,6 +12,7 @@ the MTP layer and of the indexer, which are then dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,12 +21,11 @@ from deepseek.artifact.reader import ArtifactReader
 from deepseek.artifact.stored_model import StoredModel
 from deepseek.artifact.tensors import pop_linear
 from deepseek.config import ModelConfig
+from deepseek.engine.absorbed import absorbed_spec, absorbed_to_torch, pack_absorbed
 from deepseek.engine.native_layout import from_native, to_native
 from deepseek.engine.packed_layout import (
     Layout,
     PackedLinear,
-    absorbed_prefix,
-    absorbed_spec,
     head_linear,
     packed_shapes,
     packed_tensors,
@@ -163,9 +163,9 @@ def _pack_layer(
         for linear in packed_linears:
             packed |= _pack_linear(linear, stored, layout)
     spec = absorbed_spec(config, layer)
-    halves = _absorb(config, stored.pop_dequantized(spec, schemes[spec.module]))
-    prefix = absorbed_prefix(layer)
-    return packed | {f"{prefix}.{suffix}": _pack_half(half, layout) for suffix, half in halves}
+    scheme = schemes[spec.module]
+    plain = _stack(PackedLinear(spec.module, (spec,), scheme), stored)
+    return packed | pack_absorbed(config, layer, scheme, plain, layout)
 
 
 def _pack_linear(
@@ -224,21 +224,6 @@ def _plain(scheme: Scheme, stored: Mapping[str, Tensor], shape: tuple[int, int])
     return plain
 
 
-def _absorb(config: ModelConfig, weight: Tensor) -> list[tuple[str, Tensor]]:
-    """kv_b_proj f32 [H (n + v), R] -> w_uk [H, n, R] and w_uv [H, R, v]."""
-    heads, key, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-    w_uk, w_uv = torch.split(weight.view(heads, key + value, -1), [key, value], dim=1)
-    return [("w_uk", w_uk), ("w_uv", w_uv.transpose(1, 2))]
-
-
-def _pack_half(half: Tensor, layout: Layout) -> Tensor:
-    """[H, a, b], whose heads multiply inputs of width a, in the layout."""
-    if layout == "torch":
-        return half.contiguous()
-    scheme = Scheme(weights="bf16")
-    return torch.stack([to_native(scheme, {"weight": head.T})["weight"] for head in half])
-
-
 def to_torch_layout(
     config: ModelConfig, schemes: Mapping[str, Scheme], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -261,16 +246,9 @@ def to_torch_layout(
         native = {suffix: _pop(tensors, f"{linear.name}.{suffix}") for suffix in suffixes}
         plain = from_native(linear.scheme, native, linear.shape)
         converted |= _packed(linear, plain, "torch")
-    scheme = Scheme(weights="bf16")
-    latent, key, value = config.kv_lora_rank, config.qk_nope_head_dim, config.v_head_dim
     for layer in range(config.num_hidden_layers):
-        for suffix, shape in (("w_uk", (latent, key)), ("w_uv", (value, latent))):
-            name = f"{absorbed_prefix(layer)}.{suffix}"
-            halves = [
-                from_native(scheme, {"weight": h}, shape)["weight"].T.float()
-                for h in _pop(tensors, name)
-            ]
-            converted[name] = torch.stack(halves)
+        scheme = schemes[absorbed_spec(config, layer).module]
+        converted |= absorbed_to_torch(config, layer, scheme, partial(_pop, tensors))
     return tensors | converted
 
 

@@ -55,12 +55,16 @@ class Runner:
         hidden, last_rows = self._forward(chunks)
         ends = list(zip(chunks, last_rows, strict=True))
         choosing = [(chunk, row) for chunk, row in ends if chunk.chooses]
-        rows = torch.tensor([row for _, row in choosing], dtype=torch.int64)
+        rows = [row for _, row in choosing]
+        if rows == list(range(len(hidden))):  # a decode, mostly
+            last = hidden
+        else:
+            last = hidden.index_select(0, torch.tensor(rows, dtype=torch.int64))
         draws = [
             Draw(chunk.sequence.request.sampling, chunk.sequence.seed, chunk.stop)
             for chunk, _ in choosing
         ]
-        choices = choose(self.model.logits(hidden.index_select(0, rows)), draws)
+        choices = choose(self.model.logits(last), draws)
         names = [chunk.sequence.request.request_id for chunk, _ in choosing]
         scores = [
             score_chunk(chunk, hidden[row + 1 - chunk.length : row + 1], self.model.logits)

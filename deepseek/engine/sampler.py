@@ -8,6 +8,7 @@ depend on the batch either (linear.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -31,12 +32,13 @@ class Draw:
 def choose(logits: Tensor, draws: Items[Draw]) -> list[Choice | None]:
     """Logits f32 [R, V] -> a choice per row, None where the logits are not finite."""
     assert logits.shape[0] == len(draws)
-    # NaN and +inf survive the maximum; -inf in all places does too.
-    sound = logits.amax(dim=-1).isfinite().tolist()
-    greedy = logits.argmax(dim=-1).tolist()
+    most_likely = logits.argmax(dim=-1)
+    # NaN and +inf are where the maximum is; -inf is where there is nothing else.
+    largest = logits.gather(1, most_likely[:, None])[:, 0].tolist()
+    greedy = most_likely.tolist()
     choices: list[Choice | None] = []
     for row, draw in enumerate(draws):
-        if not sound[row]:
+        if not math.isfinite(largest[row]):
             choices.append(None)
             continue
         token = greedy[row]

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from deepseek.formats import TILE
+from deepseek.formats import TILE, dequantize_int4, dequantize_int8
 from deepseek.recipe import Scheme
 
 #: The tensors of a plain weight by suffix.
@@ -44,6 +44,23 @@ def to_torch(scheme: Scheme, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return dict(plain)
         case _:
             return {"weight": plain["weight"].float()}
+
+
+def dequantize(scheme: Scheme, plain: Mapping[str, Tensor]) -> Tensor:
+    """The values f32 [N, K] of a plain weight."""
+    match scheme.weights:
+        case "int4" | "int4-asym":
+            return dequantize_int4(plain["codes"], plain["scale"], plain.get("zero_point"))
+        case "int8" | "int8-asym":
+            zero_point = plain.get("zero_point")
+            columns = None if zero_point is None else zero_point[:, None]
+            return dequantize_int8(plain["codes"], plain["scale"][:, None], columns)
+        case "int8-block":
+            codes = plain["codes"]
+            by_input = plain["scale"].repeat_interleave(TILE, dim=1)[:, : codes.shape[1]]
+            return codes.float() * by_input
+        case _:
+            return plain["weight"].float()
 
 
 def _int4(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -40,14 +40,12 @@ struct Free {
     void operator()(void* memory) const { std::free(memory); }
 };
 
-// One product: rows of encoded inputs [first, first + rows), or those that `gather` names.
+// The product of all rows of an input.
 struct BoundGemm {
     const Linear* weight;
     const Encoded* input;
     int64_t rows;
-    uintptr_t gather, out;
-    std::string output;
-    uintptr_t residual;
+    uintptr_t out;
 };
 
 // Encoded inputs in memory of their own.
@@ -71,27 +69,18 @@ std::unique_ptr<BoundEncoded> encode(const std::string& encoding, uintptr_t x, i
 }
 
 Gemm gemm_of(const BoundGemm& bound) {
-    Output output;
-    if (bound.output == "store") output = Output::store;
-    else if (bound.output == "add") output = Output::add;
-    else if (bound.output == "swiglu") output = Output::swiglu;
-    else throw std::invalid_argument("there is no output '" + bound.output + "'");
     const Linear& weight = *bound.weight;
     if (bound.input->encoding != weight.encoding() || bound.input->inputs != weight.inputs)
         throw std::invalid_argument("the input is not encoded as the linear reads it");
-    if (output == Output::swiglu && weight.outputs % 32)
-        throw std::invalid_argument("the halves of SwiGLU are not multiples of 16 outputs");
-    const int64_t stride = output == Output::swiglu ? weight.outputs / 2 : weight.outputs;
-    return {bound.weight, *bound.input, bound.rows,
-            reinterpret_cast<const int32_t*>(bound.gather), reinterpret_cast<float*>(bound.out),
-            stride, output, reinterpret_cast<const float*>(bound.residual), stride};
+    return {bound.weight, *bound.input, bound.rows, reinterpret_cast<float*>(bound.out),
+            weight.outputs};
 }
 
 void run(const std::vector<BoundGemm>& bound, int threads) {
     std::vector<Gemm> gemms;
     for (const BoundGemm& one : bound) gemms.push_back(gemm_of(one));
     std::vector<int64_t> first(gemms.size());
-    GemmList list{gemms.data(), first.data(), static_cast<int64_t>(gemms.size()), 0};
+    GemmList list{gemms.data(), static_cast<int64_t>(gemms.size()), first.data(), 0, 0};
     linear_kernels().gemms(threads, list);
 }
 
@@ -127,12 +116,9 @@ void bind_linears(nb::module_& m) {
         .def(
             "__init__",
             [](BoundGemm* self, const Linear& weight, const BoundEncoded& input, int64_t rows,
-               uintptr_t gather, uintptr_t out, const std::string& output, uintptr_t residual) {
-                new (self) BoundGemm{&weight, &input, rows, gather, out, output, residual};
-            },
+               uintptr_t out) { new (self) BoundGemm{&weight, &input, rows, out}; },
             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::kw_only(), nb::arg("weight"),
-            nb::arg("input"), nb::arg("rows"), nb::arg("gather"), nb::arg("out"), nb::arg("output"),
-            nb::arg("residual"));
+            nb::arg("input"), nb::arg("rows"), nb::arg("out"));
     m.def("encode", &encode, nb::arg("encoding"), nb::arg("x"), nb::arg("rows"), nb::arg("inputs"),
           nb::arg("input_scale"), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def("run_gemms", &run, nb::arg("gemms"), nb::arg("threads"),

@@ -28,7 +28,7 @@ Mlp mlp_of(const std::pair<Linears, Linears>& given) {
 
 void add_layer(Model& model, uintptr_t input_norm, uintptr_t output_norm, uintptr_t query_norm,
                uintptr_t latent_norm, Linears qkv_a, Linears q_b, Linears w_uk, Linears w_uv,
-               Linears output, uintptr_t router, uintptr_t bias,
+               uintptr_t key_scale, Linears output, uintptr_t router, uintptr_t bias,
                const std::vector<std::pair<Linears, Linears>>& experts,
                const std::pair<Linears, Linears>& mlp) {
     Layer layer;
@@ -41,6 +41,7 @@ void add_layer(Model& model, uintptr_t input_norm, uintptr_t output_norm, uintpt
     layer.output = {std::move(output)};
     layer.w_uk = std::move(w_uk);
     layer.w_uv = std::move(w_uv);
+    layer.key_scale = at<const float>(key_scale);
     layer.router = at<const float>(router);
     layer.bias = at<const float>(bias);
     for (const auto& expert : experts) layer.experts.push_back(mlp_of(expert));
@@ -76,9 +77,16 @@ void bind_model(nb::module_& m) {
         .def("set_norm",
              [](Model& model, uintptr_t norm) { model.set_norm(at<const float>(norm)); })
         .def("set_head", &Model::set_head)
+        .def_prop_ro("seconds",
+                     [](const Model& model) {
+                         nb::dict seconds;
+                         for (int part = 0; part < kParts; ++part)
+                             seconds[kPartNames[part]] = model.seconds()[part];
+                         return seconds;
+                     })
         .def("add_layer", &add_layer, nb::kw_only(), "input_norm"_a, "output_norm"_a,
-             "query_norm"_a, "latent_norm"_a, "qkv_a"_a, "q_b"_a, "w_uk"_a, "w_uv"_a, "output"_a,
-             "router"_a, "bias"_a, "experts"_a, "mlp"_a)
+             "query_norm"_a, "latent_norm"_a, "qkv_a"_a, "q_b"_a, "w_uk"_a, "w_uv"_a, "key_scale"_a,
+             "output"_a, "router"_a, "bias"_a, "experts"_a, "mlp"_a)
         .def(
             "forward",
             [](Model& model, uintptr_t tokens, uintptr_t spans, uintptr_t pages, int64_t num_tokens,

@@ -1,8 +1,11 @@
 // Products of linears as tasks of a team (linear.h).
 //
-// A task is a column tile of up to 64 outputs (for SwiGLU one of gate and the same of up) by some
-// rows. It goes through the inputs in chunks, so that the codes of a tile's chunk stay in the cache
-// while all its rows pass over them; between chunks the sums wait in memory.
+// A task is a column tile by some rows. Where there are few rows, weights are read once and memory is
+// what limits: a tile is up to 256 outputs, which the task reads as one sequence of bytes, one block
+// of 16 outputs after the other, because memory delivers long sequences fastest. Where there are
+// more, arithmetic limits: a tile is up to 64 outputs, multiplied 4 blocks at a time, and the task
+// goes through the inputs in chunks, so that the codes of a tile's chunk stay in the cache while all
+// its rows pass over them; between chunks the sums wait in memory.
 #include "isa.h"
 #include "linear.h"
 #include "strips.h"
@@ -11,10 +14,10 @@ namespace intserve::INTSERVE_ISA {
 
 namespace {
 
-constexpr int64_t kTileBlocks = 4;      // of 16 outputs
+constexpr int64_t kFewRowsBlocks = 16, kTileBlocks = 4;  // of a tile, at most
 constexpr int64_t kMostRows = 96;       // of a task: their inputs stay in the second-level cache
-constexpr int64_t kChunkBytes = 2048;
-constexpr int64_t kTasksPerThread = 8;  // where there would be fewer, tiles are narrower
+constexpr int64_t kChunkBytes = 4096;   // of the codes of a block, of INT4 twice that
+constexpr int64_t kTasksPerThread = 8;  // of a phase; where there would be fewer, tiles are narrower
 constexpr int64_t kPrefetch = 2048;     // bytes ahead
 
 struct Shape {
@@ -22,17 +25,32 @@ struct Shape {
     int64_t rows, row_tasks;      // of a task, and how many tasks a tile is
 };
 
-Shape shape_of(const Gemm& gemm, int threads) {
+bool has_few_rows(const Gemm& gemm) { return gemm.rows <= kMaxRows; }
+
+// `width`: of tiles of few rows.
+Shape shape_of(const Gemm& gemm, int64_t width) {
     Shape shape;
-    const int64_t blocks = gemm.weight->blocks() / (gemm.output == Output::swiglu ? 2 : 1);
     const int64_t groups = (gemm.rows + kMaxRows - 1) / kMaxRows;
+    shape.width = has_few_rows(gemm) || width < kTileBlocks ? width : kTileBlocks;
+    shape.column_tiles = (gemm.weight->blocks() + shape.width - 1) / shape.width;
     shape.row_tasks = (gemm.rows + kMostRows - 1) / kMostRows;
     shape.rows = shape.row_tasks ? (groups + shape.row_tasks - 1) / shape.row_tasks * kMaxRows : 0;
-    for (shape.width = kTileBlocks;; shape.width /= 2) {
-        shape.column_tiles = (blocks + shape.width - 1) / shape.width;
-        if (shape.width == 1 || shape.column_tiles * shape.row_tasks >= kTasksPerThread * threads)
-            return shape;
+    return shape;
+}
+
+int64_t tasks_of(const Gemm& gemm, int64_t width) {
+    const Shape shape = shape_of(gemm, width);
+    return shape.column_tiles * shape.row_tasks;
+}
+
+// The widest tiles of which there are enough for all threads.
+int64_t width_of(const Gemm* gemms, int64_t count, int threads) {
+    for (int64_t width = kFewRowsBlocks; width > 1; width /= 2) {
+        int64_t tasks = 0;
+        for (int64_t i = 0; i < count; ++i) tasks += tasks_of(gemms[i], width);
+        if (tasks >= kTasksPerThread * threads) return width;
     }
+    return 1;
 }
 
 // How much of a tile one call of an inner loop does.
@@ -52,8 +70,10 @@ template <class Kind, int R> Piece piece_of_rows(int64_t blocks) {
 template <class Kind> Piece piece_of(int64_t rows, int64_t blocks) {
     if constexpr (kMaxRows >= 6)
         if (rows >= 6) return piece_of_rows<Kind, 6>(blocks);
-    if constexpr (kMaxRows >= 4)
+    if constexpr (kMaxRows >= 4) {
         if (rows >= 4) return piece_of_rows<Kind, 4>(blocks);
+        if (rows == 3 && blocks == 1) return {Kind::template run<3, 1>, 3, 1};
+    }
     if (rows >= 2) return piece_of_rows<Kind, 2>(blocks);
     return piece_of_rows<Kind, 1>(blocks);
 }
@@ -61,6 +81,7 @@ template <class Kind> Piece piece_of(int64_t rows, int64_t blocks) {
 // What the tasks need to know of a format.
 struct Layout {
     Piece (*piece)(int64_t rows, int64_t blocks);
+    int64_t few_rows_blocks;         // of a piece, where there are few rows
     int64_t code_bytes;              // of 16 outputs and one input
     int64_t group;                   // inputs of a scale, 0 where an output has one
     int64_t scale_bytes, zero_bytes; // of 16 outputs and one group
@@ -68,17 +89,17 @@ struct Layout {
 
 Layout layout_of(const Linear& w) {
     switch (w.format) {
-        case Format::bf16: return {piece_of<Bf16Strip>, 32, 0, 0, 0};
+        case Format::bf16: return {piece_of<Bf16Strip>, 1, 32, 0, 0, 0};
         case Format::int8:
-        case Format::int8_asym: return {piece_of<Int8Strip>, 16, 0, 0, 0};
-        case Format::int8_a8: return {piece_of<Int8A8Strip>, 16, 0, 0, 0};
-        case Format::int8_block: return {piece_of<Int8BlockStrip>, 16, 128, 64, 0};
+        case Format::int8_asym: return {piece_of<Int8Strip>, 2, 16, 0, 0, 0};
+        case Format::int8_a8: return {piece_of<Int8A8Strip>, 1, 16, 0, 0, 0};
+        case Format::int8_block: return {piece_of<Int8BlockStrip>, 1, 16, 128, 64, 0};
         case Format::int4_a8:
-            return {w.zero ? piece_of<Int4A8Strip<true>> : piece_of<Int4A8Strip<false>>, 8, w.group,
-                    32, 16};
+            return {w.zero ? piece_of<Int4A8Strip<true>> : piece_of<Int4A8Strip<false>>, 1, 8,
+                    w.group, 32, 16};
         default:
-            return {w.zero ? piece_of<Int4Strip<true>> : piece_of<Int4Strip<false>>, 8, w.group, 32,
-                    16};
+            return {w.zero ? piece_of<Int4Strip<true>> : piece_of<Int4Strip<false>>, 1, 8, w.group,
+                    32, 16};
     }
 }
 
@@ -104,34 +125,35 @@ INTSERVE_INLINE f32v finish(const Gemm& gemm, const float* state, int64_t input_
     }
 }
 
-void run_task(const Gemm& gemm, int threads, int64_t task) {
+void run_task(const Gemm& gemm, int64_t width, int64_t task) {
     const Linear& w = *gemm.weight;
     const Layout layout = layout_of(w);
-    const Shape shape = shape_of(gemm, threads);
-    const int64_t halves = gemm.output == Output::swiglu ? 2 : 1;
-    const int64_t blocks_of_half = w.blocks() / halves;
+    const Shape shape = shape_of(gemm, width);
     // Tasks that follow each other read the same inputs.
     const int64_t first_block = task % shape.column_tiles * shape.width;
     const int64_t first_row = task / shape.column_tiles * shape.rows;
-    const int64_t blocks = first_block + shape.width < blocks_of_half
-                               ? shape.width : blocks_of_half - first_block;
+    const int64_t blocks = first_block + shape.width < w.blocks() ? shape.width
+                                                                   : w.blocks() - first_block;
     const int64_t rows =
         first_row + shape.rows < gemm.rows ? shape.rows : gemm.rows - first_row;
+    const bool few_rows = has_few_rows(gemm);
+    const int64_t most_blocks = few_rows ? layout.few_rows_blocks : blocks;  // of a piece
     const int64_t block_bytes = w.block_bytes(), row_bytes = gemm.input.row_bytes();
     const int64_t input_bytes = row_bytes / gemm.input.padded;
     const int64_t inputs = block_bytes / layout.code_bytes;  // with padding
-    const int64_t chunk = rows > kMaxRows ? kChunkBytes * kLanes / layout.code_bytes : inputs;
+    const int64_t chunk =
+        few_rows ? inputs : kChunkBytes * (layout.code_bytes == 8 ? 2 : 1) / layout.code_bytes;
     const int64_t groups = layout.group ? inputs / layout.group : 0;
 
-    alignas(64) float state[kMostRows * 2 * kTileBlocks * kLanes];
-    const int64_t state_stride = halves * kTileBlocks * kLanes;
-    int64_t input_row[kMostRows];
+    constexpr int64_t kStates = kMostRows * kTileBlocks > kMaxRows * kFewRowsBlocks
+                                    ? kMostRows * kTileBlocks : kMaxRows * kFewRowsBlocks;
+    alignas(64) float state[kStates * kLanes];  // [rows][blocks][16]
+    const int64_t state_stride = shape.width * kLanes;
     for (int64_t r = 0; r < rows; ++r) {
-        input_row[r] = gemm.gather ? gemm.gather[first_row + r] : first_row + r;
         f32v initial = zero();
         if (w.format == Format::int8_a8) {
-            const int32_t total = reinterpret_cast<const int32_t*>(gemm.input.total)[input_row[r]];
-            initial = as_float(splati(-128 * total));
+            const int32_t* totals = reinterpret_cast<const int32_t*>(gemm.input.total);
+            initial = as_float(splati(-128 * totals[first_row + r]));
         }
         for (int64_t i = 0; i < state_stride; i += kLanes)
             store(state + r * state_stride + i, initial);
@@ -147,55 +169,41 @@ void run_task(const Gemm& gemm, int threads, int64_t task) {
         strip.state_stride = state_stride;
         strip.prefetch = kPrefetch;
         const int64_t group = layout.group ? k / layout.group : 0;
-        for (int64_t half = 0; half < halves; ++half) {
-            for (int64_t b = 0; b < blocks;) {
-                const int64_t block = half * blocks_of_half + first_block + b;
-                strip.codes = w.codes + block * block_bytes + k * layout.code_bytes;
-                if (layout.group)
-                    strip.scale = w.scale + block * strip.scale_stride + group * layout.scale_bytes;
-                if (layout.group && w.zero)
-                    strip.zero = w.zero + block * strip.zero_stride + group * layout.zero_bytes;
-                Piece piece{};
-                for (int64_t r = 0; r < rows; r += piece.rows) {
-                    piece = layout.piece(rows - r, blocks - b);
-                    for (int i = 0; i < piece.rows; ++i) {
-                        const int64_t row = input_row[r + i];
-                        strip.x[i] = gemm.input.data + row * row_bytes + k * input_bytes;
-                        strip.x_sums[i] = gemm.input.sums + (row * gemm.input.padded + k) / 32 * 4;
-                        if (gemm.input.encoding == Encoding::int8_tiles)
-                            strip.x_scale[i] =
-                                gemm.input.scale + (row * gemm.input.padded + k) / 128;
-                    }
-                    strip.state = state + r * state_stride + (half * kTileBlocks + b) * kLanes;
-                    piece.run(strip);
+        for (int64_t b = 0; b < blocks;) {
+            const int64_t block = first_block + b;
+            strip.codes = w.codes + block * block_bytes + k * layout.code_bytes;
+            if (layout.group)
+                strip.scale = w.scale + block * strip.scale_stride + group * layout.scale_bytes;
+            if (layout.group && w.zero)
+                strip.zero = w.zero + block * strip.zero_stride + group * layout.zero_bytes;
+            Piece piece{};
+            for (int64_t r = 0; r < rows; r += piece.rows) {
+                piece = layout.piece(rows - r, blocks - b < most_blocks ? blocks - b : most_blocks);
+                for (int i = 0; i < piece.rows; ++i) {
+                    const int64_t row = first_row + r + i;
+                    strip.x[i] = gemm.input.data + row * row_bytes + k * input_bytes;
+                    strip.x_sums[i] = gemm.input.sums + (row * gemm.input.padded + k) / 32 * 4;
+                    if (gemm.input.encoding == Encoding::int8_tiles)
+                        strip.x_scale[i] =
+                            gemm.input.scale + (row * gemm.input.padded + k) / 128;
                 }
-                b += piece.blocks;
+                strip.state = state + r * state_stride + b * kLanes;
+                piece.run(strip);
             }
+            b += piece.blocks;
         }
     }
 
-    const int64_t outputs = w.outputs / halves;
     for (int64_t r = 0; r < rows; ++r) {
         float* out = gemm.out + (first_row + r) * gemm.out_stride;
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t block = first_block + b, column = block * kLanes;
+            const int count =
+                static_cast<int>(w.outputs - column < kLanes ? w.outputs - column : kLanes);
             const float* sums = state + r * state_stride + b * kLanes;
-            const int count = static_cast<int>(outputs - column < kLanes ? outputs - column : kLanes);
-            f32v y = finish(gemm, sums, input_row[r], block);
-            if (gemm.output == Output::swiglu)
-                y = silu(y) * finish(gemm, sums + kTileBlocks * kLanes, input_row[r],
-                                     block + blocks_of_half);
-            if (gemm.output == Output::add)
-                y = load_first(gemm.residual + (first_row + r) * gemm.residual_stride + column,
-                               count) + y;
-            store_first(out + column, y, count);
+            store_first(out + column, finish(gemm, sums, first_row + r, block), count);
         }
     }
-}
-
-int64_t tasks_of(const Gemm& gemm, int threads) {
-    const Shape shape = shape_of(gemm, threads);
-    return shape.column_tiles * shape.row_tasks;
 }
 
 void run_list(int threads, GemmList& list) {
@@ -206,15 +214,16 @@ void run_list(int threads, GemmList& list) {
 }  // namespace
 
 void run_gemm(Worker& worker, const Gemm& gemm) {
-    worker.for_each(tasks_of(gemm, worker.threads),
-                    [&](int64_t task) { run_task(gemm, worker.threads, task); });
+    const int64_t width = width_of(&gemm, 1, worker.threads);
+    worker.for_each(tasks_of(gemm, width), [&](int64_t task) { run_task(gemm, width, task); });
 }
 
 void count_tasks(GemmList& list, int threads) {
+    list.width = width_of(list.gemms, list.count, threads);
     list.tasks = 0;
     for (int64_t i = 0; i < list.count; ++i) {
         list.first_task[i] = list.tasks;
-        list.tasks += tasks_of(list.gemms[i], threads);
+        list.tasks += tasks_of(list.gemms[i], list.width);
     }
 }
 
@@ -225,7 +234,7 @@ void run_gemms(Worker& worker, const GemmList& list) {
             const int64_t middle = (low + high) / 2;
             (list.first_task[middle] <= task ? low : high) = middle;
         }
-        run_task(list.gemms[low], worker.threads, task - list.first_task[low]);
+        run_task(list.gemms[low], list.width, task - list.first_task[low]);
     });
 }
 

@@ -65,30 +65,21 @@ struct Encoded {
     }
 };
 
-// What becomes of a product y [rows, N].
-enum class Output : int {
-    store,   // out [rows, N] = y
-    add,     // out [rows, N] = residual + y; the two may be the same memory
-    swiglu,  // out [rows, N / 2] = silu(first half of y) * second half. N / 2 is a multiple of 16.
-};
-
+// out [rows, N] = the rows of the input times the weight.
 struct Gemm {
     const Linear* weight;
     Encoded input;
     int64_t rows;
-    const int32_t* gather;  // the input's row of each row, or null: the same
     float* out;
-    int64_t out_stride;     // in floats
-    Output output;
-    const float* residual;  // of `add`
-    int64_t residual_stride;
+    int64_t out_stride;  // in floats
 };
 
 // Several products, in memory that all threads see.
 struct GemmList {
     Gemm* gemms;
-    int64_t* first_task;  // [count], set by `count_tasks`
-    int64_t count, tasks;
+    int64_t count;
+    int64_t* first_task;   // [count]; this and what follows is set by `count_tasks`
+    int64_t tasks, width;  // of a tile of few rows, in blocks of 16 outputs
 };
 
 // The functions below, for code that is compiled once (model.cpp), and for the bindings a whole call

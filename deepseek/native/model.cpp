@@ -4,6 +4,7 @@
 #include "model.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -98,8 +99,7 @@ public:
     void clear() { gemms_.clear(); }
     void add(const Linear& weight, const Encoded& input, int64_t rows, float* out,
              int64_t out_stride) {
-        gemms_.push_back(
-            {&weight, input, rows, nullptr, out, out_stride, Output::store, nullptr, 0});
+        gemms_.push_back({&weight, input, rows, out, out_stride});
     }
     // The rows [first, first + rows) of x, the outputs of all parts side by side in rows of y.
     void add(const Projection& projection, const Activations& x, int64_t first, int64_t rows,
@@ -112,7 +112,7 @@ public:
     }
     void finish(int threads) {
         first_task_.resize(gemms_.size() + 1);
-        list_ = {gemms_.data(), first_task_.data(), static_cast<int64_t>(gemms_.size()), 0};
+        list_ = {gemms_.data(), static_cast<int64_t>(gemms_.size()), first_task_.data(), 0, 0};
         linear_kernels().count_tasks(list_, threads);
     }
     void run(Worker& worker) const { linear_kernels().run_gemms(worker, list_); }
@@ -140,12 +140,30 @@ struct Scratch {
 Model::Model(const Shape& shape) : shape_(shape), scratch_(new Scratch) {}
 Model::~Model() = default;
 
+// Adds up what the parts of a call take, as its first thread sees them: a phase ends for all threads
+// together. Not the time in which a call starts and ends.
+class Model::Clock {
+public:
+    explicit Clock(Model& model) : seconds_(model.seconds_), last_(Time::now()) {}
+    void passed(const Worker& worker, Part part) {
+        if (worker.thread != 0) return;
+        const Time::time_point now = Time::now();
+        seconds_[static_cast<int>(part)] += std::chrono::duration<double>(now - last_).count();
+        last_ = now;
+    }
+
+private:
+    using Time = std::chrono::steady_clock;
+    std::array<double, kParts>& seconds_;
+    Time::time_point last_;
+};
+
 // One call of `forward`, as each thread runs it.
 class Model::Run {
 public:
-    Run(const Model& model, const Step& step, const AttentionPlan& plan, float* out)
+    Run(Model& model, const Step& step, const AttentionPlan& plan, float* out)
         : model_(model), shape_(model.shape_), m_(*model.scratch_), step_(step), plan_(plan),
-          out_(out), num_tokens_(step.num_tokens) {}
+          out_(out), num_tokens_(step.num_tokens), clock_(model) {}
 
     void reserve(int threads);
 
@@ -159,14 +177,17 @@ public:
                 row_kernels().norm(residual(t), layer.input_norm, shape_.eps, x, shape_.hidden);
                 m_.input.encode(layer.qkv_a, x, t);
             });
+            clock_.passed(worker, Part::rows);
             attend(worker, layer, static_cast<int>(i));
             feed_forward(worker, layer);
+            clock_.passed(worker, Part::experts);
             last = &layer;
         }
         end_layer(worker, last, [&](int64_t t) {
             row_kernels().norm(residual(t), model_.norm_, shape_.eps, out_ + t * shape_.hidden,
                                shape_.hidden);
         });
+        clock_.passed(worker, Part::rows);
     }
 
 private:
@@ -190,8 +211,7 @@ private:
         const int64_t stride = projection.outputs();
         for (size_t part = 0; part < projection.parts.size(); ++part) {
             const Linear& linear = projection.parts[part];
-            const Gemm gemm{&linear,       x.of(projection, part), num_tokens_, nullptr, y, stride,
-                            Output::store, nullptr,                0};
+            const Gemm gemm{&linear, x.of(projection, part), num_tokens_, y, stride};
             linear_kernels().run_gemm(worker, gemm);
             y += linear.outputs;
         }
@@ -211,7 +231,10 @@ private:
     template <class Then>
     void end_layer(Worker& worker, const Layer* last, Then&& then);
     void attend(Worker& worker, const Layer& layer, int number);
-    void rotate(const float* x, int64_t t, float factor, float* y) const;
+    // x [r] and y as RowKernels::rotate takes them.
+    void rotate(const float* x, int64_t t, float factor, float* y) const {
+        row_kernels().rotate(x, m_.angles.data() + t * shape_.rope, factor, y, shape_.rope / 2);
+    }
     void feed_forward(Worker& worker, const Layer& layer);
     void route(Worker& worker, const Layer& layer);
 
@@ -222,6 +245,7 @@ private:
     const AttentionPlan& plan_;
     float* out_;
     const int64_t num_tokens_;
+    Clock clock_;  // of thread 0
 };
 
 void Model::Run::reserve(int threads) {
@@ -317,17 +341,6 @@ void Model::Run::end_layer(Worker& worker, const Layer* last, Then&& then) {
     });
 }
 
-// Interleaved pairs x [r] -> rotated by the token's angles, de-interleaved (rope.py), times `factor`.
-void Model::Run::rotate(const float* x, int64_t t, float factor, float* y) const {
-    const int64_t half = shape_.rope / 2;
-    const float *cosines = m_.angles.data() + t * shape_.rope, *sines = cosines + half;
-    for (int64_t i = 0; i < half; ++i) {
-        const float first = x[2 * i], second = x[2 * i + 1];
-        y[i] = (first * cosines[i] - second * sines[i]) * factor;
-        y[half + i] = (second * cosines[i] + first * sines[i]) * factor;
-    }
-}
-
 void Model::Run::attend(Worker& worker, const Layer& layer, int number) {
     const Shape& s = shape_;
     const int64_t joined = layer.qkv_a.outputs(), head = s.nope + s.rope;
@@ -336,6 +349,7 @@ void Model::Run::attend(Worker& worker, const Layer& layer, int number) {
     const int64_t before_latent = has_latent ? s.query_rank : s.heads * head;
 
     project(worker, layer.qkv_a, m_.input, m_.joined.data());
+    clock_.passed(worker, Part::projections);
     for_rows(worker, num_tokens_, [&](int64_t t) {
         float* x = m_.joined.data() + t * joined;
         const float* latent = x + before_latent;
@@ -346,7 +360,9 @@ void Model::Run::attend(Worker& worker, const Layer& layer, int number) {
         row_kernels().norm(x, layer.query_norm, s.eps, x, s.query_rank);
         m_.query_input.encode(layer.q_b, x, t);
     });
+    clock_.passed(worker, Part::rows);
     if (has_latent) project(worker, layer.q_b, m_.query_input, m_.queries.data());
+    clock_.passed(worker, Part::projections);
     const float* queries = has_latent ? m_.queries.data() : m_.joined.data();
     const int64_t stride = has_latent ? s.heads * head : joined;
 
@@ -356,16 +372,20 @@ void Model::Run::attend(Worker& worker, const Layer& layer, int number) {
         const int64_t t = i / s.heads, h = i % s.heads;
         const float* query = queries + t * stride + h * head;
         float* scaled = m_.hidden[worker.thread].data();
-        for (int64_t j = 0; j < s.nope; ++j) scaled[j] = query[j] * s.softmax_scale;
+        const float* key_scale =
+            layer.key_scale == nullptr ? nullptr : layer.key_scale + h * s.nope;
+        row_kernels().scale(query, s.softmax_scale, key_scale, scaled, s.nope);
         encode_kernels().row(scaled, m_.heads.of(layer.w_uk, h), t, 0);
         rotate(query + s.nope, t, s.softmax_scale, m_.absorbed.data() + i * cached + s.latent);
     });
     m_.absorb.run(worker);
+    clock_.passed(worker, Part::absorbed);
 
     const AttentionData data{m_.absorbed.data(), m_.latents.data(),  m_.keys.data(),
                              m_.attended.data(), s.heads * cached,   s.latent,
                              s.rope,             s.heads * s.latent};
     attention_phases(worker, plan_, step_.cache.of_layer(number), data);
+    clock_.passed(worker, Part::attention);
 
     worker.for_each(num_tokens_ * s.heads, [&](int64_t i) {
         if (i == 0)
@@ -375,10 +395,12 @@ void Model::Run::attend(Worker& worker, const Layer& layer, int number) {
                                     t, 0);
     });
     m_.unabsorb.run(worker);
+    clock_.passed(worker, Part::absorbed);
     for_rows(worker, num_tokens_, [&](int64_t t) {
         m_.output_input.encode(layer.output, m_.values.data() + t * s.heads * s.value, t);
     });
     project(worker, layer.output, m_.output_input, m_.update.data());
+    clock_.passed(worker, Part::projections);
 }
 
 void Model::Run::feed_forward(Worker& worker, const Layer& layer) {
@@ -390,7 +412,9 @@ void Model::Run::feed_forward(Worker& worker, const Layer& layer) {
         row_kernels().norm(residual(t), layer.output_norm, s.eps, x, s.hidden);
         m_.shared_input.encode(layer.mlp.gate_up, x, t);
     });
+    clock_.passed(worker, Part::rows);
     if (is_moe) route(worker, layer);
+    clock_.passed(worker, Part::router);
     // The products of all active experts and of the shared one (or of the dense MLP) are one phase.
     worker.for_each(1, [&](int64_t) {
         if (is_moe)
@@ -475,13 +499,14 @@ void Model::logits(const float* hidden, int64_t rows, float* logits, int threads
     Activations& input = scratch_->head_input;
     input.reserve(rows, head_);
     const Linear& head = head_.parts[0];
-    const Gemm gemm{&head,         input.of(head_, 0), rows,    nullptr, logits, head.outputs,
-                    Output::store, nullptr,            0};
+    const Gemm gemm{&head, input.of(head_, 0), rows, logits, head.outputs};
+    Clock clock(*this);
     run_team(threads, 2, [&](Worker& worker) {
         worker.for_each(rows, [&](int64_t i) {
             input.encode(head_, hidden + i * shape_.hidden, i);
         });
         linear_kernels().run_gemm(worker, gemm);
+        clock.passed(worker, Part::head);
     });
 }
 

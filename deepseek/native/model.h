@@ -5,6 +5,7 @@
 // r rope · I expert width · K experts per token
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -30,7 +31,8 @@ struct Mlp {
 struct Layer {
     const float *input_norm, *output_norm, *query_norm, *latent_norm;  // query_norm: or null
     Projection qkv_a, q_b, output;      // q_b: empty where there is no query latent
-    std::vector<Linear> w_uk, w_uv;     // per head, [R, n] and [v, R]
+    std::vector<Linear> w_uk, w_uv;     // per head, [R, n] and [v, R], with BF16 inputs
+    const float* key_scale;             // [H, n], of the inputs of w_uk, or null: 1
     const float *router, *bias;         // [E, D] and [E]; null for a dense layer
     std::vector<Mlp> experts;
     Mlp mlp;                            // dense, or the shared expert
@@ -53,6 +55,14 @@ struct Step {
     CacheView cache;
 };
 
+// Parts of a step by what they do. `rows` is what is computed token by token: embedding, norms,
+// residual stream, rotation. `projections` are those of attention but the absorbed ones; `experts`
+// are all feed-forward products. Rounding an input counts with the part in which it happens.
+enum class Part : int { rows, projections, absorbed, attention, router, experts, head };
+constexpr const char* kPartNames[] = {"rows",   "projections", "absorbed", "attention",
+                                      "router", "experts",     "head"};
+constexpr int kParts = 7;
+
 struct Scratch;
 
 // Not for two threads at a time.
@@ -73,9 +83,12 @@ public:
     void forward(const Step& step, float* hidden, int threads);
     // Hidden states [rows, D] -> logits [rows, vocabulary]
     void logits(const float* hidden, int64_t rows, float* logits, int threads);
+    // Seconds of all calls so far, by part.
+    const std::array<double, kParts>& seconds() const { return seconds_; }
 
 private:
     class Run;
+    class Clock;
 
     Shape shape_;
     const void* embedding_ = nullptr;
@@ -84,6 +97,7 @@ private:
     Projection head_;
     std::vector<Layer> layers_;
     std::unique_ptr<Scratch> scratch_;
+    std::array<double, kParts> seconds_{};
 };
 
 }  // namespace intserve

@@ -90,9 +90,28 @@ void weighted_sum(const float* x, const int32_t* rows, const float* weights, int
     }
 }
 
+void scale_row(const float* x, float factor, const float* weight, float* y, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+        f32v v = read(x + i, n - i) * splat(factor);
+        if (weight != nullptr) v = v * read(weight + i, n - i);
+        write(y + i, v, n - i);
+    }
+}
+
+// The compiler finds the shuffles of this loop.
+void rotate_row(const float* x, const float* angles, float factor, float* __restrict__ y,
+                int64_t half) {
+    const float *cosines = angles, *sines = angles + half;
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = x[2 * i], second = x[2 * i + 1];
+        y[i] = (first * cosines[i] - second * sines[i]) * factor;
+        y[half + i] = (second * cosines[i] + first * sines[i]) * factor;
+    }
+}
+
 }  // namespace
 
-extern const RowKernels row_kernels = {add_row,      norm_row,    swiglu_row,
-                                       product_rows, sigmoid_row, weighted_sum};
+extern const RowKernels row_kernels = {add_row,     norm_row,     swiglu_row, product_rows,
+                                       sigmoid_row, weighted_sum, scale_row,  rotate_row};
 
 }  // namespace intserve::INTSERVE_ISA

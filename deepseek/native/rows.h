@@ -23,6 +23,11 @@ struct RowKernels {
     // y = ((0 + w_0 x_0) + w_1 x_1 + ...) + last, where x_i [n] is row `rows[i]` of x
     void (*weighted_sum)(const float* x, const int32_t* rows, const float* weights, int64_t count,
                          const float* last, float* y, int64_t n);
+    // y = x * factor, or x * factor * weight
+    void (*scale)(const float* x, float factor, const float* weight, float* y, int64_t n);
+    // Interleaved pairs x [2 half] -> rotated by angles (cosines, then sines), de-interleaved
+    // (rope.py), times `factor`.
+    void (*rotate)(const float* x, const float* angles, float factor, float* y, int64_t half);
 };
 
 }  // namespace intserve

@@ -69,7 +69,19 @@ struct Int8A8Strip {
         INTSERVE_UNROLL for (int r = 0; r < R; ++r)
             INTSERVE_UNROLL for (int b = 0; b < B; ++b)
                 sums[r][b] = loadi(strip.state + r * strip.state_stride + b * kLanes);
-        for (int64_t k = 0; k < strip.inputs; k += 4) {
+        int64_t k = 0;
+        if constexpr (R * B == 1) {
+            // One sum would wait for each product; integers may be added up in any order.
+            i32v parts[4] = {sums[0][0], zeroi(), zeroi(), zeroi()};
+            for (; k + 16 <= strip.inputs; k += 16) INTSERVE_UNROLL for (int i = 0; i < 4; ++i) {
+                i32v codes[1];
+                load_codes<1>(strip, (k + 4 * i) * 16, codes);
+                const s8v x = splat_s8(reinterpret_cast<const int8_t*>(strip.x[0] + k + 4 * i));
+                parts[i] = dot_u8s8(parts[i], codes[0], x);
+            }
+            sums[0][0] = add(add(parts[0], parts[1]), add(parts[2], parts[3]));
+        }
+        for (; k < strip.inputs; k += 4) {
             i32v codes[B];
             load_codes<B>(strip, k * 16, codes);
             INTSERVE_UNROLL for (int r = 0; r < R; ++r) {

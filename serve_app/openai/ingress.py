@@ -28,7 +28,7 @@ from serve_app.openai.service import Service
 from serve_app.openai.tokenizer import ByteTokenizer, HfTokenizer, Tokenizer
 from serve_app.proxy_environment import addresses_known
 from serve_app.routing.admission_client import AdmissionClient
-from serve_app.routing.candidates import candidates, engine_deployment
+from serve_app.routing.candidates import candidates, engine_deployment, on_change
 from serve_app.routing.fleet import Fleet
 from serve_app.routing.owner import OwnerChannel
 from serve_app.routing.owner_settings import OwnerSettings
@@ -79,6 +79,9 @@ class Ingress:
             count=lambda name, amount: self._service.metrics.count(name, amount),
         )
         self._sightings.changed = self._admission.replicas_changed
+        # Serve's router may run in a thread of its own.
+        loop = asyncio.get_running_loop()
+        self._end_looks = on_change(lambda: loop.call_soon_threadsafe(self._sightings.look))
         self._fleet = Fleet(
             client,
             self._admission,
@@ -192,5 +195,7 @@ class Ingress:
             task.cancel()
         if (key_watch := getattr(self, "_key_watch", None)) is not None:
             key_watch.cancel()
+        if hasattr(self, "_end_looks"):
+            self._end_looks()
         if hasattr(self, "_service"):
             self._service.close()

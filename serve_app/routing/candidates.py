@@ -8,7 +8,10 @@ module by value, and with it the router's globals: what this module holds is one
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 _ids: dict[str, frozenset[str]] = {}
+_listeners: list[Callable[[], object]] = []
 
 
 #: The name of the deployment that speaks HTTP.
@@ -22,7 +25,18 @@ def engine_deployment(pool: str) -> str:
 
 def note_candidates(deployment: str, replica_ids: frozenset[str]) -> None:
     """Serve routes to these replicas of the deployment, and to no others. Thread-safe."""
+    changed = _ids.get(deployment) != replica_ids
     _ids[deployment] = replica_ids
+    if changed:
+        for listener in tuple(_listeners):
+            listener()
+
+
+def on_change(listener: Callable[[], object]) -> Callable[[], None]:
+    """Call `listener` whenever a deployment gets other replicas, in the thread that notes them.
+    Returns what ends that."""
+    _listeners.append(listener)
+    return lambda: _listeners.remove(listener)
 
 
 def candidates(deployment: str) -> frozenset[str] | None:

@@ -1,7 +1,9 @@
 """What an ingress tells the owner of admission of the engine replicas: their newest heartbeats.
 
 A replica that still beats and that Serve does not route to is told as unrouted: it drains, or has
-not begun to serve. That may change again, a goodbye may not.
+not begun to serve. That may change again, a goodbye may not. Its first heartbeat is mostly older
+than Serve's word, so that both are looked at when they come: else the first request of a service
+would wait for the second heartbeat.
 """
 
 from __future__ import annotations
@@ -37,9 +39,19 @@ class Sightings:
             return  # it was under way when the replica said goodbye
         new = status.replica_id not in self._statuses
         self._statuses[status.replica_id] = self._clock(), status
-        routed = self._routed(status.pool)
-        if new or self._last_routed.get(status.pool, routed) != routed:
+        if new or self._routed_otherwise(status.pool):
             self.changed()
+
+    def look(self) -> None:
+        """Look whether Serve routes otherwise to replicas that are heard of."""
+        pools = {status.pool for _, status in self._statuses.values()}
+        if any(self._routed_otherwise(pool) for pool in pools):
+            self.changed()
+
+    def _routed_otherwise(self, pool: str) -> bool:
+        """Whether Serve's list of a pool differs from what was told last."""
+        routed = self._routed(pool)
+        return self._last_routed.get(pool, routed) != routed
 
     def goodbye(self, replica_id: str) -> None:
         """The replica answers nothing more."""

@@ -44,7 +44,7 @@ def test_an_answer_that_nobody_gives_ends_nothing() -> None:
             raise RuntimeError("no application")
         return [replica("reading", 60.0)]
 
-    with LoadWatch(ask, lines.append, look_s=0.001) as watch:
+    with LoadWatch(ask, lines.append, look_s=0.001, first_s=0.0) as watch:
         while not lines:
             pass
     watch._thread.join(5)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepseek import _native
-from deepseek.engine.native_layout import LANES, native_shapes, to_native
+from deepseek.engine.native_layout import native_shapes, to_native
 from deepseek.formats import (
     TILE,
     dequantize_int4,
@@ -35,8 +35,6 @@ from deepseek.recipe import Scheme
 #: How the inputs of a linear are rounded: BF16, INT8 with a scale per token, INT8 with a scale per
 #: token and 128 channels, e4m3 with the linear's static scale.
 Encoding = Literal["bf16", "int8", "int8-tiles", "fp8"]
-#: What becomes of a product: it is stored, added to a residual, or its halves go through SwiGLU.
-Output = Literal["store", "add", "swiglu"]
 
 
 def encoding_of(scheme: Scheme) -> Encoding:
@@ -60,7 +58,7 @@ class NativeLinear:
             check_tensor(tensors[suffix], shape, dtype)
         self.scheme, self.encoding = scheme, encoding_of(scheme)
         self.num_outputs, self.num_inputs = num_outputs, num_inputs
-        self._tensors = dict(tensors)
+        self.tensors = dict(tensors)
         self.input_scale = tensors["input_scale"].item() if "input_scale" in tensors else 1.0
         addresses = {suffix: tensor.data_ptr() for suffix, tensor in tensors.items()}
         self.handle = _native.Linear(
@@ -78,13 +76,13 @@ class NativeLinear:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def with_tensors(
         self, replace: Callable[[Tensor], tuple[Tensor, Frame]]
     ) -> tuple[NativeLinear, list[Frame]]:
         """The same linear on other tensors, and what came with each of them."""
-        replaced = {suffix: replace(tensor) for suffix, tensor in self._tensors.items()}
+        replaced = {suffix: replace(tensor) for suffix, tensor in self.tensors.items()}
         tensors = {suffix: tensor for suffix, (tensor, _) in replaced.items()}
         linear = NativeLinear(self.scheme, tensors, self.num_outputs, self.num_inputs)
         return linear, [frame for _, frame in replaced.values()]
@@ -191,15 +189,11 @@ class NativeInput:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One product of `run_products`, `out` f32 [R, N] ([R, N/2] for SwiGLU) = `linear` of the rows
-    of `x`: all T, or those that `rows` int32 [R] names. `residual` f32 [R, N] is added."""
+    """One product of `run_products`: `out` f32 [R, N] = the rows of `x` times `linear`."""
 
     linear: NativeLinear
     x: NativeInput
     out: Tensor
-    rows: Tensor | None = None
-    output: Output = "store"
-    residual: Tensor | None = None
 
 
 def run_products(products: Sequence[Product], *, threads: int = 1) -> None:
@@ -212,28 +206,9 @@ def checked(product: Product) -> _native.Gemm:
     tensors."""
     linear, x = product.linear, product.x
     assert (x.encoding, x.num_inputs) == (linear.encoding, linear.num_inputs), "another input"
-    num_rows = x.num_rows if product.rows is None else len(product.rows)
-    width = linear.num_outputs
-    if product.output == "swiglu":
-        assert width % (2 * LANES) == 0, f"halves of {width} outputs are not whole blocks"
-        width //= 2
-    check_tensor(product.out, (num_rows, width), torch.float32)
-    if product.rows is not None:
-        check_tensor(product.rows, (num_rows,), torch.int32)
-        if num_rows:
-            low, high = product.rows.aminmax()
-            assert 0 <= int(low) <= int(high) < x.num_rows, "a row that is not in the input"
-    assert (product.residual is not None) == (product.output == "add"), product.output
-    if product.residual is not None:
-        check_tensor(product.residual, (num_rows, width), torch.float32)
+    check_tensor(product.out, (x.num_rows, linear.num_outputs), torch.float32)
     return _native.Gemm(
-        weight=linear.handle,
-        input=x.handle,
-        rows=num_rows,
-        gather=0 if product.rows is None else product.rows.data_ptr(),
-        out=product.out.data_ptr(),
-        output=product.output,
-        residual=0 if product.residual is None else product.residual.data_ptr(),
+        weight=linear.handle, input=x.handle, rows=x.num_rows, out=product.out.data_ptr()
     )
 
 

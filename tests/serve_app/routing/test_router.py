@@ -9,7 +9,7 @@ import pytest
 from support.admissions import INGRESS, Office, granted, status
 from support.serving import make_request
 
-from serve_app.routing.candidates import candidates, note_candidates
+from serve_app.routing.candidates import candidates, note_candidates, on_change
 from serve_app.routing.replica_client import MAX_AGE_S
 from serve_app.routing.router import ByTicket, ReplicaID
 from serve_app.routing.sightings import Sightings
@@ -92,6 +92,28 @@ def test_an_ingress_tells_what_it_hears_and_what_serve_does_not_route_to() -> No
     assert sightings.seen().gone == ("b",)
     now += MAX_AGE_S + 0.1
     assert sightings.seen() == Seen(gone=("b",))
+
+
+def test_serves_word_on_a_replica_that_is_heard_of_is_told_at_once() -> None:
+    """Its first heartbeat comes before Serve routes to it: nothing waits for the second."""
+    changes: list[None] = []
+    note_candidates("late", frozenset())
+    sightings = Sightings(lambda pool: candidates("late"), lambda: changes.append(None))
+    end = on_change(sightings.look)
+    note_candidates("late", frozenset({"a"}))
+    assert not changes, "nobody has heard of it"
+    note_candidates("late", frozenset())
+    sightings.note(status("a"))
+    assert sightings.seen().unrouted == ("a",)
+    changes.clear()
+    note_candidates("late", frozenset({"a"}))
+    assert len(changes) == 1
+    assert sightings.seen().unrouted == ()
+    note_candidates("late", frozenset({"a"}))
+    assert len(changes) == 1, "nothing is new"
+    end()
+    note_candidates("late", frozenset())
+    assert len(changes) == 1
 
 
 def test_nothing_is_placed_in_a_replica_that_drains_and_it_may_come_back() -> None:

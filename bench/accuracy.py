@@ -112,7 +112,7 @@ class Case:
 
     def recipe(self, num_blocks: int) -> Recipe:
         """The recipe. Its gate limits are not read: nothing here is gated."""
-        rules: list[dict[str, Any]] = [{"match": "*", "weights": "source"}]
+        rules: list[dict[str, Any]] = []  # what no rule matches stays as the source has it
         rule = FORMATS[self.format] | {"match": SCOPES[self.scope]}
         if self.method == "smoothquant" and self.scope == "experts":
             # gate and up share their input with the shared expert and the router and cannot be

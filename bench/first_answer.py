@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -28,13 +25,12 @@ from typing import Annotated
 import typer
 from support.engines import make_engine
 from support.ports import free_port
-from support.processes import cpu_seconds, title, tree
+from support.processes import cpu_by_part
 
 from bench.decoding.report import table
+from bench.stacks.service import ROOT, started
 from deepseek.cli import make_app, make_progress, run
-from deepseek.errors import IntServeError
 
-ROOT = Path(__file__).resolve().parents[1]
 #: What a process is, by words of its title; the first that fits.
 PARTS = (
     ("engine replica", ("ServeReplica:intserve:engine",)),
@@ -45,7 +41,7 @@ PARTS = (
     ("command", ("-m serve_app",)),
 )
 OTHERS = "Ray's daemons"
-#: Seconds that a service may take to say that it serves, and to answer.
+#: Seconds that a service may take to answer.
 PATIENCE_S = 120
 app = make_app(__doc__ or "")
 
@@ -93,36 +89,17 @@ def start(root: Path, engine: Path, log: Path) -> Start:
     """Start the service of a checkout once, ask it, stop it.
 
     Raises:
-        IntServeError: it does not serve; with the end of its log.
+        SystemExit: it does not serve; with the end of its log.
     """
     port = free_port()
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     flags = ("--engine", str(engine), "--allow-ungated", "--model-name", "m", "--port", str(port))
-    with log.open("wb") as stderr:
-        began = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serve_app", *flags],
-            cwd=root,
-            env=environment | {"PYTHONPATH": str(root)},
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            start_new_session=True,
-        )
-    try:
-        assert process.stdout is not None
-        if not process.stdout.readline().startswith("serving"):
-            end = log.read_text(errors="replace")[-2000:]
-            raise IntServeError(f"serve_app of {root} did not start: {end}")
+    began = time.perf_counter()
+    with started(["-m", "serve_app", *flags], log, root=root) as pid:
         line_s = time.perf_counter() - began
         ask(port)
         answer_s = time.perf_counter() - began
-        return Start(
-            checkout=root.name, line_s=line_s, answer_s=answer_s, cpu_s=cpu_by_part(process.pid)
-        )
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(PATIENCE_S)
+        cpu_s = cpu_by_part(pid, PARTS, OTHERS)
+    return Start(checkout=root.name, line_s=line_s, answer_s=answer_s, cpu_s=cpu_s)
 
 
 def ask(port: int) -> None:
@@ -132,16 +109,6 @@ def ask(port: int) -> None:
     )
     with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         assert json.load(answer)["usage"]["completion_tokens"] > 0
-
-
-def cpu_by_part(pid: int) -> dict[str, float]:
-    """CPU seconds of the process and its descendants by what they are."""
-    found: dict[str, float] = {}
-    for child in tree(pid):
-        words = title(child)
-        part = next((name for name, marks in PARTS if any(mark in words for mark in marks)), OTHERS)
-        found[part] = found.get(part, 0.0) + cpu_seconds([child])
-    return found
 
 
 def report(starts: list[Start]) -> str:

@@ -42,7 +42,7 @@ from typing import Annotated
 import typer
 from support.load import Outcome, complete
 from support.ports import free_port
-from support.processes import cpu_seconds, title, tree
+from support.processes import cpu_by_part
 
 from bench.decoding import ds3, llama, rounds
 from bench.decoding.report import table
@@ -56,10 +56,10 @@ PROMPT, ANSWER = 128, 128
 REQUESTS = {1: 3, 4: 2, 16: 2}
 #: What a process of ours is, by words of its title; the first that fits.
 PARTS = (
-    ("replica", "ServeReplica:intserve:engine"),
-    ("ingress", "ServeReplica:intserve:ingress"),
-    ("HAProxy", "haproxy"),
-    ("admission", "AdmissionActor"),
+    ("replica", ("ServeReplica:intserve:engine",)),
+    ("ingress", ("ServeReplica:intserve:ingress",)),
+    ("HAProxy", ("haproxy",)),
+    ("admission", ("AdmissionActor",)),
 )
 OTHERS = "Ray and Serve"
 #: This process, which asks.
@@ -92,6 +92,12 @@ class Stack:
     name: str
     pid: int
     load: Load
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU seconds by part so far; a stack that is not ours is one part."""
+        if self.name == OURS:
+            return cpu_by_part(self.pid, PARTS, OTHERS)
+        return cpu_by_part(self.pid, (), "whole")
 
 
 @app.command(no_args_is_help=False)
@@ -164,7 +170,7 @@ def measure_one(stack: Stack, concurrency: int, seed: int) -> Sample:
     tokens = requests * ANSWER
     cpu = {
         part: 1e3 * (used - before.get(part, 0.0)) / tokens
-        for part, used in cpu_by_part(stack.pid).items()
+        for part, used in stack.cpu_seconds().items()
     }
     if outcomes:
         cpu[CLIENT] = 1e3 * client_s / tokens
@@ -178,18 +184,6 @@ def measure_one(stack: Stack, concurrency: int, seed: int) -> Sample:
         gap_s=statistics.median(gaps) if gaps else None,
         cpu_ms=cpu,
     )
-
-
-def cpu_by_part(pid: int) -> dict[str, float]:
-    """CPU seconds of a stack's processes by what they are; one process is its own part."""
-    pids = tree(pid)
-    found: dict[str, float] = {}
-    for child in pids:
-        words = title(child)
-        part = next((name for name, mark in PARTS if mark in words), OTHERS)
-        part = "whole" if len(pids) == 1 else part
-        found[part] = found.get(part, 0.0) + cpu_seconds([child])
-    return found
 
 
 # --- contenders ---

@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,13 +24,11 @@ import typer
 
 from bench.decoding import ds3, rounds, traffic
 from bench.decoding.ceilings import Memory
+from bench.decoding.ours_worker import Ours
 from bench.decoding.report import table
 from deepseek.cli import make_app, make_progress, run
-from deepseek.engine.engine import EngineOptions, LLMEngine
-from deepseek.engine.kv_cache import token_bytes
 from deepseek.engine.native_model import NativeModel
-from deepseek.engine.request import Request, SamplingParams
-from deepseek.kv_layout import kv_layout
+from deepseek.errors import IntServeError
 
 CONTEXT = 512
 REST, TOTAL, FLOOR = "Python", "step", "floor"
@@ -42,47 +41,31 @@ class Profiled:
     """An engine of ds3 with `batch` contexts at most."""
 
     def __init__(self, recipe: str, cache: Path, threads: int, batch: int) -> None:
-        options = EngineOptions(
-            max_batch_size=batch,
-            max_batched_tokens=CONTEXT,
-            max_kv_tokens=(batch + 1) * 2 * CONTEXT,
-            num_threads=threads,
-            kernels="native",
+        self._ours = Ours()
+        opened = self._ours.open(
+            str(ds3.engine(recipe, cache)),
+            is_engine=True,
+            kv_cache=None,
+            threads=threads,
+            batch=batch,
+            context=CONTEXT,
+            steps=rounds.steps_of(1),
         )
-        self._engine = LLMEngine.load(ds3.engine(recipe, cache), options)
-        model = self._engine._runner.model
-        assert isinstance(model, NativeModel)
+        self._stored = traffic.Stored(**opened["stored"])
+        model = self._ours.engine._runner.model
+        if not isinstance(model, NativeModel):
+            raise IntServeError("the extension deepseek._native was not built; install again")
         self._model = model
-        self._number = 0
-        identity, config = self._engine.identity, self._engine.config
-        layout = kv_layout(identity.arithmetic, identity.kv_cache)  # type: ignore[arg-type]
-        row = 2 * config.hidden_size
-        self._stored = traffic.of_groups(
-            self._engine.allocated_bytes(),
-            table=row * config.vocab_size,
-            row=row,
-            token=token_bytes(config, layout),
-        )
+        self._ours.fill(rounds.prompts(batch, CONTEXT, ds3.DS3.vocab_size), [batch])
 
-    def decode(self, batch: int, steps: int, seed: int) -> Profile:
-        names = [
-            self._add(prompt, steps + 8)
-            for prompt in rounds.prompts(batch, CONTEXT, ds3.DS3.vocab_size, seed)
-        ]
-        waiting = set(names)
-        while waiting:
-            waiting -= {out.request_id for out in self._engine.step() if out.token_ids}
-        profile = self._steps(steps)
-        for name in names:
-            self._engine.abort(name)
-        while self._engine.has_work:
-            self._engine.step()
-        return profile
+    def decode(self, batch: int) -> Profile:
+        steps = rounds.steps_of(batch)
+        with self._ours.decoding(batch, steps):
+            return self._timed(lambda: [self._ours.engine.step() for _ in range(steps)], steps)
 
     def prefill(self, seed: int) -> Profile:
         (prompt,) = rounds.prompts(1, CONTEXT, ds3.DS3.vocab_size, seed)
-        self._add(prompt, 1)
-        return self._steps(1)
+        return self._timed(lambda: self._ours.prefill(prompt), 1)
 
     def floor_ms(self, batch: int, bandwidth: float) -> float:
         """Of a decode at this batch."""
@@ -95,22 +78,13 @@ class Profiled:
         )
         return 1e3 * size / bandwidth
 
-    def _add(self, prompt: list[int], max_tokens: int) -> str:
-        self._number += 1
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        name = str(self._number)
-        self._engine.add_request(
-            Request(request_id=name, prompt_ids=tuple(prompt), sampling=sampling)
-        )
-        return name
-
-    def _steps(self, count: int) -> Profile:
+    def _timed(self, work: Callable[[], object], steps: int) -> Profile:
+        """What `work` takes, by parts, over its steps."""
         before, started = self._model.seconds, time.perf_counter()
-        for _ in range(count):
-            self._engine.step()
+        work()
         total, after = time.perf_counter() - started, self._model.seconds
-        profile = {part: 1e3 * (after[part] - before[part]) / count for part in after}
-        step = 1e3 * total / count
+        profile = {part: 1e3 * (after[part] - before[part]) / steps for part in after}
+        step = 1e3 * total / steps
         return profile | {REST: step - sum(profile.values()), TOTAL: step}
 
 
@@ -140,11 +114,10 @@ def main(
                 for name, engine in engines.items():
                     what = f"prefill {CONTEXT}" if size == rounds.PREFILL else f"batch {size}"
                     progress.update(task, description=f"{name}, {what}")
-                    seed = 1000 * number + size
                     profile = (
-                        engine.prefill(seed)
+                        engine.prefill(1000 + number)
                         if size == rounds.PREFILL
-                        else engine.decode(size, rounds.steps_of(size), seed)
+                        else engine.decode(size)
                     )
                     if number:
                         profiles.setdefault(f"{name}, {what}", []).append(profile)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,13 +51,13 @@ class Ours:
             max_kv_tokens=batch * per_sequence + 2 * context,
             num_threads=threads,
         )
-        self._engine = opened(Path(directory), options)
+        self.engine = opened(Path(directory), options)
         self._names = (str(number) for number in itertools.count())
-        config, identity = self._engine.config, self._engine.identity
+        config, identity = self.engine.config, self.engine.identity
         layout = kv_layout(identity.arithmetic, identity.kv_cache)  # type: ignore[arg-type]
         row = 2 * config.hidden_size  # the table keeps the source's BF16
         stored = traffic.of_groups(
-            self._engine.allocated_bytes(),
+            self.engine.allocated_bytes(),
             table=row * config.vocab_size,
             row=row,
             token=token_bytes(config, layout),
@@ -76,34 +78,40 @@ class Ours:
         return ""
 
     def decode(self, batch: int, steps: int) -> list[float]:
-        names = [self._add(prompt, max_tokens=2 + 2 * steps) for prompt in self._prompts[:batch]]
-        waiting, outputs = set(names), []
-        while waiting:  # until each has its first token, and so nothing but decodes is left
-            outputs = self._engine.step()
-            waiting -= {output.request_id for output in outputs if output.token_ids}
-        seconds = []
-        for _ in range(steps):
-            started = time.perf_counter()
-            outputs = self._engine.step()
-            seconds.append(time.perf_counter() - started)
-            assert sum(len(output.token_ids) for output in outputs) == batch, "not a whole step"
-        for name in names:
-            self._engine.abort(name)
-        self._run()
+        with self.decoding(batch, steps):
+            seconds = []
+            for _ in range(steps):
+                started = time.perf_counter()
+                outputs = self.engine.step()
+                seconds.append(time.perf_counter() - started)
+                assert sum(len(output.token_ids) for output in outputs) == batch, "not a whole step"
         return seconds
+
+    @contextmanager
+    def decoding(self, batch: int, steps: int) -> Iterator[None]:
+        """Inside, a step of the engine is one decode of the first `batch` contexts, `steps` times
+        and more."""
+        names = [self._add(prompt, max_tokens=2 + 2 * steps) for prompt in self._prompts[:batch]]
+        waiting = set(names)
+        while waiting:  # until each has its first token, and so nothing but decodes is left
+            waiting -= {out.request_id for out in self.engine.step() if out.token_ids}
+        yield
+        for name in names:
+            self.engine.abort(name)
+        self._run()
 
     def _add(self, prompt: list[int], *, max_tokens: int) -> str:
         name = next(self._names)
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        self._engine.add_request(
+        self.engine.add_request(
             Request(request_id=name, prompt_ids=tuple(prompt), sampling=sampling)
         )
         return name
 
     def _run(self) -> list[StepOutput]:
         outputs = []
-        while self._engine.has_work:
-            outputs += self._engine.step()
+        while self.engine.has_work:
+            outputs += self.engine.step()
         errors = [output.error for output in outputs if output.error is not None]
         assert not errors, errors[0]
         return outputs

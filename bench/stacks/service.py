@@ -43,10 +43,14 @@ class Running:
 
 @contextmanager
 def started(
-    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    root: Path = ROOT,
 ) -> Iterator[int]:
-    """The process of `python COMMAND`, once it has said that it serves; ended by SIGTERM. It leads
-    a process group of its own.
+    """The process of `python COMMAND` in a checkout, once it has said that it serves; ended by
+    SIGTERM. It leads a process group of its own.
 
     Raises:
         SystemExit: it does not serve; with the end of its log.
@@ -55,8 +59,8 @@ def started(
     with log.open("ab") as stderr:
         process = subprocess.Popen(
             [sys.executable, *command],
-            cwd=ROOT,
-            env=inherited | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
+            cwd=root,
+            env=inherited | {"PYTHONPATH": str(root)} | dict(environment or {}),
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

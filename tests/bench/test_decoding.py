@@ -161,13 +161,13 @@ def test_our_worker_decodes_over_contexts_that_it_computes_once(tiny_model: Path
     )
     contexts = prompts(3, 64, 512)
     ours.fill(contexts, [1, 3])
-    before = ours._engine.current_load().computed_prompt_tokens
+    before = ours.engine.current_load().computed_prompt_tokens
     for batch in (1, 3, 3):
         assert len(ours.decode(batch, steps=4)) == 4
-    computed = ours._engine.current_load().computed_prompt_tokens - before
+    computed = ours.engine.current_load().computed_prompt_tokens - before
     assert 0 < computed <= 7 * 16, "at most the last page of each"
     assert ours.prefill(prompts(1, 64, 512, seed=9)[0]) > 0
-    assert ours._engine.current_load().computed_prompt_tokens - before == computed + 64
+    assert ours.engine.current_load().computed_prompt_tokens - before == computed + 64
 
 
 def test_a_worker_that_ends_is_told_with_what_it_said(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -47,6 +48,19 @@ def title(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     except OSError:
         return ""
+
+
+def cpu_by_part(
+    pid: int, parts: Sequence[tuple[str, tuple[str, ...]]], others: str
+) -> dict[str, float]:
+    """CPU seconds of the process and its descendants by what they are: the first of `parts` (its
+    name, and words of titles) that has words of a process's title, else `others`."""
+    found: dict[str, float] = {}
+    for child in tree(pid):
+        words = title(child)
+        part = next((name for name, marks in parts if any(mark in words for mark in marks)), others)
+        found[part] = found.get(part, 0.0) + cpu_seconds([child])
+    return found
 
 
 def named(pid: int, words: str) -> list[int]:

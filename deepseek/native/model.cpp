@@ -266,7 +266,7 @@ void Model::Run::reserve(int threads) {
     m_.biased.reserve(tokens * (2 * s.router.experts + s.router.groups));
     m_.weights.reserve(places);
     m_.chosen.reserve(places);
-    int64_t width = 0;
+    int64_t width = s.nope;  // of a query before it is absorbed, or of a layer's hidden values
     for (const Layer& layer : model_.layers_) {
         m_.joined.reserve(tokens * layer.qkv_a.outputs());
         m_.input.reserve(tokens, layer.qkv_a);

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -61,7 +62,7 @@ struct Step {
 enum class Part : int { rows, projections, absorbed, attention, router, experts, head };
 constexpr const char* kPartNames[] = {"rows",   "projections", "absorbed", "attention",
                                       "router", "experts",     "head"};
-constexpr int kParts = 7;
+constexpr int kParts = static_cast<int>(std::size(kPartNames));
 
 struct Scratch;
 

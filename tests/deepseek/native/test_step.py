@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -251,6 +252,26 @@ def test_other_pages_are_neither_read_nor_written(mixed: Packed, isa: str) -> No
         after = [t.view(torch.uint8).index_select(1, free) for t in cache.tensors]
         assert all(map(torch.equal, before, after)), layout
         assert all(output.isfinite().all() for output in outputs), layout
+
+
+def test_layers_may_be_narrower_than_a_query(tmp_path: Path, isa: str) -> None:
+    """What a thread keeps of one row is as wide as the widest of them."""
+    write_checkpoint(
+        tmp_path,
+        fp8=False,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        qk_nope_head_dim=192,
+        max_position_embeddings=1024,
+    )
+    source = CheckpointReader(tmp_path)
+    narrow = Packed(source.config, schemes_of(source), pack_tensors(source))
+    spans = ragged_spans(narrow)
+    fast = run_step(narrow.native(), make_cache(narrow, "fp32"), spans)
+    clean = LatentCache(narrow.config, "fp32", 40, PAGE_TOKENS)
+    for got, want in zip(fast, run_step(narrow.torch(), clean, spans), strict=True):
+        errors = (got - want).norm(dim=1) / want.norm(dim=1)
+        assert errors.median() < MAX_ERROR["plain"]
 
 
 def test_an_embedding_in_fp32_has_the_bits_of_its_values_in_bf16(mixed: Packed, isa: str) -> None:

@@ -164,7 +164,7 @@ def measure_one(stack: Stack, concurrency: int, seed: int) -> Sample:
     known = next((level for level in sorted(REQUESTS) if level >= concurrency), max(REQUESTS))
     requests = concurrency * REQUESTS[known]
     prompts = rounds.prompts(requests, PROMPT, ds3.DS3.vocab_size, seed=seed)
-    before, client_s = cpu_by_part(stack.pid), time.process_time()
+    before, client_s = stack.cpu_seconds(), time.process_time()
     seconds, outcomes = stack.load(prompts, concurrency)
     client_s = time.process_time() - client_s
     tokens = requests * ANSWER

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray import serve
 from support.configs import make_config
-from support.serving import metric, read_sse, wait_for
+from support.serving import metric, read_sse, told_health
 
 from serve_app.app import build
 from serve_app.config import EchoOptions
@@ -36,7 +36,7 @@ def url(serve_url: str) -> Iterator[str]:
         key_limits={"max_concurrency": CONCURRENCY, "requests_per_minute": PER_MINUTE},
     )
     serve.run(build(config), name=APP, route_prefix=f"/{APP}")
-    wait_for(lambda: httpx.get(f"{serve_url}/{APP}/health").status_code == 200)
+    told_health(f"{serve_url}/{APP}")
     yield f"{serve_url}/{APP}"
     serve.delete(APP)
 

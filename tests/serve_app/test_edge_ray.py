@@ -13,7 +13,7 @@ import pytest
 import ray
 from ray import serve
 from support.configs import make_config
-from support.serving import metric, wait_for
+from support.serving import metric, told_health, wait_for
 from support.sockets import Raw, head
 
 from cluster.access import private_folder
@@ -60,7 +60,7 @@ def test_health_answers_while_slow_bodies_stand_at_the_door(url: str) -> None:
     assert parts.port is not None
     slow = head(f"{parts.path}/v1/completions", f"Authorization: Bearer {KEY}", length=100) + b"{"
     held = [Raw(parts.port, slow) for _ in range(MAX_SLOW_BODIES + 20)]
-    assert httpx.get(f"{url}/health", timeout=10).json() == {"status": "ok"}
+    assert told_health(url) == {"status": "ok"}
     asked = httpx.post(f"{url}/v1/completions", json=BODY, headers=RIGHT, timeout=20)
     assert asked.json()["choices"][0]["text"] == "hello"
     answers = [connection.answer() for connection in held]

@@ -22,7 +22,7 @@ from support.configs import make_config, nest
 from support.engines import make_engine
 from support.hostile import reseal
 from support.keys import make_keys
-from support.serving import metric, wait_for
+from support.serving import metric, told_health, wait_for
 
 from deepseek.artifact.engine_manifest import read_engine_manifest
 from deepseek.artifact.signature import read_private_key
@@ -144,10 +144,12 @@ def test_an_override_is_loud_in_health_metrics_and_the_replicas_log(
     url = f"{serve_url}/overridden"
     try:
         serve.run(app, name="overridden", route_prefix="/overridden")
-        wait_for(lambda: httpx.get(f"{url}/health", timeout=10).status_code == 200)
-        assert httpx.get(f"{url}/health", timeout=10).json()["gated"] is False
-        told = httpx.get(f"{url}/metrics", timeout=10).text
-        assert metric(told, "intserve_engine_info", gated="false") == 1
+        assert told_health(url)["gated"] is False
+        wait_for(
+            lambda: metric(
+                httpx.get(f"{url}/metrics", timeout=10).text, "intserve_engine_info", gated="false"
+            )
+        )
     finally:
         serve.delete("overridden")
     log = (tmp_path / "log").read_text()

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from ray import serve
 from support.configs import make_config
-from support.serving import metric, wait_for
+from support.serving import metric, told_health, wait_for
 
 from serve_app.app import build
 from serve_app.config import EchoOptions
@@ -63,7 +63,7 @@ def deployed(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     serve.run(build(config), name=APP, route_prefix=f"/{APP}")
     made = Deployed(f"{serve_url}/{APP}", log)
     wait_for(lambda: len(made.get("/v1/models")["data"][0]["pools"]) == 2)
-    wait_for(lambda: all(p["replicas"] for p in made.get("/health")["pools"].values()))
+    wait_for(lambda: all(p["replicas"] for p in told_health(made.url)["pools"].values()))
     yield made
     serve.delete(APP)
 
@@ -79,10 +79,15 @@ def test_each_pool_is_a_deployment_and_requests_run_where_they_belong(deployed: 
     (card,) = deployed.get("/v1/models")["data"]
     assert card["max_model_len"] == LONG
     assert card["pools"]["standard"]["max_request_tokens"] == SHORT
-    text = deployed.get("/metrics")
+    wait_for(lambda: all_ready(deployed.get("/metrics")))
+
+
+def all_ready(text: str) -> bool:
+    """Whether the ingress that was scraped knows of every replica, and of an answer in the second
+    pool."""
     ready = {p: metric(text, "intserve_pool_replicas_ready", pool=p) for p in ("standard", "long")}
-    assert ready == {"standard": 2, "long": 1}
-    assert metric(text, "intserve_pool_ttft_p90_seconds", pool="long") > 0
+    answered = metric(text, "intserve_pool_ttft_p90_seconds", pool="long") > 0
+    return ready == {"standard": 2, "long": 1} and answered
 
 
 def test_the_turns_of_a_session_meet_one_replica_over_all_ingresses(deployed: Deployed) -> None:

@@ -143,6 +143,17 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
     return value
 
 
+def told_health(url: str) -> Any:
+    """What /health says once the ingress that answers knows of an engine. Where there are several,
+    each learns of it by itself, so that one may not know yet when another has said so."""
+
+    def ask() -> Any:
+        answer = httpx.get(f"{url}/health", timeout=10)
+        return answer.json() if answer.status_code == 200 else None
+
+    return wait_for(ask, timeout_s=60)
+
+
 class LocalHandle:
     """What `ReplicaClient` uses of a Serve handle, without the actor hop: each event is a message.
     `cancelled` holds the ids of the requests that were cancelled."""

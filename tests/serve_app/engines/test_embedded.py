@@ -16,7 +16,7 @@ from openai import OpenAI
 from ray import serve
 from support.configs import make_config
 from support.family import NAMES, Name, family_model
-from support.serving import LocalEngines, client_of, metric, wait_for
+from support.serving import LocalEngines, client_of, metric, told_health, wait_for
 
 from deepseek.artifact.engine_manifest import read_documents, read_engine_manifest
 from deepseek.engine import process
@@ -176,7 +176,7 @@ def test_a_client_that_leaves_gives_its_pages_back(url: str) -> None:
 
 @pytest.mark.ray
 def test_health_says_that_the_artifact_is_not_gated(url: str, engine_dir: Path) -> None:
-    health = httpx.get(url.removesuffix("/v1") + "/health", timeout=10).json()
+    health = told_health(url.removesuffix("/v1"))
     assert health["gated"] is False
     assert health["recipe"] == "unquantized"
     assert health["artifact_digest"] == read_engine_manifest(engine_dir).artifact_digest

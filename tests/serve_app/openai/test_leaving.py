@@ -87,7 +87,7 @@ def test_a_request_whose_client_has_gone_waits_no_longer(stream: bool, open_door
                 wait_for(lambda: service.engines._replicas.engine.load().running == 3)
         wait_for(lambda: not queue.inside)
         wait_for(lambda: outcomes(service, "disconnected") == 1)
-        assert service.engines._replicas.engine.load().running == 0
+        wait_for(lambda: service.engines._replicas.engine.load().running == 0)
     assert len(queue.left) == 3
     assert metric(service.metrics.snapshot(), "intserve_requests_in_flight") == 0
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,9 +104,10 @@ class Batch:
         [S, 2]; the pages of each span, [S, most pages of a span], filled up with the zero page."""
         pages = [span.pages[: -(-span.stop // self.page_tokens)] for span in self.spans]
         width = max(map(len, pages))
-        rows = [row + [ZERO_PAGE] * (width - len(row)) for row in pages]
-        sizes = [[len(span.token_ids), span.start] for span in self.spans]
-        return torch.tensor(sizes, dtype=torch.int32), torch.tensor(rows, dtype=torch.int32)
+        # NumPy reads nested lists several times faster than torch.
+        rows = np.array([row + [ZERO_PAGE] * (width - len(row)) for row in pages], np.int32)
+        sizes = np.array([(len(span.token_ids), span.start) for span in self.spans], np.int32)
+        return torch.from_numpy(sizes), torch.from_numpy(rows)
 
 
 def make_batch(spans: Items[Span], page_tokens: int) -> Batch:

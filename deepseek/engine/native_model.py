@@ -53,6 +53,7 @@ class NativeModel:
     ) -> None:
         self.config = config
         self._tensors: list[Tensor] = []  # what the extension points to
+        self._cache: tuple[LatentCache, NativeCache] | None = None  # of the last step
         self._weights = Weights(config, schemes, tensors, "native")
         self._frequencies = inverse_frequencies(config)
         self._model = _native.Model(
@@ -97,11 +98,16 @@ class NativeModel:
             num_tokens=num_tokens,
             num_spans=num_spans,
             table_width=pages.shape[1],
-            cache=NativeCache(cache).view,
+            cache=self._view_of(cache).view,
             hidden=_pointer(hidden, torch.float32, num_tokens, self.config.hidden_size),
             threads=torch.get_num_threads(),
         )
         return hidden
+
+    def _view_of(self, cache: LatentCache) -> NativeCache:
+        if self._cache is None or self._cache[0] is not cache:
+            self._cache = cache, NativeCache(cache)
+        return self._cache[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states f32 [R, D] -> logits f32 [R, vocabulary]."""

@@ -19,6 +19,7 @@ constexpr int64_t kMostRows = 96;       // of a task: their inputs stay in the s
 constexpr int64_t kChunkBytes = 4096;   // of the codes of a block, of INT4 twice that
 constexpr int64_t kTasksPerThread = 8;  // of a phase; where there would be fewer, tiles are narrower
 constexpr int64_t kPrefetch = 2048;     // bytes ahead
+constexpr int64_t kUnpackedInputs = 128;  // of a chunk that is unpacked: a tile of it is half a cache
 
 struct Shape {
     int64_t width, column_tiles;  // blocks of a tile, and how many tiles there are
@@ -85,13 +86,16 @@ struct Layout {
     int64_t code_bytes;              // of 16 outputs and one input
     int64_t group;                   // inputs of a scale, 0 where an output has one
     int64_t scale_bytes, zero_bytes; // of 16 outputs and one group
+    // Unpacking takes longer than multiplying by a row, so that many rows share it.
+    bool unpacks_once = false;
 };
 
 Layout layout_of(const Linear& w) {
     switch (w.format) {
         case Format::bf16: return {piece_of<Bf16Strip>, 1, 32, 0, 0, 0};
         case Format::int8:
-        case Format::int8_asym: return {piece_of<Int8Strip>, 2, 16, 0, 0, 0};
+        case Format::int8_asym:
+            return {piece_of<Int8Strip>, 2, 16, 0, 0, 0, INTSERVE_ISA_LEVEL == 3};
         case Format::int8_a8: return {piece_of<Int8A8Strip>, 1, 16, 0, 0, 0};
         case Format::int8_block: return {piece_of<Int8BlockStrip>, 1, 16, 128, 64, 0};
         case Format::int4_a8:
@@ -103,6 +107,21 @@ Layout layout_of(const Linear& w) {
     }
 }
 
+// `inputs` INT8 codes of each of 16 outputs -> BF16 as Bf16Strip reads them.
+INTSERVE_INLINE void unpack_block(const uint8_t* codes, int64_t inputs, uint8_t* to) {
+#if INTSERVE_ISA_LEVEL == 3
+    for (int64_t k = 0; k < inputs; k += 4, codes += 64, to += 128) {
+        bf16v pairs[2];
+        __builtin_prefetch(codes + kPrefetch);
+        unpack_int8(loadi(codes), pairs);
+        storei(to, pairs[0]);
+        storei(to + 64, pairs[1]);
+    }
+#else
+    (void)codes, (void)inputs, (void)to;
+#endif
+}
+
 // The products of 16 outputs from their sums.
 INTSERVE_INLINE f32v finish(const Gemm& gemm, const float* state, int64_t input_row, int64_t block) {
     const Linear& w = *gemm.weight;
@@ -112,12 +131,13 @@ INTSERVE_INLINE f32v finish(const Gemm& gemm, const float* state, int64_t input_
     switch (w.format) {
         case Format::int8_a8:
             return to_float(loadi(state)) * output_scale() * splat(gemm.input.scale[input_row]);
-        case Format::int8: return load(state) * output_scale();
+        case Format::int8: return load(state) * splat(kInt8Unit) * output_scale();
         case Format::int8_asym: {
             const float total = reinterpret_cast<const float*>(gemm.input.total)[input_row];
             const f32v zero_point =
                 to_float(load_s8(reinterpret_cast<const int8_t*>(w.zero) + block * kLanes));
-            return (load(state) - zero_point * splat(total)) * output_scale();
+            const f32v sum = load(state) * splat(kInt8Unit);
+            return (sum - zero_point * splat(total)) * output_scale();
         }
         case Format::int4_a8: return load(state) * splat(gemm.input.scale[input_row]);
         case Format::int4_fp8: return load(state) * splat(w.input_scale);
@@ -141,13 +161,17 @@ void run_task(const Gemm& gemm, int64_t width, int64_t task) {
     const int64_t block_bytes = w.block_bytes(), row_bytes = gemm.input.row_bytes();
     const int64_t input_bytes = row_bytes / gemm.input.padded;
     const int64_t inputs = block_bytes / layout.code_bytes;  // with padding
-    const int64_t chunk =
-        few_rows ? inputs : kChunkBytes * (layout.code_bytes == 8 ? 2 : 1) / layout.code_bytes;
+    const bool unpacks = layout.unpacks_once && !few_rows;
+    const int64_t chunk = few_rows  ? inputs
+                          : unpacks ? kUnpackedInputs
+                                    : kChunkBytes * (layout.code_bytes == 8 ? 2 : 1) / layout.code_bytes;
     const int64_t groups = layout.group ? inputs / layout.group : 0;
 
     constexpr int64_t kStates = kMostRows * kTileBlocks > kMaxRows * kFewRowsBlocks
                                     ? kMostRows * kTileBlocks : kMaxRows * kFewRowsBlocks;
     alignas(64) float state[kStates * kLanes];  // [rows][blocks][16]
+    alignas(64) uint8_t unpacked[kTileBlocks][kUnpackedInputs * 32];
+    const auto find_piece = unpacks ? piece_of<Bf16Strip> : layout.piece;
     const int64_t state_stride = shape.width * kLanes;
     for (int64_t r = 0; r < rows; ++r) {
         f32v initial = zero();
@@ -176,9 +200,17 @@ void run_task(const Gemm& gemm, int64_t width, int64_t task) {
                 strip.scale = w.scale + block * strip.scale_stride + group * layout.scale_bytes;
             if (layout.group && w.zero)
                 strip.zero = w.zero + block * strip.zero_stride + group * layout.zero_bytes;
+            if (unpacks) {
+                if (b == 0)
+                    for (int64_t i = 0; i < blocks; ++i)
+                        unpack_block(strip.codes + i * block_bytes, strip.inputs, unpacked[i]);
+                strip.codes = unpacked[b];
+                strip.codes_stride = sizeof(unpacked[0]);
+                strip.prefetch = 0;
+            }
             Piece piece{};
             for (int64_t r = 0; r < rows; r += piece.rows) {
-                piece = layout.piece(rows - r, blocks - b < most_blocks ? blocks - b : most_blocks);
+                piece = find_piece(rows - r, blocks - b < most_blocks ? blocks - b : most_blocks);
                 for (int i = 0; i < piece.rows; ++i) {
                     const int64_t row = first_row + r + i;
                     strip.x[i] = gemm.input.data + row * row_bytes + k * input_bytes;

@@ -201,7 +201,7 @@ struct Bf16Strip {
     }
 };
 
-// INT8 codes by BF16: the state is the sum of code times input.
+// INT8 codes by BF16: the state is the sum of code times input, over kInt8Unit.
 struct Int8Strip {
     static constexpr int kMostBlocks = kMaxBlocks;
 

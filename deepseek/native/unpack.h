@@ -32,15 +32,18 @@ INTSERVE_INLINE void unpack_int4(i32v a, bf16v pairs[4]) {
     pairs[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4), table);
 }
 
-// u8 = code + 128 -> the codes of inputs (0, 1) and (2, 3), which BF16 holds exactly: the upper half
-// of their FP32 form.
+// u8 = code + 128 -> the codes of inputs (0, 1) and (2, 3) over kInt8Unit, which BF16 holds exactly:
+// the upper half of their FP32 form. A code becomes the top byte of its lane, with its sign, which
+// takes one instruction where extending the sign would take three.
+constexpr float kInt8Unit = 0x1p-24f;
 template <int J> INTSERVE_INLINE i32v float_of_byte(i32v a) {
-    return as_int(to_float(sub(bit_and(shift_right<8 * J>(a), splati(0xFF)), splati(128))));
+    const i32v top = _mm512_set4_epi32((12 + J) << 24 | 0x808080, (8 + J) << 24 | 0x808080,
+                                       (4 + J) << 24 | 0x808080, J << 24 | 0x808080);
+    return as_int(to_float(_mm512_shuffle_epi8(a, top)));
 }
-INTSERVE_INLINE i32v pair_of(i32v even, i32v odd) {
-    return _mm512_mask_blend_epi16(0xAAAAAAAA, shift_right<16>(even), odd);
-}
+INTSERVE_INLINE i32v pair_of(i32v even, i32v odd) { return bit_or(shift_right<16>(even), odd); }
 INTSERVE_INLINE void unpack_int8(i32v a, bf16v pairs[2]) {
+    a = _mm512_xor_si512(a, splati(static_cast<int32_t>(0x80808080)));
     pairs[0] = pair_of(float_of_byte<0>(a), float_of_byte<1>(a));
     pairs[1] = pair_of(float_of_byte<2>(a), float_of_byte<3>(a));
 }
@@ -56,6 +59,7 @@ INTSERVE_INLINE void unpack_int4(i32v a, bf16v pairs[4]) {
     pairs[2] = {code<4, 15, 8>(a), code<12, 15, 8>(a)};
     pairs[3] = {code<20, 15, 8>(a), code<28, 15, 8>(a)};
 }
+constexpr float kInt8Unit = 1.0f;
 INTSERVE_INLINE void unpack_int8(i32v a, bf16v pairs[2]) {
     pairs[0] = {code<0, 255, 128>(a), code<8, 255, 128>(a)};
     pairs[1] = {code<16, 255, 128>(a), code<24, 255, 128>(a)};

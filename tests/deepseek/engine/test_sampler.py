@@ -71,6 +71,29 @@ def test_temperature_zero_and_nearly_zero_take_the_most_likely() -> None:
         assert draws(row, 20, temperature=temperature)[row.argmax()] == 1
 
 
+@pytest.mark.parametrize("width", [1, 7, 64, 1003])
+def test_no_token_is_chosen_where_a_logit_is_nan_or_infinite(width: int) -> None:
+    greedy = Draw(SamplingParams(max_tokens=1, temperature=0), 0, 0)
+    drawn = Draw(SamplingParams(max_tokens=1), 0, 0)
+    for wrong in (math.nan, math.inf):
+        for place in {0, width // 3, width // 2, width - 1}:
+            rows = torch.randn(3, width, generator=torch.Generator().manual_seed(width))
+            rows[1, place] = wrong
+            for draw in (greedy, drawn):
+                found = choose(rows, [draw] * 3)
+                assert [choice is None for choice in found] == [False, True, False], (wrong, place)
+    assert choose(torch.full((1, width), -math.inf), [greedy]) == [None]
+
+
+def test_the_first_of_the_most_likely_is_taken() -> None:
+    greedy = Draw(SamplingParams(max_tokens=1, temperature=0), 0, 0)
+    rows = torch.zeros(40, 200)
+    for row in range(40):
+        rows[row, 5 * row :: 3] = 1.0
+    found = choose(rows, [greedy] * 40)
+    assert [choice.token_id for choice in found if choice is not None] == list(range(0, 200, 5))
+
+
 def test_the_ends_of_the_unit_interval_give_tokens_that_are_possible() -> None:
     row = torch.tensor([-math.inf, 0.0, 0.0, -math.inf])
     params = SamplingParams(max_tokens=1)

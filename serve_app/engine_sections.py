@@ -87,6 +87,11 @@ class EmbeddedOptions(Section):
         description="`native` is the compiled extension, `torch` the slow reference; `auto` takes "
         "the extension where it was built",
     )
+    huge_pages: bool = Field(
+        default=True,
+        description="copy the weights of `native` kernels into huge pages, which are read faster; "
+        "false leaves them mapped from the directory, so that replicas of one node share them",
+    )
 
 
 class TrtllmOptions(Section):

@@ -1,6 +1,6 @@
 """The model on the native kernels: one call of the extension `deepseek._native` per step.
 
-Python keeps the tensors, which the extension reads in place (from the mapped engine file, or from
+Python keeps the tensors, which the extension reads in place (huge pages, the mapped engine file, or
 memory), the cache, scheduling and sampling. `_pointer` is the one place where a tensor becomes an
 address; it refuses what the extension would misread. What the extension computes is model.py's
 forward pass, with these differences, all within each format's tolerance:

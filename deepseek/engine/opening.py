@@ -14,6 +14,7 @@ from deepseek.artifact.stored_model import StoredModel
 from deepseek.config import ModelConfig
 from deepseek.engine.arithmetic import EMBEDDED, Arithmetic
 from deepseek.engine.detokenizer import Tokenizer, engine_tokenizer, load_tokenizer
+from deepseek.engine.huge_pages import move
 from deepseek.engine.linear import Kernels
 from deepseek.engine.model import Model
 from deepseek.engine.native import find_isa
@@ -50,7 +51,7 @@ def open_directory(directory: Path, options: EngineOptions) -> Opened:
     kernels = choose_kernels(options, config)
     if kernels.isa is None:
         tensors = to_torch_layout(config, schemes, tensors)
-    model = make_model(config, schemes, tensors, kernels)
+    model = make_model(config, schemes, tensors, kernels, options.huge_pages)
     identity = EngineIdentity(
         recipe=manifest.recipe,
         artifact_digest=manifest.artifact_digest,
@@ -71,7 +72,7 @@ def open_checkpoint(directory: Path | str, options: EngineOptions) -> Opened:
     """
     source = CheckpointReader(directory)
     kernels = choose_kernels(options, source.config)
-    model = _packed_model(source, kernels)
+    model = _packed_model(source, kernels, options)
     identity = EngineIdentity(
         recipe=UNQUANTIZED,
         artifact_digest=source.fingerprint,
@@ -89,7 +90,7 @@ def open_stored(stored: StoredModel, arithmetic: Arithmetic, options: EngineOpti
     ArtifactError: the stored model is damaged.
     DeployError: there is no kernel for a linear.
     """
-    return _packed_model(stored, choose_kernels(options, stored.config, arithmetic))
+    return _packed_model(stored, choose_kernels(options, stored.config, arithmetic), options)
 
 
 def choose_kernels(
@@ -114,10 +115,12 @@ def choose_kernels(
 def make_model(
     config: ModelConfig,
     schemes: Mapping[str, Scheme],
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     kernels: Kernels,
+    huge_pages: bool = False,
 ) -> StepModel:
-    """A model of tensors that lie as these kernels want them (`Kernels.layout`).
+    """A model of tensors that lie as these kernels want them (`Kernels.layout`). With `huge_pages`
+    native kernels' tensors are moved there, out of `tensors`.
 
     Raises:
         ArtifactError: a tensor is missing, left over, or of another shape or type.
@@ -125,11 +128,11 @@ def make_model(
     if kernels.isa is not None:
         from deepseek.engine.native_model import NativeModel  # imports the extension
 
-        return NativeModel(config, schemes, tensors)
+        return NativeModel(config, schemes, move(tensors) if huge_pages else tensors)
     return Model(config, schemes, tensors, kernels)
 
 
-def _packed_model(source: Packable, kernels: Kernels) -> StepModel:
+def _packed_model(source: Packable, kernels: Kernels, options: EngineOptions) -> StepModel:
     """The model of a source, packed in memory."""
     tensors = pack_tensors(source, layout=kernels.layout)
-    return make_model(source.config, schemes_of(source), tensors, kernels)
+    return make_model(source.config, schemes_of(source), tensors, kernels, options.huge_pages)

@@ -35,6 +35,10 @@ class EngineOptions:
     slow reference; "auto" takes the extension where it is built (native.py). A target's arithmetic
     is emulated with PyTorch in any case.
 
+    `huge_pages` copies the weights of the native kernels into huge pages (huge_pages.py), where
+    they are read faster; without it they stay mapped from the engine's file, and replicas of one
+    machine share them.
+
     `batch_invariant` makes greedy tokens independent of the batch, bit for bit; PyTorch's
     FP32 products of fewer than four rows become slower (linear.py), and the native ones are so
     without it. `poison_free_pages` is for tests.
@@ -52,6 +56,7 @@ class EngineOptions:
     num_threads: int | None = None
     prefix_cache: bool = True
     kernels: KernelChoice = "auto"
+    huge_pages: bool = True
     batch_invariant: bool = True
     poison_free_pages: bool = False
 

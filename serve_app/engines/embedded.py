@@ -289,5 +289,6 @@ def _engine_options(config: EmbeddedOptions, cpus: float | None) -> EngineOption
         "num_threads": num_threads,
         "prefix_cache": config.prefix_cache,
         "kernels": config.kernels,
+        "huge_pages": config.huge_pages,
     }
     return EngineOptions(**{name: value for name, value in given.items() if value is not None})

@@ -1,13 +1,14 @@
 """Where a step of the native kernels goes, part by part, beside what memory allows.
 
     python bench/step_profile.py [--recipe int8-head --recipe int4-a8] [--batch 1 --batch 16]
-        [--rounds 5] [--threads N] [--ds3 DIR] [--save FILE.json]
+        [--rounds 5] [--threads N] [--small-pages] [--ds3 DIR] [--save FILE.json]
 
 The model is "ds3" (bench/decoding/ds3.py), contexts have 512 tokens, and a prefill is a prompt of
 512. The extension's own clock says what each part of a step takes (deepseek/native/model.h); the
 rest is Python: scheduling, the step's tables, sampling, text. Milliseconds a step, medians over the
 rounds, each the mean of its steps; recipes take turns. The floor is the bytes that the step must
-read (bench/decoding/traffic.py), at the bandwidth of plain reads in the same rounds.
+read (bench/decoding/traffic.py), at the bandwidth of plain reads in the same rounds. With
+`--small-pages` each recipe takes turns with itself on weights that stay mapped from the file.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ app = make_app(__doc__ or "")
 class Profiled:
     """An engine of ds3 with `batch` contexts at most."""
 
-    def __init__(self, recipe: str, cache: Path, threads: int, batch: int) -> None:
+    def __init__(
+        self, recipe: str, cache: Path, threads: int, batch: int, *, huge_pages: bool
+    ) -> None:
         self._ours = Ours()
         opened = self._ours.open(
             str(ds3.engine(recipe, cache)),
@@ -50,6 +53,7 @@ class Profiled:
             batch=batch,
             context=CONTEXT,
             steps=rounds.steps_of(1),
+            huge_pages=huge_pages,
         )
         self._stored = traffic.Stored(**opened["stored"])
         model = self._ours.engine._runner.model
@@ -96,6 +100,9 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Default: 1 and 16.")] = None,
     num_rounds: Annotated[int, typer.Option("--rounds", min=1)] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
+    small_pages: Annotated[
+        bool, typer.Option("--small-pages", help="Weights mapped, too.")
+    ] = False,
     ds3_cache: Annotated[Path, typer.Option("--ds3", help="Where the model is kept.")] = ds3.CACHE,
     save: Annotated[Path | None, typer.Option(help="Write every number as JSON here.")] = None,
 ) -> None:
@@ -103,7 +110,13 @@ def main(
     recipes, batches = recipe or ["int8-head", "int4-a8"], batch or [1, 16]
     threads = threads or len(os.sched_getaffinity(0))
     memory = Memory(threads)
-    engines = {name: Profiled(name, ds3_cache, threads, max(batches)) for name in recipes}
+    engines = {
+        f"{name}, small pages" if is_small else name: Profiled(
+            name, ds3_cache, threads, max(batches), huge_pages=not is_small
+        )
+        for name in recipes
+        for is_small in ([False, True] if small_pages else [False])
+    }
     bandwidths: list[float] = []
     profiles: dict[str, list[Profile]] = {}
     with make_progress() as progress:

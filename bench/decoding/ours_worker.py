@@ -40,6 +40,7 @@ class Ours:
         batch: int,
         context: int,
         steps: int,
+        huge_pages: bool = True,
     ) -> dict[str, Any]:
         opened = LLMEngine.load if is_engine else LLMEngine.from_checkpoint
         # Contexts, what a decode adds to them twice (the last is forgotten first), and a prompt.
@@ -50,6 +51,7 @@ class Ours:
             max_batched_tokens=max(STEP_TOKENS, batch),
             max_kv_tokens=batch * per_sequence + 2 * context,
             num_threads=threads,
+            huge_pages=huge_pages,
         )
         self.engine = opened(Path(directory), options)
         self._names = (str(number) for number in itertools.count())

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deepseek.engine.process import give_back_freed_memory
 from deepseek.host_memory import available_memory_bytes
 from deepseek.tensor_files import ALIGNMENT
 
@@ -27,6 +28,8 @@ _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _PAGE = 2 << 20
 #: Fewer bytes are in the cache of a CPU's page tables anyway.
 _WORTH = 64 << 20
+#: Bytes that are moved before the memory that they lay in is given back.
+_GIVE_BACK = 256 << 20
 
 
 def are_offered(setting: Path = _SETTING) -> bool:
@@ -64,12 +67,16 @@ def move(
             num_bytes / 1e6, available / 1e6,
         )  # fmt: skip
         return tensors
-    memory, moved, begin = _memory(num_bytes), {}, 0
+    memory, moved, begin, given_back = _memory(num_bytes), {}, 0, 0
     for name in list(tensors):
         tensor = tensors.pop(name)
         room = memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         moved[name] = room.copy_(tensor)
         begin += _padded(tensor.nbytes)
+        del tensor
+        if begin - given_back >= _GIVE_BACK or not tensors:
+            give_back_freed_memory()
+            given_back = begin
     LOG.info("%d MB of weights lie in huge pages", num_bytes / 1e6)
     return moved
 

@@ -10,6 +10,7 @@ has set are left as they are.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -80,3 +81,10 @@ def keep_freed_memory() -> bool:
     )
     taken = [mallopt(name, value) == 1 for name, value in settings]
     return all(taken)
+
+
+def give_back_freed_memory() -> None:
+    """Give the kernel what `keep_freed_memory` keeps, once: after a load, which frees more than a
+    step will use. Nothing happens where the C library is not glibc."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

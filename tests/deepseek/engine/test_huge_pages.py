@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,37 @@ needs_huge_pages = pytest.mark.skipif(
 )
 SHAPES = [(3000, 1000), (7,), (), (0, 5), (1, 1 << 20), (33, 65)]
 DTYPES = [torch.uint8, torch.int8, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
+
+
+SIZE = 1 << 30
+#: Bytes resident with SIZE bytes of tensors before they are moved, at most meanwhile, and after.
+MOVING = f"""
+import threading, time, torch
+from deepseek.engine.huge_pages import move
+from deepseek.engine.process import keep_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+keep_freed_memory()
+tensors = {{str(i): torch.ones({SIZE} >> 8, dtype=torch.uint8) for i in range(256)}}
+before = peak = resident()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, resident())
+        time.sleep(0.001)
+
+watching = threading.Thread(target=watch)
+watching.start()
+moved = move(tensors)
+done.set()
+watching.join()
+print(before, peak, resident())
+"""
 
 
 def made() -> dict[str, torch.Tensor]:
@@ -63,6 +96,15 @@ def test_what_is_moved_keeps_its_values_and_begins_at_cache_lines() -> None:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if tensor.dim() else tensor
+
+
+@needs_huge_pages
+def test_moving_what_lies_in_memory_takes_no_second_copy_of_it() -> None:
+    run = subprocess.run([sys.executable, "-c", MOVING], capture_output=True, text=True, check=True)
+    before, peak, after = map(int, run.stdout.split())
+    assert before > SIZE
+    assert peak < before + SIZE * 3 // 4
+    assert after < before + SIZE // 4
 
 
 @pytest.mark.parametrize("why", ["never", "no such file", "memory", "small"])

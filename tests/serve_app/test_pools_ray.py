@@ -9,12 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray import serve
 from support.configs import make_config
 from support.serving import metric, told_health, wait_for
 
 from serve_app.app import build
 from serve_app.config import EchoOptions
+from serve_app.routing.owner import NAMESPACE, owner_name
 
 pytestmark = [pytest.mark.ray, pytest.mark.heavy]
 
@@ -64,6 +66,9 @@ def deployed(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     made = Deployed(f"{serve_url}/{APP}", log)
     wait_for(lambda: len(made.get("/v1/models")["data"][0]["pools"]) == 2)
     wait_for(lambda: all(p["replicas"] for p in told_health(made.url)["pools"].values()))
+    # Where requests run, the owner of admission says, which learns of the replicas by itself.
+    owner = ray.get_actor(owner_name(APP), namespace=NAMESPACE)
+    wait_for(lambda: len(ray.get(owner.stats.remote(), timeout=20).replicas) == 3)
     yield made
     serve.delete(APP)
 

@@ -187,27 +187,22 @@ void run_task(const Gemm& gemm, int64_t width, int64_t task) {
         Strip strip;
         strip.inputs = k + chunk < inputs ? chunk : inputs - k;
         strip.group = layout.group;
-        strip.codes_stride = block_bytes;
+        strip.codes_stride = unpacks ? static_cast<int64_t>(sizeof(unpacked[0])) : block_bytes;
         strip.scale_stride = groups * layout.scale_bytes;
         strip.zero_stride = groups * layout.zero_bytes;
         strip.state_stride = state_stride;
-        strip.prefetch = kPrefetch;
+        strip.prefetch = unpacks ? 0 : kPrefetch;
         const int64_t group = layout.group ? k / layout.group : 0;
+        const uint8_t* const codes = w.codes + first_block * block_bytes + k * layout.code_bytes;
+        for (int64_t b = 0; unpacks && b < blocks; ++b)
+            unpack_block(codes + b * block_bytes, strip.inputs, unpacked[b]);
         for (int64_t b = 0; b < blocks;) {
             const int64_t block = first_block + b;
-            strip.codes = w.codes + block * block_bytes + k * layout.code_bytes;
+            strip.codes = unpacks ? unpacked[b] : codes + b * block_bytes;
             if (layout.group)
                 strip.scale = w.scale + block * strip.scale_stride + group * layout.scale_bytes;
             if (layout.group && w.zero)
                 strip.zero = w.zero + block * strip.zero_stride + group * layout.zero_bytes;
-            if (unpacks) {
-                if (b == 0)
-                    for (int64_t i = 0; i < blocks; ++i)
-                        unpack_block(strip.codes + i * block_bytes, strip.inputs, unpacked[i]);
-                strip.codes = unpacked[b];
-                strip.codes_stride = sizeof(unpacked[0]);
-                strip.prefetch = 0;
-            }
             Piece piece{};
             for (int64_t r = 0; r < rows; r += piece.rows) {
                 piece = find_piece(rows - r, blocks - b < most_blocks ? blocks - b : most_blocks);
